@@ -1,0 +1,23 @@
+"""Toppings: serve many LoRA adapters of one base model."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toppings.core import SamplingParams as SamplingParams
+    from toppings.llm import LLM as LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `LLM` on first use: the command line and the router start without torch."""
+    if name == "LLM":
+        from toppings.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from toppings.core import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'toppings' has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from toppings.cli import main
+
+main()

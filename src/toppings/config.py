@@ -1,0 +1,200 @@
+"""The frozen settings, their defaults and their YAML; the command line reads both from here."""
+
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODES = ("cached", "on_demand", "pipelined")
+EVICTION_POLICIES = ("value", "lru")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("cpu", "cuda")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of range; the message names it and what would be right."""
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from a number or a text such as "512MiB" or "2 GB".
+
+    Raises ConfigError where the text is no size.
+    """
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{value!r} is not a size; write a number of bytes or e.g. 512MiB, 2GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help_text, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine needs, with or without a server around it. Sizes in bytes, times in seconds."""
+
+    model: str = _setting(
+        "", "Hugging Face checkpoint directory of the base model (empty: the built-in demo)"
+    )
+    served_model_name: str = _setting("", "name of the base model in the API (empty: the directory's name)")
+    dtype: str = _setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
+    device: str = _setting("cpu", "where the model runs", choices=DEVICES)
+    num_threads: int = _setting(0, "threads for the model on the CPU (0: all cores)")
+    mode: str = _setting("pipelined", "what a cold adapter's prefill does", choices=MODES)
+    state_dir: str = _setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
+    max_model_len: int = _setting(0, "longest prompt plus output, in tokens (0: the model's)")
+    max_num_seqs: int = _setting(64, "requests that may run at once")
+    max_num_batched_tokens: int = _setting(2048, "tokens of one step; longer prompts are prefilled in chunks")
+    page_size: int = _setting(16, "tokens in one page of the key-value cache")
+    kv_cache_bytes: int = _setting(
+        0, "size of the key-value cache (0: an eighth of the memory, at most 4 GiB)"
+    )
+    host_store_bytes: int = _setting(2 * 2**30, "bound of the adapters kept in host memory")
+    device_pool_bytes: int = _setting(512 * 2**20, "bound of the adapters kept on the device")
+    eviction: str = _setting("value", "which adapter leaves first", choices=EVICTION_POLICIES)
+    max_adapter_wait_s: float = _setting(
+        1.0, "a request waits this long for room for its adapter before running ones are drained for it"
+    )
+    link_gbps: float = _setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
+    seed: int = _setting(0, "seed of requests that bring none")
+    step_log: str = _setting("", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl)")
+
+    def __post_init__(self) -> None:
+        _check(self)
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "device_pool_bytes",
+            "host_store_bytes",
+        ):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_threads", "max_model_len", "kv_cache_bytes", "link_gbps", "max_adapter_wait_s"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        _require(
+            self,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "at least max_num_seqs",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the HTTP server adds around an engine."""
+
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8080, "port to listen on (0: any free one)")
+    api_key: str = _setting("", "bearer token asked of every route but health (empty: none)")
+    adapters: str = _setting("", "directory whose sub-directories are registered as adapters at start")
+    adapter_roots: tuple[str, ...] = _setting((), "directories below which adapters may be loaded over HTTP")
+    max_queue: int = _setting(256, "requests that may wait; more are answered 429")
+    shutdown_timeout_s: float = _setting(10.0, "seconds that running requests get to finish after SIGTERM")
+    log_dir: str = _setting("logs", "logs go to <log-dir>/<mode>/")
+    log_level: str = _setting("info", "least severe message that is logged", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _require(self, "port", 0 <= self.port <= 65535, "between 0 and 65535")
+        _require(self, "max_queue", self.max_queue >= 1, "at least 1")
+        _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything `toppings serve` reads: one flat list of settings in YAML, two dataclasses here."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], base: "Config | None" = None) -> "Config":
+        """`base` (default: the defaults) with some settings replaced, by their flat names.
+
+        Raises ConfigError for an unknown name or a value of the wrong type or range.
+        """
+        base = base or cls()
+        known = {f.name: part for part in ("engine", "server") for f in fields(getattr(base, part))}
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        parts = {
+            part: replace(
+                getattr(base, part),
+                **{
+                    name: _coerce(getattr(base, part), name, v)
+                    for name, v in settings.items()
+                    if known[name] == part
+                },
+            )
+            for part in ("engine", "server")
+        }
+        return cls(**parts)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "Config":
+        """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read configuration {path}: {error}") from error
+        if not isinstance(loaded, dict | None):
+            raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
+        return cls.from_settings({str(k).replace("-", "_"): v for k, v in (loaded or {}).items()})
+
+    def to_settings(self) -> dict[str, Any]:
+        """The flat mapping that `from_settings` reads back."""
+        flat = {**asdict(self.engine), **asdict(self.server)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_settings(), sort_keys=False)
+
+
+def _coerce(part: EngineConfig | ServerConfig, name: str, value: Any) -> Any:
+    default: Any = next(f.default for f in fields(part) if f.name == name)
+    try:
+        if name.endswith("_bytes"):
+            return parse_bytes(value)
+        if isinstance(default, tuple):
+            return tuple(str(v) for v in ([value] if isinstance(value, str) else value))
+        if isinstance(default, int) and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        return type(default)(value)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"setting {name} is {value!r}; it must be of type {type(default).__name__}"
+        ) from error
+
+
+def _check(part: EngineConfig | ServerConfig) -> None:
+    for f in fields(part):
+        choices, value = f.metadata["choices"], getattr(part, f.name)
+        if choices is not None and value not in choices:
+            raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _require(part: EngineConfig | ServerConfig, name: str, holds: bool, bounds: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {getattr(part, name)}; it must be {bounds}")

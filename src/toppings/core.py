@@ -1,0 +1,321 @@
+"""The vocabulary that every room shares: requests, sampling parameters, batches, messages between processes.
+
+Imports nothing of ours and no torch, so that the scheduler, the simulator and the router can use it bare.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections a LoRA may target, in the order every table and packed file uses."""
+
+GROUPS: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4, 5), "down": (6,)}
+"""Projection groups: indices into `MODULES` of the projections that read the same input."""
+
+MAX_LOGPROBS = 20
+
+
+class RequestError(ValueError):
+    """The request cannot be served; the message names the offending value and what would be right."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; every accepted request ends with exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Admission(Enum):
+    """What adapter placement answers when a request wants to start."""
+
+    READY = "ready"  # pinned for the request; its load to the device is done or under way
+    LOADING = "loading"  # not in host memory yet, the read is under way: ask again
+    NO_ROOM = "no room"  # the device pool is full of adapters in use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+
+    `logprobs` is how many alternatives to report beside each chosen token (None: no logprobs at all).
+    `stop` strings are matched by the front end on text; the engine itself only knows `stop_token_ids`.
+
+    Raises RequestError for a value outside its range.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, low_is_open=True)
+        _check_range("top_k", self.top_k, 0, None)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_is_open=True)
+        if self.seed is not None:
+            _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if any(not text for text in self.stop):
+            raise RequestError("stop holds an empty string; each stop string needs at least one character")
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float | None, *, low_is_open: bool = False
+) -> None:
+    too_low = value <= low if low_is_open else value < low
+    if math.isnan(value) or too_low or (high is not None and value > high):
+        bounds = f"{'above' if low_is_open else 'at least'} {low}" + (
+            "" if high is None else f", at most {high}"
+        )
+        raise RequestError(f"{name} is {value}; it must be {bounds}")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence on its way through the engine; owned and changed by the scheduler alone.
+
+    `num_computed_tokens` counts the prompt and output tokens whose keys and values are in the cache;
+    `page_table` lists the cache pages that hold them, in order.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter_id: int | None = None
+    arrived_at: float = 0.0
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    page_table: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens `start` to `stop` of prompt and output taken as one sequence."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        return (
+            self.prompt_token_ids[start:]
+            + self.output_token_ids[max(0, start - num_prompt) : stop - num_prompt]
+        )
+
+
+@dataclass(slots=True)
+class BatchItem:
+    """`num_tokens` of a request's uncomputed tokens, to be run in this step."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        """True for a single token that continues a sequence with earlier tokens in the cache."""
+        return self.num_tokens == 1 and self.request.num_computed_tokens > 0
+
+    @property
+    def needs_sample(self) -> bool:
+        """True where this step computes the sequence's last token, so that a next one can be drawn."""
+        return self.num_tokens == self.request.num_uncomputed_tokens
+
+
+@dataclass(slots=True)
+class Batch:
+    """One engine step: decodes first, each kind sorted by adapter, so that an adapter's rows are adjacent."""
+
+    items: list[BatchItem]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+
+# --- messages: client to engine ---
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAdapter:
+    """Let the adapter's requests finish, then free its host and device memory; answered when that is done."""
+
+    call_id: int
+    adapter_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinAdapter:
+    """Keep an adapter on the device (loading it now) or let it be evicted again."""
+
+    call_id: int
+    adapter_id: int
+    is_pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GetStats:
+    call_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Finish what is running, cut what is left after `deadline_s` seconds, then exit."""
+
+    deadline_s: float
+
+
+ToEngine = AddRequest | AbortRequest | RemoveAdapter | PinAdapter | GetStats | Shutdown
+
+# --- messages: engine to client ---
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probability of a chosen token, its rank (1 is the likeliest), and the best alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """What a cold request waited for, in ms; `tier` is where its adapter was when it arrived.
+
+    `read_ms`: disk to host, `copy_ms`: host to device, `exposed_ms`: the part of both that the request itself
+    waited for, `compute_ms`: its prefill steps less that wait.
+    """
+
+    tier: str  # "disk" or "host"
+    read_ms: float
+    copy_ms: float
+    exposed_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """New tokens of one request; the last one carries `finish_reason`, and `error` where that is ERROR."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    queue_ms: float | None = None  # with the first token: arrival to first scheduled
+    cold_start: ColdStart | None = None  # with the first token of a cold request
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    outputs: list[RequestOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a call; `error` is set where it could not be done."""
+
+    call_id: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """Where one adapter is: `device_layers` of `num_layers` are resident, `num_running` requests use it."""
+
+    adapter_id: int
+    is_on_host: bool
+    device_layers: int
+    num_layers: int
+    num_running: int
+    num_waiting: int
+    num_hits: int
+    is_pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for /stats, /metrics and routers. Lists of adapter ids are disjoint where they say so."""
+
+    call_id: int
+    num_running: int
+    num_waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+    page_size: int
+    host_bytes_used: int
+    host_bytes_total: int
+    device_bytes_used: int
+    device_bytes_total: int
+    adapters: list[AdapterStatus]  # every adapter that is on host or device, or has requests
+    running_ranks: list[int]  # max rank of each running request's adapter, 0 for the base model
+    waiting_ranks: list[int]
+    waiting_tokens: int  # prompt tokens not yet computed, over all waiting requests
+    context_tokens: int  # tokens in the cache, over all running requests
+    counters: dict[
+        str, float
+    ]  # monotonic: preemptions, hits and misses per tier, evictions, steps, tokens ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """First message of an engine: what it serves and with what limits."""
+
+    model_name: str
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    page_size: int
+    num_pages: int
+    device_pool_bytes: int
+    host_store_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """Instead of EngineReady: why the engine could not start."""
+
+    reason: str
+
+
+FromEngine = StepOutputs | Reply | EngineStats | EngineReady | EngineFailed
