@@ -1,0 +1,223 @@
+"""What a checkpoint's config.json says, in the one form that the decoder understands."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toppings.core import GROUPS
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What the decoder does differently for an architecture, beyond what its config.json spells out."""
+
+    qkv_bias: bool = False
+    has_head_norm: bool = False
+    has_window: bool = False
+
+
+FAMILIES = {
+    "LlamaForCausalLM": _Family(),
+    "MistralForCausalLM": _Family(has_window=True),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, has_window=True),
+    "Qwen3ForCausalLM": _Family(has_head_norm=True, has_window=True),
+}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A base model's shape. `sliding_windows` has one entry per layer, None for full attention.
+
+    `inverse_frequencies` (head_dim / 2) and `rope_scaling` are what `ops.rope.Rope` takes;
+    `max_position_embeddings` counts the positions they are good for.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    has_head_norm: bool
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    inverse_frequencies: tuple[float, ...]
+    rope_scaling: float
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def from_checkpoint(cls, path: Path | str) -> "ModelConfig":
+        """Reads config.json and generation_config.json of a checkpoint directory; never the network.
+
+        Raises ValueError where they are missing or describe a model that cannot be served.
+        """
+        path = Path(path)
+        raw = read_json(path / "config.json")
+        architecture = _check_served(path, raw)
+        from transformers import AutoConfig  # slow to import, and only needed to read
+
+        try:
+            source = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises its validators' own types too
+            raise ValueError(f"{path / 'config.json'} is not valid: {error}") from error
+        generation_file = path / "generation_config.json"
+        generation = read_json(generation_file) if generation_file.exists() else {}
+        return _convert(source, architecture, generation)
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def base_shapes(self) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Number of layers, and (in, out) of every projection in `core.MODULES` order."""
+        hidden, inter = self.hidden_size, self.intermediate_size
+        qkv = ((hidden, self.q_size), (hidden, self.kv_size), (hidden, self.kv_size))
+        return self.num_layers, (
+            *qkv,
+            (self.q_size, hidden),
+            (hidden, inter),
+            (hidden, inter),
+            (inter, hidden),
+        )
+
+    def group_out_offsets(self) -> dict[str, tuple[int, ...]]:
+        """Per projection group, the first column of each of its projections in the group's fused output."""
+        sizes = [num_out for _, num_out in self.base_shapes()[1]]
+        return {
+            group: tuple(sum(sizes[modules[0] : module]) for module in modules)
+            for group, modules in GROUPS.items()
+        }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{file.parent} is not a Hugging Face checkpoint: cannot read {file.name}: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def _check_served(path: Path, raw: dict[str, Any]) -> str:
+    """The architecture's name, if it can be served as config.json describes it."""
+    architecture = (raw.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise ValueError(
+            f"{path} has architecture {architecture!r}, which is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{path} is quantized ({method}); only bfloat16, float16 and float32 are supported")
+    return str(architecture)
+
+
+def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> ModelConfig:
+    family = FAMILIES[architecture]
+    if source.hidden_act != "silu":
+        raise ValueError(f"hidden_act is {source.hidden_act!r}; only 'silu' is supported")
+    has_bias = bool(getattr(source, "attention_bias", False))
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    frequencies, scaling = _rope(source, head_dim)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=source.vocab_size,
+        hidden_size=source.hidden_size,
+        intermediate_size=source.intermediate_size,
+        num_layers=source.num_hidden_layers,
+        num_heads=source.num_attention_heads,
+        num_kv_heads=source.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=source.rms_norm_eps,
+        qkv_bias=family.qkv_bias or has_bias,
+        o_bias=has_bias,
+        mlp_bias=bool(getattr(source, "mlp_bias", False)),
+        has_head_norm=family.has_head_norm,
+        tie_word_embeddings=source.tie_word_embeddings,
+        sliding_windows=_windows(source, family),
+        inverse_frequencies=frequencies,
+        rope_scaling=scaling,
+        max_position_embeddings=_max_positions(source),
+        bos_token_id=generation.get("bos_token_id", source.bos_token_id),
+        eos_token_ids=_ids(generation.get("eos_token_id", source.eos_token_id)),
+        dtype=_dtype(source),
+    )
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _dtype(source: Any) -> torch.dtype:
+    dtype = source.dtype or torch.float32  # a checkpoint that does not say was written before half precision
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype is {source.dtype!r}; only bfloat16, float16 and float32 are supported")
+    return dtype
+
+
+def _windows(source: Any, family: _Family) -> tuple[int | None, ...]:
+    window = source.sliding_window if family.has_window else None
+    kinds = getattr(source, "layer_types", None) or ["sliding_attention"] * source.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(source: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """Inverse frequencies and attention factor, by transformers' own functions."""
+    parameters = source.rope_parameters
+    kind = parameters["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type is {kind!r}; supported: {', '.join(ROPE_TYPES)}")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor is {parameters['partial_rotary_factor']}; only 1.0 is supported"
+        )
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](source, torch.device("cpu"))
+    return tuple(frequencies.tolist()), float(scaling)
+
+
+def _max_positions(source: Any) -> int:
+    """How many positions the rotary frequencies reach.
+
+    "linear" and "yarn" stretch the positions that config.json states (YaRN: the original ones) by their
+    factor. "llama3" states the stretched number. "dynamic" changes its frequencies with a sequence's length
+    beyond the stated number, which keys already in a cache cannot follow: it is served up to there, where it
+    is plain RoPE.
+    """
+    parameters, stated = source.rope_parameters, int(source.max_position_embeddings)
+    if parameters["rope_type"] == "linear":
+        return int(stated * parameters["factor"])
+    if parameters["rope_type"] == "yarn":
+        original = parameters.get("original_max_position_embeddings") or stated
+        return max(stated, int(original * parameters["factor"]))
+    return stated

@@ -1,0 +1,162 @@
+"""The decoder of all supported families: pre-norm attention and gated feed-forward layers with rotary
+positions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from toppings.model.config import ModelConfig
+from toppings.model.weights import read_weights
+from toppings.ops.activation import silu_mul
+from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
+from toppings.ops.linear import Linear
+from toppings.ops.norm import add_rms_norm_, rms_norm
+from toppings.ops.rope import HeadNorm, Rope, rotate_and_store_
+
+
+class LoraContext(Protocol):
+    """What adds the adapters' part to each projection group's output."""
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        """Called before the group's base product; never blocks. x: [T, in], not changed until `finish`."""
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        """Adds the adapters' part to y [T, Σ out] in place."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: Tensor
+    projections: dict[str, Linear]  # by projection group
+    head_norm: HeadNorm | None
+    post_attention_norm: Tensor
+    sliding_window: int | None
+
+    @classmethod
+    def take(cls, weights: dict[str, Tensor], layer: int, config: ModelConfig) -> "_Layer":
+        """Moves the layer's tensors out of `weights`, so that packing never holds two copies of more than
+        one."""
+        take, prefix = weights.pop, f"layers.{layer}."
+        head_norm = None
+        if config.has_head_norm:
+            head_norm = HeadNorm(take(prefix + "q_norm"), take(prefix + "k_norm"), config.rms_norm_eps)
+        return cls(
+            take(prefix + "input_layernorm"),
+            {
+                group: Linear(take(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None))
+                for group in ("qkv", "o", "gate_up", "down")
+            },
+            head_norm,
+            take(prefix + "post_attention_layernorm"),
+            config.sliding_windows[layer],
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What every layer of one forward pass shares."""
+
+    cos: Tensor
+    sin: Tensor
+    cache: KVCache
+    meta: AttentionMetadata
+    lora: LoraContext | None
+
+
+class Decoder:
+    """A base model on one device. Without state of its own between calls: keys and values live in the
+    cache."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+        """`weights` as `read_weights` names them, all on the device; they are moved out of the mapping."""
+        self.config = config
+        self._embed = weights.pop("embed")
+        self._layers = [_Layer.take(weights, layer, config) for layer in range(config.num_layers)]
+        self._norm = weights.pop("norm")
+        self._lm_head = Linear(self._embed if config.tie_word_embeddings else weights.pop("lm_head"))
+        frequencies = torch.tensor(config.inverse_frequencies, device=self._embed.device)
+        self._rope = Rope(frequencies, config.rope_scaling)
+        assert not weights, list(weights)
+
+    @classmethod
+    def load(
+        cls, path: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    ) -> "Decoder":
+        """Reads a checkpoint directory; `dtype` "auto" is the checkpoint's own, or its name, such as
+        "bfloat16".
+
+        Raises ValueError as `ModelConfig.from_checkpoint` and `read_weights`.
+        """
+        config = ModelConfig.from_checkpoint(path)
+        if isinstance(dtype, str):
+            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        weights = read_weights(path, config, dtype)
+        return cls(config, {name: weight.to(device) for name, weight in weights.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embed.device
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        logit_rows: Tensor,
+        lora: LoraContext | None = None,
+    ) -> Tensor:
+        """One step: writes the tokens' keys and values to the cache, returns logits, fp32 [R, vocab].
+
+        input_ids, positions: int64 [T], rows as `meta` groups them; logit_rows: int64 [R], the rows to
+        compute logits for.
+        """
+        step = _Step(*self._rope.cos_sin(positions), cache, meta, lora)
+        residual = functional.embedding(input_ids, self._embed)
+        x = rms_norm(residual, self._layers[0].input_norm, self.config.rms_norm_eps)
+        for index, layer in enumerate(self._layers):
+            x = self._attend(step, index, layer, x)
+            x = add_rms_norm_(x, residual, layer.post_attention_norm, self.config.rms_norm_eps)
+            x = self._project(step, index, "down", silu_mul(self._project(step, index, "gate_up", x)))
+            if index + 1 < len(self._layers):
+                following = self._layers[index + 1].input_norm
+                x = add_rms_norm_(x, residual, following, self.config.rms_norm_eps)
+        x, residual = x[logit_rows], residual[logit_rows]
+        return self._lm_head(add_rms_norm_(x, residual, self._norm, self.config.rms_norm_eps)).float()
+
+    def _attend(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
+        config, cache = self.config, step.cache
+        qkv = self._project(step, index, "qkv", x)
+        k_cache, v_cache = cache.k[index], cache.v[index]
+        rotate_and_store_(qkv, step.cos, step.sin, k_cache, v_cache, step.meta.slot_mapping, layer.head_norm)
+        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
+        q, k, v = heads.tensor_split((config.num_heads, config.num_heads + config.num_kv_heads), dim=1)
+        x = paged_attention(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            step.meta,
+            scale=config.head_dim**-0.5,
+            sliding_window=layer.sliding_window,
+        )
+        return self._project(step, index, "o", x)
+
+    def _project(self, step: _Step, index: int, group: str, x: Tensor) -> Tensor:
+        """The group's base product with the adapters' part added."""
+        if step.lora is None:
+            return self._layers[index].projections[group](x)
+        step.lora.start(index, group, x)
+        y = self._layers[index].projections[group](x)
+        step.lora.finish(index, group, x, y)
+        return y

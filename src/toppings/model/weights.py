@@ -1,0 +1,132 @@
+"""Reading a checkpoint's safetensors into the decoder's own tensors, fused, without a second copy in
+memory."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from toppings.model.config import ModelConfig, read_json
+
+_SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Buffers that old checkpoints carry and that follow from config.json."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A checkpoint tensor's place: rows `start` on of the decoder's tensor `target`."""
+
+    target: str
+    start: int
+    shape: tuple[int, ...]
+
+
+def read_weights(path: Path | str, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The decoder's tensors by name (`layers.0.qkv.weight`, ...), converted to `dtype`, in host memory.
+
+    Raises ValueError where the checkpoint's files or tensors are missing, surplus, damaged or of another
+    shape.
+    """
+    path = Path(path)
+    plan = dict(_plan(config))
+    shapes = _target_shapes(plan)
+    weights: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        places = _open(path, stack)
+        _check(path, plan, places, config)
+        for name, piece in plan.items():
+            if piece.target not in weights:
+                weights[piece.target] = torch.empty(shapes[piece.target], dtype=dtype)
+            rows = slice(piece.start, piece.start + piece.shape[0])
+            weights[piece.target][rows].copy_(places[name].get_tensor(name))
+    return weights
+
+
+def _target_shapes(plan: dict[str, _Piece]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in plan.values():
+        num_rows = piece.start + piece.shape[0]  # pieces come in order, the last one reaches to the end
+        shapes[piece.target] = (num_rows, *piece.shape[1:])
+    return shapes
+
+
+def _plan(config: ModelConfig) -> Iterator[tuple[str, _Piece]]:
+    """Every tensor that the checkpoint must have, by its name there."""
+    hidden = (config.hidden_size,)
+    yield "model.embed_tokens.weight", _Piece("embed", 0, (config.vocab_size, *hidden))
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", _Piece("lm_head", 0, (config.vocab_size, *hidden))
+    yield "model.norm.weight", _Piece("norm", 0, hidden)
+    for layer in range(config.num_layers):
+        yield from _layer_plan(config, f"model.layers.{layer}.", f"layers.{layer}.")
+
+
+def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, _Piece]]:
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{source}{norm}.weight", _Piece(f"{target}{norm}", 0, (config.hidden_size,))
+    if config.has_head_norm:
+        for norm in ("q_norm", "k_norm"):
+            yield f"{source}self_attn.{norm}.weight", _Piece(f"{target}{norm}", 0, (config.head_dim,))
+    _, sizes = config.base_shapes()
+    groups = {
+        "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), sizes[:3], config.qkv_bias),
+        "o": (("self_attn.o_proj",), sizes[3:4], config.o_bias),
+        "gate_up": (("mlp.gate_proj", "mlp.up_proj"), sizes[4:6], config.mlp_bias),
+        "down": (("mlp.down_proj",), sizes[6:], config.mlp_bias),
+    }
+    for group, (modules, shapes, has_bias) in groups.items():
+        start = 0
+        for module, (num_in, num_out) in zip(modules, shapes):
+            yield f"{source}{module}.weight", _Piece(f"{target}{group}.weight", start, (num_out, num_in))
+            if has_bias:
+                yield f"{source}{module}.bias", _Piece(f"{target}{group}.bias", start, (num_out,))
+            start += num_out
+
+
+def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
+    """The open file of every tensor of the checkpoint, by tensor name."""
+    places: dict[str, Any] = {}
+    for file in _files(path):
+        try:
+            opened = stack.enter_context(safe_open(str(file), framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
+        places.update(dict.fromkeys(opened.keys(), opened))
+    return places
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        return [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
+        raise ValueError(
+            f"{path} holds pickled weights, which can run code when read; convert them to safetensors"
+        )
+    raise ValueError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
+
+
+def _check(path: Path, plan: dict[str, _Piece], places: dict[str, Any], config: ModelConfig) -> None:
+    if missing := sorted(plan.keys() - places.keys()):
+        raise ValueError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]}")
+    allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some writers store the tied copy
+    surplus = sorted(n for n in places.keys() - plan.keys() - allowed if not _SKIPPED.fullmatch(n))
+    if surplus:
+        raise ValueError(
+            f"{path} has {len(surplus)} tensors that {config.architecture} with this config.json "
+            f"does not use, the first is {surplus[0]}"
+        )
+    for name, piece in plan.items():
+        shape = tuple(places[name].get_slice(name).get_shape())
+        if shape != piece.shape:
+            raise ValueError(
+                f"{name} in {path} has shape {list(shape)}; config.json says {list(piece.shape)}"
+            )

@@ -1,0 +1,210 @@
+"""Causal attention over a paged key-value cache."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from toppings.ops.dispatch import kernels
+
+NO_WINDOW = 2**62
+_QUERY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Per layer keys and values, [num_pages * page_size, num_kv_heads, head_dim]; page p is rows p·size
+    on."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    page_size: int
+
+    @classmethod
+    def allocate(
+        cls,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "KVCache":
+        shape = (num_pages * page_size, num_kv_heads, head_dim)
+        k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)] for _ in range(2))
+        return cls(k, v, page_size)
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the sequences of one step are; built once, used by every layer.
+
+    The first `num_decodes` sequences have one query each. `query_indptr` [S + 1] delimits each sequence's
+    rows; `context_lens` [S] counts its keys, this step's included; `page_tables` int32 [S, max_pages] lists
+    its pages; `slot_mapping` int64 [T] is the cache row of each token of the step.
+    """
+
+    num_decodes: int
+    query_indptr: list[int]
+    context_lens: list[int]
+    page_tables: Tensor
+    slot_mapping: Tensor
+    page_size: int
+
+    @cached_property
+    def decode_context_lens(self) -> Tensor:
+        return torch.tensor(self.context_lens[: self.num_decodes], dtype=torch.int64)
+
+    @cached_property
+    def num_decode_keys(self) -> int:
+        return sum(self.context_lens[: self.num_decodes])
+
+    def cache_rows(self, sequence: int) -> Tensor:
+        """int64 [context_len]: where in the cache the sequence's keys are, in order."""
+        length = self.context_lens[sequence]
+        num_pages = -(-length // self.page_size)
+        pages = self.page_tables[sequence, :num_pages].long()[:, None] * self.page_size
+        return (pages + torch.arange(self.page_size, device=pages.device)).flatten()[:length]
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """bool [num_queries, num_keys]: the last query sees the last key, and `window` keys at most."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None]
+    return (key <= query) & (key > query - window)
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """`paged_attention` sequence by sequence in fp32, everything read from the cache."""
+    out = []
+    group = q.shape[1] // k_cache.shape[1]
+    for s, length in enumerate(meta.context_lens):
+        queries = q[meta.query_indptr[s] : meta.query_indptr[s + 1]].float()
+        rows = meta.cache_rows(s)
+        keys, values = (c[rows].float().repeat_interleave(group, dim=1) for c in (k_cache, v_cache))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        mask = causal_mask(queries.shape[0], length, sliding_window or NO_WINDOW, q.device)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(out).to(q.dtype).flatten(1)
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """softmax(scale · q Kᵀ) V per head; each query sees its sequence up to itself, `sliding_window` keys at
+    most.
+
+    q: [T, H, D]; k, v: [T, Hkv, D], this step's own, already in the cache; H a multiple of Hkv (grouped
+    queries); rows may be strided. Returns [T, H · D] of q's dtype.
+    """
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    window = sliding_window or NO_WINDOW
+    if meta.num_decodes:
+        _decode(out, q, k_cache, v_cache, meta, scale, window)
+    for s in range(meta.num_decodes, len(meta.context_lens)):
+        rows = slice(meta.query_indptr[s], meta.query_indptr[s + 1])
+        keys, values = k[rows], v[rows]
+        if meta.context_lens[s] > keys.shape[0]:
+            cached = meta.cache_rows(s)
+            keys, values = k_cache[cached], v_cache[cached]
+        prefill_attention_(out[rows].view(q[rows].shape), q[rows], keys, values, scale=scale, window=window)
+    return out
+
+
+def _decode(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    window: int,
+) -> None:
+    num = meta.num_decodes
+    if (fast := kernels("attention", q)) is None:
+        for s in range(num):
+            cached, row = meta.cache_rows(s), slice(s, s + 1)
+            heads = out[row].view(q[row].shape)
+            prefill_attention_(heads, q[row], k_cache[cached], v_cache[cached], scale=scale, window=window)
+        return
+    assert q.stride()[1:] == (q.shape[2], 1)
+    assert k_cache.dtype == v_cache.dtype == q.dtype
+    assert meta.page_tables.is_contiguous()
+    assert meta.page_tables.dtype == torch.int32
+    num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
+    num_parts = num_kv_heads if num < torch.get_num_threads() else 1
+    fast.decode_attention(
+        q,
+        num * num_parts,
+        meta.num_decode_keys * num_kv_heads * q.shape[2],
+        out,
+        q,
+        k_cache,
+        v_cache,
+        meta.page_tables,
+        meta.decode_context_lens,
+        meta.page_tables.shape[1],
+        meta.page_size,
+        q.stride(0),
+        num_heads,
+        num_kv_heads,
+        q.shape[2],
+        num_parts,
+        window,
+        scale,
+    )
+
+
+def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> None:
+    """Attention of one sequence's last rows q [n, H, D] to its keys k, v [m, Hkv, D] into out [n, H, D].
+
+    Queries go in blocks, each with only the keys that one of its queries may see. Scores are rounded to q's
+    dtype; so that this costs least, the keys' mean is taken off first, which shifts all scores of a query
+    alike.
+    """
+    if q.dtype == torch.float16:  # CPUs without half-precision products emulate them slowly
+        q, k, v = q.float(), k.float(), v.float()
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, past = k.shape[1], k.shape[0] - num_queries
+    heads = (num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    queries, result = (q * scale).view(heads).permute(1, 2, 0, 3), out.view(heads).permute(1, 2, 0, 3)
+    keys = (k - k.mean(0, keepdim=True)).permute(1, 2, 0)  # [Hkv, D, m]
+    values = v.transpose(0, 1).contiguous()
+    for start in range(0, num_queries, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, num_queries))
+        seen = slice(max(0, past + start + 1 - window), past + rows.stop)
+        block = queries[:, :, rows].reshape(num_kv_heads, -1, head_dim)
+        scores = torch.bmm(block, keys[:, :, seen])
+        _mask_(scores.view(num_kv_heads, heads[2], rows.stop - start, -1), window)
+        attended = torch.bmm(scores.softmax(-1), values[:, seen])
+        result[:, :, rows] = attended.view(num_kv_heads, heads[2], -1, head_dim).to(out.dtype)
+
+
+def _mask_(scores: Tensor, window: int) -> None:
+    """Scores [..., n, m] of the last n of m tokens become -inf where a query may not see a key."""
+    num_queries, num_keys = scores.shape[-2:]
+    if num_keys <= window:  # only the keys of the queries themselves can be in a query's future
+        scores, num_keys = scores[..., num_keys - num_queries :], num_queries
+    mask = causal_mask(num_queries, num_keys, window, scores.device)
+    scores += torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(
+        ~mask, -torch.inf
+    )

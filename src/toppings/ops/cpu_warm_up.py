@@ -1,0 +1,37 @@
+"""Runs every numba kernel once on a tiny input, so that no request waits for a compiler."""
+
+import torch
+
+from toppings.ops.activation import silu_mul
+from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
+from toppings.ops.lora import LoraSegments, add_lora_
+from toppings.ops.norm import add_rms_norm_, rms_norm
+from toppings.ops.rope import rotate_and_store_
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    x, weight = torch.ones(1, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+    rms_norm(x, weight, 1e-6)
+    add_rms_norm_(x, x.clone(), weight, 1e-6)
+    silu_mul(x)
+    add_lora_(
+        x,
+        x.clone(),
+        arena=torch.zeros(16, dtype=dtype),
+        table=torch.tensor([0, 8, 1]).expand(1, 1, 7, 3).clone(),
+        layer=0,
+        group=(0,),
+        out_offsets=(0,),
+        segments=LoraSegments([0, 1], [0]),
+    )
+    _attend(dtype)
+
+
+def _attend(dtype: torch.dtype) -> None:
+    cache = KVCache.allocate(1, 1, 1, 1, 4, dtype, "cpu")
+    slots = torch.zeros(1, dtype=torch.int64)
+    meta = AttentionMetadata(1, [0, 1], [1], torch.zeros(1, 1, dtype=torch.int32), slots, 1)
+    qkv, angles = torch.ones(1, 12, dtype=dtype), torch.ones(1, 2)
+    rotate_and_store_(qkv, angles, angles, cache.k[0], cache.v[0], slots)
+    heads = qkv.view(1, 3, 4)
+    paged_attention(heads[:, :1], heads[:, 1:2], heads[:, 2:], cache.k[0], cache.v[0], meta, scale=1.0)

@@ -1,0 +1,39 @@
+"""Which form of an operation runs: the numba kernels for tensors in host memory, torch for everything
+else."""
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+"""The kernels can be compiled here."""
+
+USE_NUMBA = HAS_NUMBA
+"""The kernels are used for tensors in host memory."""
+
+NUMBA_REASON = "numba is installed" if HAS_NUMBA else "numba is not installed: torch operators serve instead"
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernels(name: str, sample: Tensor) -> ModuleType | None:
+    """The kernel module `toppings.ops.cpu_<name>` where it can serve tensors like `sample`, else None."""
+    if not USE_NUMBA or sample.device.type != "cpu" or sample.dtype not in KERNEL_DTYPES:
+        return None
+    return _module(name)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"toppings.ops.cpu_{name}")
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile (or read from numba's cache) every CPU kernel for `dtype`; without numba there is nothing to
+    do."""
+    if USE_NUMBA:
+        _module("warm_up").warm_up(dtype)

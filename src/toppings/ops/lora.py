@@ -1,0 +1,172 @@
+"""Low-rank updates of many adapters in one batch: y += (x Aᵀ) B, each row with its own adapter's A and B."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toppings.ops.dispatch import kernels
+
+MAX_KERNEL_ROWS = 12
+"""Segments up to this long go to the kernel, which needs no call per adapter; longer ones to matrix
+products."""
+
+_TYPICAL_RANK = 16
+
+
+@dataclass(frozen=True)
+class LoraSegments:
+    """The rows of a step, grouped by adapter: segment s is rows `indptr[s]` to `indptr[s + 1]`, its adapter
+    is in device pool slot `slots[s]`; -1 marks rows of the base model, which are skipped. Built once per
+    step."""
+
+    indptr: list[int]
+    slots: list[int]
+
+    def __post_init__(self) -> None:
+        assert len(self.indptr) == len(self.slots) + 1, (self.indptr, self.slots)
+
+    @property
+    def adapted(self) -> list[tuple[int, int, int]]:
+        """(start, stop, slot) of each segment that has an adapter and rows."""
+        segments = zip(self.indptr, self.indptr[1:], self.slots)
+        return [(start, stop, slot) for start, stop, slot in segments if slot >= 0 and stop > start]
+
+    @cached_property
+    def short(self) -> Tensor:
+        """int64 [n, 3]: the segments for the kernel."""
+        rows = [segment for segment in self.adapted if segment[1] - segment[0] <= MAX_KERNEL_ROWS]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+    @cached_property
+    def long(self) -> list[tuple[int, int, int]]:
+        return [segment for segment in self.adapted if segment[1] - segment[0] > MAX_KERNEL_ROWS]
+
+
+def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
+    """x Aᵀ: x [n, in], a [r, in]; summed in fp32, rounded to x's dtype; [n, r]."""
+    if a.shape[0] == 1 and x.dtype == torch.float32:
+        # As a matrix-vector product a row's last bits would depend on how many rows there are.
+        return torch.mm(x, a.expand(2, -1).t())[:, :1]
+    return torch.mm(x, a.t())
+
+
+def lora_expand(h: Tensor, b: Tensor) -> Tensor:
+    """h B: h [n, r], b [r, out] with the scale folded in; [n, out] of h's dtype."""
+    return torch.mm(h, b)
+
+
+def lora_expand_add_(y: Tensor, h: Tensor, b: Tensor) -> None:
+    """y += h B: y [n, out] (rows may be strided), h [n, r], b [r, out].
+
+    In fp32 the product is complete before y is added, so that one computed elsewhere and added gives the same
+    bits.
+    """
+    if y.dtype == torch.float32:
+        y += torch.mm(h, b)
+    else:
+        y.addmm_(h, b)
+
+
+def add_lora_(
+    y: Tensor,
+    x: Tensor,
+    *,
+    arena: Tensor,
+    table: Tensor,
+    layer: int,
+    group: Sequence[int],
+    out_offsets: Sequence[int],
+    segments: LoraSegments,
+) -> None:
+    """y[rows, columns of j] += (x[rows] A_jᵀ) B_j for every segment's adapter and every module j of
+    `group` (neighbouring `core.MODULES` indices, a value of `core.GROUPS`).
+
+    x: [T, in] and y: [T, Σ out], rows may be strided; `out_offsets`: the first column of each module of the
+    group, the last one reaches to the end of y; `arena`: flat, x's dtype; `table`: int64 [slots, layers, 7,
+    3] of (start of A [r, in], start of B [r, out], rank) in elements of the arena, rank 0 where a module has
+    none.
+
+    Sums are fp32. A row's result does not depend on the other rows, except that long segments round the
+    shrunk row to x's dtype.
+    """
+    fast = kernels("lora", x)
+    long = segments.adapted if fast is None else segments.long
+    if fast is not None and len(segments.short):
+        _add_short(fast, y, x, arena, table[:, layer, group[0] :], out_offsets, segments.short)
+    for start, stop, slot in long:
+        places = table[slot, layer, list(group)].tolist()
+        _add_long(y[start:stop], x[start:stop], arena, places, out_offsets)
+
+
+def _add_short(
+    fast: Any,
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    places: Tensor,
+    out_offsets: Sequence[int],
+    segments: Tensor,
+) -> None:
+    assert arena.dtype == y.dtype == x.dtype
+    assert places.dtype == torch.int64
+    assert x.stride(1) == y.stride(1) == 1
+    assert places.stride()[1:] == (3, 1)
+    num_modules, num_in = len(out_offsets), x.shape[1]
+    columns = torch.tensor((*out_offsets, y.shape[1]), dtype=torch.int64)
+    fast.add_lora(
+        x,
+        len(segments) * num_modules,
+        len(segments) * (num_in + y.shape[1]) * _TYPICAL_RANK,
+        y,
+        x,
+        arena,
+        places,
+        places.stride(0),
+        segments,
+        columns,
+        num_modules,
+        num_in,
+        y.stride(0),
+        x.stride(0),
+    )
+
+
+def _add_long(
+    y: Tensor, x: Tensor, arena: Tensor, places: list[list[int]], out_offsets: Sequence[int]
+) -> None:
+    num_in, ranks = x.shape[1], [rank for _, _, rank in places]
+    if not any(ranks):
+        return
+    a_start = next(a for a, _, rank in places if rank)
+    a = arena[a_start : a_start + sum(ranks) * num_in].view(-1, num_in)  # the group's A lie side by side
+    shrunk = lora_shrink(x, a).tensor_split(tuple(accumulate(ranks[:-1])), dim=1)
+    for (_, b_start, rank), h, low, high in zip(places, shrunk, out_offsets, (*out_offsets[1:], y.shape[1])):
+        if rank:
+            b = arena[b_start : b_start + rank * (high - low)].view(rank, -1)
+            lora_expand_add_(y[:, low:high], h, b)
+
+
+def add_lora_reference_(
+    y: Tensor,
+    x: Tensor,
+    *,
+    arena: Tensor,
+    table: Tensor,
+    layer: int,
+    group: Sequence[int],
+    out_offsets: Sequence[int],
+    segments: LoraSegments,
+) -> None:
+    """`add_lora_` in fp32, one module at a time, each sum rounded once into y."""
+    ends = (*out_offsets[1:], y.shape[1])
+    for start, stop, slot in segments.adapted:
+        for module, low, high in zip(group, out_offsets, ends):
+            a_start, b_start, rank = table[slot, layer, module].tolist()
+            a = arena[a_start : a_start + rank * x.shape[1]].view(rank, x.shape[1]).float()
+            b = arena[b_start : b_start + rank * (high - low)].view(rank, high - low).float()
+            y[start:stop, low:high] += x[start:stop].float() @ a.t() @ b

@@ -1,0 +1,108 @@
+"""Rotary position embedding, fused with the write of keys and values into the cache."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toppings.ops.dispatch import kernels
+from toppings.ops.norm import rms_norm_reference
+
+
+@dataclass(frozen=True)
+class Rope:
+    """inverse_frequencies: fp32 [D / 2]; `scaling` multiplies cosine and sine (YaRN's attention factor)."""
+
+    inverse_frequencies: Tensor
+    scaling: float = 1.0
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, fp32 [T, D / 2], of int64 positions [T]."""
+        angles = positions.to(torch.float32)[:, None] * self.inverse_frequencies
+        return angles.cos().mul_(self.scaling), angles.sin().mul_(self.scaling)
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Root-mean-square normalisation of each query and key head before rotation (Qwen3). q, k: [D]."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (x[i], x[i + D/2]) turned by their angle: x [T, H, D], cos and sin fp32 [T, D / 2]."""
+    low, high = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """cache[slot_mapping] = k, v. k, v: [T, Hkv, D]; caches: [slots, Hkv, D]; slot_mapping: int64 [T]."""
+    k_cache.index_copy_(0, slot_mapping, k)
+    v_cache.index_copy_(0, slot_mapping, v)
+
+
+def rotate_and_store_reference_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    head_norm: HeadNorm | None = None,
+) -> None:
+    _, num_kv_heads, head_dim = k_cache.shape
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+    if head_norm is not None:
+        q.copy_(rms_norm_reference(q, head_norm.q, head_norm.eps))
+        k.copy_(rms_norm_reference(k, head_norm.k, head_norm.eps))
+    q.copy_(rotate_reference(q, cos, sin))
+    k.copy_(rotate_reference(k, cos, sin))
+    write_kv(k, v, k_cache, v_cache, slot_mapping)
+
+
+def rotate_and_store_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    head_norm: HeadNorm | None = None,
+) -> None:
+    """Turns queries and keys in place (after `head_norm`, where given), then writes keys and values to the
+    cache.
+
+    qkv: [T, (H + 2 Hkv) · D] contiguous; cos, sin: fp32 [T, D / 2]; caches: [slots, Hkv, D];
+    slot_mapping: int64 [T], the cache row of each token.
+    """
+    if (fast := kernels("elementwise", qkv)) is None:
+        rotate_and_store_reference_(qkv, cos, sin, k_cache, v_cache, slot_mapping, head_norm)
+        return
+    assert qkv.is_contiguous()
+    assert k_cache.dtype == v_cache.dtype == qkv.dtype
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert slot_mapping.is_contiguous()
+    _, num_kv_heads, head_dim = k_cache.shape
+    norm = (0, 0, 0, 0.0) if head_norm is None else (1, head_norm.q, head_norm.k, head_norm.eps)
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    fast.rotate_and_store(
+        qkv,
+        qkv.shape[0],
+        qkv.numel(),
+        qkv,
+        k_cache,
+        v_cache,
+        cos,
+        sin,
+        slot_mapping,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        *norm,
+    )

@@ -1,0 +1,145 @@
+"""Drawing the next token of every row: penalties, temperature, truncation, logprobs.
+
+The order is vLLM's: reported log-probabilities are those of the model's own distribution; then `min_tokens`
+and the penalties change the logits; greedy rows take the largest; the others divide by the temperature, drop
+what min-p, then top-k, then top-p exclude, and draw. Ties go to the lower token id everywhere.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from toppings.core import SamplingParams, TokenLogprobs
+from toppings.ops.truncation import likeliest, truncate
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this draw the likeliest token: dividing by them would overflow."""
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What one row's draw depends on beside its logits. `generator` None draws from torch's global one.
+
+    `eos_token_ids` and the parameters' `stop_token_ids` are not drawn before `min_tokens` tokens are out.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    generator: torch.Generator | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalty(self) -> bool:
+        p = self.params
+        return (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    @property
+    def forbidden_ids(self) -> tuple[int, ...]:
+        if len(self.output_token_ids) >= self.params.min_tokens:
+            return ()
+        return self.eos_token_ids + self.params.stop_token_ids
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+def sample(logits: Tensor, rows: list[SamplingRow]) -> SampleOutput:
+    """One token per row. logits: fp32 [R, V], not changed.
+
+    A row's draw takes one number from its generator and depends on no other row.
+    """
+    assert logits.shape[0] == len(rows), (logits.shape, len(rows))
+    if not rows:
+        return SampleOutput([])
+    adjusted = _penalise(_forbid(logits, rows), rows)
+    token_ids = adjusted.argmax(-1).tolist()
+    drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
+    if drawn:
+        for i, token_id in zip(drawn, _draw(adjusted[drawn], [rows[i] for i in drawn])):
+            token_ids[i] = token_id
+    return SampleOutput(token_ids, _logprobs(logits, rows, token_ids))
+
+
+def _forbid(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+    vocab = range(logits.shape[1])
+    places = [(i, token) for i, row in enumerate(rows) for token in row.forbidden_ids if token in vocab]
+    if not places:
+        return logits
+    logits = logits.clone()
+    row_index, token_ids = torch.tensor(places, device=logits.device).unbind(1)
+    logits[row_index, token_ids] = -torch.inf
+    return logits
+
+
+def _penalise(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+    penalised = [(i, row) for i, row in enumerate(rows) if row.has_penalty]
+    if not penalised:
+        return logits
+    logits = logits.clone()
+    for i, row in penalised:
+        _penalise_row_(logits[i], row)
+    return logits
+
+
+def _penalise_row_(logits: Tensor, row: SamplingRow) -> None:
+    """Repetition penalty p over prompt and output (logit / p where positive, else logit · p), then
+    frequency · count and presence are subtracted for the tokens of the output. Only the tokens that occurred
+    are touched, however large the vocabulary is. logits: [V]."""
+    params = row.params
+    seen = torch.tensor(list({*row.prompt_token_ids, *row.output_token_ids}), device=logits.device)
+    if params.repetition_penalty != 1.0 and len(seen):
+        p, scores = params.repetition_penalty, logits[seen]
+        logits[seen] = torch.where(scores > 0, scores / p, scores * p)
+    if row.output_token_ids:
+        counts = Counter(row.output_token_ids)
+        drawn = torch.tensor(list(counts), device=logits.device)
+        times = torch.tensor(list(counts.values()), device=logits.device)
+        logits[drawn] -= params.frequency_penalty * times + params.presence_penalty
+
+
+def _draw(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
+    """Inverse transform sampling: the first token at which the cumulated probability exceeds a uniform
+    number."""
+    temperature, min_p, top_p = (
+        torch.tensor([getattr(row.params, name) for row in rows], device=logits.device)
+        for name in ("temperature", "min_p", "top_p")
+    )
+    top_k = torch.tensor([row.params.top_k for row in rows], device=logits.device)
+    uniform = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows])
+    result = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for members, probs, token_ids in truncate(logits / temperature[:, None], top_k, top_p, min_p):
+        cumulated = probs.double().cumsum(-1)
+        total = cumulated[:, -1:]
+        target = uniform.to(logits.device)[members, None] * total
+        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+        place = torch.searchsorted(cumulated, target, right=True)
+        result[members] = (place if token_ids is None else token_ids.gather(1, place))[:, 0]
+    return [int(token_id) for token_id in result.tolist()]
+
+
+def _logprobs(logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> list[TokenLogprobs | None]:
+    result: list[TokenLogprobs | None] = [None] * len(rows)
+    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not wanted:
+        return result
+    logprobs = logits[wanted].log_softmax(-1)
+    chosen = torch.tensor([token_ids[i] for i in wanted], device=logits.device)[:, None]
+    values = logprobs.gather(1, chosen)
+    ranks = ((logprobs > values).sum(-1) + 1).tolist()
+    num_top = max(rows[i].params.logprobs or 0 for i in wanted)
+    top_values, top_ids = likeliest(logprobs, num_top)
+    tops = zip(top_ids.tolist(), top_values.tolist())
+    for i, value, rank, (ids, alternatives) in zip(wanted, values[:, 0].tolist(), ranks, tops):
+        top = list(zip(ids, alternatives))[: rows[i].params.logprobs]
+        result[i] = TokenLogprobs(token_ids[i], value, rank, top)
+    return result

@@ -1,0 +1,116 @@
+"""Tiny random checkpoints of every family, written by transformers, and steps through the decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from toppings.model.decoder import Decoder, LoraContext
+from toppings.ops.attention import AttentionMetadata, KVCache
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied-biases": (
+        "Llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-no-grouping": ("Llama", {"num_key_value_heads": 4, "head_dim": 24}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "llama-dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 9}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+PAGE_SIZE = 16
+PAGES = [2, 5, 1, 7]
+"""The cache pages of the one sequence that `run` computes: not in order."""
+
+
+def build(variant: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A transformers model whose logits are far from uniform."""
+    family, changes = VARIANTS[variant]
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        else:
+            parameter.data.normal_(0, 0.15)
+    return model.to(dtype)
+
+
+def save(model: Any, path: Path, **options: Any) -> Path:
+    model.save_pretrained(path, **options)
+    return path
+
+
+def new_cache(decoder: Decoder, num_pages: int = 8) -> KVCache:
+    config = decoder.config
+    return KVCache.allocate(
+        config.num_layers,
+        num_pages,
+        PAGE_SIZE,
+        config.num_kv_heads,
+        config.head_dim,
+        decoder.dtype,
+        "cpu",
+    )
+
+
+def run(
+    decoder: Decoder, ids: list[int], cuts: list[int] | None = None, lora: LoraContext | None = None
+) -> Tensor:
+    """Logits of every position, the sequence computed in pieces that end at `cuts` (default: whole)."""
+    cache, parts, start = new_cache(decoder), [], 0
+    for stop in cuts or [len(ids)]:
+        positions = torch.arange(start, stop)
+        slots = torch.tensor(PAGES)[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        is_decode = stop - start == 1 and start > 0
+        tables = torch.tensor([PAGES], dtype=torch.int32)
+        meta = AttentionMetadata(int(is_decode), [0, stop - start], [stop], tables, slots, PAGE_SIZE)
+        rows = torch.arange(stop - start)
+        parts.append(decoder.forward(torch.tensor(ids[start:stop]), positions, cache, meta, rows, lora))
+        start = stop
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, ids: list[int]) -> Tensor:
+    logits: Tensor = model(torch.tensor([ids])).logits[0].float()
+    return logits

@@ -1,0 +1,23 @@
+from typing import cast
+
+import pytest
+import torch
+
+from toppings.ops import dispatch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    torch.manual_seed(0)
+    return cast("torch.dtype", request.param)
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways an operation can run: with the numba kernels and without."""
+    if request.param == "kernel" and not dispatch.HAS_NUMBA:
+        pytest.skip(dispatch.NUMBA_REASON)
+    monkeypatch.setattr(dispatch, "USE_NUMBA", request.param == "kernel")
+    return cast("str", request.param)

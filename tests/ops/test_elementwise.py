@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from tests.tolerances import assert_close
+from toppings.ops.activation import silu_mul, silu_mul_reference
+from toppings.ops.norm import add_rms_norm_, rms_norm, rms_norm_reference
+from toppings.ops.rope import (
+    HeadNorm,
+    Rope,
+    rotate_and_store_,
+    rotate_and_store_reference_,
+    rotate_reference,
+)
+
+NUM_ROWS = (1, 3, 133)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_rms_norm_agrees_with_its_reference(dtype: torch.dtype, num_rows: int) -> None:
+    x, weight = torch.randn(num_rows, 72).to(dtype), torch.rand(72).to(dtype)
+    assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+
+
+@pytest.mark.usefixtures("form")
+def test_add_rms_norm_adds_to_the_residual_then_normalises_it(dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(5, 72).to(dtype), torch.randn(5, 72).to(dtype), torch.rand(72).to(dtype)
+    total = residual + x
+    assert_close(add_rms_norm_(x, residual, weight, 1e-5), rms_norm_reference(total, weight, 1e-5))
+    assert torch.equal(residual, total)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_silu_mul_agrees_with_its_reference(dtype: torch.dtype, num_rows: int) -> None:
+    gate_up = (torch.randn(num_rows, 2 * 50) * 5).to(dtype)
+    assert_close(silu_mul(gate_up), silu_mul_reference(gate_up))
+
+
+@pytest.mark.usefixtures("form")
+def test_silu_mul_is_right_where_the_exponential_saturates() -> None:
+    gate = torch.tensor([[-200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0]])
+    gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
+    assert_close(silu_mul(gate_up), silu_mul_reference(gate_up))
+
+
+@pytest.mark.usefixtures("form")
+def test_not_a_number_is_not_hidden(dtype: torch.dtype) -> None:
+    gate_up = torch.ones(1, 8, dtype=dtype)
+    gate_up[0, 4] = torch.nan
+    assert silu_mul(gate_up).isnan().tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_rotate_and_store_agrees_with_its_reference(
+    dtype: torch.dtype, num_rows: int, has_norm: bool
+) -> None:
+    num_heads, num_kv_heads, head_dim = 6, 2, 24
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    caches = [torch.zeros(150, num_kv_heads, head_dim, dtype=dtype) for _ in range(4)]
+    norm = (
+        HeadNorm(torch.rand(head_dim).to(dtype), torch.rand(head_dim).to(dtype), 1e-6) if has_norm else None
+    )
+    slots = torch.randperm(150)[:num_rows]
+    cos, sin = Rope(torch.rand(head_dim // 2), 1.5).cos_sin(torch.arange(num_rows))
+    expected = qkv.clone()
+    rotate_and_store_reference_(expected, cos, sin, caches[0], caches[1], slots, norm)
+    rotate_and_store_(qkv, cos, sin, caches[2], caches[3], slots, norm)
+    # The reference rounds between norm and rotation, as transformers does: one more unit in the last place.
+    assert_close(qkv, expected, scale=2)
+    assert_close(caches[2], caches[0], scale=2)
+    assert torch.equal(caches[3], caches[1])
+
+
+def test_rotation_keeps_the_product_of_query_and_key_a_function_of_their_distance() -> None:
+    rope = Rope(torch.tensor([1.0, 0.1, 0.01]))
+    q, k = torch.randn(2, 1, 1, 6)
+
+    def product(at: int, to: int) -> float:
+        turned = (rotate_reference(x, *rope.cos_sin(torch.tensor([p]))) for x, p in ((q, at), (k, to)))
+        first, second = turned
+        return (first * second).sum().item()
+
+    assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
