@@ -1,0 +1,168 @@
+"""Adapters on the device: one flat arena, each block as long as its ranks need, and a table of offsets.
+
+Does not know adapters' names, uses or worth, and copies no weights in: see manager.py and loader.py.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
+from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout, LayerLayout
+from toppings.core import MODULES
+
+
+@dataclass(slots=True)
+class _Placement:
+    layout: AdapterLayout
+    offsets: list[int]  # per layer, in elements; -1 for an empty block
+    is_loading: bool = True
+
+
+class DevicePool:
+    """Slots of adapters in `arena`, a 1-D tensor of the model's dtype that is allocated once.
+
+    `table` is int64 `[num_slots, num_layers, 7, 3]` on the device: (A offset, B offset, rank) of each module,
+    in elements of `arena`; rank 0 where not targeted or no adapter. `table_cpu` is the same in host memory
+    (on the CPU device: the same memory). Both change only in `try_place` and `free`, between forwards.
+
+    Not thread-safe: called from the engine's loop alone.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        capacity_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        num_slots: int = 1024,
+    ) -> None:
+        if capacity_bytes < BLOCK_ALIGNMENT_BYTES:
+            raise ValueError(
+                f"device pool of {capacity_bytes} bytes; it must have at least {BLOCK_ALIGNMENT_BYTES}"
+            )
+        self._alignment = BLOCK_ALIGNMENT_BYTES // dtype.itemsize
+        capacity = capacity_bytes // BLOCK_ALIGNMENT_BYTES * self._alignment
+        self.num_layers = num_layers
+        self.num_slots = num_slots
+        self.arena = torch.empty(capacity, dtype=dtype, device=device)
+        self._table_host = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int64)
+        self.table = self._table_host.to(device)
+        self.table_cpu: npt.NDArray[np.int64] = self._table_host.numpy()
+        self._allocator = RangeAllocator(capacity)
+        self._placements: dict[int, _Placement] = {}
+        self._free_slots = list(range(num_slots))[::-1]
+        self.num_compactions = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._allocator.capacity * self.arena.itemsize
+
+    @property
+    def free_bytes(self) -> int:
+        return self._allocator.num_free * self.arena.itemsize
+
+    @property
+    def used_bytes(self) -> int:
+        return self.capacity_bytes - self.free_bytes
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def try_place(self, layout: AdapterLayout) -> int | None:
+        """A slot with room for every block of `layout`, its contents undefined and its load yet to come.
+
+        None where no slot or too little room is free, or where blocks under load keep it in fragments: then
+        it works once they have landed. Moves blocks (compaction) where only fragments are free.
+        """
+        assert layout.num_layers == self.num_layers
+        sizes = [layer.numel for layer in layout.layers]
+        if not self._free_slots or sum(sizes) > self._allocator.num_free:
+            return None
+        offsets = self._allocator.try_allocate_all(sizes)
+        if offsets is None:
+            self._compact(sum(sizes))
+            offsets = self._allocator.try_allocate_all(sizes)
+        if offsets is None:
+            return None
+        slot = self._free_slots.pop()
+        self._placements[slot] = _Placement(layout, offsets)
+        self._write_table(slot)
+        return slot
+
+    def mark_loaded(self, slot: int) -> None:
+        """The slot's copies have landed: its blocks may move from now on."""
+        self._placements[slot].is_loading = False
+
+    def free(self, slot: int) -> None:
+        placement = self._placements.pop(slot)
+        self._allocator.free_all(placement.offsets, [layer.numel for layer in placement.layout.layers])
+        self._free_slots.append(slot)
+        self._write_table(slot)
+
+    def layer_offset(self, slot: int, layer: int) -> int:
+        """Where the block of a layer starts, in elements of `arena`; stays true while the slot is loading."""
+        return self._placements[slot].offsets[layer]
+
+    def _ranges(self) -> list[tuple[int, int, int, int]]:
+        """(offset, size, slot, layer) of every block, by offset."""
+        return sorted(
+            (offset, layout.numel, slot, layer)
+            for slot, placement in self._placements.items()
+            for layer, (offset, layout) in enumerate(zip(placement.offsets, placement.layout.layers))
+            if layout.numel
+        )
+
+    def _compact(self, needed: int) -> None:
+        ranges = self._ranges()
+        blocks = [
+            Block(offset, size, not self._placements[slot].is_loading) for offset, size, slot, _ in ranges
+        ]
+        targets = plan_compaction(blocks, needed)
+        moved_slots = set()
+        for (offset, size, slot, layer), target in zip(ranges, targets):
+            if target != offset:
+                # The ranges may overlap, hence the copy in between: one block of scratch memory.
+                self.arena[target : target + size] = self.arena[offset : offset + size].clone()
+                self._placements[slot].offsets[layer] = target
+                moved_slots.add(slot)
+        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks)])
+        for slot in moved_slots:
+            self._write_table(slot)
+        self.num_compactions += bool(moved_slots)
+
+    def _write_table(self, slot: int) -> None:
+        self.table_cpu[slot] = 0
+        placement = self._placements.get(slot)
+        if placement is not None:
+            for layer, layout in enumerate(placement.layout.layers):
+                self.table_cpu[slot, layer] = _table_rows(layout, placement.offsets[layer])
+        if self.table.device.type != "cpu":
+            # In the order of the compute stream: kernels that are already queued still see the old row.
+            self.table[slot].copy_(self._table_host[slot])
+
+    def check_integrity(self) -> None:
+        """Blocks and free ranges tile the arena, and the table says what the placements say."""
+        self._allocator.check_integrity([(offset, size) for offset, size, _, _ in self._ranges()])
+        assert sorted([*self._free_slots, *self._placements]) == list(range(self.num_slots))
+        assert torch.equal(self.table.cpu(), self._table_host)
+        for slot in range(self.num_slots):
+            placement = self._placements.get(slot)
+            if placement is None:
+                assert not self.table_cpu[slot].any(), f"slot {slot} is free but in the table"
+                continue
+            for layer, layout in enumerate(placement.layout.layers):
+                assert (self.table_cpu[slot, layer] == _table_rows(layout, placement.offsets[layer])).all()
+                assert placement.offsets[layer] % self._alignment == 0 or not layout.numel
+
+
+def _table_rows(layout: LayerLayout, offset: int) -> npt.NDArray[np.int64]:
+    """`[7, 3]`: (A offset, B offset, rank) of a block that starts at `offset`, zeros where not targeted."""
+    rows = np.array([layout.a_offsets, layout.b_offsets, layout.ranks], dtype=np.int64).T
+    rows[:, :2] += offset
+    rows[rows[:, 2] == 0] = 0
+    return rows

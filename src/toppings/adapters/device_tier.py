@@ -1,0 +1,187 @@
+"""The adapters that have room on the device: their loads, who uses them, and who leaves for whom.
+
+place -> loading -> idle <-> in use
+                    idle -> evicted or dropped
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from toppings.adapters.device_pool import DevicePool
+from toppings.adapters.eviction import EvictionPolicy, least_valuable
+from toppings.adapters.host_entry import HostEntry
+from toppings.adapters.host_store import HostStore
+from toppings.adapters.layout import AdapterLayout
+from toppings.adapters.loader import Loader, LoadHandle, LoadOrder
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """An adapter with its room on the device. `entry` is pinned on the host while the load copies from it."""
+
+    adapter_id: int
+    slot: int
+    load: LoadHandle
+    entry: HostEntry
+    tier: str  # where it came from, "host" or "disk"
+    num_running: int = 0
+    is_loading: bool = True
+    is_pinned: bool = False
+    is_fresh: bool = True  # no request has used it yet
+
+    @property
+    def num_bytes(self) -> int:
+        return self.load.num_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        """It may be evicted."""
+        return not (self.num_running or self.is_loading or self.is_pinned)
+
+
+class DeviceTier:
+    """Called by the engine's loop only; `poll` takes note of what happened meanwhile."""
+
+    def __init__(self, pool: DevicePool, host: HostStore, loader: Loader, policy: EvictionPolicy) -> None:
+        self.pool = pool
+        self.residents: dict[int, Resident] = {}
+        self.counters = dict.fromkeys(
+            ("device_evictions", "adapter_loads", "adapter_load_bytes", "load_errors"), 0
+        )
+        self._host = host
+        self._loader = loader
+        self._policy = policy
+        self._loading: dict[int, Resident] = {}
+        self._idle: dict[int, Resident] = {}
+
+    @property
+    def is_loading(self) -> bool:
+        return bool(self._loading)
+
+    def place(self, entry: HostEntry, order: Callable[[AdapterLayout], LoadOrder]) -> Resident | None:
+        """Begins the load of `entry`, evicting idle adapters if that makes room; None where it does not."""
+        tier = "host" if entry.was_fetched else "disk"
+        slot = self._find_room(entry.layout)
+        if slot is None:
+            return None
+        if not self._host.try_pin(entry):
+            self.pool.free(slot)
+            return None
+        item_bytes = self.pool.arena.itemsize
+        layers = range(self.pool.num_layers)
+        offsets_bytes = [self.pool.layer_offset(slot, layer) * item_bytes for layer in layers]
+        load = self._loader.start(entry, offsets_bytes, order(entry.layout))
+        resident = Resident(entry.adapter_id, slot, load, entry, tier)
+        self.residents[entry.adapter_id] = self._loading[entry.adapter_id] = resident
+        self._policy.touch(entry.adapter_id, resident.num_bytes)
+        self.counters["adapter_loads"] += 1
+        self.counters["adapter_load_bytes"] += resident.num_bytes
+        return resident
+
+    def _find_room(self, layout: AdapterLayout) -> int | None:
+        """A slot of the pool; where idle adapters' room would not suffice, none of them is evicted."""
+        victims = self._choose([], layout.num_bytes)
+        if victims is None:
+            victims = self._choose(least_valuable(self._policy, self._idle), layout.num_bytes)
+        if victims is None:
+            return None
+        for victim in victims:
+            self.drop(self.residents[victim], was_evicted=True)
+        return self.pool.try_place(layout)
+
+    def _choose(
+        self, candidates: list[int], needed: int, *, leaving: int = 0, slots: int = 0
+    ) -> list[int] | None:
+        """As many of `candidates`, first to last, as make room; None where all do not.
+
+        `leaving` and `slots`: bytes and slots that will be free anyway.
+        """
+        room, num_slots = self.pool.free_bytes + leaving, self.pool.num_free_slots + slots
+        for i, candidate in enumerate(candidates):
+            if room >= needed and num_slots > 0:
+                return candidates[:i]
+            room += self.residents[candidate].num_bytes
+            num_slots += 1
+        return candidates if room >= needed and num_slots > 0 else None
+
+    def victims_for(self, needed: int) -> list[int]:
+        """Adapters in use, least valuable first, no more than needed, whose end would make room.
+
+        Empty where idle adapters and loads under way will leave enough.
+        """
+        movable = [r for r in self.residents.values() if not r.is_pinned]
+        leaving = [r.num_bytes for r in movable if not r.num_running]
+        in_use = least_valuable(self._policy, (r.adapter_id for r in movable if r.num_running))
+        victims = self._choose(in_use, needed, leaving=sum(leaving), slots=len(leaving))
+        return in_use if victims is None else victims
+
+    def acquire(self, resident: Resident) -> None:
+        """One request more that uses it."""
+        resident.is_fresh = False
+        resident.num_running += 1
+        self._policy.touch(resident.adapter_id, resident.num_bytes)
+        self.update(resident)
+
+    def release(self, resident: Resident) -> None:
+        assert resident.num_running > 0
+        resident.num_running -= 1
+        self.update(resident)
+
+    def update(self, resident: Resident) -> None:
+        """To be called when who uses it or its pin has changed; a failed load leaves with its last user."""
+        if resident.load.error is not None and not resident.num_running:
+            self.drop(resident)
+        elif resident.is_idle:
+            self._idle[resident.adapter_id] = resident
+        else:
+            self._idle.pop(resident.adapter_id, None)
+
+    def poll(self) -> list[int]:
+        """Takes note of loads that landed or failed; the adapters of those that failed."""
+        failed = []
+        for resident in list(self._loading.values()):
+            has_failed = resident.load.error is not None
+            if not has_failed and not resident.load.done:
+                continue
+            self._end_load(resident)
+            if has_failed:
+                failed.append(resident.adapter_id)
+                self.counters["load_errors"] += 1
+            else:
+                self.pool.mark_loaded(resident.slot)
+            self.update(resident)
+        return failed
+
+    def _end_load(self, resident: Resident) -> None:
+        resident.is_loading = False
+        del self._loading[resident.adapter_id]
+        self._host.unpin(resident.entry)
+
+    def drop(self, resident: Resident, *, was_evicted: bool = False) -> None:
+        """Frees its room; nobody may use it, and a load under way is never cut off."""
+        assert not resident.num_running
+        if resident.is_loading:
+            assert resident.load.error is not None
+            self._end_load(resident)
+        del self.residents[resident.adapter_id]
+        self._idle.pop(resident.adapter_id, None)
+        self.pool.free(resident.slot)
+        self._policy.forget(resident.adapter_id, was_evicted=was_evicted)
+        self.counters["device_evictions"] += was_evicted
+
+    def wait_for_loads(self) -> None:
+        """Blocks until all loads have landed. Raises AdapterError where one fails."""
+        while self._loading:
+            next(iter(self._loading.values())).load.wait_all()
+            self.poll()
+
+    def check_integrity(self) -> None:
+        """Residents and pool tell the same story, and each resident is in the sets it belongs to."""
+        self.pool.check_integrity()
+        slots = [resident.slot for resident in self.residents.values()]
+        assert len(set(slots)) == len(slots) == self.pool.num_slots - self.pool.num_free_slots
+        assert sum(resident.num_bytes for resident in self.residents.values()) == self.pool.used_bytes
+        for adapter_id, resident in self.residents.items():
+            assert adapter_id == resident.adapter_id
+            assert (adapter_id in self._loading) == resident.is_loading
+            assert (adapter_id in self._idle) == (resident.is_idle and resident.load.error is None)

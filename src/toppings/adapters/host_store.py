@@ -1,0 +1,316 @@
+"""Adapters in host memory: a bounded arena, filled from disk by a thread, least valuable evicted.
+
+    request/prefetch -> queued -> reading -> ready -> evicted or removed
+                        (no room yet) (room taken; layers become ready one by one)
+
+An entry stays where it is while it is pinned (somebody copies or computes from it) or being read. One that
+was asked for lately and not fetched yet is not evicted for another, lest two that wait undo each other's
+reads. Only the reader thread takes room, evicts and moves; callers never wait for it.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
+from toppings.adapters.arena import HostArena
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.eviction import EvictionPolicy
+from toppings.adapters.host_entry import EntryState, HostEntry
+from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
+from toppings.adapters.packed import PackedAdapter, PackedFileError
+
+logger = logging.getLogger(__name__)
+
+EVICTION_BATCH_SHARE = 64
+"""A full store evicts up to 1/64 of its capacity at once."""
+RETRY_S = 0.05
+"""How often a read that found no room looks whether entries are still wanted."""
+
+
+class PackedSource(Protocol):
+    """Where packed adapters come from (the registry)."""
+
+    def open_packed(self, adapter_id: int) -> PackedAdapter: ...
+
+    def rebuild(self, adapter_id: int) -> None: ...
+
+
+class HostStore:
+    """At most `capacity_bytes` of adapters. `on_progress` is called by the reader thread after each layer."""
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        source: PackedSource,
+        policy: EvictionPolicy,
+        *,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        if capacity_bytes < BLOCK_ALIGNMENT_BYTES:
+            raise ValueError(
+                f"host store of {capacity_bytes} bytes; it must have at least {BLOCK_ALIGNMENT_BYTES}"
+            )
+        capacity = capacity_bytes // BLOCK_ALIGNMENT_BYTES * BLOCK_ALIGNMENT_BYTES
+        self.arena = HostArena(capacity)
+        self._source = source
+        self._policy = policy
+        self._on_progress = on_progress
+        self._allocator = RangeAllocator(capacity)
+        self._entries: dict[int, HostEntry] = {}
+        self._queue: deque[HostEntry] = deque()
+        self._wake = threading.Condition()  # reentrant; guards all of the above
+        self._is_closed = False
+        self.counters = {"host_evictions": 0, "adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
+        self._thread = threading.Thread(target=self._run, name="adapter-reader", daemon=True)
+        self._thread.start()
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.arena.size_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.capacity_bytes - self._allocator.num_free
+
+    # --- for callers: none of these waits for the reader ---
+
+    def find(self, adapter_id: int) -> HostEntry | None:
+        return self._entries.get(adapter_id)
+
+    def ready_ids(self) -> list[int]:
+        """Adapters that are wholly in host memory."""
+        with self._wake:
+            return [e.adapter_id for e in self._entries.values() if e.state in _RESIDENT]
+
+    def prefetch(self, adapter_id: int) -> None:
+        """Queues a read if the adapter is not here, also where its last one failed."""
+        with self._wake:
+            entry = self._entries.get(adapter_id)
+            if entry is not None and entry.error is not None:
+                del self._entries[adapter_id]
+            self.request(adapter_id)
+
+    def request(self, adapter_id: int) -> HostEntry:
+        """The adapter's entry, whose read is queued if there was none; it is kept for `WANTED_S` from now.
+
+        Raises AdapterError where its last read failed; the request after that tries again.
+        """
+        with self._wake:
+            entry = self._entries.get(adapter_id)
+            if entry is None:
+                entry = self._entries[adapter_id] = HostEntry(adapter_id, self.arena)
+                self._queue.append(entry)
+                self._wake.notify_all()
+            entry.wanted_at = time.perf_counter()
+            if entry.error is not None:
+                del self._entries[adapter_id]
+                raise entry.error
+            return entry
+
+    def try_pin(self, entry: HostEntry) -> bool:
+        """Keeps the entry in its place until `unpin`; False where it has none just now."""
+        with self._wake:
+            if not entry.has_room or self._entries.get(entry.adapter_id) is not entry:
+                return False
+            entry.num_pins += 1
+            entry.was_fetched = True
+            if entry.is_ready:
+                self._policy.touch(entry.adapter_id, entry.layout.num_bytes)
+            return True
+
+    def unpin(self, entry: HostEntry) -> None:
+        with self._wake:
+            assert entry.num_pins > 0
+            entry.num_pins -= 1
+            self._wake.notify_all()
+
+    def try_remove(self, adapter_id: int) -> bool:
+        """True once the adapter is gone; False while it is used, read or moved: ask again."""
+        with self._wake:
+            entry = self._entries.get(adapter_id)
+            if entry is None:
+                return True
+            if entry.state in (EntryState.QUEUED, EntryState.FAILED):
+                del self._entries[adapter_id]
+                return True
+            if not entry.is_idle:
+                return False
+            self._free(entry, was_evicted=False)
+            return True
+
+    def close(self) -> None:
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify_all()
+        self._thread.join()
+        self.arena.close()
+
+    def check_integrity(self) -> None:
+        """Entries and free ranges tile the arena, and the states agree with the room taken."""
+        with self._wake:
+            placed = [e for e in self._entries.values() if e.state in _PLACED]
+            ranges = [(o, s) for e in placed for o, s in zip(e.offsets, e.sizes()) if s]
+            self._allocator.check_integrity(ranges)
+            queued = [e for e in self._entries.values() if e.state is EntryState.QUEUED]
+            assert all(e.num_pins == 0 for e in queued)
+
+    # --- the reader thread ---
+
+    def _run(self) -> None:
+        while (entry := self._next()) is not None:
+            try:
+                self._read(entry)
+            except Exception as error:
+                self._fail(entry, error)
+            self._on_progress()
+
+    def _next(self) -> HostEntry | None:
+        """The next entry to read, or None when the store is closed."""
+        with self._wake:
+            while True:
+                self._wake.wait_for(lambda: self._is_closed or bool(self._queue))
+                if self._is_closed:
+                    return None
+                entry = self._queue.popleft()
+                if self._entries.get(entry.adapter_id) is entry:
+                    return entry
+
+    def _read(self, entry: HostEntry) -> None:
+        started_at = time.perf_counter()
+        packed = self._source.open_packed(entry.adapter_id)
+        try:
+            waited_at = time.perf_counter()
+            if not self._make_room(entry, packed.layout):
+                return
+            started_at += time.perf_counter() - waited_at  # waiting for room is not reading
+            for layer in range(packed.layout.num_layers):
+                packed = self._read_layer(entry, packed, layer)
+                if self._is_closed:
+                    return
+                entry.num_layers_ready = layer + 1
+                self._on_progress()
+        finally:
+            packed.close()
+        self._finish(entry, (time.perf_counter() - started_at) * 1e3)
+
+    def _read_layer(self, entry: HostEntry, packed: PackedAdapter, layer: int) -> PackedAdapter:
+        """Reads one layer; a damaged file is made again, with the same content, and read on from there."""
+        try:
+            packed.read_layer(layer, entry.layer_view(layer))
+        except PackedFileError as error:
+            logger.warning("%s; making it again", error)
+            self._source.rebuild(entry.adapter_id)
+            packed.close()
+            packed = self._source.open_packed(entry.adapter_id)
+            packed.read_layer(layer, entry.layer_view(layer))
+        return packed
+
+    def _finish(self, entry: HostEntry, read_ms: float) -> None:
+        with self._wake:
+            entry.read_ms = read_ms
+            entry.ready_at = time.perf_counter()
+            entry.state = EntryState.READY
+            self._policy.touch(entry.adapter_id, entry.layout.num_bytes)
+            self.counters["adapter_reads"] += 1
+            self.counters["adapter_read_bytes"] += entry.layout.num_bytes
+
+    def _fail(self, entry: HostEntry, error: Exception) -> None:
+        is_expected = isinstance(error, AdapterError)
+        logger.warning("adapter %s cannot be read: %s", entry.adapter_id, error, exc_info=not is_expected)
+        with self._wake:
+            if entry.state is EntryState.READING:
+                self._allocator.free_all(entry.offsets, entry.sizes())
+            entry.state = EntryState.FAILED
+            entry.error = error if isinstance(error, AdapterError) else AdapterError(f"read failed: {error}")
+            self.counters["read_errors"] += 1
+
+    def _make_room(self, entry: HostEntry, layout: AdapterLayout) -> bool:
+        """Places the entry, waiting until enough others may leave; False where nobody wants it any more."""
+        if layout.num_bytes > self.capacity_bytes:
+            raise AdapterError(
+                f"adapter {entry.adapter_id} takes {layout.num_bytes} bytes; the host store has "
+                f"{self.capacity_bytes} (host_store_bytes)"
+            )
+        sizes = [layout.layer_bytes(layer) for layer in range(layout.num_layers)]
+        while True:
+            with self._wake:
+                if self._is_closed or self._entries.get(entry.adapter_id) is not entry:
+                    return False
+                if self._try_place(entry, layout, sizes):
+                    return True
+                moves = self._plan_moves(layout.num_bytes)
+                if not moves and not entry.is_wanted:
+                    del self._entries[entry.adapter_id]
+                    return False
+                if not moves:
+                    self._wake.wait(RETRY_S)
+            self._move(moves)
+
+    def _try_place(self, entry: HostEntry, layout: AdapterLayout, sizes: list[int]) -> bool:
+        if self._allocator.num_free < layout.num_bytes and not self._evict_for(layout.num_bytes):
+            return False
+        offsets = self._allocator.try_allocate_all(sizes)
+        if offsets is not None:
+            entry.place(layout, offsets)
+        return offsets is not None
+
+    def _evict_for(self, needed: int) -> bool:
+        """Frees `needed` bytes, and a few more, so that thousands of small entries are not ranked often."""
+        victims = [e for e in self._entries.values() if e.is_idle and not e.is_wanted]
+        if self._allocator.num_free + sum(v.layout.num_bytes for v in victims) < needed:
+            return False
+        victims.sort(key=lambda e: self._policy.worth(e.adapter_id), reverse=True)
+        self._free(victims.pop(), was_evicted=True)
+        while self._allocator.num_free < needed:
+            self._free(victims.pop(), was_evicted=True)
+        spare = max(needed, self.capacity_bytes // EVICTION_BATCH_SHARE)
+        while victims and self._allocator.num_free + victims[-1].layout.num_bytes <= spare:
+            self._free(victims.pop(), was_evicted=True)
+        return True
+
+    def _free(self, entry: HostEntry, *, was_evicted: bool) -> None:
+        assert entry.is_idle
+        self._allocator.free_all(entry.offsets, entry.sizes())
+        self._policy.forget(entry.adapter_id, was_evicted=was_evicted)
+        self.counters["host_evictions"] += was_evicted
+        del self._entries[entry.adapter_id]
+
+    def _plan_moves(self, needed: int) -> list[tuple[HostEntry, int, int]]:
+        """(entry, layer, new offset) that open a hole of `needed` bytes; the entries are marked as moving."""
+        if self._allocator.num_free < needed:
+            return []
+        ranges = sorted(
+            (offset, size, entry.adapter_id, layer)
+            for entry in self._entries.values()
+            if entry.state in _PLACED
+            for layer, (offset, size) in enumerate(zip(entry.offsets, entry.sizes()))
+            if size
+        )
+        blocks = [Block(offset, size, self._entries[owner].is_idle) for offset, size, owner, _ in ranges]
+        targets = plan_compaction(blocks, needed)
+        moves = [
+            (self._entries[owner], layer, target)
+            for (offset, _, owner, layer), target in zip(ranges, targets)
+            if target != offset
+        ]
+        for entry, _, _ in moves:
+            entry.state = EntryState.MOVING
+        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks)])
+        return moves
+
+    def _move(self, moves: list[tuple[HostEntry, int, int]]) -> None:
+        """Without the lock, since it may take long: nobody else touches entries that are moving."""
+        for entry, layer, target in moves:
+            self.arena.move(entry.offsets[layer], target, entry.layout.layer_bytes(layer))
+            entry.offsets[layer] = target
+        with self._wake:
+            for entry, _, _ in moves:
+                entry.state = EntryState.READY
+
+
+_PLACED = (EntryState.READING, EntryState.READY, EntryState.MOVING)
+_RESIDENT = (EntryState.READY, EntryState.MOVING)

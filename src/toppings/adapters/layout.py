@@ -1,0 +1,113 @@
+"""Where an adapter's weights lie: one contiguous block per layer, the same on disk, host and device.
+
+A block is `[A_q A_k A_v A_o A_gate A_up A_down | B_q B_k B_v B_o B_gate B_up B_down]`, targeted modules only.
+A is `[r, in]`; B is stored transposed, `[r, out]`, with the adapter's scale folded in. So the A's of a
+projection group are consecutive rows, and each half of a block is one copy.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+from toppings.core import MODULES
+
+BLOCK_ALIGNMENT_BYTES = 64
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class BaseShapes:
+    """What an adapter must match: the base model's layers and, per `MODULES` index, its (in, out) sizes."""
+
+    num_layers: int
+    sizes: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        assert self.num_layers >= 1
+        assert len(self.sizes) == len(MODULES)
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One layer's block, in elements. `ranks` is 0 and both offsets are -1 where a module is not targeted."""
+
+    ranks: tuple[int, ...]
+    a_offsets: tuple[int, ...]
+    b_offsets: tuple[int, ...]
+    numel: int  # padded, so that the next block is aligned
+    numel_a: int  # the B half starts here
+
+
+@lru_cache(maxsize=4096)
+def layer_layout(ranks: tuple[int, ...], sizes: tuple[tuple[int, int], ...], item_bytes: int) -> LayerLayout:
+    """The block of one layer whose modules have these ranks (7 of them, in `MODULES` order)."""
+    starts_a = [0, *accumulate(r * size[0] for r, size in zip(ranks, sizes))]
+    starts_b = [0, *accumulate(r * size[1] for r, size in zip(ranks, sizes))]
+    numel_a = starts_a[-1]
+    alignment = BLOCK_ALIGNMENT_BYTES // item_bytes
+    return LayerLayout(
+        ranks=ranks,
+        a_offsets=tuple(start if r else -1 for r, start in zip(ranks, starts_a)),
+        b_offsets=tuple(numel_a + start if r else -1 for r, start in zip(ranks, starts_b)),
+        numel=-(-(numel_a + starts_b[-1]) // alignment) * alignment,
+        numel_a=numel_a,
+    )
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """All blocks of one adapter; offsets in bytes count from the first block."""
+
+    dtype: str
+    shapes: BaseShapes
+    layers: tuple[LayerLayout, ...]
+
+    @classmethod
+    def build(cls, ranks: Sequence[Sequence[int]], shapes: BaseShapes, dtype: str) -> "AdapterLayout":
+        """`ranks`: per layer and `MODULES` index, 0 where not targeted."""
+        assert len(ranks) == shapes.num_layers
+        item_bytes = DTYPE_BYTES[dtype]
+        return cls(dtype, shapes, tuple(layer_layout(tuple(r), shapes.sizes, item_bytes) for r in ranks))
+
+    @cached_property
+    def max_rank(self) -> int:
+        return max(max(layer.ranks) for layer in self.layers)
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the modules that are targeted in at least one layer."""
+        return tuple(name for m, name in enumerate(MODULES) if any(layer.ranks[m] for layer in self.layers))
+
+    @property
+    def item_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def _offsets_bytes(self) -> tuple[int, ...]:
+        return (0, *accumulate(layer.numel * self.item_bytes for layer in self.layers))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._offsets_bytes[-1]
+
+    def layer_bytes(self, layer: int) -> int:
+        return self.layers[layer].numel * self.item_bytes
+
+    def layer_offset_bytes(self, layer: int) -> int:
+        return self._offsets_bytes[layer]
+
+    def to_json(self) -> str:
+        ranks = [layer.ranks for layer in self.layers]
+        return json.dumps({"dtype": self.dtype, "sizes": self.shapes.sizes, "ranks": ranks})
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterLayout":
+        fields = json.loads(text)
+        sizes = tuple((size[0], size[1]) for size in fields["sizes"])
+        return cls.build(fields["ranks"], BaseShapes(len(fields["ranks"]), sizes), fields["dtype"])

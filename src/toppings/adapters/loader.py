@@ -1,0 +1,241 @@
+"""Copies adapters from host memory to the device pool, layer by layer, in the background.
+
+A handle says what has landed. One thread serves all loads: the link is one, and what came first is first,
+except that a load whose layer is still being read from disk lets those behind it pass.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.layout import AdapterLayout
+from toppings.adapters.link import EmulatedLink
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class LoadOrder(Enum):
+    """In what order the halves of an adapter's blocks travel."""
+
+    BY_LAYER = "by layer"  # each layer's A and B in one copy
+    B_FIRST = "B first"  # all layers' B, then all layers' A: for a shrink that is computed elsewhere
+
+
+class LoadSource(Protocol):
+    """An adapter in host memory, perhaps still being read (a `HostEntry`)."""
+
+    adapter_id: int
+    num_layers_ready: int
+    error: AdapterError | None
+
+    @property
+    def layout(self) -> AdapterLayout: ...
+
+    def layer_view(self, layer: int) -> Bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStep:
+    """One copy: bytes `[start, stop)` of a layer's block, after which its A, its B or both have landed."""
+
+    layer: int
+    start: int
+    stop: int
+    halves: str  # "A", "B" or "AB"
+
+
+class LoadHandle:
+    """How far one load is. `started_at` and `landed_at` (None: under way) are of `time.perf_counter`."""
+
+    def __init__(self, source: LoadSource, order: LoadOrder) -> None:
+        self.adapter_id = source.adapter_id
+        self.num_layers = source.layout.num_layers
+        self.num_bytes = source.layout.num_bytes
+        self.error: AdapterError | None = None
+        self.started_at = time.perf_counter()
+        self.landed_at: list[float | None] = [None] * self.num_layers
+        self.steps = plan_steps(source.layout, order)
+        self._num_steps_done = 0
+        self._copy_time = 0.0
+        self._missing = {"A": set(range(self.num_layers)), "B": set(range(self.num_layers))}
+        self._changed = threading.Condition()
+
+    def layer_ready(self, layer: int) -> bool:
+        """The layer's whole block is on the device; never blocks."""
+        return layer not in self._missing["A"] and layer not in self._missing["B"]
+
+    def b_ready(self, layer: int) -> bool:
+        """The layer's B half is on the device; never blocks."""
+        return layer not in self._missing["B"]
+
+    @property
+    def num_layers_ready(self) -> int:
+        return sum(self.layer_ready(layer) for layer in range(self.num_layers))
+
+    @property
+    def done(self) -> bool:
+        return self._num_steps_done == len(self.steps)
+
+    @property
+    def copy_ms(self) -> float:
+        """Time the copies themselves took so far, without waiting for the disk or for other loads."""
+        return self._copy_time * 1e3
+
+    def wait(self, layer: int) -> None:
+        """Returns when work that starts now finds the layer there. Raises AdapterError if it never comes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.error is not None or self.layer_ready(layer))
+        if not self.layer_ready(layer):
+            assert self.error is not None
+            raise self.error
+
+    def wait_all(self) -> None:
+        """`wait` for every layer."""
+        for layer in range(self.num_layers):
+            self.wait(layer)
+
+    def next_step(self) -> LoadStep:
+        return self.steps[self._num_steps_done]
+
+    def _finish_step(self, copy_time: float) -> None:
+        step = self.next_step()
+        with self._changed:
+            self._copy_time += copy_time
+            for half in step.halves:
+                self._missing[half].discard(step.layer)
+            if all(step.layer not in missing for missing in self._missing.values()):
+                self.landed_at[step.layer] = time.perf_counter()
+            self._num_steps_done += 1
+            self._changed.notify_all()
+
+    def _fail(self, error: AdapterError) -> None:
+        with self._changed:
+            self.error = error
+            self._changed.notify_all()
+
+
+def plan_steps(layout: AdapterLayout, order: LoadOrder) -> list[LoadStep]:
+    """The copies of a load, in order; every layer appears, with an empty copy where nothing is targeted."""
+    layers = range(layout.num_layers)
+    ends = [layout.layer_bytes(layer) for layer in layers]
+    if order is LoadOrder.BY_LAYER:
+        return [LoadStep(layer, 0, ends[layer], "AB") for layer in layers]
+    middles = [layer.numel_a * layout.item_bytes for layer in layout.layers]
+    return [LoadStep(layer, middles[layer], ends[layer], "B") for layer in layers] + [
+        LoadStep(layer, 0, middles[layer], "A") for layer in layers
+    ]
+
+
+@dataclass(slots=True)
+class LoadJob:
+    source: LoadSource
+    offsets_bytes: list[int]  # of each layer's block in the arena
+    handle: LoadHandle
+
+    @property
+    def can_proceed(self) -> bool:
+        return self.source.error is not None or self.source.num_layers_ready > self.handle.next_step().layer
+
+
+class Loader:
+    """The thread and its queue; a subclass says how bytes travel."""
+
+    def __init__(self) -> None:
+        self._jobs: list[LoadJob] = []
+        self._wake = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    def start(
+        self, source: LoadSource, offsets_bytes: list[int], order: LoadOrder = LoadOrder.BY_LAYER
+    ) -> LoadHandle:
+        """Begins to copy `source` to the arena, whose blocks must stay where they are until it is done."""
+        handle = self._make_handle(source, order)
+        with self._wake:
+            assert not self._is_closed
+            self._jobs.append(LoadJob(source, offsets_bytes, handle))
+            self._wake.notify()
+        return handle
+
+    def notify(self) -> None:
+        """A source has more layers, or has failed."""
+        with self._wake:
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Ends the thread; loads under way fail."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _make_handle(self, source: LoadSource, order: LoadOrder) -> LoadHandle:
+        return LoadHandle(source, order)
+
+    def _copy(self, job: LoadJob, step: LoadStep) -> None:
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._is_closed or self._next_job() is not None)
+                job = self._next_job()
+                if self._is_closed:
+                    break
+            assert job is not None
+            self._advance(job)
+        for job in self._jobs:
+            job.handle._fail(AdapterError(f"adapter {job.handle.adapter_id}: the loader was closed"))
+
+    def _next_job(self) -> LoadJob | None:
+        return next((job for job in self._jobs if job.can_proceed), None)
+
+    def _advance(self, job: LoadJob) -> None:
+        """Does the job's next copy and takes it off the queue after the last one."""
+        handle = job.handle
+        try:
+            if job.source.error is not None:
+                raise job.source.error
+            started_at = time.perf_counter()
+            self._copy(job, handle.next_step())
+            is_last = handle._num_steps_done + 1 == len(handle.steps)
+            if is_last:
+                self._drop(job)
+            handle._finish_step(time.perf_counter() - started_at)
+        except Exception as error:  # whatever it is, whoever waits for the layer must hear of it
+            self._drop(job)
+            handle._fail(error if isinstance(error, AdapterError) else AdapterError(f"load failed: {error}"))
+
+    def _drop(self, job: LoadJob) -> None:
+        with self._wake:
+            self._jobs.remove(job)
+
+
+class CpuLoader(Loader):
+    """Copies within host memory; numpy's copy runs without the interpreter lock and without torch's threads.
+
+    With `link_gbps` (10^9 bytes per second, 0: off) copies take the time that a link of this speed would take
+    one after another: an emulated link.
+    """
+
+    def __init__(self, arena: torch.Tensor, *, link_gbps: float = 0.0) -> None:
+        self._arena: Bytes = arena.view(torch.uint8).numpy()
+        self._link = EmulatedLink(link_gbps) if link_gbps else None
+        super().__init__()
+
+    def _copy(self, job: LoadJob, step: LoadStep) -> None:
+        offset = job.offsets_bytes[step.layer]
+        started_at = time.perf_counter()
+        if step.stop > step.start:
+            source = job.source.layer_view(step.layer)[step.start : step.stop]
+            np.copyto(self._arena[offset + step.start : offset + step.stop], source)
+        if self._link is not None:
+            self._link.wait_for_transfer(started_at, step.stop - step.start)

@@ -1,0 +1,379 @@
+"""Where every adapter is, and how it gets to the device: what the engine's loop talks to.
+
+    prefetch -> host store reads it -> try_acquire: room on the device, load begins -> READY, in use
+                                                                              release -> idle, may leave
+
+A request is admitted when its adapter is wholly in host memory, so that no forward ever waits for a disk; the
+copy to the device may have begun before that.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from toppings.adapters.cuda_loader import CudaLoader
+from toppings.adapters.device_pool import DevicePool
+from toppings.adapters.device_tier import DeviceTier, Resident
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.eviction import make_policy
+from toppings.adapters.host_entry import HostEntry
+from toppings.adapters.host_store import HostStore
+from toppings.adapters.loader import CpuLoader, Loader, LoadHandle
+from toppings.adapters.modes import LoadingMode
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.config import EngineConfig
+from toppings.core import AdapterStatus, Admission
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NUM_SLOTS = 1024
+MAX_CACHED_RECORDS = 16384
+PIN_WINDOW = 16  # adapters that are read ahead while many are to be pinned
+PRELOAD_POLL_S = 0.0005
+
+
+@dataclass(frozen=True)
+class LoadTimes:
+    """Of the load that brought an adapter to the device. `tier`: where it was before, "host" or "disk"."""
+
+    tier: str
+    read_ms: float  # disk to host, 0 where it was on the host
+    copy_ms: float  # host to device, so far
+    host_ready_at: float  # time.perf_counter
+
+
+class AdapterManager:
+    """Single-threaded towards the engine's loop; only `start`, `preload_all` and `close` ever block."""
+
+    def __init__(self, registry: AdapterRegistry, config: EngineConfig, mode: LoadingMode) -> None:
+        self._registry = registry
+        self._mode = mode
+        self.pool = _make_pool(registry, config, mode)
+        self._loader = _make_loader(self.pool, config)
+        policy = make_policy(config.eviction)
+        self.host = HostStore(config.host_store_bytes, registry, policy, on_progress=self._loader.notify)
+        if config.device == "cuda":
+            self.host.arena.lock_pages()
+        self._tier = DeviceTier(self.pool, self.host, self._loader, make_policy(config.eviction))
+        self._pins: dict[int, int] = {}  # bytes of each adapter that is to stay on the device
+        self._pinned_bytes = 0
+        self._pending_pins: dict[int, None] = {}  # those that are not there yet, first to last
+        self._removed: set[int] = set()
+        self._records: dict[int, AdapterRecord] = {}
+        self._num_hits: dict[int, int] = {}
+        self._counters = dict.fromkeys(("device_hits", "device_misses", "host_hits", "host_misses"), 0)
+
+    # --- for the scheduler ---
+
+    def prefetch(self, adapter_id: int) -> None:
+        """A request for it was queued: begin to read it from disk if need be."""
+        if not self.holds(adapter_id) and adapter_id not in self._removed:
+            self.host.prefetch(adapter_id)
+
+    def holds(self, adapter_id: int) -> bool:
+        """True where it has its room on the device already, whether its load is done or not."""
+        return adapter_id in self._tier.residents
+
+    def try_acquire(self, adapter_id: int, now: float) -> Admission:
+        """READY: in use by one request more until `release`, its load under way or done.
+
+        LOADING: not in host memory yet; ask again. NO_ROOM: the pool is full of adapters in use or loading.
+        Raises AdapterError: it was removed, cannot be read (a later request tries again) or can never fit.
+        """
+        self.poll()
+        resident = self._tier.residents.get(adapter_id)
+        if resident is None:
+            admission = self._place(adapter_id)
+            if admission is not Admission.READY:
+                return admission
+            resident = self._tier.residents[adapter_id]
+        if resident.load.error is not None:
+            raise resident.load.error
+        if resident.is_loading and not resident.entry.is_ready:
+            return Admission.LOADING
+        self._count(resident)
+        self._tier.acquire(resident)
+        return Admission.READY
+
+    def _count(self, resident: Resident) -> None:
+        if resident.is_fresh or resident.is_loading:
+            self._counters["device_misses"] += 1
+            self._counters["host_hits" if resident.tier == "host" else "host_misses"] += 1
+        else:
+            self._counters["device_hits"] += 1
+            self._num_hits[resident.adapter_id] = self._num_hits.get(resident.adapter_id, 0) + 1
+
+    def _place(self, adapter_id: int) -> Admission:
+        """Finds room on the device and begins the load; READY where that worked."""
+        record = self._record(adapter_id)
+        self._check_fits(record)
+        entry = self.host.request(adapter_id)
+        if not entry.has_room:
+            return Admission.LOADING
+        resident = self._tier.place(entry, self._mode.load_order)
+        if resident is None:
+            return Admission.NO_ROOM if entry.is_ready else Admission.LOADING
+        if self._mode.pins_all:
+            self._pin(record)
+        resident.is_pinned = adapter_id in self._pins
+        return Admission.READY
+
+    def release(self, adapter_id: int) -> None:
+        """One request less that uses it."""
+        self._tier.release(self._tier.residents[adapter_id])
+        self._requeue_pin(adapter_id)
+
+    def victims_for(self, adapter_id: int) -> list[int]:
+        """Adapters in use, least valuable first, no more than needed, whose end would make room for it.
+
+        Empty where it needs no more room than idle adapters and loads under way will leave.
+        """
+        return self._tier.victims_for(self._record(adapter_id).num_bytes)
+
+    # --- for the model runner ---
+
+    def slot_of(self, adapter_id: int) -> int:
+        return self._tier.residents[adapter_id].slot
+
+    def load_of(self, adapter_id: int) -> LoadHandle | None:
+        """Its load, or None where that is done."""
+        resident = self._tier.residents[adapter_id]
+        return resident.load if resident.is_loading and not resident.load.done else None
+
+    def host_entry_of(self, adapter_id: int) -> HostEntry:
+        """Where its weights are in host memory; they stay there until a `poll` finds the load done."""
+        return self._tier.residents[adapter_id].entry
+
+    def has_failed(self, adapter_id: int) -> bool:
+        """True where its load broke off: requests that use it cannot go on."""
+        resident = self._tier.residents.get(adapter_id)
+        return resident is not None and resident.load.error is not None
+
+    # --- what is known of an adapter ---
+
+    def rank_of(self, adapter_id: int) -> int:
+        return self._record(adapter_id).rank
+
+    def tier_of(self, adapter_id: int) -> str:
+        """What a request that arrives now finds: "device", "host" or "disk". Raises AdapterError."""
+        self._record(adapter_id)
+        resident = self._tier.residents.get(adapter_id)
+        if resident is not None:
+            return resident.tier if self.load_of(adapter_id) is not None else "device"
+        entry = self.host.find(adapter_id)
+        return "host" if entry is not None and entry.ready_at is not None else "disk"
+
+    def load_times(self, adapter_id: int) -> LoadTimes:
+        """Of an adapter that is on the device."""
+        resident = self._tier.residents[adapter_id]
+        return LoadTimes(
+            tier=resident.tier,
+            read_ms=resident.entry.read_ms if resident.tier == "disk" else 0.0,
+            copy_ms=resident.load.copy_ms,
+            host_ready_at=resident.entry.ready_at or resident.load.started_at,
+        )
+
+    def _record(self, adapter_id: int) -> AdapterRecord:
+        """Raises AdapterError where it was removed or never registered."""
+        if adapter_id in self._removed:
+            raise AdapterError(f"adapter {adapter_id} was removed")
+        if adapter_id not in self._records:
+            if len(self._records) >= MAX_CACHED_RECORDS:
+                self._records.clear()
+            self._records[adapter_id] = self._registry.get_by_id(adapter_id)
+        return self._records[adapter_id]
+
+    def _check_fits(self, record: AdapterRecord) -> None:
+        others = self._pinned_bytes - self._pins.get(record.adapter_id, 0)
+        if record.num_bytes > self.pool.capacity_bytes - others:
+            pinned = f", of which {others} belong to pinned adapters" if others else ""
+            raise AdapterError(
+                f"adapter {record.name!r} takes {record.num_bytes} bytes; the device pool has "
+                f"{self.pool.capacity_bytes}{pinned} (device_pool_bytes)"
+            )
+        if record.num_bytes > self.host.capacity_bytes:
+            raise AdapterError(
+                f"adapter {record.name!r} takes {record.num_bytes} bytes; the host store has "
+                f"{self.host.capacity_bytes} (host_store_bytes)"
+            )
+
+    # --- pins ---
+
+    def start(self) -> None:
+        """Loads what is to be on the device from the start: all adapters, or those pinned in the registry.
+
+        Raises AdapterError where the mode needs all of them and they do not fit or cannot be read.
+        """
+        if self._mode.pins_all:
+            self.preload_all(self._registry.live_ids())
+            return
+        for adapter_id in self._registry.live_ids(is_pinned=True):
+            try:
+                self.set_pinned(adapter_id, True)
+            except AdapterError as error:
+                logger.warning("an adapter is not pinned: %s", error)
+
+    def set_pinned(self, adapter_id: int, is_pinned: bool) -> None:
+        """Loads the adapter as soon as there is room and keeps it on the device, or lets it be evicted again.
+
+        Raises AdapterError where it can never fit, or is unknown.
+        """
+        record = self._record(adapter_id)
+        if is_pinned:
+            self._check_fits(record)
+            self._pin(record)
+            if not self.holds(adapter_id):
+                self._pending_pins[adapter_id] = None
+                self.prefetch(adapter_id)
+        else:
+            self._unpin(adapter_id)
+        self._update_pin(adapter_id)
+
+    def _pin(self, record: AdapterRecord) -> None:
+        if record.adapter_id not in self._pins:
+            self._pins[record.adapter_id] = record.num_bytes
+            self._pinned_bytes += record.num_bytes
+
+    def _unpin(self, adapter_id: int) -> None:
+        self._pinned_bytes -= self._pins.pop(adapter_id, 0)
+        self._pending_pins.pop(adapter_id, None)
+
+    def _update_pin(self, adapter_id: int) -> None:
+        resident = self._tier.residents.get(adapter_id)
+        if resident is not None:
+            resident.is_pinned = adapter_id in self._pins
+            self._tier.update(resident)
+
+    def preload_all(self, adapter_ids: Iterable[int]) -> None:
+        """Loads and pins these adapters, and returns when they are on the device. Raises AdapterError."""
+        records = [self._record(adapter_id) for adapter_id in adapter_ids]
+        self._check_all_fit(records)
+        for record in records:
+            self._pin(record)
+        waiting = [record.adapter_id for record in records]
+        while waiting:
+            self._tier.poll()
+            window = waiting[:PIN_WINDOW]
+            not_placed = [adapter_id for adapter_id in window if not self._place_pinned(adapter_id)]
+            waiting = not_placed + waiting[PIN_WINDOW:]
+            if len(not_placed) == len(window):
+                time.sleep(PRELOAD_POLL_S)
+        self._tier.wait_for_loads()
+
+    def _check_all_fit(self, records: list[AdapterRecord]) -> None:
+        needed = sum(record.num_bytes for record in records)
+        if needed > self.pool.capacity_bytes or len(records) > self.pool.num_slots:
+            raise AdapterError(
+                f"{len(records)} adapters take {needed} bytes, but the device pool holds "
+                f"{self.pool.capacity_bytes} bytes (device_pool_bytes) and {self.pool.num_slots} adapters; "
+                "raise device_pool_bytes, register fewer, or use a mode that loads them when they are needed"
+            )
+
+    def _place_pinned(self, adapter_id: int) -> bool:
+        """True once it has its room. No request waits for it, so that the first one finds it warm."""
+        if not self.holds(adapter_id) and self._place(adapter_id) is not Admission.READY:
+            return False
+        self._tier.residents[adapter_id].is_fresh = False
+        return True
+
+    def poll(self) -> None:
+        """Takes note of loads that landed and places pinned adapters; part of every `try_acquire`."""
+        for adapter_id in self._tier.poll():
+            self._requeue_pin(adapter_id)
+        for adapter_id in list(self._pending_pins)[:PIN_WINDOW]:
+            try:
+                if self._place_pinned(adapter_id):
+                    del self._pending_pins[adapter_id]
+            except AdapterError as error:
+                logger.warning("adapter %s is not pinned: %s", adapter_id, error)
+                self._unpin(adapter_id)
+
+    def _requeue_pin(self, adapter_id: int) -> None:
+        """A pinned adapter whose load failed is loaded again once its last user has gone."""
+        if adapter_id in self._pins and not self.holds(adapter_id):
+            self._pending_pins[adapter_id] = None
+
+    # --- removal ---
+
+    def request_removal(self, adapter_id: int) -> None:
+        """It is to go; requests that were accepted before may acquire it until `is_removed` says True."""
+        self._unpin(adapter_id)
+        self._update_pin(adapter_id)
+
+    def is_removed(self, adapter_id: int) -> bool:
+        """Frees its host and device memory unless it is in use or being copied; to be asked until True.
+
+        From then on `try_acquire` refuses it. Whoever wants requests that still wait for it to be served asks
+        when there are none left.
+        """
+        self.poll()
+        resident = self._tier.residents.get(adapter_id)
+        if resident is not None:
+            if resident.num_running or resident.is_loading:
+                return False
+            self._tier.drop(resident)
+        if not self.host.try_remove(adapter_id):
+            return False
+        self._removed.add(adapter_id)
+        self._records.pop(adapter_id, None)
+        self._num_hits.pop(adapter_id, None)
+        return True
+
+    # --- what others are told ---
+
+    def status(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
+        """Every adapter that is on host or device or has waiting requests (`num_waiting`, by adapter id)."""
+        self.poll()
+        on_host = set(self.host.ready_ids())
+        ids = sorted({*on_host, *self._tier.residents, *num_waiting})
+        return [self._status(a, is_on_host=a in on_host, num_waiting=num_waiting.get(a, 0)) for a in ids]
+
+    def _status(self, adapter_id: int, *, is_on_host: bool, num_waiting: int) -> AdapterStatus:
+        resident = self._tier.residents.get(adapter_id)
+        return AdapterStatus(
+            adapter_id=adapter_id,
+            is_on_host=is_on_host,
+            device_layers=resident.load.num_layers_ready if resident is not None else 0,
+            num_layers=self.pool.num_layers,
+            num_running=resident.num_running if resident is not None else 0,
+            num_waiting=num_waiting,
+            num_hits=self._num_hits.get(adapter_id, 0),
+            is_pinned=adapter_id in self._pins,
+        )
+
+    def counters(self) -> dict[str, float]:
+        """Hits and misses count acquired requests: host hits and misses add up to the device misses."""
+        compactions = {"pool_compactions": self.pool.num_compactions}
+        return {**self._counters, **self._tier.counters, **self.host.counters, **compactions}
+
+    def check_integrity(self) -> None:
+        """All tiers are consistent, and the pins are where they are said to be."""
+        self.poll()
+        self._tier.check_integrity()
+        self.host.check_integrity()
+        assert sum(self._pins.values()) == self._pinned_bytes
+        assert all(r.is_pinned == (a in self._pins) for a, r in self._tier.residents.items())
+
+    def close(self) -> None:
+        """Ends the threads; loads under way fail."""
+        self._loader.close()
+        self.host.close()
+
+
+def _make_pool(registry: AdapterRegistry, config: EngineConfig, mode: LoadingMode) -> DevicePool:
+    return DevicePool(
+        registry.shapes.num_layers,
+        config.device_pool_bytes,
+        getattr(torch, registry.dtype),
+        config.device,
+        num_slots=DEFAULT_NUM_SLOTS + (registry.count() if mode.pins_all else 0),
+    )
+
+
+def _make_loader(pool: DevicePool, config: EngineConfig) -> Loader:
+    if config.device == "cuda":
+        return CudaLoader(pool.arena)
+    return CpuLoader(pool.arena, link_gbps=config.link_gbps)

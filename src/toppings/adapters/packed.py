@@ -1,0 +1,204 @@
+"""An adapter in one file, in the device's layout and dtype: a checked header, then one block per layer.
+
+    magic (8 bytes) | header length, header CRC-32 (uint32 each) | header (JSON) | padding to 64 | blocks
+
+The header holds the layout, a CRC-32 per block, and the digest and fingerprint of the checkpoint that
+the file was made from; the adapter's name is not in it. Whoever makes a file renames it when it is whole.
+"""
+
+import json
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from toppings.adapters.checkpoint import AdapterCheckpoint, is_finite
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
+from toppings.core import MODULES
+
+_MAGIC = b"TOPPACK1"  # the last character is the version
+_PREFIX = struct.Struct("<8sII")
+_MAX_HEADER_BYTES = 64 << 20
+
+
+class PackedFileError(AdapterError):
+    """The packed file is missing or damaged; it can be made again from the checkpoint."""
+
+
+@dataclass(frozen=True)
+class PackedHeader:
+    layout: AdapterLayout
+    block_crcs: tuple[int, ...]
+    digest: str
+    fingerprint: str
+
+    def to_bytes(self) -> bytes:
+        """Magic, lengths and JSON, padded so that the first block is aligned."""
+        fields = {
+            "layout": json.loads(self.layout.to_json()),
+            "block_crcs": self.block_crcs,
+            "digest": self.digest,
+            "fingerprint": self.fingerprint,
+        }
+        text = json.dumps(fields).encode()
+        data = _PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)) + text
+        return data.ljust(_pad(len(data)), b"\0")
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "PackedHeader":
+        fields = json.loads(text)
+        layout = AdapterLayout.from_json(json.dumps(fields["layout"]))
+        return cls(layout, tuple(fields["block_crcs"]), fields["digest"], fields["fingerprint"])
+
+
+def _pad(num_bytes: int) -> int:
+    return -(-num_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
+
+
+def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayout, torch.Tensor]:
+    """The layout and all its blocks, 1-D of `dtype`; padding is 0. B holds scale * B, rounded once from fp32.
+
+    Raises AdapterError where a value overflows `dtype`.
+    """
+    layout = AdapterLayout.build(checkpoint.ranks(), checkpoint.shapes, dtype)
+    blocks = torch.from_numpy(np.zeros(layout.num_bytes, np.uint8)).view(getattr(torch, dtype))
+    for (layer, module), weights in checkpoint.weights.items():
+        place = layout.layers[layer]
+        start = layout.layer_offset_bytes(layer) // layout.item_bytes
+        a_start, b_start = start + place.a_offsets[module], start + place.b_offsets[module]
+        blocks[a_start : a_start + weights.a.numel()] = weights.a.reshape(-1)
+        scaled = (weights.b.float() * weights.scale).T.reshape(-1)
+        blocks[b_start : b_start + scaled.numel()] = scaled
+    if not is_finite(blocks):
+        _raise_overflow(checkpoint, dtype)
+    return layout, blocks
+
+
+def _raise_overflow(checkpoint: AdapterCheckpoint, dtype: str) -> None:
+    for (layer, module), weights in checkpoint.weights.items():
+        largest = max(weights.a.abs().max().item(), weights.b.abs().max().item() * abs(weights.scale))
+        if largest > torch.finfo(getattr(torch, dtype)).max:
+            raise AdapterError(
+                f"adapter {checkpoint.path}: layer {layer} {MODULES[module]} holds {largest:.3g} with its "
+                f"scale of {weights.scale:.3g}, more than {dtype} can hold"
+            )
+    raise AdapterError(f"adapter {checkpoint.path}: a weight times its scale overflows {dtype}")
+
+
+def pack_adapter(
+    checkpoint: AdapterCheckpoint, dtype: str, file: str | Path, *, is_synced: bool = True
+) -> PackedHeader:
+    """Writes `file`, which must not exist yet; `is_synced`: flushed to the disk.
+
+    Raises AdapterError where a value overflows `dtype`, OSError where the disk is full.
+    """
+    layout, blocks = pack_weights(checkpoint, dtype)
+    data = blocks.view(torch.uint8).numpy().data
+    crcs = tuple(zlib.crc32(_block(data, layout, layer)) for layer in range(layout.num_layers))
+    header = PackedHeader(layout, crcs, checkpoint.digest, checkpoint.fingerprint)
+    with open(file, "xb") as out:
+        out.write(header.to_bytes())
+        out.write(data)
+        if is_synced:
+            out.flush()
+            os.fsync(out.fileno())
+    return header
+
+
+def _block(data: memoryview, layout: AdapterLayout, layer: int) -> memoryview:
+    start = layout.layer_offset_bytes(layer)
+    return data[start : start + layout.layer_bytes(layer)]
+
+
+class PackedAdapter:
+    """An open packed file; `read_layer` may be called from one thread at a time."""
+
+    def __init__(self, fd: int, file: str, header: PackedHeader, data_start: int) -> None:
+        self._fd = fd
+        self._file = file
+        self._data_start = data_start
+        self.header = header
+
+    @property
+    def layout(self) -> AdapterLayout:
+        return self.header.layout
+
+    @classmethod
+    def open(cls, file: str | Path) -> "PackedAdapter":
+        """Raises PackedFileError where it is missing, of another version, cut short or its header damaged."""
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PackedFileError(f"cannot open packed adapter {file}: {error}") from error
+        try:
+            header, data_start = _read_header(fd)
+            expected = data_start + header.layout.num_bytes
+            if (size := os.fstat(fd).st_size) != expected:
+                raise PackedFileError(f"it has {size} bytes instead of {expected}")
+        except (PackedFileError, OSError, ValueError, KeyError, TypeError) as error:
+            os.close(fd)
+            raise PackedFileError(f"packed adapter {file} is damaged: {error}") from error
+        return cls(fd, str(file), header, data_start)
+
+    def read_layer(self, layer: int, into: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        """Fills `into` (uint8, as long as the block). Raises PackedFileError where the content is damaged."""
+        layout = self.layout
+        assert len(into) == layout.layer_bytes(layer)
+        view = into.data
+        try:
+            num_read = _pread_all(self._fd, view, self._data_start + layout.layer_offset_bytes(layer))
+        except OSError as error:
+            raise PackedFileError(f"cannot read packed adapter {self._file}: {error}") from error
+        if num_read != len(into) or zlib.crc32(view) != self.header.block_crcs[layer]:
+            raise PackedFileError(f"packed adapter {self._file} is damaged in layer {layer}")
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "PackedAdapter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_header(fd: int) -> tuple[PackedHeader, int]:
+    prefix = os.pread(fd, _PREFIX.size, 0)
+    if len(prefix) != _PREFIX.size:
+        raise PackedFileError("it is cut short")
+    magic, length, crc = _PREFIX.unpack(prefix)
+    if magic != _MAGIC:
+        raise PackedFileError(f"it starts with {magic!r} instead of {_MAGIC!r}")
+    if length > _MAX_HEADER_BYTES:
+        raise PackedFileError(f"its header claims {length} bytes")
+    text = os.pread(fd, length, _PREFIX.size)
+    if len(text) != length or zlib.crc32(text) != crc:
+        raise PackedFileError("its header fails its checksum")
+    return PackedHeader.from_json(text), _pad(_PREFIX.size + length)
+
+
+def _pread_all(fd: int, view: memoryview, offset: int) -> int:
+    """Bytes read: fewer than asked only at the end of the file."""
+    done = 0
+    while done < len(view):
+        num = os.preadv(fd, [view[done:]], offset + done)
+        if num == 0:
+            break
+        done += num
+    return done
+
+
+def check_packed(file: str | Path) -> PackedHeader:
+    """The header of a file whose blocks were all read and found whole. Raises PackedFileError."""
+    with PackedAdapter.open(file) as packed:
+        for layer in range(packed.layout.num_layers):
+            packed.read_layer(layer, np.empty(packed.layout.layer_bytes(layer), np.uint8))
+        return packed.header

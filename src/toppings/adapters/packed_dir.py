@@ -1,0 +1,88 @@
+"""The directory of packed files, one per adapter id."""
+
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from toppings.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.layout import BaseShapes
+from toppings.adapters.packed import PackedAdapter, PackedFileError, PackedHeader, pack_adapter
+
+
+@dataclass(frozen=True)
+class PackedCandidate:
+    """A packed file under a temporary name, to be given an id or discarded."""
+
+    checkpoint: AdapterCheckpoint
+    header: PackedHeader
+    temp_file: Path
+
+    def discard(self) -> None:
+        self.temp_file.unlink(missing_ok=True)
+
+
+class PackedDir:
+    """Makes, opens and deletes the packed files of adapters for one base model and dtype."""
+
+    def __init__(self, directory: Path, shapes: BaseShapes, dtype: str) -> None:
+        self.shapes = shapes
+        self.dtype = dtype
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def file(self, adapter_id: int) -> Path:
+        return self._directory / f"{adapter_id}.pack"
+
+    def pack(self, path: str | Path, *, is_synced: bool) -> PackedCandidate:
+        """Packs the PEFT checkpoint in `path`; `is_synced`: flushed to the disk.
+
+        Raises AdapterError with the reason, and leaves no file then.
+        """
+        checkpoint = read_checkpoint(path, self.shapes)
+        temp_file = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}.tmp"
+        try:
+            header = pack_adapter(checkpoint, self.dtype, temp_file, is_synced=is_synced)
+        except BaseException as error:
+            temp_file.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise AdapterError(f"cannot write the packed adapter of {path}: {error}") from error
+            raise
+        return PackedCandidate(checkpoint, header, temp_file)
+
+    def adopt(self, candidate: PackedCandidate, adapter_id: int) -> None:
+        """Gives the candidate its place, atomically."""
+        os.replace(candidate.temp_file, self.file(adapter_id))
+
+    def open(self, adapter_id: int, digest: str) -> PackedAdapter:
+        """Raises PackedFileError where the file is missing, damaged, or of another digest."""
+        packed = PackedAdapter.open(self.file(adapter_id))
+        layout = packed.layout
+        if (packed.header.digest, layout.shapes, layout.dtype) != (digest, self.shapes, self.dtype):
+            packed.close()
+            raise PackedFileError(f"packed adapter {self.file(adapter_id)} is of another adapter")
+        return packed
+
+    def delete(self, adapter_id: int) -> None:
+        self.file(adapter_id).unlink(missing_ok=True)
+
+    def delete_all_but(self, adapter_ids: set[int]) -> None:
+        """Also deletes temporary files, but for those of processes that live."""
+        wanted = {self.file(adapter_id).name for adapter_id in adapter_ids}
+        for entry in os.scandir(self._directory):
+            if entry.name not in wanted and not _is_being_written(entry.name):
+                os.unlink(entry.path)
+
+
+def _is_being_written(file_name: str) -> bool:
+    pid, _, rest = file_name.partition("-")
+    if not rest.endswith(".tmp") or not pid.isdigit():
+        return False
+    with suppress(PermissionError):  # somebody else's process, which lives
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+    return True

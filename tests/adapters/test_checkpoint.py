@@ -1,0 +1,242 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters.fixtures import HIDDEN, SHAPES, make_peft, make_tensors, tensor_key, write_adapter
+from toppings.adapters.checkpoint import module_name, read_checkpoint
+from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.layout import BaseShapes
+from toppings.adapters.packed import pack_weights
+from toppings.core import MODULES
+
+KINDS: dict[str, dict[str, Any]] = {
+    "list": {"target_modules": ["q_proj", "down_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*layers\.(0|2)\.(self_attn\.[kv]_proj|mlp\.up_proj)"},
+    "full path": {"target_modules": ["model.layers.1.self_attn.o_proj"]},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "0.self_attn.q_proj"]},
+    "rslora": {"target_modules": ["gate_proj"], "use_rslora": True, "r": 16},
+    "rank 1": {"target_modules": ["q_proj"], "r": 1, "lora_alpha": 3},
+    "rank 512": {"target_modules": ["q_proj"], "r": 512},
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+    "one layer by pattern": {
+        "target_modules": ["v_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, r"layers\.[02]\.mlp\.up_proj": 7, "k_proj": 3},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 1, "up_proj": 40, ".*k_proj": 5},
+        "use_rslora": True,
+    },
+    "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_give_the_delta_that_peft_computes(tmp_path: Path, kind: str) -> None:
+    settings = {k: v for k, v in KINDS[kind].items() if k != "init_lora_weights"}
+    model = make_peft(tmp_path, **settings)
+    if "init_lora_weights" in KINDS[kind]:
+        edit_config(tmp_path, init_lora_weights=KINDS[kind]["init_lora_weights"])
+    layout, blocks = pack_weights(read_checkpoint(tmp_path, SHAPES), "float32")
+    targeted = dict(model.base_model.model.named_modules())
+    for index, layer in enumerate(layout.layers):
+        start = layout.layer_offset_bytes(index) // 4
+        for m in range(len(MODULES)):
+            module = targeted[module_name(index, m)]
+            assert (layer.ranks[m] > 0) == hasattr(module, "lora_A")
+            if layer.ranks[m]:
+                (size_in, size_out), rank = SHAPES.sizes[m], layer.ranks[m]
+                a = blocks[start + layer.a_offsets[m] :][: rank * size_in].view(rank, size_in)
+                b = blocks[start + layer.b_offsets[m] :][: rank * size_out].view(rank, size_out)
+                torch.testing.assert_close(b.T @ a, module.get_delta_weight("default"))
+
+
+def edit_config(path: Path, **fields: Any) -> None:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("peft_type", "LOHA", "LOHA"),
+        ("peft_type", None, "peft_type"),
+        ("use_dora", True, "DoRA"),
+        ("alora_invocation_tokens", [1, 2], "aLoRA"),
+        ("alora_invocation_tokens", [], "aLoRA"),
+        ("bias", "all", "bias is 'all'"),
+        ("bias", "lora_only", "lora_only"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("fan_in_fan_out", True, "fan_in_fan_out"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+        ("lora_bias", True, "lora_bias"),
+        ("use_qalora", True, "use_qalora"),
+        ("target_parameters", ["experts.w"], "target_parameters"),
+        ("trainable_token_indices", [3], "trainable_token_indices"),
+        ("kasa_config", {"beta": 1}, "kasa_config"),
+        ("brand_new_option", 3, "brand_new_option"),
+        ("init_lora_weights", "pissa_niter_4", "base model's weights"),
+        ("init_lora_weights", "olora", "base model's weights"),
+        ("init_lora_weights", "loftq", "base model's weights"),
+        ("r", 0, "r is 0"),
+        ("r", 513, "513"),
+        ("r", "8", "'8'"),
+        ("r", True, "True"),
+        ("rank_pattern", {"q_proj": 600}, "600"),
+        ("rank_pattern", {"c_attn": 4}, "c_attn"),
+        ("alpha_pattern", {"q_porj": 4}, "q_porj"),
+        ("alpha_pattern", {"q_proj(": 4}, "q_proj\\("),
+        ("alpha_pattern", [4], "alpha_pattern"),
+        ("lora_alpha", "big", "lora_alpha"),
+        ("lora_alpha", float("nan"), "nan"),
+        ("lora_alpha", 10**400, "lora_alpha"),
+        ("use_rslora", "yes", "use_rslora"),
+        ("target_modules", None, "target_modules"),
+        ("target_modules", [], "target_modules"),
+        ("target_modules", ["q_proj", "lm_head"], "lm_head"),
+        ("target_modules", "[", "not a valid pattern"),
+        ("target_modules", ["k_proj"], "q_proj.*not among"),
+        ("target_modules", ["q_proj", "k_proj"], "k_proj"),
+        ("target_modules", r".*layers\.0\..*q_proj", "layers.1.self_attn.q_proj"),
+        ("exclude_modules", ["q_proj"], "q_proj"),
+        ("layers_to_transform", [0, 1], "layers.2.self_attn.q_proj"),
+        ("layers_to_transform", "0", "layers_to_transform"),
+    ],
+)
+def test_configuration_is_refused_with_the_reason(
+    tmp_path: Path, option: str, value: Any, reason: str
+) -> None:
+    write_adapter(tmp_path, **{option: value})
+    with pytest.raises(AdapterError, match=reason):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")),
+        *(("lora_dropout", 0.3), ("corda_config", {"corda_method": "kpm"}), ("eva_config", {"rho": 2.0})),
+        *(("loftq_config", {"loftq_bits": 4}), ("task_type", "CAUSAL_LM"), ("revision", "main")),
+        *(("brand_new_option", None), ("brand_new_option", False), ("lora_alpha", 0.5)),
+        *(("target_modules", ["q_proj", "c_attn"]), ("rank_pattern", {"down_proj": 2})),
+    ],
+)
+def test_option_that_changes_no_result_is_accepted(tmp_path: Path, option: str, value: Any) -> None:
+    checkpoint = read_checkpoint(write_adapter(tmp_path, **{option: value}), SHAPES)
+    assert set(checkpoint.weights) == {(layer, 0) for layer in range(SHAPES.num_layers)}
+
+
+def changed(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Weights with "layer/module/half" or full keys replaced, added or (None) left out."""
+    tensors = make_tensors()
+    for key, tensor in changes.items():
+        parts = key.split("/")
+        full_key = tensor_key(int(parts[0]), parts[1], parts[2]) if len(parts) == 3 else key
+        tensors.pop(full_key, None)
+        if tensor is not None:
+            tensors[full_key] = tensor
+    return tensors
+
+
+def with_value(value: float) -> torch.Tensor:
+    tensor = torch.zeros(4, HIDDEN)
+    tensor[2, 3] = value
+    return tensor
+
+
+PREFIX = "base_model.model.model.layers.0."
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"0/q_proj/B": None}, "layers.0.self_attn.q_proj.lora_A.weight' has no lora_B"),
+        ({"1/q_proj/A": None}, "layers.1.self_attn.q_proj.lora_B.weight' has no lora_A"),
+        ({"2/q_proj/A": None, "2/q_proj/B": None}, "layers.2.self_attn.q_proj, but the file has no weights"),
+        ({"3/q_proj/A": torch.zeros(4, HIDDEN)}, "layer 3; the base model has 3 layers"),
+        ({"0/k_proj/A": torch.zeros(4, HIDDEN), "0/k_proj/B": torch.zeros(16, 4)}, "k_proj.*not among"),
+        ({f"{PREFIX}mlp.q_proj.lora_A.weight": torch.zeros(4, HIDDEN)}, "mlp.q_proj"),
+        ({f"{PREFIX}self_attn.qkv_proj.lora_A.weight": torch.zeros(4, HIDDEN)}, "qkv_proj.*matches no"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, HIDDEN)}, "matches no"),
+        ({f"{PREFIX}self_attn.q_proj.lora_magnitude_vector": torch.zeros(HIDDEN)}, "DoRA"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 64)}, "embedding"),
+        ({"base_model.model.lm_head.weight": torch.zeros(64, HIDDEN)}, "lm_head"),
+        ({f"{PREFIX}self_attn.q_proj.lora_B.bias": torch.zeros(HIDDEN)}, "bias"),
+        ({f"{PREFIX}input_layernorm.weight": torch.zeros(HIDDEN)}, "whole weight"),
+        ({"0/q_proj/A": torch.zeros(5, HIDDEN)}, r"has shape \[5, 32\].*need \[4, 32\]"),
+        ({"0/q_proj/A": torch.zeros(4, HIDDEN * 2)}, r"\[4, 64\].*need \[4, 32\]"),
+        ({"0/q_proj/B": torch.zeros(4, HIDDEN)}, r"\[4, 32\].*need \[32, 4\]"),
+        ({"0/q_proj/A": torch.zeros(4 * HIDDEN)}, "has shape"),
+        ({"0/q_proj/A": torch.zeros(4, HIDDEN, dtype=torch.int32)}, "int32"),
+        ({"0/q_proj/A": with_value(float("nan"))}, "NaN"),
+        ({"0/q_proj/A": with_value(float("-inf"))}, "NaN or infinite"),
+    ],
+)
+def test_weights_are_refused_with_the_key(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], reason: str
+) -> None:
+    write_adapter(tmp_path, tensors=changed(**changes))
+    with pytest.raises(AdapterError, match=reason):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_adapter_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    other = BaseShapes(SHAPES.num_layers, tuple((a * 2, b * 2) for a, b in SHAPES.sizes))
+    write_adapter(tmp_path, shapes=other)
+    with pytest.raises(AdapterError, match=r"has shape \[4, 64\]; the base model"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_missing_file_is_named(tmp_path: Path, file: str) -> None:
+    (write_adapter(tmp_path) / file).unlink()
+    with pytest.raises(AdapterError, match=f"{file} is missing"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_missing_directory_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFound, match="nowhere"):
+        read_checkpoint(tmp_path / "nowhere", SHAPES)
+
+
+def test_pickle_is_refused_unread(tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_model.bin is a pickle"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 100, 2000])
+def test_truncated_weights_are_refused(tmp_path: Path, num_bytes: int) -> None:
+    file = write_adapter(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    with pytest.raises(AdapterError, match="truncated or corrupt"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, "\xff"])
+def test_malformed_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    (write_adapter(tmp_path) / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(AdapterError, match=r"adapter_config.json"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_empty_weights_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, tensors={})
+    with pytest.raises(AdapterError, match="holds no tensors"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_digest_follows_configuration_and_weights(tmp_path: Path) -> None:
+    digests = {
+        read_checkpoint(write_adapter(tmp_path / "a"), SHAPES).digest,
+        read_checkpoint(write_adapter(tmp_path / "b"), SHAPES).digest,
+        read_checkpoint(write_adapter(tmp_path / "c", lora_alpha=9), SHAPES).digest,
+        read_checkpoint(write_adapter(tmp_path / "d", seed=1), SHAPES).digest,
+    }
+    assert len(digests) == 3
