@@ -1,0 +1,131 @@
+"""An engine from its configuration: reads the model, sizes the cache, opens the registry and the pools."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from toppings.adapters.layout import DTYPE_BYTES, BaseShapes
+from toppings.adapters.manager import AdapterManager
+from toppings.adapters.modes import make_mode
+from toppings.adapters.registry import AdapterRegistry
+from toppings.config import ConfigError, EngineConfig
+from toppings.core import EngineReady
+from toppings.demo import demo_model_dir
+from toppings.engine.engine import Engine
+from toppings.engine.model_runner import ModelRunner
+from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.step_log import StepLog
+from toppings.model.config import ModelConfig
+from toppings.model.decoder import Decoder
+from toppings.ops import warm_up
+from toppings.ops.attention import KVCache
+
+DEMO_NAME = "toppings-demo"
+MAX_DEFAULT_CACHE_BYTES = 4 * 2**30
+
+
+def model_path(config: EngineConfig) -> Path:
+    return Path(config.model) if config.model else demo_model_dir()
+
+
+def served_model_name(config: EngineConfig) -> str:
+    directory = DEMO_NAME if not config.model else Path(config.model).resolve().name
+    return config.served_model_name or directory
+
+
+def state_dir(config: EngineConfig) -> Path:
+    """Where the registry and the packed adapters of this base model are kept."""
+    if config.state_dir:
+        return Path(config.state_dir)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "toppings" / served_model_name(config)
+
+
+def open_registry(config: EngineConfig) -> AdapterRegistry:
+    """Raises ValueError where the model is not supported or the state belongs to another base model."""
+    model = ModelConfig.from_checkpoint(model_path(config))
+    return AdapterRegistry(
+        state_dir(config),
+        served_model_name(config),
+        BaseShapes(*model.base_shapes()),
+        _dtype_name(config, model),
+    )
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Raises ValueError, OSError or ConfigError where the model or a setting cannot be served."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    registry = open_registry(config)
+    model = ModelConfig.from_checkpoint(model_path(config))
+    dtype = getattr(torch, _dtype_name(config, model))
+    decoder = Decoder.load(model_path(config), dtype=dtype, device=config.device)
+    warm_up(dtype)
+    limits, num_pages = _limits(config, model)
+    cache = KVCache.allocate(
+        model.num_layers,
+        num_pages,
+        config.page_size,
+        model.num_kv_heads,
+        model.head_dim,
+        dtype,
+        config.device,
+    )
+    mode = make_mode(config.mode)
+    adapters = AdapterManager(registry, config, mode)
+    adapters.start()
+    info = EngineReady(
+        model_name=served_model_name(config),
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        vocab_size=model.vocab_size,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        device_pool_bytes=config.device_pool_bytes,
+        host_store_bytes=config.host_store_bytes,
+    )
+    return Engine(
+        info,
+        Scheduler(limits, PageAllocator(num_pages, config.page_size), adapters),
+        ModelRunner(decoder, cache, adapters, mode),
+        adapters,
+        eos_token_ids=model.eos_token_ids,
+        step_log=StepLog(config.step_log),
+    )
+
+
+def _dtype_name(config: EngineConfig, model: ModelConfig) -> str:
+    return str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+
+
+def _limits(config: EngineConfig, model: ModelConfig) -> tuple[SchedulerLimits, int]:
+    """Limits and number of cache pages: as many as the memory set aside holds, no more than could be used.
+
+    Raises ConfigError where max_model_len is beyond the model's positions or the cache's size.
+    """
+    token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[_dtype_name(config, model)]
+    cache_bytes = config.kv_cache_bytes or min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
+    num_pages = cache_bytes // (token_bytes * config.page_size)
+    num_tokens, num_positions = num_pages * config.page_size, model.max_position_embeddings
+    max_model_len = config.max_model_len or min(num_positions, num_tokens)
+    if max_model_len > num_positions:
+        raise ConfigError(f"max_model_len is {max_model_len}; the model has {num_positions} positions")
+    if not 2 <= max_model_len <= num_tokens:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, but a cache of {cache_bytes} bytes holds {num_tokens} tokens;"
+            " raise kv_cache_bytes or lower max_model_len"
+        )
+    limits = SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_adapter_wait_s=config.max_adapter_wait_s,
+    )
+    return limits, min(num_pages, config.max_num_seqs * pages_for(max_model_len, config.page_size))
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

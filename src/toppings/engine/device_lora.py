@@ -1,0 +1,57 @@
+"""The adapters' part of one forward, computed on the device: the decoder's `LoraContext`."""
+
+import time
+
+from torch import Tensor
+
+from toppings.adapters.device_pool import DevicePool
+from toppings.adapters.loader import LoadHandle
+from toppings.adapters.modes import LoadingMode
+from toppings.core import GROUPS
+from toppings.ops.lora import LoraSegments, add_lora_
+
+
+class DeviceLora:
+    """Adds every adapter's product to the base model's, waiting for weights where the mode says so.
+
+    `out_offsets` gives, per projection group, the column of the fused output at which each module begins.
+    `loads` are the loads under way when the step began; `wait_s` adds up what they made this step wait.
+    """
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        segments: LoraSegments,
+        out_offsets: dict[str, tuple[int, ...]],
+        loads: list[LoadHandle],
+        mode: LoadingMode,
+    ) -> None:
+        self._pool = pool
+        self._segments = segments
+        self._out_offsets = out_offsets
+        self._loads = loads
+        self._mode = mode
+        self.wait_s = 0.0
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        """Nothing to send ahead: the weights come to the device, not the rows to the weights."""
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        if self._loads and group == "qkv":  # the first group of a layer
+            self._await_layer(layer)
+        add_lora_(
+            y,
+            x,
+            arena=self._pool.arena,
+            table=self._pool.table,
+            layer=layer,
+            group=GROUPS[group],
+            out_offsets=self._out_offsets[group],
+            segments=self._segments,
+        )
+
+    def _await_layer(self, layer: int) -> None:
+        started_at = time.perf_counter()
+        for load in self._loads:
+            self._mode.wait_before_layer(load, layer)
+        self.wait_s += time.perf_counter() - started_at

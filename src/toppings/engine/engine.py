@@ -1,0 +1,314 @@
+"""The engine: requests in, tokens out, one step at a time. Knows neither processes nor HTTP."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.manager import AdapterManager
+from toppings.core import (
+    AddRequest,
+    Batch,
+    ColdStart,
+    EngineReady,
+    EngineStats,
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    TokenLogprobs,
+)
+from toppings.engine.model_runner import ModelRunner, StepResult
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.step_log import StepLog, batch_kind
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the engine knows of a request beside what the scheduler does; instants of `time.perf_counter`."""
+
+    request: Request
+    tier: str  # where its adapter was on arrival: "device", "host" or "disk"
+    first_scheduled_at: float | None = None
+    prefill_s: float = 0.0  # its steps up to the first token
+    load_wait_s: float = 0.0  # the part of them that waited for adapter loads
+
+
+class Engine:
+    """Steps are run by one thread; `add`, `abort` and all else are called by that thread, between steps."""
+
+    def __init__(
+        self,
+        info: EngineReady,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        adapters: AdapterManager,
+        *,
+        eos_token_ids: tuple[int, ...],
+        step_log: StepLog,
+    ) -> None:
+        self.info = info
+        self.scheduler = scheduler
+        self.adapters = adapters
+        self._runner = runner
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._step_log = step_log
+        self._progress: dict[str, Progress] = {}
+        self._counters = dict.fromkeys(("steps", "prompt_tokens", "generation_tokens", "step_errors"), 0)
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._progress)
+
+    @property
+    def has_running(self) -> bool:
+        return bool(self.scheduler.running)
+
+    def add(self, message: AddRequest) -> RequestOutput | None:
+        """Queue a request; where it cannot be served, its one and only output, with the reason."""
+        request = Request(
+            message.request_id,
+            message.prompt_token_ids,
+            message.sampling,
+            message.adapter_id,
+            arrived_at=time.perf_counter(),
+        )
+        try:
+            if message.request_id in self._progress:
+                raise RequestError(f"request id {message.request_id!r} is already in use")
+            tier = self._tier(request)
+            self.scheduler.add(request)
+        except ValueError as error:
+            return error_output(message.request_id, str(error))
+        self._progress[request.request_id] = Progress(request, tier)
+        return None
+
+    def abort(self, request_id: str) -> None:
+        """Free all that a request owns; unknown or finished ones are none of our business."""
+        progress = self._progress.get(request_id)
+        if progress is not None:
+            self._forget(progress.request)
+
+    def abort_all(self, reason: str) -> list[RequestOutput]:
+        """End every request; its last output carries `reason`."""
+        outputs = [
+            RequestOutput(request_id, [], finish_reason=FinishReason.ABORT, error=reason)
+            for request_id in self._progress
+        ]
+        for progress in list(self._progress.values()):
+            self._forget(progress.request)
+        return outputs
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, postprocess. Empty where nothing could run."""
+        started_at = time.perf_counter()
+        batch = self.scheduler.schedule(started_at)
+        outputs = [self._fail(request, reason) for request, reason in self.scheduler.pop_failed()]
+        if not batch.items:
+            return outputs
+        self._note_scheduled(batch, started_at)
+        try:
+            result = self._runner.run(batch)
+        except AdapterError as error:
+            return outputs + self._fail_all(self._users_of_failed_loads(batch), str(error))
+        except Exception as error:
+            logger.exception("a step failed; its requests are answered with an error")
+            self._counters["step_errors"] += 1
+            return outputs + self._fail_all([i.request for i in batch.items], f"the engine failed: {error}")
+        return outputs + self._postprocess(batch, result, started_at)
+
+    def is_removed(self, adapter_id: int) -> bool:
+        """Free an adapter whose removal was requested, once no request needs it; to be asked until True."""
+        is_needed = any(p.request.adapter_id == adapter_id for p in self._progress.values())
+        return not is_needed and self.adapters.is_removed(adapter_id)
+
+    def stats(self, call_id: int) -> EngineStats:
+        scheduler, pages, pool, host = (
+            self.scheduler,
+            self.scheduler.pages,
+            self.adapters.pool,
+            self.adapters.host,
+        )
+        waiting = {r.request_id for r in scheduler.waiting}
+        return EngineStats(
+            call_id=call_id,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_pages_used=pages.num_used,
+            kv_pages_total=pages.num_pages,
+            page_size=pages.page_size,
+            host_bytes_used=host.used_bytes,
+            host_bytes_total=host.capacity_bytes,
+            device_bytes_used=pool.used_bytes,
+            device_bytes_total=pool.capacity_bytes,
+            adapters=self.adapters.status(_count_by_adapter(r for r in scheduler.waiting)),
+            running_ranks=[self._rank(r) for r in scheduler.running],
+            waiting_ranks=[self._rank(r) for r in scheduler.waiting],
+            waiting_tokens=sum(
+                r.num_uncomputed_tokens for r in scheduler.requests() if r.request_id in waiting
+            ),
+            context_tokens=sum(r.num_computed_tokens for r in scheduler.running),
+            counters={
+                **self._counters,
+                **self.adapters.counters(),
+                "preemptions": scheduler.num_preemptions,
+                "drains": scheduler.num_drains,
+            },
+        )
+
+    def check_integrity(self) -> None:
+        """Nothing is lost or owned twice: pages, pins, requests."""
+        self.scheduler.check_integrity()
+        self.adapters.check_integrity()
+        assert {r.request_id for r in self.scheduler.requests()} == set(self._progress), "a request is lost"
+        if not self._progress:
+            assert self.scheduler.pages.num_used == 0, "pages are owned while no request lives"
+
+    def close(self) -> None:
+        self.adapters.close()
+        self._step_log.close()
+
+    # --- after the forward ---
+
+    def _postprocess(self, batch: Batch, result: StepResult, started_at: float) -> list[RequestOutput]:
+        self.scheduler.commit(batch)
+        step_s = time.perf_counter() - started_at
+        for item in batch.items:
+            progress = self._progress[item.request.request_id]
+            if not item.request.output_token_ids:
+                progress.prefill_s += step_s
+                progress.load_wait_s += result.load_wait_s
+        outputs = [
+            self._token_output(item.request, token_id, logprobs)
+            for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs)
+        ]
+        self._count(batch, len(outputs))
+        self._log_step(batch, step_s, result.load_wait_s)
+        return outputs
+
+    def _token_output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
+        is_first = not request.output_token_ids
+        request.output_token_ids.append(token_id)
+        finish_reason, stop_token_id = self._finish_reason(request, token_id)
+        progress = self._progress[request.request_id]
+        output = RequestOutput(
+            request.request_id,
+            [token_id],
+            logprobs=None if logprobs is None else [logprobs],
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            queue_ms=_ms((progress.first_scheduled_at or 0.0) - request.arrived_at) if is_first else None,
+            cold_start=self._cold_start(progress) if is_first else None,
+        )
+        if finish_reason is not None:
+            self._forget(request)
+        return output
+
+    def _finish_reason(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
+        sampling, num_output = request.sampling, len(request.output_token_ids)
+        if num_output >= sampling.min_tokens:
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP, token_id
+            if token_id in self._eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP, None
+        if num_output >= sampling.max_tokens or request.num_tokens >= self.info.max_model_len:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _cold_start(self, progress: Progress) -> ColdStart | None:
+        request = progress.request
+        if request.adapter_id is None or progress.tier == "device":
+            return None
+        times = self.adapters.load_times(request.adapter_id)
+        read_wait_s = 0.0
+        if progress.tier == "disk" and progress.first_scheduled_at is not None:
+            read_wait_s = max(0.0, min(times.host_ready_at, progress.first_scheduled_at) - request.arrived_at)
+        return ColdStart(
+            tier=progress.tier,
+            read_ms=times.read_ms if progress.tier == "disk" else 0.0,
+            copy_ms=times.copy_ms,
+            exposed_ms=_ms(read_wait_s + progress.load_wait_s),
+            compute_ms=_ms(progress.prefill_s - progress.load_wait_s),
+        )
+
+    # --- ends ---
+
+    def _fail(self, request: Request, reason: str) -> RequestOutput:
+        """The scheduler has dropped it already."""
+        self._progress.pop(request.request_id)
+        self._runner.forget(request)
+        return error_output(request.request_id, reason)
+
+    def _fail_all(self, requests: list[Request], reason: str) -> list[RequestOutput]:
+        for request in requests:
+            self._forget(request)
+        return [error_output(request.request_id, reason) for request in requests]
+
+    def _forget(self, request: Request) -> None:
+        self._progress.pop(request.request_id)
+        self.scheduler.finish(request)
+        self._runner.forget(request)
+
+    # --- small things ---
+
+    def _tier(self, request: Request) -> str:
+        if request.adapter_id is None:
+            return "device"
+        try:
+            return self.adapters.tier_of(request.adapter_id)
+        except AdapterError as error:
+            raise RequestError(str(error)) from error
+
+    def _rank(self, request: Request) -> int:
+        return 0 if request.adapter_id is None else self.adapters.rank_of(request.adapter_id)
+
+    def _note_scheduled(self, batch: Batch, now: float) -> None:
+        for item in batch.items:
+            progress = self._progress[item.request.request_id]
+            if progress.first_scheduled_at is None:
+                progress.first_scheduled_at = now
+
+    def _users_of_failed_loads(self, batch: Batch) -> list[Request]:
+        """Only they end; for the others nothing was committed, and they run again in the next step."""
+        return [
+            r for i in batch.items if (r := i.request).adapter_id and self.adapters.has_failed(r.adapter_id)
+        ]
+
+    def _count(self, batch: Batch, num_drawn: int) -> None:
+        self._counters["steps"] += 1
+        self._counters["generation_tokens"] += num_drawn
+        self._counters["prompt_tokens"] += sum(i.num_tokens for i in batch.items if not i.is_decode)
+
+    def _log_step(self, batch: Batch, step_s: float, load_wait_s: float) -> None:
+        requests = [item.request for item in batch.items]
+        adapters = dict.fromkeys(r.adapter_id for r in requests if r.adapter_id is not None)
+        self._step_log.write(
+            {
+                "kind": batch_kind(batch),
+                "requests": len(requests),
+                "tokens": batch.num_tokens,
+                "adapters": len(adapters),
+                "ranks": [self.adapters.rank_of(a) for a in adapters],
+                "ms": round(_ms(step_s), 3),
+                "load_ms": round(_ms(load_wait_s), 3),
+            }
+        )
+
+
+def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for request in requests:
+        if request.adapter_id is not None:
+            counts[request.adapter_id] = counts.get(request.adapter_id, 0) + 1
+    return counts
+
+
+def error_output(request_id: str, reason: str) -> RequestOutput:
+    return RequestOutput(request_id, [], finish_reason=FinishReason.ERROR, error=reason)
+
+
+def _ms(seconds: float) -> float:
+    return seconds * 1e3

@@ -1,0 +1,179 @@
+"""Toppings without HTTP: an engine in a thread of this process."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.registry import AdapterRecord
+from toppings.config import Config
+from toppings.core import FinishReason, RequestError, SamplingParams
+from toppings.engine.build import model_path, open_registry
+from toppings.engine.client import EngineClient
+from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """What came of one prompt; `logprobs` has one entry per token where they were asked for."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    logprobs: list[TextLogprob] | None = None
+
+    def append(self, output: TextOutput) -> None:
+        self.text += output.text
+        self.token_ids += output.token_ids
+        self.finish_reason = output.finish_reason
+        if output.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + output.logprobs
+
+
+class LLM:
+    """A base model with its adapters. Settings are those of `EngineConfig`, by name.
+
+    `generate` may be called from any thread; `stream` from any event loop. Close it, or use it in a `with`.
+
+    Raises ConfigError for a bad setting, EngineStartError where the model cannot be served.
+    """
+
+    def __init__(self, model: str | Path = "", **settings: Any) -> None:
+        config = Config.from_settings({"model": str(model), **settings}).engine
+        self.text_model = TextModel.load(model_path(config))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
+        self._thread.start()
+        self._registry = open_registry(config)
+        self._client = self._run(EngineClient.start_in_thread(config))
+
+    def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterRecord:
+        """Register a PEFT checkpoint. Raises AdapterError with the reason where it cannot be served."""
+        previous = self._find(name) if replace else None
+        record = self._registry.register(name, Path(path), replace=replace)
+        if previous is not None and previous.adapter_id != record.adapter_id:
+            self._remove(previous.adapter_id)
+        return record
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, when its requests have ended. Raises AdapterNotFound."""
+        self._remove(self._registry.remove(name).adapter_id)
+
+    def adapters(self) -> list[AdapterRecord]:
+        return self._registry.list()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> list[Completion]:
+        """One completion per prompt (text or token ids), all in one batch. `adapter`: one for all or one each.
+
+        Raises RequestError for a bad prompt, AdapterNotFound for an unknown adapter.
+        """
+        all_prompts = _as_prompts(prompts)
+        num = len(all_prompts)
+        adapters = [adapter] * num if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != num:
+            raise RequestError(f"{len(adapters)} adapters for {num} prompts; give one for all or one each")
+        sampling = sampling or SamplingParams()
+        return self._run(self._generate_all([(p, sampling, a) for p, a in zip(all_prompts, adapters)]))
+
+    async def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> AsyncGenerator[TextOutput, None]:
+        """Text as it is made; closing the generator early aborts the request. Raises as `generate`."""
+        here = asyncio.get_running_loop()
+        outputs: asyncio.Queue[TextOutput | BaseException | None] = asyncio.Queue()
+
+        async def pump() -> None:
+            last: BaseException | None = None
+            try:
+                async with aclosing(self._outputs(prompt, sampling or SamplingParams(), adapter)) as source:
+                    async for output in source:
+                        here.call_soon_threadsafe(outputs.put_nowait, output)
+            except Exception as error:
+                last = error
+            here.call_soon_threadsafe(outputs.put_nowait, last)
+
+        task = asyncio.run_coroutine_threadsafe(pump(), self._loop)
+        try:
+            while (output := await outputs.get()) is not None:
+                if isinstance(output, BaseException):
+                    raise output
+                yield output
+        finally:
+            task.cancel()
+
+    def close(self) -> None:
+        """End the engine; requests under way are cut. A second call does nothing."""
+        if not self._loop.is_closed():
+            self._run(self._client.shutdown(0.0))
+            self._registry.close()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _remove(self, adapter_id: int) -> None:
+        self._run(self._client.remove_adapter(adapter_id))
+        self._registry.purge(adapter_id)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return future.result()
+
+    async def _generate_all(
+        self, requests: list[tuple[Prompt, SamplingParams, str | None]]
+    ) -> list[Completion]:
+        return list(await asyncio.gather(*(self._complete(*request) for request in requests)))
+
+    async def _complete(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> Completion:
+        completion = Completion()
+        async for output in self._outputs(prompt, sampling, adapter):
+            completion.append(output)
+        return completion
+
+    def _outputs(
+        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None
+    ) -> AsyncGenerator[TextOutput, None]:
+        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        limit = self._client.info.max_model_len
+        if not 0 < len(token_ids) < limit:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; between 1 and {limit - 1} can be served"
+            )
+        adapter_id = None if adapter is None else self._registry.get(adapter).adapter_id
+        return generate_text(self._client, self.text_model, token_ids, sampling, adapter_id)
+
+    def _find(self, name: str) -> AdapterRecord | None:
+        try:
+            return self._registry.get(name)
+        except AdapterNotFound:
+            return None
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, also where one was given, as text or as token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    is_single = bool(prompts) and isinstance(prompts[0], int)
+    return cast(list[Prompt], [prompts] if is_single else list(prompts))

@@ -1,0 +1,287 @@
+"""Text in, text out: a checkpoint's tokeniser and chat template, incremental detokenisation, stop strings."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from toppings.core import (
+    ColdStart,
+    FinishReason,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+REPLACEMENT = "\ufffd"
+CONTEXT_LEN = 6
+"""Tokens of the prompt that the first output token is decoded with, so that its leading space survives."""
+MAX_PENDING = 8
+"""A character has at most four bytes; text that is still incomplete after more tokens never becomes valid."""
+TOKEN_TEXT_CACHE = 1 << 16
+
+
+class GenerationError(RuntimeError):
+    """The engine could not finish a request; the message says why."""
+
+
+class GenerationCutError(GenerationError):
+    """The engine ended a request early because it is shutting down."""
+
+
+class TextModel:
+    """The tokeniser of a checkpoint. Token ids are those of the model's vocabulary."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = self.encode("a", add_special_tokens=False)[-1:]
+        self.token_text = lru_cache(TOKEN_TEXT_CACHE)(self._token_text)
+
+    @classmethod
+    def load(cls, path: Path) -> "TextModel":
+        """Read from local files only. Raises ValueError where `path` holds no usable tokeniser."""
+        from transformers import AutoTokenizer
+
+        if not path.is_dir():
+            raise ValueError(f"no model directory at {path}")
+        try:
+            return cls(AutoTokenizer.from_pretrained(path, local_files_only=True))
+        except Exception as error:  # the library raises whatever its parsers do
+            raise ValueError(f"cannot read a tokeniser from {path}: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat template.
+
+        Raises RequestError where the model has no template, or the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError("the model has no chat template; send the whole prompt to /v1/completions")
+        if add_generation_prompt and continue_final_message:
+            raise RequestError("continue_final_message is true; add_generation_prompt must then be false")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        except Exception as error:  # templates raise what they like
+            raise RequestError(f"the model's chat template refuses the messages: {error}") from error
+        return self.encode(text, add_special_tokens=False)
+
+    def _token_text(self, token_id: int) -> str:
+        """The text of one token as it stands inside a sentence, special tokens by their names."""
+        anchor = self.decode(self._anchor, skip_special_tokens=False)
+        return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(anchor) :]
+
+
+class Detokenizer:
+    """Token by token to text; a character that spans tokens is held until it is whole."""
+
+    def __init__(self, model: TextModel, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._model = model
+        self._context = list(prompt_token_ids[-CONTEXT_LEN:])
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        before, text = self._decoded()
+        is_whole = len(text) > len(before) and not text.endswith(REPLACEMENT)
+        return self._emit(before, text) if is_whole or len(self._pending) > MAX_PENDING else ""
+
+    def flush(self) -> str:
+        """What is left of an unfinished character, as the tokeniser shows it."""
+        return self._emit(*self._decoded()) if self._pending else ""
+
+    def _decoded(self) -> tuple[str, str]:
+        return self._model.decode(self._context), self._model.decode(self._context + self._pending)
+
+    def _emit(self, before: str, text: str) -> str:
+        self._context, self._pending = self._pending, []
+        return text[len(before) :]
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string; holds back what might yet become one."""
+
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text to show now, and the stop string that ended it, if one did."""
+        text = self._held + text
+        found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            start, _, stop = min(found)
+            self._held = ""
+            return text[: start + len(stop)] if self._include_stop else text[:start], stop
+        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        cut = len(text) - num_held
+        self._held = text[cut:]
+        return text[:cut], None
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, short of all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TextLogprob:
+    """A chosen token with its text, natural-log probability and the best alternatives (id, text, logprob)."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: list[tuple[int, str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class TextOutput:
+    """What one step added to a request; `text` may lag behind `token_ids`, but is whole with the last one.
+
+    `stop_reason` is the stop string or stop token id that ended the text; None at the end of the sequence.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TextLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    queue_ms: float | None = None
+    cold_start: ColdStart | None = None
+
+
+class TokenSource(Protocol):
+    """The part of an engine client that makes tokens."""
+
+    def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        adapter_id: int | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]: ...
+
+
+class TextAssembler:
+    """Engine outputs of one request to text outputs: detokenises, applies stop strings."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        include_stop: bool = False,
+    ) -> None:
+        self._model = model
+        self._detokenizer = Detokenizer(model, prompt_token_ids)
+        self._matcher = StopMatcher(sampling.stop, include_stop=include_stop)
+        self._sampling = sampling
+        self._include_stop = include_stop
+        self._num_tokens = 0
+
+    def push(self, output: RequestOutput) -> TextOutput:
+        num_hidden = self._num_hidden(output)
+        text, stop, num_used = "", None, 0
+        for token_id in output.token_ids[: len(output.token_ids) - num_hidden]:
+            num_used += 1
+            shown, stop = self._push_token(token_id)
+            text += shown
+            if stop is not None:
+                break
+        else:
+            num_used += num_hidden
+        finish_reason = FinishReason.STOP if stop is not None else output.finish_reason
+        if stop is None and finish_reason is not None:
+            rest, stop = self._matcher.push(self._detokenizer.flush())
+            text += rest if stop is not None else rest + self._matcher.flush()
+        return TextOutput(
+            text,
+            output.token_ids[:num_used],
+            self._texts(output.logprobs, num_used),
+            finish_reason,
+            stop if stop is not None else output.stop_token_id,
+            output.queue_ms,
+            output.cold_start,
+        )
+
+    def _push_token(self, token_id: int) -> tuple[str, str | None]:
+        """Stop strings count only in text that comes after the first `min_tokens` tokens."""
+        self._num_tokens += 1
+        text = self._detokenizer.push(token_id)
+        return self._matcher.push(text) if self._num_tokens > self._sampling.min_tokens else (text, None)
+
+    def _num_hidden(self, output: RequestOutput) -> int:
+        """The token that made the engine stop is no text, unless it was asked for and is to be shown."""
+        is_shown = self._include_stop and output.stop_token_id is not None
+        return int(output.finish_reason is FinishReason.STOP and bool(output.token_ids) and not is_shown)
+
+    def _texts(self, logprobs: list[TokenLogprobs] | None, num_used: int) -> list[TextLogprob] | None:
+        if logprobs is None:
+            return None
+        return [self._text(each) for each in logprobs[:num_used]]
+
+    def _text(self, each: TokenLogprobs) -> TextLogprob:
+        text = self._model.token_text
+        top = [(token_id, text(token_id), value) for token_id, value in each.top]
+        return TextLogprob(each.token_id, text(each.token_id), each.logprob, top)
+
+
+async def generate_text(
+    source: TokenSource,
+    model: TextModel,
+    prompt_token_ids: list[int],
+    sampling: SamplingParams,
+    adapter_id: int | None = None,
+    *,
+    include_stop: bool = False,
+    request_id: str | None = None,
+) -> AsyncGenerator[TextOutput, None]:
+    """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
+
+    Raises GenerationError where the engine gives up on the request, GenerationCutError where it shuts down.
+    """
+    assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop)
+    outputs = source.generate(prompt_token_ids, sampling, adapter_id, request_id=request_id)
+    async with aclosing(outputs):
+        async for output in outputs:
+            if output.finish_reason is FinishReason.ERROR:
+                raise GenerationError(output.error or "the engine gave no reason")
+            if output.finish_reason is FinishReason.ABORT:
+                raise GenerationCutError(output.error or "the request was aborted")
+            result = assembler.push(output)
+            yield result
+            if result.finish_reason is not None:
+                return

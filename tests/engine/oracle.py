@@ -1,0 +1,108 @@
+"""The oracle: small random checkpoints made by transformers and PEFT, and what these two answer with them."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB_SIZE = 320
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "llama3-scaled": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def make_model(path: Path, family: str = "llama", **overrides: Any) -> Path:
+    """A random checkpoint of about 200,000 parameters in fp32 (`dtype` overrides)."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **FAMILIES[family],
+        **overrides,
+    }
+    dtype = getattr(torch, settings.pop("dtype", "float32"))
+    config = AutoConfig.for_model(settings.pop("model_type", family), **settings)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter in model.parameters():  # sharper than the default, so that greedy tokens vary
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.15)
+    model.save_pretrained(path)
+    return path
+
+
+def make_adapter(
+    path: Path,
+    model_path: Path,
+    *,
+    rank: int,
+    targets: tuple[str, ...] = ALL_LINEAR,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """A random adapter whose effect is large enough to change greedy tokens."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    lora = LoraConfig(r=rank, target_modules=list(targets), **{"lora_alpha": 2 * rank, **config})
+    model = get_peft_model(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.4 / rank**0.5 if "lora_B" in name else 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+@lru_cache(maxsize=32)
+def reference_model(model_path: Path, adapter_path: Path | None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    return (model if adapter_path is None else PeftModel.from_pretrained(model, adapter_path)).eval()
+
+
+def reference_tokens(
+    model_path: Path, adapter_path: Path | None, prompt: list[int], num_tokens: int
+) -> list[int]:
+    """Greedy tokens of transformers + PEFT, past the end of sequence if need be."""
+    model = reference_model(model_path, adapter_path)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+def make_prompt(seed: int, num_tokens: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()

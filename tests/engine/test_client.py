@@ -1,0 +1,183 @@
+"""The engine in a process and in a thread, as its clients see it."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
+from toppings.config import EngineConfig
+from toppings.core import FinishReason, RequestError, RequestOutput, SamplingParams
+from toppings.engine.build import open_registry
+from toppings.engine.client import EngineClient, EngineDeadError, EngineStartError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("client")
+    model = make_model(root / "model")
+    return model, make_adapter(root / "adapter", model, rank=8)
+
+
+@pytest.fixture
+def config(checkpoints: tuple[Path, Path], tmp_path: Path) -> EngineConfig:
+    return EngineConfig(
+        model=str(checkpoints[0]),
+        state_dir=str(tmp_path),
+        dtype="float32",
+        num_threads=1,
+        kv_cache_bytes=16 * 2**20,
+        device_pool_bytes=2**20,
+        host_store_bytes=2**20,
+        step_log=str(tmp_path / "steps.jsonl"),
+    )
+
+
+@pytest_asyncio.fixture(params=["process", "thread"])
+async def client(request: pytest.FixtureRequest, config: EngineConfig) -> AsyncIterator[EngineClient]:
+    start = EngineClient.start if request.param == "process" else EngineClient.start_in_thread
+    client = await start(config)
+    yield client
+    await client.shutdown(0.0)
+
+
+async def collect(
+    client: EngineClient, prompt: list[int], sampling: SamplingParams, **kwargs: Any
+) -> list[int]:
+    return [t async for output in client.generate(prompt, sampling, **kwargs) for t in output.token_ids]
+
+
+async def wait_until_idle(client: EngineClient) -> None:
+    async with asyncio.timeout(20):
+        while (stats := await client.stats()).num_running or stats.num_waiting:
+            await asyncio.sleep(0.01)
+    assert stats.kv_pages_used == 0
+    assert all(status.num_running == 0 for status in stats.adapters)
+
+
+async def test_concurrent_requests_give_the_oracles_tokens(
+    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+) -> None:
+    model, adapter = checkpoints
+    adapter_id = open_registry(config).register("a", adapter).adapter_id  # after the engine has started
+    prompts = [make_prompt(i, 10 + i) for i in range(6)]
+    ids = [adapter_id if i % 2 else None for i in range(6)]
+    results = await asyncio.gather(
+        *(collect(client, prompt, GREEDY, adapter_id=a) for prompt, a in zip(prompts, ids))
+    )
+    expected = [reference_tokens(model, adapter if a else None, p, 10) for p, a in zip(prompts, ids)]
+    assert results == expected
+
+
+async def test_closing_the_stream_frees_pages_and_pin(
+    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+) -> None:
+    adapter_id = open_registry(config).register("a", checkpoints[1]).adapter_id
+    async with aclosing(client.generate(make_prompt(0, 10), ENDLESS, adapter_id)) as outputs:
+        await anext(outputs)
+        assert (await client.stats()).num_running == 1
+    await wait_until_idle(client)
+    assert client.num_open == 0
+
+
+async def test_removing_an_adapter_waits_for_its_requests_and_frees_its_memory(
+    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+) -> None:
+    registry = open_registry(config)
+    adapter_id = registry.register("a", checkpoints[1]).adapter_id
+    sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    running = asyncio.create_task(collect(client, make_prompt(0, 10), sampling, adapter_id=adapter_id))
+    while not (await client.stats()).num_running:
+        await asyncio.sleep(0.001)
+    registry.remove("a")
+    await client.remove_adapter(adapter_id)
+    assert running.done() or len(await running) == 200
+    stats = await client.stats()
+    assert (stats.host_bytes_used, stats.device_bytes_used, stats.adapters) == (0, 0, [])
+    last = [output async for output in client.generate([3], GREEDY, adapter_id)][-1]
+    assert last.finish_reason is FinishReason.ERROR
+    assert "removed" in str(last.error)
+
+
+async def test_an_unknown_adapter_and_a_prompt_too_long_each_get_one_clear_error(
+    client: EngineClient,
+) -> None:
+    unknown = [output async for output in client.generate([3], GREEDY, 77)]
+    too_long = [output async for output in client.generate([3] * 5000, GREEDY)]
+    assert [o.finish_reason for o in unknown + too_long] == [FinishReason.ERROR] * 2
+    assert "77" in str(unknown[0].error)
+    assert "5000" in str(too_long[0].error)
+
+
+async def test_pinning_loads_the_adapter_and_keeps_it(
+    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+) -> None:
+    adapter_id = open_registry(config).register("a", checkpoints[1]).adapter_id
+    await client.pin_adapter(adapter_id, True)
+    async with asyncio.timeout(10):
+        while not any(s.device_layers == s.num_layers for s in (await client.stats()).adapters):
+            await asyncio.sleep(0.01)
+    assert (await client.stats()).adapters[0].is_pinned
+    with pytest.raises(RequestError, match="77"):
+        await client.pin_adapter(77, True)
+
+
+async def test_shutdown_lets_requests_finish_within_the_deadline(config: EngineConfig) -> None:
+    client = await EngineClient.start_in_thread(config)
+    running = asyncio.create_task(collect(client, make_prompt(0, 10), GREEDY))
+    await asyncio.sleep(0.01)
+    await client.shutdown(20.0)
+    assert len(await running) == 10
+
+
+async def test_shutdown_cuts_what_is_left_after_the_deadline(config: EngineConfig) -> None:
+    client = await EngineClient.start_in_thread(config)
+    outputs: list[RequestOutput] = []
+
+    async def run() -> None:
+        outputs.extend([output async for output in client.generate(make_prompt(0, 10), ENDLESS)])
+
+    running = asyncio.create_task(run())
+    await asyncio.sleep(0.05)
+    await client.shutdown(0.0)
+    await running
+    assert outputs[-1].finish_reason is FinishReason.ABORT
+    assert outputs[-1].error == "the server is shutting down"
+
+
+async def test_when_the_engine_is_killed_every_caller_hears_of_it(config: EngineConfig) -> None:
+    client = await EngineClient.start(config)
+    running = asyncio.create_task(collect(client, make_prompt(0, 10), ENDLESS))
+    await asyncio.sleep(0.05)
+    pid = int(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        await running
+    assert not client.is_alive
+    with pytest.raises(EngineDeadError):
+        await client.stats()
+    await client.shutdown(0.0)
+
+
+async def test_an_engine_that_cannot_start_says_why(config: EngineConfig, tmp_path: Path) -> None:
+    missing = EngineConfig(model=str(tmp_path / "nowhere"), state_dir=str(tmp_path))
+    for start in (EngineClient.start, EngineClient.start_in_thread):
+        with pytest.raises(EngineStartError, match="nowhere"):
+            await start(missing)
+
+
+async def test_every_step_is_logged(client: EngineClient, config: EngineConfig) -> None:
+    await collect(client, make_prompt(0, 10), GREEDY)
+    lines = Path(config.step_log).read_text().splitlines()
+    assert len(lines) == 10
+    assert '"kind": "prefill"' in lines[0]
+    assert '"kind": "decode"' in lines[-1]

@@ -1,0 +1,84 @@
+"""`LLM`: the engine without HTTP, over the built-in demo."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from toppings import LLM, SamplingParams
+from toppings.adapters.errors import AdapterNotFound
+from toppings.config import ConfigError
+from toppings.core import FinishReason, RequestError
+from toppings.demo import demo_adapters_dir
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    with LLM(state_dir=str(tmp_path_factory.mktemp("state")), kv_cache_bytes="32MiB", num_threads=1) as llm:
+        for path in demo_adapters_dir().iterdir():
+            llm.load_adapter(path.name, path)
+        yield llm
+
+
+def test_one_batch_gives_each_prompt_its_own_adapters_answer(llm: LLM) -> None:
+    names = [None, *(record.name for record in llm.adapters())]
+    answers = llm.generate(["Tell me about the sea."] * len(names), GREEDY, adapter=names)
+    assert len({answer.text for answer in answers}) == len(names)
+    alone = llm.generate("Tell me about the sea.", GREEDY, adapter=names[1])
+    assert alone[0].text == answers[1].text
+
+
+def test_a_stream_yields_the_text_of_generate(llm: LLM) -> None:
+    async def stream() -> str:
+        return "".join([output.text async for output in llm.stream("What is a river?", GREEDY)])
+
+    assert asyncio.run(stream()) == llm.generate("What is a river?", GREEDY)[0].text
+
+
+def test_streams_may_be_left_early(llm: LLM) -> None:
+    async def first() -> str:
+        async with aclosing(llm.stream("What is a river?", GREEDY)) as outputs:
+            return (await anext(outputs)).text
+
+    assert asyncio.run(first())
+
+
+def test_token_ids_are_prompts_too(llm: LLM) -> None:
+    token_ids = llm.text_model.encode("What is a river?")
+    by_ids, by_text = llm.generate(token_ids, GREEDY), llm.generate("What is a river?", GREEDY)
+    assert by_ids[0].token_ids == by_text[0].token_ids
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    whole = llm.generate("Tell me about the sea.", GREEDY)[0].text
+    stop = whole[5:9]
+    cut = llm.generate(
+        "Tell me about the sea.", SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,))
+    )[0]
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason is FinishReason.STOP
+
+
+def test_reloading_an_adapter_serves_the_new_weights(llm: LLM, tmp_path: Path) -> None:
+    one, other = sorted(demo_adapters_dir().iterdir())[:2]
+    llm.load_adapter("reloaded", one)
+    before = llm.generate("Tell me about the sea.", GREEDY, adapter="reloaded")[0].text
+    llm.load_adapter("reloaded", other, replace=True)
+    after = llm.generate("Tell me about the sea.", GREEDY, adapter="reloaded")[0].text
+    assert after == llm.generate("Tell me about the sea.", GREEDY, adapter=other.name)[0].text != before
+    llm.unload_adapter("reloaded")
+    with pytest.raises(AdapterNotFound):
+        llm.generate("x", GREEDY, adapter="reloaded")
+
+
+def test_bad_input_is_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="2 adapters for 1 prompts"):
+        llm.generate(["x"], adapter=["a", "b"])
+    with pytest.raises(RequestError, match="0 tokens"):
+        llm.generate([[]])
+    with pytest.raises(ConfigError, match="colour"):
+        LLM(colour="red")
