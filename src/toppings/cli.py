@@ -1,0 +1,197 @@
+"""The command `toppings`: a few lines per verb; what needs torch is imported where it is used."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from toppings import __version__
+from toppings.config import Config, ConfigError, EngineConfig
+from toppings.core import MODULES
+from toppings.options import with_settings
+from toppings.remote import RemoteServer
+from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
+
+if TYPE_CHECKING:
+    from toppings.adapters.registry import AdapterRegistry
+
+USER_ERROR = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="""
+Toppings: serve many LoRA adapters of one base model.""")  # fmt: skip
+adapters_app = typer.Typer(no_args_is_help=True, help="The adapters of a model, or of a running server.")
+synth_app = typer.Typer(no_args_is_help=True, help="Random-weight checkpoints, for benchmarks.")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(synth_app, name="synth")
+
+Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
+StateDir = Annotated[str, typer.Option(help="where the registry is (default: ~/.cache/toppings/<model>)")]
+Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the checkpoint's)")]
+Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
+ApiKey = Annotated[str, typer.Option(envvar="TOPPINGS_API_KEY", help="the server's key")]
+
+
+def main() -> None:
+    """What a user did wrong is told in one line, with exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(USER_ERROR) from None
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"toppings {__version__}")
+
+
+@app.command(name="serve")
+@with_settings
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Serve a base model and its adapters over HTTP (without --model: the built-in demo)."""
+    base = Config.from_yaml(config) if config else None
+    resolved = Config.from_settings(settings, base)
+    from toppings.engine.client import EngineStartError
+    from toppings.server.lifecycle import run_server
+
+    try:
+        raise typer.Exit(run_server(resolved))
+    except EngineStartError as error:
+        raise ConfigError(f"the engine could not start: {error}") from error
+
+
+@adapters_app.command("list")
+def list_adapters(
+    model: Model = "", state_dir: StateDir = "", dtype: Dtype = "auto", url: Url = "", api_key: ApiKey = ""
+) -> None:
+    """Show all adapters with rank, targets and size; of a running server also where they are."""
+    rows = RemoteServer(url, api_key).adapters() if url else _local_rows(model, state_dir, dtype)
+    table = Table("name", "id", "rank", "targets", "bytes", "pinned", *(("state", "hits") if url else ()))
+    for row in rows:
+        places = (row["state"], str(row["hits"])) if url else ()
+        targets = ",".join(name.removesuffix("_proj") for name in row["targets"])
+        numbers = [str(row[key]) for key in ("id", "rank")]
+        pinned = "yes" if row["is_pinned"] else ""
+        table.add_row(row["name"], *numbers, targets, f"{row['bytes']:,}", pinned, *places)
+    Console().print(table)
+
+
+@adapters_app.command("add")
+def add_adapter(
+    name: str,
+    path: Path,
+    *,
+    replace: Annotated[bool, typer.Option("--replace", help="load a registered name anew")] = False,
+    model: Model = "",
+    state_dir: StateDir = "",
+    dtype: Dtype = "auto",
+    url: Url = "",
+    api_key: ApiKey = "",
+) -> None:
+    """Register the PEFT checkpoint in PATH under NAME."""
+    if url:
+        typer.echo(RemoteServer(url, api_key).load(name, str(path.absolute()), in_place=replace))
+        return
+    record = _registry(model, state_dir, dtype).register(name, path.absolute(), replace=replace)
+    typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes")
+
+
+@adapters_app.command("remove")
+def remove_adapter(
+    name: str,
+    *,
+    model: Model = "",
+    state_dir: StateDir = "",
+    dtype: Dtype = "auto",
+    url: Url = "",
+    api_key: ApiKey = "",
+) -> None:
+    """Forget the adapter NAME; a running server finishes its requests first."""
+    if url:
+        typer.echo(RemoteServer(url, api_key).unload(name))
+        return
+    _registry(model, state_dir, dtype).remove(name)
+    typer.echo(f"removed {name}")
+
+
+@adapters_app.command("check")
+def check_adapter(path: Path, model: Model = "") -> None:
+    """Say whether the PEFT checkpoint in PATH fits the model, or why not; registers nothing."""
+    from toppings.adapters.checkpoint import read_checkpoint
+    from toppings.adapters.layout import BaseShapes
+    from toppings.engine.build import model_path
+    from toppings.model.config import ModelConfig
+
+    shapes = BaseShapes(*ModelConfig.from_checkpoint(model_path(EngineConfig(model=model))).base_shapes())
+    ranks = read_checkpoint(path, shapes).ranks()
+    targets = [name for index, name in enumerate(MODULES) if any(layer[index] for layer in ranks)]
+    typer.echo(f"{path} fits: rank {max(map(max, ranks))}, targets {', '.join(targets)}")
+
+
+@synth_app.command("model")
+def synth_model(
+    path: Path,
+    *,
+    preset: Annotated[str, typer.Option(help=f"a shape to begin with: {', '.join(PRESETS)}")] = "tiny",
+    family: Annotated[str | None, typer.Option(help=f"one of {', '.join(FAMILIES)}")] = None,
+    hidden: Annotated[int | None, typer.Option(help="hidden size")] = None,
+    layers: Annotated[int | None, typer.Option(help="decoder layers")] = None,
+    heads: Annotated[int | None, typer.Option(help="attention heads")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="key-value heads")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="size inside the MLP")] = None,
+    vocab: Annotated[int | None, typer.Option(help="tokens in the vocabulary")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"one of {', '.join(DTYPES)}")] = None,
+    max_len: Annotated[int | None, typer.Option(help="positions")] = None,
+    seed: int = 0,
+) -> None:
+    """Write a model of random weights, with a byte-level tokeniser, to the new directory PATH."""
+    options = dict(locals())
+    if preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
+    given = {f.name: value for f in fields(ModelShape) if (value := options[f.name]) is not None}
+    write_model(path, replace(PRESETS[preset], **given), seed=seed)
+    typer.echo(f"wrote {path}")
+
+
+@synth_app.command("adapters")
+def synth_adapters(
+    path: Path,
+    *,
+    model: Annotated[Path, typer.Option(help="the model they are for")],
+    count: Annotated[int, typer.Option(min=1, help="how many")] = 8,
+    ranks: Annotated[str, typer.Option(help="ranks, taken in turn")] = "8,16,32,64",
+    targets: Annotated[str, typer.Option(help="projections")] = "q_proj,k_proj,v_proj",
+    dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "bfloat16",
+    seed: int = 0,
+) -> None:
+    """Write PEFT adapters of random weights to the new directory PATH, one sub-directory each."""
+    try:
+        numbers = tuple(int(rank) for rank in ranks.split(","))
+    except ValueError as error:
+        raise ConfigError(f"ranks are {ranks!r}; write numbers with commas between, e.g. 8,16") from error
+    shape = AdapterShape(ranks=numbers, targets=tuple(targets.split(",")), dtype=dtype)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("adapters", total=count)
+        write_adapters(
+            path, model, shape, count=count, seed=seed, on_written=lambda n: progress.advance(task, n)
+        )
+    typer.echo(f"wrote {count} adapters to {path}")
+
+
+def _registry(model: str, state_dir: str, dtype: str) -> "AdapterRegistry":
+    from toppings.engine.build import open_registry
+
+    return open_registry(EngineConfig(model=model, state_dir=state_dir, dtype=dtype))
+
+
+def _local_rows(model: str, state_dir: str, dtype: str) -> list[dict[str, Any]]:
+    records = _registry(model, state_dir, dtype).list()
+    return [{**asdict(record), "id": record.adapter_id, "bytes": record.num_bytes} for record in records]

@@ -1,0 +1,56 @@
+"""The few requests that the command line sends to a running server."""
+
+import json
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+TIMEOUT_S = 300.0
+"""Unloading waits for the adapter's requests to end."""
+
+
+class RemoteError(ValueError):
+    """The server could not be reached, or refused; the message says which and why."""
+
+
+class RemoteServer:
+    """A Toppings server at `url`; `api_key` may be empty."""
+
+    def __init__(self, url: str, api_key: str = "") -> None:
+        if not url.startswith(("http://", "https://")):
+            raise RemoteError(f"url is {url!r}; it must start with http:// or https://")
+        self._url = url.rstrip("/")
+        self._headers = {"content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+
+    def adapters(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self._send("GET", "/adapters"))["adapters"]
+        return rows
+
+    def load(self, name: str, path: str, *, in_place: bool) -> str:
+        body = {"lora_name": name, "lora_path": path, "load_inplace": in_place}
+        return self._send("POST", "/v1/load_lora_adapter", body)
+
+    def unload(self, name: str) -> str:
+        return self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _send(self, method: str, route: str, body: dict[str, Any] | None = None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self._url + route, data, self._headers, method=method)
+        try:
+            with urlopen(request, timeout=TIMEOUT_S) as response:
+                text: str = response.read().decode()
+                return text
+        except HTTPError as error:
+            raise RemoteError(f"{self._url} answered {error.code}: {_reason(error.read())}") from error
+        except (URLError, TimeoutError) as error:
+            raise RemoteError(f"cannot reach {self._url}: {getattr(error, 'reason', error)}") from error
+
+
+def _reason(body: bytes) -> str:
+    try:
+        error = json.loads(body)["error"]
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")
+    return str(error["message"] if isinstance(error, dict) else error)

@@ -1,0 +1,128 @@
+"""What an operator looks at and turns: adapters and their places, pins, health, statistics, metrics."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from toppings.adapters.registry import AdapterRecord
+from toppings.core import AdapterStatus, EngineStats
+from toppings.engine.client import EngineDeadError
+from toppings.server.auth import may_change_state
+from toppings.server.errors import json_response
+from toppings.server.metrics import is_resident, lora_lists, num_slots
+from toppings.server.models import admin_of
+from toppings.server.state import ServerState, state_of
+
+router = APIRouter()
+changing = APIRouter(dependencies=[Depends(may_change_state)])
+
+
+@router.get("/health")
+@router.get("/healthz")
+async def health(request: Request) -> Response:
+    if not state_of(request).client.is_alive:
+        return json_response({"status": "the engine has died"}, 503)
+    return json_response({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether new requests are taken: not while the server shuts down."""
+    state_of(request).check_ready()
+    return json_response({"status": "ready"})
+
+
+@router.get("/stats")
+async def stats(request: Request) -> Response:
+    state = state_of(request)
+    engine = await state.client.stats()
+    content = msgspec.to_builtins(engine)
+    del content["call_id"]
+    adapters = zip(content["adapters"], engine.adapters)
+    content["adapters"] = [{"name": state.name_of(s.adapter_id), **fields} for fields, s in adapters]
+    running, waiting = lora_lists(engine)
+    return json_response(
+        {
+            "model": state.base_name,
+            "mode": state.config.engine.mode,
+            "link_gbps": state.config.engine.link_gbps,
+            "num_open": state.num_open,
+            "num_pending": state.num_waiting,
+            "max_queue": state.config.server.max_queue,
+            "is_draining": state.is_draining,
+            "num_adapters": state.registry.count(),
+            "max_lora": num_slots(engine),
+            "running_adapters": [state.name_of(i) for i in running],
+            "waiting_adapters": [state.name_of(i) for i in waiting],
+            **content,
+        }
+    )
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    state = state_of(request)
+    text = state.metrics.render(await _stats_or_none(state), state.name_of, state.registry.count())
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/adapters")
+async def list_adapters(request: Request) -> Response:
+    state = state_of(request)
+    engine = await _stats_or_none(state)
+    places = {} if engine is None else {status.adapter_id: status for status in engine.adapters}
+    records = await asyncio.to_thread(state.registry.list)
+    return json_response({"adapters": [_row(record, places.get(record.adapter_id)) for record in records]})
+
+
+@changing.post("/adapters/{name:path}/pin")
+async def pin_adapter(name: str, request: Request) -> Response:
+    await admin_of(request).pin(name, True)
+    return json_response({"name": name, "is_pinned": True})
+
+
+@changing.delete("/adapters/{name:path}/pin")
+async def unpin_adapter(name: str, request: Request) -> Response:
+    await admin_of(request).pin(name, False)
+    return json_response({"name": name, "is_pinned": False})
+
+
+async def _stats_or_none(state: ServerState) -> EngineStats | None:
+    try:
+        return await state.client.stats()
+    except EngineDeadError:
+        return None
+
+
+def _row(record: AdapterRecord, status: AdapterStatus | None) -> dict[str, Any]:
+    row = {
+        "name": record.name,
+        "id": record.adapter_id,
+        "path": str(record.path),
+        "rank": record.rank,
+        "targets": list(record.targets),
+        "bytes": record.num_bytes,
+        "digest": record.digest,
+        "is_pinned": record.is_pinned,
+        "state": "disk" if status is None else place(status),
+    }
+    if status is None:
+        return {**row, "layers_on_device": 0, "hits": 0, "running": 0, "waiting": 0}
+    return {
+        **row,
+        "layers_on_device": status.device_layers,
+        "hits": status.num_hits,
+        "running": status.num_running,
+        "waiting": status.num_waiting,
+    }
+
+
+def place(status: AdapterStatus) -> str:
+    """The fastest tier that holds all of the adapter."""
+    if is_resident(status):
+        return "device"
+    return "host" if status.is_on_host else "disk"

@@ -1,0 +1,33 @@
+"""The application: every route over one engine client, registry and tokeniser."""
+
+from fastapi import FastAPI
+
+from toppings import __version__
+from toppings.adapters.registry import AdapterRegistry
+from toppings.config import Config
+from toppings.server import admin, chat, completions, generate, models
+from toppings.server.adapters import AdapterAdmin
+from toppings.server.auth import KeyMiddleware
+from toppings.server.errors import install_error_handlers
+from toppings.server.limits import BodyLimitMiddleware
+from toppings.server.metrics import Metrics
+from toppings.server.state import Client, ServerState
+from toppings.text import TextModel
+
+
+def create_app(client: Client, registry: AdapterRegistry, text_model: TextModel, config: Config) -> FastAPI:
+    """An application that owns none of what it is given; `app.state.toppings` is its ServerState."""
+    app = FastAPI(title="Toppings", version=__version__, description="Many LoRA adapters of one base model.")
+    state = ServerState(client, registry, text_model, config, Metrics(client.info.model_name))
+    app.state.toppings = state
+    app.state.admin = AdapterAdmin(state)
+    # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.
+    for router in (admin.router, admin.changing, completions.router, chat.router, generate.router):
+        app.include_router(router)
+    for router in (models.router, models.changing):
+        app.include_router(router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimitMiddleware)
+    if config.server.api_key:
+        app.add_middleware(KeyMiddleware, api_key=config.server.api_key)
+    return app

@@ -1,0 +1,115 @@
+"""`/v1/chat/completions`."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from toppings.server.jobs import LONG_TEXT, Choice, Job, room_for_output
+from toppings.server.protocol import ChatBody
+from toppings.server.replies import answer, running_usage, usage
+from toppings.server.state import Lease, ServerState, state_of
+from toppings.server.streams import DONE, sse
+from toppings.text import TextLogprob
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatBody, request: Request) -> Response:
+    job = await _job(state_of(request), body)
+    return await answer(request, job, ChatReply(job, body), is_stream=bool(body.stream))
+
+
+async def _job(state: ServerState, body: ChatBody) -> Job:
+    started_at = time.perf_counter()
+    target = state.target(body.model)
+    prompt = await _tokens(state, body)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return Job(
+        state=state,
+        target=target,
+        prompts=[prompt],
+        sampling=body.sampling(
+            max_tokens=room_for_output(state, [prompt]) if max_tokens is None else max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        ),
+        num_choices=body.num_choices,
+        include_stop=bool(body.include_stop_str_in_output),
+        started_at=started_at,
+    )
+
+
+async def _tokens(state: ServerState, body: ChatBody) -> list[int]:
+    messages = [message.for_template() for message in body.messages]
+    options = {
+        "add_generation_prompt": body.add_generation_prompt is not False
+        and not (body.add_generation_prompt is None and body.continue_final_message),
+        "continue_final_message": bool(body.continue_final_message),
+    }
+    if sum(len(message["content"]) for message in messages) <= LONG_TEXT:
+        return state.text.chat(messages, **options)
+    return await asyncio.to_thread(state.text.chat, messages, **options)
+
+
+class ChatReply:
+    """The two forms of a chat completion: whole, or as events whose first one per choice names the role."""
+
+    def __init__(self, job: Job, body: ChatBody) -> None:
+        self._job = job
+        self._body = body
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        parts = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": c.text, "refusal": None},
+                **self._ending(c.logprobs, c.finish_reason, c.stop_reason),
+            }
+            for i, c in enumerate(choices)
+        ]
+        num_tokens = sum(len(c.token_ids) for c in choices)
+        total = usage(self._job.num_prompt_tokens, num_tokens)
+        return {**self._head("chat.completion"), "choices": parts, "usage": total}
+
+    async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
+        head, num_tokens, begun = self._head("chat.completion.chunk"), 0, set()
+        async with aclosing(self._job.stream(lease)) as outputs:
+            async for i, output in outputs:
+                num_tokens += len(output.token_ids)
+                if i not in begun:
+                    begun.add(i)
+                    opening = {"role": "assistant", "content": ""}
+                    choice = {"index": i, "delta": opening, "logprobs": None, "finish_reason": None}
+                    yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, 0)})
+                ending = self._ending(output.logprobs or [], output.finish_reason, output.stop_reason)
+                choice = {"index": i, "delta": {"content": output.text}, **ending}
+                yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)})
+        if self._body.include_usage:
+            yield sse({**head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
+        yield DONE
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._job.target.name}
+
+    def _ending(
+        self, logprobs: list[TextLogprob], finish_reason: str | None, stop_reason: str | int | None
+    ) -> dict[str, Any]:
+        content = {"content": [_logprob(each) for each in logprobs]} if self._body.logprobs else None
+        return {"logprobs": content, "finish_reason": finish_reason, "stop_reason": stop_reason}
+
+
+def _logprob(each: TextLogprob) -> dict[str, Any]:
+    top = [_token(text, logprob) for _, text, logprob in each.top]
+    return {**_token(each.text, each.logprob), "top_logprobs": top}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -1,0 +1,149 @@
+"""One request as the sequences it asks for: several prompts, several choices of each."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from toppings.adapters.errors import AdapterNotFound
+from toppings.core import RequestError, SamplingParams
+from toppings.server.errors import ApiError
+from toppings.server.metrics import RequestTimer
+from toppings.server.state import Lease, ServerState, Target
+from toppings.server.streams import merged
+from toppings.text import GenerationError, TextLogprob, TextModel, TextOutput, generate_text
+
+LONG_TEXT = 4096
+"""Characters above which a text is tokenised in a thread."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """All of one sequence's output, put together."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TextLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, output: TextOutput) -> None:
+        self.text += output.text
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or []
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`."""
+
+    state: ServerState
+    target: Target
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    num_choices: int = 1
+    include_stop: bool = False
+    started_at: float = field(default_factory=time.perf_counter)
+    timers: list[RequestTimer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            check_prompt(self.state, prompt, self.sampling.max_tokens)
+        check_token_ids(self.state, "stop_token_ids", self.sampling.stop_token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.num_choices
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+    async def stream(self, lease: Lease) -> AsyncGenerator[tuple[int, TextOutput], None]:
+        """Outputs of all sequences with their indices, as they come. Closing it aborts what is left."""
+        sequences = [self._sequence(index, lease) for index in range(self.num_sequences)]
+        async with aclosing(merged(sequences)) as outputs:
+            async for item in outputs:
+                yield item
+
+    async def collect(self, lease: Lease) -> list[Choice]:
+        choices = [Choice() for _ in range(self.num_sequences)]
+        async with aclosing(self.stream(lease)) as outputs:
+            async for index, output in outputs:
+                choices[index].add(output)
+        return choices
+
+    async def _sequence(self, index: int, lease: Lease) -> AsyncGenerator[TextOutput, None]:
+        prompt = self.prompts[index // self.num_choices]
+        timer = RequestTimer(self.started_at, len(prompt), self.target.adapter_id is not None)
+        self.timers.append(timer)
+        try:
+            async with aclosing(self._outputs(index, prompt)) as outputs:
+                async for output in outputs:
+                    if timer.num_tokens == 0:
+                        lease.note_started()
+                    timer.note(output)
+                    yield output
+        except Exception as error:
+            timer.outcome = "error"
+            self._explain(error)
+            raise
+        finally:
+            timer.ended_at = time.perf_counter()
+            self.state.metrics.observe(timer)
+
+    def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
+        state, sampling = self.state, self._sampling_of(index % self.num_choices)
+        return generate_text(
+            state.client, state.text, prompt, sampling, self.target.adapter_id, include_stop=self.include_stop
+        )
+
+    def _sampling_of(self, choice: int) -> SamplingParams:
+        """Choices of a seeded request differ, and each is the same every time."""
+        seed = self.sampling.seed
+        return self.sampling if seed is None or choice == 0 else replace(self.sampling, seed=seed + choice)
+
+    def _explain(self, error: Exception) -> None:
+        """A request that lost its adapter between look-up and engine is told so: raises ApiError 404."""
+        if isinstance(error, GenerationError) and self.target.adapter_id is not None:
+            try:
+                self.state.registry.get(self.target.name)
+            except AdapterNotFound:
+                self.state.target(self.target.name)
+
+
+def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None:
+    """Raises ApiError for an empty prompt, or one that is too long together with `max_tokens`."""
+    limit = state.client.info.max_model_len
+    if not prompt:
+        raise RequestError("the prompt is empty; it needs at least one token")
+    if len(prompt) + max_tokens > limit:
+        raise ApiError(
+            400,
+            f"the prompt has {len(prompt)} tokens and up to {max_tokens} were asked for; "
+            f"the model's context holds {limit} tokens",
+        )
+    check_token_ids(state, "prompt", prompt)
+
+
+def check_token_ids(state: ServerState, name: str, token_ids: list[int] | tuple[int, ...]) -> None:
+    vocab_size = state.client.info.vocab_size
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
+        raise RequestError(f"{name} holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
+
+
+def room_for_output(state: ServerState, prompts: list[list[int]]) -> int:
+    """The most tokens that every one of `prompts` leaves room for, at least 1."""
+    return max(1, state.client.info.max_model_len - max(len(prompt) for prompt in prompts))
+
+
+async def tokens_of(text: TextModel, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+    """A long text is tokenised beside the event loop."""
+    if not isinstance(prompt, str):
+        return prompt
+    if len(prompt) <= LONG_TEXT:
+        return text.encode(prompt, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(text.encode, prompt, add_special_tokens=add_special_tokens)

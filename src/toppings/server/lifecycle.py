@@ -1,0 +1,234 @@
+"""From a configuration to a server that listens, and from a signal to its orderly end."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import uvicorn
+import yaml
+from fastapi import FastAPI
+
+from toppings.adapters.registry import AdapterRegistry
+from toppings.config import Config, ConfigError
+from toppings.demo import demo_adapters_dir
+from toppings.engine.client import EngineClient, EngineStartError
+from toppings.server.app import create_app
+from toppings.server.state import ServerState
+from toppings.text import TextModel
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 2.0
+"""How long the last answers may take to leave once the engine has ended."""
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def run_server(config: Config) -> int:
+    """Serve until a signal or the engine's death; the exit code: 0 after a signal, 1 otherwise.
+
+    Raises ConfigError, ValueError, OSError or EngineStartError where the server cannot start.
+    """
+    config = with_run_files(config)
+    start_logging(config)
+    return asyncio.run(_serve(config))
+
+
+def run_dir(config: Config) -> Path:
+    return Path(config.server.log_dir) / config.engine.mode
+
+
+def with_run_files(config: Config) -> Config:
+    """`config` with its step log and demo adapters resolved, written beside the logs (without the key)."""
+    directory = run_dir(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    engine = replace(config.engine, step_log=config.engine.step_log or str(directory / "steps.jsonl"))
+    adapters = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
+    config = Config(engine=engine, server=replace(config.server, adapters=adapters))
+    settings = {name: value for name, value in config.to_settings().items() if name != "api_key"}
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return config
+
+
+def start_logging(config: Config) -> None:
+    """To standard error and to `server.log` in the run's directory."""
+    handlers: list[logging.Handler] = [
+        logging.StreamHandler(),
+        logging.FileHandler(run_dir(config) / "server.log", mode="w"),
+    ]
+    logging.basicConfig(
+        level=config.server.log_level.upper(), format=LOG_FORMAT, handlers=handlers, force=True
+    )
+
+
+async def _serve(config: Config) -> int:
+    stop = Stop()
+    with stop.on_signals(), listening_socket(config) as listener:
+        startup = asyncio.create_task(_start(config))
+        await stop.or_done(startup)
+        if not startup.done():
+            startup.cancel()
+            with suppress(asyncio.CancelledError):
+                await startup
+            return 0
+        client, registry, text = startup.result()
+        try:
+            app = create_app(client, registry, text, config)
+            return await run_until_stopped(config, app, client, listener, stop)
+        finally:
+            await client.shutdown(0.0)
+            registry.close()
+
+
+async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel]:
+    """Registers the start-up adapters first, so that the engine finds them."""
+    from toppings.engine.build import model_path
+
+    registry = await asyncio.to_thread(_registry, config)
+    client = asyncio.create_task(EngineClient.start(config.engine))
+    try:
+        text = await asyncio.to_thread(TextModel.load, model_path(config.engine))
+        return await client, registry, text
+    except BaseException:
+        client.cancel()
+        with suppress(asyncio.CancelledError, EngineStartError):
+            await (await client).shutdown(0.0)
+        raise
+
+
+def _registry(config: Config) -> AdapterRegistry:
+    from toppings.engine.build import open_registry
+
+    registry = open_registry(config.engine)
+    registry.clean_up()
+    if config.server.adapters:
+        report = registry.register_directory(config.server.adapters)
+        for name, error in report.failures.items():
+            logger.warning("adapter %s is left out: %s", name, error)
+    logger.info("%d adapters are registered in %s", registry.count(), registry.state_dir)
+    return registry
+
+
+async def run_until_stopped(
+    config: Config, app: FastAPI, client: EngineClient, listener: socket.socket, stop: "Stop"
+) -> int:
+    server = _make_server(config, app)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    died = asyncio.create_task(client.died.wait())
+    await stop.or_done(serving, died)
+    if stop.is_set:
+        await _drain(app.state.toppings, client, stop)
+    else:
+        logger.error("the engine has died; the server ends")
+        await _flush(app.state.toppings)
+    died.cancel()
+    server.should_exit = True
+    await serving
+    return 0 if stop.is_set else 1
+
+
+async def _drain(state: ServerState, client: EngineClient, stop: "Stop") -> None:
+    """New requests get 503; running ones finish, or are cut at the deadline or a second signal."""
+    timeout_s = state.config.server.shutdown_timeout_s
+    logger.info("shutting down: %d open requests get up to %g s", state.num_open, timeout_s)
+    state.is_draining = True
+    stop.rearm()
+    shutdown = asyncio.create_task(client.shutdown(timeout_s))
+    await stop.or_done(shutdown)
+    if not shutdown.done():
+        await client.shutdown(0.0)
+    await shutdown
+    stop.is_set = True
+    await _flush(state)
+
+
+async def _flush(state: ServerState) -> None:
+    """Let the answers that are ready reach their clients."""
+    deadline = asyncio.get_running_loop().time() + FLUSH_S
+    while state.num_open and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.01)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `Stop`, as a signal means draining first; names the address of a given socket."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            logging.getLogger("uvicorn.error").info("Uvicorn running on %s (Press CTRL+C to quit)", url)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _make_server(config: Config, app: FastAPI) -> _Server:
+    """Forwarding headers are not trusted: a client's address is the one it has connected from."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            host=config.server.host,
+            port=config.server.port,
+            log_config=None,
+            access_log=config.server.log_level == "debug",
+            proxy_headers=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(FLUSH_S),
+        )
+    )
+
+
+def listening_socket(config: Config) -> socket.socket:
+    """Bound before the engine starts, so that a taken port is told at once; nobody is answered yet."""
+    host, port = config.server.host, config.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named as TCP: only then does asyncio switch off Nagle's algorithm, which delays small events by 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    return listener
+
+
+class Stop:
+    """SIGINT or SIGTERM, as something to wait for."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._event = asyncio.Event()
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.set)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def set(self) -> None:
+        self.is_set = True
+        self._event.set()
+
+    def rearm(self) -> None:
+        """Wait for another signal."""
+        self._event.clear()
+
+    async def or_done(self, *tasks: "asyncio.Task[object]") -> None:
+        """Until a signal, or until one of `tasks` has ended; neither is touched."""
+        signalled = asyncio.create_task(self._event.wait())
+        try:
+            await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            signalled.cancel()

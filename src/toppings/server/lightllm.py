@@ -1,0 +1,149 @@
+"""The LightLLM family's `/generate`: selector `lora_id` (a number) or `lora_dir` (a name or a path)."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict
+
+from toppings.adapters.errors import AdapterNotFound
+from toppings.core import SamplingParams
+from toppings.server.errors import ApiError, describe, json_response
+from toppings.server.jobs import Choice, Job, tokens_of
+from toppings.server.replies import CLIENT_GONE
+from toppings.server.state import Lease, ServerState, Target, state_of
+from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.text import TextLogprob, TextOutput
+
+
+class Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    max_new_tokens: int = 16
+    stop_sequences: str | list[str] | None = None
+    return_details: bool = False
+
+    def sampling(self, *, has_logprobs: bool) -> SamplingParams:
+        """Without `do_sample`, greedy. Raises RequestError for a value out of range."""
+        stop = self.stop_sequences
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            temperature=self.temperature if self.do_sample else 0.0,
+            top_p=self.top_p,
+            top_k=0 if self.top_k == -1 else self.top_k,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            ignore_eos=self.ignore_eos,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            logprobs=0 if has_logprobs else None,
+        )
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    inputs: str
+    parameters: Parameters
+    lora_dir: str | None = None
+    lora_id: int | None = None
+    req_id: int | str | None = None
+
+
+async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) -> Response:
+    state, body = state_of(request), Body.model_validate(raw)
+    details = body.parameters.return_details
+    job = Job(
+        state=state,
+        target=_target(state, body),
+        prompts=[await tokens_of(state.text, body.inputs)],
+        sampling=body.parameters.sampling(has_logprobs=details or is_stream),
+    )
+    lease = state.lease(1)
+    if is_stream:
+        return EventStream(
+            _events(job, lease), lease, error_event=_error_event, error_response=error_response
+        )
+    with lease:
+        try:
+            [choice] = await until_gone(request.receive, job.collect(lease))
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE)
+    return json_response(_whole(choice, has_details=details))
+
+
+def error_response(error: Exception) -> Response:
+    described = describe(error)
+    return json_response({"message": described.message}, described.status, headers=described.headers)
+
+
+def _target(state: ServerState, body: Body) -> Target:
+    """`lora_id` is the registry's id; `lora_dir` an adapter's name, or the directory it was loaded from."""
+    if body.lora_id is not None:
+        try:
+            return state.target(state.registry.get_by_id(body.lora_id).name)
+        except AdapterNotFound as error:
+            raise ApiError(404, f"no adapter has lora_id {body.lora_id}; GET /adapters lists them") from error
+    if body.lora_dir is None:
+        return state.target(None)
+    for record in state.registry.list():
+        if Path(body.lora_dir).is_absolute() and Path(record.path) == Path(body.lora_dir):
+            return state.target(record.name)
+    return state.target(body.lora_dir)
+
+
+def _whole(choice: Choice, *, has_details: bool) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "generated_text": [choice.text],
+        "count_output_tokens": len(choice.token_ids),
+    }
+    if has_details:
+        content["tokens"] = [_token(each) for each in choice.logprobs]
+    return content
+
+
+async def _events(job: Job, lease: Lease) -> AsyncGenerator[bytes, None]:
+    async with aclosing(job.stream(lease)) as outputs:
+        async for _, output in outputs:
+            for event in _token_events(output):
+                yield event
+
+
+def _token_events(output: TextOutput) -> list[bytes]:
+    """One event per token; the text that became whole with them stands in the last one."""
+    logprobs, last = output.logprobs or [], len(output.logprobs or []) - 1
+    return [
+        _event(
+            {
+                "token": {**_token(each), "text": output.text if i == last else "", "special": False},
+                "generated_text": None,
+                "finished": i == last and output.finish_reason is not None,
+                "details": None,
+            }
+        )
+        for i, each in enumerate(logprobs)
+    ]
+
+
+def _token(each: TextLogprob) -> dict[str, Any]:
+    return {"id": each.token_id, "text": each.text, "logprob": each.logprob}
+
+
+def _event(content: object) -> bytes:
+    return b"data:" + msgspec.json.encode(content) + b"\n\n"
+
+
+def _error_event(error: ApiError) -> bytes:
+    return _event({"message": error.message})

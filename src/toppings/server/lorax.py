@@ -1,0 +1,221 @@
+"""LoRAX's `/generate`: the adapter is `parameters.adapter_id`, a registered name; none is the base model."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict
+
+from toppings.core import FinishReason, SamplingParams
+from toppings.server.errors import ApiError, describe, json_response
+from toppings.server.jobs import Choice, Job, tokens_of
+from toppings.server.replies import CLIENT_GONE
+from toppings.server.state import Lease, state_of
+from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.text import TextLogprob
+
+BASE_MODEL = "__base_model__"
+LOCAL_SOURCES = (None, "local")
+DEFAULT_MAX_TOKENS = 20
+ERROR_STATUS = {400: (422, "validation"), 429: (429, "overloaded"), 404: (424, "generation")}
+"""Their statuses for ours; the rest is told as it is."""
+
+
+class Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    adapter_id: str | None = None
+    adapter_source: str | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    max_new_tokens: int | None = None
+    ignore_eos_token: bool = False
+    return_full_text: bool | None = None
+    stop: list[str] = []
+    seed: int | None = None
+    details: bool = False
+    return_k_alternatives: int | None = None
+    # Accepted only where they ask for nothing:
+    best_of: int | None = None
+    truncate: int | None = None
+    typical_p: float | None = None
+    watermark: bool = False
+    decoder_input_details: bool = False
+    merged_adapters: None = None
+    api_token: None = None
+    response_format: None = None
+    apply_chat_template: bool = False
+
+    def check(self) -> None:
+        """Raises ApiError for what cannot be done."""
+        if self.adapter_source not in LOCAL_SOURCES:
+            raise ApiError(
+                400, f"adapter_source is {self.adapter_source!r}; only 'local' adapters are served"
+            )
+        if self.best_of not in (None, 1):
+            raise ApiError(400, f"best_of is {self.best_of}; only 1 is supported")
+        for name in ("truncate", "typical_p"):
+            if getattr(self, name) is not None:
+                raise ApiError(400, f"{name} is not supported; leave it out")
+        for name in ("watermark", "decoder_input_details", "apply_chat_template"):
+            if getattr(self, name):
+                raise ApiError(400, f"{name} is not supported; leave it out")
+
+    @property
+    def is_sampled(self) -> bool:
+        """TGI samples when told to, or when a sampling field is given."""
+        return self.do_sample or any(v is not None for v in (self.temperature, self.top_k, self.top_p))
+
+    def sampling(self, *, has_logprobs: bool) -> SamplingParams:
+        """Raises RequestError for a value out of range."""
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty", "top_p", "top_k", "seed")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        temperature = 1.0 if self.temperature is None else self.temperature
+        alternatives = self.return_k_alternatives
+        return SamplingParams(
+            max_tokens=DEFAULT_MAX_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
+            temperature=temperature if self.is_sampled else 0.0,
+            ignore_eos=self.ignore_eos_token,
+            stop=tuple(self.stop),
+            logprobs=(alternatives or 0) if has_logprobs else None,
+            **given,
+        )
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    inputs: str
+    parameters: Parameters = Parameters()
+    stream: bool = False
+
+
+async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) -> Response:
+    state, body = state_of(request), Body.model_validate(raw)
+    is_stream = is_stream or body.stream
+    parameters = body.parameters
+    parameters.check()
+    adapter = None if parameters.adapter_id == BASE_MODEL else parameters.adapter_id
+    job = Job(
+        state=state,
+        target=state.target(adapter),
+        prompts=[await tokens_of(state.text, body.inputs)],
+        sampling=parameters.sampling(has_logprobs=parameters.details or is_stream),
+    )
+    lease = state.lease(1)
+    if is_stream:
+        return EventStream(
+            _events(job, body, lease),
+            lease,
+            error_event=_error_event,
+            error_response=error_response,
+            headers=_first_headers(job),
+        )
+    with lease:
+        try:
+            [choice] = await until_gone(request.receive, job.collect(lease))
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE)
+    return json_response(_whole(job, body, choice), headers=_all_headers(job, choice))
+
+
+def error_response(error: Exception) -> Response:
+    described = describe(error)
+    status, kind = _status(described)
+    return json_response({"error": described.message, "error_type": kind}, status, headers=described.headers)
+
+
+def _status(error: ApiError) -> tuple[int, str]:
+    return ERROR_STATUS.get(error.status, (error.status, "generation"))
+
+
+def _whole(job: Job, body: Body, choice: Choice) -> dict[str, Any]:
+    content: dict[str, Any] = {"generated_text": _full_text(body, choice)}
+    if body.parameters.details:
+        content["details"] = _details(job, choice)
+    return content
+
+
+def _full_text(body: Body, choice: Choice) -> str:
+    return body.inputs + choice.text if body.parameters.return_full_text else choice.text
+
+
+async def _events(job: Job, body: Body, lease: Lease) -> AsyncGenerator[bytes, None]:
+    whole = Choice()
+    async with aclosing(job.stream(lease)) as outputs:
+        async for _, output in outputs:
+            whole.add(output)
+            logprobs = output.logprobs or []
+            for i, each in enumerate(logprobs):
+                is_last = output.finish_reason is not None and i == len(logprobs) - 1
+                yield _event(
+                    {
+                        "token": {**_token(each), "text": output.text if i == len(logprobs) - 1 else ""},
+                        "generated_text": _full_text(body, whole) if is_last else None,
+                        "details": _details(job, whole) if is_last and body.parameters.details else None,
+                    }
+                )
+
+
+def _details(job: Job, choice: Choice) -> dict[str, Any]:
+    return {
+        "finish_reason": _finish_reason(choice),
+        "prompt_tokens": job.num_prompt_tokens,
+        "generated_tokens": len(choice.token_ids),
+        "skipped_tokens": 0,
+        "seed": job.sampling.seed,
+        "prefill": [],
+        "tokens": [_token(each) for each in choice.logprobs],
+    }
+
+
+def _finish_reason(choice: Choice) -> str:
+    if choice.finish_reason == FinishReason.LENGTH:
+        return "length"
+    return "eos_token" if choice.stop_reason is None else "stop_sequence"
+
+
+def _token(each: TextLogprob) -> dict[str, Any]:
+    token = {"id": each.token_id, "text": each.text, "logprob": each.logprob, "special": False}
+    if each.top:
+        token["alternatives"] = [{"id": i, "text": text, "logprob": value} for i, text, value in each.top]
+    return token
+
+
+def _first_headers(job: Job) -> dict[str, str]:
+    headers = {"x-model-id": job.state.base_name, "x-prompt-tokens": str(job.num_prompt_tokens)}
+    if job.target.adapter_id is not None:
+        headers |= {"x-adapter-id": job.target.name, "x-adapter-source": "local"}
+    return {name: value.encode("ascii", "backslashreplace").decode() for name, value in headers.items()}
+
+
+def _all_headers(job: Job, choice: Choice) -> dict[str, str]:
+    """Times in whole milliseconds."""
+    [timer] = job.timers
+    total_ms = (time.perf_counter() - timer.started_at) * 1e3
+    queue_ms = timer.queue_ms or 0.0
+    times = {
+        "x-total-time": total_ms,
+        "x-queue-time": queue_ms,
+        "x-inference-time": total_ms - queue_ms,
+        "x-time-to-first-token": ((timer.first_at or 0.0) - timer.started_at) * 1e3,
+        "x-generated-tokens": len(choice.token_ids),
+    }
+    return {**_first_headers(job), **{name: str(round(value)) for name, value in times.items()}}
+
+
+def _event(content: object) -> bytes:
+    return b"data:" + msgspec.json.encode(content) + b"\n\n"
+
+
+def _error_event(error: ApiError) -> bytes:
+    return _event({"error": error.message, "error_type": _status(error)[1]})

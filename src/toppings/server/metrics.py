@@ -1,0 +1,210 @@
+"""Prometheus metrics: what the server has measured itself, and the engine's latest snapshot."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from toppings.core import AdapterStatus, ColdStart, EngineStats, FinishReason
+from toppings.text import TextOutput
+
+LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
+COLD_START_PARTS = ("read", "copy", "exposed", "compute")
+
+
+@dataclass(slots=True)
+class RequestTimer:
+    """Instants of one sequence (`time.perf_counter`), from the request's arrival to its last token."""
+
+    started_at: float
+    num_prompt_tokens: int
+    has_adapter: bool
+    first_at: float | None = None
+    num_tokens: int = 0
+    outcome: str = "abort"
+    queue_ms: float | None = None
+    cold_start: ColdStart | None = None
+    ended_at: float = field(default=0.0)
+
+    def note(self, output: TextOutput) -> None:
+        if self.first_at is None and output.token_ids:
+            self.first_at = time.perf_counter()
+            self.queue_ms, self.cold_start = output.queue_ms, output.cold_start
+        self.num_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            self.outcome = str(output.finish_reason)
+
+    @property
+    def start(self) -> str:
+        """How the request found its adapter: none asked for, on the device, or not."""
+        if not self.has_adapter:
+            return "base"
+        return "warm" if self.cold_start is None else "cold"
+
+
+class Metrics:
+    """The server's own histograms and counters; no label takes values that a client chooses."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        model, registry, buckets = {"model_name": model_name}, self.registry, LATENCY_BUCKETS_S
+
+        def histogram(name: str, help_text: str, *labels: str) -> Histogram:
+            return Histogram(name, help_text, labels, buckets=buckets, registry=registry)
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(name, help_text, labels, registry=registry)
+
+        names = ("model_name",)
+        self._vllm_ttft = histogram("vllm:time_to_first_token_seconds", "Time to first token.", *names)
+        self._vllm_e2e = histogram("vllm:e2e_request_latency_seconds", "End-to-end latency.", *names)
+        self._ttft = histogram(
+            "toppings:ttft_seconds", "Time to first token, by how the adapter was found.", "start"
+        )
+        self._tpt = histogram("toppings:tpt_seconds", "End-to-end latency over generated tokens.", "start")
+        self._e2e = histogram("toppings:e2e_seconds", "End-to-end latency.", "start")
+        self._queue = histogram("toppings:queue_seconds", "Arrival to first scheduled.")
+        self._cold = histogram("toppings:cold_start_seconds", "Parts of cold starts.", "part", "tier")
+        self._requests = counter("toppings:requests", "Sequences that ended, by how.", "outcome")
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started sequences.", *names)
+        self._generated_tokens = counter("vllm:generation_tokens", "Generated tokens.", *names)
+        self._model = model
+        for outcome in ("stop", "length", "abort", "error", "rejected"):
+            self._requests.labels(outcome)
+        for family in (self._vllm_ttft, self._vllm_e2e, self._prompt_tokens, self._generated_tokens):
+            family.labels(**model)
+
+    def count_rejected(self) -> None:
+        self._requests.labels("rejected").inc()
+
+    def observe(self, timer: RequestTimer) -> None:
+        """Count a sequence that has ended; only finished ones enter the latencies."""
+        self._requests.labels(timer.outcome).inc()
+        self._generated_tokens.labels(**self._model).inc(timer.num_tokens)
+        if timer.first_at is None:
+            return
+        self._prompt_tokens.labels(**self._model).inc(timer.num_prompt_tokens)
+        ttft = timer.first_at - timer.started_at
+        self._vllm_ttft.labels(**self._model).observe(ttft)
+        self._ttft.labels(timer.start).observe(ttft)
+        if timer.queue_ms is not None:
+            self._queue.observe(timer.queue_ms / 1e3)
+        if timer.cold_start is not None:
+            self._observe_cold(timer.cold_start)
+        if timer.outcome in (FinishReason.STOP, FinishReason.LENGTH):
+            e2e = timer.ended_at - timer.started_at
+            self._vllm_e2e.labels(**self._model).observe(e2e)
+            self._e2e.labels(timer.start).observe(e2e)
+            self._tpt.labels(timer.start).observe(e2e / timer.num_tokens)
+
+    def _observe_cold(self, cold: ColdStart) -> None:
+        for part in COLD_START_PARTS:
+            milliseconds: float = getattr(cold, f"{part}_ms")
+            self._cold.labels(part, cold.tier).observe(milliseconds / 1e3)
+
+    def render(self, stats: EngineStats | None, name_of: Callable[[int], str], num_registered: int) -> bytes:
+        """The exposition text; without `stats` (no engine) only what the server itself counted."""
+        text = generate_latest(self.registry)
+        if stats is not None:
+            snapshot = CollectorRegistry()
+            snapshot.register(EngineCollector(stats, name_of, num_registered))
+            text += generate_latest(snapshot)
+        return text
+
+
+class EngineCollector(Collector):
+    """One engine snapshot as metric families; built for each scrape: no series outlives what it tells of."""
+
+    def __init__(self, stats: EngineStats, name_of: Callable[[int], str], num_registered: int) -> None:
+        self._stats = stats
+        self._name_of = name_of
+        self._num_registered = num_registered
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        usage = stats.kv_pages_used / stats.kv_pages_total if stats.kv_pages_total else 0.0
+        yield _gauge("vllm:num_requests_running", "Requests in the running batch.", stats.num_running)
+        yield _gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.num_waiting)
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1.", usage)
+        yield self._cache_config()
+        yield self._lora_info()
+        yield from self._memory()
+        for name, value in sorted(stats.counters.items()):
+            yield CounterMetricFamily(f"toppings:{name}", f"The engine's count of {name}.", value=value)
+        preemptions = stats.counters.get("preemptions", 0)
+        yield CounterMetricFamily("vllm:num_preemptions", "Preemptions by recomputation.", value=preemptions)
+
+    def _cache_config(self) -> Metric:
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Shape of the key-value cache.", labels=["block_size", "num_gpu_blocks"]
+        )
+        family.add_metric([str(self._stats.page_size), str(self._stats.kv_pages_total)], 1)
+        return family
+
+    def _lora_info(self) -> Metric:
+        running, waiting = lora_lists(self._stats)
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters ready and waited for.", labels=labels)
+        names = [",".join(self._name_of(adapter_id) for adapter_id in ids) for ids in (running, waiting)]
+        family.add_metric([str(num_slots(self._stats)), *names], time.time())
+        return family
+
+    def _memory(self) -> Iterator[Metric]:
+        stats = self._stats
+        used = GaugeMetricFamily(
+            "toppings:adapter_bytes_used", "Bytes of adapters, by tier.", labels=["tier"]
+        )
+        total = GaugeMetricFamily(
+            "toppings:adapter_bytes_capacity", "Room for adapters, by tier.", labels=["tier"]
+        )
+        count = GaugeMetricFamily("toppings:adapters", "Adapters, by where they are.", labels=["tier"])
+        used.add_metric(["host"], stats.host_bytes_used)
+        used.add_metric(["device"], stats.device_bytes_used)
+        total.add_metric(["host"], stats.host_bytes_total)
+        total.add_metric(["device"], stats.device_bytes_total)
+        count.add_metric(["registered"], self._num_registered)
+        count.add_metric(["host"], sum(a.is_on_host for a in stats.adapters))
+        count.add_metric(["device"], sum(is_resident(a) for a in stats.adapters))
+        yield from (used, total, count)
+
+
+def is_resident(adapter: AdapterStatus) -> bool:
+    return adapter.device_layers == adapter.num_layers > 0
+
+
+def num_slots(stats: EngineStats) -> int:
+    """`max_lora`: how many adapters the device pool would hold at the mean size of those it holds now.
+
+    The pool is ragged, so there is no fixed number; one that holds nothing yet is told to have room for one.
+    """
+    num_held = sum(a.device_layers > 0 for a in stats.adapters)
+    if not num_held or not stats.device_bytes_used:
+        return max(1, num_held)
+    return max(num_held, int(stats.device_bytes_total / (stats.device_bytes_used / num_held)))
+
+
+def lora_lists(stats: EngineStats) -> tuple[list[int], list[int]]:
+    """Adapter ids for `running_lora_adapters` and `waiting_lora_adapters`; no id is in both.
+
+    Running: adapters in use, and idle ones that are ready on the device while the pool has room for another.
+    In a full pool, idle adapters that may be evicted are left out, so that a router sees the room they leave.
+    Waiting: adapters with waiting requests that are not running.
+    """
+    num_held = sum(a.device_layers > 0 for a in stats.adapters)
+    is_full = num_held >= num_slots(stats)
+    running = [
+        a.adapter_id
+        for a in stats.adapters
+        if a.num_running or (is_resident(a) and (a.is_pinned or a.num_waiting or not is_full))
+    ]
+    waiting = [a.adapter_id for a in stats.adapters if a.num_waiting and a.adapter_id not in set(running)]
+    return running, waiting
+
+
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value=value)

@@ -1,0 +1,44 @@
+"""Which directories adapters may be loaded from over HTTP."""
+
+from pathlib import Path
+
+from toppings.server.errors import ApiError
+
+
+class AdapterRoots:
+    """Adapters are read only below these directories, with every symbolic link followed first."""
+
+    def __init__(self, roots: list[Path]) -> None:
+        self._roots = [root.resolve() for root in roots]
+
+    def locate(self, name: str, path: str) -> Path:
+        """The directory that `path` means; a relative one is looked for below each root in turn.
+
+        Raises ApiError: 403 for a path outside the roots, whether it exists or not; 404 for one inside that
+        does not exist; 400 for a text that is no path.
+        """
+        if "\0" in path:
+            raise ApiError(400, "lora_path holds a null character", "InvalidUserInput", "lora_path")
+        candidates = [self._resolve(root / path) for root in self._roots]
+        allowed = [candidate for candidate in candidates if self._is_below(candidate)]
+        if not allowed:
+            raise ApiError(403, self._refusal(path), "PermissionDeniedError", "lora_path")
+        for candidate in allowed:
+            if candidate.is_dir():
+                return candidate
+        raise ApiError(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
+
+    def _is_below(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self._roots)
+
+    def _refusal(self, path: str) -> str:
+        if not self._roots:
+            return "no adapters may be loaded over HTTP: the server has no adapter_roots"
+        return f"{path} is not below the server's adapter roots: {', '.join(map(str, self._roots))}"
+
+    @staticmethod
+    def _resolve(path: Path) -> Path:
+        try:
+            return path.resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise ApiError(400, f"{path} is no usable path", "InvalidUserInput", "lora_path") from error

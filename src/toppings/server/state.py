@@ -1,0 +1,154 @@
+"""What every route needs: the engine's client, the registry, the tokeniser, and who is being served."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import Request
+
+from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.registry import AdapterRegistry
+from toppings.config import Config
+from toppings.core import EngineReady, EngineStats
+from toppings.demo import demo_model_dir
+from toppings.server.errors import ApiError
+from toppings.server.metrics import Metrics
+from toppings.text import TextModel, TokenSource
+
+RETRY_AFTER_S = 1
+
+
+class Client(TokenSource, Protocol):
+    """What the server asks of an engine client."""
+
+    died: asyncio.Event
+
+    @property
+    def info(self) -> EngineReady: ...
+    @property
+    def is_alive(self) -> bool: ...
+    @property
+    def num_pending(self) -> int: ...
+    async def remove_adapter(self, adapter_id: int) -> None: ...
+    async def pin_adapter(self, adapter_id: int, is_pinned: bool) -> None: ...
+    async def stats(self) -> EngineStats: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who answers a request: the base model (no `adapter_id`) or an adapter's current generation."""
+
+    name: str
+    adapter_id: int | None = None
+
+
+class Lease:
+    """A request's place in the queue, left on exit; `num_waiting` of its sequences have had no token yet."""
+
+    def __init__(self, leases: "set[Lease]", num_waiting: int) -> None:
+        self.num_waiting = num_waiting
+        self._leases = leases
+        leases.add(self)
+
+    def note_started(self) -> None:
+        self.num_waiting -= 1
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._leases.discard(self)
+
+
+class ServerState:
+    """One per application; used from its event loop only."""
+
+    def __init__(
+        self, client: Client, registry: AdapterRegistry, text: TextModel, config: Config, metrics: Metrics
+    ) -> None:
+        self.client = client
+        self.registry = registry
+        self.text = text
+        self.config = config
+        self.metrics = metrics
+        self.is_draining = False
+        self.started_at = int(time.time())
+        self._leases: set[Lease] = set()
+        self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
+
+    @property
+    def base_name(self) -> str:
+        return self.client.info.model_name
+
+    @property
+    def model_path(self) -> str:
+        return self.config.engine.model or str(demo_model_dir())
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not been answered in full."""
+        return len(self._leases)
+
+    @property
+    def num_waiting(self) -> int:
+        return max(self.client.num_pending, sum(lease.num_waiting for lease in self._leases))
+
+    def target(self, model: str | None) -> Target:
+        """Raises ApiError 404 for a model that is not served; no name means the base model."""
+        if not model or model == self.base_name:
+            return Target(self.base_name)
+        try:
+            record = self.registry.get(model)
+            self._names[record.adapter_id] = model
+            return Target(model, record.adapter_id)
+        except AdapterNotFound as error:
+            message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}."
+            raise ApiError(404, message, "NotFoundError", "model") from error
+
+    def name_of(self, adapter_id: int) -> str:
+        """An adapter's name, also while a removed generation still drains."""
+        if adapter_id not in self._names:
+            try:
+                self._names[adapter_id] = self.registry.get_by_id(adapter_id).name
+            except AdapterNotFound:
+                return f"removed-{adapter_id}"
+        return self._names[adapter_id]
+
+    def check_open(self) -> None:
+        """Raises ApiError 503 while the server shuts down, 500 when its engine has died."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", "ServiceUnavailableError")
+        if not self.client.is_alive:
+            raise ApiError(500, "the engine has died; the server is going down", "EngineDeadError")
+
+    def check_ready(self) -> None:
+        """Raises ApiError 503 where new requests are not taken."""
+        if not self.client.is_alive or self.is_draining:
+            raise ApiError(503, "the server takes no new requests", "ServiceUnavailableError")
+
+    def lease(self, num_sequences: int) -> Lease:
+        """A place for a request of so many sequences, to be used as a context manager.
+
+        Raises ApiError: 429 where the queue is full, 400 where the request alone is larger than the queue.
+        """
+        self.check_open()
+        max_queue = self.config.server.max_queue
+        if num_sequences > max_queue:
+            raise ApiError(
+                400, f"the request asks for {num_sequences} sequences; at most {max_queue} may wait"
+            )
+        if self.num_waiting + num_sequences > max_queue:
+            self.metrics.count_rejected()
+            raise ApiError(
+                429,
+                f"{self.num_waiting} requests are waiting already; the queue holds {max_queue}",
+                "TooManyRequestsError",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
+        return Lease(self._leases, num_sequences)
+
+
+def state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.toppings
+    return state

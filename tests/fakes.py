@@ -1,0 +1,180 @@
+"""Stand-ins for an engine: scripted tokens, delays, death. The interface is EngineClient's."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from toppings.core import (
+    AdapterStatus,
+    ColdStart,
+    EngineReady,
+    EngineStats,
+    FinishReason,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
+from toppings.engine.client import EngineDeadError
+
+VOCAB_SIZE = 512
+
+
+@dataclass
+class Call:
+    """One request as the engine saw it; `is_closed` before its end means it was aborted."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter_id: int | None
+    num_sent: int = 0
+    has_ended: bool = False
+    was_aborted: bool = False
+
+
+def echo_script(call: Call) -> list[int]:
+    """The prompt's tokens over and over."""
+    return list(itertools.islice(itertools.cycle(call.prompt_token_ids), call.sampling.max_tokens))
+
+
+@dataclass
+class FakeEngineClient:
+    """Answers each request with `script(call)`, one token per output, held back while `gate` is unset.
+
+    The last token ends with STOP where the script is shorter than max_tokens, else with LENGTH.
+    """
+
+    script: Callable[[Call], list[int]] = echo_script
+    info: EngineReady = field(
+        default_factory=lambda: EngineReady("base", 128, 8, VOCAB_SIZE, 16, 64, 1 << 20, 1 << 21)
+    )
+    delay_s: float = 0.0
+    error: str | None = None
+    cold_start: ColdStart | None = None
+    adapters: list[AdapterStatus] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)
+    pinned: dict[int, bool] = field(default_factory=dict)
+    pin_error: str | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+    num_pending: int = 0
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.died.is_set()
+
+    @property
+    def num_running(self) -> int:
+        return sum(not (call.has_ended or call.was_aborted) for call in self.calls)
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        adapter_id: int | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self._check_alive()
+        call = Call(prompt_token_ids, sampling, adapter_id)
+        self.calls.append(call)
+        self.num_pending += 1
+        try:
+            tokens = self.script(call)
+            for index, token_id in enumerate(tokens):
+                await self._wait()
+                if index == 0:
+                    self.num_pending -= 1
+                call.num_sent += 1
+                yield self._output(call, tokens, index, token_id)
+                if self.cut.is_set():
+                    yield RequestOutput("x", [], finish_reason=FinishReason.ABORT, error="shutting down")
+                    return
+            call.has_ended = True
+        finally:
+            if call.num_sent == 0:
+                self.num_pending -= 1
+            call.was_aborted = not call.has_ended
+
+    async def remove_adapter(self, adapter_id: int) -> None:
+        self._check_alive()
+        while any(c.adapter_id == adapter_id and not (c.has_ended or c.was_aborted) for c in self.calls):
+            await asyncio.sleep(0.001)
+        self.removed.append(adapter_id)
+
+    async def pin_adapter(self, adapter_id: int, is_pinned: bool) -> None:
+        if self.pin_error:
+            raise RequestError(self.pin_error)
+        self.pinned[adapter_id] = is_pinned
+
+    async def shutdown(self, deadline_s: float) -> None:
+        """Waits for running requests, then cuts them."""
+        ends_at = asyncio.get_running_loop().time() + deadline_s
+        while self.num_running and asyncio.get_running_loop().time() < ends_at:
+            await asyncio.sleep(0.001)
+        self.cut.set()
+        self.gate.set()
+        while self.num_running:
+            await asyncio.sleep(0.001)
+        self.died.set()
+
+    async def stats(self) -> EngineStats:
+        self._check_alive()
+        return EngineStats(
+            call_id=0,
+            num_running=self.num_running,
+            num_waiting=2,
+            kv_pages_used=16,
+            kv_pages_total=64,
+            page_size=16,
+            host_bytes_used=400,
+            host_bytes_total=1000,
+            device_bytes_used=300,
+            device_bytes_total=1000,
+            adapters=self.adapters,
+            running_ranks=[8],
+            waiting_ranks=[],
+            waiting_tokens=0,
+            context_tokens=12,
+            counters={"preemptions": 3, "device_hits": 5},
+        )
+
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineDeadError("the engine has died")
+
+    async def _wait(self) -> None:
+        await asyncio.sleep(self.delay_s)
+        gate, died = (asyncio.ensure_future(e.wait()) for e in (self.gate, self.died))
+        try:
+            await asyncio.wait({gate, died}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gate.cancel()
+            died.cancel()
+        self._check_alive()
+
+    def _output(self, call: Call, tokens: list[int], index: int, token_id: int) -> RequestOutput:
+        if self.error is not None:
+            return RequestOutput("x", [], finish_reason=FinishReason.ERROR, error=self.error)
+        is_last = index == len(tokens) - 1
+        ending = FinishReason.LENGTH if len(tokens) >= call.sampling.max_tokens else FinishReason.STOP
+        return RequestOutput(
+            "x",
+            [token_id],
+            logprobs=None if call.sampling.logprobs is None else [self._logprob(call, token_id)],
+            finish_reason=ending if is_last else None,
+            stop_token_id=token_id if is_last and token_id in call.sampling.stop_token_ids else None,
+            queue_ms=1.5 if index == 0 else None,
+            cold_start=self.cold_start if index == 0 else None,
+        )
+
+    @staticmethod
+    def _logprob(call: Call, token_id: int) -> TokenLogprobs:
+        top = [(token_id + i, -0.5 - i) for i in range(call.sampling.logprobs or 0)]
+        return TokenLogprobs(token_id, -0.5, 1, top)

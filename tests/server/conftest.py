@@ -1,0 +1,108 @@
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes import VOCAB_SIZE, FakeEngineClient
+from toppings.adapters.layout import BaseShapes
+from toppings.adapters.registry import AdapterRegistry
+from toppings.config import Config
+from toppings.core import MODULES
+from toppings.server.app import create_app
+from toppings.server.state import ServerState
+from toppings.synth import AdapterShape, projection_sizes, write_adapters, write_tokenizer
+from toppings.text import TextModel
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without weights: shapes and a tokeniser."""
+    path = tmp_path_factory.mktemp("model") / "base"
+    path.mkdir()
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}
+    (path / "config.json").write_text(json.dumps(shape))
+    write_tokenizer(path, VOCAB_SIZE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapters_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapters") / "adapters"
+    write_adapters(path, model_dir, AdapterShape(ranks=(4, 8)), count=3)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(model_dir: Path) -> TextModel:
+    return TextModel.load(model_dir)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, model_dir: Path) -> Iterator[AdapterRegistry]:
+    sizes, num_layers = projection_sizes(model_dir)
+    shapes = BaseShapes(num_layers, tuple(sizes[name] for name in MODULES))
+    registry = AdapterRegistry(tmp_path / "state", "base", shapes, "float32")
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    """Overridden by test modules that need others."""
+    return {}
+
+
+@pytest.fixture
+def config(model_dir: Path, adapters_dir: Path, settings: dict[str, object]) -> Config:
+    return Config.from_settings({"model": str(model_dir), "adapters": str(adapters_dir), **settings})
+
+
+@pytest.fixture
+async def engine() -> FakeEngineClient:
+    return FakeEngineClient()
+
+
+class Server:
+    """The application over a fake engine, and an HTTP client in the same process."""
+
+    def __init__(
+        self, engine: FakeEngineClient, registry: AdapterRegistry, text: TextModel, config: Config
+    ) -> None:
+        self.engine = engine
+        self.registry = registry
+        self.app = create_app(engine, registry, text, config)
+        self.http = self.client_from("127.0.0.1")
+
+    @property
+    def state(self) -> ServerState:
+        state: ServerState = self.app.state.toppings
+        return state
+
+    def client_from(self, address: str, **headers: str) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app, client=(address, 5000), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+    async def post(self, path: str, **body: object) -> httpx.Response:
+        return await self.http.post(path, json=body)
+
+    async def complete(self, prompt: object = "hello", **body: object) -> httpx.Response:
+        return await self.post("/v1/completions", prompt=prompt, **body)
+
+
+@pytest.fixture
+async def server(
+    engine: FakeEngineClient, registry: AdapterRegistry, text: TextModel, config: Config
+) -> AsyncIterator[Server]:
+    server = Server(engine, registry, text, config)
+    yield server
+    await server.http.aclose()
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a stream that ended as it should."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

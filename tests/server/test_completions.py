@@ -1,0 +1,213 @@
+import asyncio
+
+import pytest
+
+from tests.server.conftest import Server, events
+
+
+async def test_a_completion_has_the_usual_shape(server: Server) -> None:
+    reply = (await server.complete("abc", max_tokens=3, add_special_tokens=False)).json()
+    [choice] = reply["choices"]
+    assert (reply["object"], reply["model"]) == ("text_completion", "base")
+    assert choice == {
+        "index": 0,
+        "text": "abc",
+        "logprobs": None,
+        "finish_reason": "length",
+        "stop_reason": None,
+    }
+    assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+
+
+async def test_prompts_and_choices_are_indexed_in_order(server: Server) -> None:
+    reply = await server.complete(["abc", "xyz"], n=2, max_tokens=3, add_special_tokens=False)
+    texts = [(c["index"], c["text"]) for c in reply.json()["choices"]]
+    assert texts == [(0, "abc"), (1, "abc"), (2, "xyz"), (3, "xyz")]
+
+
+@pytest.mark.parametrize("prompt", [[70, 71], [[70, 71]]])
+async def test_token_ids_are_taken_as_they_are(server: Server, prompt: object) -> None:
+    await server.complete(prompt)
+    assert server.engine.calls[0].prompt_token_ids == [70, 71]
+
+
+async def test_a_stream_adds_up_to_the_whole(server: Server) -> None:
+    body = {"max_tokens": 7, "n": 2, "add_special_tokens": False}
+    whole = (await server.complete(["héllo", "xyz"], **body)).json()
+    options = {"include_usage": True}
+    chunks = events(await server.complete(["héllo", "xyz"], stream=True, stream_options=options, **body))
+    texts = ["", "", "", ""]
+    for chunk in chunks[:-1]:
+        assert chunk["usage"] is None
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in whole["choices"]]
+    assert texts[0].startswith("hél")
+    assert chunks[-1] == {**chunks[0], "choices": [], "usage": whole["usage"]}
+
+
+async def test_a_stream_without_options_says_nothing_of_usage(server: Server) -> None:
+    assert all("usage" not in chunk for chunk in events(await server.complete(stream=True)))
+
+
+async def test_echo_puts_the_prompt_first(server: Server) -> None:
+    reply = await server.complete("ab", echo=True, max_tokens=2, add_special_tokens=False)
+    assert reply.json()["choices"][0]["text"] == "abab"
+
+
+async def test_logprobs_have_texts_and_offsets(server: Server) -> None:
+    reply = await server.complete("ab", logprobs=2, max_tokens=2, add_special_tokens=False)
+    logprobs = reply.json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b"]
+    assert logprobs["text_offset"] == [0, 1]
+    assert logprobs["token_logprobs"] == [-0.5, -0.5]
+    assert len(logprobs["top_logprobs"][0]) == 2
+
+
+async def test_choices_of_a_seeded_request_have_seeds_of_their_own(server: Server) -> None:
+    await server.complete(n=3, seed=7)
+    assert sorted(call.sampling.seed or 0 for call in server.engine.calls) == [7, 8, 9]
+
+
+async def test_sampling_fields_reach_the_engine(server: Server) -> None:
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    await server.complete(**fields, ignore_eos=True, min_tokens=2, stop="x", stop_token_ids=[9])
+    sampling = server.engine.calls[0].sampling
+    assert {name: getattr(sampling, name) for name in fields} == fields
+    assert (sampling.ignore_eos, sampling.min_tokens) == (True, 2)
+    assert (sampling.stop, sampling.stop_token_ids) == (("x",), (9,))
+
+
+async def test_chat_has_the_usual_shape(server: Server) -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]}
+    ]
+    reply = (await server.post("/v1/chat/completions", messages=messages, max_tokens=4)).json()
+    assert reply["object"] == "chat.completion"
+    assert reply["choices"][0]["message"]["role"] == "assistant"
+    assert reply["usage"]["completion_tokens"] == 4
+    prompt = server.state.text.decode(server.engine.calls[0].prompt_token_ids)
+    assert "hi you" in prompt
+
+
+async def test_chat_may_use_all_the_room_by_default(server: Server) -> None:
+    reply = (await server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}])).json()
+    assert reply["usage"]["total_tokens"] == server.engine.info.max_model_len
+
+
+async def test_a_chat_stream_names_the_role_first(server: Server) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 3,
+        "stream": True,
+        "logprobs": True,
+    }
+    chunks = events(await server.post("/v1/chat/completions", **body, top_logprobs=1))
+    first, second = (chunk["choices"][0] for chunk in chunks[:2])
+    assert first["delta"] == {"role": "assistant", "content": ""}
+    assert second["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] == -0.5
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+async def test_an_answer_can_be_sent_back_as_a_message(server: Server) -> None:
+    answer: dict[str, object] = {
+        "role": "assistant",
+        "content": "yes",
+        "refusal": None,
+        "tool_calls": [],
+        "function_call": None,
+    }
+    messages = [{"role": "user", "content": "hi"}, answer, {"role": "user", "content": "so?"}]
+    reply = await server.post("/v1/chat/completions", messages=messages, max_tokens=1)
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 4}, "best_of"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"logprobs": 99}, "logprobs is 99"),
+        ({"n": 0}, "body.n"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 1000}, "1000"),
+        ({"stop": [""]}, "stop holds an empty string"),
+        ({"stop_token_ids": [100000]}, "100000"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": [512]}, "token id 512"),
+        ({"prompt": [-1]}, "token id -1"),
+        ({"prompt": 5}, "body.prompt"),
+        ({"prompt": "x " * 200}, "context holds 128 tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 300}, "300 sequences"),
+    ],
+)
+async def test_a_bad_completion_is_refused_by_name(
+    server: Server, body: dict[str, object], named: str
+) -> None:
+    reply = await server.post("/v1/completions", **{"prompt": "hi", **body})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, 400)
+    assert named in error["message"]
+    assert not server.engine.calls
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"messages": []}, "body.messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "type"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ],
+)
+async def test_a_bad_chat_is_refused_by_name(server: Server, body: dict[str, object], named: str) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    reply = await server.post("/v1/chat/completions", **{"messages": messages, **body})
+    assert reply.status_code == 400
+    assert named in reply.json()["error"]["message"]
+
+
+async def test_fields_that_ask_for_nothing_are_accepted(server: Server) -> None:
+    body = {"user": "me", "best_of": 1, "suffix": None, "logit_bias": {}, "metadata": {"a": "b"}, "top_k": -1}
+    assert (await server.complete(**body)).status_code == 200
+
+
+async def test_an_engine_error_before_the_first_token_has_its_own_status(server: Server) -> None:
+    server.engine.error = "the weights are gone"
+    for stream in (False, True):
+        reply = await server.complete(stream=stream)
+        assert reply.status_code == 500
+        assert "weights are gone" in reply.json()["error"]["message"]
+
+
+async def test_an_error_in_mid_stream_is_one_event(server: Server) -> None:
+    task = asyncio.create_task(server.complete(stream=True, max_tokens=50))
+    server.engine.delay_s = 0.01
+    while not (server.engine.calls and server.engine.calls[0].num_sent > 2):
+        await asyncio.sleep(0.001)
+    server.engine.died.set()
+    chunks = events(await task)
+    assert [("error" in chunk) for chunk in chunks][-2:] == [False, True]
+
+
+async def test_every_open_request_hears_of_the_engines_death(server: Server) -> None:
+    server.engine.gate.clear()
+    tasks = [asyncio.create_task(server.complete(stream=bool(i % 2))) for i in range(4)]
+    while len(server.engine.calls) < 4:
+        await asyncio.sleep(0.001)
+    server.engine.died.set()
+    replies = await asyncio.gather(*tasks)
+    assert [r.status_code for r in replies] == [500] * 4
+    assert all(r.json()["error"]["type"] == "EngineDeadError" for r in replies)
+    assert (await server.http.get("/health")).status_code == 503

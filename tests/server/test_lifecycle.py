@@ -1,0 +1,179 @@
+import asyncio
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+
+from tests.server.conftest import Server
+from toppings.config import Config, ConfigError
+from toppings.engine.client import EngineClient
+from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, with_run_files
+
+
+class Running:
+    """The server's main part, over a fake engine, on a port of its own."""
+
+    def __init__(self, server: Server, listener: socket.socket) -> None:
+        self.server = server
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.stop = Stop()
+        client = cast(EngineClient, server.engine)
+        self.task = asyncio.create_task(
+            run_until_stopped(server.state.config, server.app, client, listener, self.stop)
+        )
+
+    async def post(self, **body: object) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=30) as http:
+            return await http.post(f"{self.url}/v1/completions", json={"prompt": "hello", **body})
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    return {"port": 0, "shutdown_timeout_s": 0.2}
+
+
+@pytest.fixture
+async def running(server: Server) -> AsyncIterator[Running]:
+    with listening_socket(server.state.config) as listener:
+        running = Running(server, listener)
+        while True:
+            try:
+                assert (await running.post()).status_code == 200
+                break
+            except httpx.ConnectError:
+                await asyncio.sleep(0.01)
+        server.engine.calls.clear()
+        yield running
+        running.stop.set()
+        await running.task
+
+
+async def test_a_signal_lets_running_requests_finish(running: Running) -> None:
+    running.server.engine.delay_s = 0.005
+    open_request = asyncio.create_task(running.post(max_tokens=10))
+    while not running.server.engine.calls:
+        await asyncio.sleep(0.001)
+    running.stop.set()
+    assert (await open_request).json()["usage"]["completion_tokens"] == 10
+    assert await running.task == 0
+
+
+async def test_a_signal_cuts_what_runs_beyond_the_deadline(running: Running) -> None:
+    running.server.engine.gate.clear()
+    open_request = asyncio.create_task(running.post(max_tokens=50))
+    while not running.server.engine.calls:
+        await asyncio.sleep(0.001)
+    running.stop.set()
+    reply = await open_request
+    assert (reply.status_code, reply.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+    assert await running.task == 0
+
+
+async def test_new_requests_get_503_while_others_finish(running: Running) -> None:
+    running.server.engine.gate.clear()
+    open_request = asyncio.create_task(running.post())
+    while not running.server.engine.calls:
+        await asyncio.sleep(0.001)
+    running.stop.set()
+    while not running.server.state.is_draining:
+        await asyncio.sleep(0.001)
+    assert (await running.post()).status_code == 503
+    await open_request
+
+
+async def test_a_second_signal_cuts_at_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines = []
+    shutdown = running.server.engine.shutdown
+
+    async def recorded(deadline_s: float) -> None:
+        deadlines.append(deadline_s)
+        await shutdown(deadline_s)
+
+    monkeypatch.setattr(running.server.engine, "shutdown", recorded)
+    running.server.engine.gate.clear()
+    open_request = asyncio.create_task(running.post(max_tokens=50))
+    while not running.server.engine.calls:
+        await asyncio.sleep(0.001)
+    running.stop.set()
+    while not deadlines:
+        await asyncio.sleep(0.001)
+    running.stop.set()
+    assert (await open_request).status_code == 503
+    assert await running.task == 0
+    assert deadlines == [0.2, 0.0]
+
+
+async def test_the_engines_death_ends_the_server_with_an_error(running: Running) -> None:
+    running.server.engine.gate.clear()
+    open_request = asyncio.create_task(running.post())
+    while not running.server.engine.calls:
+        await asyncio.sleep(0.001)
+    running.server.engine.died.set()
+    assert (await open_request).json()["error"]["type"] == "EngineDeadError"
+    assert await running.task == 1
+
+
+async def test_the_log_says_where_it_runs(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with listening_socket(server.state.config) as listener:
+        running = Running(server, listener)
+        while f"Uvicorn running on {running.url}" not in caplog.text:
+            await asyncio.sleep(0.01)
+        running.stop.set()
+        await running.task
+
+
+def test_a_taken_port_is_a_configuration_error() -> None:
+    with listening_socket(Config.from_settings({"port": 0})) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+            listening_socket(Config.from_settings({"port": port}))
+
+
+def test_the_resolved_configuration_is_written_without_the_key(tmp_path: Path) -> None:
+    config = Config.from_settings({"log_dir": str(tmp_path), "mode": "on_demand", "api_key": "secret"})
+    resolved = with_run_files(config)
+    written = tmp_path / "on_demand" / "config.yaml"
+    assert "secret" not in written.read_text()
+    reread = Config.from_yaml(written)
+    assert reread.engine == resolved.engine
+    assert reread.engine.step_log == str(tmp_path / "on_demand" / "steps.jsonl")
+
+
+def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
+    """The whole of it: a process, its engine, the demo's model and adapters, a signal."""
+    command = [sys.executable, "-m", "toppings", "serve", "--port", "0", "--num-threads", "1"]
+    options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+    try:
+        url = _wait_for_url(process, tmp_path / "logs" / "pipelined" / "server.log")
+        models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        assert models[0] == "toppings-demo"
+        body = {"model": models[1], "prompt": "What is the sea?", "max_tokens": 8, "temperature": 0}
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert reply.json()["choices"][0]["text"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert (tmp_path / "logs" / "pipelined" / "steps.jsonl").stat().st_size > 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_for_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    marker = "Uvicorn running on "
+    while process.poll() is None:
+        text = log.read_text() if log.exists() else ""
+        if marker in text:
+            return text.split(marker)[1].split()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"the server ended with {process.returncode}")
