@@ -12,6 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,figures]"
+	$(BIN)/python -m toppings.ops.cpu_warm_up # so that the first start is as fast as the next one
 	touch $@
 
 serve: setup

@@ -4,9 +4,9 @@
     python benchmarks/many_adapters.py --toy
 
 Starts `toppings serve` with few and with many registered adapters, in turns, and takes medians: seconds until
-it is ready, and milliseconds of a warm request for one token. Then requests adapters at random, with host and
-device bounds that hold some dozens, and checks that all are answered and no bound is exceeded. Ends in one JSON
-line.
+it is ready, and milliseconds of a warm request for one token. Then requests adapters at random, with host
+and device bounds that hold some dozens, and checks that all are answered and no bound is exceeded. Ends in
+one JSON line.
 """
 
 import argparse

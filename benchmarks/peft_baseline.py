@@ -1,4 +1,4 @@
-"""Toppings and transformers + PEFT on one checkpoint, in turns, in one process.
+"""Toppings and transformers + PEFT on one checkpoint, in turns, each in a process of its own.
 
     python benchmarks/peft_baseline.py          # 211 M parameters in bf16: some minutes
     python benchmarks/peft_baseline.py --toy    # a tiny model: does the script still work?
@@ -11,10 +11,12 @@ Ends in one JSON line.
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +56,58 @@ def run(directory: Path, preset: str, num_rounds: int, num_tokens: int) -> dict[
     write_model(model, PRESETS[preset])
     write_adapters(adapters, model, AdapterShape(dtype=PRESETS[preset].dtype), count=NUM_ADAPTERS)
     paths = sorted(adapters.iterdir())
-    with LLM(model, state_dir=str(directory / "state"), kv_cache_bytes="512MiB", seed=0) as llm:
-        for path in paths:
-            llm.load_adapter(path.name, path)
-        names = [path.name for path in paths]
-        sides = {"ours": ours(llm, names), "peft": peft(model, paths)}
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(Remote(make, model, paths))
+            for name, make in (("ours", ours), ("peft", peft))
+        }
         times = measure(sides, num_rounds, num_tokens)
     return report(times, num_tokens, sum(f.stat().st_size for f in model.glob("*.safetensors")))
 
 
 Side = dict[str, Callable[[int], object]]
-"""What to time: each takes the number of tokens to generate."""
+"""What to time, by case: each takes the number of tokens to generate."""
 
 
-def ours(llm: LLM, names: list[str]) -> Side:
+class Remote:
+    """A side in a process of its own: two teams of OpenMP threads in one process slow each other down."""
+
+    def __init__(self, make: Callable[[Path, list[Path]], Side], model: Path, paths: list[Path]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(make, model, paths, theirs), daemon=True)
+
+    def __enter__(self) -> "Remote":
+        self._process.start()
+        self._pipe.recv()  # it is ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+    def time_s(self, case: str, num_tokens: int) -> float:
+        self._pipe.send((case, num_tokens))
+        return float(self._pipe.recv())
+
+
+def serve(make: Callable[[Path, list[Path]], Side], model: Path, paths: list[Path], pipe: Any) -> None:
+    """Times what the pipe asks for, until it sends None."""
+    calls = make(model, paths)
+    pipe.send(None)
+    while (request := pipe.recv()) is not None:
+        case, num_tokens = request
+        started_at = time.perf_counter()
+        calls[case](num_tokens)
+        pipe.send(time.perf_counter() - started_at)
+
+
+def ours(model: Path, paths: list[Path]) -> Side:
+    llm = LLM(model, state_dir=str(model.parent / "state"), kv_cache_bytes="512MiB")
+    for path in paths:
+        llm.load_adapter(path.name, path)
+    names = [path.name for path in paths]
+
     def generate(prompts: list[list[int]], adapter: Sequence[str | None] | None, num: int) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True)
         completions = llm.generate(prompts, sampling, adapter=adapter)
@@ -117,17 +157,15 @@ Times = dict[tuple[str, str, int], float]
 """Median seconds by side, case and number of tokens."""
 
 
-def measure(sides: dict[str, Side], num_rounds: int, num_tokens: int) -> Times:
+def measure(sides: dict[str, Remote], num_rounds: int, num_tokens: int) -> Times:
     samples: dict[tuple[str, str, int], list[float]] = {}
     for number in range(num_rounds + 1):  # the first round warms up
         for case in ("one", "eight", "eight_adapters", "long"):
             for num in (1, num_tokens) if case != "long" else (1,):
-                for side, calls in sides.items():
-                    started_at = time.perf_counter()
-                    calls[case](num)
+                for name, side in sides.items():
+                    elapsed = side.time_s(case, num)
                     if number:
-                        elapsed = time.perf_counter() - started_at
-                        samples.setdefault((side, case, num), []).append(elapsed)
+                        samples.setdefault((name, case, num), []).append(elapsed)
     return {key: statistics.median(values) for key, values in samples.items()}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-MODES = ("cached", "on_demand", "pipelined")
+MODES = ("cached", "on_demand", "pipelined", "cpu_assisted", "cpu_shrink", "auto")
 EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
@@ -59,7 +59,7 @@ class EngineConfig:
     dtype: str = _setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
     device: str = _setting("cpu", "where the model runs", choices=DEVICES)
     num_threads: int = _setting(0, "threads for the model on the CPU (0: all cores)")
-    mode: str = _setting("pipelined", "what a cold adapter's prefill does", choices=MODES)
+    mode: str = _setting("auto", "what a cold adapter's prefill does", choices=MODES)
     state_dir: str = _setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
     max_model_len: int = _setting(0, "longest prompt plus output, in tokens (0: the model's)")
     max_num_seqs: int = _setting(64, "requests that may run at once")
@@ -74,9 +74,15 @@ class EngineConfig:
     max_adapter_wait_s: float = _setting(
         1.0, "a request waits this long for room for its adapter before running ones are drained for it"
     )
+    assist_workers: int = _setting(
+        0, "CPU processes for cold adapters (0: one per core the model leaves free)"
+    )
+    assist_cores: tuple[str, ...] = _setting((), "cores of these processes (default: the last ones)")
     link_gbps: float = _setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
     seed: int = _setting(0, "seed of requests that bring none")
-    step_log: str = _setting("", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl)")
+    step_log: str = _setting(
+        "", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl)"
+    )
 
     def __post_init__(self) -> None:
         _check(self)
@@ -88,7 +94,16 @@ class EngineConfig:
             "host_store_bytes",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_threads", "max_model_len", "kv_cache_bytes", "link_gbps", "max_adapter_wait_s"):
+        for core in self.assist_cores:
+            _require(self, "assist_cores", core.isdigit(), "core numbers")
+        for name in (
+            "num_threads",
+            "assist_workers",
+            "max_model_len",
+            "kv_cache_bytes",
+            "link_gbps",
+            "max_adapter_wait_s",
+        ):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(
             self,

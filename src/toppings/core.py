@@ -161,6 +161,11 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Begin:
+    """The adapters that are registered at start are there: an engine may read the registry from now on."""
+
+
+@dataclass(frozen=True, slots=True)
 class AddRequest:
     request_id: str
     prompt_token_ids: list[int]
@@ -202,7 +207,7 @@ class Shutdown:
     deadline_s: float
 
 
-ToEngine = AddRequest | AbortRequest | RemoveAdapter | PinAdapter | GetStats | Shutdown
+ToEngine = Begin | AddRequest | AbortRequest | RemoveAdapter | PinAdapter | GetStats | Shutdown
 
 # --- messages: engine to client ---
 

@@ -78,7 +78,7 @@ class LLM:
         *,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt (text or token ids), all in one batch. `adapter`: one for all or one each.
+        """One completion per prompt (text or token ids), in one batch. `adapter`: one for all or one each.
 
         Raises RequestError for a bad prompt, AdapterNotFound for an unknown adapter.
         """

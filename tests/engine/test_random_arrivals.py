@@ -70,7 +70,7 @@ def test_every_request_ends_once_with_its_own_tokens(
     }
     expected = expected_tokens(model, adapters, tmp_path / "reference", requests)
     scarce = {
-        "kv_cache_bytes": 16 * PAGE_BYTES,
+        "kv_cache_bytes": 8 * PAGE_BYTES,
         "max_model_len": 96,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 48,

@@ -26,7 +26,7 @@ class FakePlacement:
     def holds(self, adapter_id: int) -> bool:
         return adapter_id in self.resident
 
-    def try_acquire(self, adapter_id: int, now: float) -> Admission:
+    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
         if adapter_id in self.unreadable:
             raise ValueError(f"adapter {adapter_id} cannot be read")
         if adapter_id in self.on_disk:

@@ -49,13 +49,13 @@ def test_every_family_matches_the_oracle_with_and_without_an_adapter(family: str
     assert tokens["base"] != tokens["adapted"]
 
 
-@pytest.mark.parametrize("mode", ["on_demand", "pipelined", "cached"])
+@pytest.mark.parametrize("mode", ["on_demand", "pipelined", "cached", "cpu_assisted", "cpu_shrink", "auto"])
 def test_every_adapter_kind_alone_and_in_one_mixed_batch_matches_the_oracle(
     checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, mode: str
 ) -> None:
     model, adapters = checkpoints
     prompts = {name: make_prompt(i, 5 + 7 * i) for i, name in enumerate(adapters)}
-    with drive(model, tmp_path, adapters, mode=mode) as driver:
+    with drive(model, tmp_path, adapters, mode=mode, link_gbps=0.05, max_num_batched_tokens=64) as driver:
         for name, prompt in prompts.items():
             driver.add(f"{name} alone", prompt, 12, name)
             driver.run()

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from toppings.adapters.loader import Loader, LoadHandle, LoadJob, LoadOrder, LoadSource, LoadStep
+from toppings.adapters.layout import LoadOrder
+from toppings.adapters.loader import Loader, LoadHandle, LoadJob, LoadSource, LoadStep
 
 
 class CudaLoader(Loader):

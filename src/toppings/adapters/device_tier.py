@@ -11,8 +11,8 @@ from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.eviction import EvictionPolicy, least_valuable
 from toppings.adapters.host_entry import HostEntry
 from toppings.adapters.host_store import HostStore
-from toppings.adapters.layout import AdapterLayout
-from toppings.adapters.loader import Loader, LoadHandle, LoadOrder
+from toppings.adapters.layout import AdapterLayout, LoadOrder
+from toppings.adapters.loader import Loader, LoadHandle
 
 
 @dataclass(slots=True, eq=False)

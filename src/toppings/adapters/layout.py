@@ -6,13 +6,15 @@ projection group are consecutive rows, and each half of a block is one copy.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from toppings.core import MODULES
 
+LoadOrder = Sequence[tuple[int, str]]
+"""The copies of a load, first to last: a layer, and which half of its block travels ("A", "B" or "AB")."""
 BLOCK_ALIGNMENT_BYTES = 64
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -111,3 +113,13 @@ class AdapterLayout:
         fields = json.loads(text)
         sizes = tuple((size[0], size[1]) for size in fields["sizes"])
         return cls.build(fields["ranks"], BaseShapes(len(fields["ranks"]), sizes), fields["dtype"])
+
+
+def by_layer(layers: Iterable[int]) -> tuple[tuple[int, str], ...]:
+    """Whole blocks, one after another."""
+    return tuple((layer, "AB") for layer in layers)
+
+
+def b_first(num_layers: int) -> tuple[tuple[int, str], ...]:
+    """All layers' B, then all layers' A: for a shrink that is computed elsewhere."""
+    return tuple((layer, half) for half in "BA" for layer in range(num_layers))

@@ -7,7 +7,6 @@ except that a load whose layer is still being read from disk lets those behind i
 import threading
 import time
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -15,17 +14,10 @@ import numpy.typing as npt
 import torch
 
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.layout import AdapterLayout
+from toppings.adapters.layout import AdapterLayout, LoadOrder, by_layer
 from toppings.adapters.link import EmulatedLink
 
 Bytes = npt.NDArray[np.uint8]
-
-
-class LoadOrder(Enum):
-    """In what order the halves of an adapter's blocks travel."""
-
-    BY_LAYER = "by layer"  # each layer's A and B in one copy
-    B_FIRST = "B first"  # all layers' B, then all layers' A: for a shrink that is computed elsewhere
 
 
 class LoadSource(Protocol):
@@ -123,14 +115,14 @@ class LoadHandle:
 
 def plan_steps(layout: AdapterLayout, order: LoadOrder) -> list[LoadStep]:
     """The copies of a load, in order; every layer appears, with an empty copy where nothing is targeted."""
-    layers = range(layout.num_layers)
-    ends = [layout.layer_bytes(layer) for layer in layers]
-    if order is LoadOrder.BY_LAYER:
-        return [LoadStep(layer, 0, ends[layer], "AB") for layer in layers]
-    middles = [layer.numel_a * layout.item_bytes for layer in layout.layers]
-    return [LoadStep(layer, middles[layer], ends[layer], "B") for layer in layers] + [
-        LoadStep(layer, 0, middles[layer], "A") for layer in layers
-    ]
+    halves = sorted((layer, half) for layer, both in order for half in both)
+    assert halves == [(layer, half) for layer in range(layout.num_layers) for half in "AB"], order
+    return [_plan_step(layout, layer, both) for layer, both in order]
+
+
+def _plan_step(layout: AdapterLayout, layer: int, halves: str) -> LoadStep:
+    middle, end = layout.layers[layer].numel_a * layout.item_bytes, layout.layer_bytes(layer)
+    return LoadStep(layer, 0 if "A" in halves else middle, end if "B" in halves else middle, halves)
 
 
 @dataclass(slots=True)
@@ -155,9 +147,13 @@ class Loader:
         self._thread.start()
 
     def start(
-        self, source: LoadSource, offsets_bytes: list[int], order: LoadOrder = LoadOrder.BY_LAYER
+        self, source: LoadSource, offsets_bytes: list[int], order: LoadOrder | None = None
     ) -> LoadHandle:
-        """Begins to copy `source` to the arena, whose blocks must stay where they are until it is done."""
+        """Begins to copy `source` to the arena, whose blocks must stay where they are until it is done.
+
+        `order`: by default whole blocks, layer by layer.
+        """
+        order = order or by_layer(range(source.layout.num_layers))
         handle = self._make_handle(source, order)
         with self._wake:
             assert not self._is_closed

@@ -52,12 +52,13 @@ class AdapterManager:
         self._registry = registry
         self._mode = mode
         self.pool = _make_pool(registry, config, mode)
-        self._loader = _make_loader(self.pool, config)
+        self.shapes = registry.shapes
+        self.loader = _make_loader(self.pool, config)
         policy = make_policy(config.eviction)
-        self.host = HostStore(config.host_store_bytes, registry, policy, on_progress=self._loader.notify)
+        self.host = HostStore(config.host_store_bytes, registry, policy, on_progress=self.loader.notify)
         if config.device == "cuda":
             self.host.arena.lock_pages()
-        self._tier = DeviceTier(self.pool, self.host, self._loader, make_policy(config.eviction))
+        self._tier = DeviceTier(self.pool, self.host, self.loader, make_policy(config.eviction))
         self._pins: dict[int, int] = {}  # bytes of each adapter that is to stay on the device
         self._pinned_bytes = 0
         self._pending_pins: dict[int, None] = {}  # those that are not there yet, first to last
@@ -77,8 +78,9 @@ class AdapterManager:
         """True where it has its room on the device already, whether its load is done or not."""
         return adapter_id in self._tier.residents
 
-    def try_acquire(self, adapter_id: int, now: float) -> Admission:
-        """READY: in use by one request more until `release`, its load under way or done.
+    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
+        """READY: in use by one request more, which computes `num_tokens`, until `release`; its load is under
+        way or done.
 
         LOADING: not in host memory yet; ask again. NO_ROOM: the pool is full of adapters in use or loading.
         Raises AdapterError: it was removed, cannot be read (a later request tries again) or can never fit.
@@ -86,7 +88,7 @@ class AdapterManager:
         self.poll()
         resident = self._tier.residents.get(adapter_id)
         if resident is None:
-            admission = self._place(adapter_id)
+            admission = self._place(adapter_id, num_tokens)
             if admission is not Admission.READY:
                 return admission
             resident = self._tier.residents[adapter_id]
@@ -106,14 +108,14 @@ class AdapterManager:
             self._counters["device_hits"] += 1
             self._num_hits[resident.adapter_id] = self._num_hits.get(resident.adapter_id, 0) + 1
 
-    def _place(self, adapter_id: int) -> Admission:
+    def _place(self, adapter_id: int, num_tokens: int = 1) -> Admission:
         """Finds room on the device and begins the load; READY where that worked."""
         record = self._record(adapter_id)
         self._check_fits(record)
         entry = self.host.request(adapter_id)
         if not entry.has_room:
             return Admission.LOADING
-        resident = self._tier.place(entry, self._mode.load_order)
+        resident = self._tier.place(entry, lambda layout: self._mode.load_order(layout, num_tokens))
         if resident is None:
             return Admission.NO_ROOM if entry.is_ready else Admission.LOADING
         if self._mode.pins_all:
@@ -359,7 +361,7 @@ class AdapterManager:
 
     def close(self) -> None:
         """Ends the threads; loads under way fail."""
-        self._loader.close()
+        self.loader.close()
         self.host.close()
 
 

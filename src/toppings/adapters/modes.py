@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-from toppings.adapters.layout import AdapterLayout
-from toppings.adapters.loader import LoadHandle, LoadOrder
+from toppings.adapters.layout import AdapterLayout, LoadOrder, by_layer
+from toppings.adapters.loader import LoadHandle
 
 
 class LoadingMode(Protocol):
@@ -18,8 +18,8 @@ class LoadingMode(Protocol):
         Raises AdapterError where the weights never come.
         """
 
-    def load_order(self, layout: AdapterLayout) -> LoadOrder:
-        """In what order the adapter's blocks should travel."""
+    def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
+        """In what order the adapter's blocks should travel for a prefill of `num_tokens`."""
 
 
 class OnDemandMode:
@@ -31,8 +31,8 @@ class OnDemandMode:
     def wait_before_layer(self, load: LoadHandle, layer: int) -> None:
         load.wait_all()
 
-    def load_order(self, layout: AdapterLayout) -> LoadOrder:
-        return LoadOrder.BY_LAYER
+    def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
+        return by_layer(range(layout.num_layers))
 
 
 class CachedMode(OnDemandMode):
@@ -51,8 +51,8 @@ class PipelinedMode:
     def wait_before_layer(self, load: LoadHandle, layer: int) -> None:
         load.wait(layer)
 
-    def load_order(self, layout: AdapterLayout) -> LoadOrder:
-        return LoadOrder.BY_LAYER
+    def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
+        return by_layer(range(layout.num_layers))
 
 
 LOADING_MODES: dict[str, type[LoadingMode]] = {

@@ -1,17 +1,20 @@
 """An engine from its configuration: reads the model, sizes the cache, opens the registry and the pools."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from toppings.adapters.layout import DTYPE_BYTES, BaseShapes
 from toppings.adapters.manager import AdapterManager
-from toppings.adapters.modes import make_mode
+from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
+from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
 from toppings.demo import demo_model_dir
+from toppings.engine.assist import Assist
 from toppings.engine.engine import Engine
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
@@ -54,12 +57,15 @@ def open_registry(config: EngineConfig) -> AdapterRegistry:
     )
 
 
-def build_engine(config: EngineConfig) -> Engine:
-    """Raises ValueError, OSError or ConfigError where the model or a setting cannot be served."""
+def build_engine(config: EngineConfig, *, await_registry: Callable[[], None] = lambda: None) -> Engine:
+    """An engine that is ready to step. `await_registry` is called with the model loaded, before the registry
+    is opened, and returns when adapters to be served from the start are registered.
+
+    Raises ValueError, OSError or ConfigError where the model or a setting cannot be served.
+    """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    registry = open_registry(config)
     model = ModelConfig.from_checkpoint(model_path(config))
     dtype = getattr(torch, _dtype_name(config, model))
     decoder = Decoder.load(model_path(config), dtype=dtype, device=config.device)
@@ -74,8 +80,13 @@ def build_engine(config: EngineConfig) -> Engine:
         dtype,
         config.device,
     )
-    mode = make_mode(config.mode)
-    adapters = AdapterManager(registry, config, mode)
+    mode = _make_mode(config)
+    await_registry()
+    adapters = AdapterManager(open_registry(config), config, mode)
+    runner = ModelRunner(decoder, cache, adapters, mode)
+    assist = None
+    if isinstance(mode, AssistMode):
+        assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
     adapters.start()
     info = EngineReady(
         model_name=served_model_name(config),
@@ -90,11 +101,19 @@ def build_engine(config: EngineConfig) -> Engine:
     return Engine(
         info,
         Scheduler(limits, PageAllocator(num_pages, config.page_size), adapters),
-        ModelRunner(decoder, cache, adapters, mode),
+        runner,
         adapters,
         eos_token_ids=model.eos_token_ids,
         step_log=StepLog(config.step_log),
+        assist=assist,
     )
+
+
+def _make_mode(config: EngineConfig) -> LoadingMode:
+    """Where the device's memory is the host's and no link is emulated, `auto` needs no profile or workers."""
+    if config.mode == "auto" and config.device == "cpu" and not config.link_gbps:
+        return PipelinedMode()
+    return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
 
 
 def _dtype_name(config: EngineConfig, model: ModelConfig) -> str:

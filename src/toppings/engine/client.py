@@ -6,7 +6,7 @@ import itertools
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from toppings.config import EngineConfig
 from toppings.core import (
     AbortRequest,
     AddRequest,
+    Begin,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -58,8 +59,12 @@ class EngineClient:
         self._cleanup = contextlib.ExitStack()
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> "EngineClient":
-        """Spawn an engine process and wait until it is ready. Raises EngineStartError with its reason."""
+    async def start(cls, config: EngineConfig, *, after: Awaitable[object] | None = None) -> "EngineClient":
+        """Spawn an engine process and wait until it is ready.
+
+        It reads the model at once, but the registry only when `after` is done. Raises EngineStartError with
+        its reason, or what `after` raises.
+        """
         from toppings.engine.process import spawn_engine
         from toppings.engine.zmq_transport import ZmqClientEnd
 
@@ -71,7 +76,17 @@ class EngineClient:
         client._cleanup.callback(directory.cleanup)
         client._cleanup.callback(end.close)
         client._cleanup.callback(process.join, 10.0)
-        return await client._await_ready()
+        try:
+            if after is not None:
+                await after
+            end.send(Begin())
+            await client._ready
+        except BaseException:
+            process.terminate()
+            client._ready.cancel()
+            await client.shutdown(0.0)
+            raise
+        return client
 
     @classmethod
     async def start_in_thread(cls, config: EngineConfig) -> "EngineClient":
@@ -87,7 +102,12 @@ class EngineClient:
         thread.start()
         client = cls(end, thread.is_alive)
         client._cleanup.callback(thread.join, 10.0)
-        return await client._await_ready()
+        try:
+            await client._ready
+        except EngineStartError:
+            await client.shutdown(0.0)
+            raise
+        return client
 
     @property
     def info(self) -> EngineReady:
@@ -160,14 +180,6 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         self._cleanup.close()
-
-    async def _await_ready(self) -> "EngineClient":
-        try:
-            await self._ready
-        except EngineStartError:
-            await self.shutdown(0.0)
-            raise
-        return self
 
     def _check_alive(self) -> None:
         if not self.is_alive:

@@ -19,10 +19,15 @@ from toppings.core import (
     RequestOutput,
     TokenLogprobs,
 )
+from toppings.engine.assist import Assist
 from toppings.engine.model_runner import ModelRunner, StepResult
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.step_log import StepLog, batch_kind
 
+COUNTERS = (
+    *("steps", "prompt_tokens", "generation_tokens", "step_errors"),
+    *("assist_cpu_products", "assist_cold_products"),
+)
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +54,7 @@ class Engine:
         *,
         eos_token_ids: tuple[int, ...],
         step_log: StepLog,
+        assist: Assist | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -56,8 +62,9 @@ class Engine:
         self._runner = runner
         self._eos_token_ids = frozenset(eos_token_ids)
         self._step_log = step_log
+        self._assist = assist
         self._progress: dict[str, Progress] = {}
-        self._counters = dict.fromkeys(("steps", "prompt_tokens", "generation_tokens", "step_errors"), 0)
+        self._counters = dict.fromkeys(COUNTERS, 0)
 
     @property
     def has_requests(self) -> bool:
@@ -154,6 +161,7 @@ class Engine:
             counters={
                 **self._counters,
                 **self.adapters.counters(),
+                **({} if self._assist is None else self._assist.counters()),
                 "preemptions": scheduler.num_preemptions,
                 "drains": scheduler.num_drains,
             },
@@ -167,7 +175,15 @@ class Engine:
         if not self._progress:
             assert self.scheduler.pages.num_used == 0, "pages are owned while no request lives"
 
+    def poll(self) -> None:
+        """Background work that no request drives: loads that landed, pins, workers that died."""
+        self.adapters.poll()
+        if self._assist is not None:
+            self._assist.poll()
+
     def close(self) -> None:
+        if self._assist is not None:
+            self._assist.close()
         self.adapters.close()
         self._step_log.close()
 
@@ -185,8 +201,8 @@ class Engine:
             self._token_output(item.request, token_id, logprobs)
             for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs)
         ]
-        self._count(batch, len(outputs))
-        self._log_step(batch, step_s, result.load_wait_s)
+        self._count(batch, result)
+        self._log_step(batch, result, step_s)
         return outputs
 
     def _token_output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
@@ -277,12 +293,15 @@ class Engine:
             r for i in batch.items if (r := i.request).adapter_id and self.adapters.has_failed(r.adapter_id)
         ]
 
-    def _count(self, batch: Batch, num_drawn: int) -> None:
+    def _count(self, batch: Batch, result: StepResult) -> None:
         self._counters["steps"] += 1
-        self._counters["generation_tokens"] += num_drawn
+        self._counters["generation_tokens"] += len(result.items)
+        if result.assist is not None:
+            self._counters["assist_cpu_products"] += result.assist.num_cpu_products
+            self._counters["assist_cold_products"] += result.assist.num_cold_products
         self._counters["prompt_tokens"] += sum(i.num_tokens for i in batch.items if not i.is_decode)
 
-    def _log_step(self, batch: Batch, step_s: float, load_wait_s: float) -> None:
+    def _log_step(self, batch: Batch, result: StepResult, step_s: float) -> None:
         requests = [item.request for item in batch.items]
         adapters = dict.fromkeys(r.adapter_id for r in requests if r.adapter_id is not None)
         self._step_log.write(
@@ -293,7 +312,9 @@ class Engine:
                 "adapters": len(adapters),
                 "ranks": [self.adapters.rank_of(a) for a in adapters],
                 "ms": round(_ms(step_s), 3),
-                "load_ms": round(_ms(load_wait_s), 3),
+                "load_ms": round(_ms(result.load_wait_s), 3),
+                "overlapped_load_ms": round(max(0.0, result.copy_ms - _ms(result.load_wait_s)), 3),
+                **_assist_fields(result),
             }
         )
 
@@ -304,6 +325,13 @@ def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
         if request.adapter_id is not None:
             counts[request.adapter_id] = counts.get(request.adapter_id, 0) + 1
     return counts
+
+
+def _assist_fields(result: StepResult) -> dict[str, object]:
+    """Of a step with cold adapters: products (adapter, layer, projection group) that the CPU computed."""
+    if result.assist is None:
+        return {}
+    return {"cpu_layers": result.assist.num_cpu_products, "num_layers": result.assist.num_cold_products}
 
 
 def error_output(request_id: str, reason: str) -> RequestOutput:

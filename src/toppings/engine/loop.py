@@ -42,7 +42,7 @@ class EngineLoop:
             self._receive(wait_s)
             outputs = self._engine.step()
             self._send(outputs)
-            self._engine.adapters.poll()
+            self._engine.poll()
             self._answer_removals()
             wait_s = self._wait_s(has_run=bool(outputs))
         self._send(self._engine.abort_all("the server is shutting down"))

@@ -1,15 +1,21 @@
 """Turns a batch into tensors, runs the model on it and draws the next tokens."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from toppings.adapters.loader import LoadHandle
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode
-from toppings.core import Batch, BatchItem, Request, TokenLogprobs
+from toppings.assist.coordinator import AssistLora, AssistStats
+from toppings.core import Batch, BatchItem, Request, SamplingParams, TokenLogprobs
 from toppings.engine.device_lora import DeviceLora
-from toppings.model.decoder import Decoder
+from toppings.engine.pages import pages_for
+from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.lora import LoraSegments
 from toppings.ops.sampling import SamplingRow, sample
@@ -23,6 +29,14 @@ class StepResult:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     load_wait_s: float
+    copy_ms: float  # what the loads of its adapters copied meanwhile
+    assist: AssistStats | None
+
+
+class StepAssist(Protocol):
+    """What computes products of adapters that are still on their way (engine/assist.py)."""
+
+    def step(self, segments: LoraSegments, num_tokens: Mapping[int, int]) -> AssistLora: ...
 
 
 class ModelRunner:
@@ -33,8 +47,9 @@ class ModelRunner:
         self._cache = cache
         self._adapters = adapters
         self._mode = mode
+        self.assist: StepAssist | None = None  # set once, before the first batch
         self._generators: dict[str, torch.Generator] = {}
-        self._out_offsets = decoder.config.group_out_offsets()
+        self.out_offsets = decoder.config.group_out_offsets()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -44,40 +59,67 @@ class ModelRunner:
         without it, for nothing was committed.
         """
         items = batch.items
-        lora = self._lora(items)
         sampled = [(row, item) for row, item in zip(_last_rows(items), items) if item.needs_sample]
-        logits = self._decoder.forward(
-            torch.tensor([t for item in items for t in _token_ids(item)]),
-            torch.from_numpy(np.concatenate([_positions(item) for item in items])),
-            self._cache,
-            self._attention_metadata(items),
-            torch.tensor([row for row, _ in sampled], dtype=torch.int64),
-            lora,
-        )
+        loads = self._loads(items)
+        copied_ms = -sum(load.copy_ms for load in loads.values())
+        with self._lora(items, loads) as lora:
+            logits = self._forward(items, [row for row, _ in sampled], lora)
+        copied_ms += sum(load.copy_ms for load in loads.values())
         drawn = sample(logits, [self._sampling_row(item.request) for _, item in sampled])
         return StepResult(
             items=[item for _, item in sampled],
             token_ids=drawn.token_ids,
             logprobs=drawn.logprobs,
             load_wait_s=lora.wait_s if lora is not None else 0.0,
+            copy_ms=copied_ms,
+            assist=lora.stats if isinstance(lora, AssistLora) else None,
+        )
+
+    @property
+    def max_dry_run_tokens(self) -> int:
+        return self._cache.k[0].shape[0]
+
+    @torch.inference_mode()
+    def dry_run(self, num_tokens: int, lora: LoraContext) -> None:
+        """One forward over a prompt of zeros, to be timed; overwrites the first pages of the cache."""
+        pages = list(range(pages_for(num_tokens, self._cache.page_size)))
+        request = Request("dry-run", [0] * num_tokens, SamplingParams(), page_table=pages)
+        self._forward([BatchItem(request, num_tokens)], [num_tokens - 1], lora)
+
+    def _forward(
+        self, items: list[BatchItem], logit_rows: list[int], lora: LoraContext | None
+    ) -> torch.Tensor:
+        return self._decoder.forward(
+            torch.tensor([t for item in items for t in _token_ids(item)]),
+            torch.from_numpy(np.concatenate([_positions(item) for item in items])),
+            self._cache,
+            self._attention_metadata(items),
+            torch.tensor(logit_rows, dtype=torch.int64),
+            lora,
         )
 
     def forget(self, request: Request) -> None:
         """The request has ended: drop its random generator."""
         self._generators.pop(request.request_id, None)
 
-    def _lora(self, items: list[BatchItem]) -> DeviceLora | None:
-        adapter_ids = list(
-            dict.fromkeys(i.request.adapter_id for i in items if i.request.adapter_id is not None)
-        )
+    def _loads(self, items: list[BatchItem]) -> dict[int, LoadHandle]:
+        """By adapter id, the loads under way of the batch's adapters."""
+        adapter_ids = {item.request.adapter_id for item in items}
+        return {
+            a: load for a in adapter_ids if a is not None and (load := self._adapters.load_of(a)) is not None
+        }
+
+    def _lora(
+        self, items: list[BatchItem], loads: dict[int, LoadHandle]
+    ) -> AbstractContextManager[DeviceLora | AssistLora | None]:
+        adapter_ids = {item.request.adapter_id for item in items} - {None}
         if not adapter_ids:
-            return None
-        slots = {adapter_id: self._adapters.slot_of(adapter_id) for adapter_id in adapter_ids}
-        loads = [
-            load for a in adapter_ids if (load := self._adapters.load_of(a)) is not None and not load.done
-        ]
-        segments = _lora_segments(items, slots)
-        return DeviceLora(self._adapters.pool, segments, self._out_offsets, loads, self._mode)
+            return nullcontext()
+        segments = _lora_segments(items, {a: self._adapters.slot_of(a) for a in adapter_ids if a is not None})
+        if loads and self.assist is not None:
+            return self.assist.step(segments, {a: _num_tokens_of(items, a) for a in loads})
+        pool, handles = self._adapters.pool, list(loads.values())
+        return nullcontext(DeviceLora(pool, segments, self.out_offsets, handles, self._mode))
 
     def _attention_metadata(self, items: list[BatchItem]) -> AttentionMetadata:
         tables = [item.request.page_table for item in items]
@@ -105,6 +147,10 @@ class ModelRunner:
             generator=self._generators.get(request.request_id),
             eos_token_ids=self._decoder.config.eos_token_ids,
         )
+
+
+def _num_tokens_of(items: list[BatchItem], adapter_id: int) -> int:
+    return sum(item.num_tokens for item in items if item.request.adapter_id == adapter_id)
 
 
 def _token_ids(item: BatchItem) -> list[int]:

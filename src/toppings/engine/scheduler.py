@@ -29,8 +29,11 @@ class AdapterPlacement(Protocol):
     def holds(self, adapter_id: int) -> bool:
         """True where it has its room on the device already, whether its load is done or not."""
 
-    def try_acquire(self, adapter_id: int, now: float) -> Admission:
-        """Pin it for one request and begin its load. Raises ValueError where it can never be served."""
+    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
+        """Pin it for a request of `num_tokens` to compute, and begin its load.
+
+        Raises ValueError where it can never be served.
+        """
 
     def release(self, adapter_id: int) -> None:
         """One request less that needs it."""
@@ -179,7 +182,9 @@ class Scheduler:
         if request.adapter_id is None:
             return Admission.READY
         try:
-            admission = self.adapters.try_acquire(request.adapter_id, now)
+            admission = self.adapters.try_acquire(
+                request.adapter_id, now, num_tokens=request.num_uncomputed_tokens
+            )
         except ValueError as error:
             self.finish(request)
             self._failed.append((request, str(error)))

@@ -16,6 +16,7 @@ from toppings.core import FromEngine, ToEngine
 _CLASSES: dict[bytes, Any] = {
     cls.__name__.encode(): cls
     for cls in (
+        core.Begin,
         core.AddRequest,
         core.AbortRequest,
         core.RemoveAdapter,

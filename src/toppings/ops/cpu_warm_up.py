@@ -35,3 +35,7 @@ def _attend(dtype: torch.dtype) -> None:
     rotate_and_store_(qkv, angles, angles, cache.k[0], cache.v[0], slots)
     heads = qkv.view(1, 3, 4)
     paged_attention(heads[:, :1], heads[:, 1:2], heads[:, 2:], cache.k[0], cache.v[0], meta, scale=1.0)
+
+
+if __name__ == "__main__":
+    warm_up(torch.bfloat16)

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config, ConfigError
 from toppings.demo import demo_adapters_dir
-from toppings.engine.client import EngineClient, EngineStartError
+from toppings.engine.client import EngineClient
 from toppings.server.app import create_app
 from toppings.server.state import ServerState
 from toppings.text import TextModel
@@ -85,19 +85,24 @@ async def _serve(config: Config) -> int:
 
 
 async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel]:
-    """Registers the start-up adapters first, so that the engine finds them."""
-    from toppings.engine.build import model_path
-
-    registry = await asyncio.to_thread(_registry, config)
-    client = asyncio.create_task(EngineClient.start(config.engine))
+    """The engine reads the model while adapters are registered here, and the registry once they are."""
+    registering = asyncio.create_task(asyncio.to_thread(_registry, config))
+    client = asyncio.create_task(EngineClient.start(config.engine, after=registering))
     try:
-        text = await asyncio.to_thread(TextModel.load, model_path(config.engine))
+        registry = await registering  # before the tokeniser: two threads must not import transformers at once
+        text = await asyncio.to_thread(_text_model, config)
         return await client, registry, text
     except BaseException:
         client.cancel()
-        with suppress(asyncio.CancelledError, EngineStartError):
+        with suppress(asyncio.CancelledError, Exception):
             await (await client).shutdown(0.0)
         raise
+
+
+def _text_model(config: Config) -> TextModel:
+    from toppings.engine.build import model_path
+
+    return TextModel.load(model_path(config.engine))
 
 
 def _registry(config: Config) -> AdapterRegistry:

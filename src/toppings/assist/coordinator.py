@@ -1,0 +1,284 @@
+"""The decoder's `LoraContext` for a step with cold adapters: rows to the workers, results into the output.
+
+For each cold adapter, layer and projection group, decided as the group is reached: weights that have landed
+are used on the device; else the adapter's choice (plan.py) says whether the device waits for them or the
+CPU computes. A slice that no worker can take, or whose worker fails, is computed in this process, from the
+same host memory.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from toppings.adapters.device_pool import DevicePool
+from toppings.adapters.layout import AdapterLayout
+from toppings.assist.cost import CostProfile
+from toppings.assist.plan import TOKEN_STEP, Choice
+from toppings.assist.pool import Ticket, Worker, WorkerPool
+from toppings.assist.pricing import price_layers
+from toppings.assist.product import MIN_SLICE_ROWS, Form, GroupWeights, compute
+from toppings.core import GROUPS
+from toppings.ops.lora import LoraSegments, add_lora_, lora_expand_add_
+
+
+class Load(Protocol):
+    """How far an adapter's load to the device is (adapters.loader.LoadHandle)."""
+
+    def layer_ready(self, layer: int) -> bool: ...
+
+    def b_ready(self, layer: int) -> bool: ...
+
+    def wait(self, layer: int) -> None: ...
+
+
+class HostWeights(Protocol):
+    """An adapter in the host store, pinned there (adapters.host_store.HostEntry). `offsets`: each
+    layer's block in bytes of the arena; layers are there from the first to `num_layers_ready`."""
+
+    offsets: list[int]
+    num_layers_ready: int
+
+    @property
+    def layout(self) -> AdapterLayout: ...
+
+
+@dataclass(frozen=True)
+class ColdAdapter:
+    """An adapter of the step whose load was not done when the step began; it is in device pool slot
+    `slot`."""
+
+    slot: int
+    load: Load
+    weights: HostWeights
+    choices: Sequence[Choice]
+
+
+@dataclass(slots=True)
+class AssistStats:
+    """What a step did. `wait_s`: for loads; `worker_wait_s`: for workers' results. Products are
+    (segment, layer, group); `num_recomputed`: slices that a worker should have computed and this process
+    did."""
+
+    wait_s: float = 0.0
+    worker_wait_s: float = 0.0
+    num_cpu_products: int = 0
+    num_cold_products: int = 0
+    num_recomputed: int = 0
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Rows `[start, stop)` of the step, on their way."""
+
+    start: int
+    stop: int
+    form: Form
+    weights: GroupWeights
+    slot: int
+    ticket: Ticket | None = None  # None: no worker took it
+
+
+@dataclass
+class Coordinator:
+    """Built once per engine; `step` makes the context of one forward.
+
+    `host_arena`: the host store's memory, flat, of the model's dtype; `out_offsets`: per projection group,
+    the column of its fused output at which each module begins.
+    """
+
+    pool: DevicePool
+    workers: WorkerPool
+    host_arena: Tensor
+    out_offsets: dict[str, tuple[int, ...]]
+    profile: CostProfile
+    num_recomputed: int = field(default=0, init=False)
+
+    def step(self, segments: LoraSegments, cold: Sequence[ColdAdapter]) -> "AssistLora":
+        """To be closed (`with`) when the forward is over, however it ends."""
+        self.workers.restart_dead()
+        return AssistLora(self, segments, cold)
+
+
+class AssistLora:
+    """The adapters' part of one forward. Not to be used twice."""
+
+    def __init__(self, owner: Coordinator, segments: LoraSegments, cold: Sequence[ColdAdapter]) -> None:
+        self.stats = AssistStats()
+        self._owner = owner
+        self._segments = segments
+        self._cold = [(adapter, _rows_of(segments, adapter.slot)) for adapter in cold]
+        self._masked: dict[frozenset[int], LoraSegments] = {frozenset(): segments}
+        self._session = ExitStack()
+        self._workers: list[Worker] | None = None  # None until the first slice: no session yet
+        self._pieces: list[_Piece] = []
+
+    @property
+    def wait_s(self) -> float:
+        return self.stats.wait_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+
+    # --- LoraContext ---
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        self._pieces = []
+        for worker in self._workers or ():
+            worker.recycle()  # the last group's results are in its output
+        for adapter, rows in self._cold:
+            form = self._form(adapter, layer, group)
+            if form is None:
+                continue
+            weights = self._locate(adapter, layer, group)
+            num_workers = self._num_workers(adapter, layer, sum(stop - start for start, stop in rows))
+            for start, stop in rows:
+                is_short = stop - start < MIN_SLICE_ROWS
+                # ops.lora keeps the shrunk rows of short segments in fp32, which the channel does not carry.
+                template = _Piece(start, stop, Form.FULL if is_short else form, weights, adapter.slot)
+                self._send(x, template, num_workers)
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        on_cpu = frozenset(piece.slot for piece in self._pieces)
+        self._await_loads(layer, group, on_cpu)
+        owner = self._owner
+        add_lora_(
+            y,
+            x,
+            arena=owner.pool.arena,
+            table=owner.pool.table,
+            layer=layer,
+            group=GROUPS[group],
+            out_offsets=owner.out_offsets[group],
+            segments=self._without(on_cpu),
+        )
+        for piece in self._pieces:
+            self._add(piece, self._result(piece, x), y, layer, group)
+
+    # --- deciding ---
+
+    def _form(self, adapter: ColdAdapter, layer: int, group: str) -> Form | None:
+        """What the CPU computes of this product, or None where the device does all of it."""
+        if not _is_targeted(adapter, layer, group):
+            return None
+        self.stats.num_cold_products += 1
+        choice = adapter.choices[layer]
+        if (
+            choice is Choice.DEVICE
+            or adapter.load.layer_ready(layer)
+            or adapter.weights.num_layers_ready <= layer
+            or not self._awake_workers()
+        ):
+            return None
+        is_shrink = choice is Choice.CPU_SHRINK and adapter.load.b_ready(layer)
+        self.stats.num_cpu_products += 1
+        return Form.SHRINK if is_shrink else Form.FULL
+
+    def _awake_workers(self) -> list[Worker]:
+        if self._workers is None:
+            self._workers = self._session.enter_context(self._owner.workers.session())
+        return self._workers
+
+    # --- sending ---
+
+    def _locate(self, adapter: ColdAdapter, layer: int, group: str) -> GroupWeights:
+        start = adapter.weights.offsets[layer] // self._owner.host_arena.itemsize
+        return GroupWeights.locate(adapter.weights.layout, layer, group, start)
+
+    def _num_workers(self, adapter: ColdAdapter, layer: int, num_rows: int) -> int:
+        rounded = -(-num_rows // TOKEN_STEP) * TOKEN_STEP
+        return price_layers(self._owner.profile, adapter.weights.layout, rounded)[layer].num_workers
+
+    def _send(self, x: Tensor, whole: _Piece, num_workers: int) -> None:
+        workers = self._awake_workers()
+        for low, high in split_rows(whole.start, whole.stop, min(num_workers, len(workers))):
+            worker = min(workers, key=lambda worker: worker.num_rows_sent)
+            ticket = worker.try_post(whole.form, whole.weights, x[low:high])
+            self._pieces.append(replace(whole, start=low, stop=high, ticket=ticket))
+
+    # --- taking in ---
+
+    def _await_loads(self, layer: int, group: str, on_cpu: frozenset[int]) -> None:
+        started_at = time.monotonic()
+        for adapter, _ in self._cold:
+            if adapter.slot not in on_cpu and _is_targeted(adapter, layer, group):
+                adapter.load.wait(layer)
+        self.stats.wait_s += time.monotonic() - started_at
+
+    def _without(self, slots: frozenset[int]) -> LoraSegments:
+        if slots not in self._masked:
+            kept = [-1 if slot in slots else slot for slot in self._segments.slots]
+            self._masked[slots] = LoraSegments(self._segments.indptr, kept)
+        return self._masked[slots]
+
+    def _result(self, piece: _Piece, x: Tensor) -> Tensor:
+        started_at = time.monotonic()
+        ticket = piece.ticket
+        is_done = ticket is not None and ticket.worker.wait(ticket.number)
+        self.stats.worker_wait_s += time.monotonic() - started_at
+        if ticket is not None and is_done:
+            return ticket.result
+        if ticket is not None:
+            self._retire(ticket.worker)
+        self.stats.num_recomputed += 1
+        self._owner.num_recomputed += 1
+        rows = x[piece.start : piece.stop].to("cpu").contiguous()
+        out = torch.empty(rows.shape[0], piece.weights.num_columns(piece.form), dtype=rows.dtype)
+        compute(piece.form, piece.weights, rows, out, self._owner.host_arena)
+        return out
+
+    def _retire(self, worker: Worker) -> None:
+        assert self._workers is not None
+        if worker in self._workers:
+            self._workers.remove(worker)
+            self._owner.workers.retire(worker)
+
+    def _add(self, piece: _Piece, result: Tensor, y: Tensor, layer: int, group: str) -> None:
+        rows, result = y[piece.start : piece.stop], result.to(y.device)
+        lows = self._owner.out_offsets[group]
+        is_full = piece.form is Form.FULL
+        widths = piece.weights.num_outs if is_full else piece.weights.ranks
+        for module, low, high, part in zip(
+            GROUPS[group], lows, (*lows[1:], y.shape[1]), torch.split(result, list(widths), dim=1)
+        ):
+            if not part.shape[1]:
+                continue
+            if is_full:
+                rows[:, low:high] += part
+            else:
+                lora_expand_add_(
+                    rows[:, low:high], part, self._b_on_device(piece.slot, layer, module, high - low)
+                )
+
+    def _b_on_device(self, slot: int, layer: int, module: int, num_out: int) -> Tensor:
+        _, start, rank = self._owner.pool.table_cpu[slot, layer, module].tolist()
+        return self._owner.pool.arena[start : start + rank * num_out].view(rank, num_out)
+
+
+def split_rows(start: int, stop: int, num_parts: int) -> list[tuple[int, int]]:
+    """[start, stop) in at most `num_parts` ranges whose lengths differ by one; at least one range, and none
+    shorter than MIN_SLICE_ROWS unless it is all there is."""
+    num_rows = stop - start
+    num_parts = max(1, min(num_parts, num_rows // MIN_SLICE_ROWS))
+    edges = [start + num_rows * i // num_parts for i in range(num_parts + 1)]
+    return list(pairwise(edges))
+
+
+def _rows_of(segments: LoraSegments, slot: int) -> list[tuple[int, int]]:
+    return [(start, stop) for start, stop, owner in segments.adapted if owner == slot]
+
+
+def _is_targeted(adapter: ColdAdapter, layer: int, group: str) -> bool:
+    ranks = adapter.weights.layout.layers[layer].ranks
+    return any(ranks[module] for module in GROUPS[group])

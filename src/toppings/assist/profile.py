@@ -1,0 +1,265 @@
+"""Measures a `CostProfile` on the machine that serves, in a few seconds.
+
+`measure` asks a `Probes` for single times and fits the model to them; `EngineProbes` takes them from a real
+pool of workers, the base model's forward and the loader.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toppings.adapters.device_pool import DevicePool
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.layout import AdapterLayout, BaseShapes
+from toppings.adapters.loader import Bytes, Loader
+from toppings.assist.cost import CostProfile, CpuCost, cpu_features
+from toppings.assist.pool import Worker, WorkerPool
+from toppings.assist.product import Form, GroupWeights
+from toppings.core import MODULES
+
+SLICE_ROWS = (16, 64, 256)
+SLICE_RANKS = (8, 64, 192)
+LAYER_TOKENS = (1, 32, 128, 512)
+TYPICAL_TOKENS = 64
+TYPICAL_RANK = 64
+REPEATS = 3
+
+
+class Probes(Protocol):
+    """Times of single actions on the machine, in seconds."""
+
+    def copy_s(self, num_bytes: int) -> float:
+        """One copy of a layer's block to the device, by the loader."""
+
+    def slice_s(self, num_rows: int, rank: int, num_in: int, num_out: int) -> float:
+        """A slice's way: rows to an awake worker, shrink and expand, the result added to an output."""
+
+    def wake_s(self) -> float:
+        """What the first slice of a session takes more than the next ones."""
+
+    def layer_s(self, num_tokens: int) -> tuple[float, float]:
+        """The base model's time for one layer, and the part of it in base products."""
+
+    def slowdown(self, num_tokens: int) -> float:
+        """Factor on `layer_s` while all workers compute."""
+
+
+def measure(
+    probes: Probes, shapes: BaseShapes, *, num_workers: int, origin: str, max_tokens: int = LAYER_TOKENS[-1]
+) -> CostProfile:
+    """The profile of a base model of `shapes`; prefills up to `max_tokens` are timed.
+
+    The fitted intercept of `slice_s` becomes the round trip; the product has no fixed part of its own.
+    """
+    copy_ms, link_gbps = _fit_link(probes)
+    round_trip_ms, *per_unit = _fit_slices(probes, shapes)
+    tokens = sorted({min(count, max_tokens) for count in LAYER_TOKENS})
+    layers = {count: probes.layer_s(count) for count in tokens}
+    typical_tokens = min(TYPICAL_TOKENS, max_tokens)
+    return CostProfile(
+        origin=origin,
+        link_gbps=link_gbps,
+        copy_ms=copy_ms,
+        cpu=CpuCost(0.0, *per_unit),
+        layer_ms=tuple((count, layer_s * 1e3) for count, (layer_s, _) in layers.items()),
+        gemm_share=statistics.median(min(1.0, gemm_s / layer_s) for layer_s, gemm_s in layers.values()),
+        round_trip_ms=round_trip_ms,
+        session_ms=max(0.0, probes.wake_s()) * 1e3,
+        num_workers=num_workers,
+        sharing_slowdown=max(1.0, probes.slowdown(typical_tokens)),
+    )
+
+
+def _fit_link(probes: Probes) -> tuple[float, float]:
+    """(ms per copy, 10^9 bytes per second) from copies of two sizes."""
+    small, large = 1 << 16, 1 << 21
+    small_s, large_s = probes.copy_s(small), probes.copy_s(large)
+    seconds_per_byte = max(large_s - small_s, 0.1 * large_s) / (large - small)
+    return max(0.0, small_s - small * seconds_per_byte) * 1e3, 1e-9 / seconds_per_byte
+
+
+def _fit_slices(probes: Probes, shapes: BaseShapes) -> list[float]:
+    """Coefficients of `cpu_features`, in ms, over the widest and the narrowest projection."""
+    sizes = sorted(set(shapes.sizes), key=sum)
+    cases = list(product(SLICE_ROWS, SLICE_RANKS, {sizes[0], sizes[-1]}))
+    features = np.array([cpu_features(rows, rank, *size) for rows, rank, size in cases])
+    times_ms = np.array([probes.slice_s(rows, rank, *size) * 1e3 for rows, rank, size in cases])
+    return fit_non_negative(features, times_ms)
+
+
+def fit_non_negative(features: np.ndarray, times: np.ndarray) -> list[float]:
+    """Least squares of relative errors; features whose coefficient would be negative are left out, worst
+    first."""
+    kept = list(range(features.shape[1]))
+    while True:
+        scaled = features[:, kept] / times[:, None]
+        solution = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
+        if solution.min() >= 0 or len(kept) == 1:
+            break
+        contributions = solution * scaled.mean(axis=0)
+        del kept[int(contributions.argmin())]
+    coefficients = dict(zip(kept, solution.tolist()))
+    return [max(0.0, coefficients.get(i, 0.0)) for i in range(features.shape[1])]
+
+
+# --- the real thing ---
+
+
+class StopwatchLora:
+    """A `LoraContext` that adds nothing and sums the time of the base products."""
+
+    def __init__(self) -> None:
+        self.gemm_s = 0.0
+        self._started_at = 0.0
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        self._started_at = time.perf_counter()
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        self.gemm_s += time.perf_counter() - self._started_at
+
+
+class BusyLora:
+    """A `LoraContext` that keeps every worker busy beside the qkv products; `wait_s` is spent waiting
+    for them."""
+
+    def __init__(self, workers: Sequence[Worker], weights: GroupWeights) -> None:
+        self.wait_s = 0.0
+        self._workers = workers
+        self._weights = weights
+        self._tickets: list[tuple[Worker, int]] = []
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        rows = x[: -(-x.shape[0] // max(1, len(self._workers)))]
+        for worker in self._workers if group == "qkv" else ():
+            worker.recycle()
+            ticket = worker.try_post(Form.FULL, self._weights, rows)
+            if ticket is not None:
+                self._tickets.append((worker, ticket.number))
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        started_at = time.perf_counter()
+        for worker, number in self._tickets:
+            worker.wait(number)
+        self._tickets = []
+        self.wait_s += time.perf_counter() - started_at
+
+
+ProbeLora = StopwatchLora | BusyLora
+
+
+@dataclass
+class EngineProbes:
+    """`forward(num_tokens, lora)` runs the base model once on a prompt of so many tokens; `copy_s` as in
+    `Probes` (`LinkProbe` is one). The workers' weights are whatever lies at the start of the host arena."""
+
+    workers: WorkerPool
+    forward: Callable[[int, ProbeLora], None]
+    copy_s: Callable[[int], float]
+    shapes: BaseShapes
+    dtype: torch.dtype
+    _rows: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def slice_s(self, num_rows: int, rank: int, num_in: int, num_out: int) -> float:
+        weights = GroupWeights(num_in, (rank,), (num_out,), (0,), (rank * num_in,))
+        x, y = (torch.zeros(num_rows, width, dtype=self.dtype) for width in (num_in, num_out))
+        with self.workers.session() as workers:
+            return median_s(lambda: _round_trip(workers[0], weights, x, y))
+
+    def wake_s(self) -> float:
+        weights = GroupWeights(8, (1,), (8,), (0,), (8,))
+        x, y = torch.zeros(2, 16, 8, dtype=self.dtype).unbind()
+        extra = []
+        for _ in range(REPEATS):
+            time.sleep(0.01)  # workers fall asleep at the end of a session
+            with self.workers.session() as workers:
+                first_s, next_s = (timed_s(lambda: _round_trip(workers[0], weights, x, y)) for _ in range(2))
+            extra.append(first_s - next_s)
+        return statistics.median(extra)
+
+    def layer_s(self, num_tokens: int) -> tuple[float, float]:
+        watches: list[StopwatchLora] = []
+
+        def run() -> None:
+            watches.append(StopwatchLora())
+            self.forward(num_tokens, watches[-1])
+
+        layer_s = median_s(run) / self.shapes.num_layers
+        return layer_s, statistics.median(watch.gemm_s for watch in watches) / self.shapes.num_layers
+
+    def slowdown(self, num_tokens: int) -> float:
+        plain_s = self.layer_s(num_tokens)[0] * self.shapes.num_layers
+        size_in, size_out = self.shapes.sizes[MODULES.index("q_proj")]
+        weights = GroupWeights(size_in, (TYPICAL_RANK,), (size_out,), (0,), (TYPICAL_RANK * size_in,))
+        busy = []
+        with self.workers.session() as workers:
+            for _ in range(REPEATS):
+                lora = BusyLora(workers, weights)
+                busy.append(timed_s(lambda context=lora: self.forward(num_tokens, context)) - lora.wait_s)  # type: ignore[misc]
+        return statistics.median(busy) / plain_s
+
+
+@dataclass
+class _ProbeSource:
+    """A `LoadSource` of one adapter whose every layer is the first bytes of the host arena."""
+
+    layout: AdapterLayout
+    view: Bytes
+    num_layers_ready: int
+    adapter_id: int = -1
+    error: AdapterError | None = None
+
+    def layer_view(self, layer: int) -> Bytes:
+        return self.view[: self.layout.layer_bytes(layer)]
+
+
+@dataclass(frozen=True)
+class LinkProbe:
+    """Times the loader itself, so that an emulated link is measured like a real one."""
+
+    loader: Loader
+    pool: DevicePool
+    shapes: BaseShapes
+    view: Bytes
+
+    def __call__(self, num_bytes: int) -> float:
+        """Seconds per layer block of about `num_bytes`. Raises ValueError where the pool has no room."""
+        dtype = self.pool.arena.dtype
+        rank = max(1, num_bytes // (sum(self.shapes.sizes[0]) * dtype.itemsize))
+        ranks = [[rank, *[0] * (len(MODULES) - 1)]] * self.shapes.num_layers
+        layout = AdapterLayout.build(ranks, self.shapes, str(dtype).removeprefix("torch."))
+        slot = self.pool.try_place(layout)
+        if slot is None:
+            raise ValueError(f"no room for {layout.num_bytes} bytes in the device pool to measure the link")
+        offsets = [self.pool.layer_offset(slot, layer) * dtype.itemsize for layer in range(layout.num_layers)]
+        source = _ProbeSource(layout, self.view, layout.num_layers)
+        load_s = median_s(lambda: self.loader.start(source, offsets).wait_all())
+        self.pool.free(slot)
+        return load_s / layout.num_layers * num_bytes / layout.layer_bytes(0)
+
+
+def _round_trip(worker: Worker, weights: GroupWeights, x: Tensor, y: Tensor) -> None:
+    worker.recycle()
+    ticket = worker.try_post(Form.FULL, weights, x)
+    if ticket is None or not worker.wait(ticket.number):
+        raise RuntimeError("a LoRA worker failed while it was measured")
+    y += ticket.result
+
+
+def timed_s(action: Callable[[], None]) -> float:
+    started_at = time.perf_counter()
+    action()
+    return time.perf_counter() - started_at
+
+
+def median_s(action: Callable[[], None]) -> float:
+    """After one call that is not counted."""
+    action()
+    return statistics.median(timed_s(action) for _ in range(REPEATS))

@@ -1,0 +1,63 @@
+"""The verbs `profile cold-start` and `plan`: what a cold start costs here, and what `auto` makes of it."""
+
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from toppings.adapters.layout import AdapterLayout, BaseShapes
+from toppings.assist.cost import CostProfile
+from toppings.assist.plan import compare
+from toppings.config import ConfigError, EngineConfig
+from toppings.core import MODULES
+
+
+def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
+    """Measures anew, and keeps the profile where a server with the same settings reads it; also its path.
+
+    Raises what `build_engine` raises.
+    """
+    from toppings.engine.assist import profile_path
+    from toppings.engine.build import build_engine, state_dir
+
+    path = profile_path(config, state_dir(config))
+    path.unlink(missing_ok=True)
+    build_engine(replace(config, mode="cpu_assisted")).close()
+    return CostProfile.from_json(path.read_text()), str(path)
+
+
+def read_or_measure_profile(config: EngineConfig) -> CostProfile:
+    from toppings.engine.assist import profile_path
+    from toppings.engine.build import state_dir
+
+    path = profile_path(config, state_dir(config))
+    return CostProfile.from_json(path.read_text()) if path.exists() else measure_profile(config)[0]
+
+
+def print_plan(config: EngineConfig, *, rank: int, targets: str, num_tokens: int) -> None:
+    """Raises ConfigError for a target that is none."""
+    from toppings.engine.build import open_registry
+
+    registry = open_registry(config)
+    layout = uniform_layout(registry.shapes, registry.dtype, rank, targets)
+    registry.close()
+    comparison = compare(read_or_measure_profile(config), layout, num_tokens)
+    where = f", emulated link of {config.link_gbps:g} GB/s" if config.link_gbps else ""
+    table = Table("mode", "prefill ms", "over cached", title=f"rank {rank}, {num_tokens} tokens{where}")
+    for mode, overhead_ms in comparison.overheads_ms().items():
+        total_ms = comparison.cached_ms + overhead_ms
+        table.add_row(mode, f"{total_ms:.2f}", f"{total_ms / comparison.cached_ms:.2f}x")
+    Console().print(table)
+    Console().print(f"auto: {comparison.plan.describe()}")
+
+
+def uniform_layout(shapes: BaseShapes, dtype: str, rank: int, targets: str) -> AdapterLayout:
+    """An adapter of one rank on `targets` (comma-separated names, or "all") of every layer."""
+    names = MODULES if targets == "all" else tuple(targets.split(","))
+    for name in names:
+        if name not in MODULES:
+            raise ConfigError(f"target {name!r} is unknown; choose from {', '.join(MODULES)}, or all")
+    if rank < 1:
+        raise ConfigError(f"rank is {rank}; it must be at least 1")
+    ranks = [rank if name in names else 0 for name in MODULES]
+    return AdapterLayout.build([ranks] * shapes.num_layers, shapes, dtype)

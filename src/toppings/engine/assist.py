@@ -1,0 +1,116 @@
+"""CPU assistance as one engine uses it: its workers, its cold-start profile, its coordinator."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from toppings.adapters.manager import AdapterManager
+from toppings.assist.coordinator import AssistLora, ColdAdapter, Coordinator
+from toppings.assist.cores import available_cores, choose_cores
+from toppings.assist.cost import CostProfile
+from toppings.assist.modes import AssistMode
+from toppings.assist.pool import PoolSettings, WorkerPool
+from toppings.assist.profile import SLICE_ROWS, EngineProbes, LinkProbe, measure
+from toppings.config import EngineConfig
+from toppings.engine.model_runner import ModelRunner
+from toppings.ops.lora import LoraSegments
+
+logger = logging.getLogger(__name__)
+
+MAX_PROFILE_TOKENS = 512
+
+
+class Assist:
+    """To be made and used by the thread that runs the engine: the workers end with it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        mode: AssistMode,
+        adapters: AdapterManager,
+        runner: ModelRunner,
+        state_dir: Path,
+    ) -> None:
+        """Raises ValueError for worker cores that are not there, or a profile file that is none."""
+        self._mode = mode
+        self._adapters = adapters
+        dtype, shapes = adapters.pool.arena.dtype, adapters.shapes
+        widest_in = max(num_in for num_in, _ in shapes.sizes)
+        widest_out = sum(num_out for _, num_out in shapes.sizes)
+        row_bytes = max(config.max_num_batched_tokens, *SLICE_ROWS) * dtype.itemsize
+        cores = choose_cores(
+            available_cores(),
+            torch.get_num_threads(),
+            num_workers=config.assist_workers,
+            cores=tuple(map(int, config.assist_cores)),
+        )
+        self._workers = WorkerPool(
+            PoolSettings(
+                cores=cores,
+                arena_fd=adapters.host.arena.fd,
+                arena_bytes=adapters.host.arena.size_bytes,
+                dtype=dtype,
+                max_input_bytes=row_bytes * widest_in,
+                max_output_bytes=row_bytes * widest_out,
+            )
+        )
+        self.profile = self._read_or_measure(profile_path(config, state_dir), runner)
+        mode.calibrate(self.profile)
+        host_arena = torch.from_numpy(adapters.host.arena.view).view(dtype)
+        self._coordinator = Coordinator(
+            adapters.pool, self._workers, host_arena, runner.out_offsets, self.profile
+        )
+
+    def step(self, segments: LoraSegments, num_tokens: Mapping[int, int]) -> AssistLora:
+        """The context of a forward with `num_tokens` rows (by adapter id) of adapters still on their way."""
+        return self._coordinator.step(segments, [self._cold(a, num) for a, num in num_tokens.items()])
+
+    def _cold(self, adapter_id: int, num_tokens: int) -> ColdAdapter:
+        load = self._adapters.load_of(adapter_id)
+        entry = self._adapters.host_entry_of(adapter_id)
+        assert load is not None, "the adapter has landed: it is not cold"
+        choices = self._mode.plan(entry.layout, num_tokens).choices
+        return ColdAdapter(self._adapters.slot_of(adapter_id), load, entry, choices)
+
+    def poll(self) -> None:
+        """Replaces workers that died while nothing ran."""
+        self._workers.restart_dead()
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "assist_recomputed_slices": self._coordinator.num_recomputed,
+            "assist_worker_restarts": self._workers.num_restarts,
+        }
+
+    def close(self) -> None:
+        self._workers.close()
+
+    def _read_or_measure(self, path: Path, runner: ModelRunner) -> CostProfile:
+        if path.exists():
+            return CostProfile.from_json(path.read_text())
+        logger.info("measuring what a cold start costs here")
+        self._workers.wait_ready()
+        profile = self._measure(runner)
+        path.write_text(profile.to_json())
+        return profile
+
+    def _measure(self, runner: ModelRunner) -> CostProfile:
+        pool, shapes = self._adapters.pool, self._adapters.shapes
+        link = LinkProbe(self._adapters.loader, pool, shapes, self._adapters.host.arena.view)
+        probes = EngineProbes(self._workers, runner.dry_run, link, shapes, pool.arena.dtype)
+        return measure(
+            probes,
+            shapes,
+            num_workers=len(self._workers.pids),
+            origin=f"measured on {self._workers.settings.cores}",
+            max_tokens=min(MAX_PROFILE_TOKENS, runner.max_dry_run_tokens),
+        )
+
+
+def profile_path(config: EngineConfig, state_dir: Path) -> Path:
+    """One file for each set of settings that the figures depend on."""
+    parts = (config.device, config.dtype, f"link{config.link_gbps:g}", f"threads{config.num_threads}")
+    workers = "-".join(config.assist_cores) or str(config.assist_workers)
+    return state_dir / f"cold-start-{'-'.join(parts)}-workers{workers}.json"

@@ -1,0 +1,121 @@
+"""A profile finds the machine's constants again, and survives its file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.assist.world import NUM_LAYERS, PROFILE, SIZES, World, pool_settings, worker_pool
+from toppings.adapters.layout import BaseShapes
+from toppings.adapters.loader import CpuLoader
+from toppings.assist.cost import CostProfile, CpuCost
+from toppings.assist.profile import EngineProbes, LinkProbe, ProbeLora, fit_non_negative, measure
+
+SHAPES = BaseShapes(4, (((1024, 1024),) * 4) + (((1024, 2816),) * 2) + ((2816, 1024),))
+TRUTH = CpuCost(fixed_ms=0.08, per_gflop_ms=12.0, per_mweights_ms=0.3, per_mvalues_ms=0.9)
+
+
+class FakeMachine:
+    """A machine that is exactly as the model says."""
+
+    def copy_s(self, num_bytes: int) -> float:
+        return 5e-6 + num_bytes / 4e9
+
+    def slice_s(self, num_rows: int, rank: int, num_in: int, num_out: int) -> float:
+        return TRUTH.ms(num_rows, rank, num_in, num_out) * 1e-3
+
+    def wake_s(self) -> float:
+        return 70e-6
+
+    def layer_s(self, num_tokens: int) -> tuple[float, float]:
+        layer_s = max(1e-3, num_tokens * 2e-5)
+        return layer_s, 0.75 * layer_s
+
+    def slowdown(self, num_tokens: int) -> float:
+        return 0.99  # measured a little below 1, as happens
+
+
+@pytest.fixture(scope="module")
+def profile() -> CostProfile:
+    return measure(FakeMachine(), SHAPES, num_workers=3, origin="a fake")
+
+
+def test_the_link_is_found_again(profile: CostProfile) -> None:
+    assert profile.link_gbps == pytest.approx(4.0)
+    assert profile.copy_ms == pytest.approx(0.005)
+
+
+def test_the_cpu_model_is_found_again(profile: CostProfile) -> None:
+    assert profile.round_trip_ms == pytest.approx(TRUTH.fixed_ms)
+    found = (profile.cpu.per_gflop_ms, profile.cpu.per_mweights_ms, profile.cpu.per_mvalues_ms)
+    assert found == pytest.approx((12.0, 0.3, 0.9))
+
+
+def test_the_rest_is_taken_as_measured(profile: CostProfile) -> None:
+    assert profile.gemm_share == pytest.approx(0.75)
+    assert profile.session_ms == pytest.approx(0.07)
+    assert (profile.sharing_slowdown, profile.num_workers) == (1.0, 3)
+
+
+@pytest.mark.parametrize(("num_tokens", "ms"), [(1, 1.0), (32, 1.0), (128, 2.56), (320, 6.4), (1024, 20.48)])
+def test_layer_times_are_linear_between_and_beyond_what_was_measured(
+    profile: CostProfile, num_tokens: int, ms: float
+) -> None:
+    assert profile.layer_time_ms(num_tokens) == pytest.approx(ms)
+
+
+def test_a_profile_survives_its_file(profile: CostProfile) -> None:
+    assert CostProfile.from_json(profile.to_json()) == profile
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cpu": {}}'])
+def test_what_is_no_profile_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a cold-start profile"):
+        CostProfile.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("link_gbps", 0.0), ("num_workers", -1), ("layer_ms", []), ("layer_ms", [[2, 1], [1, 1]])],
+)
+def test_values_out_of_range_are_refused(field: str, value: object) -> None:
+    fields = {**json.loads(PROFILE.to_json()), field: value}
+    with pytest.raises(ValueError, match=field):
+        CostProfile.from_json(json.dumps(fields))
+
+
+def test_a_fit_has_no_negative_coefficients() -> None:
+    generator = np.random.default_rng(0)
+    features = generator.uniform(0.1, 1.0, (40, 3))
+    times = features @ [2.0, -0.1, 0.5] + 0.2 * generator.uniform(size=40)
+    found = fit_non_negative(features, times)
+    assert min(found) >= 0
+    assert found[0] == pytest.approx(2.0, rel=0.2)
+
+
+def test_a_real_pool_and_a_real_loader_can_be_measured() -> None:
+    world = World(torch.float32)
+    shapes = BaseShapes(NUM_LAYERS, SIZES)
+    weight = torch.ones(96, 160)
+
+    def forward(num_tokens: int, lora: ProbeLora) -> None:
+        x = torch.ones(num_tokens, 96)
+        for layer in range(NUM_LAYERS):
+            for group in ("qkv", "o"):
+                lora.start(layer, group, x)
+                y = x @ weight
+                lora.finish(layer, group, x, y)
+
+    loader = CpuLoader(world.pool.arena, link_gbps=0.5)
+    try:
+        link = LinkProbe(loader, world.pool, shapes, world.host.view)
+        with worker_pool(pool_settings(world, num_workers=1)) as workers:
+            probes = EngineProbes(workers, forward, link, shapes, torch.float32)
+            found = measure(probes, shapes, num_workers=1, origin="this machine", max_tokens=64)
+    finally:
+        loader.close()
+    assert found.link_gbps == pytest.approx(0.5, rel=0.3)
+    assert [tokens for tokens, _ in found.layer_ms] == [1, 32, 64]
+    assert found.cpu.ms(64, 64, 96, 160) + found.round_trip_ms > 0
+    assert world.pool.used_bytes == 0
