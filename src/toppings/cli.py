@@ -10,10 +10,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from toppings import __version__
+from toppings.bench.cli import bench_app, report
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES
 from toppings.options import with_settings
 from toppings.remote import RemoteServer
+from toppings.sim.cli import simulate, trace_app
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
 if TYPE_CHECKING:
@@ -27,6 +29,12 @@ adapters_app = typer.Typer(no_args_is_help=True, help="The adapters of a model, 
 synth_app = typer.Typer(no_args_is_help=True, help="Random-weight checkpoints, for benchmarks.")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(synth_app, name="synth")
+profile_app = typer.Typer(no_args_is_help=True, help="Measure what decisions rest on.")
+app.add_typer(profile_app, name="profile")
+app.add_typer(bench_app, name="bench")
+app.command("report")(report)
+app.add_typer(trace_app, name="trace")
+app.command("simulate")(simulate)
 
 Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: ~/.cache/toppings/<model>)")]
@@ -66,6 +74,57 @@ def serve(
         raise typer.Exit(run_server(resolved))
     except EngineStartError as error:
         raise ConfigError(f"the engine could not start: {error}") from error
+
+
+@app.command()
+def route(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    instances: Annotated[str, typer.Option(help="URLs of servers, with commas between")] = "",
+    policy: Annotated[str, typer.Option(help="how a server is chosen")] = "",
+    slo_tpt_ms: Annotated[float | None, typer.Option(help="objective for time per token")] = None,
+    host: str = "",
+    port: int | None = None,
+) -> None:
+    """Place requests on many servers of one base model: a streaming reverse proxy."""
+    from toppings.cluster.router import RouterConfig, run_router
+
+    given: dict[str, Any] = {
+        "instances": instances.split(",") if instances else None,
+        "policy": policy or None,
+    }
+    given |= {"slo_tpt_ms": slo_tpt_ms, "host": host or None, "port": port}
+    base = RouterConfig.from_yaml(config) if config else None
+    run_router(RouterConfig.from_settings({k: v for k, v in given.items() if v is not None}, base))
+
+
+@profile_app.command("cold-start")
+@with_settings
+def profile_cold_start(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Measure link, CPU rates and layer times anew; a server with the same settings reads the result."""
+    from toppings.cold_start import measure_profile
+
+    resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
+    profile, path = measure_profile(resolved.engine)
+    typer.echo(f"{profile.to_json()}\nwrote {path}")
+
+
+@app.command(name="plan")
+@with_settings
+def plan(
+    rank: Annotated[int, typer.Option(help="the adapter's rank")],
+    tokens: Annotated[int, typer.Option(help="tokens of the cold prefill")],
+    targets: Annotated[str, typer.Option(help="projections, or all")] = "q_proj,k_proj,v_proj",
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Show what `auto` would do with a cold adapter, and the times it predicts for each mode."""
+    from toppings.cold_start import print_plan
+
+    resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
+    print_plan(resolved.engine, rank=rank, targets=targets, num_tokens=tokens)
 
 
 @adapters_app.command("list")

@@ -1,0 +1,1 @@
+"""Loads for running servers, comparisons of the loading modes, reports on step logs; speaks HTTP only."""

@@ -1,0 +1,137 @@
+"""What a comparison of the loading modes is asked for, and what came of it."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from toppings.bench.load import LoadShape
+from toppings.bench.outcome import Outcome
+from toppings.bench.summary import LoadSummary
+from toppings.config import MODES, Config, ConfigError
+
+REFERENCE_MODE = "cached"
+HOMES = ("host", "disk")
+LOADS = ("sequential", "poisson")
+POOL_SHARE = 4
+"""Outside `cached` the device pool holds one in so many of the adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModesSpec:
+    """What is compared. `load` is the Poisson load; the same number is first sent one after another.
+
+    `num_adapters` are made with `ranks` (in turn) and `targets`, unless the configuration names a directory
+    of adapters, of which so many are used. `home`: where a cold adapter is when its request comes.
+    `load_ratio` > 0 emulates a link on which an adapter's load takes so many times a cached prefill; 0 leaves
+    `link_gbps` as configured. `load.rps` 0 stands for half of what one request at a time allows.
+
+    Raises ConfigError for a value out of range.
+    """
+
+    base: Config
+    modes: tuple[str, ...]
+    load: LoadShape
+    num_warmup: int = 3
+    num_adapters: int = 60
+    ranks: str = "64"
+    targets: str = "q_proj,k_proj,v_proj"
+    home: str = "host"
+    load_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        for mode in self.modes:
+            if mode not in MODES or self.modes.count(mode) > 1:
+                raise ConfigError(
+                    f"modes are {','.join(self.modes)}; choose from {', '.join(MODES)}, each once"
+                )
+        if self.num_warmup < 0:
+            raise ConfigError(f"num_warmup is {self.num_warmup}; it must be at least 0")
+        if self.num_adapters < POOL_SHARE:
+            raise ConfigError(
+                f"num_adapters is {self.num_adapters}; for cold requests it must be at least {POOL_SHARE}"
+            )
+        if self.home not in HOMES:
+            raise ConfigError(f"home is {self.home!r}; choose one of {', '.join(HOMES)}")
+        if not 0 <= self.load_ratio < float("inf"):
+            raise ConfigError(f"load_ratio is {self.load_ratio}; it must be at least 0")
+        if self.load_ratio and self.base.engine.link_gbps:
+            gbps = self.base.engine.link_gbps
+            raise ConfigError(
+                f"load_ratio {self.load_ratio} and link_gbps {gbps} both set the link; give one"
+            )
+        if self.load_ratio and self.base.engine.device != "cpu":
+            raise ConfigError(f"load_ratio is {self.load_ratio}; a link is emulated on the CPU device only")
+
+    def num_requests_per_mode(self) -> int:
+        preload = self.num_adapters if self.home == "host" else 0
+        return preload + self.num_warmup + 2 * self.load.num_requests
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a server without link emulation told: bytes of each adapter that is used and of all that are
+    registered; medians of warm requests, where `prefill_ms` is the engine's step."""
+
+    adapters: dict[str, int]
+    registered_bytes: int
+    prefill_ms: float
+    e2e_ms: float
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.adapters.values())
+
+    @property
+    def pool_bytes(self) -> int:
+        """Room for one adapter in `POOL_SHARE`."""
+        return max(self.used_bytes // POOL_SHARE, *self.adapters.values())
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """`loads`: by kind, "sequential" and "poisson"; `settings`: what the server was started with."""
+
+    mode: str
+    settings: dict[str, Any]
+    loads: dict[str, LoadSummary]
+    outcomes: dict[str, list[Outcome]]
+
+    def to_json(self) -> dict[str, Any]:
+        loads = {
+            kind: {**summary.to_json(), "requests": [asdict(each) for each in self.outcomes[kind]]}
+            for kind, summary in self.loads.items()
+        }
+        return {"config": self.settings, **loads}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`link_gbps`: of the emulated link, 0 where there was none."""
+
+    spec: ModesSpec
+    survey: Survey
+    link_gbps: float
+    rps: float
+    results: list[ModeResult]
+
+    def ratios(self, result: ModeResult, kind: str) -> dict[str, dict[str, float]]:
+        """Latencies over those of `cached`; empty where that was not measured."""
+        for reference in self.results:
+            if reference.mode == REFERENCE_MODE:
+                return result.loads[kind].ratios_to(reference.loads[kind])
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        spec = {name: value for name, value in vars(self.spec).items() if name not in ("base", "load")}
+        modes = {
+            result.mode: {
+                **result.to_json(),
+                "ratios": {kind: self.ratios(result, kind) for kind in result.loads},
+            }
+            for result in self.results
+        }
+        return {
+            "emulated_link_gbps": self.link_gbps or None,
+            "spec": {**spec, "load": asdict(replace(self.spec.load, rps=self.rps))},
+            "survey": asdict(self.survey),
+            "modes": modes,
+        }

@@ -1,0 +1,110 @@
+"""Results as tables for the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from toppings.bench.comparison import LOADS, REFERENCE_MODE, Comparison, ModeResult
+from toppings.bench.report import Report
+from toppings.bench.summary import METRICS, Latency, LoadSummary
+
+UNKNOWN = "-"
+_LAYOUT: dict[str, Any] = {
+    "title_justify": "left",
+    "caption_justify": "left",
+    "collapse_padding": True,
+    "pad_edge": False,
+}
+
+
+def link_note(link_gbps: Sequence[float]) -> str:
+    """To stand wherever numbers do that were measured with an emulated link; else empty."""
+    speeds = ", ".join(f"{gbps:g}" for gbps in link_gbps if gbps)
+    return f"emulated link, {speeds} GB/s" if speeds else ""
+
+
+def summary_table(summary: LoadSummary, title: str) -> Table:
+    table = Table("", "mean", "p50", "p99", box=box.SIMPLE_HEAD, title=title, **_LAYOUT)
+    for name, latency in summary.latencies().items():
+        table.add_row(f"{name.upper()} ms", *(_each(latency)))
+    table.add_section()
+    average = UNKNOWN if summary.average_s is None else f"{summary.average_s:.4f}"
+    table.add_row("average time s", average)
+    table.add_row("total time s", f"{summary.total_s:.3f}")
+    table.add_row("tokens/s", f"{summary.tokens_per_s:.1f}")
+    if summary.mean_prompt_tokens is not None:
+        table.add_row("prompt tokens", f"{summary.mean_prompt_tokens:g}")
+    table.add_row("requests, errors", f"{summary.num_requests}, {summary.num_errors}")
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Per load and metric one row per mode, so that what is compared stands below each other."""
+    table = Table(box=box.SIMPLE_HEAD, title=_title("Loading modes", [comparison.link_gbps]), **_LAYOUT)
+    headings = ("mean", "p50", "p99", "mean x", "p50 x", "p99 x", "avg s", "total s")
+    _add_columns(table, headings)
+    for kind in LOADS:
+        table.add_row("sequential" if kind == "sequential" else f"Poisson {comparison.rps:g}/s", style="bold")
+        for name in METRICS:
+            table.add_row(f" {name.upper()} ms", style="bold")
+            for result in comparison.results:
+                table.add_row(*_mode_row(comparison, result, kind, name))
+    table.caption = _caption(comparison)
+    return table
+
+
+def _mode_row(comparison: Comparison, result: ModeResult, kind: str, name: str) -> list[str]:
+    """Average and total time are those of whole requests: they stand in the rows of E2E."""
+    summary = result.loads[kind]
+    ratios = comparison.ratios(result, kind).get(name)
+    cells = [result.mode, *_each(summary.latencies()[name])]
+    cells += [f"{ratio:.2f}" for ratio in ratios.values()] if ratios else [UNKNOWN] * 3
+    if name != METRICS[-1]:
+        return cells
+    average = UNKNOWN if summary.average_s is None else f"{summary.average_s:.3f}"
+    return [*cells, average, f"{summary.total_s:.2f}"]
+
+
+def _caption(comparison: Comparison) -> str:
+    spec = comparison.spec
+    summaries = [summary for result in comparison.results for summary in result.loads.values()]
+    parts = [
+        f"x: over {REFERENCE_MODE}; {spec.load.num_requests} requests each, {spec.num_adapters} adapters",
+        f"cold ones on {spec.home}",
+        f"{spec.load.prompt_tokens} prompt and {spec.load.max_tokens} generated tokens",
+        f"{sum(summary.num_errors for summary in summaries)} errors",
+        link_note([comparison.link_gbps]),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _title(text: str, link_gbps: Sequence[float]) -> str:
+    note = link_note(link_gbps)
+    return f"{text} ({note})" if note else text
+
+
+def _add_columns(table: Table, headings: Sequence[str]) -> None:
+    table.add_column("mode", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+
+
+def _each(latency: Latency | None) -> list[str]:
+    return [UNKNOWN] * 3 if latency is None else [f"{value:.2f}" for value in latency.named().values()]
+
+
+def report_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=_title("Engine steps, mean ms", report.link_gbps), **_LAYOUT)
+    table.caption = (
+        "load: waited for, a part of prefill; overlapped: load while computing; on CPU: share of layers"
+    )
+    headings = ("prefill", "decode", "load", "overlapped", "on CPU", "prefills", "decodes")
+    _add_columns(table, headings)
+    for mode in report.modes:
+        times = (mode.prefill_ms, mode.decode_ms, mode.load_ms, mode.overlapped_load_ms)
+        share = UNKNOWN if mode.cpu_share is None else f"{mode.cpu_share:.1%}"
+        counts = (str(mode.num_prefills), str(mode.num_decodes))
+        table.add_row(mode.mode, *(UNKNOWN if t is None else f"{t:.2f}" for t in times), share, *counts)
+    return table

@@ -1,0 +1,56 @@
+"""What every policy is: a choice over snapshots, and where it has one, a rebalancing of what waits."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from toppings.cluster.instances import Instances
+from toppings.cluster.perf_model import FloatArray
+from toppings.cluster.snapshot import Choice, Move, RequestSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """`slo_tpt_ms` is the objective for time per token (inf: none); `seed` is for policies that draw."""
+
+    slo_tpt_ms: float = math.inf
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.slo_tpt_ms > 0:
+            raise ValueError(f"slo_tpt_ms is {self.slo_tpt_ms}; it must be above 0")
+
+
+class Policy(ABC):
+    """Decides from what it is given and nothing else; those that draw or take turns keep that state."""
+
+    def __init__(self, settings: PolicySettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
+        """Where the request goes: one of the open instances, None only where there is none."""
+
+    def migrations(self, instances: Instances) -> list[Move]:
+        """Waiting requests that would wait less elsewhere; called now and then. Most policies have none."""
+        return []
+
+
+def least_row(costs: FloatArray, instances: Instances) -> int | None:
+    """The open instance of least cost [N], the one with fewer requests among equals, then the first."""
+    costs = np.where(instances.is_open, costs, math.inf)
+    row = int(costs.argmin()) if len(costs) else 0
+    if not len(costs) or costs[row] == math.inf:
+        return None
+    ties = costs == costs[row]
+    if np.count_nonzero(ties) == 1:
+        return row
+    return int(np.where(ties, instances.num_requests, math.inf).argmin())
+
+
+def least(costs: FloatArray, instances: Instances) -> Choice | None:
+    """The choice of `least_row`."""
+    row = least_row(costs, instances)
+    return None if row is None else Choice(row, instances.ids[row])

@@ -1,0 +1,22 @@
+"""Any open instance, each as likely as the others."""
+
+from random import Random as Generator
+
+import numpy as np
+
+from toppings.cluster.instances import Instances
+from toppings.cluster.policies.base import Policy, PolicySettings
+from toppings.cluster.snapshot import Choice, RequestSnapshot
+
+
+class Random(Policy):
+    def __init__(self, settings: PolicySettings) -> None:
+        super().__init__(settings)
+        self._generator = Generator(settings.seed)
+
+    def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
+        rows = np.flatnonzero(instances.is_open)
+        if not len(rows):
+            return None
+        row = int(rows[self._generator.randrange(len(rows))])
+        return Choice(row, instances.ids[row])

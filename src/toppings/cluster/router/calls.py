@@ -1,0 +1,106 @@
+"""What the router reads of an inference request's body; the body itself goes on as it came."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from toppings.cluster.router.replies import ApiError
+
+DEFAULT_MAX_TOKENS = 16  # of completions and /generate; chat has none
+
+INFERENCE_PATHS = ("/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`model` is None where the body names none: the base model. Prompt tokens are an estimate for text."""
+
+    path: str
+    body: bytes
+    model: str | None = None
+    is_stream: bool = False
+    prompt_tokens: int = 1
+    max_tokens: int | None = None
+
+
+class _Body(msgspec.Struct):
+    """Fields of every route together; each route uses its own."""
+
+    model: str | None = None
+    stream: bool | None = None
+    prompt: msgspec.Raw = msgspec.Raw(b'""')
+    messages: msgspec.Raw = msgspec.Raw(b'""')
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    inputs: msgspec.Raw = msgspec.Raw(b'""')
+    parameters: dict[str, Any] | None = None
+    lora_id: int | None = None
+    lora_dir: str | None = None
+
+
+_decoder = msgspec.json.Decoder(_Body, strict=False)
+
+
+def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
+    """Raises ApiError 400 where the body is no JSON. Fields of a wrong type are the server's to refuse."""
+    try:
+        parsed = _decoder.decode(body)
+    except msgspec.ValidationError:
+        return Call(path, body)
+    except msgspec.DecodeError as error:
+        raise ApiError(400, f"1 validation error:\n  body: {error}", "Bad Request") from error
+    if path.startswith("/generate"):
+        return _parse_generate(path, body, parsed, bytes_per_token)
+    is_chat = path == "/v1/chat/completions"
+    max_tokens = parsed.max_completion_tokens if is_chat and parsed.max_tokens is None else parsed.max_tokens
+    return Call(
+        path=path,
+        body=body,
+        model=parsed.model or None,
+        is_stream=bool(parsed.stream),
+        prompt_tokens=_count_tokens(bytes(parsed.messages if is_chat else parsed.prompt), bytes_per_token),
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None and not is_chat else max_tokens,
+    )
+
+
+def _parse_generate(path: str, body: bytes, parsed: _Body, bytes_per_token: float) -> Call:
+    parameters = parsed.parameters or {}
+    selectors = (parameters.get("adapter_id"), parsed.lora_dir, parsed.lora_id)
+    model = next((str(selector) for selector in selectors if selector is not None), None)
+    max_tokens = parameters.get("max_new_tokens")
+    return Call(
+        path=path,
+        body=body,
+        model=None if model == "__base_model__" else model,
+        is_stream=path == "/generate_stream",
+        prompt_tokens=_count_tokens(bytes(parsed.inputs), bytes_per_token),
+        max_tokens=max_tokens if isinstance(max_tokens, int) else DEFAULT_MAX_TOKENS,
+    )
+
+
+def _count_tokens(raw: bytes, bytes_per_token: float) -> int:
+    """Token ids are counted, by their commas; of text, the length tells."""
+    is_token_ids = raw.startswith(b"[") and not (b'"' in raw[:64] or b"{" in raw[:64])
+    return max(1, raw.count(b",") + 1 if is_token_ids else round(len(raw) / bytes_per_token))
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
+    count_output_tokens: int | None = None
+
+
+_answer_decoder = msgspec.json.Decoder(_Answer)
+
+
+def count_generated(body: bytes) -> int | None:
+    """How many tokens a whole answer says it has; None where it does not."""
+    try:
+        answer = _answer_decoder.decode(body)
+    except msgspec.DecodeError:
+        return None
+    return answer.usage.completion_tokens if answer.usage else answer.count_output_tokens

@@ -1,0 +1,55 @@
+"""The router's own Prometheus metrics."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+DECISION_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
+
+
+class Meters:
+    """Every received request ends as exactly one of answered, refused, cut or client_gone."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.received = Counter("toppings_router_received", "Inference requests.", registry=self.registry)
+        self.ended = Counter(
+            "toppings_router_ended", "Inference requests by outcome.", ["outcome"], registry=self.registry
+        )
+        self.sent = Counter(
+            "toppings_router_sent", "Attempts, by instance.", ["instance"], registry=self.registry
+        )
+        self.retries = Counter(
+            "toppings_router_retries",
+            "Attempts that failed, by instance.",
+            ["instance"],
+            registry=self.registry,
+        )
+        self.moves = Counter("toppings_router_moves", "Waiting requests moved.", registry=self.registry)
+        self.slo_at_risk = Counter(
+            "toppings_router_slo_at_risk", "Requests no instance could take in time.", registry=self.registry
+        )
+        self.decision_seconds = Histogram(
+            "toppings_router_decision_seconds",
+            "Time to choose an instance.",
+            buckets=DECISION_BUCKETS,
+            registry=self.registry,
+        )
+        self.first_byte_seconds = Histogram(
+            "toppings_router_first_byte_seconds",
+            "Request to the first byte of its answer.",
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "toppings_router_in_flight", "Requests, by instance.", ["instance"], registry=self.registry
+        )
+        self.is_up = Gauge(
+            "toppings_router_instance_up", "1 where requests are sent.", ["instance"], registry=self.registry
+        )
+
+    def forget(self, instance_id: str) -> None:
+        for metric in (self.in_flight, self.is_up):
+            metric.remove(instance_id)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,58 @@
+"""The router's own answers: errors in the shapes that clients of these routes know."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+EVENT_STREAM = "text/event-stream"
+
+
+class ApiError(Exception):
+    """An answer with `status` and the usual error object; `kind` is its `type`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "BadRequestError",
+        *,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.param, self.headers = status, kind, param, headers or {}
+
+    def response(self) -> web.Response:
+        return json_response(
+            error_body(self.status, str(self), self.kind, self.param), self.status, self.headers
+        )
+
+
+def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    body = msgspec.json.encode(content)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+def unavailable(message: str, retry_after_s: int) -> ApiError:
+    return ApiError(503, message, "ServiceUnavailableError", headers={"Retry-After": str(retry_after_s)})
+
+
+def unknown_model(model: str, aliases: list[str]) -> ApiError:
+    text = f"The model `{model}` does not exist. Valid aliases: {', '.join(aliases)}."
+    return ApiError(404, text, "NotFoundError", param="model")
+
+
+def stream_error(path: str, message: str, *, is_between_events: bool) -> bytes:
+    """The event that ends a stream whose server failed; `/generate_stream` has its own shape."""
+    start = b"" if is_between_events else b"\n\n"
+    if path == "/generate_stream":
+        return (
+            start + b"data:" + msgspec.json.encode({"error": message, "error_type": "generation"}) + b"\n\n"
+        )
+    body = msgspec.json.encode(error_body(502, message, "UpstreamError"))
+    return start + b"data: " + body + b"\n\n"

@@ -1,0 +1,168 @@
+"""The router's frozen settings, their defaults and their YAML."""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.policies import POLICIES
+from toppings.config import ConfigError, parse_bytes
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceConfig:
+    """One server. `instance_id` defaults to the URL's host and port; `perf_model` overrides its report."""
+
+    url: str
+    instance_id: str = ""
+    perf_model: str = ""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"instance url is {self.url!r}; it must be like http://host:8080")
+        object.__setattr__(self, "url", self.url.rstrip("/"))
+        object.__setattr__(self, "instance_id", self.instance_id or parts.netloc)
+        if "/" in self.instance_id:
+            raise ConfigError(f"instance id is {self.instance_id!r}; it must hold no slash")
+        if self.perf_model:
+            _check_perf_model(self.perf_model)
+
+    @classmethod
+    def of(cls, value: Any) -> "InstanceConfig":
+        """From a URL, or a mapping with `url` and perhaps `id` and `perf_model`. Raises ConfigError."""
+        if isinstance(value, InstanceConfig):
+            return value
+        if isinstance(value, str):
+            return cls(url=value)
+        if not isinstance(value, dict) or not isinstance(value.get("url"), str):
+            raise ConfigError(f"instance {value!r} must be a URL or a mapping with a url")
+        unknown = sorted(set(value) - {"url", "id", "perf_model"})
+        if unknown:
+            raise ConfigError(f"unknown instance setting {unknown[0]!r}; known: url, id, perf_model")
+        return cls(
+            url=value["url"],
+            instance_id=str(value.get("id") or ""),
+            perf_model=str(value.get("perf_model") or ""),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What `toppings route` reads. Times in seconds unless named otherwise, sizes in bytes."""
+
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8090, "port to listen on (0: any free one)")
+    instances: tuple[InstanceConfig, ...] = _setting(
+        (), "servers: URLs, or mappings of url, id and perf_model"
+    )
+    policy: str = _setting("rank_aware", "how an instance is chosen", choices=tuple(POLICIES))
+    slo_tpt_ms: float = _setting(math.inf, "objective for time per token (inf: none)")
+    seed: int = _setting(0, "seed of policies that draw")
+    perf_model: str = _setting(
+        "published:mbgmv", "model of servers that report none: a file or a shipped name"
+    )
+    api_key: str = _setting("", "bearer token asked of every route but health (empty: none)")
+    upstream_api_key: str = _setting("", "bearer token sent to the servers (empty: the client's own)")
+    connect_timeout_s: float = _setting(2.0, "to connect to a server")
+    first_token_timeout_s: float = _setting(
+        120.0, "until a stream's first token, then the request goes elsewhere"
+    )
+    response_timeout_s: float = _setting(600.0, "until the answer to a request that does not stream")
+    idle_timeout_s: float = _setting(60.0, "between two tokens of a stream")
+    health_interval_s: float = _setting(1.0, "between two checks of a server")
+    health_timeout_s: float = _setting(2.0, "until a check counts as failed")
+    unhealthy_after: int = _setting(3, "failures in a row after which a server gets no requests")
+    sync_interval_s: float = _setting(30.0, "between two looks at which models a server has")
+    max_attempts: int = _setting(3, "servers that a request is tried on")
+    retry_after_s: int = _setting(1, "Retry-After when no server can take a request")
+    migration_interval_s: float = _setting(0.1, "between two rebalancings of waiting requests")
+    max_body_bytes: int = _setting(32 * 2**20, "largest request body")
+    response_tokens: float = _setting(128.0, "expected response length before any was seen")
+    bytes_per_token: float = _setting(4.0, "to estimate a text prompt's tokens")
+    default_rank: int = _setting(16, "rank of adapters whose rank nobody tells")
+    state_file: str = _setting("", "where adapters loaded through the router are remembered (empty: nowhere)")
+    log_level: str = _setting("info", "least severe message that is logged", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices is not None and value not in choices:
+                raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
+        for name in ("slo_tpt_ms", "connect_timeout_s", "first_token_timeout_s", "response_timeout_s"):
+            self._require_positive(name)
+        for name in ("idle_timeout_s", "health_interval_s", "health_timeout_s", "sync_interval_s"):
+            self._require_positive(name)
+        for name in ("unhealthy_after", "max_attempts", "retry_after_s", "migration_interval_s"):
+            self._require_positive(name)
+        for name in ("max_body_bytes", "response_tokens", "bytes_per_token", "default_rank"):
+            self._require_positive(name)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
+        ids = [instance.instance_id for instance in self.instances]
+        for instance_id in ids:
+            if ids.count(instance_id) > 1:
+                raise ConfigError(f"two instances have the id {instance_id!r}; give one of them another id")
+        _check_perf_model(self.perf_model)
+
+    def _require_positive(self, name: str) -> None:
+        if not getattr(self, name) > 0:
+            raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], base: "RouterConfig | None" = None) -> "RouterConfig":
+        """`base` (default: the defaults) with some settings replaced.
+
+        Raises ConfigError for an unknown name or a value of the wrong type or range.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return replace(base or cls(), **{name: _coerce(name, value) for name, value in settings.items()})
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "RouterConfig":
+        """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read configuration {path}: {error}") from error
+        if not isinstance(loaded, dict | None):
+            raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
+        return cls.from_settings({str(k).replace("-", "_"): v for k, v in (loaded or {}).items()})
+
+
+def _check_perf_model(spec: str) -> None:
+    try:
+        load_perf_model(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _coerce(name: str, value: Any) -> Any:
+    if name == "instances":
+        values = value.split(",") if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise ConfigError(f"setting instances is {value!r}; it must be a list of servers")
+        return tuple(InstanceConfig.of(each) for each in values)
+    default: Any = next(f.default for f in fields(RouterConfig) if f.name == name)
+    try:
+        if name.endswith("_bytes"):
+            return parse_bytes(value)
+        if isinstance(default, int) and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        return type(default)(value)
+    except (TypeError, ValueError) as error:
+        kind = type(default).__name__
+        raise ConfigError(f"setting {name} is {value!r}; it must be of type {kind}") from error

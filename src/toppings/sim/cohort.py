@@ -1,0 +1,190 @@
+"""The engine's scheduler, with decodes that run on undisturbed kept as one sum.
+
+A request whose only uncomputed token is the last one drawn joins the cohort. While all running requests are
+in it and pages suffice, every step decodes each of them by one token: that is the scheduler's own decision,
+and nothing about them has to be looked at. Whatever else happens (a chunked prefill, pages running out, a
+preemption) dissolves the cohort: its requests get what they have generated, and the engine's code decides
+as ever.
+
+    request.num_computed_tokens, output_token_ids, page_table: as of when it joined, until it leaves
+"""
+
+from heapq import heappop, heappush
+
+from toppings.core import BatchItem, Request
+from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.scheduler import AdapterPlacement, Scheduler, SchedulerLimits
+from toppings.sim.costs import DecodeSums
+from toppings.sim.request import SimRequest
+
+
+class ClaimedPages(PageAllocator):
+    """Pages of which `num_claimed` free ones belong to cohort members, who take them when they leave."""
+
+    num_claimed = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free) - self.num_claimed
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self.num_free
+
+    def grow(self, table: list[int], num_tokens: int) -> bool:
+        if pages_for(num_tokens, self.page_size) - len(table) > self.num_free:
+            return False
+        return super().grow(table, num_tokens)
+
+
+class CohortScheduler(Scheduler):
+    """`may_jump` False keeps the cohort empty: every step is the engine's own code and nothing else."""
+
+    pages: ClaimedPages
+
+    def __init__(
+        self, limits: SchedulerLimits, pages: ClaimedPages, adapters: AdapterPlacement, *, may_jump: bool
+    ) -> None:
+        super().__init__(limits, pages, adapters)
+        self.sums = DecodeSums()
+        self.num_steps = 0
+        self._may_jump = may_jump
+        self._offsets: dict[Request, int] = {}  # member -> its computed tokens less num_steps: constant
+        self._offset_sum = 0
+        self._ends: list[tuple[int, int, SimRequest]] = []  # heap: step after which it ends, index, member
+        self._num_ahead = 0  # pages claimed for the step that was scheduled and has not ended
+        self._crossings = [0] * pages.page_size  # members that need a new page in steps of this residue
+
+    # --- the cohort ---
+
+    @property
+    def is_undisturbed(self) -> bool:
+        """True where `schedule` would decode the cohort and do nothing else."""
+        return not self.waiting and self._is_whole() and self._drain is None
+
+    @property
+    def context_sum(self) -> int:
+        """Keys that the next step's decodes attend to, each its own included."""
+        return self._offset_sum + self.sums.num * (self.num_steps + 1)
+
+    def join(self, request: SimRequest) -> None:
+        """The request, which is running, decodes from now on."""
+        if not self._may_jump:
+            return
+        assert request.num_uncomputed_tokens == 1
+        offset = request.num_computed_tokens - self.num_steps
+        self._offsets[request] = offset
+        self._offset_sum += offset
+        self.sums.add(request)
+        self._crossings[-offset % self.pages.page_size] += 1
+        num_left = request.num_to_generate - len(request.output_token_ids)
+        heappush(self._ends, (self.num_steps + num_left, request.index, request))
+
+    def steps_to_next_end(self) -> int:
+        return self._ends[0][0] - self.num_steps
+
+    def steps_with_pages(self, num_steps: int) -> int:
+        """How many of the next steps have pages, at most `num_steps`."""
+        num_free, page_size = self.pages.num_free + self._num_ahead, self.pages.page_size
+        if self.sums.num * (num_steps // page_size + 1) <= num_free:
+            return num_steps
+        num_possible = min(num_steps, num_free // self.sums.num * page_size)
+        while num_possible < num_steps and self._pages_of_steps(num_possible + 1) <= num_free:
+            num_possible += 1
+        return num_possible
+
+    def advance(self, num_steps: int) -> None:
+        """The cohort has run so many steps."""
+        self.pages.num_claimed += self._pages_of_steps(num_steps) - self._num_ahead
+        self.num_steps += num_steps
+        self._num_ahead = 0
+
+    def pop_ended(self) -> list[SimRequest]:
+        """Members that have all their tokens now; they are still running."""
+        ended = []
+        while self._ends and self._ends[0][0] == self.num_steps:
+            ended.append(heappop(self._ends)[2])
+        return ended
+
+    def is_member(self, request: Request) -> bool:
+        return request in self._offsets
+
+    def num_computed(self, request: Request) -> int:
+        """Tokens of a request in the cache, member or not."""
+        offset = self._offsets.get(request)
+        return request.num_computed_tokens if offset is None else offset + self.num_steps
+
+    def _pages_of_steps(self, num_steps: int) -> int:
+        """Pages that the next steps take: a member takes one whenever its computed tokens fill its pages."""
+        crossings, page_size = self._crossings, self.pages.page_size
+        first = self.num_steps % page_size
+        if num_steps == 1:
+            return crossings[first]
+        num_cycles, rest = divmod(num_steps, page_size)
+        last = first + rest
+        num_pages = num_cycles * self.sums.num + sum(crossings[first:last])
+        return num_pages + sum(crossings[: last - page_size]) if last > page_size else num_pages
+
+    def _leave(self, request: Request) -> int:
+        """The request is no member any more; how many tokens it has in the cache."""
+        assert isinstance(request, SimRequest)
+        offset = self._offsets.pop(request)
+        self._offset_sum -= offset
+        self.sums.remove(request)
+        self._crossings[-offset % self.pages.page_size] -= 1
+        num_computed = offset + self.num_steps
+        self.pages.num_claimed -= pages_for(num_computed, self.pages.page_size) - len(request.page_table)
+        return num_computed
+
+    def _dissolve(self) -> None:
+        for request in list(self._offsets):
+            num_computed = self._leave(request)
+            request.output_token_ids.extend([0] * (num_computed - request.num_computed_tokens))
+            request.num_computed_tokens = num_computed
+            has_grown = self.pages.grow(request.page_table, num_computed)
+            assert has_grown, "its pages were claimed"
+        self._ends.clear()
+
+    # --- the engine's scheduler ---
+
+    def finish(self, request: Request) -> None:
+        if request in self._offsets:
+            self._leave(request)
+        super().finish(request)
+
+    def preempt(self, request: Request) -> None:
+        self._dissolve()
+        super().preempt(request)
+
+    def quiet_until(self) -> float:
+        """Before this instant, with the pool as it is, time alone changes nothing for those that wait."""
+        since = min(self._blocked_at.values(), default=float("inf"))
+        if self._drain is not None:
+            since = self._drain.started_at
+        return since + self.limits.max_adapter_wait_s
+
+    def _schedule_running(self) -> tuple[list[BatchItem], int, bool]:
+        if self._is_whole():
+            self._num_ahead = self._pages_of_steps(1)
+            self.pages.num_claimed += self._num_ahead
+            return [], self.limits.max_num_batched_tokens - self.sums.num, False
+        self._dissolve()
+        return super()._schedule_running()
+
+    def _is_whole(self) -> bool:
+        """All that run are members, and the next step has pages for them."""
+        num = self.sums.num
+        if not num or num != len(self.running):
+            return False
+        num_free = self.pages.num_free
+        return num <= num_free or self._pages_of_steps(1) <= num_free
+
+    # --- proof ---
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        page_size = self.pages.page_size
+        claims = [pages_for(self.num_computed(r), page_size) - len(r.page_table) for r in self._offsets]
+        assert self.pages.num_claimed - self._num_ahead == sum(claims), "a claim is lost or made twice"
+        assert set(self._offsets) <= set(self.running), "a member does not run"
+        assert self.sums.num == len(self._offsets) == len(self._ends) == sum(self._crossings)

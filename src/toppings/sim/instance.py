@@ -1,0 +1,206 @@
+"""One simulated server: the engine's scheduler on virtual time, its adapters, and the steps under way."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from toppings.core import Batch
+from toppings.engine.scheduler import SchedulerLimits
+from toppings.sim.cohort import ClaimedPages, CohortScheduler
+from toppings.sim.costs import DecodeSums, StepCosts, to_ns
+from toppings.sim.loading import MODES, ColdStep, Load
+from toppings.sim.placement import make_placement
+from toppings.sim.request import SimRequest
+from toppings.sim.run import Run
+from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
+
+
+class Outcome(NamedTuple):
+    """Requests that got their first token with a step, and those that ended with it; both in order of
+    arrival.
+    """
+
+    started: list[SimRequest]
+    ended: list[SimRequest]
+
+
+class Instance:
+    """Idle while `run` is None. Instants and times are ns."""
+
+    def __init__(self, config: SimConfig, adapter_bytes: list[int]) -> None:
+        limits = SchedulerLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            max_adapter_wait_s=config.max_adapter_wait_s,
+        )
+        self.placement = make_placement(config, adapter_bytes)
+        pages = ClaimedPages(config.num_pages, config.page_size)
+        self.scheduler = CohortScheduler(limits, pages, self.placement, may_jump=not config.is_stepwise)
+        self.run: Run | None = None
+        self.busy_time = self.exposed_time = 0
+        self.num_steps = self.num_tokens = 0
+        self._config = config
+        self._costs = StepCosts(config.perf_model)
+        self._exposed = MODES[config.mode]
+
+    def add(self, request: SimRequest, now: int) -> None:
+        """Queue a request. Raises ValueError where it can never be served."""
+        self.placement.now_ns = now
+        self.scheduler.add(request)
+
+    def withdraw(self, request: SimRequest) -> None:
+        """Forget a request that waits."""
+        self.scheduler.finish(request)
+
+    # --- a step ---
+
+    def begin(self, now: int) -> list[SimRequest]:
+        """Begin the next step, or run of steps, if there is anything to run; requests that cannot be
+        served.
+        """
+        assert self.run is None
+        if self.scheduler.is_undisturbed:
+            self.run = self._decode_run(now, self.scheduler.steps_to_next_end())
+            return []
+        self.placement.now_ns = now
+        num_reads = self.placement.num_reads
+        batch = self.scheduler.schedule(now / NS_PER_S)
+        failed = self.scheduler.pop_failed()
+        if batch.items:
+            self.run = self._single_step(now, batch)
+        elif self.scheduler.sums.num:
+            # A read that began may have taken host memory from another that waits: it asks again next step.
+            quiet_until = self._quiet_until() if self.placement.num_reads == num_reads else now
+            self.run = self._decode_run(now, self.scheduler.steps_to_next_end(), quiet_until)
+        rejected = [request for request, _ in failed if isinstance(request, SimRequest)]
+        if rejected and self.run is None and self.scheduler.waiting:
+            rejected += self.begin(now)  # one of those that failed may have stood in the way of others
+        return rejected
+
+    def end(self) -> Outcome:
+        """The run has ended: its tokens are there."""
+        run, scheduler = self.run, self.scheduler
+        assert run is not None
+        self.run = None
+        self.busy_time += run.end_at - run.begin_at
+        self.num_steps += run.num_steps
+        outcome = Outcome([], [])
+        if scheduler.sums.num:
+            self.num_tokens += scheduler.sums.num * run.num_steps
+            scheduler.advance(run.num_steps)
+            outcome.ended.extend(scheduler.pop_ended())
+        if run.batch is not None:
+            self._end_batch(run.batch, outcome)
+        for request in outcome.ended:
+            scheduler.finish(request)
+        return outcome
+
+    def _end_batch(self, batch: Batch, outcome: Outcome) -> None:
+        drawing = [item.request for item in batch.items if item.needs_sample]
+        self.scheduler.commit(batch)
+        self.num_tokens += len(drawing)
+        for request in drawing:
+            assert isinstance(request, SimRequest)
+            request.output_token_ids.append(0)
+            num_generated = len(request.output_token_ids)
+            if num_generated == 1:
+                outcome.started.append(request)
+            if num_generated == request.num_to_generate:
+                outcome.ended.append(request)
+            else:
+                self.scheduler.join(request)
+        if len(batch.items) > 1 or len(outcome.ended) > 1:
+            for requests in outcome:
+                requests.sort(key=lambda request: request.index)
+
+    # --- how long steps take ---
+
+    def _single_step(self, now: int, batch: Batch) -> Run:
+        sums, context, prefills = self.scheduler.sums, self.scheduler.context_sum, batch.items
+        if not sums.num:  # beside a cohort there are prefills only
+            sums, context = _sums_of(batch)
+            prefills = [item for item in batch.items if not item.is_decode]
+        ms = self._costs.decode_ms(sums) + self._costs.decode_context_ms * context
+        if prefills:
+            ms += self._costs.prefill_ms(prefills) - (self._costs.shared_ms if sums.num else 0.0)
+        step_time = to_ns(ms)
+        loads = self.placement.pop_loads()
+        if loads:
+            step_time += self._exposed_time(loads, batch, now, step_time)
+        return Run(now, 1, step_time, batch)
+
+    def _exposed_time(self, loads: list[Load], batch: Batch, now: int, compute_time: int) -> int:
+        for load in loads:
+            load.num_tokens = sum(i.num_tokens for i in batch.items if i.request.adapter_id == load.adapter)
+        config = self._config
+        step = ColdStep(
+            now, compute_time, config.num_layers, config.cpu_gflops, config.round_trip_ms * NS_PER_MS
+        )
+        exposed = self._exposed(loads, step)
+        self.exposed_time += exposed
+        return exposed
+
+    def _decode_run(self, now: int, num_steps: int, quiet_until: int | None = None) -> Run:
+        """The cohort decodes until its next member ends, pages run out or, where others wait, time tells."""
+        scheduler, costs = self.scheduler, self._costs
+        num_steps = scheduler.steps_with_pages(num_steps)
+        fixed_ms = costs.decode_ms(scheduler.sums)
+        if not costs.decode_context_ms:
+            run = Run(now, num_steps, to_ns(fixed_ms))
+        else:
+            context = scheduler.context_sum + scheduler.sums.num * np.arange(num_steps)
+            times = np.rint((fixed_ms + costs.decode_context_ms * context) * NS_PER_MS).astype(np.int64)
+            run = Run(now, num_steps, 0, ends=np.cumsum(np.maximum(times, 1)))
+        if quiet_until is not None:
+            run.cut(max(quiet_until, now))
+        return run
+
+    def _quiet_until(self) -> int | None:
+        """Until when those that wait need not be asked again; None where only the end of a member helps."""
+        ready_at = self.placement.next_ready_ns()
+        instants = [] if ready_at is None else [ready_at]
+        if (seconds := self.scheduler.quiet_until()) != float("inf"):
+            instants.append(int(seconds * NS_PER_S) - 1000)
+        return min(instants, default=None)
+
+    # --- what others are told ---
+
+    def running(self, now: int) -> Iterator[tuple[SimRequest, int]]:
+        """Running requests with their tokens in the cache."""
+        num_done = self.run.num_done_by(now) if self.run is not None else 0
+        for request in self.scheduler.running:
+            assert isinstance(request, SimRequest)
+            yield request, self.scheduler.num_computed(request) + num_done * self.scheduler.is_member(request)
+
+    def kv_tokens_used(self, now: int) -> int:
+        """Tokens in the cache."""
+        scheduler = self.scheduler
+        if scheduler.sums.num < len(scheduler.running):
+            return sum(num_tokens for _, num_tokens in self.running(now))
+        num_done = self.run.num_done_by(now) if self.run is not None else 0
+        return scheduler.context_sum + (num_done - 1) * scheduler.sums.num
+
+    def wake_at(self) -> int | None:
+        """When an idle instance has to look again at those that wait; None where none waits."""
+        if not self.scheduler.waiting:
+            return None
+        ready_at = self.placement.next_ready_ns()
+        assert ready_at is not None, "requests wait for nothing"
+        return ready_at
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+        self.placement.check_integrity()
+
+
+def _sums_of(batch: Batch) -> tuple[DecodeSums, int]:
+    """The decodes of a batch, and the keys they attend to."""
+    sums, context = DecodeSums(), 0
+    for item in batch.items:
+        if item.is_decode:
+            assert isinstance(item.request, SimRequest)
+            sums.add(item.request)
+            context += item.request.num_computed_tokens + 1
+    return sums, context

@@ -1,0 +1,204 @@
+"""Where a simulated server's adapters are: what its scheduler asks instead of the engine's manager.
+
+`now_ns` is set by the instance before it calls the scheduler. Loads that a scheduling step began are taken
+with `pop_loads`; the step waits for them, so that none is under way after it. Least recently used leaves
+first.
+"""
+
+from collections.abc import Collection
+from typing import Protocol
+
+from toppings.core import Admission
+from toppings.sim.host_tier import HostTier
+from toppings.sim.loading import Load
+from toppings.sim.settings import NS_PER_MS, SimConfig
+
+
+class SimPlacement(Protocol):
+    """An `engine.scheduler.AdapterPlacement` on virtual time."""
+
+    now_ns: int
+    num_hits: int
+    num_loads: int
+
+    @property
+    def num_reads(self) -> int:
+        """Reads from disk that have begun."""
+
+    def prefetch(self, adapter_id: int) -> None: ...
+    def holds(self, adapter_id: int) -> bool: ...
+    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission: ...
+    def release(self, adapter_id: int) -> None: ...
+    def victims_for(self, adapter_id: int) -> list[int]: ...
+
+    def pop_loads(self) -> list[Load]: ...
+
+    def next_ready_ns(self) -> int | None:
+        """When the next read from disk ends; None where none is under way."""
+
+    def pop_changed(self) -> list[int]:
+        """Adapters that came to the device or left it since this was last asked; some of them did both."""
+
+    def host_ids(self) -> Collection[int] | None:
+        """Adapters in host memory; None: all."""
+
+    def check_integrity(self) -> None: ...
+
+
+def make_placement(config: SimConfig, adapter_bytes: list[int]) -> SimPlacement:
+    """`adapter_bytes` [A]: the size of each adapter."""
+    return AllResident() if config.mode == "cached" else Pool(config, adapter_bytes)
+
+
+class AllResident:
+    """Every adapter is on the device from the start: mode `cached`, an ideal that no pool size limits."""
+
+    def __init__(self) -> None:
+        self.now_ns = self.num_hits = self.num_loads = self.num_reads = 0
+
+    def prefetch(self, adapter_id: int) -> None:
+        pass
+
+    def holds(self, adapter_id: int) -> bool:
+        return True
+
+    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
+        self.num_hits += 1
+        return Admission.READY
+
+    def release(self, adapter_id: int) -> None:
+        pass
+
+    def victims_for(self, adapter_id: int) -> list[int]:
+        return []
+
+    def pop_loads(self) -> list[Load]:
+        return []
+
+    def next_ready_ns(self) -> int | None:
+        return None
+
+    def pop_changed(self) -> list[int]:
+        return []
+
+    def host_ids(self) -> Collection[int] | None:
+        return None
+
+    def check_integrity(self) -> None:
+        pass
+
+
+class Pool:
+    """A device pool of so many bytes, filled over a link that carries one load after another."""
+
+    def __init__(self, config: SimConfig, adapter_bytes: list[int]) -> None:
+        self.now_ns = self.num_hits = self.num_loads = 0
+        self._bytes = adapter_bytes
+        self._capacity_bytes = config.device_pool_bytes
+        self._ns_per_byte = config.perf_model.load_ms(1.0, is_on_host=True) * NS_PER_MS
+        self._host = HostTier(config, adapter_bytes) if config.host_store_bytes else None
+        self._num_users: dict[int, int] = {}
+        self._idle: dict[int, None] = {}  # of those with no user, least recently used first
+        self._used_bytes = self._idle_bytes = 0
+        self._link_free_ns = 0
+        self._loads: list[Load] = []
+        self._changed: list[int] = []
+
+    # --- for the scheduler ---
+
+    def prefetch(self, adapter_id: int) -> None:
+        if self._host is not None and adapter_id not in self._num_users:
+            self._host.is_ready(adapter_id, self.now_ns)
+
+    def holds(self, adapter_id: int) -> bool:
+        return adapter_id in self._num_users
+
+    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
+        """Raises ValueError for an adapter that is larger than the pool or the host store."""
+        num_users = self._num_users.get(adapter_id)
+        if num_users is None:
+            admission = self._place(adapter_id)
+            if admission is not Admission.READY:
+                return admission
+        else:
+            self.num_hits += 1
+            self._num_users[adapter_id] = num_users + 1
+            if not num_users:
+                del self._idle[adapter_id]
+                self._idle_bytes -= self._bytes[adapter_id]
+        return Admission.READY
+
+    def release(self, adapter_id: int) -> None:
+        self._num_users[adapter_id] -= 1
+        if not self._num_users[adapter_id]:
+            self._idle[adapter_id] = None
+            self._idle_bytes += self._bytes[adapter_id]
+
+    def victims_for(self, adapter_id: int) -> list[int]:
+        room = self._capacity_bytes - self._used_bytes + self._idle_bytes
+        victims = []
+        for victim, num_users in self._num_users.items():
+            if room >= self._bytes[adapter_id]:
+                break
+            if num_users:
+                victims.append(victim)
+                room += self._bytes[victim]
+        return victims
+
+    def _place(self, adapter_id: int) -> Admission:
+        num_bytes = self._bytes[adapter_id]
+        if num_bytes > self._capacity_bytes:
+            raise ValueError(
+                f"adapter {adapter_id} takes {num_bytes} bytes; the pool has {self._capacity_bytes}"
+            )
+        if self._host is not None and not self._host.is_ready(adapter_id, self.now_ns):
+            return Admission.LOADING
+        if self._capacity_bytes - self._used_bytes + self._idle_bytes < num_bytes:
+            return Admission.NO_ROOM
+        while self._capacity_bytes - self._used_bytes < num_bytes:
+            self._evict()
+        self._num_users[adapter_id] = 1
+        self._used_bytes += num_bytes
+        self._load(adapter_id, num_bytes)
+        return Admission.READY
+
+    def _evict(self) -> None:
+        victim = next(iter(self._idle))
+        del self._idle[victim], self._num_users[victim]
+        self._changed.append(victim)
+        self._used_bytes -= self._bytes[victim]
+        self._idle_bytes -= self._bytes[victim]
+
+    def _load(self, adapter_id: int, num_bytes: int) -> None:
+        begin_at = max(self.now_ns, self._link_free_ns)
+        self._link_free_ns = begin_at + round(num_bytes * self._ns_per_byte)
+        self._loads.append(Load(adapter_id, begin_at, self._link_free_ns, num_bytes))
+        self._changed.append(adapter_id)
+        self.num_loads += 1
+
+    # --- for the instance ---
+
+    @property
+    def num_reads(self) -> int:
+        return 0 if self._host is None else self._host.num_reads
+
+    def pop_loads(self) -> list[Load]:
+        if not self._loads:
+            return []
+        loads, self._loads = self._loads, []
+        return loads
+
+    def next_ready_ns(self) -> int | None:
+        return None if self._host is None else self._host.next_ready_ns(self.now_ns)
+
+    def pop_changed(self) -> list[int]:
+        changed, self._changed = self._changed, []
+        return changed
+
+    def host_ids(self) -> Collection[int] | None:
+        return None if self._host is None else self._host.ids()
+
+    def check_integrity(self) -> None:
+        assert self._used_bytes == sum(self._bytes[a] for a in self._num_users) <= self._capacity_bytes
+        assert self._idle_bytes == sum(self._bytes[a] for a in self._idle)
+        assert set(self._idle) == {a for a, num_users in self._num_users.items() if not num_users}

@@ -1,0 +1,120 @@
+"""What is simulated: the servers, their limits, and how the router in front of them decides."""
+
+import math
+from dataclasses import dataclass
+
+from toppings.cluster.perf_model import BatchRow, PerfModel
+from toppings.cluster.policies import POLICIES
+from toppings.config import ConfigError, EngineConfig
+from toppings.sim.loading import MODES
+
+NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+
+LLAMA_7B_QKV_BYTES_PER_RANK = 2 * 32 * 24_576
+"""bf16, 32 layers, inputs and outputs of q, k and v together 24,576: 101 MB at rank 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimConfig:
+    """`num_instances` equal servers behind one router. Sizes in bytes or tokens, times in seconds unless
+    named.
+
+    `bytes_per_rank`: size of an adapter of rank 1, `num_layers` equal layers together. `host_store_bytes`:
+    0 where every adapter is in host memory from the start. `cpu_gflops`: what all CPU workers of a server
+    compute in 10^9 FLOP/s (0: none; `auto` is then `pipelined`), `round_trip_ms` what one layer's visit
+    there costs. `report_interval_s`: how often the router hears what a server holds. `slo_tpt_ms`:
+    objective (inf: none). `is_stepwise` runs every decode step on its own: the same result, slower.
+
+    Raises ConfigError for a value out of its range.
+    """
+
+    perf_model: PerfModel
+    policy: str = "rank_aware"
+    num_instances: int = 1
+    mode: str = "pipelined"
+    slo_tpt_ms: float = math.inf
+    seed: int = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens
+    max_model_len: int = 32768
+    page_size: int = EngineConfig.page_size
+    kv_cache_tokens: int = 65536
+    max_adapter_wait_s: float = EngineConfig.max_adapter_wait_s
+    device_pool_bytes: int = 8 * 2**30
+    host_store_bytes: int = 0
+    bytes_per_rank: int = LLAMA_7B_QKV_BYTES_PER_RANK
+    num_layers: int = 32
+    cpu_gflops: float = 0.0
+    round_trip_ms: float = 0.05
+    response_tokens: float = 128.0
+    report_interval_s: float = 1.0
+    migration_interval_s: float = 0.1
+    is_stepwise: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("policy", self.policy, POLICIES), ("mode", self.mode, MODES)):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        for name in _AT_LEAST_1:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("report_interval_s", "migration_interval_s", "slo_tpt_ms"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("host_store_bytes", "max_adapter_wait_s", "cpu_gflops", "round_trip_ms", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; "
+                f"it must be at least max_num_seqs, {self.max_num_seqs}"
+            )
+        if self.mode == "cpu_assisted" and not self.cpu_gflops:
+            raise ConfigError("mode is 'cpu_assisted' and cpu_gflops is 0; say what the CPU computes")
+        if self.num_pages * self.page_size < self.max_model_len:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}; kv_cache_tokens {self.kv_cache_tokens} hold less"
+            )
+
+    @property
+    def num_pages(self) -> int:
+        return self.kv_cache_tokens // self.page_size
+
+    def adapter_bytes(self, rank: int) -> int:
+        return rank * self.bytes_per_rank
+
+
+_AT_LEAST_1 = (
+    "num_instances",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "page_size",
+    "kv_cache_tokens",
+    "device_pool_bytes",
+    "bytes_per_rank",
+    "num_layers",
+    "response_tokens",
+)
+
+
+def base_tpt_ms(model: PerfModel) -> float:
+    """A decode step of one request without an adapter: what an SLO such as 1.5x is a multiple of."""
+    ms = model.decode.predict_batch([BatchRow(rank=0)])
+    if not ms > 0:
+        raise ValueError(f"the decode model predicts {ms} ms for one request; it must be above 0")
+    return ms
+
+
+def parse_slo_ms(text: str, model: PerfModel) -> float:
+    """`50` (ms per token), `1.5x` (times the base model's) or `none`. Raises ValueError."""
+    if text == "none":
+        return math.inf
+    try:
+        value = float(text.removesuffix("x"))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"slo is {text!r}; write ms per token, a multiple such as 1.5x, or none")
+    return value * base_tpt_ms(model) if text.endswith("x") else value

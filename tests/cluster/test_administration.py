@@ -1,0 +1,157 @@
+"""Adapters and instances, administered through the router."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from tests.cluster.conftest import Client, Start
+from tests.cluster.fakes import FakeVllm, serving
+from tests.cluster.test_faults import until
+
+NEW = {"lora_name": "new", "lora_path": "/adapters/new"}
+
+
+async def change(client: Client, verb: str, body: object) -> tuple[int, str]:
+    async with client.call("POST", f"/v1/{verb}_lora_adapter", body) as response:
+        return response.status, await response.text()
+
+
+async def test_loaded_adapter_is_on_every_server_and_served(two_servers: Any, start_router: Start) -> None:
+    (one, first), (other, second) = two_servers
+    async with start_router(first, second) as client:
+        answer = await change(client, "load", NEW)
+        assert answer == (200, "Success: LoRA adapter 'new' added successfully.")
+        assert "new" in one.adapters
+        assert "new" in other.adapters
+        api = openai.AsyncOpenAI(base_url=f"{client.url}/v1", api_key="none")
+        assert "new" in [model.id async for model in api.models.list()]
+        assert (await api.completions.create(model="new", prompt="x")).model == "new"
+
+
+async def test_unloaded_adapter_is_on_no_server(two_servers: Any, start_router: Start) -> None:
+    (one, first), (other, second) = two_servers
+    async with start_router(first, second) as client:
+        assert await change(client, "unload", {"lora_name": "small"}) == (
+            200,
+            "Success: LoRA adapter 'small' removed successfully.",
+        )
+        assert "small" not in one.adapters
+        assert "small" not in other.adapters
+        async with client.complete("small") as response:
+            assert response.status == 404
+
+
+async def test_refusal_is_passed_on_and_changes_nothing(two_servers: Any, start_router: Start) -> None:
+    (_, first), (_, second) = two_servers
+    async with start_router(first, second) as client:
+        assert (await change(client, "load", {**NEW, "lora_path": "/missing"}))[0] == 404
+        again = await change(client, "load", {**NEW, "lora_name": "small"})
+        assert again[0] == 400
+        assert "already been loaded" in again[1]
+        assert (await change(client, "unload", {"lora_name": "zzz"}))[0] == 404
+
+
+async def test_load_that_one_server_refuses_is_undone_on_the_other(
+    two_servers: Any, start_router: Start
+) -> None:
+    (one, first), (other, second) = two_servers
+    other.refuses_loads = True
+    async with start_router(first, second) as client:
+        assert (await change(client, "load", NEW))[0] == 404
+    assert one.admin_calls == [NEW, {"lora_name": "new"}]
+    assert "new" not in one.adapters
+
+
+async def test_load_repeated_after_half_of_it_was_done_completes(
+    two_servers: Any, start_router: Start
+) -> None:
+    (one, first), (other, second) = two_servers
+    one.adapters["new"] = 16
+    async with start_router(first, second) as client:
+        assert (await change(client, "load", NEW))[0] == 200
+    assert "new" in other.adapters
+
+
+async def test_server_that_comes_back_gets_what_it_missed(two_servers: Any, start_router: Start) -> None:
+    (_, first), (other, second) = two_servers
+    async with start_router(first, second) as client:
+        upstream = client.router.state.upstreams["s1"]
+        await change(client, "load", {**NEW, "lora_name": "kept"})
+        other.behaviour.is_healthy = False
+        await until(lambda: not upstream.is_alive)
+        await change(client, "load", NEW)
+        await change(client, "load", {**NEW, "lora_name": "kept", "load_inplace": True})
+        await change(client, "unload", {"lora_name": "small"})
+        assert "new" not in other.adapters
+        other.admin_calls.clear()
+        other.behaviour.is_healthy = True
+        await until(lambda: upstream.is_alive)
+    assert sorted(other.adapters) == ["kept", "large", "new"]
+    kept = {**NEW, "lora_name": "kept", "load_inplace": True}
+    assert other.admin_calls == [kept, NEW, {"lora_name": "small"}]
+
+
+async def test_restarted_router_remembers_what_was_loaded(start_router: Start, tmp_path: Path) -> None:
+    state_file = str(tmp_path / "adapters.json")
+    with serving(FakeVllm()) as url:
+        async with start_router(url, state_file=state_file) as client:
+            assert (await change(client, "load", NEW))[0] == 200
+    fresh = FakeVllm()
+    with serving(fresh) as url:
+        async with start_router(url, state_file=state_file) as client:
+            assert client.router.state.is_known("new")
+    assert "new" in fresh.adapters
+
+
+async def test_drained_server_finishes_but_gets_nothing_new(two_servers: Any, start_router: Start) -> None:
+    (one, first), (other, second) = two_servers
+    one.behaviour.token_s = 0.05
+    async with (
+        start_router(first, second, policy="first_fit") as client,
+        client.complete(stream=True, max_tokens=6) as response,
+    ):
+        await response.content.readany()
+        assert (await client.json("POST", "/instances/s0/drain"))["is_draining"]
+        async with client.complete() as later:
+            assert later.headers["X-Toppings-Instance"] == "s1"
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
+    assert (len(one.seen), len(other.seen)) == (1, 1)
+
+
+async def test_removed_server_is_forgotten_when_its_last_request_ended(
+    two_servers: Any, start_router: Start
+) -> None:
+    (one, first), (_, second) = two_servers
+    one.behaviour.token_s = 0.05
+    async with start_router(first, second, policy="first_fit") as client:
+        async with client.complete(stream=True, max_tokens=6) as response:
+            await response.content.readany()
+            async with client.call("DELETE", "/instances/s0") as removed:
+                assert removed.status == 202
+            await asyncio.sleep(0.1)
+            assert "s0" in client.router.state.upstreams
+            await response.read()
+        await until(lambda: "s0" not in client.router.state.upstreams)
+        assert [i["id"] for i in (await client.json("GET", "/instances"))["instances"]] == ["s1"]
+
+
+async def test_added_server_serves_with_the_adapters_of_the_fleet(start_router: Start) -> None:
+    later = FakeVllm(adapters={})
+    with serving(FakeVllm()) as first, serving(later) as second:
+        async with start_router(first) as client:
+            await change(client, "load", NEW)
+            added = await client.json("POST", "/instances", {"url": second, "id": "later"})
+            assert (added["id"], added["is_alive"]) == ("later", True)
+            assert "new" in later.adapters
+
+
+async def test_bad_instance_is_refused(two_servers: Any, start_router: Start) -> None:
+    (_, first), (_, second) = two_servers
+    async with start_router(first) as client:
+        for body, status in (({"url": "nonsense"}, 400), ({"url": second, "id": "s0"}, 409), ([1], 400)):
+            async with client.call("POST", "/instances", body) as response:
+                assert response.status == status
+        async with client.call("POST", "/instances/nobody/drain") as response:
+            assert response.status == 404

@@ -1,0 +1,209 @@
+"""Servers that die, hang, fail and come back, while a real client asks."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.cluster.conftest import Client, Start
+from tests.cluster.fakes import FakeVllm, serving
+
+
+@contextlib.contextmanager
+def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "tests.cluster.fakes", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def until(is_true: Callable[[], object], limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not is_true():
+            await asyncio.sleep(0.01)
+
+
+async def statuses(client: Client, count: int, **fields: Any) -> list[int]:
+    async def one() -> int:
+        async with client.complete(**fields) as response:
+            await response.read()
+            return int(response.status)
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+async def test_killed_server_every_request_ends_once(start_router: Start) -> None:
+    """Waiting requests end well elsewhere, those with tokens get one clear error, none is lost or doubled."""
+    with server_process("vllm", "0.3", "0.2") as (process, doomed), serving(FakeVllm()) as healthy:
+        async with start_router(doomed, healthy) as client:
+            api = openai.AsyncOpenAI(base_url=f"{client.url}/v1", api_key="none", max_retries=0)
+
+            async def ask() -> str:
+                try:
+                    options: Any = {"model": "small", "prompt": "x", "max_tokens": 8, "stream": True}
+                    stream = await api.completions.create(**options)
+                    return "".join([chunk.choices[0].text async for chunk in stream])
+                except openai.APIError as error:
+                    return f"error: {error.message}"
+
+            started = [asyncio.create_task(ask()) for _ in range(8)]
+            state = client.router.state
+            on_doomed = [0]
+            await until(lambda: state.fleet.instance("s0").running)
+            late = [asyncio.create_task(ask()) for _ in range(8)]
+            await until(lambda: state.meters.received._value.get() == 16)
+            on_doomed[0] = len(state.fleet.instance("s0").running)
+            process.kill()
+            answers = await asyncio.wait_for(asyncio.gather(*started, *late), 20)
+    whole = "".join(f"t{i} " for i in range(8))
+    errors = [answer for answer in answers if answer.startswith("error")]
+    assert all(answer == whole for answer in answers if answer not in errors)
+    assert all("after the first token; the answer is incomplete" in error for error in errors)
+    assert len(errors) == on_doomed[0] > 0
+    assert client.outcomes() == {"answered": 16 - len(errors), "cut": len(errors)}
+    assert client.num_received() == 16
+
+
+async def test_cut_stream_ends_with_one_error_event(start_router: Start) -> None:
+    server = FakeVllm()
+    server.behaviour.mode = "cut"
+    with serving(server) as url:
+        async with start_router(url) as client, client.complete(stream=True) as response:
+            body = (await response.read()).decode()
+    events = [event for event in body.split("\n\n") if event]
+    assert len(events) == 3
+    assert '"type":"UpstreamError"' in events[-1]
+    assert "[DONE]" not in body
+
+
+async def test_server_that_never_answers_is_given_up(start_router: Start) -> None:
+    hanging, healthy = FakeVllm(), FakeVllm()
+    with serving(hanging) as first, serving(healthy) as second:
+        async with start_router(
+            first, second, policy="first_fit", first_token_timeout_s=0.2, response_timeout_s=0.2
+        ) as client:
+            hanging.behaviour.mode = "hang"
+            assert await statuses(client, 4, stream=True) == [200] * 4
+            assert await statuses(client, 4) == [200] * 4
+    assert len(healthy.seen) == 8
+
+
+async def test_server_that_hangs_is_found_by_its_health_check(start_router: Start) -> None:
+    """Long before a request's own limit: what waits there goes elsewhere."""
+    hanging, healthy = FakeVllm(), FakeVllm()
+    with serving(hanging) as first, serving(healthy) as second:
+        async with start_router(first, second, policy="first_fit", health_timeout_s=0.1) as client:
+            hanging.behaviour.mode = "hang"
+            assert await asyncio.wait_for(statuses(client, 4, stream=True), 5) == [200] * 4
+            assert not client.router.state.upstreams["s0"].is_alive
+
+
+async def test_stream_that_stalls_ends_with_an_error(start_router: Start) -> None:
+    server = FakeVllm()
+    server.behaviour.token_s = 30.0
+    with serving(server) as url:
+        async with (
+            start_router(url, idle_timeout_s=0.1) as client,
+            client.complete(stream=True) as response,
+        ):
+            body = await response.text()
+    assert "sent nothing for 0.1 s after the first token" in body
+
+
+@pytest.mark.parametrize("mode", ["error", "busy"])
+async def test_request_refused_by_one_server_is_answered_by_another(start_router: Start, mode: str) -> None:
+    failing, healthy = FakeVllm(), FakeVllm()
+    failing.behaviour.mode = mode
+    with serving(failing) as first, serving(healthy) as second:
+        async with start_router(first, second, policy="first_fit") as client:
+            assert await statuses(client, 10) == [200] * 10
+            assert client.outcomes() == {"answered": 10}
+
+
+async def test_server_that_keeps_failing_is_passed_over(start_router: Start) -> None:
+    failing, healthy = FakeVllm(), FakeVllm()
+    failing.behaviour.mode = "error"
+    with serving(failing) as first, serving(healthy) as second:
+        async with start_router(first, second, policy="first_fit") as client:
+            for _ in range(10):
+                assert await statuses(client, 1) == [200]
+    assert len(failing.seen) == 3
+
+
+async def test_refusal_of_all_servers_is_passed_on_as_it_is(start_router: Start) -> None:
+    servers = [FakeVllm(), FakeVllm()]
+    for server in servers:
+        server.behaviour.mode = "busy"
+    with serving(servers[0]) as first, serving(servers[1]) as second:
+        async with start_router(first, second) as client, client.complete() as response:
+            error = (await response.json())["error"]
+    assert (response.status, response.headers["Retry-After"]) == (429, "7")
+    assert error["message"] == "the queue is full"
+    assert [len(server.seen) for server in servers] == [1, 1]
+
+
+async def test_all_servers_gone_is_503_with_retry_after(start_router: Start) -> None:
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(serving(FakeVllm())) for _ in range(2)]
+        async with start_router(*urls) as client:
+            await asyncio.to_thread(stack.close)
+            async with client.complete() as response:
+                assert (response.status, response.headers["Retry-After"]) == (503, "1")
+            async with client.call("GET", "/ready") as ready:
+                assert ready.status == 503
+            assert client.outcomes() == {"refused": 1}
+
+
+async def test_server_that_comes_back_gets_requests_again(start_router: Start) -> None:
+    with server_process("vllm", "0", "0") as (process, url):
+        async with start_router(url) as client:
+            process.kill()
+            process.wait()
+            assert await statuses(client, 2) == [503, 503]
+            with server_process("vllm", "0", "0", url.rpartition(":")[2]):
+                await until(lambda: client.router.state.upstreams["s0"].is_alive)
+                assert await statuses(client, 2) == [200, 200]
+
+
+async def test_unhealthy_server_gets_no_requests(start_router: Start) -> None:
+    sick, healthy = FakeVllm(), FakeVllm()
+    with serving(sick) as first, serving(healthy) as second:
+        async with start_router(first, second, policy="first_fit") as client:
+            sick.behaviour.is_healthy = False
+            await until(lambda: not client.router.state.upstreams["s0"].is_alive)
+            assert await statuses(client, 4) == [200] * 4
+    assert sick.seen == []
+
+
+async def test_restarted_router_serves_the_same_servers(start_router: Start) -> None:
+    with serving(FakeVllm()) as url:
+        for _ in range(2):
+            async with start_router(url) as client:
+                assert await statuses(client, 3) == [200] * 3
+
+
+async def test_waiting_request_is_moved_where_it_waits_less(start_router: Start) -> None:
+    """The first server is slow to start; when the second one is added, dlora moves what waits."""
+    slow, fast = FakeVllm(), FakeVllm()
+    slow.behaviour.first_token_s = 30.0
+    with serving(slow) as first, serving(fast) as second:
+        async with start_router(first, policy="dlora") as client:
+            tasks = asyncio.create_task(statuses(client, 6, stream=True))
+            await until(lambda: len(client.router.state.flights) == 6)
+            await client.json("POST", "/instances", {"url": second, "id": "s1"})
+            await until(lambda: len(fast.seen) >= 4)
+            moved = len(fast.seen)
+            slow.behaviour.mode = "error"
+            slow.behaviour.is_healthy = False  # what is still there is set free by the health check
+            assert await asyncio.wait_for(tasks, 10) == [200] * 6
+    assert moved >= 4
+    assert client.outcomes() == {"answered": 6}
