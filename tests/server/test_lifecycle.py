@@ -121,8 +121,13 @@ async def test_the_engines_death_ends_the_server_with_an_error(running: Running)
     assert await running.task == 1
 
 
-async def test_the_log_says_where_it_runs(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_says_where_it_runs(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
+    for name in ("uvicorn", "uvicorn.error"):  # other servers in this process may have set them up their way
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.INFO)
     with listening_socket(server.state.config) as listener:
         running = Running(server, listener)
         while f"Uvicorn running on {running.url}" not in caplog.text:
@@ -155,7 +160,7 @@ def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
     options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
     process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
     try:
-        url = _wait_for_url(process, tmp_path / "logs" / "pipelined" / "server.log")
+        url = _wait_for_url(process, tmp_path / "logs" / "auto" / "server.log")
         models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
         assert models[0] == "toppings-demo"
         body = {"model": models[1], "prompt": "What is the sea?", "max_tokens": 8, "temperature": 0}
@@ -163,7 +168,7 @@ def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
         assert reply.json()["choices"][0]["text"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert (tmp_path / "logs" / "pipelined" / "steps.jsonl").stat().st_size > 0
+        assert (tmp_path / "logs" / "auto" / "steps.jsonl").stat().st_size > 0
     finally:
         process.kill()
         process.wait()

@@ -166,8 +166,10 @@ class Scheduler:
         self.waiting.remove(request)
         self._unblock(request)
         # Kept in order of arrival, so that the last one is always the one to preempt.
+        is_latest = not self.running or self.running[-1].arrived_at <= request.arrived_at
         self.running.append(request)
-        self.running.sort(key=lambda r: r.arrived_at)
+        if not is_latest:
+            self.running.sort(key=lambda r: r.arrived_at)
         num_tokens = min(request.num_uncomputed_tokens, budget)
         has_grown = self.pages.grow(request.page_table, num_tokens)
         assert has_grown, "pages were counted before the adapter was acquired"
@@ -223,6 +225,8 @@ class Scheduler:
                 self.preempt(request)
 
     def _begin_drain(self, now: float) -> None:
+        if not self._blocked_at:
+            return
         starved = next((r for r in self.waiting if self._is_starved(r, now)), None)
         if starved is None or starved.adapter_id is None:
             return
