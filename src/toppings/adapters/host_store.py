@@ -152,6 +152,8 @@ class HostStore:
     def check_integrity(self) -> None:
         """Entries and free ranges tile the arena, and the states agree with the room taken."""
         with self._wake:
+            # While entries move, the allocator is ahead of their offsets.
+            self._wake.wait_for(lambda: all(e.state is not EntryState.MOVING for e in self._entries.values()))
             placed = [e for e in self._entries.values() if e.state in _PLACED]
             ranges = [(o, s) for e in placed for o, s in zip(e.offsets, e.sizes()) if s]
             self._allocator.check_integrity(ranges)
@@ -310,6 +312,7 @@ class HostStore:
         with self._wake:
             for entry, _, _ in moves:
                 entry.state = EntryState.READY
+            self._wake.notify_all()
 
 
 _PLACED = (EntryState.READING, EntryState.READY, EntryState.MOVING)
