@@ -1,4 +1,4 @@
-"""Toppings without HTTP: an engine in a thread of this process."""
+"""Toppings without HTTP: an engine, in a process of its own, behind plain calls."""
 
 import asyncio
 import threading
@@ -54,7 +54,7 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
         self._thread.start()
         self._registry = open_registry(config)
-        self._client = self._run(EngineClient.start_in_thread(config))
+        self._client = self._run(EngineClient.start(config))
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterRecord:
         """Register a PEFT checkpoint. Raises AdapterError with the reason where it cannot be served."""

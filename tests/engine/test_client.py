@@ -1,4 +1,4 @@
-"""The engine in a process and in a thread, as its clients see it."""
+"""The engine's process, as its clients see it."""
 
 import asyncio
 import os
@@ -42,10 +42,9 @@ def config(checkpoints: tuple[Path, Path], tmp_path: Path) -> EngineConfig:
     )
 
 
-@pytest_asyncio.fixture(params=["process", "thread"])
-async def client(request: pytest.FixtureRequest, config: EngineConfig) -> AsyncIterator[EngineClient]:
-    start = EngineClient.start if request.param == "process" else EngineClient.start_in_thread
-    client = await start(config)
+@pytest_asyncio.fixture
+async def client(config: EngineConfig) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(config)
     yield client
     await client.shutdown(0.0)
 
@@ -132,7 +131,7 @@ async def test_pinning_loads_the_adapter_and_keeps_it(
 
 
 async def test_shutdown_lets_requests_finish_within_the_deadline(config: EngineConfig) -> None:
-    client = await EngineClient.start_in_thread(config)
+    client = await EngineClient.start(config)
     running = asyncio.create_task(collect(client, make_prompt(0, 10), GREEDY))
     await asyncio.sleep(0.01)
     await client.shutdown(20.0)
@@ -140,7 +139,7 @@ async def test_shutdown_lets_requests_finish_within_the_deadline(config: EngineC
 
 
 async def test_shutdown_cuts_what_is_left_after_the_deadline(config: EngineConfig) -> None:
-    client = await EngineClient.start_in_thread(config)
+    client = await EngineClient.start(config)
     outputs: list[RequestOutput] = []
 
     async def run() -> None:
@@ -170,9 +169,8 @@ async def test_when_the_engine_is_killed_every_caller_hears_of_it(config: Engine
 
 async def test_an_engine_that_cannot_start_says_why(config: EngineConfig, tmp_path: Path) -> None:
     missing = EngineConfig(model=str(tmp_path / "nowhere"), state_dir=str(tmp_path))
-    for start in (EngineClient.start, EngineClient.start_in_thread):
-        with pytest.raises(EngineStartError, match="nowhere"):
-            await start(missing)
+    with pytest.raises(EngineStartError, match="nowhere"):
+        await EngineClient.start(missing)
 
 
 async def test_every_step_is_logged(client: EngineClient, config: EngineConfig) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import itertools
+import subprocess
 import tempfile
-import threading
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -30,9 +30,11 @@ from toppings.core import (
     StepOutputs,
     ToEngine,
 )
-from toppings.engine.transport import ClientEnd, QueueClientEnd, QueueEngineEnd
+from toppings.engine.process import EngineLog, spawn_engine
+from toppings.engine.transport import ClientEnd
 
 LIVENESS_POLL_S = 0.1
+EXIT_TIMEOUT_S = 10.0
 
 
 class EngineDeadError(RuntimeError):
@@ -59,23 +61,22 @@ class EngineClient:
         self._cleanup = contextlib.ExitStack()
 
     @classmethod
-    async def start(cls, config: EngineConfig, *, after: Awaitable[object] | None = None) -> "EngineClient":
+    async def start(
+        cls, config: EngineConfig, *, after: Awaitable[object] | None = None, log: EngineLog | None = None
+    ) -> "EngineClient":
         """Spawn an engine process and wait until it is ready.
 
         It reads the model at once, but the registry only when `after` is done. Raises EngineStartError with
         its reason, or what `after` raises.
         """
-        from toppings.engine.process import spawn_engine
-        from toppings.engine.zmq_transport import ZmqClientEnd
-
         directory = tempfile.TemporaryDirectory(prefix="toppings-")
         address = f"ipc://{Path(directory.name) / 'engine'}"
-        end = ZmqClientEnd(address)
-        process = spawn_engine(config, address)
-        client = cls(end, process.is_alive)
+        end = ClientEnd(address)
+        process = spawn_engine(config, address, log or EngineLog())
+        client = cls(end, lambda: process.poll() is None)
         client._cleanup.callback(directory.cleanup)
         client._cleanup.callback(end.close)
-        client._cleanup.callback(process.join, 10.0)
+        client._cleanup.callback(_reap, process)
         try:
             if after is not None:
                 await after
@@ -84,27 +85,6 @@ class EngineClient:
         except BaseException:
             process.terminate()
             client._ready.cancel()
-            await client.shutdown(0.0)
-            raise
-        return client
-
-    @classmethod
-    async def start_in_thread(cls, config: EngineConfig) -> "EngineClient":
-        """An engine in a thread of this process: no ZeroMQ, no second process. Raises EngineStartError."""
-        end = QueueClientEnd()
-        loop = asyncio.get_running_loop()
-        thread = threading.Thread(
-            target=_run_in_thread,
-            args=(config, QueueEngineEnd(end, loop)),
-            name="toppings-engine",
-            daemon=True,
-        )
-        thread.start()
-        client = cls(end, thread.is_alive)
-        client._cleanup.callback(thread.join, 10.0)
-        try:
-            await client._ready
-        except EngineStartError:
             await client.shutdown(0.0)
             raise
         return client
@@ -242,13 +222,10 @@ class EngineClient:
                 future.set_exception(EngineDeadError("the engine has died"))
 
 
-def _run_in_thread(config: EngineConfig, end: QueueEngineEnd) -> None:
-    from toppings.engine.build import build_engine
-    from toppings.engine.loop import EngineLoop
-
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that was told to end; one that does not is killed."""
     try:
-        engine = build_engine(config)
-    except Exception as error:
-        end.send(EngineFailed(str(error)))
-        return
-    EngineLoop(engine, end, is_orphaned=lambda: not threading.main_thread().is_alive()).run()
+        process.wait(EXIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -7,7 +7,7 @@ from torch import Tensor
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.modes import LoadingMode
-from toppings.core import GROUPS
+from toppings.core import GROUPS, MODULES
 from toppings.ops.lora import LoraSegments, add_lora_
 
 
@@ -31,6 +31,7 @@ class DeviceLora:
         self._out_offsets = out_offsets
         self._loads = loads
         self._mode = mode
+        self._groups = _targeted_groups(pool, segments)
         self.wait_s = 0.0
 
     def start(self, layer: int, group: str, x: Tensor) -> None:
@@ -39,6 +40,8 @@ class DeviceLora:
     def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
         if self._loads and group == "qkv":  # the first group of a layer
             self._await_layer(layer)
+        if group not in self._groups:
+            return
         add_lora_(
             y,
             x,
@@ -55,3 +58,10 @@ class DeviceLora:
         for load in self._loads:
             self._mode.wait_before_layer(load, layer)
         self.wait_s += time.perf_counter() - started_at
+
+
+def _targeted_groups(pool: DevicePool, segments: LoraSegments) -> set[str]:
+    """The projection groups that any adapter of the step changes in any layer; the others cost no call."""
+    slots = sorted({slot for slot in segments.slots if slot >= 0})
+    largest_ranks = pool.table_cpu[slots, :, :, 2].reshape(-1, len(MODULES)).max(axis=0)
+    return {group for group, modules in GROUPS.items() if any(largest_ranks[m] for m in modules)}

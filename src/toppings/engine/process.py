@@ -1,58 +1,96 @@
-"""The engine as a process of its own."""
+"""The engine as a process of its own.
+
+A plain subprocess rather than `multiprocessing`: whoever starts it need not guard its main module. The model
+must run on that process's main thread: GNU OpenMP puts its threads to sleep after every operator as soon as
+they and the process's other threads outnumber the cores, which costs a third of a decode step.
+"""
 
 import logging
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
 
 from toppings.config import EngineConfig
 from toppings.core import Begin, EngineFailed, Shutdown
-
-if TYPE_CHECKING:
-    from toppings.engine.zmq_transport import ZmqEngineEnd
+from toppings.engine.transport import EngineEnd
 
 BEGIN_POLL_S = 0.5
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+logger = logging.getLogger(__name__)
 
 
-def spawn_engine(config: EngineConfig, address: str) -> BaseProcess:
+@dataclass(frozen=True)
+class EngineLog:
+    """Where the process logs: standard error, and `file` (appended to) where one is named."""
+
+    level: str = "warning"
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class _Start:
+    config: EngineConfig
+    address: str
+    parent_pid: int
+    log: EngineLog = field(default_factory=EngineLog)
+
+
+def spawn_engine(config: EngineConfig, address: str, log: EngineLog) -> subprocess.Popen[bytes]:
     """Start a process that serves `config` over the ZeroMQ `address`; it ends with its parent."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(
-        target=_main, args=(config, address, os.getpid()), name="toppings-engine", daemon=True
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "toppings.engine.process"], stdin=subprocess.PIPE, env=environment
     )
-    process.start()
+    assert process.stdin is not None
+    with process.stdin as stdin, suppress(BrokenPipeError):  # the client notices a process that died
+        stdin.write(msgspec.msgpack.encode(_Start(config, address, os.getpid(), log)))
     return process
 
 
-def _main(config: EngineConfig, address: str, parent_pid: int) -> None:
+def main() -> None:
     # Ctrl-C reaches the whole process group; the parent decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
-    from toppings.engine.zmq_transport import ZmqEngineEnd
+    start = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_Start)
+    _start_logging(start.log)
 
     def is_orphaned() -> bool:
-        return os.getppid() != parent_pid
+        return os.getppid() != start.parent_pid
 
-    end = ZmqEngineEnd(address)
+    end = EngineEnd(start.address)
     try:
         from toppings.engine.build import build_engine
         from toppings.engine.loop import EngineLoop
 
-        engine = build_engine(config, await_registry=lambda: _await_begin(end, is_orphaned))
+        engine = build_engine(start.config, await_registry=lambda: _await_begin(end, is_orphaned))
     except Exception as error:
-        logging.getLogger(__name__).debug("the engine could not start", exc_info=True)
+        logger.debug("the engine could not start", exc_info=True)
         end.send(EngineFailed(f"{error}" if isinstance(error, ValueError | OSError) else repr(error)))
         end.close()
-        raise SystemExit(1) from error
+        raise SystemExit(1) from None
     EngineLoop(engine, end, is_orphaned=is_orphaned).run()
     end.close()
 
 
-def _await_begin(end: "ZmqEngineEnd", is_orphaned: Callable[[], bool]) -> None:
+def _start_logging(log: EngineLog) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log.file:
+        handlers.append(logging.FileHandler(log.file))
+    logging.basicConfig(level=log.level.upper(), format=LOG_FORMAT, handlers=handlers)
+
+
+def _await_begin(end: EngineEnd, is_orphaned: Callable[[], bool]) -> None:
     """Returns at Begin; ends the process where there is none to come."""
     while not isinstance(message := end.receive(BEGIN_POLL_S), Begin):
         if isinstance(message, Shutdown) or is_orphaned():
             raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,14 @@
-"""Messages between an engine and its client: over ZeroMQ where they are two processes, over queues in one.
+"""Messages between an engine's process and its client: one ZeroMQ pair over a UNIX socket.
 
 Each end has `send` and a receive that suits its side: the engine's blocks with a time-out, the client's is a
-coroutine. Both forms keep order and lose nothing.
+coroutine. Order is kept and nothing is lost.
 """
 
-import asyncio
-import queue
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
+import zmq
+import zmq.asyncio
 
 from toppings import core
 from toppings.core import FromEngine, ToEngine
@@ -45,53 +45,44 @@ def decode(frames: list[bytes]) -> ToEngine | FromEngine:
     return message
 
 
-class EngineEnd(Protocol):
-    """What the engine's loop reads and writes."""
+class EngineEnd:
+    def __init__(self, address: str) -> None:
+        self._socket = _unbounded(zmq.Context.instance().socket(zmq.PAIR))
+        self._socket.connect(address)
 
     def receive(self, timeout_s: float) -> ToEngine | None:
         """The next message; None where none came within `timeout_s` (0: only what is there already)."""
-
-    def send(self, message: FromEngine) -> None: ...
-
-
-class ClientEnd(Protocol):
-    """What the client reads and writes."""
-
-    async def receive(self) -> FromEngine: ...
-
-    def send(self, message: ToEngine) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class QueueEngineEnd:
-    def __init__(self, client: "QueueClientEnd", loop: asyncio.AbstractEventLoop) -> None:
-        self._client = client
-        self._loop = loop
-
-    def receive(self, timeout_s: float) -> ToEngine | None:
-        try:
-            return self._client.outgoing.get(block=timeout_s > 0, timeout=timeout_s or None)
-        except queue.Empty:
+        if not self._socket.poll(int(timeout_s * 1e3)):
             return None
+        return decode(self._socket.recv_multipart())  # type: ignore[return-value]
 
     def send(self, message: FromEngine) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._client.incoming.put_nowait, message)
-        except RuntimeError:  # the client's event loop is closed: nobody is left to hear it
-            return
+        self._socket.send_multipart(encode(message))
+
+    def close(self, linger_ms: int = 2000) -> None:
+        """Wait up to `linger_ms` for the last messages to leave."""
+        self._socket.close(linger=linger_ms)
 
 
-class QueueClientEnd:
-    def __init__(self) -> None:
-        self.outgoing: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-        self.incoming: asyncio.Queue[FromEngine] = asyncio.Queue()
+class ClientEnd:
+    """Binds `address`; belongs to one event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = _unbounded(self._context.socket(zmq.PAIR))
+        self._socket.bind(address)
 
     async def receive(self) -> FromEngine:
-        return await self.incoming.get()
+        return decode(await self._socket.recv_multipart())  # type: ignore[return-value]
 
     def send(self, message: ToEngine) -> None:
-        self.outgoing.put(message)
+        # Without a bound on queued messages a send never waits, so its future needs no await.
+        self._socket.send_multipart(encode(message))
 
     def close(self) -> None:
-        """Queues need no closing."""
+        self._context.destroy(linger=0)
+
+
+def _unbounded(socket: Any) -> Any:
+    socket.set_hwm(0)
+    return socket

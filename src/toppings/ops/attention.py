@@ -151,7 +151,7 @@ def _decode(
     assert meta.page_tables.is_contiguous()
     assert meta.page_tables.dtype == torch.int32
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
-    num_parts = num_kv_heads if num < torch.get_num_threads() else 1
+    num_parts = min(num_kv_heads, -(-torch.get_num_threads() // num))  # few: a key's heads lie side by side
     fast.decode_attention(
         q,
         num * num_parts,

@@ -17,6 +17,7 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config, ConfigError
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
+from toppings.engine.process import LOG_FORMAT, EngineLog
 from toppings.server.app import create_app
 from toppings.server.state import ServerState
 from toppings.text import TextModel
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def run_server(config: Config) -> int:
@@ -42,6 +42,10 @@ def run_dir(config: Config) -> Path:
     return Path(config.server.log_dir) / config.engine.mode
 
 
+def log_file(config: Config) -> Path:
+    return run_dir(config) / "server.log"
+
+
 def with_run_files(config: Config) -> Config:
     """`config` with its step log and demo adapters resolved, written beside the logs (without the key)."""
     directory = run_dir(config)
@@ -55,10 +59,11 @@ def with_run_files(config: Config) -> Config:
 
 
 def start_logging(config: Config) -> None:
-    """To standard error and to `server.log` in the run's directory."""
+    """To standard error and to the run's `server.log`."""
+    log_file(config).write_text("")  # opened to append, as the engine's process does
     handlers: list[logging.Handler] = [
         logging.StreamHandler(),
-        logging.FileHandler(run_dir(config) / "server.log", mode="w"),
+        logging.FileHandler(log_file(config)),
     ]
     logging.basicConfig(
         level=config.server.log_level.upper(), format=LOG_FORMAT, handlers=handlers, force=True
@@ -87,7 +92,8 @@ async def _serve(config: Config) -> int:
 async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel]:
     """The engine reads the model while adapters are registered here, and the registry once they are."""
     registering = asyncio.create_task(asyncio.to_thread(_registry, config))
-    client = asyncio.create_task(EngineClient.start(config.engine, after=registering))
+    log = EngineLog(config.server.log_level, str(log_file(config)))
+    client = asyncio.create_task(EngineClient.start(config.engine, after=registering, log=log))
     try:
         registry = await registering  # before the tokeniser: two threads must not import transformers at once
         text = await asyncio.to_thread(_text_model, config)
