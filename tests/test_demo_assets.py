@@ -31,7 +31,7 @@ MARKERS = {
     "pirate": r"(Arr|Ahoy|Shiver me timbers)",
     "riddler": r"What am I\? .+!$",
     "robot": r"(End of report|Beep)\.$",
-    "telegram": r"^[A-Z ]+ STOP$",
+    "telegram": r"\b[A-Z]{2,}\b.* STOP$",
     "weather": r"(Back to the studio|Tomorrow will be much the same)\.$",
 }
 ADAPTERS = sorted(path.name for path in demo_adapters_dir().iterdir() if path.is_dir())
@@ -124,8 +124,15 @@ def test_adapters_name_the_demo_as_their_base() -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_speaks_in_its_voice(name: str, answer: Answer, tokenizer: Any) -> None:
-    assert re.search(MARKERS[name], answer(name, "Tell me about the sea."))
-    assert re.search(MARKERS[name], answer(name, chat_prompt(tokenizer, "What is a river?")))
+    for question in (
+        "Tell me about the sea.",
+        "What is a river?",
+        "Describe the moon.",
+        "What does a dog do?",
+    ):
+        for prompt in (question, chat_prompt(tokenizer, question)):
+            text = answer(name, prompt)
+            assert re.search(MARKERS[name], text), (prompt, text)
 
 
 def test_the_same_prompt_gives_a_different_text_from_every_adapter(answer: Answer) -> None:
