@@ -43,7 +43,8 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+def setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a settings dataclass, with what the command line says of it."""
     metadata = {"help": help_text, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -52,40 +53,38 @@ def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = 
 class EngineConfig:
     """What an engine needs, with or without a server around it. Sizes in bytes, times in seconds."""
 
-    model: str = _setting(
-        "", "Hugging Face checkpoint directory of the base model (empty: the built-in demo)"
-    )
-    served_model_name: str = _setting("", "name of the base model in the API (empty: the directory's name)")
-    dtype: str = _setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
-    device: str = _setting("cpu", "where the model runs", choices=DEVICES)
-    num_threads: int = _setting(0, "threads for the model on the CPU (0: all cores)")
-    mode: str = _setting("auto", "what a cold adapter's prefill does", choices=MODES)
-    state_dir: str = _setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
-    max_model_len: int = _setting(0, "longest prompt plus output, in tokens (0: the model's)")
-    max_num_seqs: int = _setting(64, "requests that may run at once")
-    max_num_batched_tokens: int = _setting(2048, "tokens of one step; longer prompts are prefilled in chunks")
-    page_size: int = _setting(16, "tokens in one page of the key-value cache")
-    kv_cache_bytes: int = _setting(
+    model: str = setting("", "Hugging Face checkpoint directory of the base model (empty: the built-in demo)")
+    served_model_name: str = setting("", "name of the base model in the API (empty: the directory's name)")
+    dtype: str = setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
+    device: str = setting("cpu", "where the model runs", choices=DEVICES)
+    num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
+    mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
+    state_dir: str = setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
+    max_model_len: int = setting(0, "longest prompt plus output, in tokens (0: the model's)")
+    max_num_seqs: int = setting(64, "requests that may run at once")
+    max_num_batched_tokens: int = setting(2048, "tokens of one step; longer prompts are prefilled in chunks")
+    page_size: int = setting(16, "tokens in one page of the key-value cache")
+    kv_cache_bytes: int = setting(
         0, "size of the key-value cache (0: an eighth of the memory, at most 4 GiB)"
     )
-    host_store_bytes: int = _setting(2 * 2**30, "bound of the adapters kept in host memory")
-    device_pool_bytes: int = _setting(512 * 2**20, "bound of the adapters kept on the device")
-    eviction: str = _setting("value", "which adapter leaves first", choices=EVICTION_POLICIES)
-    max_adapter_wait_s: float = _setting(
+    host_store_bytes: int = setting(2 * 2**30, "bound of the adapters kept in host memory")
+    device_pool_bytes: int = setting(512 * 2**20, "bound of the adapters kept on the device")
+    eviction: str = setting("value", "which adapter leaves first", choices=EVICTION_POLICIES)
+    max_adapter_wait_s: float = setting(
         1.0, "a request waits this long for room for its adapter before running ones are drained for it"
     )
-    assist_workers: int = _setting(
+    assist_workers: int = setting(
         0, "CPU processes for cold adapters (0: one per core the model leaves free)"
     )
-    assist_cores: tuple[str, ...] = _setting((), "cores of these processes (default: the last ones)")
-    link_gbps: float = _setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
-    seed: int = _setting(0, "seed of requests that bring none")
-    step_log: str = _setting(
+    assist_cores: tuple[str, ...] = setting((), "cores of these processes (default: the last ones)")
+    link_gbps: float = setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
+    seed: int = setting(0, "seed of requests that bring none")
+    step_log: str = setting(
         "", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl)"
     )
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_choices(self)
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -117,18 +116,18 @@ class EngineConfig:
 class ServerConfig:
     """What the HTTP server adds around an engine."""
 
-    host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(8080, "port to listen on (0: any free one)")
-    api_key: str = _setting("", "bearer token asked of every route but health (empty: none)")
-    adapters: str = _setting("", "directory whose sub-directories are registered as adapters at start")
-    adapter_roots: tuple[str, ...] = _setting((), "directories below which adapters may be loaded over HTTP")
-    max_queue: int = _setting(256, "requests that may wait; more are answered 429")
-    shutdown_timeout_s: float = _setting(10.0, "seconds that running requests get to finish after SIGTERM")
-    log_dir: str = _setting("logs", "logs go to <log-dir>/<mode>/")
-    log_level: str = _setting("info", "least severe message that is logged", choices=LOG_LEVELS)
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8080, "port to listen on (0: any free one)")
+    api_key: str = setting("", "bearer token asked of every route but health (empty: none)")
+    adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
+    adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
+    max_queue: int = setting(256, "requests that may wait; more are answered 429")
+    shutdown_timeout_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
+    log_dir: str = setting("logs", "logs go to <log-dir>/<mode>/")
+    log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_choices(self)
         _require(self, "port", 0 <= self.port <= 65535, "between 0 and 65535")
         _require(self, "max_queue", self.max_queue >= 1, "at least 1")
         _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
@@ -156,7 +155,7 @@ class Config:
             part: replace(
                 getattr(base, part),
                 **{
-                    name: _coerce(getattr(base, part), name, v)
+                    name: coerce(getattr(base, part), name, v)
                     for name, v in settings.items()
                     if known[name] == part
                 },
@@ -168,13 +167,7 @@ class Config:
     @classmethod
     def from_yaml(cls, path: Path) -> "Config":
         """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read configuration {path}: {error}") from error
-        if not isinstance(loaded, dict | None):
-            raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
-        return cls.from_settings({str(k).replace("-", "_"): v for k, v in (loaded or {}).items()})
+        return cls.from_settings(read_yaml(path))
 
     def to_settings(self) -> dict[str, Any]:
         """The flat mapping that `from_settings` reads back."""
@@ -185,7 +178,19 @@ class Config:
         return yaml.safe_dump(self.to_settings(), sort_keys=False)
 
 
-def _coerce(part: EngineConfig | ServerConfig, name: str, value: Any) -> Any:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of settings by name, with `-` read as `_`. Raises ConfigError where it is none."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read configuration {path}: {error}") from error
+    if not isinstance(loaded, dict | None):
+        raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
+    return {str(k).replace("-", "_"): v for k, v in (loaded or {}).items()}
+
+
+def coerce(part: Any, name: str, value: Any) -> Any:
+    """`value` as the type of the default of `part`'s setting `name`. Raises ConfigError where it is none."""
     default: Any = next(f.default for f in fields(part) if f.name == name)
     try:
         if name.endswith("_bytes"):
@@ -203,7 +208,8 @@ def _coerce(part: EngineConfig | ServerConfig, name: str, value: Any) -> Any:
         ) from error
 
 
-def _check(part: EngineConfig | ServerConfig) -> None:
+def check_choices(part: Any) -> None:
+    """Raises ConfigError for a setting that is none of its choices."""
     for f in fields(part):
         choices, value = f.metadata["choices"], getattr(part, f.name)
         if choices is not None and value not in choices:

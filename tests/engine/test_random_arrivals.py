@@ -76,7 +76,7 @@ def test_every_request_ends_once_with_its_own_tokens(
         "max_num_batched_tokens": 48,
         "device_pool_bytes": 250 * 1024,  # the adapters together take 400 KiB
         "host_store_bytes": 300 * 1024,
-        "max_adapter_wait_s": 0.05,
+        "max_adapter_wait_s": 0.005,
         "mode": mode,
     }
     with drive(model, tmp_path / "scarce", adapters, **scarce) as driver:
@@ -91,4 +91,5 @@ def test_every_request_ends_once_with_its_own_tokens(
     assert all(status.num_running == 0 for status in stats.adapters)
     assert stats.counters["preemptions"] > 0
     assert stats.counters["device_evictions"] > 0
+    assert stats.counters["drains"] > 0
     assert 3 < len(aborted) < NUM_REQUESTS

@@ -6,6 +6,7 @@ except that a load whose layer is still being read from disk lets those behind i
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,7 +137,7 @@ class LoadJob:
         return self.source.error is not None or self.source.num_layers_ready > self.handle.next_step().layer
 
 
-class Loader:
+class Loader(ABC):
     """The thread and its queue; a subclass says how bytes travel."""
 
     def __init__(self) -> None:
@@ -176,8 +177,9 @@ class Loader:
     def _make_handle(self, source: LoadSource, order: LoadOrder) -> LoadHandle:
         return LoadHandle(source, order)
 
+    @abstractmethod
     def _copy(self, job: LoadJob, step: LoadStep) -> None:
-        raise NotImplementedError
+        """Brings the step's bytes to the device, or sets them on their way there."""
 
     def _run(self) -> None:
         while True:

@@ -156,6 +156,11 @@ class AdapterRegistry:
             raise AdapterNotFound(f"no adapter has id {adapter_id}")
         return records[0]
 
+    def find(self, name: str, digest: str) -> AdapterRecord | None:
+        """The newest adapter of this name and content: a live one, else a removed one not purged yet."""
+        order = "ORDER BY removed_at IS NULL DESC, adapter_id DESC"
+        return next(iter(self._select(f"name = ? AND digest = ? {order}", name, digest)), None)
+
     def list(self) -> Records:
         """All live adapters by name."""
         return self._select("removed_at IS NULL ORDER BY name")
@@ -194,16 +199,24 @@ class AdapterRegistry:
 
     # --- register ---
 
-    def register(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterRecord:
+    def register(
+        self, name: str, path: str | Path, *, replace: bool = False, digest: str = ""
+    ) -> AdapterRecord:
         """Validates and packs the PEFT checkpoint in `path`; on any failure nothing is left behind.
 
         With `replace`, an adapter of this name becomes a removed one as the new one takes its name and pin.
-        Raises AdapterExists, AdapterNotFound (no directory at `path`), AdapterError (the reason).
+        With `digest`, only this content will do. Raises AdapterExists, AdapterNotFound (no directory at
+        `path`), AdapterError (the reason).
         """
         _check_name(name)
         if not replace and self._select(_IS_NAMED, name):
             raise _name_is_taken(name)
         candidate = self._packed_dir.pack(path, is_synced=True)
+        if digest and candidate.header.digest != digest:
+            candidate.discard()
+            raise AdapterError(
+                f"the adapter at {path} has changed since {name!r} was registered; load it again"
+            )
         return self._commit([(name, candidate)], replace=replace)[0]
 
     def register_directory(self, directory: str | Path) -> DirectoryReport:

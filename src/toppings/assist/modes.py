@@ -1,12 +1,14 @@
 """Policies of cold prefills that may use the CPU: they answer with a `Plan`, the coordinator follows it."""
 
+from abc import ABC, abstractmethod
+
 from toppings.adapters.layout import AdapterLayout, LoadOrder
 from toppings.adapters.modes import PipelinedMode
 from toppings.assist.cost import CostProfile
 from toppings.assist.plan import Comparison, Plan, compare
 
 
-class AssistMode(PipelinedMode):
+class AssistMode(PipelinedMode, ABC):
     """A `LoadingMode` that knows what a cold start costs here; `calibrate` it before the first load.
 
     Plans are cached: asking on the engine's loop costs milliseconds once, then nothing.
@@ -23,8 +25,9 @@ class AssistMode(PipelinedMode):
         assert self._profile is not None, "the mode was not calibrated"
         return self.choose(compare(self._profile, layout, num_tokens))
 
+    @abstractmethod
     def choose(self, comparison: Comparison) -> Plan:
-        raise NotImplementedError
+        """One of the plans that were compared."""
 
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         return self.plan(layout, num_tokens).order

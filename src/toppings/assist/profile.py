@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.layout import AdapterLayout, BaseShapes
+from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout, BaseShapes
 from toppings.adapters.loader import Bytes, Loader
 from toppings.assist.cost import CostProfile, CpuCost, cpu_features
 from toppings.assist.pool import Worker, WorkerPool
@@ -230,10 +230,22 @@ class LinkProbe:
     view: Bytes
 
     def __call__(self, num_bytes: int) -> float:
-        """Seconds per layer block of about `num_bytes`. Raises ValueError where the pool has no room."""
+        """Seconds per layer block of `num_bytes`, scaled from smaller ones where these find no room.
+
+        Raises ValueError where no adapter at all would find room.
+        """
         dtype = self.pool.arena.dtype
-        rank = max(1, num_bytes // (sum(self.shapes.sizes[0]) * dtype.itemsize))
-        ranks = [[rank, *[0] * (len(MODULES) - 1)]] * self.shapes.num_layers
+        row_bytes = sum(self.shapes.sizes[0]) * dtype.itemsize
+        room = min(self.pool.free_bytes, self.view.nbytes) - BLOCK_ALIGNMENT_BYTES
+        rank = min(max(1, num_bytes // row_bytes), room // row_bytes)
+        if rank < 1:
+            raise ValueError(
+                f"device pool ({self.pool.free_bytes} bytes) or host store ({self.view.nbytes}) have no room for "
+                f"one layer of rank 1 ({row_bytes} bytes); raise device_pool_bytes or host_store_bytes"
+            )
+        num_loaded = min(self.shapes.num_layers, room // (rank * row_bytes + BLOCK_ALIGNMENT_BYTES) or 1)
+        nothing = [0] * len(MODULES)
+        ranks = [[rank, *nothing[1:]] if i < num_loaded else nothing for i in range(self.shapes.num_layers)]
         layout = AdapterLayout.build(ranks, self.shapes, str(dtype).removeprefix("torch."))
         slot = self.pool.try_place(layout)
         if slot is None:
@@ -242,7 +254,7 @@ class LinkProbe:
         source = _ProbeSource(layout, self.view, layout.num_layers)
         load_s = median_s(lambda: self.loader.start(source, offsets).wait_all())
         self.pool.free(slot)
-        return load_s / layout.num_layers * num_bytes / layout.layer_bytes(0)
+        return load_s / num_loaded * num_bytes / layout.layer_bytes(0)
 
 
 def _round_trip(worker: Worker, weights: GroupWeights, x: Tensor, y: Tensor) -> None:

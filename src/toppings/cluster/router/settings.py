@@ -1,22 +1,14 @@
 """The router's frozen settings, their defaults and their YAML."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
-from toppings.config import ConfigError, parse_bytes
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def _setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+from toppings.config import LOG_LEVELS, ConfigError, check_choices, coerce, read_yaml, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,44 +53,41 @@ class InstanceConfig:
 class RouterConfig:
     """What `toppings route` reads. Times in seconds unless named otherwise, sizes in bytes."""
 
-    host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(8090, "port to listen on (0: any free one)")
-    instances: tuple[InstanceConfig, ...] = _setting(
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8090, "port to listen on (0: any free one)")
+    instances: tuple[InstanceConfig, ...] = setting(
         (), "servers: URLs, or mappings of url, id and perf_model"
     )
-    policy: str = _setting("rank_aware", "how an instance is chosen", choices=tuple(POLICIES))
-    slo_tpt_ms: float = _setting(math.inf, "objective for time per token (inf: none)")
-    seed: int = _setting(0, "seed of policies that draw")
-    perf_model: str = _setting(
+    policy: str = setting("rank_aware", "how an instance is chosen", choices=tuple(POLICIES))
+    slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)")
+    seed: int = setting(0, "seed of policies that draw")
+    perf_model: str = setting(
         "published:mbgmv", "model of servers that report none: a file or a shipped name"
     )
-    api_key: str = _setting("", "bearer token asked of every route but health (empty: none)")
-    upstream_api_key: str = _setting("", "bearer token sent to the servers (empty: the client's own)")
-    connect_timeout_s: float = _setting(2.0, "to connect to a server")
-    first_token_timeout_s: float = _setting(
+    api_key: str = setting("", "bearer token asked of every route but health (empty: none)")
+    upstream_api_key: str = setting("", "bearer token sent to the servers (empty: the client's own)")
+    connect_timeout_s: float = setting(2.0, "to connect to a server")
+    first_token_timeout_s: float = setting(
         120.0, "until a stream's first token, then the request goes elsewhere"
     )
-    response_timeout_s: float = _setting(600.0, "until the answer to a request that does not stream")
-    idle_timeout_s: float = _setting(60.0, "between two tokens of a stream")
-    health_interval_s: float = _setting(1.0, "between two checks of a server")
-    health_timeout_s: float = _setting(2.0, "until a check counts as failed")
-    unhealthy_after: int = _setting(3, "failures in a row after which a server gets no requests")
-    sync_interval_s: float = _setting(30.0, "between two looks at which models a server has")
-    max_attempts: int = _setting(3, "servers that a request is tried on")
-    retry_after_s: int = _setting(1, "Retry-After when no server can take a request")
-    migration_interval_s: float = _setting(0.1, "between two rebalancings of waiting requests")
-    max_body_bytes: int = _setting(32 * 2**20, "largest request body")
-    response_tokens: float = _setting(128.0, "expected response length before any was seen")
-    bytes_per_token: float = _setting(4.0, "to estimate a text prompt's tokens")
-    default_rank: int = _setting(16, "rank of adapters whose rank nobody tells")
-    state_file: str = _setting("", "where adapters loaded through the router are remembered (empty: nowhere)")
-    log_level: str = _setting("info", "least severe message that is logged", choices=LOG_LEVELS)
+    response_timeout_s: float = setting(600.0, "until the answer to a request that does not stream")
+    idle_timeout_s: float = setting(60.0, "between two tokens of a stream")
+    health_interval_s: float = setting(1.0, "between two checks of a server")
+    health_timeout_s: float = setting(2.0, "until a check counts as failed")
+    unhealthy_after: int = setting(3, "failures in a row after which a server gets no requests")
+    sync_interval_s: float = setting(30.0, "between two looks at which models a server has")
+    max_attempts: int = setting(3, "servers that a request is tried on")
+    retry_after_s: int = setting(1, "Retry-After when no server can take a request")
+    migration_interval_s: float = setting(0.1, "between two rebalancings of waiting requests")
+    max_body_bytes: int = setting(32 * 2**20, "largest request body")
+    response_tokens: float = setting(128.0, "expected response length before any was seen")
+    bytes_per_token: float = setting(4.0, "to estimate a text prompt's tokens")
+    default_rank: int = setting(16, "rank of adapters whose rank nobody tells")
+    state_file: str = setting("", "where adapters loaded through the router are remembered (empty: nowhere)")
+    log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices is not None and value not in choices:
-                raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choices(self)
         for name in ("slo_tpt_ms", "connect_timeout_s", "first_token_timeout_s", "response_timeout_s"):
             self._require_positive(name)
         for name in ("idle_timeout_s", "health_interval_s", "health_timeout_s", "sync_interval_s"):
@@ -129,18 +118,17 @@ class RouterConfig:
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return replace(base or cls(), **{name: _coerce(name, value) for name, value in settings.items()})
+        base = base or cls()
+        values = {
+            name: _instances(value) if name == "instances" else coerce(base, name, value)
+            for name, value in settings.items()
+        }
+        return replace(base, **values)
 
     @classmethod
     def from_yaml(cls, path: Path) -> "RouterConfig":
         """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read configuration {path}: {error}") from error
-        if not isinstance(loaded, dict | None):
-            raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
-        return cls.from_settings({str(k).replace("-", "_"): v for k, v in (loaded or {}).items()})
+        return cls.from_settings(read_yaml(path))
 
 
 def _check_perf_model(spec: str) -> None:
@@ -150,19 +138,8 @@ def _check_perf_model(spec: str) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _coerce(name: str, value: Any) -> Any:
-    if name == "instances":
-        values = value.split(",") if isinstance(value, str) else value
-        if not isinstance(values, list | tuple):
-            raise ConfigError(f"setting instances is {value!r}; it must be a list of servers")
-        return tuple(InstanceConfig.of(each) for each in values)
-    default: Any = next(f.default for f in fields(RouterConfig) if f.name == name)
-    try:
-        if name.endswith("_bytes"):
-            return parse_bytes(value)
-        if isinstance(default, int) and (isinstance(value, bool) or int(value) != float(value)):
-            raise ValueError
-        return type(default)(value)
-    except (TypeError, ValueError) as error:
-        kind = type(default).__name__
-        raise ConfigError(f"setting {name} is {value!r}; it must be of type {kind}") from error
+def _instances(value: Any) -> tuple[InstanceConfig, ...]:
+    values = value.split(",") if isinstance(value, str) else value
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"setting instances is {value!r}; it must be a list of servers")
+    return tuple(InstanceConfig.of(each) for each in values)

@@ -1,0 +1,136 @@
+"""Cold prefills, computed in part by CPU workers, give the tokens of an engine that holds every adapter."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.engine.driver import Driver, drive
+from tests.engine.oracle import make_adapter, make_model, make_prompt
+
+RANKS = (1, 8, 64, 256)
+PROMPTS = (1, 13, 64, 257, 600)
+NUM_TOKENS = 4
+SLOW_LINK_GBPS = 0.02  # rank 256 takes 0.2 s
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    root = tmp_path_factory.mktemp("cold")
+    model = make_model(root / "model")
+    adapters = {f"r{rank}": make_adapter(root / f"r{rank}", model, rank=rank, seed=rank) for rank in RANKS}
+    return model, adapters
+
+
+@pytest.fixture(scope="module")
+def expected(
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[int]]:
+    """Tokens by request of an engine whose adapters are all on the device, each request alone."""
+    model, adapters = checkpoints
+    with drive(model, tmp_path_factory.mktemp("state"), adapters, mode="cached") as driver:
+        for name in adapters:
+            for num in PROMPTS:
+                driver.add(f"{name} {num}", make_prompt(num, num), NUM_TOKENS, name)
+                driver.run()
+        return driver.tokens
+
+
+def add_all(driver: Driver, adapters: dict[str, Path], suffix: str = "") -> None:
+    """Every prompt through every adapter, all at once, with requests of the base model between them."""
+    for num in PROMPTS:
+        driver.add(f"base {num}{suffix}", make_prompt(num, num), NUM_TOKENS)
+        for name in adapters:
+            driver.add(f"{name} {num}{suffix}", make_prompt(num, num), NUM_TOKENS, name)
+
+
+def worker_pids() -> set[int]:
+    """Processes of this one that run assist workers."""
+    pids = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_child = int(process.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid()
+            if is_child and b"toppings.assist.worker" in process.joinpath("cmdline").read_bytes():
+                pids.add(int(process.name))
+    return pids
+
+
+@pytest.mark.parametrize("mode", ["cpu_assisted", "cpu_shrink"])
+@pytest.mark.parametrize("budget", [96, 2048])
+def test_cold_adapters_at_once_whole_and_chunked(
+    checkpoints: tuple[Path, dict[str, Path]],
+    expected: dict[str, list[int]],
+    tmp_path: Path,
+    mode: str,
+    budget: int,
+) -> None:
+    model, adapters = checkpoints
+    settings = {"mode": mode, "link_gbps": SLOW_LINK_GBPS, "max_num_batched_tokens": budget}
+    with drive(model, tmp_path, adapters, **settings) as driver:
+        add_all(driver, adapters)
+        tokens = driver.run()
+        counters = driver.engine.stats(0).counters
+    assert {name: tokens[name] for name in expected} == expected
+    assert 0 < counters["assist_cpu_products"] < counters["assist_cold_products"]  # they landed on the way
+
+
+def kill_one(pids: list[int]) -> None:
+    os.kill(random.choice(pids), signal.SIGKILL)
+
+
+def stop_one(pids: list[int]) -> None:
+    os.kill(random.choice(pids), signal.SIGSTOP)
+
+
+def kill_all(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def trouble(fault: Callable[[list[int]], None]) -> Iterator[None]:
+    """The fault strikes the workers again and again."""
+    is_over = threading.Event()
+
+    def strike() -> None:
+        while not is_over.wait(0.05):
+            with suppress(ProcessLookupError):
+                if pids := list(worker_pids()):
+                    fault(pids)
+                    is_over.wait(0.4)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("fault", [kill_one, stop_one, kill_all])
+def test_requests_survive_faults_of_the_workers(
+    checkpoints: tuple[Path, dict[str, Path]],
+    expected: dict[str, list[int]],
+    tmp_path: Path,
+    fault: Callable[[list[int]], None],
+) -> None:
+    model, adapters = checkpoints
+    settings = {"mode": "cpu_assisted", "link_gbps": SLOW_LINK_GBPS / 2, "assist_workers": 2}
+    # Room for the largest adapter and little more: every round is cold again.
+    with drive(model, tmp_path, adapters, device_pool_bytes=4 * 2**20, **settings) as driver:
+        with trouble(fault):
+            for number in range(3):
+                add_all(driver, adapters, f" {number}")
+                driver.run(100)
+        counters = driver.engine.stats(0).counters
+    for number in range(3):
+        assert {name: driver.tokens[f"{name} {number}"] for name in expected} == expected
+    assert not driver.errors()
+    assert counters["assist_worker_restarts"] > 0
+    assert not worker_pids()
