@@ -240,8 +240,8 @@ class LinkProbe:
         rank = min(max(1, num_bytes // row_bytes), room // row_bytes)
         if rank < 1:
             raise ValueError(
-                f"device pool ({self.pool.free_bytes} bytes) or host store ({self.view.nbytes}) have no room for "
-                f"one layer of rank 1 ({row_bytes} bytes); raise device_pool_bytes or host_store_bytes"
+                f"device pool ({self.pool.free_bytes} bytes) or host store ({self.view.nbytes}) have no room "
+                f"for one layer of rank 1 ({row_bytes} bytes); raise device_pool_bytes or host_store_bytes"
             )
         num_loaded = min(self.shapes.num_layers, room // (rank * row_bytes + BLOCK_ALIGNMENT_BYTES) or 1)
         nothing = [0] * len(MODULES)
