@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -134,3 +135,24 @@ def test_requests_survive_faults_of_the_workers(
     assert not driver.errors()
     assert counters["assist_worker_restarts"] > 0
     assert not worker_pids()
+
+
+def test_files_that_vanish_cost_a_repair_or_one_clear_error(
+    checkpoints: tuple[Path, dict[str, Path]], expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    """r8's packed file is made again from its checkpoint; r64 has lost that too."""
+    model, adapters = checkpoints
+    adapters = adapters | {"r64": shutil.copytree(adapters["r64"], tmp_path / "copy")}
+    settings = {"mode": "cpu_assisted", "link_gbps": SLOW_LINK_GBPS}
+    with drive(model, tmp_path / "state", adapters, **settings) as driver:
+        for name in ("r8", "r64"):
+            Path(driver.registry.get(name).packed_path).unlink()
+        shutil.rmtree(adapters["r64"])
+        add_all(driver, adapters)
+        tokens = driver.run()
+        errors = driver.errors()
+    assert set(errors) == {f"r64 {num}" for num in PROMPTS}
+    assert all(str(adapters["r64"]) in str(error) for error in errors.values()), errors
+    assert [tokens[name] for name in expected if name not in errors] == [
+        expected[name] for name in expected if name not in errors
+    ]
