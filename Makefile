@@ -11,7 +11,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,figures]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,figures,ray]"
 	$(BIN)/python -m toppings.ops.cpu_warm_up # so that the first start is as fast as the next one
 	touch $@
 

@@ -10,11 +10,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from toppings import __version__
-from toppings.bench.cli import bench_app, report
+from toppings.bench.cli import bench_app, profile_batches, report
+from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES
 from toppings.options import with_settings
 from toppings.remote import RemoteServer
+from toppings.reproduce.cli import reproduce_app
 from toppings.sim.cli import simulate, trace_app
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
@@ -35,6 +37,7 @@ app.add_typer(bench_app, name="bench")
 app.command("report")(report)
 app.add_typer(trace_app, name="trace")
 app.command("simulate")(simulate)
+app.add_typer(reproduce_app, name="reproduce")
 
 Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: ~/.cache/toppings/<model>)")]
@@ -97,6 +100,33 @@ def route(
     run_router(RouterConfig.from_settings({k: v for k, v in given.items() if v is not None}, base))
 
 
+def up(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Serve a base model from many engines with Ray Serve (without --model: the built-in demo)."""
+    resolved = UpConfig.from_settings(settings, UpConfig.from_yaml(config) if config else None)
+    try:
+        from toppings.cluster.ray_serve.up import UpError, run_up
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("ray"):
+            raise
+        raise ConfigError("`toppings up` needs Ray; install it with: pip install 'toppings[ray]'") from error
+    number, prefix = resolved.fleet.replicas, resolved.fleet.route_prefix
+
+    def tell(url: str) -> None:
+        place = url or f"{prefix} of the address that Serve has in this cluster"
+        typer.echo(f"Toppings running on {place} with {number} engines (Press CTRL+C to quit)")
+
+    try:
+        run_up(resolved, on_ready=tell)
+    except UpError as error:
+        raise ConfigError(str(error)) from error
+
+
+app.command(name="up")(with_settings(up, FleetConfig))
+
+
 @profile_app.command("cold-start")
 @with_settings
 def profile_cold_start(
@@ -109,6 +139,9 @@ def profile_cold_start(
     resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
     profile, path = measure_profile(resolved.engine)
     typer.echo(f"{profile.to_json()}\nwrote {path}")
+
+
+profile_app.command("batches")(with_settings(profile_batches))
 
 
 @app.command(name="plan")

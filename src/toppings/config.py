@@ -122,6 +122,9 @@ class ServerConfig:
     adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
     adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
     max_queue: int = setting(256, "requests that may wait; more are answered 429")
+    perf_model_file: str = setting(
+        "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"
+    )
     shutdown_timeout_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
     log_dir: str = setting("logs", "logs go to <log-dir>/<mode>/")
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)

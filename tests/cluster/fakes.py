@@ -50,6 +50,7 @@ class FakeServer:
     refuses_loads: bool = False
     running: list[str] = field(default_factory=list)
     extra_running_ranks: list[int] = field(default_factory=list)
+    extra_stats: dict[str, Any] = field(default_factory=dict)
     admin_calls: list[dict[str, Any]] = field(default_factory=list)
 
     def app(self) -> Starlette:
@@ -206,6 +207,7 @@ class FakeToppings(FakeServer):
             counters={},
         )
         content = {"model": self.base, "max_lora": 8, **asdict(stats), "adapters": statuses}
+        content |= self.extra_stats
         del content["call_id"]
         return JSONResponse(content)
 

@@ -74,7 +74,7 @@ def test_features_are_those_of_the_batch() -> None:
 )
 def test_prediction_with_a_request_is_that_of_the_batch_with_it(new: RequestSnapshot) -> None:
     fleet = make_fleet("x", "y")
-    fleet.models[:] = np.arange(1.0, 13.0).reshape(2, 6, 1)
+    fleet.models[:] = np.arange(1.0, 17.0).reshape(2, 8, 1)
     fleet.uses_distinct_ranks = True
     for each in (request("1", 8, 10, "a"), request("2", 64, 20, "b")):
         fleet.enqueue("x", each)

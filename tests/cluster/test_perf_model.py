@@ -7,8 +7,8 @@ import pytest
 
 from toppings.cluster.fitting import Observation, fit_linear, fit_perf_model
 from toppings.cluster.perf_model import (
-    DECODE_FORMS,
     FEATURES,
+    GATHERED_TOKENS,
     BatchRow,
     LinearModel,
     PerfModel,
@@ -47,12 +47,19 @@ def test_decode_features_are_those_of_the_published_forms() -> None:
         "rank_sum": 8 + 64 + 64,
         "distinct_rank_sum": 8 + 64,
         "context_tokens": 10 + 5 + 1,
+        "sequences": 3,
+        "gathered_tokens": 0,
     }
 
 
 def test_prefill_rows_attend_causally() -> None:
     assert BatchRow(8, num_tokens=4).num_attended == 1 + 2 + 3 + 4
     assert BatchRow(8, num_tokens=2, num_context=10).num_attended == 11 + 12
+
+
+def test_only_chunks_that_continue_a_prompt_gather_what_is_cached() -> None:
+    rows = [BatchRow(8, num_tokens=4, num_context=100), BatchRow(8, num_tokens=4), BatchRow(8, num_context=9)]
+    assert batch_features(rows)[GATHERED_TOKENS] == 100
 
 
 def test_nothing_costs_nothing() -> None:
@@ -95,8 +102,8 @@ def test_every_published_form_is_reported_beside_the_best() -> None:
 def test_non_negative_fit_is_no_worse_than_any_other_non_negative_one() -> None:
     generator = np.random.default_rng(3)
     features = generator.random((60, len(FEATURES)))
-    ms = features @ np.array([3.0, -2.0, 1.0, -0.5, 0.0, 2.0]) + generator.standard_normal(60)
-    model = fit_linear(features, ms, DECODE_FORMS["extended"])
+    ms = features @ np.array([3.0, -2.0, 1.0, -0.5, 0.0, 2.0, -1.0, 0.5]) + generator.standard_normal(60)
+    model = fit_linear(features, ms, FEATURES)
     assert (model.vector >= 0).all()
     gradient = features.T @ (features @ model.vector - ms)
     assert (gradient[model.vector == 0] >= -1e-8).all()  # the optimum's conditions (Karush, Kuhn, Tucker)
@@ -104,8 +111,8 @@ def test_non_negative_fit_is_no_worse_than_any_other_non_negative_one() -> None:
 
 
 def test_unconstrained_fit_may_be_negative() -> None:
-    features = np.eye(len(FEATURES))
-    model = fit_linear(features, np.array([1.0, -2.0, 0, 0, 0, 0]), FEATURES, non_negative=False)
+    features = np.eye(6, len(FEATURES))
+    model = fit_linear(features, np.array([1.0, -2.0, 0, 0, 0, 0]), FEATURES[:6], non_negative=False)
     assert model.coefficients["tokens"] == pytest.approx(-2.0)
 
 

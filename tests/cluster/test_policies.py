@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,26 +65,29 @@ def test_published_predictions_are_met() -> None:
     assert tpt[1] == pytest.approx([33.5 + 0.0023 * 832, 33.5 + 0.0023 * 1088])
 
 
-def test_published_cost_is_what_is_minimised() -> None:
-    """Against the formula written out, on random fleets with waiting requests."""
+@pytest.mark.parametrize(("prefill_interrupts", "fixed_ms"), [(True, 28.7), (False, 0.0)])
+def test_published_cost_is_what_is_minimised(prefill_interrupts: bool, fixed_ms: float) -> None:
+    """Against the formula written out, on random fleets with waiting requests. A prefill's fixed cost counts
+    where it interrupts decoding, not where it shares its step with it."""
     generator = np.random.default_rng(0)
+    model = replace(BGMV, prefill_interrupts=prefill_interrupts)
     for _ in range(20):
         fleet = Fleet(
             InstanceSnapshot(
                 instance_id=str(i),
-                perf_model=BGMV,
+                perf_model=model,
                 running=requests(f"{i}r", int(generator.integers(0, 9)), int(generator.choice([8, 64]))),
                 waiting=requests(f"{i}w", int(generator.integers(0, 4)), int(generator.choice([8, 64]))),
             )
             for i in range(6)
         )
-        totals = [_published_total(fleet.instance(name)) for name in fleet.ids]
+        totals = [_published_total(fleet.instance(name), fixed_ms) for name in fleet.ids]
         chosen = make_policy("rank_aware").choose(NEW, fleet)
         assert chosen is not None
         assert totals[chosen.row] == pytest.approx(min(totals))
 
 
-def _published_total(server: InstanceSnapshot) -> float:
+def _published_total(server: InstanceSnapshot, fixed_ms: float) -> float:
     ranks = [request.rank for request in (*server.running, *server.waiting)]
     tokens = [request.prompt_tokens for request in server.waiting]
 
@@ -90,7 +95,7 @@ def _published_total(server: InstanceSnapshot) -> float:
         return 31.8 + 0.0039 * len(batch) * max(batch) if batch else 0.0
 
     def prefill(batch: list[int]) -> float:
-        return 28.7 + 0.06 * sum(batch) if batch else 0.0
+        return fixed_ms + 0.06 * sum(batch) if batch else 0.0
 
     d_prefill = prefill([*tokens, NEW.prompt_tokens]) - prefill(tokens)
     d_decode = decode([*ranks, NEW.rank]) - decode(ranks)
@@ -115,15 +120,29 @@ def test_residency_weighs_the_load_against_the_queue() -> None:
     assert choose("rank_aware_residency", cold, warm).instance_id == "cold"
 
 
-def test_residency_avoids_a_server_without_room() -> None:
-    full = instance("full", 1, kv_tokens_total=100.0, kv_tokens_used=90.0)
-    assert choose("rank_aware_residency", full, instance("free", 9)).instance_id == "free"
-    assert choose("rank_aware", full, instance("free", 9)).instance_id == "full"
+@pytest.mark.parametrize("name", ["rank_aware", "rank_aware_residency"])
+@pytest.mark.parametrize(
+    "limits",
+    [{"kv_tokens_total": 100.0, "kv_tokens_used": 90.0}, {"max_num_seqs": 1.0}],
+    ids=["cache", "seqs"],
+)
+def test_a_server_without_room_is_avoided(name: str, limits: dict[str, Any]) -> None:
+    full = instance("full", 1, **limits)
+    assert choose(name, full, instance("free", 9)).instance_id == "free"
 
 
-def test_residency_takes_a_full_server_rather_than_none() -> None:
-    full = instance("full", 3, kv_tokens_total=10.0)
-    assert not choose("rank_aware_residency", full).breaks_slo
+@pytest.mark.parametrize("name", ["rank_aware", "rank_aware_residency"])
+def test_a_full_server_is_taken_rather_than_none(name: str) -> None:
+    fuller = instance("fuller", 3, max_num_seqs=1.0)
+    choice = choose(name, fuller, instance("full", 2, max_num_seqs=1.0))
+    assert (choice.instance_id, choice.breaks_slo) == ("full", False)
+
+
+def test_a_server_with_room_is_taken_rather_than_a_full_one_that_keeps_the_slo() -> None:
+    policy = make_policy("rank_aware", PolicySettings(slo_tpt_ms=34.0))
+    full = instance("full", 1, max_num_seqs=1.0)
+    choice = choose(policy, full, instance("busy", 20))
+    assert (choice.instance_id, choice.breaks_slo) == ("busy", True)
 
 
 def test_first_fit_fills_the_first_before_the_second() -> None:

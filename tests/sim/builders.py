@@ -24,6 +24,7 @@ EXTENDED = PerfModel(
                 "rank_sum": 0.001,
                 "distinct_rank_sum": 0.003,
                 "context_tokens": 0.0007,
+                "sequences": 0.005,
             }
         )
     },
@@ -36,6 +37,8 @@ EXTENDED = PerfModel(
                 "rank_sum": 2e-4,
                 "distinct_rank_sum": 0.01,
                 "context_tokens": 1e-5,
+                "sequences": 0.2,
+                "gathered_tokens": 0.001,
             }
         )
     },

@@ -91,9 +91,23 @@ def test_modes_have_the_engines_names() -> None:
 # --- placement ---
 
 
-def make_pool(sizes: list[int], capacity: int, *, host: int = 0) -> Pool:
-    config = make_config(EXTENDED, mode="pipelined", device_pool_bytes=capacity, host_store_bytes=host)
+def make_pool(sizes: list[int], capacity: int, *, host: int = 0, eviction: str = "value") -> Pool:
+    config = make_config(
+        EXTENDED,
+        mode="pipelined",
+        device_pool_bytes=capacity,
+        host_store_bytes=host,
+        eviction=eviction,
+    )
     return Pool(config, sizes)
+
+
+def use(pool: Pool, *adapters: int) -> None:
+    """Each by one request, one after another."""
+    for adapter in adapters:
+        assert pool.try_acquire(adapter, 0.0) is Admission.READY
+        pool.release(adapter)
+        pool.end_loads()
 
 
 def test_a_load_takes_its_bytes_over_the_link_and_loads_queue() -> None:
@@ -106,28 +120,39 @@ def test_a_load_takes_its_bytes_over_the_link_and_loads_queue() -> None:
 
 def test_a_resident_adapter_is_not_loaded_again() -> None:
     pool = make_pool([10], 100)
-    pool.try_acquire(0, 0.0)
-    pool.release(0)
-    pool.try_acquire(0, 0.0)
+    use(pool, 0, 0)
     assert (pool.num_loads, pool.num_hits) == (1, 1)
     pool.check_integrity()
 
 
 def test_the_least_recently_used_idle_adapter_makes_room() -> None:
+    pool = make_pool([40, 40, 40], 100, eviction="lru")
+    use(pool, 0, 1, 0, 2)
+    assert [pool.holds(a) for a in range(3)] == [True, False, True]
+    pool.check_integrity()
+
+
+def test_the_least_valuable_idle_adapter_makes_room() -> None:
     pool = make_pool([40, 40, 40], 100)
-    for adapter in (0, 1):
-        pool.try_acquire(adapter, 0.0)
-        pool.release(adapter)
+    use(pool, 0, 0, 0, 1, 2)
+    assert [pool.holds(a) for a in range(3)] == [True, False, True]
+    pool.check_integrity()
+
+
+def test_an_adapter_is_not_evicted_before_the_step_that_loads_it_has_ended() -> None:
+    pool = make_pool([60, 60], 100)
     pool.try_acquire(0, 0.0)
     pool.release(0)
-    assert pool.try_acquire(2, 0.0) is Admission.READY
-    assert [pool.holds(a) for a in range(3)] == [True, False, True]
+    assert pool.try_acquire(1, 0.0) is Admission.NO_ROOM
+    pool.end_loads()
+    assert pool.try_acquire(1, 0.0) is Admission.READY
     pool.check_integrity()
 
 
 def test_adapters_in_use_are_never_evicted() -> None:
     pool = make_pool([60, 60], 100)
     pool.try_acquire(0, 0.0)
+    pool.end_loads()
     assert pool.try_acquire(1, 0.0) is Admission.NO_ROOM
     assert pool.victims_for(1) == [0]
     pool.release(0)

@@ -1,8 +1,10 @@
-"""`toppings bench modes`, `toppings bench requests` and `toppings report`; aiohttp is imported on use."""
+"""`toppings bench`, `toppings report`, `toppings profile batches`; aiohttp and torch are imported on use."""
 
 import asyncio
 import json
+import shlex
 import signal
+import sys
 import tempfile
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -15,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from toppings.bench import figures, tables
 from toppings.bench.apis import APIS
+from toppings.bench.batch_steps import MAX_SECONDS, BatchSpec
 from toppings.bench.comparison import HOMES, REFERENCE_MODE, Comparison, ModesSpec
 from toppings.bench.load import POPULARITIES, PROMPT_FORMS, LoadShape
 from toppings.bench.machine import describe_machine
 from toppings.bench.report import read_report
 from toppings.config import MODES, Config
+from toppings.sim.cli import parse_ranks
 
 if TYPE_CHECKING:
     from toppings.bench.requests import RequestsResult
@@ -172,6 +176,39 @@ def report(
     _write_json(json_file, {"benchmark": "report", "logs": str(logs), **result.to_json()})
     if figure is not None:
         figures.draw_report(result, figure)
+
+
+def profile_batches(
+    *,
+    seconds: Annotated[
+        float, typer.Option(help=f"time to measure, at most {MAX_SECONDS:g}; setting up comes on top")
+    ] = BatchSpec.seconds,
+    ranks: Annotated[str, typer.Option(help="of the random adapters that are made")] = "8,16,32,64",
+    targets: Annotated[str, typer.Option(help="their projections")] = ",".join(BatchSpec.targets),
+    json_file: JsonFile = None,
+    figure: FigureFile = None,
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Time steps of many batches and fit what they cost; a server with the same settings tells routers so."""
+    figures.check_figure_file(figure)
+    spec = BatchSpec(seconds, parse_ranks(ranks), tuple(targets.split(",")))
+    engine = Config.from_settings(settings, Config.from_yaml(config) if config else None).engine
+    from toppings.bench import batch_profile
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def on_progress(what: str, share: float) -> None:
+            progress.update(task, description=what, completed=min(share, 1.0))
+
+        command = f"toppings {shlex.join(sys.argv[1:])}"
+        profile, path = batch_profile.profile_batches(engine, spec, command=command, on_progress=on_progress)
+    Console().print(tables.perf_model_table(profile.model))
+    Console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    _write_json(json_file, profile.to_json())
+    if figure is not None:
+        figures.draw_batch_profile(profile, figure)
 
 
 def _compare(spec: ModesSpec, work_dir: Path | None) -> Comparison:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toppings.cluster.perf_model import (
     DECODE_FORMS,
@@ -19,6 +20,8 @@ from toppings.cluster.perf_model import (
 )
 
 MIN_OBSERVATIONS = 8
+HELD_OUT_SHARE = 0.3
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ def fit_perf_model(
     prefill: Sequence[Observation],
     *,
     origin: str,
-    held_out_share: float = 0.25,
+    held_out_share: float = HELD_OUT_SHARE,
     seed: int = 0,
 ) -> PerfModel:
     """Every form fitted to the same batches; the one with the best held-out R2 is the one that is used.
@@ -63,15 +66,20 @@ def _fit_forms(
         raise ValueError(f"{len(observations)} {kind} steps to fit; at least {MIN_OBSERVATIONS} are needed")
     features = np.stack([batch_features(o.rows) for o in observations])
     ms = np.array([o.ms for o in observations])
-    order = np.random.default_rng(seed).permutation(len(ms))
-    num_held_out = max(2, round(held_out_share * len(ms)))
-    fitted, held_out = order[num_held_out:], order[:num_held_out]
+    fitted, held_out = hold_out(len(ms), held_out_share, seed)
     models = {}
     for form, names in forms.items():
         model = fit_linear(features[fitted], ms[fitted], names)
         report = evaluate(model, features[held_out], ms[held_out], num_fitted=len(fitted))
         models[form] = LinearModel(model.coefficients, report)
     return models
+
+
+def hold_out(num: int, share: float = HELD_OUT_SHARE, seed: int = 0) -> tuple[IntArray, IntArray]:
+    """Which of `num` steps are fitted to, and which are held out of the fit to judge it: indices of both."""
+    order = np.random.default_rng(seed).permutation(num)
+    num_held_out = max(2, round(share * num))
+    return order[num_held_out:], order[:num_held_out]
 
 
 def fit_linear(

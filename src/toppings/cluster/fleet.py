@@ -4,47 +4,42 @@ The router and the simulator both keep one; every change costs a few scalar oper
 walks over requests. Knows nothing of HTTP and has no clock.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 
+from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.instances import COLUMNS, DECODE, LISTS, PREFILL, Instances
-from toppings.cluster.perf_model import (
-    CONTEXT_TOKENS,
-    DISTINCT_RANK_SUM,
-    PADDED_RANKS,
-    RANK_SUM,
-    STEPS,
-    TOKENS,
-    FloatArray,
-    PerfModel,
-)
+from toppings.cluster.perf_model import CONTEXT_TOKENS, DISTINCT_RANK_SUM, STEPS, PerfModel
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
-
-Key = TypeVar("Key", int, str)
 
 
 @dataclass(slots=True)
 class _Account:
-    """What the columns cannot hold of one instance: its requests, and how many there are of each rank."""
+    """Of one instance: `active` sums up all its requests as a decode batch, `waiting` those that wait as a
+    prefill batch.
+    """
 
     perf_model: PerfModel
     running: dict[str, RequestSnapshot] = field(default_factory=dict)
     num_generated: dict[str, int] = field(default_factory=dict)
-    ranks: Counter[int] = field(default_factory=Counter)
-    queued_ranks: Counter[int] = field(default_factory=Counter)
+    active: BatchSums = field(default_factory=BatchSums)
+    waiting: BatchSums = field(default_factory=BatchSums)
 
 
 class Fleet(Instances):
-    """Instances whose accounts can be changed. Unknown ids raise KeyError."""
+    """Instances whose accounts can be changed. Unknown ids raise KeyError.
+
+    The columns of an instance that changed are written when they are next read: policies that read none of
+    them pay nothing.
+    """
 
     def __init__(self, snapshots: Iterable[InstanceSnapshot] = ()) -> None:
         super().__init__()
         self._rows: dict[str, int] = {}
         self._accounts: list[_Account] = []
+        self._changed: set[int] = set()  # rows whose columns are behind their accounts
         for snapshot in snapshots:
             self.add_instance(snapshot)
 
@@ -54,18 +49,20 @@ class Fleet(Instances):
         """Raises ValueError where there is one of that id."""
         if snapshot.instance_id in self._rows:
             raise ValueError(f"instance {snapshot.instance_id!r} is in the fleet already")
+        self._settle()
         for name in COLUMNS:
             column = getattr(self, name)
             empty = np.zeros_like(column, shape=(*column.shape[:-1], 1))
             setattr(self, name, np.append(column, empty, axis=-1))
         row = self._rows[snapshot.instance_id] = len(self.ids)
         self.ids.append(snapshot.instance_id)
-        self.active.append({})
+        account = _Account(snapshot.perf_model)
+        self._accounts.append(account)
+        self.active.append(account.active.adapters)
         self.queued.append({})
-        self.queued_adapters.append({})
+        self.queued_adapters.append(account.waiting.adapters)
         self.on_device.append(set(snapshot.on_device))
         self.on_host.append(set(snapshot.on_host))
-        self._accounts.append(_Account(snapshot.perf_model))
         self.is_open[row] = snapshot.is_open
         self.set_perf_model(snapshot.instance_id, snapshot.perf_model)
         self.set_limits(
@@ -82,6 +79,7 @@ class Fleet(Instances):
 
     def remove_instance(self, instance_id: str) -> None:
         """Forget an instance; the rows behind it move up."""
+        self._settle()
         row = self._rows.pop(instance_id)
         for name in COLUMNS:
             setattr(self, name, np.delete(getattr(self, name), row, axis=-1))
@@ -98,6 +96,7 @@ class Fleet(Instances):
         self._accounts[row].perf_model = model
         self.models[DECODE, :, row] = model.decode.vector
         self.models[PREFILL, :, row] = model.prefill.vector
+        self.models[PREFILL, STEPS, row] -= model.shared_ms  # prefills are asked about where others decode
         self.uses_distinct_ranks = bool(self.models[:, DISTINCT_RANK_SUM].any())
         self.link_ms_per_byte[row] = model.load_ms(1.0, is_on_host=True)
         self.disk_ms_per_byte[row] = model.load_ms(1.0, is_on_host=False) - self.link_ms_per_byte[row]
@@ -125,22 +124,27 @@ class Fleet(Instances):
         if request.request_id in waiting or request.request_id in account.running:
             raise ValueError(f"request {request.request_id!r} is on instance {instance_id!r} already")
         waiting[request.request_id] = request
-        self._count_queued(row, request, 1)
-        self._count_active(row, request, 1, float(request.prompt_tokens))
+        tokens = request.prompt_tokens
+        account.waiting.add(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
+        account.active.add(request, tokens=1, context=tokens)
+        self._changed.add(row)
 
     def start(self, instance_id: str, request_id: str) -> None:
         """The request got its first token: it waits no longer."""
         row = self._rows[instance_id]
-        request = self.queued[row].pop(request_id)
-        self._accounts[row].running[request_id] = request
-        self._count_queued(row, request, -1)
+        account, request = self._accounts[row], self.queued[row].pop(request_id)
+        account.running[request_id] = request
+        tokens = request.prompt_tokens
+        account.waiting.remove(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
+        self._changed.add(row)
 
     def grow(self, instance_id: str, request_id: str, num_tokens: int) -> None:
         """A running request generated `num_tokens` more."""
         row = self._rows[instance_id]
-        generated = self._accounts[row].num_generated
-        generated[request_id] = generated.get(request_id, 0) + num_tokens
-        self.batches[DECODE, CONTEXT_TOKENS, row] += num_tokens
+        account = self._accounts[row]
+        account.num_generated[request_id] = account.num_generated.get(request_id, 0) + num_tokens
+        account.active.context_tokens += num_tokens
+        self._changed.add(row)
 
     def finish(self, instance_id: str, request_id: str) -> None:
         """The request ended there, or left: whatever it counted for is taken back."""
@@ -149,8 +153,9 @@ class Fleet(Instances):
         if request_id in self.queued[row]:
             self.start(instance_id, request_id)
         request = account.running.pop(request_id)
-        context = float(request.prompt_tokens + account.num_generated.pop(request_id, 0))
-        self._count_active(row, request, -1, context)
+        context = request.prompt_tokens + account.num_generated.pop(request_id, 0)
+        account.active.remove(request, tokens=1, context=context)
+        self._changed.add(row)
 
     def instance(self, instance_id: str) -> InstanceSnapshot:
         """One instance as a frozen snapshot."""
@@ -171,6 +176,7 @@ class Fleet(Instances):
 
     def check_integrity(self) -> None:
         """Recount every instance from its requests; AssertionError where a running sum is off."""
+        self._settle()
         for row, instance_id in enumerate(self.ids):
             account, snapshot = self._accounts[row], self.instance(instance_id)
             recounted = Fleet([snapshot])
@@ -181,52 +187,14 @@ class Fleet(Instances):
             assert self.active[row] == recounted.active[0], instance_id
             assert set(account.num_generated) <= set(account.running), instance_id
 
-    # --- sums ---
+    # --- columns ---
 
-    def _count_queued(self, row: int, request: RequestSnapshot, sign: int) -> None:
-        account, tokens = self._accounts[row], float(request.prompt_tokens)
-        attended = tokens * (tokens + 1) / 2
-        batch = self.batches[PREFILL, :, row]
-        self.max_ranks[PREFILL, row] = _add(
-            batch, account.queued_ranks, request, sign, tokens=tokens, context=attended
-        )
-        if request.adapter is not None and _count(self.queued_adapters[row], request.adapter, sign):
-            batch[DISTINCT_RANK_SUM] += sign * request.rank
-
-    def _count_active(self, row: int, request: RequestSnapshot, sign: int, context: float) -> None:
-        batch = self.batches[DECODE, :, row]
-        self.max_ranks[DECODE, row] = _add(
-            batch, self._accounts[row].ranks, request, sign, tokens=1.0, context=context
-        )
-        if request.adapter is not None and _count(self.active[row], request.adapter, sign):
-            batch[DISTINCT_RANK_SUM] += sign * request.rank
-
-
-def _add(
-    batch: FloatArray,
-    ranks: Counter[int],
-    request: RequestSnapshot,
-    sign: int,
-    *,
-    tokens: float,
-    context: float,
-) -> int:
-    """Add (`sign` 1) or take away (-1) a request from a batch's features [F]; its largest rank after that."""
-    _count(ranks, request.rank, sign)
-    max_rank = max(ranks, default=0)
-    batch[STEPS] = 1.0 if ranks else 0.0
-    batch[TOKENS] += sign * tokens
-    batch[PADDED_RANKS] = batch[TOKENS] * max_rank
-    batch[RANK_SUM] += sign * tokens * request.rank
-    batch[CONTEXT_TOKENS] += sign * context
-    return max_rank
-
-
-def _count(counts: dict[Key, int], key: Key, sign: int) -> bool:
-    """Add `sign` to a count; True where the key came or went with it."""
-    count = counts.get(key, 0) + sign
-    if count:
-        counts[key] = count
-        return count == sign
-    del counts[key]
-    return True
+    def _settle(self) -> None:
+        if not self._changed:
+            return
+        for row in self._changed:
+            account = self._accounts[row]
+            for kind, sums in ((DECODE, account.active), (PREFILL, account.waiting)):
+                self._batches[kind, :, row] = sums.features()
+                self._max_ranks[kind, row] = sums.max_rank
+        self._changed.clear()

@@ -25,9 +25,9 @@ DECODE, PREFILL = 0, 1
 
 COLUMNS = (
     "is_open",
-    "batches",
+    "_batches",
     "models",
-    "max_ranks",
+    "_max_ranks",
     "kv_tokens_total",
     "kv_tokens_used",
     "max_num_seqs",
@@ -53,9 +53,9 @@ class Instances:
 
     def __init__(self) -> None:
         self.is_open: BoolArray = np.zeros(0, dtype=np.bool_)
-        self.batches: FloatArray = np.zeros((2, len(FEATURES), 0))
+        self._batches: FloatArray = np.zeros((2, len(FEATURES), 0))
         self.models: FloatArray = np.zeros((2, len(FEATURES), 0))
-        self.max_ranks: FloatArray = np.zeros((2, 0))
+        self._max_ranks: FloatArray = np.zeros((2, 0))
         self.kv_tokens_total, self.kv_tokens_used = np.zeros(0), np.zeros(0)
         self.max_num_seqs, self.max_adapters = np.zeros(0), np.zeros(0)
         self.link_ms_per_byte, self.disk_ms_per_byte = np.zeros(0), np.zeros(0)
@@ -69,6 +69,19 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def _settle(self) -> None:
+        """Bring the columns up to date, before they are read."""
+
+    @property
+    def batches(self) -> FloatArray:
+        self._settle()
+        return self._batches
+
+    @property
+    def max_ranks(self) -> FloatArray:
+        self._settle()
+        return self._max_ranks
 
     @property
     def num_requests(self) -> FloatArray:
@@ -105,18 +118,20 @@ class Instances:
         return load_ms
 
     def step_ms(self) -> FloatArray:
-        """What the decode and the prefill batch would take by the models, ms [2, N]; 0 for an empty one."""
+        """What the decode batch, and beside decodes the prefill batch, would take by the models, ms [2, N];
+        0 for an empty one.
+        """
         ms: FloatArray = np.einsum("bfn,bfn->bn", self.models, self.batches)
         return ms
 
     def step_ms_with(self, request: RequestSnapshot) -> FloatArray:
         """What they would take with the request added, ms [2, N]."""
         rank, tokens = request.rank, request.prompt_tokens
-        decode = (0, 1, 0, rank, rank, tokens)
-        prefill = (0, tokens, 0, tokens * rank, rank, tokens * (tokens + 1) / 2)
+        decode = (0, 1, 0, rank, rank, tokens, 1, 0)
+        prefill = (0, tokens, 0, tokens * rank, rank, tokens * (tokens + 1) / 2, 1, 0)
         added = self.batches + np.array(decode + prefill).reshape(2, len(FEATURES), 1)
         added[:, STEPS] = 1.0
-        np.multiply(added[:, TOKENS], np.maximum(self.max_ranks, rank), out=added[:, PADDED_RANKS])
+        np.multiply(added[:, TOKENS], np.maximum(self._max_ranks, rank), out=added[:, PADDED_RANKS])
         if self.uses_distinct_ranks and request.adapter is not None:
             added[DECODE, DISTINCT_RANK_SUM, rows_with(request.adapter, self.active)] -= rank
             added[PREFILL, DISTINCT_RANK_SUM, rows_with(request.adapter, self.queued_adapters)] -= rank
@@ -131,6 +146,7 @@ class Instances:
 
     def take(self, rows: IntArray) -> "Instances":
         """The instances of `rows` [K] as columns of their own; a choice among them has its row in 0..K-1."""
+        self._settle()
         taken = Instances()
         for name in COLUMNS:
             setattr(taken, name, getattr(self, name)[..., rows])

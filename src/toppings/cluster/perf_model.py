@@ -16,16 +16,24 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-FEATURES = ("steps", "tokens", "padded_ranks", "rank_sum", "distinct_rank_sum", "context_tokens")
+FEATURES = (
+    *("steps", "tokens", "padded_ranks", "rank_sum", "distinct_rank_sum", "context_tokens"),
+    *("sequences", "gathered_tokens"),
+)
 """Of a batch whose item i has t_i tokens of rank r_i: 1 | sum t | sum t * max r | sum t*r | sum of r over
-distinct adapters | sum over tokens of the keys each attends to. For decode t_i = 1, so `tokens` is |S|."""
+distinct adapters | sum over tokens of the keys each attends to | number of items | sum over items of t_i > 1
+of the tokens cached before. For decode t_i = 1, so `tokens` is |S|.
 
-STEPS, TOKENS, PADDED_RANKS, RANK_SUM, DISTINCT_RANK_SUM, CONTEXT_TOKENS = range(len(FEATURES))
+Decoding reads keys where they are in the cache; a chunk that continues a prompt gathers them first."""
+
+STEPS, TOKENS, PADDED_RANKS, RANK_SUM, DISTINCT_RANK_SUM, CONTEXT_TOKENS, SEQUENCES, GATHERED_TOKENS = range(
+    len(FEATURES)
+)
 
 DECODE_FORMS: dict[str, tuple[str, ...]] = {
     "bgmv": ("steps", "padded_ranks"),
     "mbgmv": ("steps", "rank_sum"),
-    "extended": FEATURES,
+    "extended": FEATURES[:SEQUENCES],  # a decode's `sequences` are its `tokens`, and nothing is gathered
 }
 PREFILL_FORMS: dict[str, tuple[str, ...]] = {
     "tokens": ("steps", "tokens"),
@@ -65,6 +73,8 @@ def batch_features(rows: Iterable[BatchRow]) -> FloatArray:
             sum(row.num_tokens * row.rank for row in rows),
             sum(rank for _, rank in distinct),
             sum(row.num_attended for row in rows),
+            len(rows),
+            sum(row.num_context for row in rows if row.num_tokens > 1),
         ]
     )
 
@@ -110,6 +120,8 @@ class PerfModel:
 
     `origin` says where the numbers come from and what limits them. `link_gbps` and `disk_gbps` (GB/s) are
     what an adapter's load runs at; None where unknown, and loads are then predicted to be free.
+    `prefill_interrupts`: a prefill is a step of its own, for which decoding stands still, as in the published
+    system; otherwise, as here, one step does both.
     """
 
     origin: str
@@ -119,6 +131,7 @@ class PerfModel:
     prefill_form: str
     link_gbps: float | None = None
     disk_gbps: float | None = None
+    prefill_interrupts: bool = False
     details: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,15 +157,21 @@ class PerfModel:
         prefill_form = decode_form if has_prefill else self.prefill_form
         return replace(self, decode_form=decode_form, prefill_form=prefill_form)
 
-    def step_ms(self, *, decode: FloatArray, prefill: FloatArray) -> float:
-        """ms of one step that runs a decode batch and prefill chunks together, from their features [F].
-
-        The step's fixed cost is paid once: the larger of the two.
+    @property
+    def shared_ms(self) -> float:
+        """What decodes and prefills save by sharing a step: its fixed cost is paid once, the larger of the
+        two.
         """
+        if self.prefill_interrupts:
+            return 0.0
+        return float(min(self.decode.vector[STEPS], self.prefill.vector[STEPS]))
+
+    def step_ms(self, *, decode: FloatArray, prefill: FloatArray) -> float:
+        """ms that a decode batch and prefill chunks take together, from their features [F]."""
         parts = float(self.decode.predict(decode)) + float(self.prefill.predict(prefill))
         if not (decode[STEPS] and prefill[STEPS]):
             return parts
-        return parts - float(min(self.decode.vector[STEPS], self.prefill.vector[STEPS]))
+        return parts - self.shared_ms
 
     def load_ms(self, num_bytes: float, *, is_on_host: bool) -> float:
         """ms until an adapter of `num_bytes` that is not on the device is there, from host memory or disk."""

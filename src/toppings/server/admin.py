@@ -56,6 +56,8 @@ async def stats(request: Request) -> Response:
             "is_draining": state.is_draining,
             "num_adapters": state.registry.count(),
             "max_lora": num_slots(engine),
+            "max_num_seqs": state.client.info.max_num_seqs,
+            "perf_model": state.perf_model,
             "running_adapters": [state.name_of(i) for i in running],
             "waiting_adapters": [state.name_of(i) for i in waiting],
             **content,

@@ -4,6 +4,7 @@ from fastapi import FastAPI
 
 from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
+from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.server import admin, chat, completions, generate, models
 from toppings.server.adapters import AdapterAdmin
@@ -15,10 +16,17 @@ from toppings.server.state import Client, ServerState
 from toppings.text import TextModel
 
 
-def create_app(client: Client, registry: AdapterRegistry, text_model: TextModel, config: Config) -> FastAPI:
+def create_app(
+    client: Client,
+    registry: AdapterRegistry,
+    text_model: TextModel,
+    config: Config,
+    perf_model: PerfModel | None = None,
+) -> FastAPI:
     """An application that owns none of what it is given; `app.state.toppings` is its ServerState."""
     app = FastAPI(title="Toppings", version=__version__, description="Many LoRA adapters of one base model.")
-    state = ServerState(client, registry, text_model, config, Metrics(client.info.model_name))
+    metrics = Metrics(client.info.model_name)
+    state = ServerState(client, registry, text_model, config, metrics, perf_model)
     app.state.toppings = state
     app.state.admin = AdapterAdmin(state)
     # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.

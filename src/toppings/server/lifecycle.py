@@ -14,6 +14,8 @@ import yaml
 from fastapi import FastAPI
 
 from toppings.adapters.registry import AdapterRegistry
+from toppings.cluster.measured import read_perf_model
+from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
@@ -80,24 +82,25 @@ async def _serve(config: Config) -> int:
             with suppress(asyncio.CancelledError):
                 await startup
             return 0
-        client, registry, text = startup.result()
+        client, registry, text, perf_model = startup.result()
         try:
-            app = create_app(client, registry, text, config)
+            app = create_app(client, registry, text, config, perf_model)
             return await run_until_stopped(config, app, client, listener, stop)
         finally:
             await client.shutdown(0.0)
             registry.close()
 
 
-async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel]:
+async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel, PerfModel | None]:
     """The engine reads the model while adapters are registered here, and the registry once they are."""
     registering = asyncio.create_task(asyncio.to_thread(_registry, config))
     log = EngineLog(config.server.log_level, str(log_file(config)))
     client = asyncio.create_task(EngineClient.start(config.engine, after=registering, log=log))
     try:
         registry = await registering  # before the tokeniser: two threads must not import transformers at once
+        perf_model = read_perf_model(config.server.perf_model_file, config.engine, registry)
         text = await asyncio.to_thread(_text_model, config)
-        return await client, registry, text
+        return await client, registry, text, perf_model
     except BaseException:
         client.cancel()
         with suppress(asyncio.CancelledError, Exception):

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRegistry
+from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
 from toppings.demo import demo_model_dir
@@ -65,13 +66,20 @@ class ServerState:
     """One per application; used from its event loop only."""
 
     def __init__(
-        self, client: Client, registry: AdapterRegistry, text: TextModel, config: Config, metrics: Metrics
+        self,
+        client: Client,
+        registry: AdapterRegistry,
+        text: TextModel,
+        config: Config,
+        metrics: Metrics,
+        perf_model: PerfModel | None = None,
     ) -> None:
         self.client = client
         self.registry = registry
         self.text = text
         self.config = config
         self.metrics = metrics
+        self.perf_model = perf_model
         self.is_draining = False
         self.started_at = int(time.time())
         self._leases: set[Lease] = set()

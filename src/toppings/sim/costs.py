@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from toppings.cluster.perf_model import (
     CONTEXT_TOKENS,
     DISTINCT_RANK_SUM,
+    GATHERED_TOKENS,
     PADDED_RANKS,
     RANK_SUM,
+    SEQUENCES,
     STEPS,
     TOKENS,
     PerfModel,
@@ -63,6 +65,7 @@ class StepCosts:
         self._decode = tuple(float(c) for c in model.decode.vector)
         self._prefill = tuple(float(c) for c in model.prefill.vector)
         self.decode_context_ms = self._decode[CONTEXT_TOKENS]
+        self.shared_ms = model.shared_ms
 
     def decode_ms(self, sums: DecodeSums) -> float:
         """A decode step of these requests but for its context: add `decode_context_ms` per attended key."""
@@ -72,7 +75,7 @@ class StepCosts:
         padded = num * max(sums.ranks)
         return (
             decode[STEPS]
-            + decode[TOKENS] * num
+            + (decode[TOKENS] + decode[SEQUENCES]) * num
             + decode[PADDED_RANKS] * padded
             + decode[RANK_SUM] * sums.rank_sum
             + decode[DISTINCT_RANK_SUM] * sums.distinct_rank_sum
@@ -80,7 +83,7 @@ class StepCosts:
 
     def prefill_ms(self, items: Iterable[BatchItem]) -> float:
         """A step of prefill chunks alone."""
-        tokens, rank_tokens, max_rank, attended = 0, 0, 0, 0.0
+        tokens, rank_tokens, max_rank, attended, num, gathered = 0, 0, 0, 0.0, 0, 0
         distinct: dict[int | None, int] = {}
         for item in items:
             request, num_tokens = item.request, item.num_tokens
@@ -91,6 +94,8 @@ class StepCosts:
             max_rank = max(max_rank, rank)
             attended += num_tokens * (request.num_computed_tokens + (num_tokens + 1) / 2)
             distinct[request.adapter_id] = rank
+            num += 1
+            gathered += request.num_computed_tokens if num_tokens > 1 else 0
         prefill = self._prefill
         return (
             prefill[STEPS]
@@ -99,12 +104,9 @@ class StepCosts:
             + prefill[RANK_SUM] * rank_tokens
             + prefill[DISTINCT_RANK_SUM] * sum(distinct.values())
             + prefill[CONTEXT_TOKENS] * attended
+            + prefill[SEQUENCES] * num
+            + prefill[GATHERED_TOKENS] * gathered
         )
-
-    @property
-    def shared_ms(self) -> float:
-        """What a step that decodes and prefills saves over the two alone: its fixed cost is paid once."""
-        return min(self._decode[STEPS], self._prefill[STEPS])
 
 
 def to_ns(ms: float) -> int:

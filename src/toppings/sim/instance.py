@@ -17,8 +17,8 @@ from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 
 
 class Outcome(NamedTuple):
-    """Requests that got their first token with a step, and those that ended with it; both in order of
-    arrival.
+    """Requests that got their first token with a step, and those that ended with it; both in the order of
+    its batch, in which the engine ends them too.
     """
 
     started: list[SimRequest]
@@ -90,11 +90,13 @@ class Instance:
         if scheduler.sums.num:
             self.num_tokens += scheduler.sums.num * run.num_steps
             scheduler.advance(run.num_steps)
-            outcome.ended.extend(scheduler.pop_ended())
+            if ended := scheduler.pop_ended():
+                outcome.ended.extend(sorted(ended, key=_decode_order))
         if run.batch is not None:
             self._end_batch(run.batch, outcome)
         for request in outcome.ended:
             scheduler.finish(request)
+        self.placement.end_loads()
         return outcome
 
     def _end_batch(self, batch: Batch, outcome: Outcome) -> None:
@@ -111,9 +113,6 @@ class Instance:
                 outcome.ended.append(request)
             else:
                 self.scheduler.join(request)
-        if len(batch.items) > 1 or len(outcome.ended) > 1:
-            for requests in outcome:
-                requests.sort(key=lambda request: request.index)
 
     # --- how long steps take ---
 
@@ -147,8 +146,8 @@ class Instance:
         scheduler, costs = self.scheduler, self._costs
         num_steps = scheduler.steps_with_pages(num_steps)
         fixed_ms = costs.decode_ms(scheduler.sums)
-        if not costs.decode_context_ms:
-            run = Run(now, num_steps, to_ns(fixed_ms))
+        if not costs.decode_context_ms or num_steps == 1:
+            run = Run(now, num_steps, to_ns(fixed_ms + costs.decode_context_ms * scheduler.context_sum))
         else:
             context = scheduler.context_sum + scheduler.sums.num * np.arange(num_steps)
             times = np.rint((fixed_ms + costs.decode_context_ms * context) * NS_PER_MS).astype(np.int64)
@@ -193,6 +192,12 @@ class Instance:
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
         self.placement.check_integrity()
+
+
+def _decode_order(request: SimRequest) -> tuple[int, int]:
+    """Of decodes in a batch: by adapter, then by arrival."""
+    assert request.adapter_id is not None
+    return request.adapter_id, request.index
 
 
 def _sums_of(batch: Batch) -> tuple[DecodeSums, int]:

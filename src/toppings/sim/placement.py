@@ -1,13 +1,14 @@
 """Where a simulated server's adapters are: what its scheduler asks instead of the engine's manager.
 
 `now_ns` is set by the instance before it calls the scheduler. Loads that a scheduling step began are taken
-with `pop_loads`; the step waits for them, so that none is under way after it. Least recently used leaves
-first.
+with `pop_loads`; the step waits for them, so that none is under way after it, which the instance tells with
+`end_loads`. Who leaves first is the engine's own policy (adapters/eviction.py), asked as the engine asks it.
 """
 
 from collections.abc import Collection
 from typing import Protocol
 
+from toppings.adapters.eviction import least_valuable, make_policy
 from toppings.core import Admission
 from toppings.sim.host_tier import HostTier
 from toppings.sim.loading import Load
@@ -32,6 +33,7 @@ class SimPlacement(Protocol):
     def victims_for(self, adapter_id: int) -> list[int]: ...
 
     def pop_loads(self) -> list[Load]: ...
+    def end_loads(self) -> None: ...
 
     def next_ready_ns(self) -> int | None:
         """When the next read from disk ends; None where none is under way."""
@@ -75,6 +77,9 @@ class AllResident:
     def pop_loads(self) -> list[Load]:
         return []
 
+    def end_loads(self) -> None:
+        pass
+
     def next_ready_ns(self) -> int | None:
         return None
 
@@ -89,16 +94,21 @@ class AllResident:
 
 
 class Pool:
-    """A device pool of so many bytes, filled over a link that carries one load after another."""
+    """A device pool of so many bytes, filled over a link that carries one load after another.
+
+    Any free bytes serve: the engine's fragments are joined by compaction, but for blocks that are loading.
+    """
 
     def __init__(self, config: SimConfig, adapter_bytes: list[int]) -> None:
         self.now_ns = self.num_hits = self.num_loads = 0
         self._bytes = adapter_bytes
         self._capacity_bytes = config.device_pool_bytes
-        self._ns_per_byte = config.perf_model.load_ms(1.0, is_on_host=True) * NS_PER_MS
+        self._perf_model, self._latency_ms = config.perf_model, config.load_latency_ms
+        self._policy = make_policy(config.eviction)
         self._host = HostTier(config, adapter_bytes) if config.host_store_bytes else None
-        self._num_users: dict[int, int] = {}
-        self._idle: dict[int, None] = {}  # of those with no user, least recently used first
+        self._num_users: dict[int, int] = {}  # of those that have room, first to last
+        self._loading: dict[int, None] = {}
+        self._idle: dict[int, None] = {}  # of those with no user and no load, first to last
         self._used_bytes = self._idle_bytes = 0
         self._link_free_ns = 0
         self._loads: list[Load] = []
@@ -123,27 +133,31 @@ class Pool:
         else:
             self.num_hits += 1
             self._num_users[adapter_id] = num_users + 1
-            if not num_users:
+            if adapter_id in self._idle:
                 del self._idle[adapter_id]
                 self._idle_bytes -= self._bytes[adapter_id]
+        self._policy.touch(adapter_id, self._bytes[adapter_id])
         return Admission.READY
 
     def release(self, adapter_id: int) -> None:
         self._num_users[adapter_id] -= 1
-        if not self._num_users[adapter_id]:
-            self._idle[adapter_id] = None
-            self._idle_bytes += self._bytes[adapter_id]
+        if not self._num_users[adapter_id] and adapter_id not in self._loading:
+            self._make_idle(adapter_id)
 
     def victims_for(self, adapter_id: int) -> list[int]:
-        room = self._capacity_bytes - self._used_bytes + self._idle_bytes
+        in_use = [a for a, num_users in self._num_users.items() if num_users]
+        room = self._capacity_bytes - sum(self._bytes[a] for a in in_use)
         victims = []
-        for victim, num_users in self._num_users.items():
+        for victim in least_valuable(self._policy, in_use):
             if room >= self._bytes[adapter_id]:
                 break
-            if num_users:
-                victims.append(victim)
-                room += self._bytes[victim]
+            victims.append(victim)
+            room += self._bytes[victim]
         return victims
+
+    def _make_idle(self, adapter_id: int) -> None:
+        self._idle[adapter_id] = None
+        self._idle_bytes += self._bytes[adapter_id]
 
     def _place(self, adapter_id: int) -> Admission:
         num_bytes = self._bytes[adapter_id]
@@ -155,24 +169,30 @@ class Pool:
             return Admission.LOADING
         if self._capacity_bytes - self._used_bytes + self._idle_bytes < num_bytes:
             return Admission.NO_ROOM
-        while self._capacity_bytes - self._used_bytes < num_bytes:
-            self._evict()
+        if self._capacity_bytes - self._used_bytes < num_bytes:
+            self._evict_for(num_bytes)
         self._num_users[adapter_id] = 1
         self._used_bytes += num_bytes
         self._load(adapter_id, num_bytes)
         return Admission.READY
 
-    def _evict(self) -> None:
-        victim = next(iter(self._idle))
-        del self._idle[victim], self._num_users[victim]
-        self._changed.append(victim)
-        self._used_bytes -= self._bytes[victim]
-        self._idle_bytes -= self._bytes[victim]
+    def _evict_for(self, num_bytes: int) -> None:
+        for victim in least_valuable(self._policy, self._idle):
+            if self._capacity_bytes - self._used_bytes >= num_bytes:
+                break
+            del self._idle[victim], self._num_users[victim]
+            self._policy.forget(victim, was_evicted=True)
+            self._changed.append(victim)
+            self._used_bytes -= self._bytes[victim]
+            self._idle_bytes -= self._bytes[victim]
 
     def _load(self, adapter_id: int, num_bytes: int) -> None:
+        load_ms = self._latency_ms + self._perf_model.load_ms(num_bytes, is_on_host=True)
         begin_at = max(self.now_ns, self._link_free_ns)
-        self._link_free_ns = begin_at + round(num_bytes * self._ns_per_byte)
+        self._link_free_ns = begin_at + round(load_ms * NS_PER_MS)
         self._loads.append(Load(adapter_id, begin_at, self._link_free_ns, num_bytes))
+        self._loading[adapter_id] = None
+        self._policy.touch(adapter_id, num_bytes)
         self._changed.append(adapter_id)
         self.num_loads += 1
 
@@ -188,6 +208,15 @@ class Pool:
         loads, self._loads = self._loads, []
         return loads
 
+    def end_loads(self) -> None:
+        """The step has ended, and with it the loads that it waited for."""
+        if not self._loading:
+            return
+        loaded, self._loading = self._loading, {}
+        for adapter_id in loaded:
+            if not self._num_users[adapter_id]:
+                self._make_idle(adapter_id)
+
     def next_ready_ns(self) -> int | None:
         return None if self._host is None else self._host.next_ready_ns(self.now_ns)
 
@@ -201,4 +230,5 @@ class Pool:
     def check_integrity(self) -> None:
         assert self._used_bytes == sum(self._bytes[a] for a in self._num_users) <= self._capacity_bytes
         assert self._idle_bytes == sum(self._bytes[a] for a in self._idle)
-        assert set(self._idle) == {a for a, num_users in self._num_users.items() if not num_users}
+        not_in_use = {a for a, num_users in self._num_users.items() if not num_users}
+        assert set(self._idle) == not_in_use - set(self._loading)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from toppings.adapters.eviction import POLICIES as EVICTION_POLICIES
 from toppings.cluster.perf_model import BatchRow, PerfModel
 from toppings.cluster.policies import POLICIES
 from toppings.config import ConfigError, EngineConfig
@@ -21,10 +22,12 @@ class SimConfig:
     named.
 
     `bytes_per_rank`: size of an adapter of rank 1, `num_layers` equal layers together. `host_store_bytes`:
-    0 where every adapter is in host memory from the start. `cpu_gflops`: what all CPU workers of a server
-    compute in 10^9 FLOP/s (0: none; `auto` is then `pipelined`), `round_trip_ms` what one layer's visit
-    there costs. `report_interval_s`: how often the router hears what a server holds. `slo_tpt_ms`:
-    objective (inf: none). `is_stepwise` runs every decode step on its own: the same result, slower.
+    0 where every adapter is in host memory from the start. `eviction`: which adapter leaves the device first.
+    `load_latency_ms`: what a load takes beside the time of its bytes.
+    `cpu_gflops`: what all CPU workers of a server compute in 10^9 FLOP/s (0: none; `auto` is then
+    `pipelined`), `round_trip_ms` what one layer's visit there costs. `report_interval_s`: how often the
+    router hears what a server holds. `slo_tpt_ms`: objective (inf: none). `is_stepwise` runs every decode
+    step on its own: the same result, slower.
 
     Raises ConfigError for a value out of its range.
     """
@@ -43,6 +46,8 @@ class SimConfig:
     max_adapter_wait_s: float = EngineConfig.max_adapter_wait_s
     device_pool_bytes: int = 8 * 2**30
     host_store_bytes: int = 0
+    eviction: str = EngineConfig.eviction
+    load_latency_ms: float = 0.0
     bytes_per_rank: int = LLAMA_7B_QKV_BYTES_PER_RANK
     num_layers: int = 32
     cpu_gflops: float = 0.0
@@ -53,7 +58,12 @@ class SimConfig:
     is_stepwise: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("policy", self.policy, POLICIES), ("mode", self.mode, MODES)):
+        choices = (
+            ("policy", self.policy, POLICIES),
+            ("mode", self.mode, MODES),
+            ("eviction", self.eviction, EVICTION_POLICIES),
+        )
+        for name, value, known in choices:
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         for name in _AT_LEAST_1:
@@ -62,7 +72,7 @@ class SimConfig:
         for name in ("report_interval_s", "migration_interval_s", "slo_tpt_ms"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("host_store_bytes", "max_adapter_wait_s", "cpu_gflops", "round_trip_ms", "seed"):
+        for name in _AT_LEAST_0:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -85,6 +95,14 @@ class SimConfig:
         return rank * self.bytes_per_rank
 
 
+_AT_LEAST_0 = (
+    "host_store_bytes",
+    "load_latency_ms",
+    "max_adapter_wait_s",
+    "cpu_gflops",
+    "round_trip_ms",
+    "seed",
+)
 _AT_LEAST_1 = (
     "num_instances",
     "max_num_seqs",

@@ -2,7 +2,7 @@
 
 Handlers return new events; only the loop has the clock and the queue. Of events at one instant, arrivals
 come first, then ends of steps, then reports and rebalancing; a request that arrives as a step ends is in
-the next one.
+the next one, and requests that arrive together at an idle server are in one step.
 """
 
 import gc
@@ -85,12 +85,13 @@ class Simulator:
         queue = self._first_events()
         last_at = 0
         progress_every = len(self.trace) // NUM_PROGRESS_CALLS + 1
+        handlers = self._handlers
         while queue and queue[0][0] <= until:
             event = heappop(queue)
             last_at, kind, target, _ = event
-            for new in self._handlers[kind](event):
+            for new in handlers[kind](event):
                 heappush(queue, new)
-            if on_progress is not None and kind == ARRIVAL and target % progress_every == 0:
+            if kind == ARRIVAL and on_progress is not None and target % progress_every == 0:
                 on_progress(target)
         return last_at
 
@@ -163,7 +164,7 @@ class Simulator:
             range(prompt),  # type: ignore[arg-type]  # its length is all that is ever asked
             ANY,
             adapter,
-            self._arrivals_ns[index] / NS_PER_S,
+            float(index),  # the scheduler only compares arrivals; an engine never sees two at one instant
             index=index,
             rank=self._ranks[adapter],
             num_to_generate=max(1, min(self._responses[index], room)),
@@ -182,7 +183,7 @@ class Simulator:
             return []
         self.records.sent(request, row)
         if instance.run is None:
-            return self._begin(row, now)
+            return [self._look_event(row, now)]
         return self._disturb(row, before)
 
     def _disturb(self, row: int, at: int) -> list[Event]:
@@ -197,10 +198,12 @@ class Simulator:
         if instance.run is not None:
             return [self._end_event(row)]
         wake_at = instance.wake_at()
-        if wake_at is None:
-            return []
+        return [] if wake_at is None else [self._look_event(row, wake_at)]
+
+    def _look_event(self, row: int, at: int) -> Event:
+        """An idle instance looks at those that wait: once all that arrive at that instant are there."""
         self._versions[row] += 1
-        return [(wake_at, STEP_END, row, self._versions[row])]
+        return at, STEP_END, row, self._versions[row]
 
     def _end_event(self, row: int) -> Event:
         run = self.instances[row].run

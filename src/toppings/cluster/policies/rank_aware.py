@@ -4,8 +4,10 @@ With PrePerf and DecPerf an instance's performance models:
     d_prefill = PrePerf(queue + i) - PrePerf(queue)
     d_decode  = DecPerf(running + queue + i) - DecPerf(running + queue)
     cost      = d_prefill / response length + d_decode, infinite where DecPerf(running + queue + i) > SLO
-and the request goes where cost x (running + queued requests) is least. A batch of nothing costs nothing.
-Where every instance would break the SLO: the least DecPerf(running + queue + i), and the choice is marked.
+and the request goes where cost x (running + queued requests) is least, among the instances that have room for
+it. A batch of nothing costs nothing; where prefills share their steps with decodes (`PerfModel.shared_ms`),
+PrePerf is what they add to those steps. Where every instance would break the SLO: the least DecPerf(running +
+queue + i), and the choice is marked. Where none has room: the fewest requests.
 """
 
 import math
@@ -34,20 +36,26 @@ def predict(request: RequestSnapshot, instances: Instances) -> Costs:
 
 
 def choose_within_slo(
-    totals: FloatArray, feasible: BoolArray, tpt: FloatArray, instances: Instances
+    totals: FloatArray, has_room: BoolArray, keeps_slo: BoolArray, tpt: FloatArray, instances: Instances
 ) -> Choice | None:
-    """The least total [N] among the feasible; where none is, the least predicted TPT [N], marked."""
-    row = least_row(np.where(feasible, totals, math.inf), instances)
-    breaks_slo = row is None
+    """The least total [N] among those that have room and keep the SLO; or else, marked, the least predicted
+    TPT [N] of those that have room; or else the fewest requests.
+    """
+    row = least_row(np.where(has_room & keeps_slo, totals, math.inf), instances)
+    if row is not None:
+        return Choice(row, instances.ids[row], False, float(tpt[row]))
+    row = least_row(np.where(has_room, tpt, math.inf), instances)
     if row is None:
-        row = least_row(tpt, instances)
+        row = least_row(instances.num_requests, instances)
     if row is None:
         return None
-    return Choice(row, instances.ids[row], breaks_slo, float(tpt[row]))
+    return Choice(row, instances.ids[row], not keeps_slo[row], float(tpt[row]))
 
 
 class RankAware(Policy):
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         costs = predict(request, instances)
-        feasible = costs.tpt <= self.settings.slo_tpt_ms
-        return choose_within_slo(costs.per_token * instances.num_requests, feasible, costs.tpt, instances)
+        keeps_slo = costs.tpt <= self.settings.slo_tpt_ms
+        has_room = instances.has_room(request)
+        totals = costs.per_token * instances.num_requests
+        return choose_within_slo(totals, has_room, keeps_slo, costs.tpt, instances)

@@ -2,8 +2,6 @@
 
 from random import Random as Generator
 
-import numpy as np
-
 from toppings.cluster.instances import Instances
 from toppings.cluster.policies.base import Policy, PolicySettings
 from toppings.cluster.snapshot import Choice, RequestSnapshot
@@ -15,7 +13,7 @@ class Random(Policy):
         self._generator = Generator(settings.seed)
 
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
-        rows = np.flatnonzero(instances.is_open)
+        rows = instances.is_open.nonzero()[0]
         if not len(rows):
             return None
         row = int(rows[self._generator.randrange(len(rows))])

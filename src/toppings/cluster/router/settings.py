@@ -119,7 +119,7 @@ class RouterConfig:
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
         base = base or cls()
-        values = {
+        values: dict[str, Any] = {
             name: _instances(value) if name == "instances" else coerce(base, name, value)
             for name, value in settings.items()
         }

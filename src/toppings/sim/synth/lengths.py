@@ -28,18 +28,22 @@ class LogNormal:
 
 LOG_NORMALS = {
     "chat": (LogNormal.of_mean(69.5, 1.0, 4096), LogNormal.of_mean(214.5, 0.8, 4096)),
+    "instruct": (LogNormal.of_mean(20.0, 0.6, 2048), LogNormal.of_mean(60.0, 0.6, 2048)),
     "azure_code": (LogNormal(7.00, 1.36, 7436), LogNormal(2.79, 0.85, 251)),
     "azure_conversation": (LogNormal(6.63, 0.99, 4142), LogNormal(5.02, 0.86, 601)),
 }
 """Prompt and response. `chat` has the published means of LMSYS chats, 69.5 and 214.5; its spread is our
-choice. The other two are the published lognormal fits to Azure LLM 2023, cut at that trace's 99th
-percentile, beyond which the fits are far too long."""
+choice. `instruct`: 60 tokens of response are the mean of the published simulation of 60 servers, whose
+lengths are those of an instruction data set; prompts and spreads are our choice. The other two are the
+published lognormal fits to Azure LLM 2023, cut at that trace's 99th percentile, beyond which the fits are far
+too long."""
 
 PARAMETERS: dict[str, tuple[float | None, ...]] = {**dict.fromkeys(LOG_NORMALS, ()), "fixed": (None, None)}
 
 
 def draw_lengths(spec: str, num: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-    """Prompt and response tokens [N]: `chat`, `azure_code`, `azure_conversation` or `fixed:PROMPT:RESPONSE`.
+    """Prompt and response tokens [N]: `chat`, `instruct`, `azure_code`, `azure_conversation` or
+    `fixed:PROMPT:RESPONSE`.
 
     Raises ValueError for anything else.
     """

@@ -1,0 +1,213 @@
+"""A stand-in in real time: a task steps it; the routes are those of a Toppings server that routing needs."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from stand_in.load import adapter_bytes
+from stand_in.server import KV_TOKENS, MAX_DEVICE_ADAPTERS, MAX_NUM_SEQS, Job, Server
+from toppings.cluster.snapshot import RequestSnapshot
+from toppings.core import AdapterStatus, EngineStats
+
+BASE = "base"
+PAGE_SIZE = 16
+NUM_LAYERS = 32
+
+
+class HttpServer:
+    """A server over HTTP, with every adapter of `ranks` registered. Streaming completions only.
+
+    `lateness_ms`: by how much each step ended after its time; the next step's time is counted from when the
+    last should have ended, so being late does not add up.
+    """
+
+    def __init__(self, server: Server, ranks: Mapping[str, int]) -> None:
+        self.server, self.ranks = server, ranks
+        self.lateness_ms: list[float] = []
+        self.num_answered = self.num_aborted = 0
+        self._numbers = {name: number for number, name in enumerate(ranks)}
+        self._tokens: dict[Job, asyncio.Queue[bool]] = {}
+        self._work = asyncio.Event()
+        self._num_received = 0
+        self._perf_model = msgspec.to_builtins(server.model)
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.post("/v1/completions", self.complete),
+                web.get("/v1/models", self.list_models),
+                web.get("/adapters", self.list_adapters),
+                web.get("/stats", self.stats),
+                web.get("/health", self.health),
+                web.get("/ready", self.health),
+            ]
+        )
+        return app
+
+    async def step_for_ever(self) -> None:
+        due = 0.0
+        while True:
+            step_ms = self.server.start_step()
+            if step_ms is None:
+                self._work.clear()
+                await self._work.wait()
+                due = time.perf_counter()
+                continue
+            due += step_ms / 1e3
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            self.lateness_ms.append((time.perf_counter() - due) * 1e3)
+            served, ended = self.server.end_step()
+            for job in served:
+                self._tokens[job].put_nowait(False)
+            for job in ended:
+                self._tokens[job].put_nowait(True)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        model = body["model"]
+        if model not in self.ranks:
+            return _error(404, "NotFoundError", f"The model `{model}` does not exist.")
+        if not body.get("stream") or not body.get("ignore_eos") or not isinstance(body["prompt"], list):
+            text = "a stand-in answers streams of token ids with ignore_eos only"
+            return _error(400, "BadRequestError", text)
+        job = self._accept(model, len(body["prompt"]), int(body["max_tokens"]))
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+            await self._stream(request, response, job)
+            self.num_answered += 1
+            return response
+        finally:
+            del self._tokens[job]
+            if not job.ended_at:
+                self.server.abort(job)
+                self.num_aborted += 1
+
+    def _accept(self, model: str, prompt_tokens: int, num_tokens: int) -> Job:
+        self._num_received += 1
+        rank = self.ranks[model]
+        request = RequestSnapshot(
+            str(self._num_received), model, rank, prompt_tokens, float(num_tokens), adapter_bytes(rank)
+        )
+        job = Job(request, num_tokens, time.perf_counter() * 1e3)
+        self._tokens[job] = asyncio.Queue()
+        self.server.waiting.append(job)
+        self._work.set()
+        return job
+
+    async def _stream(self, request: web.Request, response: web.StreamResponse, job: Job) -> None:
+        """One event a token; the answer begins with the first. The last tells why it is the last."""
+        token, last = _events(job)
+        tokens = self._tokens[job]
+        await tokens.get()
+        await response.prepare(request)
+        for _ in range(job.num_tokens - 1):
+            await response.write(token)
+            await tokens.get()
+        await tokens.get()  # the word that it has ended
+        job.ended_at = time.perf_counter() * 1e3
+        await response.write(last)
+        await response.write_eof()
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        cards = [_card(BASE, None), *(_card(name, BASE) for name in self.ranks)]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def list_adapters(self, request: web.Request) -> web.Response:
+        entries = [
+            {"name": name, "path": f"/adapters/{name}", "rank": rank, "bytes": adapter_bytes(rank)}
+            for name, rank in self.ranks.items()
+        ]
+        return web.json_response({"adapters": entries})
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ready"})
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """What a Toppings server's `/stats` says, of the fields that a stand-in has a value for."""
+        server = self.server
+        running, waiting = list(server.running.values()), [*server.batch, *server.waiting]
+        running_of = Counter(str(job.snapshot.adapter) for job in running)
+        waiting_of = Counter(str(job.snapshot.adapter) for job in waiting if job not in running)
+        engine = EngineStats(
+            call_id=0,
+            num_running=len(running),
+            num_waiting=waiting_of.total(),
+            kv_pages_used=-(-server.kv_tokens_used // PAGE_SIZE),
+            kv_pages_total=KV_TOKENS // PAGE_SIZE,
+            page_size=PAGE_SIZE,
+            host_bytes_used=0,
+            host_bytes_total=0,
+            device_bytes_used=sum(adapter_bytes(self.ranks[name]) for name in server.held),
+            device_bytes_total=MAX_DEVICE_ADAPTERS * adapter_bytes(max(self.ranks.values())),
+            adapters=[],
+            running_ranks=[job.snapshot.rank for job in running],
+            waiting_ranks=[self.ranks[name] for name in waiting_of.elements()],
+            waiting_tokens=sum(job.snapshot.prompt_tokens for job in waiting if job not in running),
+            context_tokens=server.kv_tokens_used,
+            counters={},
+        )
+        names = dict.fromkeys((*server.held, *running_of, *waiting_of))
+        adapters = [
+            {"name": name, **asdict(self._status(name, running_of[name], waiting_of[name]))} for name in names
+        ]
+        content = {
+            "model": BASE,
+            "max_lora": MAX_DEVICE_ADAPTERS,
+            "max_num_seqs": MAX_NUM_SEQS,
+            "perf_model": self._perf_model,
+            **asdict(engine),
+            "adapters": adapters,
+        }
+        del content["call_id"]
+        return web.json_response(content)
+
+    def _status(self, name: str, num_running: int, num_waiting: int) -> AdapterStatus:
+        return AdapterStatus(
+            adapter_id=self._numbers[name],
+            is_on_host=True,
+            device_layers=NUM_LAYERS if name in self.server.held else 0,
+            num_layers=NUM_LAYERS,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_hits=0,
+            is_pinned=False,
+        )
+
+
+def _events(job: Job) -> tuple[bytes, bytes]:
+    """The event of a token; that of the last one with the usage and the stream's end."""
+    model, num_prompt, num_tokens = job.snapshot.adapter, job.snapshot.prompt_tokens, job.num_tokens
+    head: dict[str, Any] = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": model}
+    choice = {"index": 0, "text": "tok ", "logprobs": None, "finish_reason": None}
+    usage = {"prompt_tokens": num_prompt, "completion_tokens": num_tokens}
+    usage["total_tokens"] = num_prompt + num_tokens
+    last = {**head, "choices": [{**choice, "finish_reason": "length"}]}
+    end = {**head, "choices": [], "usage": usage}
+    return _event({**head, "choices": [choice]}), _event(last) + _event(end) + b"data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def _card(name: str, parent: str | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "toppings",
+        "root": name,
+        "parent": parent,
+    }
+
+
+def _error(status: int, kind: str, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message, "type": kind, "code": status}}, status=status)

@@ -1,0 +1,195 @@
+"""The same load in real time: load generator, router and stand-ins in processes of their own.
+
+All times are stretched by `slowdown` (steps, loads, arrivals, SLO) so that few cores carry many servers, and
+what is observed is divided by it again.
+"""
+
+import asyncio
+import multiprocessing
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from statistics import fmean, quantiles
+from typing import Any
+
+from aiohttp import web
+
+from stand_in.app import HttpServer
+from stand_in.load import Load
+from stand_in.results import Observed
+from stand_in.server import Server
+from toppings.bench.apis import CompletionsApi
+from toppings.bench.client import LoadClient
+from toppings.bench.load import run_load
+from toppings.bench.outcome import Call, Outcome
+from toppings.cluster.perf_model import LinearModel, PerfModel
+from toppings.cluster.router.app import running_router
+from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+
+PROMPT_ID = 7
+TIMEOUT_S = 600.0
+ENDS = ("answered", "refused", "cut", "client_gone")
+
+Serve = Callable[..., Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """`model` and `slo_ms` as the servers and the router are told them."""
+
+    model: PerfModel
+    slo_ms: float
+    slowdown: float
+
+    @classmethod
+    def of(cls, model: PerfModel, slo_ms: float, slowdown: float) -> "Stretched":
+        return cls(_stretch(model, slowdown), slo_ms * slowdown, slowdown)
+
+
+def _stretch(model: PerfModel, slowdown: float) -> PerfModel:
+    def slower(forms: dict[str, LinearModel]) -> dict[str, LinearModel]:
+        return {
+            name: LinearModel({key: value * slowdown for key, value in form.coefficients.items()})
+            for name, form in forms.items()
+        }
+
+    return replace(
+        model,
+        decode_forms=slower(model.decode_forms),
+        prefill_forms=slower(model.prefill_forms),
+        link_gbps=model.link_gbps / slowdown if model.link_gbps else None,
+        disk_gbps=model.disk_gbps / slowdown if model.disk_gbps else None,
+    )
+
+
+def observe(
+    load: Load, policy: str, time: Stretched, *, num_servers: int, seed: int, mean_response: float
+) -> Observed:
+    """Raises RuntimeError where a process ends early; AssertionError where requests do not add up."""
+    with _running(_serve_stand_ins, time.model, load.ranks, num_servers) as (servers, urls):
+        config = RouterConfig(
+            instances=tuple(InstanceConfig(url=url) for url in urls),
+            port=0,
+            policy=policy,
+            slo_tpt_ms=time.slo_ms,
+            seed=seed,
+            response_tokens=mean_response,
+            first_token_timeout_s=TIMEOUT_S,
+            log_level="warning",
+        )
+        with _running(_serve_router, config) as (router, url):
+            outcomes = asyncio.run(_send(load, url, time.slowdown))
+            ends = _ask(router)
+        told = _ask(servers)
+    answered = [outcome for outcome in outcomes if outcome.error is None]
+    counts = {"sent": len(load.arrivals), "answered": len(answered), "refused": ends["refused"]}
+    _check(load, outcomes, counts, ends, told)
+    return Observed(
+        arrived_at=[at for _, _, at in load.arrivals],
+        tpt_ms=[_real(outcome.tpt_ms, outcome, time) for outcome in outcomes],
+        ttft_ms=[_real(outcome.ttft_ms, outcome, time) for outcome in outcomes],
+        rank_counts=told["rank_counts"],
+        details={"requests": counts, "moved": ends["moved"], "late": told["late"]},
+    )
+
+
+def _real(ms: float | None, outcome: Outcome, time: Stretched) -> float | None:
+    return None if ms is None or outcome.error is not None else ms / time.slowdown
+
+
+def _check(
+    load: Load, outcomes: list[Outcome], counts: dict[str, int], ends: dict[str, int], told: dict[str, Any]
+) -> None:
+    """The client's, the router's and the servers' counts agree, and every answer has all its tokens."""
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    assert counts["sent"] == counts["answered"] + counts["refused"], f"{counts} {ends} {errors[:3]}"
+    assert ends["received"] == counts["sent"], f"the router received {ends['received']} of {counts['sent']}"
+    assert ends["answered"] == counts["answered"] == told["num_answered"], f"{counts} {ends} {told}"
+    for (_, num_tokens, _), outcome in zip(load.arrivals, outcomes):
+        assert outcome.error is not None or outcome.num_tokens == num_tokens, outcome
+
+
+async def _send(load: Load, url: str, slowdown: float) -> list[Outcome]:
+    calls = [
+        Call(str(request.adapter), [PROMPT_ID] * request.prompt_tokens, num_tokens, at * slowdown / 1e3)
+        for request, num_tokens, at in load.arrivals
+    ]
+    async with LoadClient(url, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S) as client:
+        return await run_load(client, calls, is_sequential=False)
+
+
+# --- processes; each tells where it serves, and when asked, what it counted, and ends ---
+
+
+async def _serve_stand_ins(pipe: Connection, model: PerfModel, ranks: dict[str, int], count: int) -> None:
+    servers = [HttpServer(Server(f"s{i}", model), ranks) for i in range(count)]
+    async with AsyncExitStack() as stack:
+        urls = []
+        for server in servers:
+            runner = web.AppRunner(server.app(), handler_cancellation=True, access_log=None)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        steps = [asyncio.create_task(server.step_for_ever()) for server in servers]
+        pipe.send(urls)
+        asked = asyncio.create_task(asyncio.to_thread(pipe.recv))
+        await asyncio.wait([asked, *steps], return_when=asyncio.FIRST_COMPLETED)
+        for step in steps:
+            if step.done():
+                step.result()  # a fault of ours: it is raised here
+            step.cancel()
+        late = [ms for server in servers for ms in server.lateness_ms]
+        pipe.send(
+            {
+                "rank_counts": [server.server.rank_counts for server in servers],
+                "num_answered": sum(server.num_answered for server in servers),
+                "late": {"mean_ms": fmean(late), "p99_ms": quantiles(late, n=100)[98], "steps": len(late)},
+            }
+        )
+
+
+async def _serve_router(pipe: Connection, config: RouterConfig) -> None:
+    async with running_router(config) as (router, url):
+        pipe.send(url)
+        await asyncio.to_thread(pipe.recv)
+        registry, name = router.state.meters.registry, "toppings_router_"
+        ends = {end: registry.get_sample_value(f"{name}ended_total", {"outcome": end}) for end in ENDS}
+        counts = Counter({end: int(value or 0) for end, value in ends.items()})
+        counts["received"] = int(registry.get_sample_value(f"{name}received_total") or 0)
+        counts["moved"] = int(registry.get_sample_value(f"{name}moves_total") or 0)
+        pipe.send(counts)
+
+
+@contextmanager
+def _running(serve: Serve, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
+    """A process that serves, its pipe, and the first that it said."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run, args=(serve, theirs, *arguments), daemon=True
+    )
+    process.start()
+    theirs.close()
+    try:
+        yield ours, _receive(ours)
+    finally:
+        process.join(timeout=10)
+        process.kill()
+
+
+def _run(serve: Callable[..., Any], *arguments: Any) -> None:
+    asyncio.run(serve(*arguments))
+
+
+def _ask(pipe: Connection) -> Any:
+    pipe.send("counts")
+    return _receive(pipe)
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise RuntimeError("a process of the benchmark ended early; its error stands above") from None

@@ -1,0 +1,173 @@
+"""What one trial observed, a row per setting over its seeds, and the rows as a table and as a figure."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev, quantiles, stdev
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+WARM_UP_SHARE = 0.15
+REFERENCE = "rank_aware"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Of the requests in order of arrival, ms; a refused one has no times. `rank_counts` are per server."""
+
+    arrived_at: Sequence[float]
+    tpt_ms: Sequence[float | None]
+    ttft_ms: Sequence[float | None]
+    rank_counts: Sequence[Counter[int]]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def measures(self, duration_s: float, slo_ms: float) -> dict[str, float]:
+        """Of the requests after the warm-up; a refused one does not attain the SLO. Raises ValueError where
+        none was answered.
+        """
+        warm_ms = WARM_UP_SHARE * duration_s * 1e3
+        counted = [i for i, at in enumerate(self.arrived_at) if at >= warm_ms]
+        tpt = [value for i in counted if (value := self.tpt_ms[i]) is not None]
+        ttft = [value for i in counted if (value := self.ttft_ms[i]) is not None]
+        if not tpt:
+            raise ValueError(
+                f"none of {len(counted)} requests was answered; take a higher rate or a longer time"
+            )
+        mean_ranks = [mean_rank(counts) for counts in self.rank_counts if counts]
+        return {
+            "attainment": sum(value <= slo_ms for value in tpt) / len(counted),
+            "tpt_ms": fmean(tpt),
+            "tpt_p99_ms": quantiles(tpt, n=100)[98] if len(tpt) > 1 else tpt[0],
+            "ttft_ms": fmean(ttft),
+            "mean_rank_stdev": pstdev(mean_ranks),
+        }
+
+    def rank_mix(self) -> list[Row]:
+        """Of each server, what it served: requests, their mean rank, the share of each rank."""
+        ranks = sorted(set().union(*self.rank_counts))
+        return [
+            {
+                "requests": counts.total(),
+                "mean_rank": round(mean_rank(counts), 2),
+                "rank_share": {str(r): round(counts[r] / max(1, counts.total()), 4) for r in ranks},
+            }
+            for counts in self.rank_counts
+        ]
+
+
+def mean_rank(counts: Counter[int]) -> float:
+    return sum(rank * count for rank, count in counts.items()) / max(1, counts.total())
+
+
+def make_row(settings: Row, trials: Sequence[Observed], duration_s: float, slo_ms: float) -> Row:
+    """Means over the seeds; with `_stdev` of what is compared. The rank mix is that of the first seed."""
+    measured = [trial.measures(duration_s, slo_ms) for trial in trials]
+    row = {**settings, "slo_ms": slo_ms, **{key: fmean(m[key] for m in measured) for key in measured[0]}}
+    for key in ("attainment", "tpt_ms"):
+        row[f"{key}_stdev"] = _spread([m[key] for m in measured])
+    row["attainment_by_seed"] = [m["attainment"] for m in measured]
+    row["servers"] = trials[0].rank_mix()
+    return row | trials[0].details
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Add to each row what it attains above `rank_aware` over the same loads, seed by seed."""
+    references = {_setting(row): row for row in rows if row["policy"] == REFERENCE}
+    for row in rows:
+        reference = references.get(_setting(row))
+        if reference is not None and row is not reference:
+            pairs = zip(row["attainment_by_seed"], reference["attainment_by_seed"])
+            gains = [mine - theirs for mine, theirs in pairs]
+            row["gain"], row["gain_stdev"] = fmean(gains), _spread(gains)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return row["clock"], row["arrivals"], row["kernel"], row["rate"]
+
+
+def results_table(rows: Sequence[Row], title: str) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", pad_edge=False
+    )
+    table.add_column("policy", no_wrap=True)
+    headings = ("SLO attained", f"above {REFERENCE}", "TPT ms", "p99", "TTFT ms", "rank spread")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.caption = (
+        "±: standard deviation over seeds; above: of the differences seed by seed; "
+        "rank spread: standard deviation over servers of the mean rank served"
+    )
+    setting = None
+    for row in rows:
+        if _setting(row) != setting:
+            setting = _setting(row)
+            table.add_section()
+            table.add_row(
+                f"{row['kernel']}, {row['rate']:g}/s {row['arrivals']}, {row['clock']}", style="bold"
+            )
+        table.add_row(f" {row['policy']}", *_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    gain = f"{100 * row['gain']:+.1f} ±{100 * row['gain_stdev']:.1f}" if "gain" in row else "-"
+    return [
+        f"{100 * row['attainment']:.1f} ±{100 * row['attainment_stdev']:.1f} %",
+        gain,
+        f"{row['tpt_ms']:.1f} ±{row['tpt_ms_stdev']:.1f}",
+        f"{row['tpt_p99_ms']:.1f}",
+        f"{row['ttft_ms']:.0f}",
+        f"{row['mean_rank_stdev']:.1f}",
+    ]
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Per clock, arrivals and kernel a line of panels: attainment and TPT, a group of bars per rate. Raises
+    ValueError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("figures need matplotlib: pip install 'toppings[figures]'") from error
+    lines = list(dict.fromkeys(_setting(row)[:3] for row in rows))
+    colors = {policy: f"C{i}" for i, policy in enumerate(dict.fromkeys(row["policy"] for row in rows))}
+    figure = Figure(figsize=(12, 3.4 * len(lines) + 0.8), layout="constrained")
+    panels = figure.subplots(len(lines), 2, squeeze=False)
+    for line, (attainment, tpt) in zip(lines, panels):
+        shown = [row for row in rows if _setting(row)[:3] == line]
+        clock, arrivals, kernel = line
+        where = f"{kernel} form, {arrivals} arrivals" + (", over HTTP" if clock == "http" else "")
+        slo_ms = shown[0]["slo_ms"]
+        _draw_bars(attainment, shown, "attainment", 100.0, colors)
+        attainment.set(ylabel="requests within the SLO, %", title=where, ylim=(0, 105))
+        _draw_bars(tpt, shown, "tpt_ms", 1.0, colors)
+        tpt.axhline(slo_ms, color="black", lw=0.8, ls=":")
+        tpt.set(ylabel="mean time per token, ms", title=f"{where} (dotted: SLO {slo_ms:.1f} ms)")
+    figure.suptitle(title)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def _draw_bars(panel: Any, rows: Sequence[Row], key: str, scale: float, colors: dict[str, str]) -> None:
+    rates = list(dict.fromkeys(row["rate"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    width = 0.8 / len(policies)
+    for number, policy in enumerate(policies):
+        shown = [row for row in rows if row["policy"] == policy]
+        places = [rates.index(row["rate"]) + (number - (len(policies) - 1) / 2) * width for row in shown]
+        heights = [scale * row[key] for row in shown]
+        spreads = [scale * row[f"{key}_stdev"] for row in shown]
+        errors = {"lw": 0.8, "capsize": 1.5}
+        panel.bar(places, heights, width, yerr=spreads, label=policy, color=colors[policy], error_kw=errors)
+    panel.set_xticks(range(len(rates)), [f"{rate:g} requests/s" for rate in rates])

@@ -1,0 +1,66 @@
+"""The features of one batch as running sums: plain numbers, which change faster than elements of an array."""
+
+from dataclasses import dataclass, field
+
+from toppings.cluster.snapshot import RequestSnapshot
+
+
+@dataclass(slots=True)
+class BatchSums:
+    """`ranks` and `adapters` count the requests of each rank and of each adapter."""
+
+    sequences: int = 0
+    tokens: float = 0.0
+    rank_sum: float = 0.0
+    distinct_rank_sum: float = 0.0
+    context_tokens: float = 0.0
+    max_rank: int = 0
+    ranks: dict[int, int] = field(default_factory=dict)
+    adapters: dict[str, int] = field(default_factory=dict)
+
+    def add(self, request: RequestSnapshot, *, tokens: int, context: float) -> None:
+        """A request of which so many tokens are in the batch, attending to `context` keys."""
+        rank, adapter = request.rank, request.adapter
+        self.sequences += 1
+        self.tokens += tokens
+        self.rank_sum += tokens * rank
+        self.context_tokens += context
+        self.ranks[rank] = self.ranks.get(rank, 0) + 1
+        self.max_rank = max(self.max_rank, rank)
+        if adapter is not None:
+            count = self.adapters.get(adapter, 0)
+            self.adapters[adapter] = count + 1
+            if not count:
+                self.distinct_rank_sum += rank
+
+    def remove(self, request: RequestSnapshot, *, tokens: int, context: float) -> None:
+        """The request leaves; what it counts for by now."""
+        rank, adapter = request.rank, request.adapter
+        self.sequences -= 1
+        self.tokens -= tokens
+        self.rank_sum -= tokens * rank
+        self.context_tokens -= context
+        self.ranks[rank] -= 1
+        if not self.ranks[rank]:
+            del self.ranks[rank]
+            self.max_rank = max(self.ranks, default=0)
+        if adapter is not None:
+            self.adapters[adapter] -= 1
+            if not self.adapters[adapter]:
+                del self.adapters[adapter]
+                self.distinct_rank_sum -= rank
+
+    def features(self) -> tuple[float, ...]:
+        """In the order of `perf_model.FEATURES`; all zero for an empty batch. No waiting request has anything
+        cached, so `gathered_tokens` is 0.
+        """
+        return (
+            1.0 if self.sequences else 0.0,
+            self.tokens,
+            self.tokens * self.max_rank,
+            self.rank_sum,
+            self.distinct_rank_sum,
+            self.context_tokens,
+            self.sequences,
+            0.0,
+        )

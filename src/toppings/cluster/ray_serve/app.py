@@ -1,0 +1,154 @@
+"""The Serve application: `build` makes it from settings, as `toppings up` and a Serve configuration do."""
+
+import asyncio
+import math
+import os
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.ray_serve.client import FleetAdmin, ReplicaClient
+from toppings.cluster.ray_serve.node_registry import open_node_registry
+from toppings.cluster.ray_serve.replica import EngineReplica, start_logging
+from toppings.cluster.ray_serve.reports import describe
+from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
+from toppings.config import Config, ConfigError, EngineConfig
+from toppings.server.app import create_app
+from toppings.server.errors import json_response
+from toppings.text import TextModel
+
+ROUTER = "toppings.cluster.ray_serve.request_router:PolicyRouter"
+API_KEY_VARIABLE = "TOPPINGS_API_KEY"
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+FRONT_CPUS = 1.0
+UNBOUNDED = 1_000_000
+"""Requests that Serve lets through to the front, which itself answers 429 where too many wait."""
+HEALTH_PERIOD_S = 2.0
+STOP_POLL_S = 0.2
+
+router = APIRouter()
+
+
+@router.get("/replicas")
+async def list_replicas(request: Request) -> Response:
+    """The replicas that answer: how busy each is, and which adapters it has on its device."""
+    replicas: ReplicaClient = request.app.state.replicas
+    return json_response({"replicas": [describe(report) for report in await replicas.reports()]})
+
+
+class Front:
+    """The server's application over all replicas. There is one: it knows of every request and adapter."""
+
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, config: Config, fleet: FleetConfig, engines: DeploymentHandle
+    ) -> None:
+        """Returns when a replica is ready to serve."""
+        from toppings.engine.build import model_path
+
+        start_logging(config)
+        _check_clients_are_seen(config)
+        registry = await asyncio.to_thread(open_node_registry, config, is_front=True)
+        text = await asyncio.to_thread(TextModel.load, model_path(config.engine))
+        replicas = ReplicaClient(engines, registry, fleet.accept_timeout_s)
+        await replicas.start()
+        self._http = create_app(replicas, registry, text, config)
+        self._http.state.replicas = replicas
+        self._http.state.admin = FleetAdmin(self._http.state.toppings, replicas)
+        self._http.include_router(router)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._http
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of a Serve configuration's `args`, which are the settings of `toppings up`.
+
+    The API key is read from the environment where it is not among them. Raises ConfigError.
+    """
+    for name in ("host", "port", "ray_address", "app_name", "route_prefix"):
+        if name in args:
+            raise ConfigError(
+                f"{name} is not for args: it is Serve's own, beside the application's import_path"
+            )
+    key = os.environ.get(API_KEY_VARIABLE, "")
+    settings = {"api_key": key, **args} if key else args
+    return make_app(UpConfig.from_settings(settings).with_cores(None))
+
+
+def make_app(config: UpConfig) -> Application:
+    server, fleet = config.server, config.fleet
+    stop = {
+        "graceful_shutdown_timeout_s": server.server.shutdown_timeout_s,
+        "graceful_shutdown_wait_loop_s": STOP_POLL_S,
+        "logging_config": serve_logging(server),
+    }
+    engines = serve.deployment(EngineReplica).options(
+        name="Engine",
+        ray_actor_options=_resources(server.engine, fleet),
+        max_ongoing_requests=UNBOUNDED,
+        request_router_config=_routing(server.engine, fleet),
+        health_check_period_s=HEALTH_PERIOD_S,
+        max_constructor_retry_count=fleet.most,
+        **_scaling(server.engine, fleet),
+        **stop,
+    )
+    front = serve.deployment(serve.ingress()(Front)).options(
+        name="Front",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": FRONT_CPUS},
+        max_ongoing_requests=UNBOUNDED,
+        health_check_period_s=HEALTH_PERIOD_S,
+        **stop,
+    )
+    return front.bind(server, fleet, engines.bind(server))
+
+
+def _check_clients_are_seen(config: Config) -> None:
+    """Raises ConfigError: behind HAProxy everybody seems to be on this machine, and could load adapters."""
+    if os.environ.get(HAPROXY_VARIABLE) == "1" and not config.server.api_key:
+        raise ConfigError(f"{HAPROXY_VARIABLE} hides clients' addresses; set an api_key")
+
+
+def serve_logging(config: Config) -> dict[str, Any]:
+    """Serve's own tales are for who debugs."""
+    is_debug = config.server.log_level == "debug"
+    return {"log_level": "DEBUG" if is_debug else "WARNING", "enable_access_log": is_debug}
+
+
+def _resources(engine: EngineConfig, fleet: FleetConfig) -> dict[str, float]:
+    gpus = fleet.gpus_per_replica or float(engine.device == "cuda")
+    return {"num_cpus": fleet.cpus_per_replica, "num_gpus": gpus}
+
+
+def _scaling(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
+    if not fleet.max_replicas:
+        return {"num_replicas": fleet.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": fleet.fewest,
+            "initial_replicas": fleet.replicas,
+            "max_replicas": fleet.max_replicas,
+            "target_ongoing_requests": fleet.target_ongoing_requests or max(1.0, engine.max_num_seqs / 2),
+            "upscale_delay_s": fleet.upscale_delay_s,
+            "downscale_delay_s": fleet.downscale_delay_s,
+        }
+    }
+
+
+def _routing(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
+    """The performance model travels by value: the other machines need not have its file."""
+    return {
+        "request_router_class": ROUTER,
+        "request_router_kwargs": {
+            "policy": fleet.policy,
+            "perf_model": load_perf_model(fleet.perf_model).to_json(),
+            "slo_tpt_ms": None if fleet.slo_tpt_ms == math.inf else fleet.slo_tpt_ms,
+            "seed": engine.seed,
+        },
+        "request_routing_stats_period_s": fleet.stats_period_s,
+    }

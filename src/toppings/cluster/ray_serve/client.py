@@ -1,0 +1,231 @@
+"""All replicas as one engine client, for the server's application to stand on."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from contextvars import Context
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.cluster.ray_serve.messages import Ack, AdapterRef, Call, ReplicaReport
+from toppings.cluster.ray_serve.reports import merge_stats
+from toppings.core import EngineReady, EngineStats, FinishReason, RequestError, RequestOutput, SamplingParams
+from toppings.engine.client import EngineDeadError
+from toppings.server.adapters import AdapterAdmin
+from toppings.server.errors import ApiError
+from toppings.server.state import RETRY_AFTER_S, ServerState
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+REPORT_TIMEOUT_S = 5.0
+RESPONSE_TOKENS = 128.0
+"""Expected response length before any was seen."""
+RESPONSE_MEMORY = 1000
+"""The mean response length weighs about the last so many responses."""
+
+
+class ReplicaGoneError(Exception):
+    """The replica that had the request will not answer it; `replica_id` is "" where none had it yet."""
+
+    def __init__(self, replica_id: str, reason: BaseException) -> None:
+        super().__init__(f"replica {replica_id or 'unknown'} failed: {type(reason).__name__}")
+        self.replica_id = replica_id
+
+
+class ReplicaClient:
+    """What the server asks of an engine client, over a handle to the replicas.
+
+    A request whose replica goes before its first token is sent to another one.
+    """
+
+    def __init__(self, engines: DeploymentHandle, registry: AdapterRegistry, accept_timeout_s: float) -> None:
+        self.died = asyncio.Event()  # never set: replicas come and go
+        self.is_alive = True
+        self.num_pending = 0
+        self._engines, self._registry = engines, registry
+        self._accept_timeout_s = accept_timeout_s
+        self._info: EngineReady | None = None
+        self._origin, self._numbers = uuid.uuid4().hex[:12], count()
+        self._mean_tokens, self._num_responses = RESPONSE_TOKENS, 1
+
+    async def start(self) -> None:
+        """Returns when a replica is ready."""
+        self._info = await self._engines.info.remote()
+
+    @property
+    def info(self) -> EngineReady:
+        assert self._info is not None, "start comes first"
+        return self._info
+
+    # --- requests ---
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        adapter_id: int | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs as a replica's engine draws tokens; closing the iterator early aborts the request.
+
+        Raises EngineDeadError where the replica goes after the first token, ApiError 503 where none is left.
+        """
+        number = f"{self._origin}-{next(self._numbers)}"
+        try:
+            ref = None if adapter_id is None else AdapterRef.of(self._registry.get_by_id(adapter_id))
+        except AdapterNotFound as error:
+            yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
+            return
+        expected = max(1.0, min(float(sampling.max_tokens), self._mean_tokens))
+        call, num_tokens = Call(number, prompt_token_ids, sampling, ref, expected), 0
+        self.num_pending += 1
+        try:
+            async with aclosing(self._with_retries(call)) as outputs:
+                async for output in outputs:
+                    self.num_pending -= num_tokens == 0 and bool(output.token_ids)
+                    num_tokens += len(output.token_ids)
+                    yield output
+            self._note_response(num_tokens)
+        finally:
+            self.num_pending -= num_tokens == 0
+
+    async def _with_retries(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
+        has_begun = False
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                async with aclosing(self._attempt(call)) as outputs:
+                    async for output in outputs:
+                        has_begun = True
+                        yield output
+                return
+            except ReplicaGoneError as error:
+                logger.warning("request %s: %s", call.request_id, error)
+                if has_begun:
+                    raise EngineDeadError(
+                        f"{error} after the first token; the answer is incomplete"
+                    ) from error
+                call = replace(call, avoid=call.avoid | {error.replica_id})
+        raise _unavailable(f"{MAX_ATTEMPTS} replicas failed before they answered")
+
+    async def _attempt(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
+        """Raises ReplicaGoneError, or ApiError 503 where no replica takes the request in time."""
+        # An empty context: calls made within one HTTP request would share Serve's id of it, and its router
+        # tells them apart by that id.
+        stream = Context().run(self._engines.options(stream=True).generate.remote, call)
+        replica_id, has_ended = "", False
+        try:
+            try:
+                async with asyncio.timeout(self._accept_timeout_s):
+                    replica_id = await anext(stream)
+            except TimeoutError:
+                seconds = f"{self._accept_timeout_s:g} s"
+                raise _unavailable(f"no replica could take the request within {seconds}") from None
+            async for output in stream:
+                has_ended = output.finish_reason is not None
+                yield output
+        except RayTaskError as error:
+            if not isinstance(error.cause, EngineDeadError):
+                raise
+            raise ReplicaGoneError(replica_id, error.cause) from error
+        except (RayError, RayServeException) as error:
+            raise ReplicaGoneError(replica_id, error) from error
+        finally:
+            if not has_ended:
+                stream.cancel()
+        if not has_ended:
+            raise ReplicaGoneError(replica_id, EOFError())
+
+    def _note_response(self, num_tokens: int) -> None:
+        self._num_responses = min(self._num_responses + 1, RESPONSE_MEMORY)
+        self._mean_tokens += (num_tokens - self._mean_tokens) / self._num_responses
+
+    # --- administration ---
+
+    async def adopt(self, record: AdapterRecord) -> list[Ack]:
+        """What the replicas say that cannot have the adapter."""
+        acks: list[Ack] = await self._broadcast("adopt", AdapterRef.of(record))
+        return [ack for ack in acks if ack.error]
+
+    async def remove_adapter(self, adapter_id: int) -> None:
+        """Returns when the adapter's requests have ended and its memory is free on every replica."""
+        ref = AdapterRef.of(self._registry.get_by_id(adapter_id))
+        await self._broadcast("retire", ref)
+        await self._broadcast("purge", ref)
+
+    async def pin_adapter(self, adapter_id: int, is_pinned: bool) -> None:
+        """Raises RequestError where a replica cannot pin it."""
+        ref = AdapterRef.of(self._registry.get_by_id(adapter_id))
+        acks: list[Ack] = await self._broadcast("pin", ref, is_pinned)
+        for ack in acks:
+            if ack.error:
+                raise RequestError(f"replica {ack.replica_id}: {ack.error}")
+
+    async def stats(self) -> EngineStats:
+        """All replicas' together."""
+        return merge_stats(await self.reports(), self._id_of)
+
+    async def reports(self) -> list[ReplicaReport]:
+        """Of all replicas that answer."""
+        return await self._broadcast("report", timeout_s=REPORT_TIMEOUT_S)
+
+    def _id_of(self, name: str) -> int | None:
+        try:
+            return self._registry.get(name).adapter_id
+        except AdapterNotFound:
+            return None
+
+    async def _broadcast(self, method: str, *args: object, timeout_s: float | None = None) -> list[Any]:
+        """The replicas' answers. One that has gone meanwhile answers nothing: its successor starts anew."""
+        try:
+            response = Context().run(self._engines.broadcast, method, *args)
+            results = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except (RayServeException, TimeoutError) as error:
+            logger.warning("%s of the replicas: %r", method, error)
+            return []
+        failures = [each for each in results if isinstance(each, BaseException)]
+        for failure in failures:
+            logger.warning("%s of a replica: %r", method, failure)
+        return [each for each in results if not isinstance(each, BaseException)]
+
+
+class FleetAdmin(AdapterAdmin):
+    """Adapter administration that is done when every replica has the adapter, or is rid of it."""
+
+    def __init__(self, state: ServerState, replicas: ReplicaClient) -> None:
+        super().__init__(state)
+        self._replicas = replicas
+        self._adopting = asyncio.Lock()
+
+    async def load(self, name: str, path: str, *, in_place: bool = False) -> AdapterRecord:
+        """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
+        async with self._adopting:
+            record = await super().load(name, path, in_place=in_place)
+            refusals = await self._replicas.adopt(record)
+        if not refusals:
+            return record
+        if not in_place:
+            await self.unload(name)
+        reason = "; ".join(f"replica {ack.replica_id}: {ack.error}" for ack in refusals)
+        raise ApiError(500, f"Loading lora {name} failed: {reason}", "InternalServerError")
+
+    async def _remove_generation(self, record: AdapterRecord) -> None:
+        """Not before the replicas know the generation that takes its place: it may have the same content."""
+        async with self._adopting:
+            pass
+        await super()._remove_generation(record)
+
+
+def _unavailable(message: str) -> ApiError:
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return ApiError(503, message, "ServiceUnavailableError", headers=headers)

@@ -1,0 +1,114 @@
+"""What travels between the front, the request router and the replicas; nothing here needs Ray."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from toppings.adapters.registry import AdapterRecord
+from toppings.cluster.snapshot import RequestSnapshot
+from toppings.core import AdapterStatus, EngineStats, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One generation of an adapter as the front has it registered: `generation` is its id there.
+
+    A replica finds it by name and digest in the registry of its own machine, or registers it from `path`.
+    """
+
+    generation: int
+    name: str
+    path: str
+    digest: str
+    rank: int
+    num_bytes: int
+    is_pinned: bool = False
+
+    @classmethod
+    def of(cls, record: AdapterRecord) -> "AdapterRef":
+        return cls(
+            generation=record.adapter_id,
+            name=record.name,
+            path=record.path,
+            digest=record.digest,
+            rank=record.rank,
+            num_bytes=record.num_bytes,
+            is_pinned=record.is_pinned,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request for tokens. The request router reads `snapshot` and `avoid`, the replica the rest.
+
+    `request_id` is `origin` and a number; the origin tells a router its own requests from others'. `avoid`
+    are replicas on which the request has failed already.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: AdapterRef | None
+    response_tokens: float
+    avoid: frozenset[str] = frozenset()
+
+    @property
+    def origin(self) -> str:
+        return origin_of(self.request_id)
+
+    @property
+    def snapshot(self) -> RequestSnapshot:
+        adapter = self.adapter
+        return RequestSnapshot(
+            request_id=self.request_id,
+            adapter=adapter.name if adapter else None,
+            rank=adapter.rank if adapter else 0,
+            prompt_tokens=len(self.prompt_token_ids),
+            response_tokens=self.response_tokens,
+            adapter_bytes=adapter.num_bytes if adapter else 0,
+        )
+
+
+def origin_of(request_id: str) -> str:
+    return request_id.partition("-")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What an administrative call did on a replica; `error` says why it was not done."""
+
+    replica_id: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """One engine's statistics, for `/stats`, `/metrics` and `/replicas`; adapters by their names."""
+
+    replica_id: str
+    node_id: str
+    stats: EngineStats
+    adapters: list[tuple[str, AdapterStatus]]
+
+
+class RequestEntry(msgspec.Struct, array_like=True):
+    """A request that a replica has; it waits while it has generated nothing."""
+
+    request_id: str
+    adapter: str | None
+    rank: int
+    prompt_tokens: int
+    num_generated: int
+
+
+class RoutingStats(msgspec.Struct):
+    """What a replica tells the request router every `stats_period_s`; limits are None where unknown."""
+
+    requests: list[RequestEntry] = []
+    kv_tokens_total: float | None = None
+    kv_tokens_used: float = 0.0
+    max_num_seqs: float | None = None
+    max_adapters: float | None = None
+    on_device: list[str] = []
+    on_host: list[str] = []
+    perf_model: str | None = None

@@ -1,0 +1,145 @@
+"""The registry of one machine, which the front and all replicas there share, and a replica's view of it.
+
+The front decides which adapters exist. What it names in a call is found here by name and content; on another
+machine than the front's it is registered from its path when it is first named.
+"""
+
+import asyncio
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.cluster.ray_serve.messages import AdapterRef
+from toppings.config import Config
+from toppings.core import RequestError
+from toppings.demo import demo_adapters_dir
+
+logger = logging.getLogger(__name__)
+
+
+def open_node_registry(config: Config, *, is_front: bool) -> AdapterRegistry:
+    """With the start-up directory's adapters registered; one process of the machine does that at a time."""
+    from toppings.engine.build import open_registry
+
+    registry = open_registry(config.engine)
+    directory = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
+    with _lock(registry):
+        if is_front:
+            registry.clean_up()
+        if directory:
+            report = registry.register_directory(directory)
+            for name, error in report.failures.items():
+                logger.warning("adapter %s is left out: %s", name, error)
+    logger.info("%d adapters are registered in %s", registry.count(), registry.state_dir)
+    return registry
+
+
+@contextmanager
+def _lock(registry: AdapterRegistry) -> Iterator[None]:
+    with open(registry.state_dir / "register.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Engine(Protocol):
+    """What is asked of an engine's client here."""
+
+    async def remove_adapter(self, adapter_id: int) -> None: ...
+    async def pin_adapter(self, adapter_id: int, is_pinned: bool) -> None: ...
+
+
+class ReplicaAdapters:
+    """The front's generations by this machine's adapter ids; used from one event loop."""
+
+    def __init__(self, registry: AdapterRegistry, engine: Engine) -> None:
+        self._registry, self._engine = registry, engine
+        self._ids: dict[int, int] = {}
+        self._retired: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+        self._resolving = asyncio.Lock()
+
+    async def resolve(self, ref: AdapterRef) -> int:
+        """This machine's id of an adapter. Raises AdapterError where it is not here and cannot be had."""
+        adapter_id = self._ids.get(ref.generation)
+        if adapter_id is not None:
+            return adapter_id
+        async with self._resolving:
+            if ref.generation not in self._ids:
+                record = await asyncio.to_thread(self._find_or_register, ref)
+                self._ids[ref.generation] = record.adapter_id
+                if ref.is_pinned:
+                    await self._pin_quietly(record)
+        return self._ids[ref.generation]
+
+    def _find_or_register(self, ref: AdapterRef) -> AdapterRecord:
+        with _lock(self._registry):
+            found = self._registry.find(ref.name, ref.digest)
+            if found is not None and found.adapter_id not in self._retired.values():
+                return found
+            logger.info("adapter %s is registered here from %s", ref.name, ref.path)
+            return self._registry.register(ref.name, ref.path, replace=True, digest=ref.digest)
+
+    async def _pin_quietly(self, record: AdapterRecord) -> None:
+        try:
+            await self._engine.pin_adapter(record.adapter_id, True)
+        except RequestError as error:
+            logger.warning("adapter %s is not pinned: %s", record.name, error)
+
+    async def pin(self, ref: AdapterRef, is_pinned: bool) -> None:
+        """Raises AdapterError, or RequestError where the engine cannot pin it."""
+        await self._engine.pin_adapter(await self.resolve(ref), is_pinned)
+
+    async def retire(self, ref: AdapterRef) -> None:
+        """Returns when the generation's requests here have ended and its memory is free.
+
+        Nothing happens where a newer generation of the same content has the same id here.
+        """
+        adapter_id = self._ids.pop(ref.generation, None)
+        if adapter_id is None:
+            adapter_id = await asyncio.to_thread(self._look_up, ref)
+        if adapter_id is None or adapter_id in self._ids.values():
+            return
+        self._retired[ref.generation] = adapter_id
+        await asyncio.to_thread(self._free_name, ref.name, adapter_id)
+        await self._engine.remove_adapter(adapter_id)
+
+    async def purge(self, ref: AdapterRef) -> None:
+        """No replica uses it any more: its packed file may go."""
+        adapter_id = self._retired.pop(ref.generation, None)
+        if adapter_id is not None:
+            await asyncio.to_thread(self._registry.purge, adapter_id)
+
+    def name_of(self, adapter_id: int) -> str:
+        """Also of a removed generation that still drains; "" where nothing is known of it."""
+        if adapter_id not in self._names:
+            try:
+                self._names[adapter_id] = self._registry.get_by_id(adapter_id).name
+            except AdapterNotFound:
+                return ""
+        return self._names[adapter_id]
+
+    def _look_up(self, ref: AdapterRef) -> int | None:
+        """A generation that was never asked for here: on the front's machine its id is the front's."""
+        try:
+            record = self._registry.get_by_id(ref.generation)
+            if (record.name, record.digest) == (ref.name, ref.digest):
+                return record.adapter_id
+        except AdapterNotFound:
+            pass
+        found = self._registry.find(ref.name, ref.digest)
+        return None if found is None else found.adapter_id
+
+    def _free_name(self, name: str, adapter_id: int) -> None:
+        try:
+            if self._registry.get(name).adapter_id == adapter_id:
+                self._registry.remove(name)
+        except AdapterNotFound:
+            pass
+
+
+def explain(error: AdapterError | RequestError, replica_id: str) -> str:
+    return f"replica {replica_id}: {error}"

@@ -1,0 +1,177 @@
+"""One engine as a Serve replica: its process, its adapters, and what it tells of itself."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.registry import AdapterRegistry
+from toppings.cluster.measured import is_of_base, perf_model_path
+from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.ray_serve.messages import Ack, AdapterRef, Call, ReplicaReport, RequestEntry
+from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, open_node_registry
+from toppings.cluster.ray_serve.pacing import paced
+from toppings.cluster.ray_serve.reports import routing_stats
+from toppings.config import Config, EngineConfig
+from toppings.core import EngineReady, FinishReason, RequestError, RequestOutput
+from toppings.engine.client import EngineClient
+from toppings.engine.process import LOG_FORMAT, EngineLog
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGES_PER_S = 400.0
+"""Of one replica to the front; one costs each of them about half a millisecond of a core."""
+LAST_WORDS_S = 0.5
+"""How long a replica whose engine has died goes on, so that its callers hear why."""
+
+
+class EngineReplica:
+    """Serve makes one per replica; its methods are called by the front, the router's controller and Serve."""
+
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc] # Serve awaits it
+        """Returns when the engine is ready. Raises EngineStartError, ValueError or OSError."""
+        start_logging(config)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._requests: dict[str, RequestEntry] = {}
+        engine = replace(config.engine, step_log=_step_log(config, self._id))
+        registering = asyncio.create_task(asyncio.to_thread(open_node_registry, config, is_front=False))
+        self._client = await EngineClient.start(
+            engine, after=registering, log=EngineLog(config.server.log_level)
+        )
+        registry = registering.result()
+        self._adapters = ReplicaAdapters(registry, self._client)
+        self._perf_model = _measured_model(config.engine, registry)
+        self._watch = asyncio.create_task(self._end_with_engine())
+
+    # --- requests ---
+
+    async def generate(self, call: Call) -> AsyncGenerator[str | RequestOutput, None]:
+        """First this replica's id, which says that it has taken the request; then the engine's outputs.
+
+        Closing it aborts the request. Raises EngineDeadError.
+        """
+        adapter = call.adapter
+        name, rank = (adapter.name, adapter.rank) if adapter else (None, 0)
+        entry = RequestEntry(call.request_id, name, rank, len(call.prompt_token_ids), 0)
+        self._requests[call.request_id] = entry
+        try:
+            yield self._id
+            adapter_id = await self._adapters.resolve(adapter) if adapter else None
+            outputs = self._client.generate(call.prompt_token_ids, call.sampling, adapter_id)
+            async with aclosing(paced(outputs, self._period_s)) as messages:
+                async for message in messages:
+                    entry.num_generated += len(message.token_ids)
+                    yield message
+        except AdapterError as error:
+            text = explain(error, self._id)
+            yield RequestOutput(call.request_id, [], finish_reason=FinishReason.ERROR, error=text)
+        finally:
+            del self._requests[call.request_id]
+
+    def _period_s(self) -> float:
+        return len(self._requests) / MAX_MESSAGES_PER_S
+
+    # --- administration, by broadcast ---
+
+    async def adopt(self, ref: AdapterRef) -> Ack:
+        """Make sure that the adapter is here."""
+        try:
+            await self._adapters.resolve(ref)
+        except AdapterError as error:
+            return Ack(self._id, str(error))
+        return Ack(self._id)
+
+    async def retire(self, ref: AdapterRef) -> Ack:
+        await self._adapters.retire(ref)
+        return Ack(self._id)
+
+    async def purge(self, ref: AdapterRef) -> Ack:
+        await self._adapters.purge(ref)
+        return Ack(self._id)
+
+    async def pin(self, ref: AdapterRef, is_pinned: bool) -> Ack:
+        try:
+            await self._adapters.pin(ref, is_pinned)
+        except (AdapterError, RequestError) as error:
+            return Ack(self._id, str(error))
+        return Ack(self._id)
+
+    # --- what it tells ---
+
+    async def info(self) -> EngineReady:
+        return self._client.info
+
+    async def report(self) -> ReplicaReport:
+        stats = await self._client.stats()
+        node_id = ray.get_runtime_context().get_node_id()
+        adapters = [(self._adapters.name_of(each.adapter_id), each) for each in stats.adapters]
+        return ReplicaReport(self._id, node_id, stats, adapters)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """For the request router; Serve asks for it every `stats_period_s`."""
+        told = routing_stats(
+            await self._client.stats(),
+            self._client.info,
+            self._requests.values(),
+            self._adapters.name_of,
+            self._perf_model,
+        )
+        told_plainly: dict[str, Any] = msgspec.to_builtins(told)
+        return told_plainly
+
+    # --- life ---
+
+    async def check_health(self) -> None:
+        """Raises where the engine does not answer; Serve then puts another replica in this one's place."""
+        await self._client.stats()
+
+    async def _end_with_engine(self) -> None:
+        """Without its engine this process is of no use: Serve sees at once that it has gone."""
+        await self._client.died.wait()
+        logger.error("the engine of replica %s has died; the replica ends", self._id)
+        await asyncio.sleep(LAST_WORDS_S)
+        os._exit(1)
+
+    async def __del__(self) -> None:
+        """Serve awaits it when it stops the replica, with no requests left, or could not start it."""
+        if not hasattr(self, "_watch"):
+            return
+        self._watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watch
+        await self._client.shutdown(0.0)
+
+
+def start_logging(config: Config) -> None:
+    """To standard error, which Ray keeps with its session's logs and shows to who started it."""
+    logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("toppings").setLevel(config.server.log_level.upper())
+
+
+def _step_log(config: Config, replica_id: str) -> str:
+    """A file of each replica's own."""
+    if config.engine.step_log:
+        return f"{config.engine.step_log}.{replica_id}"
+    return str(Path(config.server.log_dir) / config.engine.mode / replica_id / "steps.jsonl")
+
+
+def _measured_model(config: EngineConfig, registry: AdapterRegistry) -> str | None:
+    """The performance model that was measured on this machine, as JSON; None where none was."""
+    path = perf_model_path(config, registry.state_dir)
+    try:
+        text = path.read_text()
+        return text if is_of_base(PerfModel.from_json(text), registry) else None
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("performance model %s is not read: %s", path, error)
+        return None

@@ -1,0 +1,87 @@
+"""Serve's request router: it asks one of our policies, over accounts of what is where."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.util import metrics
+
+from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.policies import PolicySettings, make_policy
+from toppings.cluster.ray_serve.accounts import ReplicaAccounts
+from toppings.cluster.ray_serve.messages import Call, RoutingStats
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
+    """Made by Serve in the front's process, and used from one event loop there."""
+
+    def initialize_state(
+        self, *, policy: str, perf_model: str, slo_tpt_ms: float | None = None, seed: int = 0
+    ) -> None:
+        """`perf_model` is JSON: the costs of replicas that report none of their own."""
+        settings = PolicySettings(math.inf if slo_tpt_ms is None else slo_tpt_ms, seed)
+        self._accounts = ReplicaAccounts(make_policy(policy, settings), PerfModel.from_json(perf_model))
+        self._calls: dict[str, Call] = {}  # by Serve's own id of the request
+        self._slo_at_risk = metrics.Counter(
+            "toppings_slo_at_risk", description="Requests that no replica could take within the objective."
+        )
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        self._accounts.set_replicas({name_of(r.replica_id): read_stats(r.routing_stats) for r in replicas})
+        super().update_replicas(replicas)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        self._accounts.drop_replica(name_of(replica_id))
+        super().on_replica_actor_died(replica_id)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The policy's choice, then all others for the case that Serve finds that one full or gone."""
+        call = call_of(pending_request)
+        if pending_request is None or call is None:
+            return [candidate_replicas]
+        by_name = {name_of(replica.replica_id): replica for replica in candidate_replicas}
+        try:
+            choice = self._accounts.place(call, by_name.keys())
+        except Exception:  # Serve would ask again at once and for ever
+            logger.exception("request %s: the policy failed; the shortest queue gets it", call.request_id)
+            choice = None
+        if choice is None:
+            return [candidate_replicas]
+        self._calls[pending_request.metadata.internal_request_id] = call
+        if choice.breaks_slo:
+            self._slo_at_risk.inc()
+        chosen = by_name.pop(choice.instance_id)
+        return [[chosen], list(by_name.values())]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        call = call_of(pending_request)
+        if call is not None:
+            self._accounts.confirm(call, name_of(replica_id))
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        call = self._calls.pop(internal_request_id, None)
+        if call is not None:
+            self._accounts.end(call.request_id, name_of(replica_id))
+
+
+def name_of(replica_id: ReplicaID) -> str:
+    name: str = replica_id.unique_id
+    return name
+
+
+def call_of(pending_request: PendingRequest | None) -> Call | None:
+    """None for what is no request for tokens."""
+    args = pending_request.args if pending_request is not None else []
+    return args[0] if args and isinstance(args[0], Call) else None
+
+
+def read_stats(stats: Mapping[str, Any]) -> RoutingStats | None:
+    """None where the replica has not reported yet."""
+    return msgspec.convert(stats, RoutingStats) if stats else None

@@ -1,0 +1,199 @@
+"""The request router's accounts, without Ray: reports and placements in, choices out."""
+
+import math
+
+import pytest
+
+from toppings.cluster.perf_model import PerfModel, load_perf_model
+from toppings.cluster.policies import PolicySettings, make_policy
+from toppings.cluster.ray_serve.accounts import ReplicaAccounts
+from toppings.cluster.ray_serve.messages import AdapterRef, Call, RequestEntry, RoutingStats
+from toppings.core import SamplingParams
+
+MODEL = load_perf_model("published:mbgmv")
+BOTH = {"a": None, "b": None}
+
+
+def make_accounts(policy: str = "least_loaded", slo_tpt_ms: float = math.inf) -> ReplicaAccounts:
+    return ReplicaAccounts(make_policy(policy, PolicySettings(slo_tpt_ms)), MODEL)
+
+
+def make_call(number: int, rank: int = 0, *, tokens: int = 10, avoid: frozenset[str] = frozenset()) -> Call:
+    ref = AdapterRef(rank, f"rank{rank}", "/nowhere", "digest", rank, 1000 * rank) if rank else None
+    return Call(f"front-{number}", [1] * tokens, SamplingParams(), ref, 20.0, avoid)
+
+
+def place(accounts: ReplicaAccounts, call: Call, candidates: str = "ab") -> str:
+    choice = accounts.place(call, set(candidates))
+    assert choice is not None
+    accounts.fleet.check_integrity()
+    return choice.instance_id
+
+
+def loads(accounts: ReplicaAccounts) -> dict[str, tuple[int, int]]:
+    """Running and waiting requests of each replica."""
+    rows = (accounts.fleet.instance(replica_id) for replica_id in accounts.fleet.ids)
+    return {row.instance_id: (len(row.running), len(row.waiting)) for row in rows}
+
+
+def test_requests_sent_since_the_last_report_count_at_once() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    assert [place(accounts, make_call(i)) for i in range(4)] == ["a", "b", "a", "b"]
+    assert loads(accounts) == {"a": (0, 2), "b": (0, 2)}
+
+
+def test_a_request_that_ended_makes_room() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    first, second = make_call(0), make_call(1)
+    assert [place(accounts, first), place(accounts, second)] == ["a", "b"]
+    accounts.end(second.request_id, "b")
+    accounts.end(second.request_id, "b")  # Serve may tell it twice
+    assert place(accounts, make_call(2)) == "b"
+
+
+def test_an_end_elsewhere_than_booked_changes_nothing() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    call = make_call(0)
+    assert place(accounts, call) == "a"
+    accounts.end(call.request_id, "b")
+    assert loads(accounts)["a"] == (0, 1)
+
+
+def test_a_report_starts_and_grows_our_requests() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    call = make_call(0, rank=8, tokens=10)
+    place(accounts, call)
+    told = RoutingStats(requests=[RequestEntry(call.request_id, "rank8", 8, 10, 5)])
+    accounts.set_replicas({"a": told, "b": None})
+    assert loads(accounts)["a"] == (1, 0)
+    later = RoutingStats(requests=[RequestEntry(call.request_id, "rank8", 8, 10, 7)])
+    accounts.set_replicas({"a": later, "b": None})
+    accounts.fleet.check_integrity()
+    accounts.end(call.request_id, "a")
+    accounts.fleet.check_integrity()
+    assert loads(accounts)["a"] == (0, 0)
+
+
+def test_a_report_older_than_an_end_does_not_bring_the_request_back() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    call = make_call(0)
+    place(accounts, call)
+    accounts.end(call.request_id, "a")
+    told = RoutingStats(requests=[RequestEntry(call.request_id, None, 0, 10, 3)])
+    accounts.set_replicas({"a": told, "b": None})
+    assert loads(accounts)["a"] == (0, 0)
+
+
+def test_requests_of_another_router_count_until_their_replica_stops_telling_of_them() -> None:
+    accounts = make_accounts()
+    theirs = [RequestEntry(f"other-{i}", "rank8", 8, 10, i) for i in range(2)]
+    accounts.set_replicas({"a": RoutingStats(requests=theirs), "b": None})
+    assert loads(accounts)["a"] == (1, 1)
+    assert place(accounts, make_call(0)) == "b"
+    accounts.set_replicas({"a": RoutingStats(requests=theirs[:1]), "b": None})
+    accounts.fleet.check_integrity()
+    assert loads(accounts) == {"a": (0, 1), "b": (0, 1)}
+
+
+def test_a_replica_that_goes_takes_its_requests_along_and_one_that_comes_is_used() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    calls = [make_call(i) for i in range(4)]
+    for call in calls:
+        place(accounts, call)
+    accounts.drop_replica("a")
+    accounts.drop_replica("a")
+    accounts.end(calls[0].request_id, "a")
+    accounts.set_replicas({"b": None, "c": None})
+    assert place(accounts, make_call(9), "bc") == "c"
+    assert loads(accounts) == {"b": (0, 2), "c": (0, 1)}
+
+
+def test_a_retried_request_goes_where_it_has_not_failed() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    call = make_call(0)
+    assert place(accounts, call) == "a"
+    again = make_call(0, avoid=frozenset({"a"}))
+    assert place(accounts, again) == "b"
+    assert loads(accounts) == {"a": (0, 0), "b": (0, 1)}
+    assert place(accounts, make_call(1, avoid=frozenset({"a", "b"}))) == "a"  # better than nowhere
+
+
+def test_only_candidates_are_chosen() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    assert [place(accounts, make_call(i), "b") for i in range(2)] == ["b", "b"]
+    assert accounts.place(make_call(5), set()) is None
+
+
+def test_a_request_that_serve_sent_elsewhere_is_booked_there() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    call = make_call(0)
+    assert place(accounts, call) == "a"
+    accounts.confirm(call, "b")
+    accounts.confirm(call, "b")
+    accounts.fleet.check_integrity()
+    assert loads(accounts) == {"a": (0, 0), "b": (0, 1)}
+
+
+def test_the_published_policy_decides_over_what_replicas_report() -> None:
+    """24 requests of rank 32 against 16 of rank 64: MBGMV's costs allow both servers one of rank 64, and the
+    first is cheaper per request; BGMV's costs forbid the first (figures of the published system).
+    """
+    entries = {
+        "a": [RequestEntry(f"x-{i}", "rank32", 32, 1, 1) for i in range(24)],
+        "b": [RequestEntry(f"y-{i}", "rank64", 64, 1, 1) for i in range(16)],
+    }
+    chosen = {}
+    for form in ("bgmv", "mbgmv"):
+        accounts = make_accounts("rank_aware", slo_tpt_ms=36.5 if form == "bgmv" else 36.0)
+        model = load_perf_model(f"published:{form}").to_json()
+        accounts.set_replicas(
+            {name: RoutingStats(requests=told, perf_model=model) for name, told in entries.items()}
+        )
+        chosen[form] = place(accounts, make_call(0, rank=64))
+    assert chosen == {"bgmv": "b", "mbgmv": "a"}
+
+
+def test_limits_and_residency_come_from_the_report() -> None:
+    accounts = make_accounts("lora_affinity")
+    told = RoutingStats(
+        kv_tokens_total=640.0, kv_tokens_used=64.0, max_num_seqs=4.0, max_adapters=3.0, on_device=["rank8"]
+    )
+    accounts.set_replicas({"a": None, "b": told})
+    snapshot = accounts.fleet.instance("b")
+    assert (snapshot.kv_tokens_total, snapshot.kv_tokens_used) == (640.0, 64.0)
+    assert (snapshot.max_num_seqs, snapshot.max_adapters) == (4.0, 3.0)
+    assert place(accounts, make_call(0, rank=8)) == "b"
+
+
+def test_an_adapter_that_was_just_sent_there_stays_in_the_accounts() -> None:
+    accounts = make_accounts()
+    accounts.set_replicas(BOTH)
+    place(accounts, make_call(0, rank=8), "a")
+    accounts.set_replicas({"a": RoutingStats(kv_tokens_used=1.0), "b": None})
+    assert accounts.fleet.instance("a").on_device == {"rank8"}
+
+
+def test_a_replicas_own_model_counts_more_than_the_default() -> None:
+    accounts = make_accounts()
+    own = load_perf_model("published:bgmv")
+    accounts.set_replicas({"a": RoutingStats(perf_model=own.to_json()), "b": None})
+    models = [accounts.fleet.instance(name).perf_model for name in "ab"]
+    assert models == [PerfModel.from_json(own.to_json()), MODEL]
+
+
+@pytest.mark.parametrize("policy", ["random", "round_robin", "first_fit", "dlora", "rank_aware_residency"])
+def test_every_policy_spreads_equal_requests(policy: str) -> None:
+    accounts = make_accounts(policy)
+    told = RoutingStats(kv_tokens_total=4096.0, max_num_seqs=8.0)
+    accounts.set_replicas({"a": told, "b": told})
+    chosen = [place(accounts, make_call(i, rank=8)) for i in range(16)]
+    assert set(chosen) == {"a", "b"}

@@ -1,0 +1,228 @@
+"""`toppings up` as shipped: two engines on this machine, real clients, a killed engine, an orderly end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
+
+pytest.importorskip("ray", reason="the extra `ray` is not installed")
+
+START_LIMIT_S = 90.0
+LIMIT_S = 30.0
+SETTINGS = {
+    "replicas": 2,
+    "port": 0,
+    "num_threads": 1,
+    "max_model_len": 1024,
+    "kv_cache_bytes": "8MiB",
+    "device_pool_bytes": "4MiB",
+    "host_store_bytes": "8MiB",
+    "policy": "rank_aware",
+    "stats_period_s": 0.2,
+    "shutdown_timeout_s": 2,
+}
+
+
+class Up:
+    """A running `toppings up`, and a client of it."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process, self.url = process, url
+        self.http = httpx.Client(base_url=url, timeout=LIMIT_S)
+
+    def post(self, path: str, **body: object) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def complete(self, model: str = "base", prompt: str = "hello", max_tokens: int = 8) -> str:
+        reply = self.post("/v1/completions", model=model, prompt=prompt, max_tokens=max_tokens, temperature=0)
+        assert reply.status_code == 200, reply.text
+        return str(reply.json()["choices"][0]["text"])
+
+    def replicas(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.http.get("/replicas").json()["replicas"]
+        return rows
+
+    def running(self) -> list[int]:
+        return sorted(row["num_running"] for row in self.replicas())
+
+    def engines(self) -> list[psutil.Process]:
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in family if "toppings.engine.process" in _command(process)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def until(is_true: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("up")
+    write_model(path / "base", PRESETS["tiny"])
+    write_adapters(path / "adapters", path / "base", AdapterShape(ranks=(4, 16)), count=2)
+    write_adapters(path / "more", path / "base", AdapterShape(ranks=(8,)), count=2, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def up(home: Path) -> Iterator[Up]:
+    places = {
+        "model": home / "base",
+        "adapters": home / "adapters",
+        "adapter_roots": [str(home / "more")],
+        "state_dir": home / "state",
+        "log_dir": home / "logs",
+    }
+    settings = {**SETTINGS, **{k: v if isinstance(v, list) else str(v) for k, v in places.items()}}
+    (home / "up.json").write_text(json.dumps(settings))  # JSON is YAML
+    ray_dir = tempfile.mkdtemp(prefix="ray-")  # sockets in it need a short path
+    process = subprocess.Popen(
+        [sys.executable, "-m", "toppings", "up", "--config", str(home / "up.json")],
+        stdout=subprocess.PIPE,
+        stderr=(home / "stderr.log").open("w"),
+        text=True,
+        env={**os.environ, "RAY_TMPDIR": ray_dir, "RAY_AUTH_MODE": "disabled", "TOPPINGS_API_KEY": ""},
+    )
+    try:
+        yield Up(process, _url(process, home))
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(LIMIT_S)
+        shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def _url(process: subprocess.Popen[str], home: Path) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.search(r"Toppings running on (\S+) with 2 engines", line):
+            return found[1]
+    pytest.fail(f"it ended while it started: {(home / 'stderr.log').read_text()[-3000:]}")
+
+
+@pytest.mark.timeout(START_LIMIT_S)
+def test_openai_clients_are_served_whole_and_streamed(up: Up) -> None:
+    client = openai.OpenAI(base_url=f"{up.url}/v1", api_key="none", max_retries=0)
+    names = [model.id for model in client.models.list()]
+    assert names == ["base", "adapter-00000", "adapter-00001"]
+    for name in names:
+        options: Any = {"model": name, "prompt": "hello", "max_tokens": 8, "temperature": 0}
+        whole = client.completions.create(**options)
+        stream = client.completions.create(**options, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 8
+    messages: Any = [{"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(model="adapter-00000", messages=messages, max_tokens=4)
+    assert chat.choices[0].message.content
+
+
+def test_one_request_of_many_sequences_is_spread_and_whole(up: Up) -> None:
+    reply = up.post(
+        "/v1/completions", prompt=["one", "two", "three"], n=2, max_tokens=6, temperature=0, model="base"
+    ).json()
+    assert [choice["index"] for choice in reply["choices"]] == list(range(6))
+    assert reply["usage"]["completion_tokens"] == 36
+
+
+def test_both_engines_work_and_give_the_same(up: Up) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: up.complete("adapter-00000", max_tokens=40), range(8)))
+        assert len(set(texts)) == 1
+        answers = [pool.submit(up.complete, "base", max_tokens=900) for _ in range(4)]
+        until(lambda: min(up.running()) > 0)
+        assert len({answer.result() for answer in answers}) == 1
+    until(lambda: up.running() == [0, 0])
+
+
+def test_adapters_loaded_and_unloaded_at_run_time_reach_both_engines(up: Up) -> None:
+    load = {"lora_name": "new", "lora_path": "adapter-00001"}
+    reply = up.post("/v1/load_lora_adapter", **load)
+    assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'new' added successfully.")
+    assert up.post("/v1/load_lora_adapter", **load).status_code == 400
+    assert up.post("/adapters/new/pin").json() == {"name": "new", "is_pinned": True}
+    until(lambda: all("new" in row["adapters_on_device"] for row in up.replicas()))
+    assert up.complete("new") != up.complete("base")
+    reply = up.post("/v1/unload_lora_adapter", lora_name="new")
+    assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
+    assert up.post("/v1/completions", model="new", prompt="hello").status_code == 404
+    assert not any("new" in row["adapters_on_device"] for row in up.replicas())
+
+
+def test_statistics_are_of_all_engines(up: Up) -> None:
+    stats = up.http.get("/stats").json()
+    assert stats["kv_pages_total"] == sum(row["kv_pages_total"] for row in up.replicas())
+    assert stats["counters"]["generation_tokens"] > 0
+    assert "vllm:num_requests_running 0.0" in up.http.get("/metrics").text
+    states = {row["name"]: row["state"] for row in up.http.get("/adapters").json()["adapters"]}
+    assert states["adapter-00000"] == "device"
+
+
+def test_a_client_that_leaves_ends_its_request(up: Up) -> None:
+    body = {"model": "base", "prompt": "hello", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    with up.http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        assert "error" not in next(lines)
+        assert sum(up.running()) == 1
+    until(lambda: up.running() == [0, 0])
+
+
+@pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
+def test_a_killed_engine_costs_its_requests_one_error_and_others_nothing(up: Up) -> None:
+    """Those with a token are told, those without are answered by the other engine; a new one comes up."""
+    victim = up.engines()[0]
+
+    def stream(number: int) -> str:
+        body = {"model": "base", "prompt": f"{number}", "max_tokens": 700, "stream": True, "ignore_eos": True}
+        reply = up.post("/v1/completions", **body)
+        events = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+        assert events[-1] == "[DONE]", reply.text[-300:]
+        error = json.loads(events[-2]).get("error")
+        return "whole" if error is None else str(error["message"])
+
+    with ThreadPoolExecutor(12) as pool:
+        started = [pool.submit(stream, i) for i in range(4)]
+        until(lambda: min(up.running()) > 0)
+        victim.kill()
+        late = [pool.submit(stream, i) for i in range(4, 12)]
+        ends = [answer.result(LIMIT_S) for answer in started]
+        assert [answer.result(LIMIT_S) for answer in late] == ["whole"] * 8
+    errors = [end for end in ends if end != "whole"]
+    assert errors
+    assert len(errors) < 4
+    assert all("after the first token; the answer is incomplete" in error for error in errors)
+    until(lambda: len(up.replicas()) == 2, START_LIMIT_S)
+    assert up.complete("adapter-00001")
+
+
+def test_a_signal_ends_it_with_all_its_processes(up: Up) -> None:
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    assert len(up.engines()) == 2
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(LIMIT_S) == 0
+    until(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])

@@ -1,0 +1,192 @@
+"""A replica's adapters, on the front's machine and on another one, without Ray."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import FakeEngineClient
+from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.registry import AdapterRegistry
+from toppings.cluster.ray_serve.messages import AdapterRef
+from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, open_node_registry
+from toppings.config import Config
+from toppings.engine.build import open_registry
+from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
+
+
+class Machine:
+    """A machine with a registry, and replicas on it."""
+
+    def __init__(self, model: Path, state_dir: Path) -> None:
+        self.config = Config.from_settings({"model": str(model), "state_dir": str(state_dir)})
+        self.registry = open_registry(self.config.engine)
+
+    def replica(self) -> tuple[ReplicaAdapters, FakeEngineClient]:
+        engine = FakeEngineClient()
+        return ReplicaAdapters(open_registry(self.config.engine), engine), engine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "base"
+    write_model(path, PRESETS["tiny"])
+    return path
+
+
+@pytest.fixture
+def sources(model: Path, tmp_path: Path) -> Path:
+    write_adapters(tmp_path / "adapters", model, AdapterShape(ranks=(4, 8)), count=2)
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def front(model: Path, tmp_path: Path) -> Machine:
+    return Machine(model, tmp_path / "front")
+
+
+@pytest.fixture
+def elsewhere(model: Path, tmp_path: Path) -> Machine:
+    return Machine(model, tmp_path / "elsewhere")
+
+
+def load(machine: Machine, name: str, path: Path, *, replace: bool = False) -> AdapterRef:
+    return AdapterRef.of(machine.registry.register(name, path, replace=replace))
+
+
+def change(target: Path, source: Path) -> None:
+    """Other weights at the same place."""
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+async def test_on_the_fronts_machine_the_id_is_the_fronts(front: Machine, sources: Path) -> None:
+    ref = load(front, "a", sources / "adapter-00000")
+    adapters, _ = front.replica()
+    assert await adapters.resolve(ref) == ref.generation
+    assert adapters.name_of(ref.generation) == "a"
+
+
+async def test_elsewhere_it_is_registered_from_its_path_when_first_named(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    load(front, "other", sources / "adapter-00001")
+    ref = load(front, "a", sources / "adapter-00000")
+    adapters, _ = elsewhere.replica()
+    adapter_id = await adapters.resolve(ref)
+    assert elsewhere.registry.get("a").adapter_id == adapter_id != ref.generation
+    shutil.rmtree(ref.path)  # from now on it is the machine's own
+    assert await adapters.resolve(ref) == adapter_id
+    assert await elsewhere.replica()[0].resolve(ref) == adapter_id
+
+
+async def test_content_that_is_not_what_the_front_registered_is_refused(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    ref = load(front, "a", sources / "adapter-00000")
+    change(sources / "adapter-00000", sources / "adapter-00001")
+    adapters, _ = elsewhere.replica()
+    with pytest.raises(AdapterError, match="has changed since 'a' was registered"):
+        await adapters.resolve(ref)
+    with pytest.raises(AdapterNotFound):
+        elsewhere.registry.get("a")
+
+
+async def test_a_path_that_the_machine_does_not_have_is_named(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    ref = load(front, "a", sources / "adapter-00000")
+    shutil.rmtree(ref.path)
+    with pytest.raises(AdapterNotFound, match="adapter-00000"):
+        await elsewhere.replica()[0].resolve(ref)
+
+
+async def test_a_reload_in_place_is_another_generation(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    machines = [front.replica()[0], elsewhere.replica()[0]]
+    old = load(front, "a", sources / "adapter-00000")
+    before = [await adapters.resolve(old) for adapters in machines]
+    change(sources / "adapter-00000", sources / "adapter-00001")
+    new = load(front, "a", sources / "adapter-00000", replace=True)
+    for adapters, old_id in zip(machines, before):
+        assert await adapters.resolve(new) != old_id
+        assert await adapters.resolve(old) == old_id  # requests that are under way keep theirs
+    late = await front.replica()[0].resolve(old)
+    assert late == old.generation  # also where it was never asked for before
+
+
+async def test_a_removed_adapter_leaves_engine_and_registry(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    ref = load(front, "a", sources / "adapter-00000")
+    adapters, engine = elsewhere.replica()
+    adapter_id = await adapters.resolve(ref)
+    await adapters.retire(ref)
+    assert engine.removed == [adapter_id]
+    packed = Path(elsewhere.registry.get_by_id(adapter_id).packed_path)
+    assert packed.exists()  # a neighbour may still use it
+    await adapters.purge(ref)
+    assert not packed.exists()
+    with pytest.raises(AdapterNotFound):
+        elsewhere.registry.get("a")
+
+
+async def test_an_adapter_nobody_asked_for_is_removed_as_well(front: Machine, sources: Path) -> None:
+    """An engine may have loaded it by itself, at its start."""
+    ref = load(front, "a", sources / "adapter-00000")
+    adapters, engine = front.replica()
+    front.registry.remove("a")
+    await adapters.retire(ref)
+    assert engine.removed == [ref.generation]
+
+
+async def test_the_same_content_again_survives_the_end_of_its_first_generation(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    first = load(front, "a", sources / "adapter-00000")
+    second = load(front, "a", sources / "adapter-00000", replace=True)
+    adapters, engine = elsewhere.replica()
+    assert await adapters.resolve(first) == await adapters.resolve(second)
+    await adapters.retire(first)
+    await adapters.purge(first)
+    assert engine.removed == []
+    assert elsewhere.registry.get("a").adapter_id == await adapters.resolve(second)
+
+
+async def test_an_adapter_that_comes_back_after_its_removal_is_a_new_one(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    first = load(front, "a", sources / "adapter-00000")
+    adapters, engine = elsewhere.replica()
+    old_id = await adapters.resolve(first)
+    await adapters.retire(first)  # its packed file is still there
+    again = load(front, "a", sources / "adapter-00000", replace=True)
+    assert await adapters.resolve(again) != old_id
+    assert engine.removed == [old_id]
+
+
+async def test_pinned_adapters_are_pinned_where_they_come_later(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    load(front, "a", sources / "adapter-00000")
+    ref = AdapterRef.of(front.registry.set_pinned("a", True))
+    adapters, engine = elsewhere.replica()
+    adapter_id = await adapters.resolve(ref)
+    assert engine.pinned == {adapter_id: True}
+    await adapters.pin(ref, False)
+    assert engine.pinned == {adapter_id: False}
+
+
+def test_processes_of_one_machine_pack_the_start_up_directory_once(model: Path, sources: Path) -> None:
+    settings = {"model": str(model), "state_dir": str(sources.parent / "state"), "adapters": str(sources)}
+    config = Config.from_settings(settings)
+    registries: list[AdapterRegistry] = [
+        open_node_registry(config, is_front=is_front) for is_front in (False, True, False)
+    ]
+    assert [registry.live_ids() for registry in registries] == [[1, 2]] * 3
+
+
+def test_the_demo_brings_its_adapters(tmp_path: Path) -> None:
+    registry = open_node_registry(Config.from_settings({"state_dir": str(tmp_path)}), is_front=True)
+    assert "pirate" in [record.name for record in registry.list()]

@@ -1,0 +1,157 @@
+"""The routing benchmark's stand-in servers: steps by hand, their API as the router reads it, its loads."""
+
+import asyncio
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from stand_in.app import HttpServer
+from stand_in.load import Lengths, adapter_bytes, poisson_load, trace_load
+from stand_in.results import Observed, compare, make_row, results_table
+from stand_in.server import Job, Server
+from stand_in.virtual import observe
+
+from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.policies import make_policy
+from toppings.cluster.router.reports import parse_toppings_stats
+from toppings.cluster.snapshot import RequestSnapshot
+from toppings.sim.readers import load_trace
+from toppings.sim.trace import Trace, write_trace
+
+MODEL = load_perf_model("published:bgmv")
+RANKS = {"small": 8, "large": 64}
+
+
+def job(number: int, adapter: str, *, num_tokens: int, prompt_tokens: int = 100) -> Job:
+    rank = RANKS[adapter]
+    request = RequestSnapshot(str(number), adapter, rank, prompt_tokens, 10.0, adapter_bytes(rank))
+    return Job(request, num_tokens, 0.0)
+
+
+def test_steps_take_what_the_model_says() -> None:
+    server = Server("s", MODEL)
+    first, second = job(0, "small", num_tokens=2), job(1, "large", num_tokens=3)
+    server.waiting += [first, second]
+    load_ms = sum(adapter_bytes(rank) for rank in (8, 64)) / 24e6
+    assert server.start_step() == pytest.approx(28.7 + 0.06 * 200 + load_ms)
+    assert server.end_step() == ([first, second], [])
+    assert server.start_step() == pytest.approx(31.8 + 0.0039 * 2 * 64)
+    assert server.end_step() == ([first, second], [first])
+    assert server.start_step() == pytest.approx(31.8 + 0.0039 * 1 * 64)
+    assert server.end_step() == ([second], [second])
+    assert server.start_step() is None
+    assert server.rank_counts == {8: 1, 64: 1}
+    assert server.kv_tokens_used == 0
+
+
+def test_an_adapter_that_is_there_costs_no_load() -> None:
+    server = Server("s", MODEL)
+    for number in range(2):
+        server.waiting.append(job(number, "large", num_tokens=1))
+        step_ms = server.start_step()
+        server.end_step()
+    assert step_ms == pytest.approx(28.7 + 0.06 * 100)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_an_aborted_job_leaves_nothing_behind(num_steps: int) -> None:
+    """Waiting, prefilled and decoding ones alike."""
+    server = Server("s", MODEL)
+    gone, stays = job(0, "large", num_tokens=9), job(1, "small", num_tokens=4)
+    server.waiting += [gone, stays]
+    for _ in range(num_steps):
+        server.start_step()
+        server.end_step()
+    server.start_step()
+    server.abort(gone)
+    ended: list[Job] = []
+    while not ended:
+        _, ended = server.end_step()
+        server.start_step()
+    assert ended == [stays]
+    assert server.kv_tokens_used == 0
+    assert server.rank_counts == {8: 1}
+
+
+async def test_the_router_reads_a_stand_in_as_a_toppings_server() -> None:
+    stand_in = HttpServer(Server("s", MODEL), RANKS)
+    stand_in.server.waiting += [job(0, "large", num_tokens=5), job(1, "small", num_tokens=5)]
+    stand_in.server.start_step()
+    stand_in.server.end_step()
+    stand_in.server.waiting.append(job(2, "large", num_tokens=5))
+    async with TestClient(TestServer(stand_in.app())) as client:
+        report = parse_toppings_stats(await (await client.get("/stats")).read())
+        cards = (await (await client.get("/v1/models")).json())["data"]
+    assert report.ranks == Counter({8: 1, 64: 2})
+    assert report.on_device == report.on_host == {"small", "large"}
+    assert report.max_num_seqs == 64
+    assert report.kv_tokens_used == 208  # 2 x 101 tokens in pages of 16
+    assert report.perf_model == MODEL
+    assert {card["id"]: card["parent"] for card in cards} == {"base": None, "small": "base", "large": "base"}
+
+
+async def test_a_stand_in_streams_as_many_tokens_as_were_asked_for() -> None:
+    stand_in = HttpServer(Server("s", MODEL), RANKS)
+    body = {"model": "small", "prompt": [7] * 20, "max_tokens": 3, "stream": True, "ignore_eos": True}
+    steps = asyncio.create_task(stand_in.step_for_ever())
+    async with TestClient(TestServer(stand_in.app())) as client:
+        text = await (await client.post("/v1/completions", json=body)).text()
+        unknown = await client.post("/v1/completions", json={**body, "model": "none"})
+        whole = await client.post("/v1/completions", json={**body, "stream": False})
+    steps.cancel()
+    assert text.count('"text"') == 3
+    assert text.count('"finish_reason": "length"') == 1
+    assert '"completion_tokens": 3' in text
+    assert text.endswith("data: [DONE]\n\n")
+    assert (unknown.status, whole.status) == (404, 400)
+    assert (stand_in.num_answered, stand_in.num_aborted) == (1, 0)
+
+
+def test_every_request_is_served_by_one_server() -> None:
+    load = poisson_load(30.0, 4.0, 0, Lengths(20, 60))
+    observed = observe(load, make_policy("dlora"), MODEL, 3)
+    assert sum(counts.total() for counts in observed.rank_counts) == len(load.arrivals)
+    assert min(value for value in observed.tpt_ms if value is not None) > 28.7
+
+
+def test_a_trace_keeps_its_adapters_and_lengths_at_the_rate_asked_for(tmp_path: Path) -> None:
+    count = 40
+    trace = Trace(
+        np.arange(1, count + 1, dtype=np.float64),
+        np.arange(count, dtype=np.int32) % 2,
+        np.full(count, 30, dtype=np.int32),
+        np.arange(1, count + 1, dtype=np.int32),
+        np.array([8, 64], dtype=np.int32),
+        duration_s=float(count),
+        origin="made.csv",
+        names=("small", "large"),
+    )
+    write_trace(trace, tmp_path / "made.csv")
+    read = load_trace(tmp_path / "made.csv", format_name="toppings")
+    load = trace_load(read, 4.0, 5.0, 1)  # the second five seconds at four times the speed
+    assert [at for _, _, at in load.arrivals] == pytest.approx([250.0 * i for i in range(20)])
+    assert [tokens for _, tokens, _ in load.arrivals] == list(range(20, 40))
+    assert {(r.adapter, r.rank) for r, _, _ in load.arrivals} == {("small", 8), ("large", 64)}
+    with pytest.raises(ValueError, match=r"lasts 10\.0 s at 4 requests/s; 3 seeds of 5 s need 15 s"):
+        trace_load(read, 4.0, 5.0, 2)
+
+
+def test_a_refused_request_does_not_attain_and_gains_are_by_seed() -> None:
+    def row(policy: str, *tpts: list[float | None]) -> dict[str, object]:
+        trials = [Observed([500.0] * 2, tpt, tpt, [Counter({8: 1}), Counter({64: 1})]) for tpt in tpts]
+        setting = {"clock": "virtual", "arrivals": "Poisson", "kernel": "bgmv", "rate": 1.0}
+        return make_row({**setting, "policy": policy}, trials, 1.0, 40.0)
+
+    rows = [row("rank_aware", [30.0, 30.0], [30.0, 50.0]), row("random", [30.0, None], [50.0, 50.0])]
+    compare(rows)
+    assert rows[0]["attainment_by_seed"] == [1.0, 0.5]
+    assert rows[1]["attainment_by_seed"] == [0.5, 0.0]
+    assert (rows[1]["gain"], rows[1]["gain_stdev"]) == (-0.5, 0.0)
+    assert rows[1]["mean_rank_stdev"] == 28.0
+    assert results_table(rows, "title").row_count == 3
