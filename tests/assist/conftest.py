@@ -8,12 +8,12 @@ from toppings.assist.coordinator import Coordinator
 from toppings.assist.pool import WorkerPool
 
 
-@pytest.fixture(scope="session", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.fixture(scope="package", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def shared_world(request: pytest.FixtureRequest) -> World:
     return World(request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workers(shared_world: World) -> Iterator[WorkerPool]:
     """Two workers that no test harms."""
     with worker_pool(pool_settings(shared_world, deadline_s=60.0)) as pool:

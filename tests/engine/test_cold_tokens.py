@@ -95,14 +95,14 @@ def kill_all(pids: list[int]) -> None:
 
 
 @contextmanager
-def trouble(fault: Callable[[list[int]], None]) -> Iterator[None]:
-    """The fault strikes the workers again and again."""
+def trouble(fault: Callable[[list[int]], None], spared: set[int]) -> Iterator[None]:
+    """The fault strikes the workers, but those `spared`, again and again."""
     is_over = threading.Event()
 
     def strike() -> None:
         while not is_over.wait(0.05):
             with suppress(ProcessLookupError):
-                if pids := list(worker_pids()):
+                if pids := list(worker_pids() - spared):
                     fault(pids)
                     is_over.wait(0.4)
 
@@ -123,10 +123,11 @@ def test_requests_survive_faults_of_the_workers(
     fault: Callable[[list[int]], None],
 ) -> None:
     model, adapters = checkpoints
+    spared = worker_pids()  # of other tests, whose fixtures still stand
     settings = {"mode": "cpu_assisted", "link_gbps": SLOW_LINK_GBPS / 2, "assist_workers": 2}
     # Room for the largest adapter and little more: every round is cold again.
     with drive(model, tmp_path, adapters, device_pool_bytes=4 * 2**20, **settings) as driver:
-        with trouble(fault):
+        with trouble(fault, spared):
             for number in range(3):
                 add_all(driver, adapters, f" {number}")
                 driver.run(100)
@@ -138,7 +139,7 @@ def test_requests_survive_faults_of_the_workers(
     for number in range(3):
         assert {name: driver.tokens[f"{name} {number}"] for name in expected} == expected
     assert not driver.errors()
-    assert not worker_pids()
+    assert worker_pids() <= spared
 
 
 def test_files_that_vanish_cost_a_repair_or_one_clear_error(
