@@ -11,6 +11,7 @@ MODES = ("cached", "on_demand", "pipelined", "cpu_assisted", "cpu_shrink", "auto
 EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -55,6 +56,12 @@ class EngineConfig:
 
     model: str = setting("", "Hugging Face checkpoint directory of the base model (empty: the built-in demo)")
     served_model_name: str = setting("", "name of the base model in the API (empty: the directory's name)")
+    load_format: str = setting(
+        "auto",
+        "base weights: read from the checkpoint, or drawn at random (dummy; model may then be a known name"
+        " such as llama-2-7b)",
+        choices=LOAD_FORMATS,
+    )
     dtype: str = setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
     device: str = setting("cpu", "where the model runs", choices=DEVICES)
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")

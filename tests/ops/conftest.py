@@ -3,6 +3,7 @@ from typing import cast
 import pytest
 import torch
 
+from tests.ops.gpu_world import DEVICE
 from toppings.ops import dispatch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,3 +22,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip(dispatch.NUMBA_REASON)
     monkeypatch.setattr(dispatch, "USE_NUMBA", request.param == "kernel")
     return cast("str", request.param)
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations on `DEVICE` run as Triton kernels."""
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", (DEVICE.type,))

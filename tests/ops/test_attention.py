@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,8 +32,9 @@ def attend(
     heads: tuple[int, int, int],
     window: int | None,
     shift: float = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """What `paged_attention` and its reference say for random queries and cache."""
+    """What `paged_attention` on `device` and its reference say for random queries and cache."""
     num_heads, num_kv_heads, head_dim = heads
     num_pages = int(meta.page_tables.max()) + 1
     cache = KVCache.allocate(1, num_pages, PAGE_SIZE, num_kv_heads, head_dim, dtype, "cpu")
@@ -44,9 +47,14 @@ def attend(
         cached = meta.cache_rows(s)[length - (rows.stop - rows.start) :]
         qkv[rows, num_heads : num_heads + num_kv_heads] = cache.k[0][cached]
         qkv[rows, num_heads + num_kv_heads :] = cache.v[0][cached]
-    q, k, v = qkv.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     scale = head_dim**-0.5
-    actual = paged_attention(q, k, v, cache.k[0], cache.v[0], meta, scale=scale, sliding_window=window)
+    there = replace(meta, page_tables=meta.page_tables.to(device))
+    k_cache, v_cache = cache.k[0].to(device), cache.v[0].to(device)
+    q_there, k_there, v_there = qkv.to(device).tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+    actual = paged_attention(
+        q_there, k_there, v_there, k_cache, v_cache, there, scale=scale, sliding_window=window
+    ).cpu()
+    q = qkv[:, :num_heads]
     expected = paged_attention_reference(q, cache.k[0], cache.v[0], meta, scale=scale, sliding_window=window)
     return actual, expected
 

@@ -22,6 +22,7 @@ from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.step_log import StepLog
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
+from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
 from toppings.ops import warm_up
 from toppings.ops.attention import KVCache
 
@@ -31,6 +32,19 @@ MAX_DEFAULT_CACHE_BYTES = 4 * 2**30
 
 def model_path(config: EngineConfig) -> Path:
     return Path(config.model) if config.model else demo_model_dir()
+
+
+def model_config(config: EngineConfig) -> ModelConfig:
+    """Of the checkpoint, or of a name for which no checkpoint is needed."""
+    if config.load_format == "dummy" and config.model in NAMED_MODELS:
+        return named_config(config.model)
+    return ModelConfig.from_checkpoint(model_path(config))
+
+
+def _decoder(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> Decoder:
+    if config.load_format == "dummy":
+        return Decoder(model, dummy_weights(model, dtype, config.device, seed=config.seed))
+    return Decoder.load(model_path(config), dtype=dtype, device=config.device)
 
 
 def served_model_name(config: EngineConfig) -> str:
@@ -48,7 +62,7 @@ def state_dir(config: EngineConfig) -> Path:
 
 def open_registry(config: EngineConfig) -> AdapterRegistry:
     """Raises ValueError where the model is not supported or the state belongs to another base model."""
-    model = ModelConfig.from_checkpoint(model_path(config))
+    model = model_config(config)
     return AdapterRegistry(
         state_dir(config),
         served_model_name(config),
@@ -66,9 +80,9 @@ def build_engine(config: EngineConfig, *, await_registry: Callable[[], None] = l
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    model = ModelConfig.from_checkpoint(model_path(config))
+    model = model_config(config)
     dtype = getattr(torch, _dtype_name(config, model))
-    decoder = Decoder.load(model_path(config), dtype=dtype, device=config.device)
+    decoder = _decoder(config, model, dtype)
     warm_up(dtype)
     limits, num_pages = _limits(config, model)
     cache = KVCache.allocate(

@@ -77,6 +77,11 @@ class ModelConfig:
         generation = read_json(generation_file) if generation_file.exists() else {}
         return _convert(source, architecture, generation)
 
+    @classmethod
+    def from_transformers(cls, source: Any, architecture: str) -> "ModelConfig":
+        """From a configuration object of transformers. Raises ValueError where it cannot be served."""
+        return _convert(source, architecture, {})
+
     @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim

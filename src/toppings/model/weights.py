@@ -48,6 +48,11 @@ def read_weights(path: Path | str, config: ModelConfig, dtype: torch.dtype) -> d
     return weights
 
 
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """By name, the shapes of the tensors that `read_weights` gives."""
+    return _target_shapes(dict(_plan(config)))
+
+
 def _target_shapes(plan: dict[str, _Piece]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in plan.values():

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
-from toppings.ops.dispatch import kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
@@ -13,6 +13,9 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up in fp32, rounded once. gate_up: [T, 2N] contiguous, gate first; returns [T, N]."""
+    if (gpu := gpu_kernels("elementwise", gate_up)) is not None:
+        gpu.silu_mul(out := gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), gate_up)
+        return out
     if (fast := kernels("elementwise", gate_up)) is None:
         return silu_mul_reference(gate_up)
     size = gate_up.shape[1] // 2

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from toppings.ops.dispatch import kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
+
+if TYPE_CHECKING:
+    from toppings.ops.gpu_attention import AttentionTiles
 
 NO_WINDOW = 2**62
 _QUERY_BLOCK = 128
@@ -60,6 +64,13 @@ class AttentionMetadata:
     @cached_property
     def num_decode_keys(self) -> int:
         return sum(self.context_lens[: self.num_decodes])
+
+    @cached_property
+    def tiles(self) -> "AttentionTiles":
+        """What the GPU's kernels read, built once per step."""
+        from toppings.ops.gpu_attention import AttentionTiles
+
+        return AttentionTiles.build(self)
 
     def cache_rows(self, sequence: int) -> Tensor:
         """int64 [context_len]: where in the cache the sequence's keys are, in order."""
@@ -118,6 +129,9 @@ def paged_attention(
     """
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     window = sliding_window or NO_WINDOW
+    if (gpu := gpu_kernels("attention", q)) is not None:
+        gpu.paged_attention(out, q, k, v, k_cache, v_cache, meta, scale=scale, window=window)
+        return out
     if meta.num_decodes:
         _decode(out, q, k_cache, v_cache, meta, scale, window)
     for s in range(meta.num_decodes, len(meta.context_lens)):
@@ -184,27 +198,34 @@ def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: f
     if q.dtype == torch.float16:  # CPUs without half-precision products emulate them slowly
         q, k, v = q.float(), k.float(), v.float()
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, past = k.shape[1], k.shape[0] - num_queries
+    num_keys, num_kv_heads = k.shape[:2]
+    past = num_keys - num_queries
     heads = (num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    queries, result = (q * scale).view(heads).permute(1, 2, 0, 3), out.view(heads).permute(1, 2, 0, 3)
-    keys = (k - k.mean(0, keepdim=True)).permute(1, 2, 0)  # [Hkv, D, m]
-    values = v.transpose(0, 1).contiguous()
+    queries, result = q.view(heads).permute(1, 2, 0, 3), out.view(heads).permute(1, 2, 0, 3)
+    mean = k.sum(0) / num_keys  # faster than `mean`
+    keys = (k - mean).transpose(0, 1).contiguous().transpose(1, 2)  # [Hkv, D, m]
+    values = v.transpose(0, 1)
     for start in range(0, num_queries, _QUERY_BLOCK):
         rows = slice(start, min(start + _QUERY_BLOCK, num_queries))
         seen = slice(max(0, past + start + 1 - window), past + rows.stop)
         block = queries[:, :, rows].reshape(num_kv_heads, -1, head_dim)
         scores = torch.bmm(block, keys[:, :, seen])
-        _mask_(scores.view(num_kv_heads, heads[2], rows.stop - start, -1), window)
-        attended = torch.bmm(scores.softmax(-1), values[:, seen])
+        weights = _causal_softmax(scores, rows.stop - start, scale, window)
+        attended = torch.bmm(weights, values[:, seen])
         result[:, :, rows] = attended.view(num_kv_heads, heads[2], -1, head_dim).to(out.dtype)
 
 
-def _mask_(scores: Tensor, window: int) -> None:
-    """Scores [..., n, m] of the last n of m tokens become -inf where a query may not see a key."""
-    num_queries, num_keys = scores.shape[-2:]
-    if num_keys <= window:  # only the keys of the queries themselves can be in a query's future
-        scores, num_keys = scores[..., num_keys - num_queries :], num_queries
-    mask = causal_mask(num_queries, num_keys, window, scores.device)
-    scores += torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(
-        ~mask, -torch.inf
-    )
+def _causal_softmax(scores: Tensor, num_queries: int, scale: float, window: int) -> Tensor:
+    """softmax(scale · scores) over the keys that a query may see, 0 for the others; may overwrite `scores`.
+
+    scores: [Hkv, H / Hkv · n, m], the n queries of a head side by side; the last query sees the last key.
+    """
+    num_keys = scores.shape[2]
+    if (fast := kernels("attention", scores)) is None:
+        mask = causal_mask(num_queries, num_keys, window, scores.device)
+        by_head = scores.view(-1, num_queries, num_keys).masked_fill_(~mask, -torch.inf)
+        return (by_head * scale).softmax(-1).view(scores.shape)
+    assert scores.is_contiguous()
+    num_heads = scores.shape[0] * scores.shape[1] // num_queries
+    fast.causal_softmax(scores, num_heads, scores.numel(), scores, num_queries, num_keys, window, scale)
+    return scores

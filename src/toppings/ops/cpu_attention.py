@@ -1,4 +1,5 @@
-"""numba kernel for one-token queries against a paged cache; `attention.py` says what it computes."""
+"""numba kernels: one-token queries against a paged cache, the softmax of a prompt's scores; `attention.py`
+says what they compute."""
 
 from typing import Any
 
@@ -80,4 +81,52 @@ def decode_attention(block: Any) -> None:
             _add_values(acc, weights, n, v_cache, places, i, group, d)
         for j in range(heads * d):
             store(out, s * num_heads * d + start + j, acc[j])
+        task = claim(block)
+
+
+_LANES = 16
+
+
+@helper
+def _largest(x: Pointer, start: int, stop: int, lanes: Floats) -> np.float32:
+    """Of the elements from start to stop; one maximum a lane, for a single one would not vectorise."""
+    largest: np.float32 = load(x, start)
+    whole = start + (stop - start) // _LANES * _LANES
+    for lane in range(_LANES):
+        store(lanes, lane, largest)
+    for i in range(start, whole, _LANES):
+        for lane in range(_LANES):
+            store(lanes, lane, max(load(lanes, lane), load(x, i + lane)))
+    for lane in range(_LANES):
+        largest = max(largest, load(lanes, lane))
+    for i in range(whole, stop):
+        largest = max(largest, load(x, i))
+    return largest
+
+
+@Kernel
+def causal_softmax(block: Any) -> None:
+    """Task: the queries of one head, [n, m] scores that their weights replace."""
+    scores, num_queries, num_keys = elements(block, 0), integer(block, 1), integer(block, 2)
+    window, scale = integer(block, 3), real(block, 4)
+    lanes, weights = np.empty(_LANES, np.float32), np.empty(num_keys, np.float32)
+    task = claim(block)
+    while task >= 0:
+        for query in range(num_queries):
+            row = (task * num_queries + query) * num_keys
+            stop = num_keys - num_queries + query + 1
+            start = max(0, stop - window)
+            largest = _largest(scores, row + start, row + stop, lanes)
+            total = np.float32(0)
+            for i in range(start, stop):
+                weight = exp((load(scores, row + i) - largest) * scale)
+                store(weights, i, weight)
+                total += weight
+            share = np.float32(1) / total
+            for i in range(start):
+                store(scores, row + i, np.float32(0))
+            for i in range(start, stop):
+                store(scores, row + i, load(weights, i) * share)
+            for i in range(stop, num_keys):
+                store(scores, row + i, np.float32(0))
         task = claim(block)

@@ -3,7 +3,7 @@
 import torch
 
 from toppings.ops.activation import silu_mul
-from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
+from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
 from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.rope import rotate_and_store_
@@ -35,6 +35,8 @@ def _attend(dtype: torch.dtype) -> None:
     rotate_and_store_(qkv, angles, angles, cache.k[0], cache.v[0], slots)
     heads = qkv.view(1, 3, 4)
     paged_attention(heads[:, :1], heads[:, 1:2], heads[:, 2:], cache.k[0], cache.v[0], meta, scale=1.0)
+    prompt = heads[:, :1]
+    prefill_attention_(torch.empty_like(prompt), prompt, prompt, prompt, scale=1.0, window=NO_WINDOW)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Which form of an operation runs: the numba kernels for tensors in host memory, torch for everything
-else."""
+"""Which form of an operation runs: the numba kernels for tensors in host memory, the Triton kernels for those
+on a CUDA device, torch for everything else."""
 
 import importlib
 import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ USE_NUMBA = HAS_NUMBA
 
 NUMBA_REASON = "numba is installed" if HAS_NUMBA else "numba is not installed: torch operators serve instead"
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Triton can be imported here."""
+
+TRITON_DEVICES: tuple[str, ...] = ("cuda",) if HAS_TRITON else ()
+"""Types of devices whose tensors the Triton kernels serve (with its interpreter also "cpu")."""
+
+TRITON_REASON = (
+    "triton is installed" if HAS_TRITON else "triton is not installed: torch operators serve instead"
+)
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,6 +36,13 @@ def kernels(name: str, sample: Tensor) -> ModuleType | None:
     if not USE_NUMBA or sample.device.type != "cpu" or sample.dtype not in KERNEL_DTYPES:
         return None
     return _module(name)
+
+
+def gpu_kernels(name: str, sample: Tensor) -> Any:
+    """The module `toppings.ops.gpu_<name>` where it can serve tensors like `sample`, else None."""
+    if sample.device.type not in TRITON_DEVICES or sample.dtype not in KERNEL_DTYPES:
+        return None
+    return importlib.import_module(f"toppings.ops.gpu_{name}")
 
 
 @cache

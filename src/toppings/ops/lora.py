@@ -1,15 +1,26 @@
 """Low-rank updates of many adapters in one batch: y += (x Aᵀ) B, each row with its own adapter's A and B."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from toppings.ops.dispatch import kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
+
+if TYPE_CHECKING:
+    from toppings.ops.gpu_lora import LoraBatch
+
+LoraForm = Literal["sgmv", "mbgmv", "bgmv"]
+"""How the GPU's kernels share out a step's rows; `gpu_lora.py` compares them."""
+
+MAX_RANK = 512
+"""Adapters' ranks are at most this where nobody knows better."""
+
+_MAX_DECODE_ROWS = 16
 
 MAX_KERNEL_ROWS = 12
 """Segments up to this long go to the kernel, which needs no call per adapter; longer ones to matrix
@@ -22,10 +33,16 @@ _TYPICAL_RANK = 16
 class LoraSegments:
     """The rows of a step, grouped by adapter: segment s is rows `indptr[s]` to `indptr[s + 1]`, its adapter
     is in device pool slot `slots[s]`; -1 marks rows of the base model, which are skipped. Built once per
-    step."""
+    step.
+
+    `max_rank` (of any module) and `decode_form` matter on a GPU alone; `batches` keeps what its kernels read
+    of the step, once it is there."""
 
     indptr: list[int]
     slots: list[int]
+    max_rank: int = MAX_RANK
+    decode_form: LoraForm = "mbgmv"
+    batches: "dict[torch.device, LoraBatch]" = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.indptr) == len(self.slots) + 1, (self.indptr, self.slots)
@@ -35,6 +52,12 @@ class LoraSegments:
         """(start, stop, slot) of each segment that has an adapter and rows."""
         segments = zip(self.indptr, self.indptr[1:], self.slots)
         return [(start, stop, slot) for start, stop, slot in segments if slot >= 0 and stop > start]
+
+    @property
+    def form(self) -> LoraForm:
+        """`decode_form` where every adapter has few rows."""
+        longest = max((stop - start for start, stop, _ in self.adapted), default=0)
+        return self.decode_form if longest <= _MAX_DECODE_ROWS else "sgmv"
 
     @cached_property
     def short(self) -> Tensor:
@@ -94,6 +117,9 @@ def add_lora_(
     Sums are fp32. A row's result does not depend on the other rows, except that long segments round the
     shrunk row to x's dtype.
     """
+    if (gpu := gpu_kernels("lora", x)) is not None:
+        gpu.add_lora(y, x, arena, table[:, layer, group[0] :], out_offsets, segments)
+        return
     fast = kernels("lora", x)
     long = segments.adapted if fast is None else segments.long
     if fast is not None and len(segments.short):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from toppings.ops.dispatch import kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,6 +17,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [T, N] contiguous; weight: [N]; returns [T, N] of x's dtype.
     """
+    if (gpu := gpu_kernels("elementwise", x)) is not None:
+        gpu.rms_norm(out := torch.empty_like(x), x, weight, eps)
+        return out
     if (fast := kernels("elementwise", x)) is None:
         return rms_norm_reference(x, weight, eps)
     out = torch.empty_like(x)
@@ -28,6 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x in place, then `rms_norm` of it. All [T, N] contiguous."""
+    if (gpu := gpu_kernels("elementwise", x)) is not None:
+        gpu.add_rms_norm(out := torch.empty_like(x), residual, x, weight, eps)
+        return out
     if (fast := kernels("elementwise", x)) is None:
         return rms_norm_reference(residual.add_(x), weight, eps)
     out = torch.empty_like(x)

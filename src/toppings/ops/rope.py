@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toppings.ops.dispatch import kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
 from toppings.ops.norm import rms_norm_reference
 
 
@@ -80,6 +80,10 @@ def rotate_and_store_(
     qkv: [T, (H + 2 Hkv) · D] contiguous; cos, sin: fp32 [T, D / 2]; caches: [slots, Hkv, D];
     slot_mapping: int64 [T], the cache row of each token.
     """
+    if (gpu := gpu_kernels("elementwise", qkv)) is not None:
+        weights = None if head_norm is None else (head_norm.q, head_norm.k, head_norm.eps)
+        gpu.rotate_and_store(qkv, k_cache, v_cache, cos, sin, slot_mapping, weights)
+        return
     if (fast := kernels("elementwise", qkv)) is None:
         rotate_and_store_reference_(qkv, cos, sin, k_cache, v_cache, slot_mapping, head_norm)
         return

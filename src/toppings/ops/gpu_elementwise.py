@@ -1,0 +1,175 @@
+"""Triton kernels for what touches each activation once; `norm.py`, `rope.py` and `activation.py` say what
+they compute.
+
+All are bound by memory: each input is read once, each output written once, sums are fp32, results are rounded
+once. `rms_norm` and `add_rms_norm`: a program a row, the row in registers, so that the residual is read and
+written once for addition and norm together. `silu_mul`: a grid of (row, block of columns).
+`rotate_and_store`: a grid of (token, block of heads); norm, rotation and the write to the cache in one pass
+over qkv.
+
+Checked with Triton's interpreter and compiled for compute capability 9.0; not yet run on a GPU.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from toppings.ops.gpu_launch import next_power_of_2, num_warps_for
+
+_SILU_COLUMNS = 1024
+_ROTATED_ELEMENTS = 2048  # half heads times head_dim / 2 that one program turns
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rms_norm_kernel(out, residual, x, weight, n, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * n
+    columns = tl.arange(0, BLOCK)
+    mask = columns < n
+    values = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(residual + row + columns, mask=mask, other=0.0).to(tl.float32)
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(residual + row + columns, rounded, mask=mask)
+        values = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / n + eps)
+    gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row + columns, (values * scale * gain).to(x.dtype.element_ty), mask=mask)
+
+
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    _launch_norm(out, x, x, weight, eps, add=False)
+
+
+def add_rms_norm(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    _launch_norm(out, residual, x, weight, eps, add=True)
+
+
+def _launch_norm(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, add: bool) -> None:
+    assert x.is_contiguous()
+    assert residual.is_contiguous()
+    assert weight.dtype == residual.dtype == x.dtype
+    num_rows, n = x.shape
+    if not num_rows:
+        return
+    block = next_power_of_2(n)
+    _rms_norm_kernel[(num_rows,)](
+        out, residual, x, weight, n, eps, ADD=add, BLOCK=block, num_warps=num_warps_for(block)
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _silu_mul_kernel(out, gate_up, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < n
+    gate = tl.load(gate_up + row * 2 * n + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * n + n + columns, mask=mask, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * n + columns, result.to(gate_up.dtype.element_ty), mask=mask)
+
+
+def silu_mul(out: Tensor, gate_up: Tensor) -> None:
+    assert gate_up.is_contiguous()
+    num_rows, n = out.shape
+    if not num_rows:
+        return
+    block = min(next_power_of_2(n), _SILU_COLUMNS)
+    grid = (triton.cdiv(n, block), num_rows)
+    _silu_mul_kernel[grid](out, gate_up, n, BLOCK=block, num_warps=num_warps_for(block))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    k_cache,
+    v_cache,
+    cos,
+    sin,
+    slots,
+    q_norm,
+    k_norm,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    token = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    dtype = qkv.dtype.element_ty
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    is_v = head >= NUM_HEADS + NUM_KV_HEADS
+    mask = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (column < HALF)
+    turned = mask & (head < NUM_HEADS + NUM_KV_HEADS)
+    place = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF + head * 2 * HALF + column
+    low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    slot = tl.load(slots + token)
+    if HAS_NORM:
+        scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + eps)[
+            :, None
+        ]
+        is_q = head < NUM_HEADS
+        q_low = tl.load(q_norm + column, mask=column < HALF, other=0.0).to(tl.float32)
+        q_high = tl.load(q_norm + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        k_low = tl.load(k_norm + column, mask=column < HALF, other=0.0).to(tl.float32)
+        k_high = tl.load(k_norm + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        low *= tl.where(is_v, 1.0, scale * tl.where(is_q, q_low, k_low))
+        high *= tl.where(is_v, 1.0, scale * tl.where(is_q, q_high, k_high))
+    c = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0)
+    s = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0)
+    new_low = tl.where(is_v, low, low * c - high * s).to(dtype)
+    new_high = tl.where(is_v, high, high * c + low * s).to(dtype)
+    tl.store(place, new_low, mask=turned)
+    tl.store(place + HALF, new_high, mask=turned)
+    row = slot * NUM_KV_HEADS * 2 * HALF + column
+    k_place = k_cache + row + (head - NUM_HEADS) * 2 * HALF
+    tl.store(k_place, new_low, mask=mask & is_k)
+    tl.store(k_place + HALF, new_high, mask=mask & is_k)
+    v_place = v_cache + row + (head - NUM_HEADS - NUM_KV_HEADS) * 2 * HALF
+    tl.store(v_place, new_low, mask=mask & is_v)
+    tl.store(v_place + HALF, new_high, mask=mask & is_v)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slot_mapping: Tensor,
+    norm: tuple[Tensor, Tensor, float] | None,
+) -> None:
+    assert k_cache.dtype == v_cache.dtype == qkv.dtype
+    assert all(x.is_contiguous() for x in (qkv, k_cache, v_cache, cos, sin, slot_mapping))
+    num_tokens = qkv.shape[0]
+    if not num_tokens:
+        return
+    _, num_kv_heads, head_dim = k_cache.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    half = head_dim // 2
+    block_half = next_power_of_2(half)
+    all_heads = num_heads + 2 * num_kv_heads
+    block_heads = min(next_power_of_2(all_heads), max(1, _ROTATED_ELEMENTS // block_half))
+    q_norm, k_norm, eps = norm if norm is not None else (qkv, qkv, 0.0)
+    _rotate_and_store_kernel[(triton.cdiv(all_heads, block_heads), num_tokens)](
+        qkv,
+        k_cache,
+        v_cache,
+        cos,
+        sin,
+        slot_mapping,
+        q_norm,
+        k_norm,
+        eps,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HALF=half,
+        HAS_NORM=norm is not None,
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        num_warps=4,
+    )

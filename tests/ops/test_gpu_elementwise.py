@@ -1,0 +1,66 @@
+"""The Triton kernels for norms, rotary positions and the activation against their references."""
+
+import pytest
+import torch
+
+from tests.ops.gpu_world import DEVICE, needs_triton
+from tests.tolerances import assert_close
+from toppings.ops.activation import silu_mul, silu_mul_reference
+from toppings.ops.norm import add_rms_norm_, rms_norm, rms_norm_reference
+from toppings.ops.rope import HeadNorm, Rope, rotate_and_store_, rotate_and_store_reference_
+
+pytestmark = [needs_triton, pytest.mark.usefixtures("triton_kernels")]
+
+NUM_ROWS = (1, 3, 33)
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_rms_norm_agrees_with_its_reference(dtype: torch.dtype, num_rows: int) -> None:
+    x, weight = torch.randn(num_rows, 72).to(DEVICE, dtype), torch.rand(72).to(DEVICE, dtype)
+    assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+
+
+def test_add_rms_norm_adds_to_the_residual_then_normalises_it(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(5, 72).to(DEVICE, dtype), torch.randn(5, 72).to(DEVICE, dtype)
+    weight, total = torch.rand(72).to(DEVICE, dtype), residual + x
+    assert_close(add_rms_norm_(x, residual, weight, 1e-5), rms_norm_reference(total, weight, 1e-5), scale=2)
+    assert_close(residual, total)
+    if dtype != torch.bfloat16:
+        assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("size", [50, 1100])
+def test_silu_mul_agrees_with_its_reference(dtype: torch.dtype, num_rows: int, size: int) -> None:
+    gate_up = (torch.randn(num_rows, 2 * size) * 5).to(DEVICE, dtype)
+    assert_close(silu_mul(gate_up), silu_mul_reference(gate_up))
+
+
+def test_silu_mul_is_right_where_the_exponential_saturates_and_hides_no_nan() -> None:
+    gate = torch.tensor([[-200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0, torch.nan]], device=DEVICE)
+    gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
+    torch.testing.assert_close(silu_mul(gate_up), silu_mul_reference(gate_up), equal_nan=True)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("heads", [(6, 2, 24), (1, 1, 16), (32, 32, 128)], ids=str)
+def test_rotate_and_store_agrees_with_its_reference(
+    dtype: torch.dtype, heads: tuple[int, int, int], has_norm: bool
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    num_rows = 7
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)
+    caches = [torch.zeros(20, num_kv_heads, head_dim, dtype=dtype, device=DEVICE) for _ in range(4)]
+    weights = torch.rand(2, head_dim).to(DEVICE, dtype)
+    norm = HeadNorm(weights[0], weights[1], 1e-6) if has_norm else None
+    slots = torch.randperm(20)[:num_rows].to(DEVICE)
+    cos, sin = Rope(torch.rand(head_dim // 2, device=DEVICE), 1.5).cos_sin(
+        torch.arange(num_rows, device=DEVICE)
+    )
+    expected = qkv.clone()
+    rotate_and_store_reference_(expected, cos, sin, caches[0], caches[1], slots, norm)
+    rotate_and_store_(qkv, cos, sin, caches[2], caches[3], slots, norm)
+    # The reference rounds between norm and rotation, as transformers does: one more unit in the last place.
+    assert_close(qkv, expected, scale=2)
+    assert_close(caches[2], caches[0], scale=2)
+    assert torch.equal(caches[3], caches[1])
