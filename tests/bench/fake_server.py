@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 ADAPTER_BYTES = 1000
 PREFILL_S = 0.01
-LOAD_S = {"cached": 0.0, "on_demand": 0.03, "pipelined": 0.01}
+LOAD_S = {"cached": 0.0, "on_demand": 0.03, "pipelined": 0.01, "cpu_assisted": 0.005}
 
 
 @dataclass

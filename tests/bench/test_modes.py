@@ -2,17 +2,21 @@ import asyncio
 import json
 import socket
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bench import fake_server
-from toppings.bench.comparison import Comparison, ModesSpec
+from toppings.bench import modes
+from toppings.bench.comparison import Comparison, ModeResult, ModesSpec, Survey
 from toppings.bench.load import LoadShape
 from toppings.bench.modes import compare_modes
+from toppings.bench.outcome import Outcome
 from toppings.bench.report import read_report
 from toppings.bench.server import ServerStartError, free_port, running_server
+from toppings.bench.summary import summarize
 from toppings.config import Config
 
 NUM_ADAPTERS = 8
@@ -32,8 +36,8 @@ def _spec(directory: Path, **more: Any) -> ModesSpec:
         "api_key": "secret",
     }
     load = LoadShape(num_requests=10, prompt_tokens=6, max_tokens=4)
-    given = {"num_adapters": NUM_ADAPTERS, "load_ratio": 1.5, "modes": MODES, **more}
-    return ModesSpec(base=Config.from_settings(settings), load=load, **given)
+    given = {"num_adapters": NUM_ADAPTERS, "load_ratio": 1.5, "modes": MODES, "load": load, **more}
+    return ModesSpec(base=Config.from_settings(settings), **given)
 
 
 def _compare(directory: Path, spec: ModesSpec, calls: list[tuple[str, int]] | None = None) -> Comparison:
@@ -47,7 +51,9 @@ def _compare(directory: Path, spec: ModesSpec, calls: list[tuple[str, int]] | No
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, list[tuple[str, int]]]:
     directory = tmp_path_factory.mktemp("modes")
     calls: list[tuple[str, int]] = []
-    return _compare(directory, _spec(directory), calls), directory, calls
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modes, "available_memory_bytes", lambda: 2**40)
+        return _compare(directory, _spec(directory), calls), directory, calls
 
 
 Ran = tuple[Comparison, Path, list[tuple[str, int]]]
@@ -67,6 +73,97 @@ def test_all_modes_are_sent_the_same_requests(ran: Ran) -> None:
     comparison, _, _ = ran
     adapters = [[o.adapter for o in result.outcomes["poisson"]] for result in comparison.results]
     assert adapters[0] == adapters[1] == adapters[2]
+
+
+def _spans(outcomes: list[Outcome]) -> list[tuple[float, float]]:
+    return [(outcome.sent_at, outcome.sent_at + outcome.e2e_ms / 1e3) for outcome in outcomes]
+
+
+def test_each_request_goes_to_all_modes_before_the_next_one_does(ran: Ran) -> None:
+    comparison, _, _ = ran
+    assert comparison.is_interleaved
+    by_request = zip(*(_spans(result.outcomes["sequential"]) for result in comparison.results), strict=True)
+    ends = 0.0
+    for spans in by_request:
+        assert min(start for start, _ in spans) > ends
+        ends = max(end for _, end in spans)
+
+
+def test_only_one_server_has_requests_at_a_time(ran: Ran) -> None:
+    comparison, _, _ = ran
+    spans = sorted(
+        span
+        for result in comparison.results
+        for span in (_whole(result.outcomes["poisson"]), *_one_by_one(result))
+    )
+    assert all(end < start for (_, end), (start, _) in pairwise(spans))
+
+
+def _one_by_one(result: ModeResult) -> list[tuple[float, float]]:
+    return _spans(result.outcomes["sequential"])
+
+
+def _whole(outcomes: list[Outcome]) -> tuple[float, float]:
+    starts, ends = zip(*_spans(outcomes), strict=True)
+    return min(starts), max(ends)
+
+
+def test_the_order_of_the_modes_changes(ran: Ran) -> None:
+    comparison, _, _ = ran
+    sent = zip(*([o.sent_at for o in r.outcomes["sequential"]] for r in comparison.results), strict=True)
+    orders = {tuple(sorted(range(len(times)), key=times.__getitem__)) for times in sent}
+    assert len(orders) > 1
+
+
+def test_the_total_time_leaves_other_modes_turns_out(ran: Ran) -> None:
+    comparison, _, _ = ran
+    for result in comparison.results:
+        waited_s = sum(outcome.e2e_ms for outcome in result.outcomes["sequential"]) / 1e3
+        assert result.loads["sequential"].total_s == pytest.approx(waited_s)
+
+
+@pytest.mark.parametrize(("more", "memory"), [({"one_at_a_time": True}, 2**40), ({}, 0)])
+def test_asked_to_or_short_of_memory_one_server_follows_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], memory: int
+) -> None:
+    monkeypatch.setattr(modes, "available_memory_bytes", lambda: memory)
+    load = LoadShape(num_requests=3, prompt_tokens=6, max_tokens=4)
+    comparison = _compare(tmp_path, _spec(tmp_path, modes=("cached", "pipelined"), load=load, **more))
+    assert not comparison.is_interleaved
+    cached, pipelined = (
+        [_whole(result.outcomes[kind]) for kind in ("sequential", "poisson")] for result in comparison.results
+    )
+    assert cached[-1][1] < pipelined[0][0]
+
+
+def _result(mode: str, ttfts_ms: list[float]) -> ModeResult:
+    outcomes = [Outcome("a", 0.0, 2 * ms, ms, num_tokens=4) for ms in ttfts_ms]
+    return ModeResult(mode, {}, {"sequential": summarize(outcomes)}, {"sequential": outcomes})
+
+
+def test_paired_ratios_are_medians_over_the_requests() -> None:
+    results = [
+        _result("cached", [10.0, 20.0, 40.0]),
+        _result("on_demand", [30.0, 60.0, 120.0]),
+        _result("pipelined", [12.0, 24.0, 60.0]),
+        _result("auto", [11.0, 30.0, 48.0]),
+    ]
+    spec = ModesSpec(base=Config(), modes=("cached",), load=LoadShape())
+    comparison = Comparison(spec, Survey({}, 0, 1.0, 1.0), 0.0, 1.0, results)
+    best = comparison.best_fixed("sequential", "ttft")
+    assert best is not None
+    assert best.mode == "pipelined"
+    paired = [comparison.paired_ratios(result, "sequential")["ttft"] for result in results]
+    assert [ratio["cached"] for ratio in paired] == pytest.approx([1.0, 3.0, 1.2, 1.2])
+    assert paired[3]["best_fixed"] == pytest.approx(11 / 12)
+
+
+def test_requests_that_fail_in_one_mode_are_in_no_pair() -> None:
+    cached, pipelined = _result("cached", [10.0, 10.0]), _result("pipelined", [20.0, 50.0])
+    pipelined.outcomes["sequential"][1] = Outcome("a", 0.0, 50.0, 50.0, error="gone")
+    spec = ModesSpec(base=Config(), modes=("cached",), load=LoadShape())
+    comparison = Comparison(spec, Survey({}, 0, 1.0, 1.0), 0.0, 1.0, [cached, pipelined])
+    assert comparison.paired_ratios(pipelined, "sequential")["ttft"]["cached"] == 2.0
 
 
 def test_ttft_holds_what_a_mode_waits_for(ran: Ran) -> None:
@@ -97,7 +194,7 @@ def test_servers_differ_in_mode_and_pool_only(ran: Ran) -> None:
     comparison, _, _ = ran
     cached, on_demand, _ = (result.settings for result in comparison.results)
     differing = {name for name in cached if cached[name] != on_demand[name]}
-    assert differing == {"mode", "device_pool_bytes"}
+    assert differing == {"mode", "device_pool_bytes", "port"}
     assert cached["device_pool_bytes"] == NUM_ADAPTERS * fake_server.ADAPTER_BYTES
     assert on_demand["device_pool_bytes"] == NUM_ADAPTERS * fake_server.ADAPTER_BYTES // 4
 
@@ -132,6 +229,9 @@ def test_the_json_says_how_it_was_measured(ran: Ran) -> None:
     assert content["spec"]["load"]["num_requests"] == 10
     assert content["modes"]["on_demand"]["config"]["mode"] == "on_demand"
     assert set(content["modes"]["on_demand"]["ratios"]["sequential"]) == {"ttft", "tpt", "e2e"}
+    assert content["best_fixed"]["sequential"]["ttft"] == "pipelined"
+    assert content["modes"]["on_demand"]["paired_ratios"]["sequential"]["ttft"]["cached"] > 1
+    assert content["is_interleaved"]
     assert len(content["modes"]["cached"]["poisson"]["requests"]) == 10
 
 

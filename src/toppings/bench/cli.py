@@ -127,6 +127,9 @@ def bench_modes(
     prompt_tokens: PromptTokens = 64,
     max_tokens: MaxTokens = 16,
     seed: Seed = 0,
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="one server after another, not all of them taking turns")
+    ] = False,
     log_dir: Annotated[
         str, typer.Option(help="the servers' logs, and what `toppings report` reads")
     ] = DEFAULT_LOGS,
@@ -136,7 +139,7 @@ def bench_modes(
     json_file: JsonFile = None,
     figure: FigureFile = None,
 ) -> None:
-    """Start a server in each mode in turn, send all the same cold requests, compare the latencies."""
+    """Start a server in each mode, send all the same cold requests in turn, compare the latencies."""
     figures.check_figure_file(figure)
     base = Config.from_yaml(config) if config else Config()
     settings: dict[str, Any] = {"log_dir": log_dir}
@@ -157,8 +160,9 @@ def bench_modes(
         targets=targets,
         home=home,
         load_ratio=load_ratio or 0.0,
+        one_at_a_time=one_at_a_time,
     )
-    comparison = _compare(spec, work_dir)
+    comparison = compare_with_progress(spec, work_dir)
     _show_comparison(comparison, json_file, figure)
     if any(summary.num_errors for result in comparison.results for summary in result.loads.values()):
         raise typer.Exit(FAILED)
@@ -211,7 +215,7 @@ def profile_batches(
         figures.draw_batch_profile(profile, figure)
 
 
-def _compare(spec: ModesSpec, work_dir: Path | None) -> Comparison:
+def compare_with_progress(spec: ModesSpec, work_dir: Path | None) -> Comparison:
     from toppings.bench.modes import compare_modes
 
     if work_dir is not None:

@@ -143,7 +143,7 @@ def _fit_title(kind: str, form: str, model: LinearModel) -> str:
 
 
 def _tick(mode: str, cpu_share: float | None) -> str:
-    return f"{mode}\n{cpu_share:.0%} of layers on CPU" if cpu_share else mode
+    return f"{mode}\n{cpu_share:.0%} of layers\non CPU" if cpu_share else mode
 
 
 def _pyplot() -> Any:

@@ -28,6 +28,15 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def available_memory_bytes() -> int:
+    """What new processes can take without swapping, as the kernel estimates it; 0 where it does not."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
 def _cpu_info() -> dict[str, str]:
     """Of the first core that the kernel lists; empty where there is no such list."""
     try:

@@ -1,11 +1,13 @@
-"""The same requests to a server in each loading mode in turn."""
+"""The same requests to servers in each loading mode, which take turns where memory allows all of them."""
 
 import asyncio
 import os
+import random
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,22 @@ from typing import Any
 from toppings.bench.client import LoadClient
 from toppings.bench.comparison import LOADS, REFERENCE_MODE, Comparison, ModeResult, ModesSpec, Survey
 from toppings.bench.load import LoadShape, make_calls, run_load
+from toppings.bench.machine import available_memory_bytes
 from toppings.bench.outcome import Outcome
 from toppings.bench.report import is_prompt_step, read_steps
 from toppings.bench.server import Command, drop_page_cache, free_port, run_dir, running_server, serve_command
-from toppings.bench.summary import LoadSummary, summarize
+from toppings.bench.summary import LoadSummary, span_s, summarize
 from toppings.config import Config, ConfigError
 
 NUM_SURVEY_WARMUP = 10
 NUM_SURVEY = 15
 SHUTDOWN_S = 1.0
+ROUND_REQUESTS = 10
+"""Poisson arrivals that one mode's server gets before it is another's turn."""
+SETTLE_S = 0.02
+"""Between two servers' turns: the threads of the first fall asleep."""
+MEMORY_SHARE = 0.7
+"""Of the memory that is available, what the servers may take together."""
 
 OnProgress = Callable[[str, int], None]
 """Called with what is going on, and how many more requests are done."""
@@ -42,11 +51,15 @@ async def compare_modes(
         mean_bytes = survey.used_bytes / len(survey.adapters)
         link_gbps = _round(mean_bytes / (spec.load_ratio * survey.prefill_ms) / 1e6)
     spec = replace(spec, load=replace(spec.load, rps=rps))
+    configs = [
+        Config.from_settings(_mode_settings(spec, mode, survey, link_gbps), base) for mode in spec.modes
+    ]
+    is_interleaved = len(configs) > 1 and not spec.one_at_a_time and _fit_memory(configs, survey)
+    groups = [configs] if is_interleaved else [[config] for config in configs]
     results = []
-    for mode in spec.modes:
-        config = Config.from_settings(_mode_settings(spec, mode, survey, link_gbps), base)
-        results.append(await _run_mode(spec, config, survey, on_progress, command))
-    return Comparison(spec, survey, link_gbps, rps, results)
+    for group in groups:
+        results += await _run_modes(spec, group, survey, on_progress, command)
+    return Comparison(spec, survey, link_gbps, rps, results, is_interleaved)
 
 
 def _round(value: float) -> float:
@@ -57,10 +70,9 @@ def _round(value: float) -> float:
 
 
 async def _with_adapters(spec: ModesSpec, work_dir: Path, on_progress: OnProgress) -> Config:
-    """The configuration with a registry of its own, a free port and adapters; these are made if need be."""
+    """The configuration with a registry of its own and adapters; these are made if need be."""
     settings: dict[str, Any] = {
         "state_dir": str(work_dir / "state"),
-        "port": free_port(),
         "shutdown_timeout_s": SHUTDOWN_S,
         "max_queue": max(spec.base.server.max_queue, spec.load.num_requests),
     }
@@ -103,10 +115,20 @@ def _mode_settings(spec: ModesSpec, mode: str, survey: Survey, link_gbps: float)
     is_reference = mode == REFERENCE_MODE
     return {
         "mode": mode,
+        "port": free_port(),
         "link_gbps": link_gbps,
         "device_pool_bytes": survey.registered_bytes if is_reference else survey.pool_bytes,
         "host_store_bytes": 2 * survey.used_bytes if spec.home == "host" else survey.pool_bytes,
     }
+
+
+def _fit_memory(configs: list[Config], survey: Survey) -> bool:
+    """Whether all servers may run at once: on a GPU not, as one server takes what memory it finds there."""
+    if any(config.engine.device != "cpu" for config in configs):
+        return False
+    engines = [config.engine for config in configs]
+    wanted = sum(survey.server_bytes + e.device_pool_bytes + e.host_store_bytes for e in engines)
+    return wanted < MEMORY_SHARE * available_memory_bytes()
 
 
 # --- the runs ---
@@ -117,8 +139,9 @@ async def _survey(
 ) -> Survey:
     """Also registers the adapters, so that later starts find them packed."""
     on_progress("survey", 0)
-    settings = {"mode": "on_demand", "link_gbps": 0.0, "log_dir": str(work_dir / "logs")}
+    settings = {"mode": "on_demand", "port": free_port(), "link_gbps": 0.0, "log_dir": str(work_dir / "logs")}
     config = Config.from_settings(settings, base)
+    free_before = available_memory_bytes()
     async with running_server(config, command) as client:
         rows = {row["name"]: row["bytes"] for row in (await client.get("/adapters"))["adapters"]}
         if len(rows) < spec.num_adapters:
@@ -130,27 +153,47 @@ async def _survey(
         outcomes = await run_load(client, make_calls(shape, used[:1]), is_sequential=True)
         _require_success(outcomes)
         steps = [step for step in read_steps(run_dir(config) / "steps.jsonl") if is_prompt_step(step)]
+        server_bytes = max(0, free_before - available_memory_bytes())
     return Survey(
         {name: rows[name] for name in used},
         sum(rows.values()),
         statistics.median(step.ms - step.load_ms for step in steps[-NUM_SURVEY:]),
         statistics.median(outcome.e2e_ms for outcome in outcomes[-NUM_SURVEY:]),
+        server_bytes,
     )
 
 
-async def _run_mode(
-    spec: ModesSpec, config: Config, survey: Survey, on_progress: OnProgress, command: Command
-) -> ModeResult:
-    mode, settings = config.engine.mode, config.to_settings()
-    del settings["api_key"]
-    on_progress(f"{mode}: starting", 0)
-    async with running_server(config, command) as client:
-        run = _ModeRun(spec, config, list(survey.adapters), client, on_progress)
-        await run.warm_up()
-        loads, outcomes = {}, {}
+async def _run_modes(
+    spec: ModesSpec, configs: list[Config], survey: Survey, on_progress: OnProgress, command: Command
+) -> list[ModeResult]:
+    """All these servers run at once, but only one of them has requests at a time."""
+    async with AsyncExitStack() as stack:
+        runs = []
+        for config in configs:
+            on_progress(f"{config.engine.mode}: starting", 0)
+            client = await stack.enter_async_context(running_server(config, command))
+            runs.append(_ModeRun(spec, config, list(survey.adapters), client, on_progress))
+            await runs[-1].warm_up()
+        chance = random.Random(spec.load.seed)
         for kind in LOADS:
-            loads[kind], outcomes[kind] = await run.measure(kind)
-    return ModeResult(mode, settings, loads, outcomes)
+            for run in runs:
+                await run.begin()
+            for shape in _turns(spec.load, kind, is_interleaved=len(runs) > 1):
+                for run in chance.sample(runs, len(runs)):
+                    await run.take_turn(kind, shape)
+            for run in runs:
+                await run.end(kind)
+    return [run.result() for run in runs]
+
+
+def _turns(load: LoadShape, kind: str, *, is_interleaved: bool) -> list[LoadShape]:
+    """The parts in which a load is sent to each server: single requests, or short rounds of arrivals."""
+    whole = load.one_after_another(load.num_requests) if kind == "sequential" else load
+    if not is_interleaved:
+        return [whole]
+    size = 1 if kind == "sequential" else ROUND_REQUESTS
+    rest = range(load.num_requests, 0, -size)
+    return [replace(whole, num_requests=min(size, num_left)) for num_left in rest]
 
 
 class _ModeRun:
@@ -170,6 +213,10 @@ class _ModeRun:
         self._client = client
         self._on_progress = on_progress
         self._num_sent = 0
+        self._num_misses_before = 0
+        self._loads: dict[str, LoadSummary] = {}
+        self._outcomes: defaultdict[str, list[Outcome]] = defaultdict(list)
+        self._total_s: defaultdict[str, float] = defaultdict(float)
 
     async def warm_up(self) -> None:
         """With `home` host, a token of each adapter brings it to the host store. Leaves an empty step log."""
@@ -181,16 +228,25 @@ class _ModeRun:
         with suppress(FileNotFoundError):
             os.truncate(run_dir(self._config) / "steps.jsonl", 0)  # the server appends, wherever the end is
 
-    async def measure(self, kind: str) -> tuple[LoadSummary, list[Outcome]]:
-        shape = self._spec.load
+    async def begin(self) -> None:
+        self._num_misses_before = await self._num_misses()
+
+    async def take_turn(self, kind: str, shape: LoadShape) -> None:
+        await asyncio.sleep(SETTLE_S)
         if self._spec.home == "disk":
             await asyncio.to_thread(drop_page_cache, Path(self._config.engine.state_dir))
-        before = await self._num_misses()
-        is_sequential = kind == "sequential"
-        outcomes = await self._run(
-            shape.one_after_another(shape.num_requests) if is_sequential else shape, kind
-        )
-        return summarize(outcomes, num_cold=await self._num_misses() - before), outcomes
+        outcomes = await self._run(shape, kind)
+        self._outcomes[kind] += outcomes
+        self._total_s[kind] += span_s(outcomes)
+
+    async def end(self, kind: str) -> None:
+        num_cold = await self._num_misses() - self._num_misses_before
+        self._loads[kind] = summarize(self._outcomes[kind], total_s=self._total_s[kind], num_cold=num_cold)
+
+    def result(self) -> ModeResult:
+        settings = self._config.to_settings()
+        del settings["api_key"]
+        return ModeResult(self._config.engine.mode, settings, self._loads, dict(self._outcomes))
 
     async def _run(self, shape: LoadShape, what: str) -> list[Outcome]:
         calls = make_calls(shape, self._adapters, first=self._num_sent)

@@ -46,7 +46,8 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 class LoadSummary:
     """Latencies are those of requests that succeeded; `errors` counts the others by their reason.
 
-    `total_s` is from the first request's sending to the last one's end; `average_s` is the mean E2E.
+    `total_s` is from the first request's sending to the last one's end, less pauses between parts of a load;
+    `average_s` is the mean E2E.
     `num_cold`: requests that found their adapter not on the device, None where the server does not tell.
     """
 
@@ -77,12 +78,22 @@ class LoadSummary:
         return asdict(self)
 
 
-def summarize(outcomes: Sequence[Outcome], *, num_cold: int | None = None) -> LoadSummary:
-    """Raises ValueError for no outcomes at all."""
+def span_s(outcomes: Sequence[Outcome]) -> float:
+    """From the first request's sending to the last one's end."""
+    return max(o.sent_at + o.e2e_ms / 1e3 for o in outcomes) - min(o.sent_at for o in outcomes)
+
+
+def summarize(
+    outcomes: Sequence[Outcome], *, total_s: float | None = None, num_cold: int | None = None
+) -> LoadSummary:
+    """`total_s`: the sum over the parts of a load that was sent with pauses between them.
+
+    Raises ValueError for no outcomes at all.
+    """
     if not outcomes:
         raise ValueError("there are no outcomes to summarize")
     good = [o for o in outcomes if o.error is None]
-    total_s = max(o.sent_at + o.e2e_ms / 1e3 for o in outcomes) - min(o.sent_at for o in outcomes)
+    total_s = span_s(outcomes) if total_s is None else total_s
     prompts = [o.num_prompt_tokens for o in good if o.num_prompt_tokens is not None]
     e2e = Latency.of(o.e2e_ms for o in good)
     return LoadSummary(

@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from toppings.bench.comparison import LOADS, REFERENCE_MODE, Comparison, ModeResult
+from toppings.bench.comparison import ADAPTIVE_MODE, LOADS, REFERENCE_MODE, Comparison, ModeResult
 from toppings.bench.report import Report
 from toppings.bench.summary import METRICS, Latency, LoadSummary
 from toppings.cluster.perf_model import LinearModel, PerfModel
@@ -43,8 +43,9 @@ def summary_table(summary: LoadSummary, title: str) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Per load and metric one row per mode, so that what is compared stands below each other."""
-    table = Table(box=box.SIMPLE_HEAD, title=_title("Loading modes", [comparison.link_gbps]), **_LAYOUT)
-    headings = ("mean", "p50", "p99", "mean x", "p50 x", "p99 x", "avg s", "total s")
+    title = _title("Loading modes", [comparison.link_gbps])
+    table = Table(box=box.SIMPLE_HEAD, title=title, padding=0, **_LAYOUT)  # fits a terminal of 80 columns
+    headings = ("mean", "p50", "p99", "mean x", "p50 x", "p99 x", "pair x", "avg s", "total s")
     _add_columns(table, headings)
     for kind in LOADS:
         table.add_row("sequential" if kind == "sequential" else f"Poisson {comparison.rps:g}/s", style="bold")
@@ -62,6 +63,8 @@ def _mode_row(comparison: Comparison, result: ModeResult, kind: str, name: str) 
     ratios = comparison.ratios(result, kind).get(name)
     cells = [result.mode, *_each(summary.latencies()[name])]
     cells += [f"{ratio:.2f}" for ratio in ratios.values()] if ratios else [UNKNOWN] * 3
+    paired = comparison.paired_ratios(result, kind)[name].get(REFERENCE_MODE)
+    cells.append(UNKNOWN if paired is None else f"{paired:.2f}")
     if name != METRICS[-1]:
         return cells
     average = UNKNOWN if summary.average_s is None else f"{summary.average_s:.3f}"
@@ -72,13 +75,27 @@ def _caption(comparison: Comparison) -> str:
     spec = comparison.spec
     summaries = [summary for result in comparison.results for summary in result.loads.values()]
     parts = [
-        f"x: over {REFERENCE_MODE}; {spec.load.num_requests} requests each, {spec.num_adapters} adapters",
+        f"x: over {REFERENCE_MODE}, pair x: median of requests' ratios",
+        f"{spec.load.num_requests} requests each, {spec.num_adapters} adapters",
         f"cold ones on {spec.home}",
         f"{spec.load.prompt_tokens} prompt and {spec.load.max_tokens} generated tokens",
         f"{sum(summary.num_errors for summary in summaries)} errors",
         link_note([comparison.link_gbps]),
+        "modes took turns" if comparison.is_interleaved else "mode after mode",
+        *(_over_best_fixed(comparison, kind) for kind in LOADS),
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _over_best_fixed(comparison: Comparison, kind: str) -> str:
+    """Such as "auto over the best fixed mode, sequential: TTFT 1.01 (pipelined)"; empty without `auto`."""
+    metric = METRICS[0]
+    best = comparison.best_fixed(kind, metric)
+    for result in comparison.results:
+        ratio = comparison.paired_ratios(result, kind)[metric].get("best_fixed")
+        if result.mode == ADAPTIVE_MODE and best and ratio is not None:
+            return f"auto over the best fixed mode, {kind}: {metric.upper()} {ratio:.2f} ({best.mode})"
+    return ""
 
 
 def _title(text: str, link_gbps: Sequence[float]) -> str:
