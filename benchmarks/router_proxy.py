@@ -1,10 +1,14 @@
 """What the router costs: added latency, and short streaming requests a second on one core.
 
-A stand-in server answers at once with 16 small events. The same requests go to it directly and through a
-router; server, router and load generator are processes of their own. Latency is measured one request at a
-time, throughput with 32 at once. The aim is at most 2 ms more at the median and at least 400 requests/s;
-`router_cpu_ms` is the router's processor time per request, which is what limits it on one core and does not
-depend on what else the machine does. Ends in one JSON line.
+A stand-in server answers at once with 16 small events, in two ways: in a `burst`, and `paced`, an event every
+2 ms, each of which the router has to pass on by itself, as it has to with a model's tokens. The same requests
+go to it directly and through a router. Latency is measured one request at a time, the two ways in turn; the
+router's rate with many at once. The aims: at most 2 ms more at the median, at least 400 requests/s.
+
+Server, router and load generator are processes of their own; where there are two cores or more, the router
+has one to itself and the others share the rest. `router_busy` is how much of its core the router used while
+its rate was measured: where it is well below 1, something else was the limit. `router_cpu_ms` is its
+processor time per request, which does not depend on what else the machine does. Ends in one JSON line.
 """
 
 import argparse
@@ -12,10 +16,11 @@ import asyncio
 import json
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,23 +34,39 @@ NUM_EVENTS = 16
 EVENT = (
     b'data: {"id":"c","object":"text_completion","model":"base","choices":[{"index":0,"text":"tok "}]}\n\n'
 )
-BODY = {
-    "model": "base",
-    "prompt": "hello there, how are you today?",
-    "max_tokens": NUM_EVENTS,
-    "stream": True,
-}
-CONCURRENCY = 32
+LAST = b"data: [DONE]\n\n"
+ANSWER = EVENT * NUM_EVENTS + LAST
+JSON = {"Content-Type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How the stand-in answers: ms between two events, requests at once when the rate is measured."""
+
+    name: str
+    gap_ms: float
+    concurrency: int
+
+    @property
+    def body(self) -> bytes:
+        fields = {"model": "base", "prompt": "hello there, how are you today?", "max_tokens": NUM_EVENTS}
+        return json.dumps({**fields, "stream": True, "gap_ms": self.gap_ms}).encode()
+
+
+PATTERNS = (Pattern("burst", 0.0, 32), Pattern("paced", 2.0, 64))
+
+
+# --- processes; each tells its URL, answers "cpu" with the processor time it has used, and ends at "stop" ---
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
-    await request.read()
+    gap_s = json.loads(await request.read())["gap_ms"] / 1e3
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     for _ in range(NUM_EVENTS):
         await response.write(EVENT)
-        await asyncio.sleep(0)
-    await response.write(b"data: [DONE]\n\n")
+        await asyncio.sleep(gap_s)
+    await response.write(LAST)
     return response
 
 
@@ -69,92 +90,131 @@ async def serve_stand_in(pipe: Connection) -> None:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    pipe.send(f"http://127.0.0.1:{runner.addresses[0][1]}")
-    await asyncio.to_thread(pipe.recv)
+    await tell(pipe, f"http://127.0.0.1:{runner.addresses[0][1]}")
     await runner.cleanup()
 
 
 async def serve_router(pipe: Connection, url: str) -> None:
     config = RouterConfig(instances=(InstanceConfig(url=url),), port=0)
     async with running_router(config) as (_, router_url):
-        pipe.send(router_url)
-        while await asyncio.to_thread(pipe.recv) == "cpu":
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            pipe.send(usage.ru_utime + usage.ru_stime)
+        await tell(pipe, router_url)
 
 
-def run_process(serve: Callable[..., Any], *arguments: Any) -> None:
+async def tell(pipe: Connection, url: str) -> None:
+    pipe.send(url)
+    while await asyncio.to_thread(pipe.recv) == "cpu":
+        pipe.send(time.process_time())
+
+
+def run_process(cores: set[int], serve: Callable[..., Any], *arguments: Any) -> None:
+    os.sched_setaffinity(0, cores)
     asyncio.run(serve(*arguments))
 
 
-def start(serve: Callable[..., Any], *arguments: str) -> tuple[Any, Connection, str]:
+def start(cores: set[int], serve: Callable[..., Any], *arguments: str) -> tuple[Any, Connection, str]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=run_process, args=(serve, theirs, *arguments), daemon=True
+        target=run_process, args=(cores, serve, theirs, *arguments), daemon=True
     )
     process.start()
+    theirs.close()
     return process, ours, ours.recv()
 
 
-async def one(session: aiohttp.ClientSession, url: str) -> float:
+# --- measurements ---
+
+
+async def one(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[float, float, int]:
+    """ms until the answer's first bytes and until its end, and in how many pieces it came."""
     started_at = time.perf_counter()
-    async with session.post(f"{url}/v1/completions", json=BODY) as response:
-        body = await response.read()
-    assert body.count(b"data:") == NUM_EVENTS + 1, body[-200:]
-    return (time.perf_counter() - started_at) * 1e3
+    pieces, first_ms = [], 0.0
+    async with session.post(f"{url}/v1/completions", data=body, headers=JSON) as response:
+        async for piece in response.content.iter_any():
+            first_ms = first_ms or (time.perf_counter() - started_at) * 1e3
+            pieces.append(piece)
+    assert b"".join(pieces) == ANSWER, pieces[-1:]
+    return first_ms, (time.perf_counter() - started_at) * 1e3, len(pieces)
 
 
-async def measure_latency_ms(session: aiohttp.ClientSession, urls: list[str], count: int) -> list[float]:
-    """Medians, the servers taking turns so that drift of the machine hits them alike."""
-    times = [[await one(session, url) for url in urls] for _ in range(count)]
-    return [median(column) for column in zip(*times, strict=True)]
-
-
-async def measure_rate(session: aiohttp.ClientSession, url: str, count: int) -> float:
-    left = iter(range(count))
-
-    async def worker() -> None:
-        for _ in left:
-            await one(session, url)
-
-    started_at = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
-    return count / (time.perf_counter() - started_at)
-
-
-async def measure(direct: str, routed: str, router: Connection, count: int) -> dict[str, float]:
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await measure_rate(session, routed, max(CONCURRENCY, count // 10))
-        direct_ms, routed_ms = await measure_latency_ms(session, [direct, routed], count // 4)
-        direct_rate = await measure_rate(session, direct, count)
-        router.send("cpu")
-        cpu_before = router.recv()
-        routed_rate = await measure_rate(session, routed, count)
-        router.send("cpu")
-        cpu_ms = (router.recv() - cpu_before) / count * 1e3
+async def measure_latency(
+    session: aiohttp.ClientSession, direct: str, routed: str, body: bytes, count: int
+) -> dict[str, float]:
+    """Medians, the two taking turns so that drift of the machine hits them alike."""
+    pairs = [[await one(session, url, body) for url in (direct, routed)] for _ in range(count)]
+    columns = [list(zip(*times)) for times in zip(*pairs)]
+    (direct_first, direct_ms, direct_pieces), (routed_first, routed_ms, routed_pieces) = (
+        [median(column) for column in side] for side in columns
+    )
     return {
         "direct_ms": direct_ms,
         "routed_ms": routed_ms,
         "added_ms": routed_ms - direct_ms,
-        "direct_requests_per_s": direct_rate,
-        "routed_requests_per_s": routed_rate,
-        "router_cpu_ms": cpu_ms,
+        "added_first_ms": routed_first - direct_first,
+        "direct_pieces": direct_pieces,
+        "routed_pieces": routed_pieces,
     }
 
 
+async def measure_rate(session: aiohttp.ClientSession, url: str, pattern: Pattern, count: int) -> float:
+    """Requests/s."""
+    left, body = iter(range(count)), pattern.body
+
+    async def worker() -> None:
+        for _ in left:
+            await one(session, url, body)
+
+    started_at = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(pattern.concurrency)))
+    return count / (time.perf_counter() - started_at)
+
+
+async def measure(
+    pattern: Pattern, direct: str, routed: str, router: Connection, count: int
+) -> dict[str, float]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await measure_rate(session, routed, pattern, max(pattern.concurrency, count // 10))
+        result = await measure_latency(session, direct, routed, pattern.body, count // 4)
+        result["direct_requests_per_s"] = await measure_rate(session, direct, pattern, count)
+        before = cpu_s(router)
+        rate = await measure_rate(session, routed, pattern, count)
+        used = (cpu_s(router) - before) / count
+    return {
+        **result,
+        "routed_requests_per_s": rate,
+        "router_busy": used * rate,
+        "router_cpu_ms": used * 1e3,
+    }
+
+
+def cpu_s(process: Connection) -> float:
+    process.send("cpu")
+    return float(process.recv())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="few requests: checks that it runs")
-    count = 40 if parser.parse_args().toy else 2000
-    processes = [start(serve_stand_in)]
-    processes.append(start(serve_router, processes[0][2]))
-    result = asyncio.run(measure(processes[0][2], processes[1][2], processes[1][1], count))
-    for process, pipe, _ in reversed(processes):
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    args = parser.parse_args()
+    count = 80 if args.toy else 4000
+    cores = sorted(os.sched_getaffinity(0))
+    router_cores, other_cores = {cores[0]}, set(cores[1:]) or {cores[0]}
+    os.sched_setaffinity(0, other_cores)
+    server = start(other_cores, serve_stand_in)
+    router = start(router_cores, serve_router, server[2])
+    result: dict[str, Any] = {"benchmark": "router_proxy", "cores": len(cores)}
+    for pattern in PATTERNS:
+        figures = asyncio.run(measure(pattern, server[2], router[2], router[1], count))
+        result[pattern.name] = figures
+        print(pattern.name)
+        for name, value in figures.items():
+            print(f"  {name:24s} {value:10.3f}")
+    for process, pipe, _ in (router, server):
         pipe.send("stop")
         process.join(timeout=10)
-    for name, value in result.items():
-        print(f"{name:24s} {value:10.3f}")
-    print(json.dumps({"benchmark": "router_proxy", "cores": os.cpu_count(), **result}))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

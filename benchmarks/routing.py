@@ -7,8 +7,10 @@ The servers are stand-ins whose steps take what the performance model of the pub
 continuous batching, a prefill that interrupts decoding, adapters loaded before the prefill that needs them.
 Policies and accounts are the router's. Load: Poisson arrivals, lognormal lengths with the means of LMSYS chat
 (70 and 214 tokens), 512 adapters of four ranks with the popularity of the published traces; with `--trace`
-also a trace of our own format, stretched to each rate. The SLO is 1.5 times the base model's TPT. The virtual
-clock leaves out HTTP and stale knowledge of the servers; both leave out chunked prefill and preemption.
+also a trace of our own format, stretched to each rate. The SLO is 1.5 times the base model's TPT. Rates are
+low, medium and high for each form of the model. A pool of 64@24 is a device that holds 64 adapters and loads
+them at 24 GB/s, so that misses are few and short; with one of 32@1 they are many and long. The virtual clock
+leaves out HTTP and what the servers' reports lag behind; both leave out chunked prefill and preemption.
 
 With `--http` the stand-ins speak a Toppings server's API; load generator, router and stand-ins are processes
 of their own. All times are stretched by `--slowdown`, responses are shorter, and beside each result stands
@@ -20,6 +22,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,9 @@ from rich.console import Console
 from stand_in import over_http, virtual
 from stand_in.load import Lengths, Load, poisson_load, trace_load
 from stand_in.results import Observed, Row, compare, draw, make_row, results_table
+from stand_in.server import Server
 
+from toppings.bench.figures import check_figure_file
 from toppings.cluster.perf_model import PerfModel, load_perf_model
 from toppings.cluster.policies import POLICIES, PolicySettings, make_policy
 from toppings.sim.readers import load_trace
@@ -44,7 +49,9 @@ def option(default: Any, text: str) -> Any:
 class Plan:
     """What is compared; an option each. Times are those of the servers' clock."""
 
-    rates: str = option("30,40,50", "requests/s of all servers together")
+    rates: str = option(
+        "bgmv:28,34,40;mbgmv:44,48,52", "requests/s of all servers together, for a form or (unnamed) for all"
+    )
     policies: str = option(",".join(POLICIES), "names, with commas between")
     kernels: str = option("bgmv,mbgmv", "decode forms of the performance model")
     servers: int = option(8, "how many")
@@ -53,16 +60,37 @@ class Plan:
     mean_response: int = option(214, "tokens, before they are cut")
     max_response: int = option(1000, "tokens")
     slowdown: float = option(1.0, "what all times are multiplied by with --http")
-    link_gbps: float = option(24.0, "what adapters are loaded at, GB/s")
+    pools: str = option("64@24,32@1", "adapters that a device holds @ GB/s that they are loaded at")
     perf_model: str = option("published", "a file or a shipped name")
 
     @property
     def lengths(self) -> Lengths:
         return Lengths(self.mean_response, self.max_response)
 
-    def model(self, kernel: str) -> PerfModel:
+    def model(self, kernel: str, pool: str) -> PerfModel:
         model = load_perf_model(self.perf_model).using(kernel)
-        return replace(model, link_gbps=self.link_gbps, prefill_interrupts=True)
+        return replace(model, link_gbps=split_pool(pool)[1], prefill_interrupts=True)
+
+    def rates_of(self, kernel: str) -> list[float]:
+        parts = [part.rpartition(":") for part in self.rates.split(";")]
+        return [float(rate) for form, _, rates in parts if form in ("", kernel) for rate in rates.split(",")]
+
+    def check(self, trace: Trace | None) -> None:
+        """Raises ValueError for what cannot be run, before anything is."""
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for policy in self.policies.split(","):
+            make_policy(policy)
+        for kernel, pool in product(self.kernels.split(","), self.pools.split(",")):
+            self.model(kernel, pool)
+            if not self.rates_of(kernel):
+                raise ValueError(f"rates are {self.rates!r}; there is none for {kernel}")
+            for rate in self.rates_of(kernel):
+                if not 0 < rate < float("inf"):
+                    raise ValueError(f"a rate is {rate:g}; it must be above 0")
+                if trace is not None:
+                    trace_load(trace, rate, self.duration, self.seeds - 1)
 
     def loads(self, rate: float, trace: Trace | None) -> Iterator[tuple[str, list[Load]]]:
         """Kinds of arrivals, and the load of each seed."""
@@ -72,11 +100,24 @@ class Plan:
             yield trace.origin, [trace_load(trace, rate, self.duration, seed) for seed in seeds]
 
 
+def split_pool(pool: str) -> tuple[int, float]:
+    """Adapters and GB/s. Raises ValueError."""
+    try:
+        adapters, gbps = pool.split("@")
+        number, speed = int(adapters), float(gbps)
+    except ValueError:
+        raise ValueError(f"a pool is {pool!r}; it must be like 64@24") from None
+    if number < 1 or not speed > 0:
+        raise ValueError(f"a pool is {pool!r}; it must hold an adapter or more, at more than 0 GB/s")
+    return number, speed
+
+
 VIRTUAL = Plan()
 HTTP = Plan(
     rates="56",
-    policies="rank_aware,random,first_fit",
+    policies="rank_aware,random,first_fit,dlora",
     kernels="bgmv",
+    pools="64@24",
     seeds=1,
     duration=10.0,
     mean_response=64,
@@ -100,11 +141,12 @@ TOYS = {
 
 def run(plan: Plan, trace: Trace | None, *, is_http: bool) -> list[Row]:
     rows = []
-    for kernel in plan.kernels.split(","):
-        for rate in map(float, plan.rates.split(",")):
+    for kernel, pool in product(plan.kernels.split(","), plan.pools.split(",")):
+        for rate in plan.rates_of(kernel):
             for arrivals, loads in plan.loads(rate, trace):
                 for policy in plan.policies.split(","):
-                    setting = {"arrivals": arrivals, "kernel": kernel, "rate": rate, "policy": policy}
+                    setting = {"arrivals": arrivals, "kernel": kernel, "pool": pool, "rate": rate}
+                    setting["policy"] = policy
                     for clock in ("virtual", "http") if is_http else ("virtual",):
                         row = measure(plan, {"clock": clock, **setting}, loads)
                         rows.append(row)
@@ -114,13 +156,14 @@ def run(plan: Plan, trace: Trace | None, *, is_http: bool) -> list[Row]:
 
 
 def measure(plan: Plan, setting: Row, loads: list[Load]) -> Row:
-    model = plan.model(setting["kernel"])
+    model, adapters = plan.model(setting["kernel"], setting["pool"]), split_pool(setting["pool"])[0]
     slo_ms = slo_of(model)
     trials: list[Observed] = []
     for seed, load in enumerate(loads):
         if setting["clock"] == "virtual":
             policy = make_policy(setting["policy"], PolicySettings(slo_ms, seed))
-            trials.append(virtual.observe(load, policy, model, plan.servers))
+            servers = [Server(f"s{i}", model, adapters) for i in range(plan.servers)]
+            trials.append(virtual.observe(load, policy, servers))
         else:
             time = over_http.Stretched.of(model, slo_ms, plan.slowdown)
             trials.append(
@@ -129,8 +172,8 @@ def measure(plan: Plan, setting: Row, loads: list[Load]) -> Row:
                     setting["policy"],
                     time,
                     num_servers=plan.servers,
+                    device_adapters=adapters,
                     seed=seed,
-                    mean_response=load.mean_response,
                 )
             )
     return make_row(setting, trials, plan.duration, slo_ms)
@@ -143,22 +186,26 @@ def slo_of(model: PerfModel) -> float:
 
 def progress(row: Row) -> str:
     return (
-        f"{row['clock']:7s} {row['kernel']:6s} {row['rate']:4g}/s {row['arrivals']} {row['policy']:21s}"
-        f" attainment {row['attainment']:6.1%}  TPT {row['tpt_ms']:5.1f} ms"
+        f"{row['clock']:7s} {row['kernel']:6s} {row['pool']:6s} {row['rate']:4g}/s {row['arrivals']}"
+        f" {row['policy']:21s} attainment {row['attainment']:6.1%}  TPT {row['tpt_ms']:5.1f} ms"
     )
 
 
 def main() -> None:
     args = parse_args()
-    trace = load_trace(args.trace, format_name="toppings") if args.trace else None
-    plans = {"http": HTTP} if args.http else {"virtual": VIRTUAL}
-    if args.toy:
-        plans = TOYS
+    defaults = TOYS if args.toy else {"http": HTTP} if args.http else {"virtual": VIRTUAL}
     given = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
+    plans = {clock: replace(default, **given) for clock, default in defaults.items()}
+    try:
+        check_figure_file(args.figure)
+        trace = load_trace(args.trace, format_name="toppings") if args.trace else None
+        for plan in plans.values():
+            plan.check(trace)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"routing.py: {error}") from error
     result: dict[str, Any] = {"benchmark": "routing"}
     rows: list[Row] = []
-    for clock, default in plans.items():
-        plan = replace(default, **given)
+    for clock, plan in plans.items():
         rows += (mine := run(plan, trace, is_http=clock == "http"))
         result[clock] = {"plan": asdict(plan), "rows": mine}
         title = f"{plan.servers} servers, {plan.seeds} loads of {plan.duration:g} s ({plan.perf_model} model)"

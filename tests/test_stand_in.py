@@ -11,16 +11,18 @@ from aiohttp.test_utils import TestClient, TestServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from routing import Plan
 from stand_in.app import HttpServer
-from stand_in.load import Lengths, adapter_bytes, poisson_load, trace_load
+from stand_in.load import Lengths, Load, adapter_bytes, poisson_load, trace_load
 from stand_in.results import Observed, compare, make_row, results_table
 from stand_in.server import Job, Server
 from stand_in.virtual import observe
 
+from toppings.cluster.instances import Instances
 from toppings.cluster.perf_model import load_perf_model
-from toppings.cluster.policies import make_policy
+from toppings.cluster.policies import Policy, PolicySettings, make_policy
 from toppings.cluster.router.reports import parse_toppings_stats
-from toppings.cluster.snapshot import RequestSnapshot
+from toppings.cluster.snapshot import Choice, RequestSnapshot
 from toppings.sim.readers import load_trace
 from toppings.sim.trace import Trace, write_trace
 
@@ -57,6 +59,17 @@ def test_an_adapter_that_is_there_costs_no_load() -> None:
         step_ms = server.start_step()
         server.end_step()
     assert step_ms == pytest.approx(28.7 + 0.06 * 100)
+
+
+def test_an_adapter_that_finds_no_room_waits_and_is_overtaken() -> None:
+    server = Server("s", MODEL, device_adapters=1)
+    small, large, later = (job(i, name, num_tokens=1) for i, name in enumerate(("small", "large", "small")))
+    server.waiting += [small, large, later]
+    server.start_step()
+    assert server.end_step() == ([small, later], [small, later])
+    server.start_step()
+    assert server.end_step() == ([large], [large])
+    assert list(server.held) == ["large"]
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
@@ -115,9 +128,51 @@ async def test_a_stand_in_streams_as_many_tokens_as_were_asked_for() -> None:
 
 def test_every_request_is_served_by_one_server() -> None:
     load = poisson_load(30.0, 4.0, 0, Lengths(20, 60))
-    observed = observe(load, make_policy("dlora"), MODEL, 3)
+    observed = observe(load, make_policy("dlora"), [Server(f"s{i}", MODEL) for i in range(3)])
     assert sum(counts.total() for counts in observed.rank_counts) == len(load.arrivals)
     assert min(value for value in observed.tpt_ms if value is not None) > 28.7
+
+
+class Watching(Policy):
+    """Notes what the only server's accounts say whenever it is asked: waiting, all, adapters held."""
+
+    def __init__(self) -> None:
+        super().__init__(PolicySettings())
+        self.seen: list[tuple[int, int, set[str]]] = []
+
+    def choose(self, request: RequestSnapshot, instances: Instances) -> Choice:
+        counts = len(instances.queued[0]), int(instances.num_requests[0])
+        self.seen.append((*counts, set(instances.on_device[0])))
+        return Choice(0, instances.ids[0])
+
+
+def test_on_the_virtual_clock_a_request_waits_until_its_first_token() -> None:
+    """Arrivals before, during and after the first one's prefill of some 40 ms, while it decodes."""
+    jobs = [job(i, name, num_tokens=9) for i, name in enumerate(("large", "small", "small", "small"))]
+    arrivals = [(job.snapshot, job.num_tokens, at) for job, at in zip(jobs, (0.0, 1.0, 20.0, 100.0))]
+    policy = Watching()
+    observed = observe(Load(arrivals, RANKS, 10.0), policy, [Server("s0", MODEL)])
+    held = {"small", "large"}
+    assert policy.seen == [(0, 0, set()), (1, 1, {"large"}), (2, 2, held), (0, 3, held)]
+    assert observed.rank_counts == [{8: 3, 64: 1}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rates": "bgmv:30"}, "there is none for mbgmv"),
+        ({"rates": "0"}, "a rate is 0"),
+        ({"pools": "64"}, "a pool is '64'; it must be like 64@24"),
+        ({"pools": "0@24"}, "a pool is '0@24'; it must hold an adapter or more"),
+        ({"policies": "best"}, "unknown policy 'best'"),
+        ({"kernels": "dense"}, "decode form 'dense' is not in the model"),
+        ({"seeds": 0}, "seeds is 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_named(settings: dict[str, object], message: str) -> None:
+    Plan(rates="bgmv:30;mbgmv:40,50").check(None)
+    with pytest.raises(ValueError, match=message):
+        Plan(**settings).check(None)  # type: ignore[arg-type]
 
 
 def test_a_trace_keeps_its_adapters_and_lengths_at_the_rate_asked_for(tmp_path: Path) -> None:
@@ -145,7 +200,7 @@ def test_a_trace_keeps_its_adapters_and_lengths_at_the_rate_asked_for(tmp_path: 
 def test_a_refused_request_does_not_attain_and_gains_are_by_seed() -> None:
     def row(policy: str, *tpts: list[float | None]) -> dict[str, object]:
         trials = [Observed([500.0] * 2, tpt, tpt, [Counter({8: 1}), Counter({64: 1})]) for tpt in tpts]
-        setting = {"clock": "virtual", "arrivals": "Poisson", "kernel": "bgmv", "rate": 1.0}
+        setting = {"clock": "virtual", "arrivals": "Poisson", "kernel": "bgmv", "pool": "64@24", "rate": 1.0}
         return make_row({**setting, "policy": policy}, trials, 1.0, 40.0)
 
     rows = [row("rank_aware", [30.0, 30.0], [30.0, 50.0]), row("random", [30.0, None], [50.0, 50.0])]

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from stand_in.load import adapter_bytes
-from stand_in.server import KV_TOKENS, MAX_DEVICE_ADAPTERS, MAX_NUM_SEQS, Job, Server
+from stand_in.server import KV_TOKENS, MAX_NUM_SEQS, Job, Server
 from toppings.cluster.snapshot import RequestSnapshot
 from toppings.core import AdapterStatus, EngineStats
 
@@ -146,7 +146,7 @@ class HttpServer:
             host_bytes_used=0,
             host_bytes_total=0,
             device_bytes_used=sum(adapter_bytes(self.ranks[name]) for name in server.held),
-            device_bytes_total=MAX_DEVICE_ADAPTERS * adapter_bytes(max(self.ranks.values())),
+            device_bytes_total=server.device_adapters * adapter_bytes(max(self.ranks.values())),
             adapters=[],
             running_ranks=[job.snapshot.rank for job in running],
             waiting_ranks=[self.ranks[name] for name in waiting_of.elements()],
@@ -160,7 +160,7 @@ class HttpServer:
         ]
         content = {
             "model": BASE,
-            "max_lora": MAX_DEVICE_ADAPTERS,
+            "max_lora": server.device_adapters,
             "max_num_seqs": MAX_NUM_SEQS,
             "perf_model": self._perf_model,
             **asdict(engine),

@@ -65,17 +65,17 @@ def _stretch(model: PerfModel, slowdown: float) -> PerfModel:
 
 
 def observe(
-    load: Load, policy: str, time: Stretched, *, num_servers: int, seed: int, mean_response: float
+    load: Load, policy: str, time: Stretched, *, num_servers: int, device_adapters: int, seed: int
 ) -> Observed:
     """Raises RuntimeError where a process ends early; AssertionError where requests do not add up."""
-    with _running(_serve_stand_ins, time.model, load.ranks, num_servers) as (servers, urls):
+    with _running(_serve_stand_ins, time.model, load.ranks, num_servers, device_adapters) as (servers, urls):
         config = RouterConfig(
             instances=tuple(InstanceConfig(url=url) for url in urls),
             port=0,
             policy=policy,
             slo_tpt_ms=time.slo_ms,
             seed=seed,
-            response_tokens=mean_response,
+            response_tokens=load.mean_response,
             first_token_timeout_s=TIMEOUT_S,
             log_level="warning",
         )
@@ -123,8 +123,10 @@ async def _send(load: Load, url: str, slowdown: float) -> list[Outcome]:
 # --- processes; each tells where it serves, and when asked, what it counted, and ends ---
 
 
-async def _serve_stand_ins(pipe: Connection, model: PerfModel, ranks: dict[str, int], count: int) -> None:
-    servers = [HttpServer(Server(f"s{i}", model), ranks) for i in range(count)]
+async def _serve_stand_ins(
+    pipe: Connection, model: PerfModel, ranks: dict[str, int], count: int, device_adapters: int
+) -> None:
+    servers = [HttpServer(Server(f"s{i}", model, device_adapters), ranks) for i in range(count)]
     async with AsyncExitStack() as stack:
         urls = []
         for server in servers:

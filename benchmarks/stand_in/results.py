@@ -91,7 +91,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
-    return row["clock"], row["arrivals"], row["kernel"], row["rate"]
+    return row["clock"], row["arrivals"], row["kernel"], row["pool"], row["rate"]
 
 
 def results_table(rows: Sequence[Row], title: str) -> Table:
@@ -112,7 +112,8 @@ def results_table(rows: Sequence[Row], title: str) -> Table:
             setting = _setting(row)
             table.add_section()
             table.add_row(
-                f"{row['kernel']}, {row['rate']:g}/s {row['arrivals']}, {row['clock']}", style="bold"
+                f"{row['kernel']}, {row['rate']:g}/s {row['arrivals']}, pool {row['pool']}, {row['clock']}",
+                style="bold",
             )
         table.add_row(f" {row['policy']}", *_cells(row))
     return table
@@ -131,21 +132,23 @@ def _cells(row: Row) -> list[str]:
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Per clock, arrivals and kernel a line of panels: attainment and TPT, a group of bars per rate. Raises
-    ValueError without matplotlib.
+    """Per clock, arrivals, kernel and pool a line of panels: attainment and TPT, a group of bars per rate.
+    Raises ValueError without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("figures need matplotlib: pip install 'toppings[figures]'") from error
-    lines = list(dict.fromkeys(_setting(row)[:3] for row in rows))
+    lines = list(dict.fromkeys(_setting(row)[:-1] for row in rows))
     colors = {policy: f"C{i}" for i, policy in enumerate(dict.fromkeys(row["policy"] for row in rows))}
-    figure = Figure(figsize=(12, 3.4 * len(lines) + 0.8), layout="constrained")
+    figure = Figure(figsize=(12, 3.2 * len(lines) + 0.8), layout="constrained")
     panels = figure.subplots(len(lines), 2, squeeze=False)
     for line, (attainment, tpt) in zip(lines, panels):
-        shown = [row for row in rows if _setting(row)[:3] == line]
-        clock, arrivals, kernel = line
-        where = f"{kernel} form, {arrivals} arrivals" + (", over HTTP" if clock == "http" else "")
+        shown = [row for row in rows if _setting(row)[:-1] == line]
+        clock, arrivals, kernel, pool = line
+        adapters, gbps = pool.split("@")
+        where = f"{kernel} form, {arrivals}, pool of {adapters} at {gbps} GB/s"
+        where += ", over HTTP" if clock == "http" else ""
         slo_ms = shown[0]["slo_ms"]
         _draw_bars(attainment, shown, "attainment", 100.0, colors)
         attainment.set(ylabel="requests within the SLO, %", title=where, ylim=(0, 105))
@@ -156,7 +159,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=64)
 
 
 def _draw_bars(panel: Any, rows: Sequence[Row], key: str, scale: float, colors: dict[str, str]) -> None:

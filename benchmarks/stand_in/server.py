@@ -1,7 +1,8 @@
 """One stand-in: continuous batching whose steps take what a performance model says. It has no clock.
 
 A prefill interrupts decoding; adapters are loaded before the prefill that needs them and kept while there is
-room (the least recently used that no request needs leaves).
+room (the least recently used that no request needs leaves). A request whose adapter finds no room is
+overtaken.
 """
 
 import heapq
@@ -15,7 +16,7 @@ from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.snapshot import RequestSnapshot
 
 MAX_NUM_SEQS = 64
-MAX_DEVICE_ADAPTERS = 64
+DEVICE_ADAPTERS = 64  # room for as many, unless a server is told otherwise
 KV_TOKENS = 40_000  # what 40 GB leave beside Llama-2-7B and its adapters
 
 
@@ -40,6 +41,7 @@ class Server:
 
     name: str
     model: PerfModel
+    device_adapters: int = DEVICE_ADAPTERS
     waiting: deque[Job] = field(default_factory=deque)
     running: dict[str, Job] = field(default_factory=dict)
     batch: list[Job] = field(default_factory=list)
@@ -56,8 +58,7 @@ class Server:
 
     def start_step(self) -> float | None:
         """The ms that the next step takes; None where there is nothing to do."""
-        room = MAX_NUM_SEQS - len(self.running)
-        self.batch = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+        self.batch = self._take_waiting()
         self._is_prefill = bool(self.batch)
         if self._is_prefill:
             sums = BatchSums()
@@ -110,12 +111,28 @@ class Server:
         num_done = self._num_decodes - job.last_step + job.num_tokens
         self._sums.remove(request, tokens=1, context=request.prompt_tokens + num_done)
 
+    def _take_waiting(self) -> list[Job]:
+        """The oldest requests for which there are sequences and room for their adapters."""
+        batch: list[Job] = []
+        if not self.waiting or len(self.running) == MAX_NUM_SEQS:
+            return batch
+        needed = {job.snapshot.adapter for job in self.running.values()}
+        for job in self.waiting:
+            if len(self.running) + len(batch) == MAX_NUM_SEQS:
+                break
+            if job.snapshot.adapter in needed or len(needed) < self.device_adapters:
+                needed.add(job.snapshot.adapter)
+                batch.append(job)
+        for job in batch:
+            self.waiting.remove(job)
+        return batch
+
     def _load_ms(self, request: RequestSnapshot) -> float:
         assert request.adapter is not None
         is_held = request.adapter in self.held
         self.held[request.adapter] = None
         self.held.move_to_end(request.adapter)
-        if len(self.held) > MAX_DEVICE_ADAPTERS:
+        if len(self.held) > self.device_adapters:
             needed = {job.snapshot.adapter for job in (*self.running.values(), *self.batch)}
             del self.held[next(adapter for adapter in self.held if adapter not in needed)]
         return 0.0 if is_held else self.model.load_ms(request.adapter_bytes, is_on_host=True)

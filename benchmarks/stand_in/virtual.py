@@ -1,21 +1,27 @@
-"""The servers, the router's accounts and a policy on a virtual clock."""
+"""The servers, the router's accounts and a policy on a virtual clock.
+
+The accounts learn what the router's would, when they would: a request waits until its first token, and an
+adapter counts as held where a request for it was sent. Only time to carry the news is left out.
+"""
 
 import heapq
+from collections.abc import Sequence
 
 from stand_in.load import Load
 from stand_in.results import Observed
-from stand_in.server import KV_TOKENS, MAX_DEVICE_ADAPTERS, MAX_NUM_SEQS, Job, Server
+from stand_in.server import KV_TOKENS, MAX_NUM_SEQS, Job, Server
 from toppings.cluster.fleet import Fleet
-from toppings.cluster.perf_model import CONTEXT_TOKENS, PerfModel
+from toppings.cluster.perf_model import CONTEXT_TOKENS
 from toppings.cluster.policies import Policy
 from toppings.cluster.snapshot import InstanceSnapshot
 
 MIGRATION_INTERVAL_MS = 100.0
 
 
-def observe(load: Load, policy: Policy, model: PerfModel, num_servers: int) -> Observed:
+def observe(load: Load, policy: Policy, servers: Sequence[Server]) -> Observed:
+    """Of servers that nobody has used yet; all the load's adapters are in their host memory."""
     jobs = load.jobs()
-    trial = Trial(jobs, policy, model, num_servers)
+    trial = Trial(jobs, set(load.ranks), policy, servers)
     trial.run()
     return Observed(
         arrived_at=[job.arrived_at for job in jobs],
@@ -28,16 +34,21 @@ def observe(load: Load, policy: Policy, model: PerfModel, num_servers: int) -> O
 class Trial:
     """One policy over one load, from its first arrival until everything has ended."""
 
-    def __init__(self, jobs: list[Job], policy: Policy, model: PerfModel, num_servers: int) -> None:
+    def __init__(
+        self, jobs: list[Job], adapters: set[str], policy: Policy, servers: Sequence[Server]
+    ) -> None:
         self.policy = policy
-        self.servers = {f"s{i}": Server(f"s{i}", model) for i in range(num_servers)}
+        self._on_host = adapters
+        self.servers = {server.name: server for server in servers}
+        model = servers[0].model
         self.fleet = Fleet(
             InstanceSnapshot(
                 instance_id=name,
                 perf_model=model,
                 kv_tokens_total=KV_TOKENS,
                 max_num_seqs=MAX_NUM_SEQS,
-                max_adapters=MAX_DEVICE_ADAPTERS,
+                max_adapters=servers[0].device_adapters,
+                on_host=frozenset(adapters),
             )
             for name in self.servers
         )
@@ -72,7 +83,9 @@ class Trial:
         self._send(now, job, self.servers[choice.instance_id])
 
     def _send(self, now: float, job: Job, server: Server) -> None:
+        assert job.snapshot.adapter is not None
         self.fleet.enqueue(server.name, job.snapshot)
+        self.fleet.add_adapter(server.name, job.snapshot.adapter)
         server.waiting.append(job)
         if server.name not in self._busy:
             self._start_step(now, server)
@@ -84,15 +97,15 @@ class Trial:
             return
         self._busy.add(server.name)
         self._at(now + step_ms, server)
-        if server.batch:
-            for job in server.batch:  # admitted: it waits no longer
-                self.fleet.start(server.name, job.snapshot.request_id)
-            self.fleet.set_adapters(server.name, on_device=set(server.held), on_host=set())
+        if server.batch:  # it has loaded adapters, and dropped others
+            sent = {str(job.snapshot.adapter) for job in server.waiting}
+            self.fleet.set_adapters(server.name, on_device={*server.held, *sent}, on_host=self._on_host)
 
     def _end_step(self, now: float, server: Server) -> None:
         served, ended = server.end_step()
         for job in server.batch:
             job.first_token_at = now
+            self.fleet.start(server.name, job.snapshot.request_id)
         if self._counts_context:  # else no decision looks at it
             for job in served:
                 self.fleet.grow(server.name, job.snapshot.request_id, 1)
@@ -106,8 +119,9 @@ class Trial:
     def _rebalance(self, now: float) -> None:
         for move in self.policy.migrations(self.fleet):
             source = self.servers[move.source_id]
-            job = next(j for j in source.waiting if j.snapshot.request_id == move.request_id)
-            source.waiting.remove(job)
+            waiting = (*source.waiting, *source.batch)
+            job = next(j for j in waiting if j.snapshot.request_id == move.request_id)
+            source.abort(job)
             self.fleet.finish(source.name, move.request_id)
             self._send(now, job, self.servers[move.target_id])
         self._at(now + MIGRATION_INTERVAL_MS, None)

@@ -21,7 +21,11 @@ def test_routing_decision_benchmark_runs() -> None:
 
 def test_router_proxy_benchmark_runs() -> None:
     report = run("router_proxy.py")
-    assert isinstance(report["router_cpu_ms"], float)
+    for pattern in ("burst", "paced"):
+        figures = report[pattern]
+        assert isinstance(figures, dict)
+        assert 0 < figures["router_busy"] <= 1.1
+        assert (figures["routed_pieces"] > 1) >= (pattern == "paced")  # passed on one by one
 
 
 def test_routing_benchmark_runs() -> None:

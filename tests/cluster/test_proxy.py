@@ -82,6 +82,16 @@ async def test_models_of_all_servers_are_listed_once(two_servers: Any, start_rou
     assert [card["id"] for card in listed["data"]] == ["base", "small", "large", "only-here"]
 
 
+async def test_one_model_is_told_by_its_name(two_servers: Any, start_router: Start) -> None:
+    (one, first), _ = two_servers
+    one.adapters["team/one"] = 4
+    async with start_router(first) as client:
+        api = openai.AsyncOpenAI(base_url=f"{client.url}/v1", api_key="none")
+        assert (await api.models.retrieve("team/one")).id == "team/one"
+        with pytest.raises(openai.NotFoundError, match="The model `nope` does not exist"):
+            await api.models.retrieve("nope")
+
+
 async def test_model_of_one_server_is_only_asked_there(two_servers: Any, start_router: Start) -> None:
     (one, first), (other, second) = two_servers
     other.adapters["only-here"] = 4

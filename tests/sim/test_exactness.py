@@ -15,6 +15,8 @@ import pytest
 from tests.sim.builders import EXTENDED, make_config, make_trace, simulate
 from tests.sim.virtual_engine import BYTES_PER_RANK, NUM_LAYERS, make_registry, play_virtually
 from toppings.adapters.registry import AdapterRegistry
+from toppings.bench.validation.play import Step
+from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.sim.records import InstanceTotals
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.synth.workload import Workload
@@ -59,7 +61,7 @@ def trace_of(seed: int = 0, **workload: Any) -> Trace:
 
 def assert_agree(registry: AdapterRegistry, config: SimConfig, trace: Trace) -> InstanceTotals:
     """The simulator's totals. Time is whole nanoseconds in both; rounding may differ once per load."""
-    timings, counters = play_virtually(registry, config, trace)
+    timings, steps, counters = play_virtually(registry, config, trace)
     assert counters["fragmented"] == 0, "the simulator's pool has no fragments: take another case"
     result = simulate(config, trace)
     totals = result.instances[0]
@@ -72,7 +74,16 @@ def assert_agree(registry: AdapterRegistry, config: SimConfig, trace: Trace) -> 
         assert difference[first] <= totals.num_adapter_loads, (
             f"{name} of {first}: {difference[first]} ns apart"
         )
+    assert_steps_are_the_models(steps, config.perf_model)
     return totals
+
+
+def assert_steps_are_the_models(steps: list[Step], model: PerfModel) -> None:
+    """What a player notes of the engine's steps is what they computed: the model gives the same times."""
+    for step in steps:
+        features = [batch_features(rows) for rows in (step.decode, step.prefill)]
+        ms = model.step_ms(decode=features[0], prefill=features[1])
+        assert step.ms > ms - 1e-5 if step.is_cold else step.ms == pytest.approx(ms, abs=1e-5)
 
 
 def _counts_of(totals: InstanceTotals) -> dict[str, int]:

@@ -190,8 +190,8 @@ def test_jumping_is_exact_where_queued_requests_move_between_instances() -> None
     config, trace = crowded(policy="dlora", num_instances=3, max_num_seqs=4)
     moved = Simulator(config, trace)
     moves = []
-    move = moved.dispatcher.move
-    moved.dispatcher.move = lambda *args: moves.append(args) or move(*args)  # type: ignore[method-assign, func-returns-value]
+    move = moved.dispatchers[0].move
+    moved.dispatchers[0].move = lambda *args: moves.append(args) or move(*args)  # type: ignore[method-assign, func-returns-value]
     assert_same(moved.run(), simulate(stepwise(config), trace))
     assert moves
 
@@ -291,7 +291,7 @@ def test_the_fleet_knows_what_a_server_holds_after_its_report() -> None:
     simulator.run()
     resident = {f"adapter-{a}" for a in range(3) if simulator.instances[0].placement.holds(a)}
     assert len(resident) == 2
-    assert simulator.dispatcher.fleet.on_device[0] == resident
+    assert simulator.dispatchers[0].fleet.on_device[0] == resident
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The engine itself on a virtual clock: all of it but the forward, whose steps take what a model says."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from toppings.adapters.loader import LoadHandle, LoadSource
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
-from toppings.bench.validation.play import Timings, play, preload_host
+from toppings.bench.validation.play import Step, Timings, play, preload_host
 from toppings.cluster.perf_model import BatchRow, PerfModel, batch_features
 from toppings.config import EngineConfig
 from toppings.core import Batch, EngineReady, Request
@@ -50,6 +50,9 @@ class VirtualClock:
 
     def wait_until(self, at_ns: float) -> None:
         self.now_ns = max(self.now_ns, at_ns)
+
+    def stopped(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def perf_counter(self) -> float:
         self._num_looks += 1
@@ -205,14 +208,16 @@ def virtual_engine(registry: AdapterRegistry, config: SimConfig, clock: VirtualC
 
 def play_virtually(
     registry: AdapterRegistry, config: SimConfig, trace: Trace
-) -> tuple[Timings, dict[str, float]]:
-    """What became of the requests, and by how much the engine's counters grew."""
+) -> tuple[Timings, list[Step], dict[str, float]]:
+    """What became of the requests, the steps, and by how much the engine's counters grew."""
     clock = VirtualClock()
+    steps: list[Step] = []
     with virtual_engine(registry, config, clock) as engine:
         before = engine.stats(0).counters
-        timings, _ = play(engine, trace, [a + 1 for a in range(len(trace.ranks))], clock)
+        adapter_ids = [a + 1 for a in range(len(trace.ranks))]
+        timings = play(engine, trace, adapter_ids, clock, on_step=steps.append)
         engine.check_integrity()
         grown = {name: value - before[name] for name, value in engine.stats(0).counters.items()}
         pool = engine.adapters.pool
         assert isinstance(pool, CountingPool)
-        return timings, {**grown, "fragmented": pool.num_fragmented}
+        return timings, steps, {**grown, "fragmented": pool.num_fragmented}

@@ -4,7 +4,7 @@ The router and the simulator both keep one; every change costs a few scalar oper
 walks over requests. Knows nothing of HTTP and has no clock.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,20 +40,34 @@ class Fleet(Instances):
         self._rows: dict[str, int] = {}
         self._accounts: list[_Account] = []
         self._changed: set[int] = set()  # rows whose columns are behind their accounts
+        snapshots = list(snapshots)
+        self._widen(len(snapshots))
         for snapshot in snapshots:
-            self.add_instance(snapshot)
+            self._check_new(snapshot.instance_id)
+            self._fill(snapshot)
 
     # --- instances ---
 
     def add_instance(self, snapshot: InstanceSnapshot) -> None:
         """Raises ValueError where there is one of that id."""
-        if snapshot.instance_id in self._rows:
-            raise ValueError(f"instance {snapshot.instance_id!r} is in the fleet already")
+        self._check_new(snapshot.instance_id)
+        self._widen(1)
+        self._fill(snapshot)
+
+    def _check_new(self, instance_id: str) -> None:
+        if instance_id in self._rows:
+            raise ValueError(f"instance {instance_id!r} is in the fleet already")
+
+    def _widen(self, num: int) -> None:
+        """Columns for so many more instances."""
         self._settle()
         for name in COLUMNS:
             column = getattr(self, name)
-            empty = np.zeros_like(column, shape=(*column.shape[:-1], 1))
+            empty = np.zeros_like(column, shape=(*column.shape[:-1], num))
             setattr(self, name, np.append(column, empty, axis=-1))
+
+    def _fill(self, snapshot: InstanceSnapshot) -> None:
+        """The first columns that are nobody's become this instance's."""
         row = self._rows[snapshot.instance_id] = len(self.ids)
         self.ids.append(snapshot.instance_id)
         account = _Account(snapshot.perf_model)
@@ -62,7 +76,7 @@ class Fleet(Instances):
         self.queued.append({})
         self.queued_adapters.append(account.waiting.adapters)
         self.on_device.append(set(snapshot.on_device))
-        self.on_host.append(set(snapshot.on_host))
+        self.on_host.append(snapshot.on_host)
         self.is_open[row] = snapshot.is_open
         self.set_perf_model(snapshot.instance_id, snapshot.perf_model)
         self.set_limits(
@@ -107,7 +121,7 @@ class Fleet(Instances):
         for name, value in limits.items():
             getattr(self, name)[row] = value
 
-    def set_adapters(self, instance_id: str, *, on_device: set[str], on_host: set[str]) -> None:
+    def set_adapters(self, instance_id: str, *, on_device: set[str], on_host: Set[str]) -> None:
         row = self._rows[instance_id]
         self.on_device[row], self.on_host[row] = on_device, on_host
 

@@ -1,7 +1,7 @@
 """Many instances at once, as columns: what policies read, so that a decision is a few array operations."""
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ class Instances:
         self.queued_adapters: list[dict[str, int]] = []
         self.queued: list[dict[str, RequestSnapshot]] = []
         self.on_device: list[set[str]] = []
-        self.on_host: list[set[str]] = []
+        self.on_host: list[Set[str]] = []
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -159,7 +159,7 @@ class Instances:
         """A copy that later changes of this fleet do not reach: what a router with stale knowledge sees."""
         kept = self.take(np.arange(len(self)))
         for name in LISTS[1:]:
-            setattr(kept, name, [copy.copy(held) for held in getattr(kept, name)])
+            setattr(kept, name, [copy.copy(held) for held in getattr(kept, name)])  # of a frozenset: itself
         return kept
 
 

@@ -1,144 +1,45 @@
-"""`toppings reproduce VERB`: one verb per published figure; what needs torch is imported on use."""
+"""`toppings reproduce VERB`: one verb per published figure or table, and `all`."""
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from toppings.reproduce import published
-from toppings.reproduce.fleet_runs import POLICIES, FleetSpec, RunRecord, run_fleet
-from toppings.reproduce.simulation import write_simulation, write_testbed
-from toppings.sim.loading import MODES
-
-DEFAULT_OUT = Path("reproduction")
-QUICK_S = 8.0
+from toppings.reproduce import fleet_verbs, machine_verbs
+from toppings.reproduce.fleet_runs import FleetSpec
+from toppings.reproduce.options import DEFAULT_OUT, Out, PerfModelOption, Processes, Quick
 
 reproduce_app = typer.Typer(
     no_args_is_help=True,
     help="The published evaluation again: figures, their data, and the published values.",
 )
-
-Out = Annotated[Path, typer.Option(help="directory for PDF, PNG, JSON and comparison.md")]
-Quick = Annotated[bool, typer.Option("--quick", help="small and short: does it work here?")]
-PerfModelOption = Annotated[
-    str, typer.Option(help="JSON file of `toppings profile batches`, instead of the published machine's")
-]
-Interrupts = Annotated[
-    bool | None,
-    typer.Option(
-        "--prefill-interrupts/--prefill-shares",
-        help="a prefill is a step of its own, or shares one with decodes (default: the first for the "
-        "published model only)",
-    ),
-]
-Policies = Annotated[str, typer.Option(help="with commas between")]
-Seeds = Annotated[int, typer.Option(min=1, help="repetitions of each run")]
-Duration = Annotated[float, typer.Option(help="seconds of simulated arrivals")]
-Mode = Annotated[str, typer.Option(help=f"cold adapters: {', '.join(MODES)}")]
-TraceFile = Annotated[
-    str, typer.Option(help="take arrivals and adapters from this file, scaled to the rates")
-]
-Processes = Annotated[int, typer.Option(min=1, help="simulations at a time")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="go on with the runs that an earlier call left in OUT")
-]
-
-DEFAULT_RATES = f"{published.SIMULATION_RPS:g}"
-DEFAULT_POLICIES = ",".join(POLICIES)
+VERBS: dict[str, Callable[..., None]] = {
+    "modes": machine_verbs.modes,
+    "steps": machine_verbs.steps,
+    "popularity": machine_verbs.popularity,
+    "ipc": machine_verbs.ipc,
+    "cpu": machine_verbs.cpu,
+    "models": machine_verbs.models,
+    "testbed": fleet_verbs.published_testbed,
+    "simulation": fleet_verbs.simulation,
+}
+for name, verb in VERBS.items():
+    reproduce_app.command(name)(verb)
 
 
-def parse_rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(rate) for rate in text.split(","))
-    except ValueError:
-        rates = ()
-    if not rates or any(not 0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"rates are {text!r}; write requests/s with commas between, e.g. 340,400")
-    return rates
-
-
-@reproduce_app.command("simulation")
-def simulation(
+@reproduce_app.command("all")
+def reproduce_all(
     out: Out = DEFAULT_OUT,
-    rates: Annotated[
-        str, typer.Option(help="requests/s; bars and CDF are of the first, more of them make a curve")
-    ] = DEFAULT_RATES,
-    instances: Annotated[int, typer.Option(help="servers")] = published.SIMULATION_INSTANCES,
-    policies: Policies = DEFAULT_POLICIES,
+    config: machine_verbs.ConfigFile = None,
     perf_model: PerfModelOption = FleetSpec.perf_model,
-    prefill_interrupts: Interrupts = None,
-    duration: Duration = FleetSpec.duration_s,
-    seeds: Seeds = FleetSpec.seeds,
-    adapters: Annotated[int, typer.Option(help="how many, where no trace says so")] = FleetSpec.num_adapters,
-    mode: Mode = FleetSpec.mode,
-    trace: TraceFile = "",
     processes: Processes = 1,
-    resume: Resume = False,
     quick: Quick = False,
 ) -> None:
-    """Fig. 19: SLO attainment and TPT of 60 simulated servers, a figure per kernel form."""
-    if quick:
-        instances, duration, seeds, adapters = 4, QUICK_S, 2, 500
-        rates = ",".join(f"{rate * 4 / 60:g}" for rate in parse_rates(rates))
-    spec = FleetSpec(
-        num_instances=instances,
-        rates=parse_rates(rates),
-        policies=tuple(policies.split(",")),
-        perf_model=perf_model,
-        prefill_interrupts=prefill_interrupts,
-        duration_s=duration,
-        seeds=seeds,
-        num_adapters=adapters,
-        mode=mode,
-        trace=trace,
-    )
-    write_simulation(spec, _run(spec, processes, out / "simulation-runs.jsonl", resume), out)
-
-
-@reproduce_app.command("testbed")
-def published_testbed(
-    out: Out = DEFAULT_OUT,
-    rates: Annotated[str, typer.Option(help="requests/s")] = "30,40,50",
-    instances: Annotated[int, typer.Option(help="servers")] = published.TESTBED_INSTANCES,
-    policies: Policies = DEFAULT_POLICIES,
-    perf_model: PerfModelOption = FleetSpec.perf_model,
-    prefill_interrupts: Interrupts = None,
-    duration: Duration = FleetSpec.duration_s,
-    seeds: Seeds = FleetSpec.seeds,
-    adapters: Annotated[int, typer.Option(help="how many")] = 512,
-    mode: Mode = FleetSpec.mode,
-    processes: Processes = 1,
-    resume: Resume = False,
-    quick: Quick = False,
-) -> None:
-    """Fig. 18: SLO attainment of 8 servers, simulated, by load."""
-    if quick:
-        instances, duration, seeds, rates = 3, QUICK_S, 1, "15"
-    spec = FleetSpec(
-        num_instances=instances,
-        rates=parse_rates(rates),
-        policies=tuple(policies.split(",")),
-        perf_model=perf_model,
-        prefill_interrupts=prefill_interrupts,
-        duration_s=duration,
-        seeds=seeds,
-        num_adapters=adapters,
-        mode=mode,
-    )
-    write_testbed(spec, _run(spec, processes, out / "testbed-runs.jsonl", resume), out)
-
-
-def _run(spec: FleetSpec, num_processes: int, kept: Path, resume: bool) -> list[RunRecord]:
-    if not resume:
-        kept.unlink(missing_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("simulations", total=1.0)
-        return run_fleet(
-            spec,
-            num_processes=num_processes,
-            kept=kept,
-            on_progress=lambda share: progress.update(task, completed=share),
-        )
+    """Every verb in turn, what is measured first: leave the machine alone meanwhile."""
+    machine_verbs.ipc(out, quick)
+    machine_verbs.cpu(out, quick)
+    machine_verbs.modes(out, config, quick=quick)
+    machine_verbs.steps(out)
+    machine_verbs.models(out, config, quick=quick)
+    machine_verbs.popularity(out)
+    fleet_verbs.published_testbed(out, perf_model=perf_model, processes=processes, quick=quick)
+    fleet_verbs.simulation(out, perf_model=perf_model, processes=processes, quick=quick)

@@ -1,7 +1,7 @@
 """What a verb leaves: a figure as PDF and PNG, the JSON behind it, and the table over all of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "comparison.md"
 NOT_PUBLISHED = "—"
+
+Draw = Callable[[Path], None]
+"""Writes a figure to a file whose suffix is its format."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,15 @@ def new_figure(num_columns: int, num_rows: int = 1, *, width: float = 4.2, heigh
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
-def write(out: Path, outcome: Outcome, figure: "Figure") -> None:
+def saving(figure: "Figure") -> Draw:
+    return lambda path: figure.savefig(path, dpi=100)
+
+
+def write(out: Path, outcome: Outcome, draw: Draw) -> None:
     """Into the directory `out`, whose `comparison.md` then holds all that were ever written there."""
     out.mkdir(parents=True, exist_ok=True)
     for suffix in ("pdf", "png"):
-        figure.savefig(out / f"{outcome.name}.{suffix}", dpi=100)
+        draw(out / f"{outcome.name}.{suffix}")
     (out / f"{outcome.name}.json").write_text(outcome.to_json())
     (out / TABLE_FILE).write_text(comparison_table(out))
     _show(outcome)
@@ -71,11 +78,20 @@ def comparison_table(out: Path) -> str:
     """Markdown: the claims of every outcome in `out`."""
     lines = ["| figure | quantity | published | here |", "|---|---|---|---|"]
     for file in sorted(out.glob("*.json")):
-        content = json.loads(file.read_text())
-        for claim in content["claims"]:
-            cells = (content["published"], claim["quantity"], claim["published"], claim["ours"])
-            lines.append(f"| {' | '.join(cells)} |")
+        for content in _outcomes_in(file):
+            for claim in content["claims"]:
+                cells = (content["published"], claim["quantity"], claim["published"], claim["ours"])
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _outcomes_in(file: Path) -> list[dict[str, Any]]:
+    """One, or none where the file is something else."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        return []
+    return [content] if isinstance(content, dict) and "reproduces" in content else []
 
 
 def _show(outcome: Outcome) -> None:

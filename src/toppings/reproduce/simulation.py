@@ -18,7 +18,7 @@ from toppings.reproduce.fleet_runs import (
     mean_tpt_ms,
     select,
 )
-from toppings.reproduce.output import NOT_PUBLISHED, Claim, Outcome, new_figure, write
+from toppings.reproduce.output import NOT_PUBLISHED, Claim, Outcome, new_figure, saving, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def write_simulation(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -
         _draw_cdf(axes[0, 1], main)
         if len(spec.rates) > 1:
             draw_loads(axes[0, 2], own)
-        write(out, outcome, figure)
+        write(out, outcome, saving(figure))
 
 
 def write_testbed(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -> None:
@@ -60,7 +60,7 @@ def write_testbed(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -> N
         differs=["simulated, not run on eight GPUs", *differences(spec)],
         data=data_of(spec, records),
     )
-    write(out, outcome, figure)
+    write(out, outcome, saving(figure))
 
 
 def differences(spec: FleetSpec) -> list[str]:

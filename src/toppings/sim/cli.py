@@ -183,6 +183,7 @@ def print_description(description: Description) -> None:
 
 @app.command("simulate")
 def simulate(
+    context: typer.Context,
     trace: Annotated[Path | None, typer.Option(help="a trace file")] = None,
     synth: Annotated[str | None, typer.Option(help=f"or a workload: {', '.join(PRESETS)}")] = None,
     instances: Annotated[int, typer.Option(help="servers behind the router")] = SimConfig.num_instances,
@@ -215,19 +216,43 @@ def simulate(
     report_interval: Annotated[
         float, typer.Option(help="s between a server's reports to the router")
     ] = SimConfig.report_interval_s,
+    candidates: Annotated[
+        int, typer.Option(help="servers drawn for each request to choose from (0: all)")
+    ] = SimConfig.candidates,
+    routers: Annotated[
+        int, typer.Option(help="that take requests in turn and share no state")
+    ] = SimConfig.num_routers,
+    snapshot_interval: Annotated[
+        float, typer.Option(help="s between copies of its accounts that a router decides on (0: no copies)")
+    ] = SimConfig.snapshot_interval_s,
     processes: Annotated[int, typer.Option(min=0, help="at a time (0: one per core)")] = 0,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="instead: an engine on this machine against its simulation")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="with --validate: base model directory (default: random weights)")
+    ] = "",
+    replays: Annotated[int, typer.Option(min=1, help="with --validate: times through the engine")] = 3,
     json_output: Json = False,
     figures: FiguresDir = None,
 ) -> None:
     """Compare routing policies on servers that are simulated: a trace, or a generated workload."""
+    check_validation_options(context, is_validation=validate)
+    if validate:
+        from toppings.bench.validation.command import run_validation
+        from toppings.bench.validation.validate import ValidationSpec
+
+        validation = ValidationSpec(model=model, replays=replays, seed=seed)
+        run_validation(validation, is_json=json_output, figures=figures)
+        return
     if (trace is None) == (synth is None):
         raise ValueError("give either --trace FILE or --synth WORKLOAD")
-    model = load_perf_model(perf_model)
+    step_model = load_perf_model(perf_model)
     config = SimConfig(
-        perf_model=model,
+        perf_model=step_model,
         num_instances=instances,
         mode=mode,
-        slo_tpt_ms=parse_slo_ms(slo, model),
+        slo_tpt_ms=parse_slo_ms(slo, step_model),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=min(SimConfig.max_model_len, kv_cache_tokens),
@@ -238,6 +263,9 @@ def simulate(
         num_layers=layers,
         cpu_gflops=cpu_gflops,
         report_interval_s=report_interval,
+        candidates=candidates,
+        num_routers=routers,
+        snapshot_interval_s=snapshot_interval,
     )
     all_seeds = range(seed, seed + seeds)
     sources: list[Trace | Workload]
@@ -277,6 +305,24 @@ def simulate(
         typer.echo(results_json(config, summaries))
     else:
         print_summaries(summaries)
+
+
+VALIDATION_OPTIONS = ("validate", "model", "replays")
+SHARED_OPTIONS = ("seed", "json_output", "figures")
+
+
+def check_validation_options(context: typer.Context, *, is_validation: bool) -> None:
+    """Raises ValueError for an option that would be ignored."""
+    given = [name for name in context.params if _is_given(context, name) and name not in SHARED_OPTIONS]
+    wrong = [name for name in given if (name in VALIDATION_OPTIONS) != is_validation]
+    if wrong:
+        option = f"--{wrong[0].replace('_', '-')}"
+        raise ValueError(f"{option} {'does not go with' if is_validation else 'is of'} --validate")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def run_with_progress(jobs: Sequence[Job], num_processes: int) -> list[SimResult]:

@@ -177,9 +177,8 @@ class Pool:
         return Admission.READY
 
     def _evict_for(self, num_bytes: int) -> None:
-        for victim in least_valuable(self._policy, self._idle):
-            if self._capacity_bytes - self._used_bytes >= num_bytes:
-                break
+        while self._capacity_bytes - self._used_bytes < num_bytes:
+            victim = min(self._idle, key=self._policy.worth)  # the first of `least_valuable`
             del self._idle[victim], self._num_users[victim]
             self._policy.forget(victim, was_evicted=True)
             self._changed.append(victim)

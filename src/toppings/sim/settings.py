@@ -26,8 +26,11 @@ class SimConfig:
     `load_latency_ms`: what a load takes beside the time of its bytes.
     `cpu_gflops`: what all CPU workers of a server compute in 10^9 FLOP/s (0: none; `auto` is then
     `pipelined`), `round_trip_ms` what one layer's visit there costs. `report_interval_s`: how often the
-    router hears what a server holds. `slo_tpt_ms`: objective (inf: none). `is_stepwise` runs every decode
-    step on its own: the same result, slower.
+    router hears what a server holds. `candidates`: servers drawn for each request to choose from (0: all).
+    `num_routers`: requests go to them in turn, and none knows what the others sent. `snapshot_interval_s`: a
+    router decides on a copy of its accounts that is renewed so often, and forgets in between what it sent
+    itself (0: on the accounts as they are). `slo_tpt_ms`: objective (inf: none). `is_stepwise` runs every
+    decode step on its own: the same result, slower.
 
     Raises ConfigError for a value out of its range.
     """
@@ -54,6 +57,9 @@ class SimConfig:
     round_trip_ms: float = 0.05
     response_tokens: float = 128.0
     report_interval_s: float = 1.0
+    candidates: int = 0
+    num_routers: int = 1
+    snapshot_interval_s: float = 0.0
     migration_interval_s: float = 0.1
     is_stepwise: bool = False
 
@@ -102,9 +108,12 @@ _AT_LEAST_0 = (
     "cpu_gflops",
     "round_trip_ms",
     "seed",
+    "candidates",
+    "snapshot_interval_s",
 )
 _AT_LEAST_1 = (
     "num_instances",
+    "num_routers",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",

@@ -1,4 +1,4 @@
-"""The event loop: requests of a trace through a router to servers, on a virtual clock.
+"""The event loop: requests of a trace through routers to servers, on a virtual clock.
 
 Handlers return new events; only the loop has the clock and the queue. Of events at one instant, arrivals
 come first, then ends of steps, then reports and rebalancing; a request that arrives as a step ends is in
@@ -53,7 +53,9 @@ class Simulator:
         self.config, self.trace = config, trace
         adapter_bytes = [config.adapter_bytes(rank) for rank in trace.ranks.tolist()]
         self.instances = [Instance(config, adapter_bytes) for _ in range(config.num_instances)]
-        self.dispatcher = Dispatcher(config, trace.adapter_names, adapter_bytes)
+        self.dispatchers = [
+            Dispatcher(config, trace.adapter_names, adapter_bytes, i) for i in range(config.num_routers)
+        ]
         self.records = Records(len(trace))
         self._arrivals_ns = [round(at * NS_PER_S) for at in trace.arrivals_s.tolist()]
         columns = (trace.adapters, trace.prompt_tokens, trace.response_tokens)
@@ -100,7 +102,7 @@ class Simulator:
             return []
         queue = [(self._arrivals_ns[0], ARRIVAL, 0, 0)]
         queue += [(0, REPORT, row, 0) for row in range(len(self.instances))]
-        if self.dispatcher.moves_requests and len(self.instances) > 1:
+        if self.dispatchers[0].moves_requests and len(self.instances) > 1:
             queue.append((0, REBALANCE, 0, 0))
         return sorted(queue)
 
@@ -109,7 +111,7 @@ class Simulator:
     def _arrive(self, event: Event) -> Iterable[Event]:
         now, _, index, _ = event
         request = self._request(index)
-        row = self.dispatcher.choose(request)
+        row = self._router_of(request).choose(request, now)
         self._num_arrived += 1
         self._num_present += 1
         events = self._send(request, row, now, now)
@@ -126,16 +128,19 @@ class Simulator:
             outcome = instance.end()
             for request in outcome.started:
                 self.records.first_token_at[request.index] = now
-                self.dispatcher.started(row, request)
+                self._router_of(request).started(row, request)
             for request in outcome.ended:
                 self.records.ended_at[request.index] = now
                 self._num_present -= 1
-                self.dispatcher.ended(row, request)
+                self._router_of(request).ended(row, request)
         return self._begin(row, now)
 
     def _report(self, event: Event) -> Iterable[Event]:
         now, _, row, _ = event
-        self.dispatcher.report(row, self.instances[row], now)
+        instance = self.instances[row]
+        changed = instance.placement.pop_changed()
+        for dispatcher in self.dispatchers:
+            dispatcher.report(row, instance, changed, now)
         return self._again(event, self.config.report_interval_s)
 
     def _rebalance(self, event: Event) -> Iterable[Event]:
@@ -144,17 +149,21 @@ class Simulator:
         """
         events: list[Event] = []
         now = event[0]
-        for move in self.dispatcher.moves():
-            source, target = (self.dispatcher.ids.index(i) for i in (move.source_id, move.target_id))
-            request = self._waiting(source, move.request_id)
-            if request is not None:
-                self.instances[source].withdraw(request)
-                self.dispatcher.move(request, source, target)
-                events += self._disturb(source, now + 1)
-                events += self._send(request, target, now, now + 1)
+        for dispatcher in self.dispatchers:
+            for move in dispatcher.moves():
+                source, target = dispatcher.rows_of(move)
+                request = self._waiting(source, move.request_id)
+                if request is not None:
+                    self.instances[source].withdraw(request)
+                    dispatcher.move(request, source, target)
+                    events += self._disturb(source, now + 1)
+                    events += self._send(request, target, now, now + 1)
         return [*events, *self._again(event, self.config.migration_interval_s)]
 
     # --- what handlers share ---
+
+    def _router_of(self, request: SimRequest) -> Dispatcher:
+        return self.dispatchers[request.router]
 
     def _request(self, index: int) -> SimRequest:
         adapter, prompt = self._adapters[index], self._prompts[index]
@@ -166,6 +175,7 @@ class Simulator:
             adapter,
             float(index),  # the scheduler only compares arrivals; an engine never sees two at one instant
             index=index,
+            router=index % len(self.dispatchers),
             rank=self._ranks[adapter],
             num_to_generate=max(1, min(self._responses[index], room)),
         )
@@ -214,7 +224,7 @@ class Simulator:
     def _reject(self, row: int, request: SimRequest) -> None:
         self.records.is_rejected[request.index] = True
         self._num_present -= 1
-        self.dispatcher.rejected(row, request)
+        self._router_of(request).rejected(row, request)
 
     def _waiting(self, row: int, request_id: str) -> SimRequest | None:
         for request in self.instances[row].scheduler.waiting:
@@ -235,7 +245,8 @@ class Simulator:
         """Raises AssertionError where a request or time was lost or made up."""
         for instance in self.instances:
             instance.check_integrity()
-        self.dispatcher.fleet.check_integrity()
+        for dispatcher in self.dispatchers:
+            dispatcher.fleet.check_integrity()
         present = sum(len(i.scheduler.running) + len(i.scheduler.waiting) for i in self.instances)
         assert present == self._num_present, f"{present} requests are there, {self._num_present} were counted"
         return self.records.result(
@@ -244,7 +255,7 @@ class Simulator:
             arrivals_ns=self._arrivals_ns,
             num_arrived=self._num_arrived,
             num_present=present,
-            num_breaking=self.dispatcher.num_breaking,
+            num_breaking=sum(dispatcher.num_breaking for dispatcher in self.dispatchers),
             wall_time=last_at,
             totals=[InstanceTotals.of(instance, last_at) for instance in self.instances],
         )

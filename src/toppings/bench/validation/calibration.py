@@ -1,5 +1,6 @@
-"""What steps and loads take on this machine, measured between the loads, on batches such as they make."""
+"""What steps and loads take on this machine now, measured on batches such as the loads make."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -26,8 +27,19 @@ from toppings.sim.settings import SimConfig
 from toppings.sim.simulator import Simulator
 from toppings.sim.trace import Trace
 
-Times = NDArray[np.float64]
+Points = NDArray[np.float64]
 FORM = "extended"
+CALIBRATION_SHARE = 0.6
+"""Time that goes to timing batches, over the time of a load's steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A batch of decodes or one of prefills, and what its step took, ms."""
+
+    is_decode: bool
+    rows: Rows
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,6 @@ class Batches:
 
     decode: list[Rows]
     prefill: list[Rows]
-
-    def __add__(self, other: "Batches") -> "Batches":
-        return Batches(self.decode + other.decode, self.prefill + other.prefill)
 
     def sample(self, num: int, rng: Generator) -> "Batches":
         """At most `num` of each kind."""
@@ -76,45 +85,66 @@ def _row(item: BatchItem, trace: Trace) -> BatchRow:
 
 
 class StepBench:
-    """Times the same batches round after round, in an order drawn anew for each."""
+    """Times batches over and over, in an order drawn anew for each round."""
 
     def __init__(self, driver: BatchDriver, batches: Batches, rng: Generator) -> None:
-        self._driver, self._batches, self._rng = driver, batches, rng
-        self._visits = [
-            (is_decode, i) for is_decode in (True, False) for i in range(len(self._of(is_decode)))
-        ]
+        self._driver, self._rng = driver, rng
+        self._visits = [(True, rows) for rows in batches.decode] + [(False, rows) for rows in batches.prefill]
+        self._order: list[int] = []
+        self._owed_s = 0.0
 
-    def _of(self, is_decode: bool) -> list[Rows]:
-        return self._batches.decode if is_decode else self._batches.prefill
+    def time_next(self) -> Timed:
+        if not self._order:
+            self._order = self._rng.permutation(len(self._visits)).tolist()
+        is_decode, rows = self._visits[self._order.pop()]
+        times = self._driver.decode_ms(rows) if is_decode else self._driver.prefill_ms(rows)
+        return Timed(is_decode, rows, sum(times) / len(times))
 
-    def take_round(self) -> Times:
-        """ms of each batch [B], decode batches first."""
-        times = np.zeros(len(self._visits))
-        for number in self._rng.permutation(len(times)):
-            is_decode, index = self._visits[number]
-            time_ms = self._driver.decode_ms if is_decode else self._driver.prefill_ms
-            times[number] = np.mean(time_ms(self._of(is_decode)[index]))
-        return times
+    def time_all(self) -> list[Timed]:
+        return [self.time_next() for _ in self._visits]
 
-    def fit(self, rounds: Sequence[Times], origin: str) -> PerfModel:
-        """A model of the mean over the rounds: what counts for a load is the sum of its steps."""
-        ms, num_decode = np.mean(rounds, axis=0), len(self._batches.decode)
-        return PerfModel(
-            origin=origin,
-            decode_forms={FORM: _fit(self._batches.decode, ms[:num_decode], DECODE_FORMS[FORM])},
-            prefill_forms={FORM: _fit(self._batches.prefill, ms[num_decode:], PREFILL_FORMS[FORM])},
-            decode_form=FORM,
-            prefill_form=FORM,
-        )
+    def time_beside(self, ms: float) -> list[Timed]:
+        """To be called after each step of a load, with what it took: a share of that goes to batches."""
+        timed = []
+        self._owed_s += CALIBRATION_SHARE * ms / 1e3
+        while self._owed_s > 0:
+            started_at = time.perf_counter()
+            timed.append(self.time_next())
+            self._owed_s -= time.perf_counter() - started_at
+        return timed
 
 
-def _fit(batches: list[Rows], ms: Times, features: Sequence[str]) -> LinearModel:
-    return fit_linear(np.stack([batch_features(rows) for rows in batches]), ms, features)
+def fit(steps: Sequence[Timed], origin: str) -> PerfModel:
+    """By least squares over all of them, whose mean the model has: what counts for a load is the steps' sum.
+
+    Raises ValueError where there is no step of a kind.
+    """
+    return PerfModel(
+        origin=origin,
+        decode_forms={FORM: _fit([s for s in steps if s.is_decode], DECODE_FORMS[FORM])},
+        prefill_forms={FORM: _fit([s for s in steps if not s.is_decode], PREFILL_FORMS[FORM])},
+        decode_form=FORM,
+        prefill_form=FORM,
+    )
 
 
-def drift(before: Times, after: Times) -> float:
-    """By how much the same batches took longer: 0.1 is 10 %."""
-    return float(after.sum() / before.sum() - 1)
+def _fit(steps: Sequence[Timed], names: Sequence[str]) -> LinearModel:
+    if not steps:
+        raise ValueError("no step of a kind was timed; give the loads more requests")
+    features = np.stack([batch_features(step.rows) for step in steps])
+    return fit_linear(features, np.array([step.ms for step in steps]), names)
+
+
+def drift(steps: Sequence[Timed], model: PerfModel) -> float:
+    """By how much the machine was slower in the second half of these steps than in the first: 0.1 is 10 %."""
+    first, second = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+    return _slowness(second, model) / _slowness(first, model) - 1
+
+
+def _slowness(steps: Sequence[Timed], model: PerfModel) -> float:
+    """What they took over what the model says."""
+    predicted = [(model.decode if s.is_decode else model.prefill).predict_batch(s.rows) for s in steps]
+    return sum(step.ms for step in steps) / sum(predicted)
 
 
 @dataclass(frozen=True)
@@ -146,13 +176,13 @@ def measure_loads(engine: Engine, world: World, num_tokens: int) -> LinkTimes:
             points.append((load.num_bytes, (landed_at - load.started_at) * 1e3))
     if not points:
         raise RuntimeError("every adapter was on the device already: its loads cannot be timed")
-    return _fit_link(np.array(points))
+    return fit_link(np.array(points))
 
 
-def _fit_link(points: Times) -> LinkTimes:
+def fit_link(points: Points) -> LinkTimes:
     """Least squares over (bytes, ms) [N, 2]; neither part is below zero."""
     num_bytes, ms = points.T
     slope, latency_ms = np.polyfit(num_bytes, ms, 1) if len(set(num_bytes)) > 1 else (0.0, -1.0)
     if latency_ms < 0 or slope <= 0:
         slope, latency_ms = float((num_bytes @ ms) / (num_bytes @ num_bytes)), 0.0
-    return LinkTimes(float(latency_ms), 1 / (slope * 1e6))
+    return LinkTimes(float(latency_ms), float(1 / (slope * 1e6)))

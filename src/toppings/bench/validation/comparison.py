@@ -22,9 +22,9 @@ AIMS = {THROUGHPUT: 0.05, "TTFT mean": 0.10, "TPT mean": 0.10} | dict.fromkeys(
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """One time through the engine, and the simulation with the model that was measured around it.
+    """One time through the engine, and the simulation with the model that was measured meanwhile.
 
-    `drift`: by how much the same batches took longer after the load than before it.
+    `drift`: by how much the machine was slower in the second half of it than in the first.
     """
 
     engine: Timings
@@ -35,8 +35,9 @@ class Replay:
 
     @property
     def step_error(self) -> float:
-        """The model's time for the very steps that the engine ran, loads apart, over what they took, less
-        1."""
+        """The model's time for the very steps that the engine ran, over what they took, less 1; but for
+        steps with a load.
+        """
         steps = [step for step in self.steps if not step.is_cold]
         predicted = sum(self._predict(step) for step in steps)
         return predicted / sum(step.ms for step in steps) - 1
@@ -52,8 +53,9 @@ class Replay:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure, as medians over the replays. `spread`: how far the engine's own replays are
-    apart, relative."""
+    """One measure, as medians over the replays. `spread`: how far the engine's own replays are apart, over
+    their median.
+    """
 
     measure: str
     engine: float
@@ -71,6 +73,7 @@ class Comparison:
 class LoadResult:
     load: Load
     rate: float
+    link_gbps: float  # of the emulated link; 0: none
     config: SimConfig
     trace: Trace
     replays: list[Replay]

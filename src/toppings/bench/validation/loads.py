@@ -16,7 +16,8 @@ from toppings.sim.trace import IntArray, Trace
 MEAN_PROMPT, MEAN_RESPONSE = 80, 32
 PROMPTS, RESPONSES = LogNormal.of_mean(MEAN_PROMPT, 0.7, 320), LogNormal.of_mean(MEAN_RESPONSE, 0.6, 128)
 """Short, since a CPU computes them."""
-CAPACITY_REQUESTS, CAPACITY_RATE = 100, 1e6
+NUM_SPARE = 2
+AT_ONCE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +58,34 @@ class Load:
         pool_bytes = max(self.pool_share * world.adapter_bytes, world.bytes_per_rank * int(world.ranks.max()))
         return {**settings, "link_gbps": float(f"{link_gbps:.2g}"), "device_pool_bytes": int(pool_bytes)}
 
-    def make_trace(self, rate: float, seconds: float, ranks: IntArray, seed: int) -> Trace:
-        """The same trace for the same arguments."""
-        workload = Workload(
-            arrivals=self.arrivals,
-            popularity=self.popularity,
-            rate=rate,
-            duration_s=seconds,
-            num_adapters=len(ranks),
-        )
-        trace, rng = workload.make_trace(seed), generator(seed, "validation lengths")
-        return replace(
-            trace,
-            prompt_tokens=PROMPTS.draw(len(trace), rng),
-            response_tokens=RESPONSES.draw(len(trace), rng),
+    def make_trace(self, num_requests: int, rate: float, ranks: IntArray, seed: int) -> Trace:
+        """Exactly so many requests at exactly this mean rate; the same trace for the same arguments."""
+        duration_s, drawn = NUM_SPARE * num_requests / rate, None
+        while drawn is None or len(drawn) < num_requests:
+            workload = Workload(
+                arrivals=self.arrivals,
+                popularity=self.popularity,
+                rate=rate,
+                duration_s=duration_s,
+                num_adapters=len(ranks),
+            )
+            drawn = workload.make_trace(seed)
+            duration_s *= 2
+        rng, first = generator(seed, "validation lengths"), slice(num_requests)
+        trace = replace(
+            drawn,
+            arrivals_s=drawn.arrivals_s[first],
+            adapters=drawn.adapters[first],
+            prompt_tokens=PROMPTS.draw(num_requests, rng),
+            response_tokens=RESPONSES.draw(num_requests, rng),
             ranks=ranks,
+            duration_s=float(drawn.arrivals_s[num_requests - 1]),
         )
+        return trace.scaled_to(rate)
 
-    def saturation_rate(self, config: SimConfig, ranks: IntArray, seed: int) -> float:
-        """Requests a second that the simulated server ends while as many wait as it can take."""
-        trace = self.make_trace(CAPACITY_RATE, CAPACITY_REQUESTS / CAPACITY_RATE, ranks, seed)
+    def saturation_rate(self, num_requests: int, config: SimConfig, ranks: IntArray, seed: int) -> float:
+        """Requests a second that the simulated server ends when they are all there at once."""
+        trace = self.make_trace(num_requests, AT_ONCE, ranks, seed)
         return summarize(Simulator(config, trace).run()).requests_per_s
 
 
@@ -102,7 +111,7 @@ LOADS = (
         arrivals="poisson",
         popularity="uniform",
         mode="pipelined",
-        utilization=0.5,
+        utilization=0.6,
         chunk=512,
         pool_share=0.25,
         load_ratio=1.0,

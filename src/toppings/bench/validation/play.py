@@ -1,7 +1,8 @@
 """The requests of a trace through an engine in this process, each when its time has come."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,23 +31,37 @@ class Clock(Protocol):
 
     def sleep_until(self, at: float) -> None: ...
 
+    def stopped(self) -> AbstractContextManager[None]:
+        """Whatever happens within takes no time."""
+
 
 class WallClock:
-    """`time.perf_counter`; sleeps end within tens of microseconds."""
+    """`time.perf_counter`, which can be stopped; sleeps end within tens of microseconds."""
+
+    def __init__(self) -> None:
+        self._stopped_s = 0.0
 
     def now(self) -> float:
-        return time.perf_counter()
+        return time.perf_counter() - self._stopped_s
 
     def sleep_until(self, at: float) -> None:
-        sleep_until(at)
+        sleep_until(at + self._stopped_s)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        started_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stopped_s += time.perf_counter() - started_at
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step of the engine computed, and how long it took. `is_cold`: a load began with it."""
 
-    decode: list[BatchRow]
-    prefill: list[BatchRow]
+    decode: tuple[BatchRow, ...]
+    prefill: tuple[BatchRow, ...]
     ms: float
     is_cold: bool
 
@@ -89,41 +104,57 @@ def preload_host(adapters: AdapterManager, adapter_ids: Sequence[int]) -> None:
 
 
 def play(
-    engine: Engine, trace: Trace, adapter_ids: Sequence[int], clock: Clock | None = None
-) -> tuple[Timings, list[Step]]:
+    engine: Engine,
+    trace: Trace,
+    adapter_ids: Sequence[int],
+    clock: Clock,
+    *,
+    on_step: Callable[[Step], None] = lambda _: None,
+) -> Timings:
     """Adapter i of the trace is `adapter_ids[i]`. To be called by the thread that made the engine, which has
     nothing else to do; returns when all requests have ended.
 
-    Between steps it does what the engine's loop does, except for messages. A request that arrives during a
-    step is known after it. Raises RuntimeError where the engine does not serve a request.
+    Between steps it does what the engine's loop does, except for messages, and calls `on_step` while the
+    clock stands still. A request that arrives during a step is known after it. Raises RuntimeError where one
+    is not served.
     """
-    player = _Player(engine, trace, adapter_ids, clock or WallClock())
-    return player.run(), player.steps
+    return _Player(engine, trace, adapter_ids, clock, on_step).run()
 
 
 class _Player:
-    def __init__(self, engine: Engine, trace: Trace, adapter_ids: Sequence[int], clock: Clock) -> None:
-        self._engine, self._clock = engine, clock
+    def __init__(
+        self,
+        engine: Engine,
+        trace: Trace,
+        adapter_ids: Sequence[int],
+        clock: Clock,
+        on_step: Callable[[Step], None],
+    ) -> None:
+        self._engine, self._clock, self._on_step = engine, clock, on_step
         self._requests = _make_requests(trace, adapter_ids)
         self._arrivals = trace.arrivals_s
         self._first_token_at = np.full(len(trace), np.nan)
         self._ended_at = np.full(len(trace), np.nan)
         self._num_tokens = np.zeros(len(trace), dtype=np.int32)
         self._num_added = 0
-        self.steps: list[Step] = []
 
     def run(self) -> Timings:
         begin_at = self._clock.now()
         while self._num_added < len(self._requests) or self._engine.has_requests:
             self._add_arrived(self._clock.now() - begin_at)
-            before, num_loads = self._computed(), self._num_loads()
+            with self._clock.stopped():
+                before, num_loads = self._computed(), self._num_loads()
             started_at = self._clock.now()
             outputs = self._engine.step()
-            now = self._clock.now() - begin_at
-            self._note_step(before, now + begin_at - started_at, self._num_loads() > num_loads)
+            ended_at = self._clock.now()
+            now = ended_at - begin_at
             for output in outputs:
                 self._note(output, now)
             self._engine.poll()
+            with self._clock.stopped():
+                step = self._step(before, ended_at - started_at, self._num_loads() > num_loads)
+                if step.decode or step.prefill:
+                    self._on_step(step)
             if not outputs and not self._engine.has_running:
                 self._clock.sleep_until(begin_at + self._next_look(now))
         return Timings(self._arrivals, self._first_token_at, self._ended_at, self._num_tokens)
@@ -152,7 +183,7 @@ class _Player:
         """All requests, with their tokens in the cache."""
         return [(request, request.num_computed_tokens) for request in self._engine.scheduler.requests()]
 
-    def _note_step(self, before: list[tuple[Request, int]], seconds: float, is_cold: bool) -> None:
+    def _step(self, before: list[tuple[Request, int]], seconds: float, is_cold: bool) -> Step:
         decode: list[BatchRow] = []
         prefill: list[BatchRow] = []
         for request, num_context in before:
@@ -162,8 +193,7 @@ class _Player:
             name, rank = str(request.adapter_id), self._engine.adapters.rank_of(request.adapter_id)
             is_decode = num_tokens == 1 and num_context > 0
             (decode if is_decode else prefill).append(BatchRow(rank, name, num_tokens, num_context))
-        if decode or prefill:
-            self.steps.append(Step(decode, prefill, seconds * 1e3, is_cold))
+        return Step(tuple(decode), tuple(prefill), seconds * 1e3, is_cold)
 
     def _next_look(self, now: float) -> float:
         """When to look again if nothing runs; at the end of the last request: at once."""

@@ -1,6 +1,6 @@
 """Calibrate, play, simulate, compare: all in one run, since a machine's speed drifts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,17 +9,19 @@ import numpy as np
 
 from toppings.bench.batch_driver import BatchDriver
 from toppings.bench.batch_plan import decode_batches, prefill_batches
+from toppings.bench.batch_steps import OnProgress
 from toppings.bench.validation.calibration import (
     Batches,
     StepBench,
-    Times,
+    Timed,
     drift,
+    fit,
     measure_loads,
     simulated_batches,
 )
 from toppings.bench.validation.comparison import LoadResult, Replay
 from toppings.bench.validation.loads import LOADS, MEAN_PROMPT, Load
-from toppings.bench.validation.play import Step, Timings, play
+from toppings.bench.validation.play import Step, Timings, WallClock, play
 from toppings.bench.validation.world import World, make_world
 from toppings.cluster.perf_model import PerfModel
 from toppings.engine.engine import Engine
@@ -28,9 +30,6 @@ from toppings.sim.simulator import Simulator
 from toppings.sim.trace import Trace
 from toppings.synth import AdapterShape
 
-OnProgress = Callable[[str], None]
-"""Called with what begins now."""
-
 NUM_ROUGH = 12
 ROUGH_TOKENS = 3 * MEAN_PROMPT
 ORIGIN = "measured between the loads of a validation"
@@ -38,34 +37,33 @@ ORIGIN = "measured between the loads of a validation"
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSpec:
-    """`model`: a checkpoint's directory (empty: random weights of the shape `preset`). `seconds`: in which a
-    load's requests arrive; `num_batches`: how many of each kind a round times; `num_threads`: the engine's.
+    """`model`: a checkpoint's directory (empty: random weights of the shape `preset`). `num_requests`: of
+    each load; `num_batches`: so many different ones of each kind are timed for it; `num_threads`: the
+    engine's.
     """
 
     model: str = ""
     preset: str = "small-211m"
     num_adapters: int = 24
     adapters: AdapterShape = field(default_factory=AdapterShape)
-    seconds: float = 16.0
+    num_requests: int = 40
     replays: int = 3
     num_batches: int = 40
     num_threads: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_adapters", "replays", "num_batches"):
+        for name in ("num_adapters", "num_requests", "replays", "num_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds:g}; it must be above 0")
 
 
-def validate(spec: ValidationSpec, on_progress: OnProgress = lambda _: None) -> list[LoadResult]:
+def validate(spec: ValidationSpec, on_progress: OnProgress = lambda *_: None) -> list[LoadResult]:
     """To be called by the main thread, as an engine's process calls its own: OpenMP is slower in others.
 
     Raises what `make_world` and `build_engine` raise.
     """
-    on_progress("making the model and its adapters")
+    on_progress("making the model and its adapters", 0.0)
     settings = {"num_threads": spec.num_threads, "seed": spec.seed}
     with (
         make_world(spec.model, spec.preset, spec.adapters, spec.num_adapters, **settings) as world,
@@ -76,7 +74,7 @@ def validate(spec: ValidationSpec, on_progress: OnProgress = lambda _: None) -> 
 
 @dataclass(eq=False)
 class _Prepared:
-    """A load that can be played; `batches` are those of another trace of the same kind."""
+    """A load that can be played; `bench` times batches of another trace of the same kind."""
 
     load: Load
     settings: dict[str, Any]
@@ -84,7 +82,7 @@ class _Prepared:
     engine: Engine | None  # None: each replay needs a fresh one, whose device is empty
     rate: float
     trace: Trace
-    batches: Batches
+    bench: StepBench
     replays: list[Replay] = field(default_factory=list)
 
 
@@ -100,27 +98,21 @@ class _Validation:
     def run(self) -> list[LoadResult]:
         rough = self._rough_model()
         loads = [self._prepare(load, rough) for load in LOADS]
-        num = self._spec.num_batches
-        batches = sum((p.batches.sample(num, self._rng) for p in loads), Batches([], []))
-        bench = StepBench(self._driver, batches.sample(num, self._rng), self._rng)
-        before = self._take_round(bench)
         for number in range(self._spec.replays):
-            for prepared in loads:
-                self._on_progress(f"{prepared.load.name}, {number + 1} of {self._spec.replays}")
-                timings, steps = self._play(prepared)
-                after = self._take_round(bench)
-                replay = _replay(
-                    prepared, timings, steps, bench.fit([before, after], ORIGIN), drift(before, after)
-                )
-                prepared.replays.append(replay)
-                before = after
-        return [LoadResult(p.load, p.rate, p.config, p.trace, p.replays) for p in loads]
+            for index, prepared in enumerate(loads):
+                share = (number + index / len(loads)) / self._spec.replays
+                self._on_progress(f"{prepared.load.name}, {number + 1} of {self._spec.replays}", share)
+                prepared.replays.append(self._replay(prepared))
+        return [
+            LoadResult(p.load, p.rate, p.settings.get("link_gbps", 0.0), p.config, p.trace, p.replays)
+            for p in loads
+        ]
 
     # --- before ---
 
     def _make_driver(self) -> BatchDriver:
         """Of an engine whose cache has room for twice what any load's has."""
-        self._on_progress("building engines")
+        self._on_progress("building engines", 0.0)
         max_num_seqs = 2 * max(load.max_num_seqs for load in LOADS)
         settings = {"mode": "cached", "max_num_seqs": max_num_seqs, "max_num_batched_tokens": self._chunk}
         engine = self._engines.enter_context(_engine(self._world, settings))
@@ -129,53 +121,58 @@ class _Validation:
     def _rough_model(self) -> PerfModel:
         """Of a few batches: good enough to say how often requests should arrive, and which batches
         they make."""
-        self._on_progress("timing a few steps")
+        self._on_progress("timing a few steps", 0.0)
         world, limits = self._world, self._driver.limits(self._chunk)
         ranks = dict(zip(world.adapter_names, world.ranks.tolist()))
         batches = Batches(
             decode_batches(ranks, limits, NUM_ROUGH, self._rng),
             prefill_batches(ranks, limits, NUM_ROUGH, ROUGH_TOKENS, self._rng),
         )
-        bench = StepBench(self._driver, batches, self._rng)
-        return bench.fit([bench.take_round()], ORIGIN)
+        return fit(StepBench(self._driver, batches, self._rng).time_all(), ORIGIN)
 
     def _prepare(self, load: Load, rough: PerfModel) -> _Prepared:
-        self._on_progress(f"{load.name}: an engine, and a rate")
-        spec, world = self._spec, self._world
+        self._on_progress(f"an engine for {load.name}", 0.0)
+        num, seed, world = self._spec.num_requests, self._spec.seed, self._world
         settings = load.settings(world, rough)
+        kept = None
         if load.is_cold:
             with _engine(world, settings) as engine:
                 config = world.sim_config(engine, rough, **settings)
                 link = measure_loads(engine, world, MEAN_PROMPT)
-            config = replace(
-                config, load_latency_ms=link.latency_ms, perf_model=replace(rough, link_gbps=link.gbps)
-            )
-            kept = None
+            linked = replace(rough, link_gbps=link.gbps)
+            config = replace(config, load_latency_ms=link.latency_ms, perf_model=linked)
         else:
             kept = self._engines.enter_context(_engine(world, settings))
             config = world.sim_config(kept, rough, **settings)
-        rate = load.utilization * load.saturation_rate(config, world.ranks, spec.seed)
-        trace, other = (
-            load.make_trace(rate, spec.seconds, world.ranks, seed) for seed in (spec.seed, spec.seed + 1)
-        )
-        if not len(trace):
-            raise ValueError(
-                f"no request arrives within {spec.seconds:g} s at {rate:.3g}/s; give more seconds"
-            )
-        return _Prepared(load, settings, config, kept, rate, trace, simulated_batches(config, other))
+        rate = load.utilization * load.saturation_rate(num, config, world.ranks, seed)
+        trace, other = (load.make_trace(num, rate, world.ranks, s) for s in (seed, seed + 1))
+        batches = simulated_batches(config, other).sample(self._spec.num_batches, self._rng)
+        bench = StepBench(self._driver, batches, self._rng)
+        return _Prepared(load, settings, config, kept, rate, trace, bench)
 
     # --- again and again ---
 
-    def _take_round(self, bench: StepBench) -> Times:
-        self._on_progress("calibrating")
-        return bench.take_round()
-
-    def _play(self, prepared: _Prepared) -> tuple[Timings, list[Step]]:
-        world = self._world
+    def _replay(self, prepared: _Prepared) -> Replay:
         if prepared.engine is not None:
-            return play(prepared.engine, prepared.trace, world.adapter_ids)
-        with _engine(world, prepared.settings) as engine:
-            return play(engine, prepared.trace, world.adapter_ids)
+            return self._play(prepared, prepared.engine)
+        with _engine(self._world, prepared.settings) as engine:
+            return self._play(prepared, engine)
+
+    def _play(self, prepared: _Prepared, engine: Engine) -> Replay:
+        """Batches are timed all the while, for a machine's speed changes within seconds; the load's clock
+        stands still for that.
+        """
+        steps: list[Step] = []
+        timed: list[Timed] = []
+
+        def note(step: Step) -> None:
+            steps.append(step)
+            timed.extend(prepared.bench.time_beside(step.ms))
+
+        timings = play(engine, prepared.trace, self._world.adapter_ids, WallClock(), on_step=note)
+        model = replace(fit(timed, ORIGIN), link_gbps=prepared.config.perf_model.link_gbps)
+        result = Simulator(replace(prepared.config, perf_model=model), prepared.trace).run()
+        return Replay(timings, Timings.of(result), steps, model, drift(timed, model))
 
 
 @contextmanager
@@ -186,11 +183,3 @@ def _engine(world: World, settings: dict[str, Any]) -> Iterator[Engine]:
         engine.check_integrity()
     finally:
         engine.close()
-
-
-def _replay(
-    prepared: _Prepared, timings: Timings, steps: list[Step], model: PerfModel, change: float
-) -> Replay:
-    model = replace(model, link_gbps=prepared.config.perf_model.link_gbps)
-    result = Simulator(replace(prepared.config, perf_model=model), prepared.trace).run()
-    return Replay(timings, Timings.of(result), steps, model, change)

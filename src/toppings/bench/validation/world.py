@@ -22,6 +22,8 @@ from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 MAX_MODEL_LEN = 512
 WARM_UP_TOKENS = 16
+NO_DRAIN_S = 3600.0
+"""An engine's own clock goes on while a load's stands still, so that none of its deadlines may pass."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,13 @@ def _world(config: EngineConfig, registry: AdapterRegistry) -> World:
     assert len(sizes) == 1, f"bytes per rank differ: {sizes}"
     needed = sum(record.num_bytes for record in records)
     return World(
-        replace(config, max_model_len=MAX_MODEL_LEN, device_pool_bytes=needed, host_store_bytes=2 * needed),
+        replace(
+            config,
+            max_model_len=MAX_MODEL_LEN,
+            device_pool_bytes=needed,
+            host_store_bytes=2 * needed,
+            max_adapter_wait_s=NO_DRAIN_S,
+        ),
         [record.adapter_id for record in records],
         np.array([record.rank for record in records], dtype=np.int32),
         int(sizes.pop()),

@@ -8,6 +8,7 @@ from toppings.cluster.policies.lora_affinity import LoraAffinity
 from toppings.cluster.policies.rank_aware import RankAware
 from toppings.cluster.policies.rank_aware_residency import RankAwareResidency
 from toppings.cluster.policies.round_robin import RoundRobin
+from toppings.cluster.policies.sampled import Sampled
 from toppings.cluster.policies.uniform import Random
 
 POLICIES: dict[str, type[Policy]] = {
@@ -23,10 +24,11 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, settings: PolicySettings | None = None) -> Policy:
-    """Raises ValueError for an unknown name."""
+    """The policy, over as many candidates as the settings say. Raises ValueError for an unknown name."""
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; choose one of {', '.join(POLICIES)}")
-    return POLICIES[name](settings or PolicySettings())
+    policy = POLICIES[name](settings or PolicySettings())
+    return Sampled(policy) if policy.settings.candidates else policy
 
 
 __all__ = ["POLICIES", "Policy", "PolicySettings", "make_policy"]

@@ -13,14 +13,19 @@ from toppings.cluster.snapshot import Choice, Move, RequestSnapshot
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
-    """`slo_tpt_ms` is the objective for time per token (inf: none); `seed` is for policies that draw."""
+    """`slo_tpt_ms` is the objective for time per token (inf: none); `seed` is for policies that draw;
+    `candidates` is how many instances, drawn for each request, are considered (0: all).
+    """
 
     slo_tpt_ms: float = math.inf
     seed: int = 0
+    candidates: int = 0
 
     def __post_init__(self) -> None:
         if not self.slo_tpt_ms > 0:
             raise ValueError(f"slo_tpt_ms is {self.slo_tpt_ms}; it must be above 0")
+        if self.candidates < 0:
+            raise ValueError(f"candidates is {self.candidates}; it must be at least 0 (0: all)")
 
 
 class Policy(ABC):
@@ -36,6 +41,11 @@ class Policy(ABC):
     def migrations(self, instances: Instances) -> list[Move]:
         """Waiting requests that would wait less elsewhere; called now and then. Most policies have none."""
         return []
+
+    @property
+    def migrates(self) -> bool:
+        """Whether the policy rebalances at all."""
+        return type(self).migrations is not Policy.migrations
 
 
 def least_row(costs: FloatArray, instances: Instances) -> int | None:

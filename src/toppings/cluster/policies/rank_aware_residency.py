@@ -11,16 +11,11 @@ the spread.
 
 from toppings.cluster.instances import Instances
 from toppings.cluster.policies.base import Policy
-from toppings.cluster.policies.rank_aware import choose_within_slo, predict
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class RankAwareResidency(Policy):
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
-        costs = predict(request, instances)
-        load = instances.load_ms(request) / request.response_tokens
-        wait = costs.tpt * instances.lacking_kv_share(request)
-        own_tpt = costs.tpt + wait + load
-        totals = (costs.per_token + load) * instances.num_requests + load + wait
-        has_room = instances.num_requests < instances.max_num_seqs
-        return choose_within_slo(totals, has_room, own_tpt <= self.settings.slo_tpt_ms, own_tpt, instances)
+        from toppings.cluster.scan import least_cost  # numba: only where it is used
+
+        return least_cost(request, instances, self.settings.slo_tpt_ms, weighs_residency=True)

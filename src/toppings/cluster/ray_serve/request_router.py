@@ -13,6 +13,7 @@ from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
 from toppings.cluster.ray_serve.messages import Call, RoutingStats
+from toppings.cluster.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         self, *, policy: str, perf_model: str, slo_tpt_ms: float | None = None, seed: int = 0
     ) -> None:
         """`perf_model` is JSON: the costs of replicas that report none of their own."""
+        warm_up(policy)
         settings = PolicySettings(math.inf if slo_tpt_ms is None else slo_tpt_ms, seed)
         self._accounts = ReplicaAccounts(make_policy(policy, settings), PerfModel.from_json(perf_model))
         self._calls: dict[str, Call] = {}  # by Serve's own id of the request

@@ -48,6 +48,7 @@ class Router:
         plain: list[tuple[str, str, Handler]] = [
             *(("POST", path, self.infer) for path in INFERENCE_PATHS),
             ("GET", "/v1/models", self.list_models),
+            ("GET", "/v1/models/{name:.+}", self.get_model),
             ("POST", LOAD, self.load_adapter),
             ("POST", UNLOAD, self.unload_adapter),
             ("GET", "/instances", self.list_instances),
@@ -129,6 +130,13 @@ class Router:
 
     async def list_models(self, request: web.Request) -> web.Response:
         return json_response({"object": "list", "data": list(self._cards().values())})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        card = self._cards().get(name)
+        if card is None:
+            raise replies.unknown_model(name, self._base_names())
+        return json_response(card)
 
     # --- adapters ---
 

@@ -227,15 +227,19 @@ async def _cut(
     flight.is_cut = True
 
 
+def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
+
+
 def _request_headers(headers: CIMultiDictProxy[str], upstream_api_key: str) -> CIMultiDict[str]:
-    kept = CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP)
+    kept = _end_to_end(headers)
     if upstream_api_key:
         kept["Authorization"] = f"Bearer {upstream_api_key}"
     return kept
 
 
 def _response_headers(headers: CIMultiDictProxy[str], choice: Choice) -> CIMultiDict[str]:
-    kept = CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP)
+    kept = _end_to_end(headers)
     kept["X-Toppings-Instance"] = choice.instance_id
     if choice.breaks_slo:
         kept["X-Toppings-SLO"] = "at-risk"

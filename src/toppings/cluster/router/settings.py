@@ -61,6 +61,7 @@ class RouterConfig:
     policy: str = setting("rank_aware", "how an instance is chosen", choices=tuple(POLICIES))
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)")
     seed: int = setting(0, "seed of policies that draw")
+    candidates: int = setting(0, "servers drawn for each request to choose from (0: all)")
     perf_model: str = setting(
         "published:mbgmv", "model of servers that report none: a file or a shipped name"
     )
@@ -96,6 +97,8 @@ class RouterConfig:
             self._require_positive(name)
         for name in ("max_body_bytes", "response_tokens", "bytes_per_token", "default_rank"):
             self._require_positive(name)
+        if self.candidates < 0:
+            raise ConfigError(f"candidates is {self.candidates}; it must be at least 0 (0: all)")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
         ids = [instance.instance_id for instance in self.instances]

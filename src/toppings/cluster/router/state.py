@@ -21,6 +21,7 @@ from toppings.cluster.router.reports import Report
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.upstream import Upstream
 from toppings.cluster.snapshot import Choice, InstanceSnapshot, RequestSnapshot
+from toppings.cluster.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class Flight:
 class RouterState:
     def __init__(self, config: RouterConfig, session: aiohttp.ClientSession) -> None:
         self.config, self.session = config, session
-        self.policy = make_policy(config.policy, PolicySettings(config.slo_tpt_ms, config.seed))
+        self.policy = make_policy(
+            config.policy, PolicySettings(config.slo_tpt_ms, config.seed, config.candidates)
+        )
+        warm_up(config.policy)
         self.fleet = Fleet()
         self.upstreams: dict[str, Upstream] = {}
         self.directory = AdapterDirectory(config.default_rank)
@@ -63,6 +67,7 @@ class RouterState:
         self._num_responses = 1
         self._ids = count()
         self._masks: dict[str | None, BoolArray] = {}
+        self._cooling: set[Upstream] = set()
 
     # --- instances ---
 
@@ -113,6 +118,7 @@ class RouterState:
         upstream.num_errors = upstream.num_errors + 1 if status >= 500 else 0
         if upstream.num_errors >= ERRORS_BEFORE_COOLING:
             upstream.cooling_until = time.monotonic() + COOLING_TIME_S
+            self._cooling.add(upstream)
 
     def apply_report(self, upstream: Upstream, report: Report, own_ranks: Counter[int]) -> None:
         """Take over what the server told; `own_ranks` is what we had there when it was asked.
@@ -191,13 +197,19 @@ class RouterState:
             mask = mask & np.array([instance_id not in tried for instance_id in self.fleet.ids])
         if target in self.upstreams:
             mask = mask & np.array([instance_id == target for instance_id in self.fleet.ids])
-        now = time.monotonic()
-        warm = np.array([u.cooling_until <= now for u in self.upstreams.values()])
-        if not warm.all() and (mask & warm & self.fleet.is_open).any():
-            mask = mask & warm
+        if self._cooling:
+            warm = self._warm()
+            if (mask & warm & self.fleet.is_open).any():
+                mask = mask & warm
         choice = self.policy.choose(flight.request, self.fleet.among(mask))
         self.meters.decision_seconds.observe(time.perf_counter() - started_at)
         return choice
+
+    def _warm(self) -> BoolArray:
+        """The servers that do not cool after a row of errors [N]."""
+        now = time.monotonic()
+        self._cooling = {u for u in self._cooling if u.cooling_until > now}
+        return np.array([u not in self._cooling for u in self.upstreams.values()], dtype=np.bool_)
 
     def _serving(self, call: Call) -> BoolArray:
         model = None if call.path.startswith("/generate") and not self.is_known(call.model) else call.model

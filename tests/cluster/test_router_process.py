@@ -1,0 +1,72 @@
+"""`toppings route` as a process: started from the command line, stopped while it works, started again."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from tests.cluster.fakes import FakeVllm, serving
+
+LIMIT_S = 30.0
+
+
+@contextmanager
+def router(url: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and its URL once it serves."""
+    options = ["--instances", url, "--port", str(port), "--policy", "rank_aware", "--slo-tpt-ms", "60"]
+    command = [sys.executable, "-m", "toppings", "route", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            found = (re.search(r"Router running on (\S+)", line) for line in lines)
+            yield process, next(match[1] for match in found if match)
+        finally:
+            process.kill()
+
+
+def body(num_tokens: int) -> dict[str, object]:
+    return {"model": "small", "prompt": "hi", "max_tokens": num_tokens, "stream": True}
+
+
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> None:
+    server = FakeVllm()
+    server.behaviour.token_s = 0.1
+    with serving(server) as url:
+        with router(url) as (process, routed), httpx.Client(base_url=routed, timeout=LIMIT_S) as client:
+            assert client.get("/ready").status_code == 200
+            with client.stream("POST", "/v1/completions", json=body(8)) as response:
+                events = response.iter_lines()
+                text = next(events)
+                process.send_signal(signal.SIGTERM)
+                text += "".join(events)
+            assert text.endswith("data: [DONE]")
+            assert text.count('"text"') == 8
+            assert process.wait(LIMIT_S) == 0
+        port = int(routed.rpartition(":")[2])
+        with router(url, port) as (_, again):
+            assert again == routed
+            reply = httpx.post(f"{again}/v1/completions", json=body(2), timeout=LIMIT_S)
+            assert reply.text.endswith("data: [DONE]\n\n")
+    assert server.seen == ["small", "small"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "best"], "policy is 'best'"),
+        (["--instances", "nowhere"], "instance url is 'nowhere'"),
+        (["--slo-tpt-ms", "0"], "slo_tpt_ms is 0"),
+    ],
+)
+def test_bad_option_is_named(options: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "toppings", "route", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
