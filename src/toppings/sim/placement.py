@@ -6,6 +6,7 @@ with `pop_loads`; the step waits for them, so that none is under way after it, w
 """
 
 from collections.abc import Collection
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 from toppings.adapters.eviction import least_valuable, make_policy
@@ -108,7 +109,9 @@ class Pool:
         self._host = HostTier(config, adapter_bytes) if config.host_store_bytes else None
         self._num_users: dict[int, int] = {}  # of those that have room, first to last
         self._loading: dict[int, None] = {}
-        self._idle: dict[int, None] = {}  # of those with no user and no load, first to last
+        self._idle: dict[int, int] = {}  # of those with no user and no load: the how-manieth to become so
+        self._num_idled = 0
+        self._leaving: list[tuple[float, int, int]] = []  # heap: worth, value in `_idle`, adapter
         self._used_bytes = self._idle_bytes = 0
         self._link_free_ns = 0
         self._loads: list[Load] = []
@@ -156,7 +159,12 @@ class Pool:
         return victims
 
     def _make_idle(self, adapter_id: int) -> None:
-        self._idle[adapter_id] = None
+        self._num_idled += 1
+        self._idle[adapter_id] = self._num_idled
+        heappush(self._leaving, (self._policy.worth(adapter_id), self._num_idled, adapter_id))
+        if len(self._leaving) > 4 * len(self._idle) + 64:
+            self._leaving = [entry for entry in self._leaving if self._idle.get(entry[2]) == entry[1]]
+            heapify(self._leaving)
         self._idle_bytes += self._bytes[adapter_id]
 
     def _place(self, adapter_id: int) -> Admission:
@@ -178,12 +186,21 @@ class Pool:
 
     def _evict_for(self, num_bytes: int) -> None:
         while self._capacity_bytes - self._used_bytes < num_bytes:
-            victim = min(self._idle, key=self._policy.worth)  # the first of `least_valuable`
+            victim = self._pop_least_valuable()
             del self._idle[victim], self._num_users[victim]
             self._policy.forget(victim, was_evicted=True)
             self._changed.append(victim)
             self._used_bytes -= self._bytes[victim]
             self._idle_bytes -= self._bytes[victim]
+
+    def _pop_least_valuable(self) -> int:
+        """The first of `least_valuable` of the idle ones: an adapter's worth stays the same while it is idle.
+        Entries of those that were used since are passed over.
+        """
+        while True:
+            _, number, adapter_id = heappop(self._leaving)
+            if self._idle.get(adapter_id) == number:
+                return adapter_id
 
     def _load(self, adapter_id: int, num_bytes: int) -> None:
         load_ms = self._latency_ms + self._perf_model.load_ms(num_bytes, is_on_host=True)
