@@ -58,8 +58,8 @@ class EngineConfig:
     served_model_name: str = setting("", "name of the base model in the API (empty: the directory's name)")
     load_format: str = setting(
         "auto",
-        "base weights: read from the checkpoint, or drawn at random (dummy; model may then be a known name"
-        " such as llama-2-7b)",
+        "base weights: read from the checkpoint, or drawn at random (dummy; an engine by itself, which needs"
+        " no tokeniser, then also takes a known name such as llama-2-7b)",
         choices=LOAD_FORMATS,
     )
     dtype: str = setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
