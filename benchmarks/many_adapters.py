@@ -62,13 +62,14 @@ def run(directory: Path, num_adapters: int, num_requests: int, num_rounds: int) 
         with serve(directory, case) as (_, seconds):  # the first start registers them
             register_s[case] = seconds
     samples: dict[str, dict[str, list[float]]] = {case: {"ready_s": [], "request_ms": []} for case in cases}
-    for _ in range(num_rounds):
-        for case in cases:
+    load: dict[str, Any] = {}
+    for number in range(num_rounds):
+        for case, count in cases.items():
             with serve(directory, case) as (client, seconds):
                 samples[case]["ready_s"].append(seconds)
                 samples[case]["request_ms"].append(warm_request_ms(client))
-    with serve(directory, "many") as (client, _):
-        load = random_requests(client, cases["many"], num_requests)
+                if case == "many" and number == num_rounds - 1:
+                    load = random_requests(client, count, num_requests)
     medians = {case: {k: statistics.median(v) for k, v in values.items()} for case, values in samples.items()}
     return {
         "benchmark": "many_adapters",

@@ -17,6 +17,8 @@ from toppings.core import FinishReason, RequestError, RequestOutput, SamplingPar
 from toppings.engine.build import open_registry
 from toppings.engine.client import EngineClient, EngineDeadError, EngineStartError
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # of the engine that they share
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
 
@@ -28,23 +30,33 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, make_adapter(root / "adapter", model, rank=8)
 
 
-@pytest.fixture
-def config(checkpoints: tuple[Path, Path], tmp_path: Path) -> EngineConfig:
+def make_config(model: Path, state_dir: Path) -> EngineConfig:
     return EngineConfig(
-        model=str(checkpoints[0]),
-        state_dir=str(tmp_path),
+        model=str(model),
+        state_dir=str(state_dir),
         dtype="float32",
         num_threads=1,
         kv_cache_bytes=16 * 2**20,
         device_pool_bytes=2**20,
         host_store_bytes=2**20,
-        step_log=str(tmp_path / "steps.jsonl"),
+        step_log=str(state_dir / "steps.jsonl"),
     )
 
 
-@pytest_asyncio.fixture
-async def client(config: EngineConfig) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(config)
+@pytest.fixture
+def config(checkpoints: tuple[Path, Path], tmp_path: Path) -> EngineConfig:
+    """For an engine of the test's own."""
+    return make_config(checkpoints[0], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_config(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return make_config(checkpoints[0], tmp_path_factory.mktemp("state"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(shared_config: EngineConfig) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(shared_config)
     yield client
     await client.shutdown(0.0)
 
@@ -64,10 +76,12 @@ async def wait_until_idle(client: EngineClient) -> None:
 
 
 async def test_concurrent_requests_give_the_oracles_tokens(
-    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+    client: EngineClient, shared_config: EngineConfig, checkpoints: tuple[Path, Path]
 ) -> None:
     model, adapter = checkpoints
-    adapter_id = open_registry(config).register("a", adapter).adapter_id  # after the engine has started
+    adapter_id = (
+        open_registry(shared_config).register("concurrent", adapter).adapter_id
+    )  # after the engine has started
     prompts = [make_prompt(i, 10 + i) for i in range(6)]
     ids = [adapter_id if i % 2 else None for i in range(6)]
     results = await asyncio.gather(
@@ -78,9 +92,9 @@ async def test_concurrent_requests_give_the_oracles_tokens(
 
 
 async def test_closing_the_stream_frees_pages_and_pin(
-    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+    client: EngineClient, shared_config: EngineConfig, checkpoints: tuple[Path, Path]
 ) -> None:
-    adapter_id = open_registry(config).register("a", checkpoints[1]).adapter_id
+    adapter_id = open_registry(shared_config).register("closed", checkpoints[1]).adapter_id
     async with aclosing(client.generate(make_prompt(0, 10), ENDLESS, adapter_id)) as outputs:
         await anext(outputs)
         assert (await client.stats()).num_running == 1
@@ -89,19 +103,24 @@ async def test_closing_the_stream_frees_pages_and_pin(
 
 
 async def test_removing_an_adapter_waits_for_its_requests_and_frees_its_memory(
-    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+    client: EngineClient, shared_config: EngineConfig, checkpoints: tuple[Path, Path]
 ) -> None:
-    registry = open_registry(config)
-    adapter_id = registry.register("a", checkpoints[1]).adapter_id
+    registry = open_registry(shared_config)
+    before = await client.stats()
+    adapter_id = registry.register("removed", checkpoints[1]).adapter_id
     sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     running = asyncio.create_task(collect(client, make_prompt(0, 10), sampling, adapter_id=adapter_id))
     while not (await client.stats()).num_running:
         await asyncio.sleep(0.001)
-    registry.remove("a")
+    registry.remove("removed")
     await client.remove_adapter(adapter_id)
     assert running.done() or len(await running) == 200
     stats = await client.stats()
-    assert (stats.host_bytes_used, stats.device_bytes_used, stats.adapters) == (0, 0, [])
+    assert (stats.host_bytes_used, stats.device_bytes_used) == (
+        before.host_bytes_used,
+        before.device_bytes_used,
+    )
+    assert adapter_id not in [status.adapter_id for status in stats.adapters]
     last = [output async for output in client.generate([3], GREEDY, adapter_id)][-1]
     assert last.finish_reason is FinishReason.ERROR
     assert "removed" in str(last.error)
@@ -118,14 +137,18 @@ async def test_an_unknown_adapter_and_a_prompt_too_long_each_get_one_clear_error
 
 
 async def test_pinning_loads_the_adapter_and_keeps_it(
-    client: EngineClient, config: EngineConfig, checkpoints: tuple[Path, Path]
+    client: EngineClient, shared_config: EngineConfig, checkpoints: tuple[Path, Path]
 ) -> None:
-    adapter_id = open_registry(config).register("a", checkpoints[1]).adapter_id
+    adapter_id = open_registry(shared_config).register("pinned", checkpoints[1]).adapter_id
     await client.pin_adapter(adapter_id, True)
     async with asyncio.timeout(10):
-        while not any(s.device_layers == s.num_layers for s in (await client.stats()).adapters):
+        while not any(
+            s.adapter_id == adapter_id and s.device_layers == s.num_layers
+            for s in (await client.stats()).adapters
+        ):
             await asyncio.sleep(0.01)
-    assert (await client.stats()).adapters[0].is_pinned
+    pinned = [status.adapter_id for status in (await client.stats()).adapters if status.is_pinned]
+    assert pinned == [adapter_id]
     with pytest.raises(RequestError, match="77"):
         await client.pin_adapter(77, True)
 
@@ -173,9 +196,10 @@ async def test_an_engine_that_cannot_start_says_why(config: EngineConfig, tmp_pa
         await EngineClient.start(missing)
 
 
-async def test_every_step_is_logged(client: EngineClient, config: EngineConfig) -> None:
+async def test_every_step_is_logged(client: EngineClient, shared_config: EngineConfig) -> None:
+    num_before = len(Path(shared_config.step_log).read_text().splitlines())
     await collect(client, make_prompt(0, 10), GREEDY)
-    lines = Path(config.step_log).read_text().splitlines()
+    lines = Path(shared_config.step_log).read_text().splitlines()[num_before:]
     assert len(lines) == 10
     assert '"kind": "prefill"' in lines[0]
     assert '"kind": "decode"' in lines[-1]

@@ -328,10 +328,16 @@ def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
 
 
 def _assist_fields(result: StepResult) -> dict[str, object]:
-    """Of a step with cold adapters: products (adapter, layer, projection group) that the CPU computed."""
-    if result.assist is None:
+    """Of a step with cold adapters: products (adapter, layer, projection group) that the CPU computed, and the
+    time that the device waited for them."""
+    assist = result.assist
+    if assist is None:
         return {}
-    return {"cpu_layers": result.assist.num_cpu_products, "num_layers": result.assist.num_cold_products}
+    return {
+        "cpu_layers": assist.num_cpu_products,
+        "num_layers": assist.num_cold_products,
+        "worker_wait_ms": round(_ms(assist.worker_wait_s), 3),
+    }
 
 
 def error_output(request_id: str, reason: str) -> RequestOutput:
