@@ -328,8 +328,8 @@ def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
 
 
 def _assist_fields(result: StepResult) -> dict[str, object]:
-    """Of a step with cold adapters: products (adapter, layer, projection group) that the CPU computed, and the
-    time that the device waited for them."""
+    """Of a step with cold adapters: products (adapter, layer, projection group) that the CPU computed, and
+    the time that the device waited for them."""
     assist = result.assist
     if assist is None:
         return {}

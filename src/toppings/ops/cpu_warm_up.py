@@ -4,6 +4,7 @@ import torch
 
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
+from toppings.ops.linear import Linear
 from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.rope import rotate_and_store_
@@ -14,17 +15,24 @@ def warm_up(dtype: torch.dtype) -> None:
     rms_norm(x, weight, 1e-6)
     add_rms_norm_(x, x.clone(), weight, 1e-6)
     silu_mul(x)
+    for width in (8, 32):  # a general kernel, and perhaps one for even widths
+        _add_lora(width, dtype)
+    Linear(torch.ones(64, 64, dtype=dtype))(torch.ones(1, 64, dtype=dtype))
+    _attend(dtype)
+
+
+def _add_lora(width: int, dtype: torch.dtype) -> None:
+    x = torch.ones(1, width, dtype=dtype)
     add_lora_(
         x,
         x.clone(),
-        arena=torch.zeros(16, dtype=dtype),
-        table=torch.tensor([0, 8, 1]).expand(1, 1, 7, 3).clone(),
+        arena=torch.zeros(2 * width, dtype=dtype),
+        table=torch.tensor([0, width, 1]).expand(1, 1, 7, 3).clone(),
         layer=0,
         group=(0,),
         out_offsets=(0,),
         segments=LoraSegments([0, 1], [0]),
     )
-    _attend(dtype)
 
 
 def _attend(dtype: torch.dtype) -> None:

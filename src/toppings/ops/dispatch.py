@@ -38,6 +38,19 @@ def kernels(name: str, sample: Tensor) -> ModuleType | None:
     return _module(name)
 
 
+def bf16_kernels(sample: Tensor) -> ModuleType | None:
+    """The module `toppings.ops.cpu_bf16` where it can serve tensors like `sample`, else None."""
+    if sample.dtype != torch.bfloat16 or sample.device.type != "cpu" or not USE_NUMBA or not has_bf16():
+        return None
+    return _module("bf16")
+
+
+@cache
+def has_bf16() -> bool:
+    """This CPU multiplies bfloat16 by an instruction that the kernels can use."""
+    return HAS_NUMBA and bool(_module("tiles").is_supported())
+
+
 def gpu_kernels(name: str, sample: Tensor) -> Any:
     """The module `toppings.ops.gpu_<name>` where it can serve tensors like `sample`, else None."""
     if sample.device.type not in TRITON_DEVICES or sample.dtype not in KERNEL_DTYPES:

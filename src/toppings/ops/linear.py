@@ -2,15 +2,20 @@
 
 A packed weight reads at memory speed for few rows, where the plain product repacks as it goes. The operators
 are the ones that torch's own compiler emits; they are private, so they are tried out first and the plain
-product stays.
+product stays. A decode step's few rows leave most of the time to reading weights: where the CPU multiplies
+bfloat16, a kernel of ours reads the packed weight itself, once its layout has been found to be the known one.
 """
 
+import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from toppings.ops.dispatch import bf16_kernels
 
 USE_PACKED = True
 """Pack weights where the operators work (`packed_reason` says whether and why)."""
@@ -22,6 +27,55 @@ _ROWS_HINT = 8
 def _pack(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
     return packed
+
+
+MAX_FEW_ROWS = 8
+"""Products of at most this many rows go to the kernel."""
+
+_BLOCK = 64
+"""Output columns that lie side by side in a packed bfloat16 weight, in pairs along the input."""
+
+
+@dataclass(frozen=True)
+class _PackedBlocks:
+    """A packed weight as the kernel sees it: [blocks, pairs, 64, 2] at `address`, padded with zeros."""
+
+    kernels: Any
+    address: int
+    num_blocks: int
+    num_pairs: int
+
+    def linear(self, x: Tensor, num_out: int, bias: Tensor | None) -> Tensor:
+        """x: [T, in], dense, T at most MAX_FEW_ROWS."""
+        num_rows, num_in = x.shape
+        y = x.new_empty(num_rows, num_out)
+        place = 0 if bias is None else bias.data_ptr()
+        shape = (num_rows, num_out, num_in, self.num_pairs)
+        self.kernels.few_rows_linear(x, self.num_blocks, num_out * num_in, y, x, self.address, place, *shape)
+        return y
+
+
+def _find_blocks(weight: Tensor, packed: Tensor) -> _PackedBlocks | None:
+    """None where no kernel serves or the packed bytes are laid out in another way."""
+    kernels, (num_out, num_in) = bf16_kernels(weight), weight.shape
+    if kernels is None or num_in % 2:
+        return None
+    try:
+        address, num_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    except (RuntimeError, AttributeError):
+        return None
+    num_blocks = -(-num_out // _BLOCK)
+    num_pairs, rest = divmod(num_bytes, num_blocks * _BLOCK * 2 * weight.itemsize)
+    if rest or num_pairs < num_in // 2:
+        return None
+    bytes_ = (ctypes.c_uint8 * num_bytes).from_address(address)
+    blocks = torch.frombuffer(bytes_, dtype=weight.dtype).view(num_blocks, num_pairs, _BLOCK, 2)
+    for i in {0, num_blocks // 2, num_blocks - 1}:
+        rows = weight[i * _BLOCK : (i + 1) * _BLOCK]
+        columns = blocks[i].transpose(0, 1).reshape(_BLOCK, -1)[: len(rows), :num_in]
+        if not torch.equal(columns.contiguous().view(torch.int16), rows.contiguous().view(torch.int16)):
+            return None
+    return _PackedBlocks(kernels, address, num_blocks, num_pairs)
 
 
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,8 +105,11 @@ class Linear:
         self.bias = bias
         self.is_packed = USE_PACKED and weight.device.type == "cpu" and packed_reason(weight.dtype)[0]
         self._weight: Any = _pack(weight) if self.is_packed else weight
+        self._blocks = _find_blocks(weight, self._weight) if self.is_packed else None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._blocks is not None and x.shape[0] <= MAX_FEW_ROWS:
+            return self._blocks.linear(x.contiguous(), self.num_out, self.bias)
         if self.is_packed:
             return _packed_linear(x, self._weight, self.bias)
         return functional.linear(x, self._weight, self.bias)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from toppings.ops.dispatch import gpu_kernels, kernels
+from toppings.ops.dispatch import bf16_kernels, gpu_kernels, kernels
 
 if TYPE_CHECKING:
     from toppings.ops.gpu_lora import LoraBatch
@@ -27,6 +27,12 @@ MAX_KERNEL_ROWS = 12
 products."""
 
 _TYPICAL_RANK = 16
+
+_BLOCK_ROWS = 16
+"""Of a segment, that one task of the bfloat16 kernel takes."""
+
+_WIDTH_STEP = 32
+"""Widths of inputs and outputs that it serves are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,16 @@ class LoraSegments:
     def short(self) -> Tensor:
         """int64 [n, 3]: the segments for the kernel."""
         rows = [segment for segment in self.adapted if segment[1] - segment[0] <= MAX_KERNEL_ROWS]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """int64 [n, 3]: all segments for the bfloat16 kernel, cut into blocks of few rows."""
+        rows = [
+            (first, min(first + _BLOCK_ROWS, stop), slot)
+            for start, stop, slot in self.adapted
+            for first in range(start, stop, _BLOCK_ROWS)
+        ]
         return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
     @cached_property
@@ -115,39 +131,52 @@ def add_lora_(
     none.
 
     Sums are fp32. A row's result does not depend on the other rows, except that long segments round the
-    shrunk row to x's dtype.
+    shrunk row to x's dtype (where there is a bfloat16 kernel, all do).
     """
     if (gpu := gpu_kernels("lora", x)) is not None:
         gpu.add_lora(y, x, arena, table[:, layer, group[0] :], out_offsets, segments)
         return
+    if (bf16 := bf16_kernels(x)) is not None and _has_even_widths(x, y, out_offsets):
+        if len(segments.blocks):
+            places, limits = table[:, layer, group[0] :], (_BLOCK_ROWS, MAX_RANK)
+            _run(bf16, y, x, arena, places, out_offsets, segments.blocks, x.shape[0], *limits)
+        return
     fast = kernels("lora", x)
     long = segments.adapted if fast is None else segments.long
     if fast is not None and len(segments.short):
-        _add_short(fast, y, x, arena, table[:, layer, group[0] :], out_offsets, segments.short)
+        places = table[:, layer, group[0] :]
+        _run(fast, y, x, arena, places, out_offsets, segments.short, len(segments.short))
     for start, stop, slot in long:
-        places = table[slot, layer, list(group)].tolist()
-        _add_long(y[start:stop], x[start:stop], arena, places, out_offsets)
+        triples = table[slot, layer, list(group)].tolist()
+        _add_long(y[start:stop], x[start:stop], arena, triples, out_offsets)
 
 
-def _add_short(
-    fast: Any,
+def _has_even_widths(x: Tensor, y: Tensor, out_offsets: Sequence[int]) -> bool:
+    return not any(width % _WIDTH_STEP for width in (x.shape[1], y.shape[1], *out_offsets))
+
+
+def _run(
+    kernels: Any,
     y: Tensor,
     x: Tensor,
     arena: Tensor,
     places: Tensor,
     out_offsets: Sequence[int],
     segments: Tensor,
+    num_rows: int,
+    *limits: int,
 ) -> None:
+    """The kernel `add_lora` of a module over `segments`, int64 [n, 3], which have `num_rows` rows."""
     assert arena.dtype == y.dtype == x.dtype
     assert places.dtype == torch.int64
     assert x.stride(1) == y.stride(1) == 1
     assert places.stride()[1:] == (3, 1)
     num_modules, num_in = len(out_offsets), x.shape[1]
     columns = torch.tensor((*out_offsets, y.shape[1]), dtype=torch.int64)
-    fast.add_lora(
+    kernels.add_lora(
         x,
         len(segments) * num_modules,
-        len(segments) * (num_in + y.shape[1]) * _TYPICAL_RANK,
+        num_rows * (num_in + y.shape[1]) * _TYPICAL_RANK,
         y,
         x,
         arena,
@@ -159,6 +188,7 @@ def _add_short(
         num_in,
         y.stride(0),
         x.stride(0),
+        *limits,
     )
 
 
