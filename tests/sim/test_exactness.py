@@ -175,7 +175,7 @@ def random_case(rng: Random) -> tuple[SimConfig, Trace]:
     trace = trace_of(
         rng.randrange(1000),
         rate=rng.choice([2.0, 8.0, 25.0]),
-        duration_s=4.0,
+        duration_s=3.0,
         arrivals=rng.choice(["poisson", "gamma:3", "even"]),
         popularity=rng.choice(["published", "uniform"]),
         lengths=rng.choice(["chat", "azure_code", "azure_conversation"]),

@@ -40,13 +40,15 @@ class BatchSums:
         self.tokens -= tokens
         self.rank_sum -= tokens * rank
         self.context_tokens -= context
-        self.ranks[rank] -= 1
-        if not self.ranks[rank]:
+        if (count := self.ranks[rank]) > 1:
+            self.ranks[rank] = count - 1
+        else:
             del self.ranks[rank]
             self.max_rank = max(self.ranks, default=0)
         if adapter is not None:
-            self.adapters[adapter] -= 1
-            if not self.adapters[adapter]:
+            if (count := self.adapters[adapter]) > 1:
+                self.adapters[adapter] = count - 1
+            else:
                 del self.adapters[adapter]
                 self.distinct_rank_sum -= rank
 

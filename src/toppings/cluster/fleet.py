@@ -39,7 +39,7 @@ class Fleet(Instances):
         super().__init__()
         self._rows: dict[str, int] = {}
         self._accounts: list[_Account] = []
-        self._changed: set[int] = set()  # rows whose columns are behind their accounts
+        self._changed: tuple[set[int], set[int]] = (set(), set())  # rows with columns behind their accounts
         snapshots = list(snapshots)
         self._widen(len(snapshots))
         for snapshot in snapshots:
@@ -65,6 +65,12 @@ class Fleet(Instances):
             column = getattr(self, name)
             empty = np.zeros_like(column, shape=(*column.shape[:-1], num))
             setattr(self, name, np.append(column, empty, axis=-1))
+        self._map_cells()
+
+    def _map_cells(self) -> None:
+        """Plain numbers are written to memory much faster than to elements of an array."""
+        arrays = (self._batches[DECODE], self._batches[PREFILL], self._max_ranks)
+        self._cells: list[memoryview[float]] = [memoryview(array.reshape(-1)) for array in arrays]  # type: ignore[arg-type]
 
     def _fill(self, snapshot: InstanceSnapshot) -> None:
         """The first columns that are nobody's become this instance's."""
@@ -97,6 +103,7 @@ class Fleet(Instances):
         row = self._rows.pop(instance_id)
         for name in COLUMNS:
             setattr(self, name, np.delete(getattr(self, name), row, axis=-1))
+        self._map_cells()
         for name in LISTS:
             del getattr(self, name)[row]
         del self._accounts[row]
@@ -141,7 +148,8 @@ class Fleet(Instances):
         tokens = request.prompt_tokens
         account.waiting.add(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
         account.active.add(request, tokens=1, context=tokens)
-        self._changed.add(row)
+        self._changed[DECODE].add(row)
+        self._changed[PREFILL].add(row)
 
     def start(self, instance_id: str, request_id: str) -> None:
         """The request got its first token: it waits no longer."""
@@ -150,7 +158,7 @@ class Fleet(Instances):
         account.running[request_id] = request
         tokens = request.prompt_tokens
         account.waiting.remove(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
-        self._changed.add(row)
+        self._changed[PREFILL].add(row)
 
     def grow(self, instance_id: str, request_id: str, num_tokens: int) -> None:
         """A running request generated `num_tokens` more."""
@@ -158,7 +166,7 @@ class Fleet(Instances):
         account = self._accounts[row]
         account.num_generated[request_id] = account.num_generated.get(request_id, 0) + num_tokens
         account.active.context_tokens += num_tokens
-        self._changed.add(row)
+        self._changed[DECODE].add(row)
 
     def finish(self, instance_id: str, request_id: str) -> None:
         """The request ended there, or left: whatever it counted for is taken back."""
@@ -169,7 +177,7 @@ class Fleet(Instances):
         request = account.running.pop(request_id)
         context = request.prompt_tokens + account.num_generated.pop(request_id, 0)
         account.active.remove(request, tokens=1, context=context)
-        self._changed.add(row)
+        self._changed[DECODE].add(row)
 
     def instance(self, instance_id: str) -> InstanceSnapshot:
         """One instance as a frozen snapshot."""
@@ -204,11 +212,18 @@ class Fleet(Instances):
     # --- columns ---
 
     def _settle(self) -> None:
-        if not self._changed:
-            return
-        for row in self._changed:
+        for kind, rows in enumerate(self._changed):
+            if rows:
+                self._write(kind, rows)
+                rows.clear()
+
+    def _write(self, kind: int, rows: set[int]) -> None:
+        cells, max_ranks, num = self._cells[kind], self._cells[-1], len(self.is_open)
+        for row in rows:
             account = self._accounts[row]
-            for kind, sums in ((DECODE, account.active), (PREFILL, account.waiting)):
-                self._batches[kind, :, row] = sums.features()
-                self._max_ranks[kind, row] = sums.max_rank
-        self._changed.clear()
+            sums = account.waiting if kind == PREFILL else account.active
+            at = row
+            for value in sums.features():
+                cells[at] = value
+                at += num
+            max_ranks[kind * num + row] = sums.max_rank

@@ -84,6 +84,15 @@ class Instances:
         return self._max_ranks
 
     @property
+    def scanned(self) -> tuple[BoolArray | FloatArray, ...]:
+        """What a scan over the instances reads (cluster/scan.py)."""
+        self._settle()
+        return (
+            *(self.is_open, self.models, self._batches, self._max_ranks),
+            *(self.kv_tokens_total, self.kv_tokens_used, self.max_num_seqs),
+        )
+
+    @property
     def num_requests(self) -> FloatArray:
         """Running and waiting requests [N]."""
         count: FloatArray = self.batches[DECODE, TOKENS]

@@ -124,13 +124,7 @@ def least_cost(
     if weighs_residency:
         loads = instances.load_ms(request)
     row, keeps_slo, tpt = _scan(
-        instances.is_open,
-        instances.models,
-        instances.batches,
-        instances.max_ranks,
-        instances.kv_tokens_total,
-        instances.kv_tokens_used,
-        instances.max_num_seqs,
+        *instances.scanned,
         is_known,
         loads,
         float(request.rank),

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from toppings.cluster.perf_model import PerfModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestSnapshot:
     """One request as routing sees it; `response_tokens` is what it is expected to generate.
 
-    `adapter` is None and `rank` 0 for the base model; `adapter_bytes` is 0 where the size is unknown.
+    `adapter` is None and `rank` 0 for the base model; `adapter_bytes` is 0 where the size is unknown. Nobody
+    changes one; it is not frozen since one is made for every decision, and that would take four times longer.
     """
 
     request_id: str

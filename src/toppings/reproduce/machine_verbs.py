@@ -39,8 +39,8 @@ def ipc(out: Out = DEFAULT_OUT, quick: Quick = False) -> None:
     from toppings.bench import ipc as bench
     from toppings.reproduce.cpu import write_ipc
 
-    sizes = ([2], [1, 2], 3) if quick else ([64, 256], [1, 3, 5], 200)
-    write_ipc(*bench.run(*sizes), out)
+    measured = bench.run([2], [1], 3, num_repeats=1) if quick else bench.run([64, 256], [1, 3, 5], 200)
+    write_ipc(*measured, out)
 
 
 def cpu(out: Out = DEFAULT_OUT, quick: Quick = False) -> None:

@@ -232,7 +232,7 @@ def simulate(
     model: Annotated[
         str, typer.Option(help="with --validate: base model directory (default: random weights)")
     ] = "",
-    replays: Annotated[int, typer.Option(min=1, help="with --validate: times through the engine")] = 3,
+    replays: Annotated[int, typer.Option(min=1, help="with --validate: times through the engine")] = 2,
     json_output: Json = False,
     figures: FiguresDir = None,
 ) -> None:

@@ -19,22 +19,47 @@ from toppings.sim.request import SimRequest
 
 
 class ClaimedPages(PageAllocator):
-    """Pages of which `num_claimed` free ones belong to cohort members, who take them when they leave."""
+    """The engine's pages, counted instead of numbered: which page it is decides nothing, and lists of them
+    for a thousand servers would fill the caches. All entries of a table are 0.
 
-    num_claimed = 0
+    `num_claimed` pages belong to cohort members, who take them when they leave; `num_left` are nobody's.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        super().__init__(0, page_size)
+        self.num_pages = self.num_left = num_pages
+        self.num_claimed = 0
 
     @property
     def num_free(self) -> int:
-        return len(self._free) - self.num_claimed
+        return self.num_left
 
     @property
     def num_used(self) -> int:
-        return self.num_pages - self.num_free
+        return self.num_pages - self.num_left
+
+    def claim(self, num: int) -> None:
+        """Claim so many pages, or where negative give claims back."""
+        self.num_claimed += num
+        self.num_left -= num
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
-        if pages_for(num_tokens, self.page_size) - len(table) > self.num_free:
+        num_missing = -(-num_tokens // self.page_size) - len(table)
+        if num_missing > self.num_left:
             return False
-        return super().grow(table, num_tokens)
+        if num_missing > 0:
+            self.num_left -= num_missing
+            table += [0] * num_missing
+        return True
+
+    def free(self, table: list[int]) -> None:
+        self.num_left += len(table)
+        table.clear()
+
+    def check_integrity(self, tables: list[list[int]]) -> None:
+        num_used = sum(map(len, tables)) + self.num_claimed
+        assert num_used + self.num_left == self.num_pages, "a page is lost or owned twice"
+        assert self.num_left >= 0, "more pages are claimed than there are"
 
 
 class CohortScheduler(Scheduler):
@@ -53,6 +78,7 @@ class CohortScheduler(Scheduler):
         self._offset_sum = 0
         self._ends: list[tuple[int, int, SimRequest]] = []  # heap: step after which it ends, index, member
         self._num_ahead = 0  # pages claimed for the step that was scheduled and has not ended
+        self._page_size = pages.page_size
         self._crossings = [0] * pages.page_size  # members that need a new page in steps of this residue
 
     # --- the cohort ---
@@ -71,13 +97,14 @@ class CohortScheduler(Scheduler):
         """The request, which is running, decodes from now on."""
         if not self._may_jump:
             return
-        assert request.num_uncomputed_tokens == 1
-        offset = request.num_computed_tokens - self.num_steps
+        num_computed, num_generated = request.num_computed_tokens, len(request.output_token_ids)
+        assert len(request.prompt_token_ids) + num_generated - num_computed == 1
+        offset = num_computed - self.num_steps
         self._offsets[request] = offset
         self._offset_sum += offset
         self.sums.add(request)
-        self._crossings[-offset % self.pages.page_size] += 1
-        num_left = request.num_to_generate - len(request.output_token_ids)
+        self._crossings[-offset % self._page_size] += 1
+        num_left = request.num_to_generate - num_generated
         heappush(self._ends, (self.num_steps + num_left, request.index, request))
 
     def steps_to_next_end(self) -> int:
@@ -85,7 +112,7 @@ class CohortScheduler(Scheduler):
 
     def steps_with_pages(self, num_steps: int) -> int:
         """How many of the next steps have pages, at most `num_steps`."""
-        num_free, page_size = self.pages.num_free + self._num_ahead, self.pages.page_size
+        num_free, page_size = self.pages.num_left + self._num_ahead, self._page_size
         if self.sums.num * (num_steps // page_size + 1) <= num_free:
             return num_steps
         num_possible = min(num_steps, num_free // self.sums.num * page_size)
@@ -95,15 +122,16 @@ class CohortScheduler(Scheduler):
 
     def advance(self, num_steps: int) -> None:
         """The cohort has run so many steps."""
-        self.pages.num_claimed += self._pages_of_steps(num_steps) - self._num_ahead
+        self.pages.claim(self._pages_of_steps(num_steps) - self._num_ahead)
         self.num_steps += num_steps
         self._num_ahead = 0
 
     def pop_ended(self) -> list[SimRequest]:
         """Members that have all their tokens now; they are still running."""
-        ended = []
-        while self._ends and self._ends[0][0] == self.num_steps:
-            ended.append(heappop(self._ends)[2])
+        ended: list[SimRequest] = []
+        ends, num_steps = self._ends, self.num_steps
+        while ends and ends[0][0] == num_steps:
+            ended.append(heappop(ends)[2])
         return ended
 
     def is_member(self, request: Request) -> bool:
@@ -116,7 +144,7 @@ class CohortScheduler(Scheduler):
 
     def _pages_of_steps(self, num_steps: int) -> int:
         """Pages that the next steps take: a member takes one whenever its computed tokens fill its pages."""
-        crossings, page_size = self._crossings, self.pages.page_size
+        crossings, page_size = self._crossings, self._page_size
         first = self.num_steps % page_size
         if num_steps == 1:
             return crossings[first]
@@ -128,12 +156,13 @@ class CohortScheduler(Scheduler):
     def _leave(self, request: Request) -> int:
         """The request is no member any more; how many tokens it has in the cache."""
         assert isinstance(request, SimRequest)
+        page_size = self._page_size
         offset = self._offsets.pop(request)
         self._offset_sum -= offset
         self.sums.remove(request)
-        self._crossings[-offset % self.pages.page_size] -= 1
-        num_computed = offset + self.num_steps
-        self.pages.num_claimed -= pages_for(num_computed, self.pages.page_size) - len(request.page_table)
+        self._crossings[-offset % page_size] -= 1
+        num_computed: int = offset + self.num_steps
+        self.pages.claim(len(request.page_table) + -num_computed // page_size)
         return num_computed
 
     def _dissolve(self) -> None:
@@ -148,9 +177,12 @@ class CohortScheduler(Scheduler):
     # --- the engine's scheduler ---
 
     def finish(self, request: Request) -> None:
-        if request in self._offsets:
-            self._leave(request)
-        super().finish(request)
+        if request not in self._offsets:
+            super().finish(request)
+            return
+        self._leave(request)  # it runs, so that nobody waits for its adapter or its end
+        self.running.remove(request)
+        self._take_back(request)
 
     def preempt(self, request: Request) -> None:
         self._dissolve()
@@ -166,7 +198,7 @@ class CohortScheduler(Scheduler):
     def _schedule_running(self) -> tuple[list[BatchItem], int, bool]:
         if self._is_whole():
             self._num_ahead = self._pages_of_steps(1)
-            self.pages.num_claimed += self._num_ahead
+            self.pages.claim(self._num_ahead)
             return [], self.limits.max_num_batched_tokens - self.sums.num, False
         self._dissolve()
         return super()._schedule_running()
@@ -176,7 +208,7 @@ class CohortScheduler(Scheduler):
         num = self.sums.num
         if not num or num != len(self.running):
             return False
-        num_free = self.pages.num_free
+        num_free = self.pages.num_left
         return num <= num_free or self._pages_of_steps(1) <= num_free
 
     # --- proof ---

@@ -41,18 +41,18 @@ class DecodeSums:
                 self.distinct_rank_sum += rank
 
     def remove(self, request: SimRequest) -> None:
-        rank, adapter_id = request.rank, request.adapter_id
+        rank, adapter_id, ranks, adapters = request.rank, request.adapter_id, self.ranks, self.adapters
         self.num -= 1
         self.rank_sum -= rank
-        if self.ranks[rank] > 1:
-            self.ranks[rank] -= 1
+        if (count := ranks[rank]) > 1:
+            ranks[rank] = count - 1
         else:
-            del self.ranks[rank]
+            del ranks[rank]
         if adapter_id is not None:
-            if self.adapters[adapter_id] > 1:
-                self.adapters[adapter_id] -= 1
+            if (count := adapters[adapter_id]) > 1:
+                adapters[adapter_id] = count - 1
             else:
-                del self.adapters[adapter_id]
+                del adapters[adapter_id]
                 self.distinct_rank_sum -= rank
 
 
@@ -62,24 +62,27 @@ class StepCosts:
     """
 
     def __init__(self, model: PerfModel) -> None:
-        self._decode = tuple(float(c) for c in model.decode.vector)
-        self._prefill = tuple(float(c) for c in model.prefill.vector)
-        self.decode_context_ms = self._decode[CONTEXT_TOKENS]
+        decode = model.decode.vector.tolist()
+        self._per_step, self._per_sequence = decode[STEPS], decode[TOKENS] + decode[SEQUENCES]
+        self._per_padded_rank, self._per_rank = decode[PADDED_RANKS], decode[RANK_SUM]
+        self._per_distinct_rank = decode[DISTINCT_RANK_SUM]
+        self._prefill: tuple[float, ...] = tuple(model.prefill.vector.tolist())
+        self.decode_context_ms: float = decode[CONTEXT_TOKENS]
         self.shared_ms = model.shared_ms
 
     def decode_ms(self, sums: DecodeSums) -> float:
         """A decode step of these requests but for its context: add `decode_context_ms` per attended key."""
-        decode, num = self._decode, sums.num
+        num = sums.num
         if not num:
             return 0.0
-        padded = num * max(sums.ranks)
-        return (
-            decode[STEPS]
-            + (decode[TOKENS] + decode[SEQUENCES]) * num
-            + decode[PADDED_RANKS] * padded
-            + decode[RANK_SUM] * sums.rank_sum
-            + decode[DISTINCT_RANK_SUM] * sums.distinct_rank_sum
+        ms: float = (
+            self._per_step
+            + self._per_sequence * num
+            + self._per_padded_rank * (num * max(sums.ranks))
+            + self._per_rank * sums.rank_sum
+            + self._per_distinct_rank * sums.distinct_rank_sum
         )
+        return ms
 
     def prefill_ms(self, items: Iterable[BatchItem]) -> float:
         """A step of prefill chunks alone."""
@@ -88,14 +91,15 @@ class StepCosts:
         for item in items:
             request, num_tokens = item.request, item.num_tokens
             assert isinstance(request, SimRequest)
-            rank = request.rank
+            rank, num_computed = request.rank, request.num_computed_tokens
             tokens += num_tokens
             rank_tokens += num_tokens * rank
             max_rank = max(max_rank, rank)
-            attended += num_tokens * (request.num_computed_tokens + (num_tokens + 1) / 2)
+            attended += num_tokens * (num_computed + (num_tokens + 1) / 2)
             distinct[request.adapter_id] = rank
             num += 1
-            gathered += request.num_computed_tokens if num_tokens > 1 else 0
+            if num_tokens > 1:
+                gathered += num_computed
         prefill = self._prefill
         return (
             prefill[STEPS]
@@ -114,4 +118,5 @@ def to_ns(ms: float) -> int:
 
     No step takes less than one, whatever a fitted model says.
     """
-    return max(1, round(ms * NS_PER_MS))
+    ns = round(ms * NS_PER_MS)
+    return ns if ns > 1 else 1

@@ -96,7 +96,8 @@ class Dispatcher:
 
     def ended(self, row: int, request: SimRequest) -> None:
         self.fleet.finish(self.ids[row], request.request_id)
-        self._num_reported.pop(request.request_id, None)
+        if self._uses_context:
+            self._num_reported.pop(request.request_id, None)
         self._num_responses = min(self._num_responses + 1, RESPONSE_MEMORY)
         self._mean_response_tokens += (
             request.num_to_generate - self._mean_response_tokens

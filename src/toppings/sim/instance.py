@@ -1,7 +1,6 @@
 """One simulated server: the engine's scheduler on virtual time, its adapters, and the steps under way."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,14 +14,9 @@ from toppings.sim.request import SimRequest
 from toppings.sim.run import Run
 from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 
-
-class Outcome(NamedTuple):
-    """Requests that got their first token with a step, and those that ended with it; both in the order of
-    its batch, in which the engine ends them too.
-    """
-
-    started: list[SimRequest]
-    ended: list[SimRequest]
+Outcome = tuple[list[SimRequest], list[SimRequest]]
+"""Requests that got their first token with a step, and those that ended with it; both in the order of its
+batch, in which the engine ends them too."""
 
 
 class Instance:
@@ -84,33 +78,38 @@ class Instance:
         run, scheduler = self.run, self.scheduler
         assert run is not None
         self.run = None
+        num_steps = run.num_steps
         self.busy_time += run.end_at - run.begin_at
-        self.num_steps += run.num_steps
-        outcome = Outcome([], [])
-        if scheduler.sums.num:
-            self.num_tokens += scheduler.sums.num * run.num_steps
-            scheduler.advance(run.num_steps)
-            if ended := scheduler.pop_ended():
-                outcome.ended.extend(sorted(ended, key=_decode_order))
+        self.num_steps += num_steps
+        started: list[SimRequest] = []
+        ended: list[SimRequest] = []
+        if num := scheduler.sums.num:
+            self.num_tokens += num * num_steps
+            scheduler.advance(num_steps)
+            ended = scheduler.pop_ended()
+            if len(ended) > 1:
+                ended.sort(key=_decode_order)
         if run.batch is not None:
-            self._end_batch(run.batch, outcome)
-        for request in outcome.ended:
+            self._end_batch(run.batch, started, ended)
+        for request in ended:
             scheduler.finish(request)
         self.placement.end_loads()
-        return outcome
+        return started, ended
 
-    def _end_batch(self, batch: Batch, outcome: Outcome) -> None:
-        drawing = [item.request for item in batch.items if item.needs_sample]
+    def _end_batch(self, batch: Batch, started: list[SimRequest], ended: list[SimRequest]) -> None:
         self.scheduler.commit(batch)
-        self.num_tokens += len(drawing)
-        for request in drawing:
+        for item in batch.items:
+            request = item.request
             assert isinstance(request, SimRequest)
-            request.output_token_ids.append(0)
-            num_generated = len(request.output_token_ids)
-            if num_generated == 1:
-                outcome.started.append(request)
-            if num_generated == request.num_to_generate:
-                outcome.ended.append(request)
+            output = request.output_token_ids
+            if request.num_computed_tokens < len(request.prompt_token_ids) + len(output):
+                continue  # a chunk that is not the last
+            self.num_tokens += 1
+            output.append(0)
+            if len(output) == 1:
+                started.append(request)
+            if len(output) == request.num_to_generate:
+                ended.append(request)
             else:
                 self.scheduler.join(request)
 
@@ -131,8 +130,12 @@ class Instance:
         return Run(now, 1, step_time, batch)
 
     def _exposed_time(self, loads: list[Load], batch: Batch, now: int, compute_time: int) -> int:
+        nums: dict[int | None, int] = {}
+        for item in batch.items:
+            adapter_id = item.request.adapter_id
+            nums[adapter_id] = nums.get(adapter_id, 0) + item.num_tokens
         for load in loads:
-            load.num_tokens = sum(i.num_tokens for i in batch.items if i.request.adapter_id == load.adapter)
+            load.num_tokens = nums.get(load.adapter, 0)
         config = self._config
         step = ColdStep(
             now, compute_time, config.num_layers, config.cpu_gflops, config.round_trip_ms * NS_PER_MS

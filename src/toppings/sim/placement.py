@@ -105,6 +105,7 @@ class Pool:
         self._bytes = adapter_bytes
         self._capacity_bytes = config.device_pool_bytes
         self._perf_model, self._latency_ms = config.perf_model, config.load_latency_ms
+        self._load_ns: dict[int, int] = {}  # by bytes
         self._policy = make_policy(config.eviction)
         self._host = HostTier(config, adapter_bytes) if config.host_store_bytes else None
         self._num_users: dict[int, int] = {}  # of those that have room, first to last
@@ -136,15 +137,14 @@ class Pool:
         else:
             self.num_hits += 1
             self._num_users[adapter_id] = num_users + 1
-            if adapter_id in self._idle:
-                del self._idle[adapter_id]
+            if self._idle.pop(adapter_id, None) is not None:
                 self._idle_bytes -= self._bytes[adapter_id]
         self._policy.touch(adapter_id, self._bytes[adapter_id])
         return Admission.READY
 
     def release(self, adapter_id: int) -> None:
-        self._num_users[adapter_id] -= 1
-        if not self._num_users[adapter_id] and adapter_id not in self._loading:
+        num_users = self._num_users[adapter_id] = self._num_users[adapter_id] - 1
+        if not num_users and adapter_id not in self._loading:
             self._make_idle(adapter_id)
 
     def victims_for(self, adapter_id: int) -> list[int]:
@@ -159,9 +159,8 @@ class Pool:
         return victims
 
     def _make_idle(self, adapter_id: int) -> None:
-        self._num_idled += 1
-        self._idle[adapter_id] = self._num_idled
-        heappush(self._leaving, (self._policy.worth(adapter_id), self._num_idled, adapter_id))
+        number = self._idle[adapter_id] = self._num_idled = self._num_idled + 1
+        heappush(self._leaving, (self._policy.worth(adapter_id), number, adapter_id))
         if len(self._leaving) > 4 * len(self._idle) + 64:
             self._leaving = [entry for entry in self._leaving if self._idle.get(entry[2]) == entry[1]]
             heapify(self._leaving)
@@ -175,9 +174,10 @@ class Pool:
             )
         if self._host is not None and not self._host.is_ready(adapter_id, self.now_ns):
             return Admission.LOADING
-        if self._capacity_bytes - self._used_bytes + self._idle_bytes < num_bytes:
-            return Admission.NO_ROOM
-        if self._capacity_bytes - self._used_bytes < num_bytes:
+        num_free = self._capacity_bytes - self._used_bytes
+        if num_free < num_bytes:
+            if num_free + self._idle_bytes < num_bytes:
+                return Admission.NO_ROOM
             self._evict_for(num_bytes)
         self._num_users[adapter_id] = 1
         self._used_bytes += num_bytes
@@ -197,15 +197,19 @@ class Pool:
         """The first of `least_valuable` of the idle ones: an adapter's worth stays the same while it is idle.
         Entries of those that were used since are passed over.
         """
+        leaving, idle = self._leaving, self._idle
         while True:
-            _, number, adapter_id = heappop(self._leaving)
-            if self._idle.get(adapter_id) == number:
+            _, number, adapter_id = heappop(leaving)
+            if idle.get(adapter_id) == number:
                 return adapter_id
 
     def _load(self, adapter_id: int, num_bytes: int) -> None:
-        load_ms = self._latency_ms + self._perf_model.load_ms(num_bytes, is_on_host=True)
+        load_ns = self._load_ns.get(num_bytes)
+        if load_ns is None:
+            load_ms = self._latency_ms + self._perf_model.load_ms(num_bytes, is_on_host=True)
+            load_ns = self._load_ns[num_bytes] = round(load_ms * NS_PER_MS)
         begin_at = max(self.now_ns, self._link_free_ns)
-        self._link_free_ns = begin_at + round(load_ms * NS_PER_MS)
+        self._link_free_ns = begin_at + load_ns
         self._loads.append(Load(adapter_id, begin_at, self._link_free_ns, num_bytes))
         self._loading[adapter_id] = None
         self._policy.touch(adapter_id, num_bytes)

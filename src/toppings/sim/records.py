@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toppings.sim.instance import Instance
-from toppings.sim.request import SimRequest
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
 
@@ -85,18 +84,15 @@ class SimResult:
 
 
 class Records:
-    """Filled in as things happen."""
+    """Filled in as things happen; `nums_to_generate` are the response tokens of each request."""
 
-    def __init__(self, num_requests: int) -> None:
+    def __init__(self, nums_to_generate: list[int]) -> None:
+        num_requests = len(nums_to_generate)
         self.first_token_at = [NEVER] * num_requests
         self.ended_at = [NEVER] * num_requests
         self.rows = [NEVER] * num_requests
-        self.num_tokens = [0] * num_requests
+        self.nums_to_generate = nums_to_generate
         self.is_rejected = [False] * num_requests
-
-    def sent(self, request: SimRequest, row: int) -> None:
-        self.rows[request.index] = row
-        self.num_tokens[request.index] = request.num_to_generate
 
     def result(
         self,
@@ -112,13 +108,15 @@ class Records:
     ) -> SimResult:
         """Of the first `num_arrived` requests; checked."""
         n = num_arrived
+        rows = np.array(self.rows[:n], dtype=np.int32)
+        nums_to_generate = np.array(self.nums_to_generate[:n], dtype=np.int32)
         result = SimResult(
             config=config,
             arrived_at=np.array(arrivals_ns[:n], dtype=np.int64),
             first_token_at=np.array(self.first_token_at[:n], dtype=np.int64),
             ended_at=np.array(self.ended_at[:n], dtype=np.int64),
-            rows=np.array(self.rows[:n], dtype=np.int32),
-            num_tokens=np.array(self.num_tokens[:n], dtype=np.int32),
+            rows=rows,
+            num_tokens=np.where(rows == NEVER, 0, nums_to_generate).astype(np.int32),
             ranks=trace.ranks[trace.adapters[:n]],
             is_rejected=np.array(self.is_rejected[:n], dtype=np.bool_),
             num_present=num_present,

@@ -6,15 +6,18 @@ the next one, and requests that arrive together at an idle server are in one ste
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
+
+import numpy as np
 
 from toppings.core import RequestError, SamplingParams
 from toppings.sim.dispatch import Dispatcher
 from toppings.sim.instance import Instance
 from toppings.sim.records import InstanceTotals, Records, SimResult
 from toppings.sim.request import SimRequest
+from toppings.sim.run import Run
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
 
@@ -24,12 +27,14 @@ ANY = SamplingParams()
 NUM_PROGRESS_CALLS = 100
 
 
-ARRIVAL, STEP_END, REPORT, REBALANCE = range(4)
+STEP_END, REPORT, REBALANCE, END_OF_TIME = range(4)
 """Kinds of events; at one instant, in this order."""
 
+NEVER_NS = 1 << 62
+
 Event = tuple[int, int, int, int]
-"""Instant, kind, target, version: plain, since there are millions. The target is the request's index or the
-instance's row; an end of steps is void where the instance's version has moved on."""
+"""Instant, kind, the instance's row, version: plain, since there are millions. An end of steps is void where
+the instance's version has moved on. Arrivals are known from the start and need no queue."""
 
 
 @contextmanager
@@ -51,21 +56,22 @@ class Simulator:
 
     def __init__(self, config: SimConfig, trace: Trace) -> None:
         self.config, self.trace = config, trace
-        adapter_bytes = [config.adapter_bytes(rank) for rank in trace.ranks.tolist()]
+        self._ranks = trace.ranks.tolist()
+        bytes_of = {rank: config.adapter_bytes(rank) for rank in set(self._ranks)}  # one number of each size
+        adapter_bytes = [bytes_of[rank] for rank in self._ranks]
         self.instances = [Instance(config, adapter_bytes) for _ in range(config.num_instances)]
         self.dispatchers = [
             Dispatcher(config, trace.adapter_names, adapter_bytes, i) for i in range(config.num_routers)
         ]
-        self.records = Records(len(trace))
         self._arrivals_ns = [round(at * NS_PER_S) for at in trace.arrivals_s.tolist()]
-        columns = (trace.adapters, trace.prompt_tokens, trace.response_tokens)
-        self._adapters, self._prompts, self._responses = (column.tolist() for column in columns)
-        self._ranks = trace.ranks.tolist()
+        self._adapters, self._prompts = trace.adapters.tolist(), trace.prompt_tokens.tolist()
+        room = config.max_model_len - trace.prompt_tokens
+        self._nums_to_generate = np.maximum(1, np.minimum(trace.response_tokens, room)).tolist()
+        self.records = Records(self._nums_to_generate)
         self._versions = [0] * config.num_instances
         self._num_arrived = 0
         self._num_present = 0  # arrived, neither ended nor rejected
-        self._handlers: list[Callable[[Event], Iterable[Event]]] = [
-            self._arrive,
+        self._handlers: list[Callable[[Event], Sequence[Event]]] = [
             self._end_step,
             self._report,
             self._rebalance,
@@ -79,63 +85,82 @@ class Simulator:
         `on_progress` is now and then given the number of requests that have arrived.
         """
         with _no_collector():
-            last_at = self._loop(until_s * NS_PER_S, on_progress)
-        return self._result(last_at)
+            last_at = self._loop(min(until_s * NS_PER_S, NEVER_NS - 1), on_progress)
+            return self._result(last_at)
 
     def _loop(self, until: float, on_progress: Callable[[int], None] | None) -> int:
         """When the last event was."""
-        queue = self._first_events()
-        last_at = 0
+        queue, arrivals = self._first_events(), [*self._arrivals_ns, NEVER_NS]
+        handlers, versions = self._handlers, self._versions
         progress_every = len(self.trace) // NUM_PROGRESS_CALLS + 1
-        handlers = self._handlers
-        while queue and queue[0][0] <= until:
-            event = heappop(queue)
-            last_at, kind, target, _ = event
-            for new in handlers[kind](event):
+        last_at = index = 0
+        next_arrival = arrivals[0]
+        while True:
+            event = queue[0]
+            at, kind, row, version = event
+            if next_arrival <= at:
+                if next_arrival > until:
+                    return last_at
+                last_at = next_arrival
+                for new in self._arrive(last_at, index):
+                    heappush(queue, new)
+                if on_progress is not None and index % progress_every == 0:
+                    on_progress(index)
+                index += 1
+                next_arrival = arrivals[index]
+                continue
+            if at > until:
+                return last_at
+            last_at = at
+            if kind == STEP_END and version != versions[row]:
+                heappop(queue)
+                continue
+            events = handlers[kind](event)
+            if not events:
+                heappop(queue)
+                continue
+            heapreplace(queue, events[0])
+            for new in events[1:]:
                 heappush(queue, new)
-            if kind == ARRIVAL and on_progress is not None and target % progress_every == 0:
-                on_progress(target)
-        return last_at
 
     def _first_events(self) -> list[Event]:
-        if not self._arrivals_ns:
-            return []
-        queue = [(self._arrivals_ns[0], ARRIVAL, 0, 0)]
-        queue += [(0, REPORT, row, 0) for row in range(len(self.instances))]
-        if self.dispatchers[0].moves_requests and len(self.instances) > 1:
-            queue.append((0, REBALANCE, 0, 0))
-        return sorted(queue)
+        queue = [(NEVER_NS, END_OF_TIME, 0, 0)]
+        if self._arrivals_ns:
+            queue += [(0, REPORT, row, 0) for row in range(len(self.instances))]
+            if self.dispatchers[0].moves_requests and len(self.instances) > 1:
+                queue.append((0, REBALANCE, 0, 0))
+        heapify(queue)
+        return queue
 
     # --- handlers ---
 
-    def _arrive(self, event: Event) -> Iterable[Event]:
-        now, _, index, _ = event
+    def _arrive(self, now: int, index: int) -> Sequence[Event]:
         request = self._request(index)
-        row = self._router_of(request).choose(request, now)
+        row = self.dispatchers[request.router].choose(request, now)
         self._num_arrived += 1
         self._num_present += 1
-        events = self._send(request, row, now, now)
-        if index + 1 < len(self._arrivals_ns):
-            events.append((self._arrivals_ns[index + 1], ARRIVAL, index + 1, 0))
-        return events
+        return self._send(request, row, now, now)
 
-    def _end_step(self, event: Event) -> Iterable[Event]:
-        now, _, row, version = event
-        if version != self._versions[row]:
-            return ()
-        instance = self.instances[row]
+    def _end_step(self, event: Event) -> Sequence[Event]:
+        now, _, row, _ = event
+        instance, dispatchers = self.instances[row], self.dispatchers
         if instance.run is not None:
-            outcome = instance.end()
-            for request in outcome.started:
+            started, ended = instance.end()
+            for request in started:
                 self.records.first_token_at[request.index] = now
-                self._router_of(request).started(row, request)
-            for request in outcome.ended:
+                dispatchers[request.router].started(row, request)
+            for request in ended:
                 self.records.ended_at[request.index] = now
-                self._num_present -= 1
-                self._router_of(request).ended(row, request)
-        return self._begin(row, now)
+                dispatchers[request.router].ended(row, request)
+            self._num_present -= len(ended)
+        for request in instance.begin(now):
+            self._reject(row, request)
+        if instance.run is not None:
+            return [self._end_event(row, instance.run)]
+        wake_at = instance.wake_at()
+        return [] if wake_at is None else [self._look_event(row, wake_at)]
 
-    def _report(self, event: Event) -> Iterable[Event]:
+    def _report(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
         instance = self.instances[row]
         changed = instance.placement.pop_changed()
@@ -143,7 +168,7 @@ class Simulator:
             dispatcher.report(row, instance, changed, now)
         return self._again(event, self.config.report_interval_s)
 
-    def _rebalance(self, event: Event) -> Iterable[Event]:
+    def _rebalance(self, event: Event) -> Sequence[Event]:
         """Requests that wait on a server move. One whose prefill has begun is past that, unlike for the
         policy.
         """
@@ -162,22 +187,18 @@ class Simulator:
 
     # --- what handlers share ---
 
-    def _router_of(self, request: SimRequest) -> Dispatcher:
-        return self.dispatchers[request.router]
-
     def _request(self, index: int) -> SimRequest:
-        adapter, prompt = self._adapters[index], self._prompts[index]
-        room = self.config.max_model_len - prompt
+        adapter = self._adapters[index]
         return SimRequest(
             str(index),
-            range(prompt),  # type: ignore[arg-type]  # its length is all that is ever asked
+            range(self._prompts[index]),  # type: ignore[arg-type]  # its length is all that is ever asked
             ANY,
             adapter,
             float(index),  # the scheduler only compares arrivals; an engine never sees two at one instant
             index=index,
             router=index % len(self.dispatchers),
             rank=self._ranks[adapter],
-            num_to_generate=max(1, min(self._responses[index], room)),
+            num_to_generate=self._nums_to_generate[index],
         )
 
     def _send(self, request: SimRequest, row: int, now: int, before: int) -> list[Event]:
@@ -191,40 +212,27 @@ class Simulator:
         except RequestError:
             self._reject(row, request)
             return []
-        self.records.sent(request, row)
-        if instance.run is None:
-            return [self._look_event(row, now)]
-        return self._disturb(row, before)
+        self.records.rows[request.index] = row
+        return [self._look_event(row, now)] if instance.run is None else self._disturb(row, before)
 
     def _disturb(self, row: int, at: int) -> list[Event]:
         """What waits there has changed: the steps under way end with the first to end then or later."""
         run = self.instances[row].run
-        return [self._end_event(row)] if run is not None and run.cut(at) else []
-
-    def _begin(self, row: int, now: int) -> list[Event]:
-        instance = self.instances[row]
-        for request in instance.begin(now):
-            self._reject(row, request)
-        if instance.run is not None:
-            return [self._end_event(row)]
-        wake_at = instance.wake_at()
-        return [] if wake_at is None else [self._look_event(row, wake_at)]
+        return [self._end_event(row, run)] if run is not None and run.cut(at) else []
 
     def _look_event(self, row: int, at: int) -> Event:
         """An idle instance looks at those that wait: once all that arrive at that instant are there."""
         self._versions[row] += 1
         return at, STEP_END, row, self._versions[row]
 
-    def _end_event(self, row: int) -> Event:
-        run = self.instances[row].run
-        assert run is not None
-        self._versions[row] += 1
-        return run.end_at, STEP_END, row, self._versions[row]
+    def _end_event(self, row: int, run: Run) -> Event:
+        version = self._versions[row] = self._versions[row] + 1
+        return run.end_at, STEP_END, row, version
 
     def _reject(self, row: int, request: SimRequest) -> None:
         self.records.is_rejected[request.index] = True
         self._num_present -= 1
-        self._router_of(request).rejected(row, request)
+        self.dispatchers[request.router].rejected(row, request)
 
     def _waiting(self, row: int, request_id: str) -> SimRequest | None:
         for request in self.instances[row].scheduler.waiting:
@@ -236,8 +244,8 @@ class Simulator:
     def _again(self, event: Event, interval_s: float) -> list[Event]:
         """The same event later, as long as anything else is to come."""
         is_over = not self._num_present and self._num_arrived == len(self._arrivals_ns)
-        at, kind, target, version = event
-        return [] if is_over else [(at + round(interval_s * NS_PER_S), kind, target, version)]
+        at, kind, row, version = event
+        return [] if is_over else [(at + round(interval_s * NS_PER_S), kind, row, version)]
 
     # --- the end ---
 

@@ -11,12 +11,16 @@ queue + i), and the choice is marked. Where none has room: the fewest requests.
 """
 
 from toppings.cluster.instances import Instances
-from toppings.cluster.policies.base import Policy
+from toppings.cluster.policies.base import Policy, PolicySettings
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class RankAware(Policy):
-    def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
+    def __init__(self, settings: PolicySettings) -> None:
         from toppings.cluster.scan import least_cost  # numba: only where it is used
 
-        return least_cost(request, instances, self.settings.slo_tpt_ms, weighs_residency=False)
+        super().__init__(settings)
+        self._least_cost = least_cost
+
+    def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
+        return self._least_cost(request, instances, self.settings.slo_tpt_ms, weighs_residency=False)
