@@ -12,6 +12,7 @@ EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+SWITCH = ("on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -64,6 +65,9 @@ class EngineConfig:
     )
     dtype: str = setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
     device: str = setting("cpu", "where the model runs", choices=DEVICES)
+    cuda_graphs: str = setting(
+        "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
+    )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
     state_dir: str = setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
