@@ -76,7 +76,12 @@ class EngineConfig:
     max_num_batched_tokens: int = setting(2048, "tokens of one step; longer prompts are prefilled in chunks")
     page_size: int = setting(16, "tokens in one page of the key-value cache")
     kv_cache_bytes: int = setting(
-        0, "size of the key-value cache (0: an eighth of the memory, at most 4 GiB)"
+        0,
+        "size of the key-value cache (0: on a GPU what gpu_memory_utilization leaves, else an eighth of the"
+        " memory, at most 4 GiB)",
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "share of a GPU's memory for weights, adapters, the largest step and the key-value cache"
     )
     host_store_bytes: int = setting(2 * 2**30, "bound of the adapters kept in host memory")
     device_pool_bytes: int = setting(512 * 2**20, "bound of the adapters kept on the device")
@@ -115,6 +120,8 @@ class EngineConfig:
             "max_adapter_wait_s",
         ):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
+        utilization = self.gpu_memory_utilization
+        _require(self, "gpu_memory_utilization", 0 < utilization <= 1, "above 0, at most 1")
         _require(
             self,
             "max_num_batched_tokens",

@@ -18,6 +18,7 @@ from toppings.engine.assist import Assist
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
+from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
@@ -95,7 +96,7 @@ def build_engine(
     dtype = getattr(torch, _dtype_name(config, model))
     decoder = _decoder(config, model, dtype)
     warm_up(dtype)
-    limits, num_pages = _limits(config, model)
+    limits, num_pages = _limits(config, model, _cache_bytes(config, decoder))
     cache = KVCache.allocate(
         model.num_layers,
         num_pages + 1,  # the last one is no sequence's: rows that pad a batch write there
@@ -154,13 +155,23 @@ def _dtype_name(config: EngineConfig, model: ModelConfig) -> str:
     return str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
 
 
-def _limits(config: EngineConfig, model: ModelConfig) -> tuple[SchedulerLimits, int]:
-    """Limits and number of cache pages: as many as the memory set aside holds, no more than could be used.
+def _cache_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """The memory set aside for the cache. Raises ConfigError where a GPU has none left."""
+    if config.kv_cache_bytes:
+        return config.kv_cache_bytes
+    if config.device != "cuda":
+        return min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
+    memory = measure(decoder, config, torch.cuda)
+    pool_bytes = config.device_pool_bytes
+    return memory.cache_bytes(utilization=config.gpu_memory_utilization, pool_bytes=pool_bytes)
+
+
+def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple[SchedulerLimits, int]:
+    """Limits and number of cache pages: as many as `cache_bytes` hold, no more than could be used.
 
     Raises ConfigError where max_model_len is beyond the model's positions or the cache's size.
     """
     token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[_dtype_name(config, model)]
-    cache_bytes = config.kv_cache_bytes or min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
     num_pages = cache_bytes // (token_bytes * config.page_size)
     num_tokens, num_positions = num_pages * config.page_size, model.max_position_embeddings
     max_model_len = config.max_model_len or min(num_positions, num_tokens)
