@@ -5,8 +5,8 @@
     python benchmarks/gpu/decode_step.py --toy --device cpu  # does it run? The built-in model
 
 An engine in this process, greedy, the base model alone. The floor is the weights that every step reads and
-the keys and values of all contexts, over the bandwidth of a copy (bytes read and written) measured in the same
-run. Ends in one JSON line. Not yet run on a GPU.
+the keys and values of all contexts, over the bandwidth of a copy (bytes read and written) measured in the
+same run. Ends in one JSON line. Not yet run on a GPU.
 """
 
 import argparse
