@@ -32,7 +32,7 @@ from toppings.model.dummy import NAMED_MODELS, named_config
 from toppings.ops import dispatch, gpu_launch
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
-from toppings.ops.gpu_lora import LoraBatch
+from toppings.ops.gpu_plan import LoraBatch
 from toppings.ops.lora import LoraForm, LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.rope import Rope, rotate_and_store_

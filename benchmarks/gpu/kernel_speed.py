@@ -34,7 +34,7 @@ from toppings.model.dummy import NAMED_MODELS, named_config
 from toppings.ops import dispatch
 from toppings.ops.activation import silu_mul, silu_mul_reference
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention, paged_attention_reference
-from toppings.ops.gpu_lora import LoraBatch
+from toppings.ops.gpu_plan import LoraBatch
 from toppings.ops.lora import LoraForm, LoraSegments, add_lora_, add_lora_reference_
 from toppings.ops.norm import add_rms_norm_, rms_norm_reference
 

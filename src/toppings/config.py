@@ -12,6 +12,7 @@ EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+SWITCH = ("on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -64,6 +65,9 @@ class EngineConfig:
     )
     dtype: str = setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
     device: str = setting("cpu", "where the model runs", choices=DEVICES)
+    cuda_graphs: str = setting(
+        "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
+    )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
     state_dir: str = setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
@@ -72,7 +76,12 @@ class EngineConfig:
     max_num_batched_tokens: int = setting(2048, "tokens of one step; longer prompts are prefilled in chunks")
     page_size: int = setting(16, "tokens in one page of the key-value cache")
     kv_cache_bytes: int = setting(
-        0, "size of the key-value cache (0: an eighth of the memory, at most 4 GiB)"
+        0,
+        "size of the key-value cache (0: on a GPU what gpu_memory_utilization leaves, else an eighth of the"
+        " memory, at most 4 GiB)",
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "share of a GPU's memory for weights, adapters, the largest step and the key-value cache"
     )
     host_store_bytes: int = setting(2 * 2**30, "bound of the adapters kept in host memory")
     device_pool_bytes: int = setting(512 * 2**20, "bound of the adapters kept on the device")
@@ -111,6 +120,8 @@ class EngineConfig:
             "max_adapter_wait_s",
         ):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
+        utilization = self.gpu_memory_utilization
+        _require(self, "gpu_memory_utilization", 0 < utilization <= 1, "above 0, at most 1")
         _require(
             self,
             "max_num_batched_tokens",

@@ -1,6 +1,5 @@
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES
-from toppings.adapters.cuda_loader import CudaLoader
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import AdapterLayout, LoadOrder, b_first, by_layer
 from toppings.adapters.link import EmulatedLink, sleep_until
@@ -126,8 +124,7 @@ def test_b_first_brings_every_b_half_before_any_a_half() -> None:
 
 def test_b_is_ready_before_its_layer() -> None:
     handle = LoadHandle(FakeSource(), b_first(NUM_LAYERS))
-    for _ in range(NUM_LAYERS):
-        handle._finish_step(0.0)
+    handle._finish(handle.steps[:NUM_LAYERS], 0.0)
     assert handle.b_ready(0)
     assert not handle.layer_ready(0)
 
@@ -177,132 +174,3 @@ def test_sleep_never_ends_early() -> None:
         deadline = time.perf_counter() + delay
         sleep_until(deadline)
         assert time.perf_counter() >= deadline
-
-
-# --- CUDA, with a fake of streams and events ---
-
-
-class FakeEvent:
-    def __init__(self, log: list[str], enable_timing: bool = False) -> None:
-        self.log = log
-        self.is_done = False
-        self.name = ""
-
-    def record(self, stream: "FakeStream") -> None:
-        self.name = f"event {sum(line.startswith('record') for line in self.log)}"
-        self.log.append(f"record {self.name} on {stream.name}")
-
-    def query(self) -> bool:
-        return self.is_done
-
-    def elapsed_time(self, other: "FakeEvent") -> float:
-        return 12.5
-
-
-class FakeStream:
-    def __init__(self, log: list[str], name: str) -> None:
-        self.log = log
-        self.name = name
-
-    def wait_event(self, event: FakeEvent) -> None:
-        self.log.append(f"{self.name} waits for {event.name}")
-
-    def __enter__(self) -> None:
-        self.log.append(f"enter {self.name}")
-
-    def __exit__(self, *_: object) -> None:
-        self.log.append(f"leave {self.name}")
-
-
-class FakeCuda:
-    """Only what the loader uses of `torch.cuda`; an event is done when a test says so."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.events: list[FakeEvent] = []
-        self.compute = FakeStream(self.log, "compute")
-
-    def Stream(self) -> FakeStream:
-        return FakeStream(self.log, "copy")
-
-    def Event(self, enable_timing: bool = False) -> FakeEvent:
-        self.events.append(FakeEvent(self.log, enable_timing))
-        return self.events[-1]
-
-    def current_stream(self) -> FakeStream:
-        return self.compute
-
-    def stream(self, stream: FakeStream) -> FakeStream:
-        return stream
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.001)
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture
-def cuda_loader(arena: torch.Tensor, cuda: FakeCuda) -> Iterator[CudaLoader]:
-    loader = CudaLoader(arena, cuda=cuda)
-    yield loader
-    loader.close()
-
-
-def test_cuda_copies_begin_after_what_the_compute_stream_had_queued(
-    cuda: FakeCuda, cuda_loader: CudaLoader
-) -> None:
-    handle = cuda_loader.start(FakeSource(), offsets())
-    eventually(lambda: len(handle.events) == NUM_LAYERS)  # type: ignore[attr-defined]
-    assert cuda.log[0] == "record event 0 on compute"
-    assert cuda.log[1:3] == ["enter copy", "copy waits for event 0"]
-
-
-def test_cuda_wait_makes_the_compute_stream_wait_and_not_the_caller(
-    cuda: FakeCuda, cuda_loader: CudaLoader, arena: torch.Tensor
-) -> None:
-    source = FakeSource()
-    handle = cuda_loader.start(source, offsets())
-    handle.wait(2)  # returns although no event is done
-    assert cuda.log[-1] == "compute waits for event 4"  # 0: blocks free, 1: begun, 2-4: the layers
-    assert landed(arena, source, 2)
-    assert not handle.layer_ready(2)
-
-
-def test_cuda_layer_is_ready_when_its_event_is_done(cuda: FakeCuda, cuda_loader: CudaLoader) -> None:
-    handle = cuda_loader.start(FakeSource(), offsets(), b_first(NUM_LAYERS))
-    handle.wait_all()
-    for event in cuda.events[: 2 + NUM_LAYERS]:  # all B halves
-        event.is_done = True
-    assert handle.b_ready(0)
-    assert not handle.layer_ready(0)
-    assert not handle.done
-    for event in cuda.events:
-        event.is_done = True
-    assert handle.layer_ready(0)
-    assert handle.done
-    assert handle.copy_ms == 12.5
-
-
-def test_cuda_wait_blocks_until_the_copy_is_queued(cuda_loader: CudaLoader) -> None:
-    source = FakeSource(num_layers_ready=0)
-    handle = cuda_loader.start(source, offsets())
-    waiter = threading.Thread(target=handle.wait, args=(0,))
-    waiter.start()
-    source.num_layers_ready = 1
-    cuda_loader.notify()
-    waiter.join(10)
-    assert not waiter.is_alive()
-
-
-def test_cuda_failed_read_reaches_whoever_waits(cuda_loader: CudaLoader) -> None:
-    source = FakeSource(num_layers_ready=0)
-    source.error = AdapterError("gone")
-    with pytest.raises(AdapterError, match="gone"):
-        cuda_loader.start(source, offsets()).wait(0)

@@ -10,15 +10,16 @@ from toppings.config import EngineConfig
 from toppings.core import AddRequest, FinishReason, RequestOutput, SamplingParams
 from toppings.engine.build import build_engine, open_registry
 from toppings.engine.engine import Engine
+from toppings.engine.graphs import GraphBackend
 
 
 class Driver:
     """An engine with its registry, and what came out of it so far."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, graphs: GraphBackend | None = None) -> None:
         self.config = config
         self.registry = open_registry(config)
-        self.engine: Engine = build_engine(config)
+        self.engine: Engine = build_engine(config, graphs=graphs)
         self.tokens: dict[str, list[int]] = {}
         self.last: dict[str, RequestOutput] = {}
         self.first: dict[str, RequestOutput] = {}
@@ -72,7 +73,9 @@ class Driver:
 
 @contextmanager
 def drive(model: Path, state_dir: Path, adapters: dict[str, Path], **settings: Any) -> Iterator[Driver]:
-    """An engine in fp32 over `model` with `adapters` registered; one thread, for the model is tiny."""
+    """An engine in fp32 over `model` with `adapters` registered; one thread, for the model is tiny. `graphs`
+    among the settings: how decode steps are captured."""
+    graphs: GraphBackend | None = settings.pop("graphs", None)
     defaults = {
         "dtype": "float32",
         "num_threads": 1,
@@ -84,7 +87,7 @@ def drive(model: Path, state_dir: Path, adapters: dict[str, Path], **settings: A
     for name, path in adapters.items():
         registry.register(name, path, replace=True)
     registry.close()
-    driver = Driver(config)
+    driver = Driver(config, graphs)
     try:
         yield driver
     finally:

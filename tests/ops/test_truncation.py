@@ -21,7 +21,7 @@ def weights(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float 
 @pytest.fixture(params=[3, 256], ids=["sorts", "candidates"])
 def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Rows from flat to peaked; with 3 candidates most rows have to be sorted as a whole."""
-    monkeypatch.setattr(truncation, "_NUM_CANDIDATES", request.param)
+    monkeypatch.setattr(truncation, "NUM_CANDIDATES", request.param)
     torch.manual_seed(0)
     return torch.randn(40, 400) * torch.linspace(0.1, 10, 40)[:, None]
 

@@ -1,5 +1,13 @@
-"""Copies adapters to a CUDA device, in the order of streams."""
+"""Copies adapters to a CUDA device, in the order of streams.
 
+    compute:  … kernels that read the old block, the pool's moves ── E0 ────── wait E2 ── kernels of layer 1
+    copies:                                       wait E0 ── layer 0 ── E1 ── layer 1 ── E2 …
+
+E0 is recorded when the load begins, on the stream of the thread that places adapters: what had room there
+before, and whatever the pool moved to make room, is out of the way when the first copy is made.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,9 +15,13 @@ import torch
 from toppings.adapters.layout import LoadOrder
 from toppings.adapters.loader import Loader, LoadHandle, LoadJob, LoadSource, LoadStep
 
+GROUP_BYTES = 1 << 20
+"""Copies up to this size together have one event: for small layers, events cost more than the copies do."""
+
 
 class CudaLoader(Loader):
-    """Asynchronous copies from page-locked host memory on a stream of its own, an event after each copy.
+    """Asynchronous copies from page-locked host memory, one a layer, on a stream of their own; an event after
+    each group of them.
 
     `cuda` is the `torch.cuda` module (tests give a fake). Host entries must stay until the handle is done.
     """
@@ -21,23 +33,36 @@ class CudaLoader(Loader):
         super().__init__()
 
     def _make_handle(self, source: LoadSource, order: LoadOrder) -> LoadHandle:
-        # Kernels that are queued by now may still read what stood in the blocks: the copies come after.
         blocks_free = self._cuda.Event()
         blocks_free.record(self._cuda.current_stream())
         return CudaLoadHandle(source, order, self._cuda, blocks_free)
 
-    def _copy(self, job: LoadJob, step: LoadStep) -> None:
+    def _next_steps(self, job: LoadJob) -> Sequence[LoadStep]:
+        steps: list[LoadStep] = []
+        num_bytes = 0
+        for step in job.handle.steps_to_do:
+            if num_bytes >= GROUP_BYTES or step.layer >= job.source.num_layers_ready:
+                break
+            steps.append(step)
+            num_bytes += step.stop - step.start
+        return steps
+
+    def _copy(self, job: LoadJob, steps: Sequence[LoadStep]) -> None:
         handle = job.handle
         assert isinstance(handle, CudaLoadHandle)
-        offset = job.offsets_bytes[step.layer]
         with self._cuda.stream(self._stream):
             if handle.begun is None:
                 self._stream.wait_event(handle.blocks_free)
                 handle.begun = self._record()
-            if step.stop > step.start:
-                source = torch.from_numpy(job.source.layer_view(step.layer)[step.start : step.stop])
-                self._arena[offset + step.start : offset + step.stop].copy_(source, non_blocking=True)
-            handle.events.append(self._record())
+            for step in steps:
+                offset = job.offsets_bytes[step.layer]
+                if step.stop > step.start:
+                    source = torch.from_numpy(job.source.layer_view(step.layer)[step.start : step.stop])
+                    self._arena[offset + step.start : offset + step.stop].copy_(source, non_blocking=True)
+            handle.events += [self._record()] * len(steps)
+
+    def _settle(self) -> None:
+        self._stream.synchronize()
 
     def _record(self) -> Any:
         event = self._cuda.Event(enable_timing=True)
@@ -56,7 +81,8 @@ class CudaLoadHandle(LoadHandle):
         self._cuda = cuda
         self.blocks_free = blocks_free
         self.begun: Any = None
-        self.events: list[Any] = []  # one per step that has been queued
+        self.events: list[Any] = []  # of each step that has been queued
+        self._last_steps = {step.layer: i for i, step in enumerate(self.steps)}
 
     def _has_landed(self, layer: int, halves: str) -> bool:
         return all(
@@ -80,11 +106,16 @@ class CudaLoadHandle(LoadHandle):
         return float(self.begun.elapsed_time(self.events[-1])) if self.done else 0.0
 
     def wait(self, layer: int) -> None:
-        mine = [i for i, step in enumerate(self.steps) if step.layer == layer]
+        self._wait_for_step(self._last_steps[layer])
+
+    def wait_all(self) -> None:
+        self._wait_for_step(len(self.steps) - 1)
+
+    def _wait_for_step(self, index: int) -> None:
+        """The copies are made in order, on one stream: the last one's event is enough."""
         with self._changed:
-            self._changed.wait_for(lambda: self.error is not None or len(self.events) > mine[-1])
-        if len(self.events) <= mine[-1]:
+            self._changed.wait_for(lambda: self.error is not None or len(self.events) > index)
+        if len(self.events) <= index:
             assert self.error is not None
             raise self.error
-        for i in mine:
-            self._cuda.current_stream().wait_event(self.events[i])
+        self._cuda.current_stream().wait_event(self.events[index])

@@ -3,6 +3,7 @@
 Does not know adapters' names, uses or worth, and copies no weights in: see manager.py and loader.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,14 @@ class DevicePool:
         """Where the block of a layer starts, in elements of `arena`; stays true while the slot is loading."""
         return self._placements[slot].offsets[layer]
 
+    def groups_of(self, slots: Iterable[int]) -> frozenset[str]:
+        """The projection groups that any adapter of `slots` changes in any layer; -1 is no adapter."""
+        return frozenset().union(*(self._placements[slot].layout.groups for slot in slots if slot >= 0))
+
+    def max_rank_of(self, slots: Iterable[int]) -> int:
+        """The largest rank of any module of the adapters of `slots`; -1 is no adapter."""
+        return max((self._placements[slot].layout.max_rank for slot in slots if slot >= 0), default=0)
+
     def _ranges(self) -> list[tuple[int, int, int, int]]:
         """(offset, size, slot, layer) of every block, by offset."""
         return sorted(
@@ -142,8 +151,10 @@ class DevicePool:
             for layer, layout in enumerate(placement.layout.layers):
                 self.table_cpu[slot, layer] = _table_rows(layout, placement.offsets[layer])
         if self.table.device.type != "cpu":
-            # In the order of the compute stream: kernels that are already queued still see the old row.
-            self.table[slot].copy_(self._table_host[slot])
+            # In the order of the compute stream: kernels that are already queued still see the old row. From
+            # page-locked memory of its own, which the allocator keeps until the copy is over: the host does
+            # not wait for it, and the row is not changed under it.
+            self.table[slot].copy_(self._table_host[slot].pin_memory(), non_blocking=True)
 
     def check_integrity(self) -> None:
         """Blocks and free ranges tile the arena, and the table says what the placements say."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
-from toppings.core import MODULES
+from toppings.core import GROUPS, MODULES
 
 LoadOrder = Sequence[tuple[int, str]]
 """The copies of a load, first to last: a layer, and which half of its block travels ("A", "B" or "AB")."""
@@ -81,6 +81,12 @@ class AdapterLayout:
     def targets(self) -> tuple[str, ...]:
         """Names of the modules that are targeted in at least one layer."""
         return tuple(name for m, name in enumerate(MODULES) if any(layer.ranks[m] for layer in self.layers))
+
+    @cached_property
+    def groups(self) -> frozenset[str]:
+        """Projection groups with a module that is targeted in at least one layer."""
+        named = {group: [MODULES[m] for m in modules] for group, modules in GROUPS.items()}
+        return frozenset(group for group, names in named.items() if set(names) & set(self.targets))
 
     @property
     def item_bytes(self) -> int:

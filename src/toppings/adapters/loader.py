@@ -7,7 +7,9 @@ except that a load whose layer is still being read from disk lets those behind i
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -94,18 +96,20 @@ class LoadHandle:
         for layer in range(self.num_layers):
             self.wait(layer)
 
-    def next_step(self) -> LoadStep:
-        return self.steps[self._num_steps_done]
+    @property
+    def steps_to_do(self) -> Iterator[LoadStep]:
+        return islice(self.steps, self._num_steps_done, None)
 
-    def _finish_step(self, copy_time: float) -> None:
-        step = self.next_step()
+    def _finish(self, steps: Sequence[LoadStep], copy_time: float) -> None:
+        """The next `steps` have been copied, or set on their way."""
         with self._changed:
             self._copy_time += copy_time
-            for half in step.halves:
-                self._missing[half].discard(step.layer)
-            if all(step.layer not in missing for missing in self._missing.values()):
-                self.landed_at[step.layer] = time.perf_counter()
-            self._num_steps_done += 1
+            for step in steps:
+                for half in step.halves:
+                    self._missing[half].discard(step.layer)
+                if all(step.layer not in missing for missing in self._missing.values()):
+                    self.landed_at[step.layer] = time.perf_counter()
+            self._num_steps_done += len(steps)
             self._changed.notify_all()
 
     def _fail(self, error: AdapterError) -> None:
@@ -134,7 +138,8 @@ class LoadJob:
 
     @property
     def can_proceed(self) -> bool:
-        return self.source.error is not None or self.source.num_layers_ready > self.handle.next_step().layer
+        next_step = next(self.handle.steps_to_do)
+        return self.source.error is not None or self.source.num_layers_ready > next_step.layer
 
 
 class Loader(ABC):
@@ -177,9 +182,17 @@ class Loader(ABC):
     def _make_handle(self, source: LoadSource, order: LoadOrder) -> LoadHandle:
         return LoadHandle(source, order)
 
+    def _next_steps(self, job: LoadJob) -> Sequence[LoadStep]:
+        """What to copy at once of a job that can proceed: its next copy, at least."""
+        return [next(job.handle.steps_to_do)]
+
     @abstractmethod
-    def _copy(self, job: LoadJob, step: LoadStep) -> None:
-        """Brings the step's bytes to the device, or sets them on their way there."""
+    def _copy(self, job: LoadJob, steps: Sequence[LoadStep]) -> None:
+        """Brings the steps' bytes to the device, or sets them on their way there."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Returns when nothing is on its way: memory at either end may then be used for something else."""
 
     def _run(self) -> None:
         while True:
@@ -190,6 +203,7 @@ class Loader(ABC):
                     break
             assert job is not None
             self._advance(job)
+        self._settle()
         for job in self._jobs:
             job.handle._fail(AdapterError(f"adapter {job.handle.adapter_id}: the loader was closed"))
 
@@ -197,18 +211,20 @@ class Loader(ABC):
         return next((job for job in self._jobs if job.can_proceed), None)
 
     def _advance(self, job: LoadJob) -> None:
-        """Does the job's next copy and takes it off the queue after the last one."""
+        """Does the job's next copies and takes it off the queue after the last one."""
         handle = job.handle
         try:
             if job.source.error is not None:
                 raise job.source.error
             started_at = time.perf_counter()
-            self._copy(job, handle.next_step())
-            is_last = handle._num_steps_done + 1 == len(handle.steps)
+            steps = self._next_steps(job)
+            self._copy(job, steps)
+            is_last = handle._num_steps_done + len(steps) == len(handle.steps)
             if is_last:
                 self._drop(job)
-            handle._finish_step(time.perf_counter() - started_at)
+            handle._finish(steps, time.perf_counter() - started_at)
         except Exception as error:  # whatever it is, whoever waits for the layer must hear of it
+            self._settle()
             self._drop(job)
             handle._fail(error if isinstance(error, AdapterError) else AdapterError(f"load failed: {error}"))
 
@@ -229,7 +245,8 @@ class CpuLoader(Loader):
         self._link = EmulatedLink(link_gbps) if link_gbps else None
         super().__init__()
 
-    def _copy(self, job: LoadJob, step: LoadStep) -> None:
+    def _copy(self, job: LoadJob, steps: Sequence[LoadStep]) -> None:
+        (step,) = steps
         offset = job.offsets_bytes[step.layer]
         started_at = time.perf_counter()
         if step.stop > step.start:
@@ -237,3 +254,6 @@ class CpuLoader(Loader):
             np.copyto(self._arena[offset + step.start : offset + step.stop], source)
         if self._link is not None:
             self._link.wait_for_transfer(started_at, step.stop - step.start)
+
+    def _settle(self) -> None:
+        """Copies are over when they return."""

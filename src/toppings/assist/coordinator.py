@@ -219,7 +219,8 @@ class AssistLora:
     def _without(self, slots: frozenset[int]) -> LoraSegments:
         if slots not in self._masked:
             kept = [-1 if slot in slots else slot for slot in self._segments.slots]
-            self._masked[slots] = LoraSegments(self._segments.indptr, kept)
+            whole = self._segments
+            self._masked[slots] = LoraSegments(whole.indptr, kept, whole.max_rank, whole.decode_form)
         return self._masked[slots]
 
     def _result(self, piece: _Piece, x: Tensor) -> Tensor:

@@ -15,16 +15,22 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
 from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
+from toppings.engine.drawing import DeviceSampler
 from toppings.engine.engine import Engine
+from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
+from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.staging import Staging
+from toppings.engine.step_inputs import InputBuilder
 from toppings.engine.step_log import StepLog
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
 from toppings.ops import warm_up
 from toppings.ops.attention import KVCache
+from toppings.ops.sampling import sample
 
 DEMO_NAME = "toppings-demo"
 MAX_DEFAULT_CACHE_BYTES = 4 * 2**30
@@ -71,9 +77,15 @@ def open_registry(config: EngineConfig) -> AdapterRegistry:
     )
 
 
-def build_engine(config: EngineConfig, *, await_registry: Callable[[], None] = lambda: None) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    *,
+    await_registry: Callable[[], None] = lambda: None,
+    graphs: GraphBackend | None = None,
+) -> Engine:
     """An engine that is ready to step. `await_registry` is called with the model loaded, before the registry
-    is opened, and returns when adapters to be served from the start are registered.
+    is opened, and returns when adapters to be served from the start are registered. `graphs` captures decode
+    steps, by default where the device can.
 
     Raises ValueError, OSError or ConfigError where the model or a setting cannot be served.
     """
@@ -84,10 +96,10 @@ def build_engine(config: EngineConfig, *, await_registry: Callable[[], None] = l
     dtype = getattr(torch, _dtype_name(config, model))
     decoder = _decoder(config, model, dtype)
     warm_up(dtype)
-    limits, num_pages = _limits(config, model)
+    limits, num_pages = _limits(config, model, _cache_bytes(config, decoder))
     cache = KVCache.allocate(
         model.num_layers,
-        num_pages,
+        num_pages + 1,  # the last one is no sequence's: rows that pad a batch write there
         config.page_size,
         model.num_kv_heads,
         model.head_dim,
@@ -97,7 +109,16 @@ def build_engine(config: EngineConfig, *, await_registry: Callable[[], None] = l
     mode = _make_mode(config)
     await_registry()
     adapters = AdapterManager(open_registry(config), config, mode)
-    runner = ModelRunner(decoder, cache, adapters, mode)
+    if graphs is None and config.device == "cuda" and config.cuda_graphs == "on":
+        graphs = CudaGraphs()
+    cuda = torch.cuda if config.device == "cuda" else None
+    staging = None if cuda is None and graphs is None else Staging(decoder.device, cuda)
+    inputs = InputBuilder(config.page_size, limits.max_model_len, staging)
+    draw = sample if cuda is None or staging is None else DeviceSampler(staging, cuda)
+    runner = ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw)
+    if graphs is not None and staging is not None:
+        spec = GraphSpec(config.max_num_seqs, limits.max_model_len, num_pages, runner.out_offsets)
+        runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
     assist = None
     if isinstance(mode, AssistMode):
         assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
@@ -134,13 +155,23 @@ def _dtype_name(config: EngineConfig, model: ModelConfig) -> str:
     return str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
 
 
-def _limits(config: EngineConfig, model: ModelConfig) -> tuple[SchedulerLimits, int]:
-    """Limits and number of cache pages: as many as the memory set aside holds, no more than could be used.
+def _cache_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """The memory set aside for the cache. Raises ConfigError where a GPU has none left."""
+    if config.kv_cache_bytes:
+        return config.kv_cache_bytes
+    if config.device != "cuda":
+        return min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
+    memory = measure(decoder, config, torch.cuda)
+    pool_bytes = config.device_pool_bytes
+    return memory.cache_bytes(utilization=config.gpu_memory_utilization, pool_bytes=pool_bytes)
+
+
+def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple[SchedulerLimits, int]:
+    """Limits and number of cache pages: as many as `cache_bytes` hold, no more than could be used.
 
     Raises ConfigError where max_model_len is beyond the model's positions or the cache's size.
     """
     token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[_dtype_name(config, model)]
-    cache_bytes = config.kv_cache_bytes or min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
     num_pages = cache_bytes // (token_bytes * config.page_size)
     num_tokens, num_positions = num_pages * config.page_size, model.max_position_embeddings
     max_model_len = config.max_model_len or min(num_positions, num_tokens)

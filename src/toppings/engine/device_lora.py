@@ -1,21 +1,23 @@
 """The adapters' part of one forward, computed on the device: the decoder's `LoraContext`."""
 
 import time
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.modes import LoadingMode
-from toppings.core import GROUPS, MODULES
+from toppings.core import GROUPS
 from toppings.ops.lora import LoraSegments, add_lora_
 
 
 class DeviceLora:
     """Adds every adapter's product to the base model's, waiting for weights where the mode says so.
 
-    `out_offsets` gives, per projection group, the column of the fused output at which each module begins.
-    `loads` are the loads under way when the step began; `wait_s` adds up what they made this step wait.
+    `out_offsets` gives, per projection group, the column of the fused output at which each module begins;
+    `groups` are those that any adapter of the step changes in any layer, the others cost no call. `loads` are
+    the loads under way when the step began; `wait_s` adds up what they made this step wait.
     """
 
     def __init__(
@@ -23,15 +25,18 @@ class DeviceLora:
         pool: DevicePool,
         segments: LoraSegments,
         out_offsets: dict[str, tuple[int, ...]],
-        loads: list[LoadHandle],
-        mode: LoadingMode,
+        groups: frozenset[str],
+        *,
+        loads: Sequence[LoadHandle] = (),
+        mode: LoadingMode | None = None,
     ) -> None:
+        assert mode is not None or not loads
         self._pool = pool
         self._segments = segments
         self._out_offsets = out_offsets
         self._loads = loads
         self._mode = mode
-        self._groups = _targeted_groups(pool, segments)
+        self._groups = groups
         self.wait_s = 0.0
 
     def start(self, layer: int, group: str, x: Tensor) -> None:
@@ -54,14 +59,8 @@ class DeviceLora:
         )
 
     def _await_layer(self, layer: int) -> None:
+        assert self._mode is not None
         started_at = time.perf_counter()
         for load in self._loads:
             self._mode.wait_before_layer(load, layer)
         self.wait_s += time.perf_counter() - started_at
-
-
-def _targeted_groups(pool: DevicePool, segments: LoraSegments) -> set[str]:
-    """The projection groups that any adapter of the step changes in any layer; the others cost no call."""
-    slots = sorted({slot for slot in segments.slots if slot >= 0})
-    largest_ranks = pool.table_cpu[slots, :, :, 2].reshape(-1, len(MODULES)).max(axis=0)
-    return {group for group, modules in GROUPS.items() if any(largest_ranks[m] for m in modules)}

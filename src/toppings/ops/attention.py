@@ -10,7 +10,7 @@ from torch import Tensor
 from toppings.ops.dispatch import gpu_kernels, kernels
 
 if TYPE_CHECKING:
-    from toppings.ops.gpu_attention import AttentionTiles
+    from toppings.ops.gpu_plan import AttentionTiles
 
 NO_WINDOW = 2**62
 _QUERY_BLOCK = 128
@@ -48,6 +48,10 @@ class AttentionMetadata:
     The first `num_decodes` sequences have one query each. `query_indptr` [S + 1] delimits each sequence's
     rows; `context_lens` [S] counts its keys, this step's included; `page_tables` int32 [S, max_pages] lists
     its pages; `slot_mapping` int64 [T] is the cache row of each token of the step.
+
+    `max_context` (0: this step's own) bounds the decodes' contexts: with the same bound, a GPU gives a row
+    the same bits in every step. `brought`: what the kernels read, where it came with the step's other inputs;
+    in a graph it changes from replay to replay, and `context_lens` says nothing.
     """
 
     num_decodes: int
@@ -56,10 +60,15 @@ class AttentionMetadata:
     page_tables: Tensor
     slot_mapping: Tensor
     page_size: int
+    max_context: int = 0
+    brought: "AttentionTiles | None" = None
 
     @cached_property
     def decode_context_lens(self) -> Tensor:
-        return torch.tensor(self.context_lens[: self.num_decodes], dtype=torch.int64)
+        """int32 [num_decodes], for the CPU's kernel."""
+        if self.brought is not None:
+            return self.brought.context_lens
+        return torch.tensor(self.context_lens[: self.num_decodes], dtype=torch.int32)
 
     @cached_property
     def num_decode_keys(self) -> int:
@@ -68,9 +77,9 @@ class AttentionMetadata:
     @cached_property
     def tiles(self) -> "AttentionTiles":
         """What the GPU's kernels read, built once per step."""
-        from toppings.ops.gpu_attention import AttentionTiles
+        from toppings.ops.gpu_plan import AttentionTiles
 
-        return AttentionTiles.build(self)
+        return self.brought or AttentionTiles.build(self)
 
     def cache_rows(self, sequence: int) -> Tensor:
         """int64 [context_len]: where in the cache the sequence's keys are, in order."""

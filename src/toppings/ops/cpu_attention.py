@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, dot, elements, exp, helper, int32s, int64s, load, store
+from toppings.ops.cpu_bits import Pointer, dot, elements, exp, helper, int32s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer, real
 
 Floats = NDArray[np.float32]
@@ -49,7 +49,7 @@ def decode_attention(block: Any) -> None:
     and once for the values. Keys are padded to a multiple of four by repeating the first with weight 0.
     """
     out, q, k_cache, v_cache = elements(block, 0), elements(block, 1), elements(block, 2), elements(block, 3)
-    page_tables, context_lens = int32s(block, 4), int64s(block, 5)
+    page_tables, context_lens = int32s(block, 4), int32s(block, 5)
     max_pages, page_size, q_stride = integer(block, 6), integer(block, 7), integer(block, 8)
     num_heads, num_kv_heads, d = integer(block, 9), integer(block, 10), integer(block, 11)
     num_parts, window, scale = integer(block, 12), integer(block, 13), real(block, 14)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, dot, elements, helper, int64s, load, store
+from toppings.ops.cpu_bits import Pointer, dot, elements, helper, int32s, int64s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 
 Floats = NDArray[np.float32]
@@ -33,22 +33,23 @@ def _expand(acc: Floats, h: Floats, h_start: int, b: Pointer, b_start: int, rank
 
 @Kernel
 def add_lora(block: Any) -> None:
-    """Task: one module for the rows of one segment. Each row of A is read once for all of them and stays in
-    the first-level cache between them; B, at most a second-level cache full, is gone through per row."""
+    """Task: one module for the rows of one segment, none where its slot is -1. Each row of A is read once for
+    all of them and stays in the first-level cache between them; B, at most a second-level cache full, is gone
+    through per row."""
     y, x, arena = elements(block, 0), elements(block, 1), elements(block, 2)
     places, slot_stride = (
         int64s(block, 3),
         integer(block, 4),
     )  # (A, B, rank) of each module, from slot to slot
-    segments, offsets = int64s(block, 5), int64s(block, 6)  # (start, stop, slot) each; columns of each module
+    segments, offsets = int32s(block, 5), int64s(block, 6)  # (start, stop, slot) each; columns of each module
     num_modules, num_in = integer(block, 7), integer(block, 8)
     y_stride, x_stride = integer(block, 9), integer(block, 10)
     task = claim(block)
     while task >= 0:
         segment, module = task // num_modules * 3, task % num_modules
         start, slot = load(segments, segment), load(segments, segment + 2)
-        num_rows = load(segments, segment + 1) - start
-        place = slot * slot_stride + module * 3
+        num_rows = load(segments, segment + 1) - start if slot >= 0 else 0
+        place = max(slot, 0) * slot_stride + module * 3
         a_start, b_start, rank = load(places, place), load(places, place + 1), load(places, place + 2)
         column = load(offsets, module)
         num_out = load(offsets, module + 1) - column

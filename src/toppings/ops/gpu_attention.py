@@ -16,8 +16,6 @@ Checked with Triton's interpreter and compiled for compute capability 9.0; not y
 """
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import triton
@@ -25,54 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from toppings.ops.attention import AttentionMetadata
-from toppings.ops.gpu_launch import dot_options, next_power_of_2, num_multiprocessors, to_device
+from toppings.ops.gpu_launch import dot_options, next_power_of_2, num_multiprocessors
+from toppings.ops.gpu_plan import QUERIES, AttentionTiles
 from toppings.ops.gpu_varlen import attend_varlen, varlen_reason
 
 _LOG2_E = math.log2(math.e)
-_QUERIES, _KEYS = 64, 64  # of a prefill tile; of one step through the keys
+_KEYS = 64  # of one step through the keys
 _MIN_GROUP = 16  # rows of a tensor core's tile
 _MIN_SPLIT_KEYS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _LONGEST_WINDOW = 2**30
-
-
-@dataclass(frozen=True)
-class AttentionTiles:
-    """What the kernels read about a step's sequences, on the device.
-
-    `context_lens`: int32 [S]. `prefill_tiles`: int32 [N, 4], (first row, row after the last, sequence,
-    position of the first row's token) of up to 64 neighbouring queries. `prefill_indptr`: int32, the prompts'
-    rows, counted from the first prompt's. `max_decode_context` bounds the decodes' contexts."""
-
-    context_lens: Tensor
-    prefill_tiles: Tensor
-    prefill_indptr: Tensor
-    longest_prefill: int
-    are_prefills_whole: bool
-    max_decode_context: int
-
-    @classmethod
-    def build(cls, meta: AttentionMetadata) -> "AttentionTiles":
-        device = meta.page_tables.device
-        tiles: list[tuple[int, int, int, int]] = []
-        for s in range(meta.num_decodes, len(meta.context_lens)):
-            start, stop = meta.query_indptr[s], meta.query_indptr[s + 1]
-            past = meta.context_lens[s] - (stop - start)
-            tiles += [
-                (row, min(row + _QUERIES, stop), s, past + row - start)
-                for row in range(start, stop, _QUERIES)
-            ]
-        starts = meta.query_indptr[meta.num_decodes :]
-        lengths = [stop - start for start, stop in pairwise(starts)]
-        tiles.sort(key=lambda tile: -tile[3])  # those with most keys first: they take longest
-        return cls(
-            to_device(meta.context_lens, torch.int32, device),
-            to_device(tiles, torch.int32, device).view(-1, 4),
-            to_device([start - starts[0] for start in starts], torch.int32, device),
-            max(lengths, default=0),
-            lengths == meta.context_lens[meta.num_decodes :],
-            max(meta.context_lens[: meta.num_decodes], default=0),
-        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -277,8 +237,10 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
 
 def num_splits(num_sequences: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
     """Splits of the keys with which a decode fills the device; a power of two, so that few kernels are
-    compiled."""
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * num_processors // (num_sequences * num_kv_heads)
+    compiled. The same for all numbers of sequences up to the next power of two, so that a batch gives the
+    same bits with padding (engine/graphs.py) and without."""
+    sequences = next_power_of_2(num_sequences)
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * num_processors // (sequences * num_kv_heads)
     possible = max(1, max_context // _MIN_SPLIT_KEYS)
     return int(2 ** int(math.log2(max(1, min(wanted, possible)))))
 
@@ -373,7 +335,7 @@ def prefill(
         PAGE_SIZE=meta.page_size,
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
-        QUERIES=_QUERIES,
+        QUERIES=QUERIES,
         KEYS=_KEYS,
         **dot_options(q.dtype),
         num_warps=4,

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_lora import ALIGNMENT_BYTES, LoraBatch, _columns_of, check_aligned, column_tiles
+from toppings.ops.gpu_lora import ALIGNMENT_BYTES, _columns_of, check_aligned, column_tiles
+from toppings.ops.gpu_plan import LoraBatch
 
 
 @triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]

@@ -1,13 +1,11 @@
 """What the launches of Triton kernels share."""
 
 import os
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _ELEMENTS_PER_WARP = 512
@@ -30,14 +28,6 @@ def num_multiprocessors(device: torch.device) -> int:
         return MULTIPROCESSORS_WITHOUT_GPU
     cuda: Any = torch.cuda
     return int(cuda.get_device_properties(device).multi_processor_count)
-
-
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` on the device, without making the host wait for it."""
-    tensor = torch.tensor(values, dtype=dtype)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:

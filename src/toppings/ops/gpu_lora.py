@@ -15,7 +15,7 @@ only the chunks, a small tensor, are written anew for a step.
   over the adapter's own rank, and reads and writes its part of y once. h is rounded to the weights' dtype, as
   tensor cores want it.
 
-Each form is a choice of tiles (`TILES`), the products of all but `bgmv` run on tensor cores:
+Each form is a choice of tiles (`TILES` of `gpu_plan.py`), the products of all but `bgmv` run on tensor cores:
 
 | form | a chunk | weights are read | for |
 |---|---|---|---|
@@ -33,72 +33,21 @@ first guesses, to be tuned by measurement.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_launch import dot_options, next_power_of_2, num_multiprocessors, to_device
-from toppings.ops.lora import LoraForm, LoraSegments
+from toppings.ops.gpu_launch import dot_options, next_power_of_2, num_multiprocessors
+from toppings.ops.gpu_plan import LoraBatch
+from toppings.ops.lora import LoraSegments
 
 ALIGNMENT_BYTES = 16
 """Every A and B must start on a multiple of this: the sizes of all targeted modules must be multiples of
 it."""
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8
-_SPLIT_INPUTS = 1024  # inputs that one split of a decode shrink goes over, at least
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of one form: `depth` inputs per step of the shrink, `columns` outputs per expand program,
-    which goes over `expand_ranks` at a time."""
-
-    rows: int
-    ranks: int
-    expand_ranks: int
-    depth: int
-    columns: int
-    max_splits: int
-    shrink_warps: int
-    expand_warps: int
-    stages: int
-
-    def splits(self, num_in: int) -> int:
-        """Parts of the input; depends on the model alone, never on the batch."""
-        return max(1, min(self.max_splits, num_in // _SPLIT_INPUTS))
-
-
-TILES: dict[LoraForm, Tiles] = {
-    "sgmv": Tiles(64, 64, 64, 64, 128, 1, 4, 4, 3),
-    "mbgmv": Tiles(16, 16, 32, 128, 128, 8, 4, 4, 4),
-    "bgmv": Tiles(1, 16, 16, 256, 128, 8, 4, 4, 3),
-}
-
-
-@dataclass(frozen=True)
-class LoraBatch:
-    """A step's chunks on the device: int32 [C, 3], (start, stop, slot) each. Slot -1: nothing to do, so that
-    a graph of C chunks serves fewer. `max_rank` bounds the ranks of all adapters that may ever be named."""
-
-    chunks: Tensor
-    form: LoraForm
-    max_rank: int
-    tiles: Tiles
-
-    @classmethod
-    def build(cls, segments: LoraSegments, device: torch.device, form: LoraForm | None = None) -> "LoraBatch":
-        """`form`: by default the segments' own."""
-        form = form or segments.form
-        adapted, tiles = segments.adapted, TILES[form]
-        chunks = [
-            (first, min(first + tiles.rows, stop), slot)
-            for start, stop, slot in adapted
-            for first in range(start, stop, tiles.rows)
-        ]
-        return cls(to_device(chunks, torch.int32, device).view(-1, 3), form, segments.max_rank, tiles)
 
 
 @triton.jit(do_not_specialize=["num_chunks"], do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]

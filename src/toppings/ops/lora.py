@@ -12,7 +12,7 @@ from torch import Tensor
 from toppings.ops.dispatch import bf16_kernels, gpu_kernels, kernels
 
 if TYPE_CHECKING:
-    from toppings.ops.gpu_lora import LoraBatch
+    from toppings.ops.gpu_plan import LoraBatch
 
 LoraForm = Literal["sgmv", "mbgmv", "bgmv"]
 """How the GPU's kernels share out a step's rows; `gpu_lora.py` compares them."""
@@ -27,6 +27,7 @@ MAX_KERNEL_ROWS = 12
 products."""
 
 _TYPICAL_RANK = 16
+_CPU = torch.device("cpu")
 
 _BLOCK_ROWS = 16
 """Of a segment, that one task of the bfloat16 kernel takes."""
@@ -41,8 +42,9 @@ class LoraSegments:
     is in device pool slot `slots[s]`; -1 marks rows of the base model, which are skipped. Built once per
     step.
 
-    `max_rank` (of any module) and `decode_form` matter on a GPU alone; `batches` keeps what its kernels read
-    of the step, once it is there."""
+    `max_rank` (of any module) and `decode_form` matter on a GPU alone; `batches` keeps what a device's
+    kernels read of the step, once it is there. In a graph that changes from replay to replay, and the lists
+    say nothing."""
 
     indptr: list[int]
     slots: list[int]
@@ -67,9 +69,11 @@ class LoraSegments:
 
     @cached_property
     def short(self) -> Tensor:
-        """int64 [n, 3]: the segments for the kernel."""
+        """int32 [n, 3]: the segments for the CPU's kernel; slot -1: nothing to do."""
+        if (batch := self.batches.get(_CPU)) is not None:
+            return batch.chunks
         rows = [segment for segment in self.adapted if segment[1] - segment[0] <= MAX_KERNEL_ROWS]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        return torch.tensor(rows, dtype=torch.int32).view(-1, 3)
 
     @cached_property
     def blocks(self) -> Tensor:
@@ -83,6 +87,8 @@ class LoraSegments:
 
     @cached_property
     def long(self) -> list[tuple[int, int, int]]:
+        if _CPU in self.batches:
+            return []
         return [segment for segment in self.adapted if segment[1] - segment[0] > MAX_KERNEL_ROWS]
 
 

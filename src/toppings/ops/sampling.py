@@ -115,16 +115,27 @@ def _draw(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
         for name in ("temperature", "min_p", "top_p")
     )
     top_k = torch.tensor([row.params.top_k for row in rows], device=logits.device)
-    uniform = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows])
+    uniform = draw_uniform(rows)
     result = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for members, probs, token_ids in truncate(logits / temperature[:, None], top_k, top_p, min_p):
-        cumulated = probs.double().cumsum(-1)
-        total = cumulated[:, -1:]
-        target = uniform.to(logits.device)[members, None] * total
-        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-        place = torch.searchsorted(cumulated, target, right=True)
-        result[members] = (place if token_ids is None else token_ids.gather(1, place))[:, 0]
+        result[members] = choose(probs, token_ids, uniform.to(logits.device)[members])
     return [int(token_id) for token_id in result.tolist()]
+
+
+def draw_uniform(rows: list[SamplingRow]) -> Tensor:
+    """A number of [0, 1) from each row's generator, fp64, in host memory."""
+    numbers = [torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows]
+    return torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.float64)
+
+
+def choose(weights: Tensor, token_ids: Tensor | None, uniform: Tensor) -> Tensor:
+    """int64 [n]: per row, where the cumulated weights [n, N] exceed `uniform` of their sum: a column's token
+    id, or without `token_ids` the column."""
+    cumulated = weights.double().cumsum(-1)
+    total = cumulated[:, -1:]
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(cumulated, target, right=True)
+    return (place if token_ids is None else token_ids.gather(1, place))[:, 0]
 
 
 def _logprobs(logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> list[TokenLogprobs | None]:

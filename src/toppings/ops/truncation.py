@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_NUM_CANDIDATES = 256
+NUM_CANDIDATES = 256
 """A row whose kept tokens are certainly among this many likeliest ones is not sorted as a whole."""
 
 
@@ -29,7 +29,7 @@ def truncate(
         return
     rows = is_cut.nonzero()[:, 0]
     limits = top_k[rows], top_p[rows], min_p[rows]
-    values, ids = likeliest(probs[rows], _NUM_CANDIDATES)
+    values, ids = likeliest(probs[rows], NUM_CANDIDATES)
     weights, is_certain = _cut_candidates(values, *limits)
     is_certain |= torch.full_like(is_certain, values.shape[1] == probs.shape[1])
     if is_certain.any():
@@ -38,7 +38,7 @@ def truncate(
         rest = ~is_certain
         values, ids = probs[rows[rest]].sort(dim=-1, descending=True, stable=True)
         total = torch.ones(values.shape[0], device=values.device)
-        yield rows[rest], _cut(values, total, *(limit[rest] for limit in limits)), ids
+        yield rows[rest], cut(values, total, *(limit[rest] for limit in limits)), ids
 
 
 def _cut_candidates(values: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def _cut_candidates(values: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
     """
     passes = _passes(values, top_k, min_p)
     is_closed = ~passes[:, -1] | ((top_k == 0) & (min_p == 0))
-    weights = _cut(values, torch.ones_like(top_p), top_k, top_p, min_p)
+    weights = cut(values, torch.ones_like(top_p), top_k, top_p, min_p)
     smallest_kept = values.masked_fill(weights == 0, torch.inf).amin(-1)
     return weights, is_closed & (smallest_kept > values[:, -1])
 
@@ -69,7 +69,7 @@ def _passes(probs: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
     return is_among & (probs >= min_p[:, None] * probs[:, :1]) | (columns == 0)
 
 
-def _cut(probs: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def cut(probs: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """`probs` [n, N], descending, with the excluded ones set to 0; `total` [n]: what they and all not given
     add up to, which counts where min-p and top-k exclude none of them."""
     passes = _passes(probs, top_k, min_p)

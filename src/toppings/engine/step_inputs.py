@@ -1,0 +1,124 @@
+"""A step's inputs: what the model, the attention and the adapters read of a batch, in host memory and on the
+device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from toppings.core import BatchItem
+from toppings.engine.staging import Array, Staging
+from toppings.ops.attention import AttentionMetadata
+from toppings.ops.gpu_plan import AttentionTiles, LoraBatch, attention_arrays, lora_chunks
+from toppings.ops.lora import LoraSegments
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """In host memory. `token_ids`, `positions`, `slot_mapping`: int64 [T]; `page_tables`: int32 [S, pages];
+    `context_lens` [S] and `query_indptr` [S + 1] as in `AttentionMetadata`."""
+
+    token_ids: Longs
+    positions: Longs
+    slot_mapping: Longs
+    page_tables: npt.NDArray[np.int32]
+    context_lens: list[int]
+    query_indptr: list[int]
+
+    @classmethod
+    def of(cls, items: Sequence[BatchItem], page_size: int, num_pages: int = 0) -> "StepRows":
+        """`num_pages`: columns of the page tables, by default as many as the longest needs."""
+        tables = [item.request.page_table for item in items]
+        page_tables = np.zeros((len(items), num_pages or max(map(len, tables))), np.int32)
+        for row, table in zip(page_tables, tables):
+            row[: len(table)] = table
+        counts = np.array([item.num_tokens for item in items])
+        starts = np.array([item.request.num_computed_tokens for item in items])
+        query_indptr = [0, *accumulate(item.num_tokens for item in items)]
+        sequences = np.repeat(np.arange(len(items)), counts)
+        positions = np.arange(query_indptr[-1]) + np.repeat(starts - query_indptr[:-1], counts)
+        pages = page_tables[sequences, positions // page_size].astype(np.int64)
+        return cls(
+            token_ids=np.array(list(chain.from_iterable(map(_token_ids, items))), np.int64),
+            positions=positions,
+            slot_mapping=pages * page_size + positions % page_size,
+            page_tables=page_tables,
+            context_lens=(starts + counts).tolist(),
+            query_indptr=query_indptr,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """On the device. `token_ids`, `positions`: int64 [T]; `logit_rows`: int64 [R], the rows to draw from."""
+
+    token_ids: Tensor
+    positions: Tensor
+    logit_rows: Tensor
+    meta: AttentionMetadata
+
+
+class InputBuilder:
+    """`max_context` bounds every sequence's tokens. Without `staging` the device is the host itself."""
+
+    def __init__(self, page_size: int, max_context: int, staging: Staging | None) -> None:
+        self._page_size = page_size
+        self._max_context = max_context
+        self._staging = staging
+
+    def build(
+        self, items: Sequence[BatchItem], logit_rows: Sequence[int], segments: LoraSegments | None
+    ) -> StepInputs:
+        """What kernels read of `segments` is brought along with the rest."""
+        rows = StepRows.of(items, self._page_size)
+        meta = AttentionMetadata(
+            num_decodes=sum(item.is_decode for item in items),
+            query_indptr=rows.query_indptr,
+            context_lens=rows.context_lens,
+            page_tables=torch.from_numpy(rows.page_tables),
+            slot_mapping=torch.from_numpy(rows.slot_mapping),
+            page_size=self._page_size,
+            max_context=self._max_context,
+        )
+        model_inputs: list[Array] = [rows.token_ids, rows.positions, np.array(logit_rows, np.int64)]
+        if self._staging is None:
+            token_ids, positions, row_ids = map(torch.from_numpy, model_inputs)
+            return StepInputs(token_ids, positions, row_ids, meta)
+        arrays = [*model_inputs, rows.slot_mapping, rows.page_tables, *attention_arrays(meta)]
+        if segments is not None:
+            # Whoever decodes is served in the same form alone and in any company, as in a graph.
+            form = segments.decode_form if meta.num_decodes == len(items) else segments.form
+            arrays.append(lora_chunks(segments, form))
+        token_ids, positions, row_ids, slots, tables, *brought = self._staging.bring(arrays)
+        if segments is not None:
+            segments.batches[self._staging.device] = LoraBatch(brought.pop(), form, segments.max_rank)
+        meta = replace(meta, slot_mapping=slots, page_tables=tables, brought=AttentionTiles.of(meta, brought))
+        return StepInputs(token_ids, positions, row_ids, meta)
+
+
+def lora_segments(items: Sequence[BatchItem], slots: dict[int, int], max_rank: int) -> LoraSegments:
+    """Neighbouring rows of one adapter become one segment; rows of the base model get slot -1. `slots`: by
+    adapter id."""
+    indptr: list[int] = [0]
+    segment_slots: list[int] = []
+    for item in items:
+        adapter_id = item.request.adapter_id
+        slot = -1 if adapter_id is None else slots[adapter_id]
+        end = indptr[-1] + item.num_tokens
+        if segment_slots and segment_slots[-1] == slot:
+            indptr[-1] = end
+        else:
+            segment_slots.append(slot)
+            indptr.append(end)
+    return LoraSegments(indptr, segment_slots, max_rank)
+
+
+def _token_ids(item: BatchItem) -> list[int]:
+    start = item.request.num_computed_tokens
+    return item.request.token_ids(start, start + item.num_tokens)

@@ -1,0 +1,178 @@
+"""`sampling.sample` for logits on a GPU: what it needs of the rows comes in one copy, and nothing on the way
+makes the host wait.
+
+Draws the tokens that `sample` draws, with one difference: rows whose top-k is below `NUM_CANDIDATES` are
+never sorted as a whole, so a tie that reaches from the kept tokens to beyond that many may be broken
+otherwise.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from toppings.core import TokenLogprobs
+from toppings.ops.sampling import SampleOutput, SamplingRow, choose, draw_uniform
+from toppings.ops.truncation import NUM_CANDIDATES, cut, likeliest
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What a step's rows ask for, in host memory.
+
+    `drawn`: rows that are not greedy; by position among them, `parameters` float32 [3, D] (temperature,
+    top-p, min-p), `top_k`, `uniform` float64, and which are `uncut`, to be sorted in part (`few`) or whole.
+    `forbidden`: int64 [2, F], (rows, token ids). `repeated`: int64 [2, N] with `repetition` [N], the factor.
+    `counted`: int64 [2, M] with `subtracted` [M]. `reported`: rows that want logprobs, `num_top` of them.
+    """
+
+    drawn: Array
+    parameters: Array
+    top_k: Array
+    uniform: Array
+    uncut: Array
+    few: Array
+    many: Array
+    forbidden: Array
+    repeated: Array
+    repetition: Array
+    counted: Array
+    subtracted: Array
+    reported: Array
+    num_top: int
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingRow], vocab_size: int) -> "SamplingPlan":
+        """Takes one number from the generator of every row that is drawn."""
+        drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
+        params = [rows[i].params for i in drawn]
+        is_few = [0 < p.top_k < NUM_CANDIDATES for p in params]
+        is_uncut = [p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0 for p in params]
+        places = [(i, t) for i, row in enumerate(rows) for t in row.forbidden_ids if t < vocab_size]
+        repeated, factors = _repetitions(rows)
+        counted, subtracted = _counts(rows)
+        reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        return cls(
+            drawn=_longs(drawn),
+            parameters=np.array([[p.temperature, p.top_p, p.min_p] for p in params], np.float32)
+            .reshape(-1, 3)
+            .T,
+            top_k=_longs([p.top_k for p in params]),
+            uniform=draw_uniform([rows[i] for i in drawn]).numpy(),
+            uncut=_longs([d for d, uncut in enumerate(is_uncut) if uncut]),
+            few=_longs([d for d, few in enumerate(is_few) if few]),
+            many=_longs([d for d in range(len(drawn)) if not is_few[d] and not is_uncut[d]]),
+            forbidden=_pairs(places),
+            repeated=_pairs(repeated),
+            repetition=np.array(factors, np.float32),
+            counted=_pairs(counted),
+            subtracted=np.array(subtracted, np.float32),
+            reported=_longs(reported),
+            num_top=max((rows[i].params.logprobs or 0 for i in reported), default=0),
+        )
+
+    @property
+    def arrays(self) -> list[Array]:
+        """To be brought to the device for `draw`."""
+        return [
+            *(self.drawn, self.parameters, self.top_k, self.uniform, self.uncut, self.few, self.many),
+            *(self.forbidden, self.repeated, self.repetition, self.counted, self.subtracted, self.reported),
+        ]
+
+
+def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[Tensor]:
+    """The tokens drawn, int64 [R], and of the rows reported: log-probabilities, ranks, the likeliest tokens'
+    ids and log-probabilities. logits: fp32 [R, V], not changed; `arrays`: the plan's, on the device."""
+    drawn, parameters, top_k, uniform, *kinds, forbidden, repeated, factors, counted, subtracted, reported = (
+        arrays
+    )
+    adjusted = logits
+    if plan.forbidden.size or plan.repeated.size or plan.counted.size:
+        adjusted = logits.clone()
+        adjusted.index_put_(tuple(forbidden), adjusted.new_full((), -torch.inf))
+        scores = adjusted[tuple(repeated)]
+        adjusted.index_put_(tuple(repeated), torch.where(scores > 0, scores / factors, scores * factors))
+        adjusted.index_put_(tuple(counted), adjusted[tuple(counted)] - subtracted)
+    token_ids = adjusted.argmax(-1)
+    if plan.drawn.size:
+        temperature, top_p, min_p = parameters
+        probs = (adjusted[drawn] / temperature[:, None]).softmax(-1)
+        for kind, members in zip(("uncut", "few", "many"), kinds):
+            if len(members):
+                limits = top_k[members], top_p[members], min_p[members]
+                weights, ids = _weights(kind, probs[members], *limits)
+                token_ids.index_put_((drawn[members],), choose(weights, ids, uniform[members]))
+    return [token_ids, *_report(logits, token_ids, reported, plan.num_top)] if len(reported) else [token_ids]
+
+
+def _weights(
+    kind: str, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    if kind == "uncut":
+        return probs, None
+    if kind == "few":
+        values, ids = likeliest(probs, NUM_CANDIDATES)
+    else:
+        values, ids = probs.sort(dim=-1, descending=True, stable=True)
+    return cut(values, torch.ones_like(top_p), top_k, top_p, min_p), ids
+
+
+def _report(logits: Tensor, token_ids: Tensor, reported: Tensor, num_top: int) -> list[Tensor]:
+    logprobs = logits[reported].log_softmax(-1)
+    values = logprobs.gather(1, token_ids[reported][:, None])
+    top_values, top_ids = likeliest(logprobs, num_top)
+    return [values[:, 0], (logprobs > values).sum(-1) + 1, top_ids, top_values]
+
+
+def to_output(plan: SamplingPlan, rows: Sequence[SamplingRow], drawn: Sequence[Tensor]) -> SampleOutput:
+    """`drawn`: what `draw` gave, in host memory."""
+    token_ids: list[int] = drawn[0].tolist()
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    if len(drawn) > 1:
+        for i, value, rank, ids, values in zip(
+            plan.reported.tolist(), *(part.tolist() for part in drawn[1:])
+        ):
+            top = list(zip(ids, values))[: rows[i].params.logprobs]
+            logprobs[i] = TokenLogprobs(token_ids[i], value, rank, top)
+    return SampleOutput(token_ids, logprobs)
+
+
+def _repetitions(rows: Sequence[SamplingRow]) -> tuple[list[tuple[int, int]], list[float]]:
+    """(row, token) of every token that occurred in a row with a repetition penalty, and the penalty."""
+    seen = [
+        (i, token, row.params.repetition_penalty)
+        for i, row in enumerate(rows)
+        if row.params.repetition_penalty != 1.0
+        for token in {*row.prompt_token_ids, *row.output_token_ids}
+    ]
+    return [(i, token) for i, token, _ in seen], [penalty for _, _, penalty in seen]
+
+
+def _counts(rows: Sequence[SamplingRow]) -> tuple[list[tuple[int, int]], list[np.float32]]:
+    """(row, token) of every token of the output of a row with another penalty, and what is subtracted."""
+    places, subtracted = [], []
+    for i, row in enumerate(rows):
+        frequency, presence = (np.float32(getattr(row.params, f"{kind}_penalty")) for kind in _COUNTED)
+        if frequency or presence:
+            for token, times in Counter(row.output_token_ids).items():
+                places.append((i, token))
+                subtracted.append(frequency * np.float32(times) + presence)
+    return places, subtracted
+
+
+_COUNTED = ("frequency", "presence")
+
+
+def _longs(values: Sequence[int]) -> Array:
+    return np.array(values, np.int64)
+
+
+def _pairs(places: Sequence[tuple[int, int]]) -> Array:
+    return np.array(places, np.int64).reshape(-1, 2).T

@@ -1,0 +1,140 @@
+"""How a step's work is shared out over the programs of the Triton kernels, worked out on the host.
+
+No Triton here: whoever brings a step's inputs to the device in one copy (engine/step_inputs.py) asks for
+`attention_arrays` and `lora_chunks` and says with `AttentionTiles.of` and `LoraBatch` where they have come.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from toppings.ops.attention import AttentionMetadata
+from toppings.ops.lora import LoraForm, LoraSegments
+
+QUERIES = 64
+"""Queries of one program of the prefill attention."""
+
+_SPLIT_INPUTS = 1024  # inputs that one split of a decode shrink goes over, at least
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """What the kernels read about a step's sequences, on the device.
+
+    `context_lens`: int32 [S]. `prefill_tiles`: int32 [N, 4], (first row, row after the last, sequence,
+    position of the first row's token) of up to 64 neighbouring queries. `prefill_indptr`: int32, the prompts'
+    rows, counted from the first prompt's. `max_decode_context` bounds the decodes' contexts."""
+
+    context_lens: Tensor
+    prefill_tiles: Tensor
+    prefill_indptr: Tensor
+    longest_prefill: int
+    are_prefills_whole: bool
+    max_decode_context: int
+
+    @classmethod
+    def build(cls, meta: AttentionMetadata) -> "AttentionTiles":
+        return cls.of(meta, [to_device(array, meta.page_tables.device) for array in attention_arrays(meta)])
+
+    @classmethod
+    def of(cls, meta: AttentionMetadata, arrays: Sequence[Tensor]) -> "AttentionTiles":
+        """`arrays`: those of `attention_arrays`, on the device."""
+        context_lens, tiles, indptr = arrays
+        lengths = [stop - start for start, stop in pairwise(meta.query_indptr[meta.num_decodes :])]
+        return cls(
+            context_lens,
+            tiles,
+            indptr,
+            max(lengths, default=0),
+            lengths == meta.context_lens[meta.num_decodes :],
+            meta.max_context or max(meta.context_lens[: meta.num_decodes], default=0),
+        )
+
+
+def attention_arrays(meta: AttentionMetadata) -> list[Ints]:
+    """`context_lens`, `prefill_tiles` and `prefill_indptr` of `AttentionTiles`."""
+    tiles: list[tuple[int, int, int, int]] = []
+    for s in range(meta.num_decodes, len(meta.context_lens)):
+        start, stop = meta.query_indptr[s], meta.query_indptr[s + 1]
+        past = meta.context_lens[s] - (stop - start)
+        tiles += [
+            (row, min(row + QUERIES, stop), s, past + row - start) for row in range(start, stop, QUERIES)
+        ]
+    tiles.sort(key=lambda tile: -tile[3])  # those with most keys first: they take longest
+    starts = meta.query_indptr[meta.num_decodes :]
+    return [
+        np.array(meta.context_lens, np.int32),
+        np.array(tiles, np.int32).reshape(-1, 4),
+        np.array(starts, np.int32) - starts[0],
+    ]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of one form: `depth` inputs per step of the shrink, `columns` outputs per expand program,
+    which goes over `expand_ranks` at a time."""
+
+    rows: int
+    ranks: int
+    expand_ranks: int
+    depth: int
+    columns: int
+    max_splits: int
+    shrink_warps: int
+    expand_warps: int
+    stages: int
+
+    def splits(self, num_in: int) -> int:
+        """Parts of the input; depends on the model alone, never on the batch."""
+        return max(1, min(self.max_splits, num_in // _SPLIT_INPUTS))
+
+
+TILES: dict[LoraForm, Tiles] = {
+    "sgmv": Tiles(64, 64, 64, 64, 128, 1, 4, 4, 3),
+    "mbgmv": Tiles(16, 16, 32, 128, 128, 8, 4, 4, 4),
+    "bgmv": Tiles(1, 16, 16, 256, 128, 8, 4, 4, 3),
+}
+
+
+@dataclass(frozen=True)
+class LoraBatch:
+    """A step's chunks on the device: int32 [C, 3], (start, stop, slot) each. Slot -1: nothing to do, so that
+    a graph of C chunks serves fewer. `max_rank` bounds the ranks of all adapters that may ever be named."""
+
+    chunks: Tensor
+    form: LoraForm
+    max_rank: int
+
+    @property
+    def tiles(self) -> Tiles:
+        return TILES[self.form]
+
+    @classmethod
+    def build(cls, segments: LoraSegments, device: torch.device, form: LoraForm | None = None) -> "LoraBatch":
+        """`form`: by default the segments' own."""
+        form = form or segments.form
+        return cls(to_device(lora_chunks(segments, form), device), form, segments.max_rank)
+
+
+def lora_chunks(segments: LoraSegments, form: LoraForm) -> Ints:
+    """int32 [C, 3]: (start, stop, slot) of each chunk of the segments."""
+    num_rows = TILES[form].rows
+    chunks = [
+        (first, min(first + num_rows, stop), slot)
+        for start, stop, slot in segments.adapted
+        for first in range(start, stop, num_rows)
+    ]
+    return np.array(chunks, np.int32).reshape(-1, 3)
+
+
+def to_device(array: Ints, device: torch.device) -> Tensor:
+    """`array` on the device, without making the host wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

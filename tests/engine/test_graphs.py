@@ -1,0 +1,73 @@
+"""Decode steps replayed from graphs give the tokens of steps that are not, whatever comes and goes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.driver import Driver, drive
+from tests.engine.graph_fakes import FakeGraphs
+from tests.engine.oracle import make_adapter, make_model, make_prompt
+from toppings.engine.graphs import GROUP_SETS, batch_sizes
+
+ADAPTERS: dict[str, dict[str, object]] = {
+    "qkv-r64": {"rank": 64, "targets": ("q_proj", "k_proj", "v_proj")},
+    "v-r1": {"rank": 1, "targets": ("v_proj",)},
+    "qo-r16": {"rank": 16, "targets": ("q_proj", "o_proj")},
+    "all-r8": {"rank": 8},
+    "down-r3": {"rank": 3, "targets": ("down_proj",)},
+    "kup-r256": {"rank": 256, "targets": ("k_proj", "up_proj")},
+}
+NAMES = (None, *ADAPTERS)
+SETTINGS = {"max_num_seqs": 20, "max_num_batched_tokens": 64, "max_model_len": 96}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    root = tmp_path_factory.mktemp("graphs")
+    model = make_model(root / "model")
+    adapters = {
+        name: make_adapter(root / name, model, seed=i, **kind)  # type: ignore[arg-type]
+        for i, (name, kind) in enumerate(ADAPTERS.items())
+    }
+    return model, adapters
+
+
+def run_everything(driver: Driver) -> dict[str, list[int]]:
+    """Batches of every size that ends at different times, then every adapter alone, evicted and loaded anew,
+    with aborts in between."""
+    for i in range(20):
+        driver.add(f"mixed {i}", make_prompt(i, 3 + i), 8 + i, NAMES[i % len(NAMES)])
+    driver.run()
+    for turn in range(2):
+        for i, name in enumerate(NAMES):
+            driver.add(f"{name} {turn}", make_prompt(i, 20), 6, name)
+            driver.add(f"gone {name} {turn}", make_prompt(i, 20), 20, name)
+            for _ in range(3 + i % 3):
+                driver.step()
+            driver.engine.abort(f"gone {name} {turn}")
+            driver.run()
+    return {name: tokens for name, tokens in driver.tokens.items() if not name.startswith("gone")}
+
+
+def test_replayed_steps_give_the_same_tokens(
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    model, adapters = checkpoints
+    with drive(model, tmp_path / "eager", adapters, mode="on_demand", **SETTINGS) as driver:
+        expected = run_everything(driver)
+    backend, scarce = FakeGraphs(), {"device_pool_bytes": 1200 * 1024, "mode": "on_demand", **SETTINGS}
+    with drive(model, tmp_path / "graphs", adapters, graphs=backend, **scarce) as driver:
+        assert run_everything(driver) == expected
+        stats = driver.engine.stats(0)
+    assert stats.counters["device_evictions"] > 3
+    sizes = batch_sizes(20)
+    used = [graph.num_replays > 0 for graph in backend.graphs]
+    assert len(used) == len(sizes) * len(GROUP_SETS)
+    assert all(any(used[i : i + len(GROUP_SETS)]) for i in range(0, len(used), len(GROUP_SETS)))  # every size
+    assert all(any(used[i :: len(GROUP_SETS)]) for i in range(len(GROUP_SETS)))  # every set of groups
+
+
+def test_sizes_reach_the_number_of_requests_that_may_run() -> None:
+    assert batch_sizes(1) == (1,)
+    assert batch_sizes(20) == (1, 2, 4, 8, 16, 20)
+    assert batch_sizes(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)

@@ -1,0 +1,86 @@
+"""The sampler of logits on a GPU draws and reports what the one in host memory does, without looking back."""
+
+import random
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toppings.core import SamplingParams
+from toppings.ops.device_sampling import SamplingPlan, draw, to_output
+from toppings.ops.sampling import SamplingRow, sample
+
+VOCAB_SIZE = 400
+LOOKS_BACK = (
+    *("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "unique"),
+    *("_unique2", "allclose"),
+)
+
+
+def check_no_look_back(operator: str, args: Any) -> None:
+    """Fails where it would make the host wait for the device: to read a value, or for a shape that follows
+    from values."""
+    assert operator not in LOOKS_BACK, f"{operator} waits for the device"
+    if operator in ("index", "index_put", "index_put_"):
+        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        assert not masks, f"{operator} with a mask waits for the device"
+
+
+class NoLookingBack(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        check_no_look_back(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+
+def random_params(rng: random.Random) -> dict[str, Any]:
+    params: dict[str, Any] = {"temperature": rng.choice([0.0, 0.7, 1.3]), "max_tokens": 50}
+    choices: dict[str, list[Any]] = {
+        "top_k": [1, 5, 255, 256, 399],
+        "top_p": [0.1, 0.9, 0.999],
+        "min_p": [0.01, 0.3],
+        "repetition_penalty": [0.7, 1.4],
+        "frequency_penalty": [0.3, -0.4],
+        "presence_penalty": [0.9],
+        "min_tokens": [10],
+        "logprobs": [0, 3],
+    }
+    for name, values in choices.items():
+        if rng.random() < 0.3:
+            params[name] = rng.choice(values)
+    return params
+
+
+def random_rows(seed: int, num_rows: int) -> list[SamplingRow]:
+    rng = random.Random(seed)
+    return [
+        SamplingRow(
+            SamplingParams(**random_params(rng)),
+            [rng.randrange(VOCAB_SIZE) for _ in range(9)],
+            [rng.randrange(40) for _ in range(rng.choice([0, 1, 7, 30]))],
+            torch.Generator().manual_seed(i) if rng.random() < 0.8 else None,
+            (7, VOCAB_SIZE + 5),
+        )
+        for i in range(num_rows)
+    ]
+
+
+def test_draws_and_reports_what_the_reference_does() -> None:
+    for seed, num_rows in enumerate((1, 2, 7, 60, 60)):
+        torch.manual_seed(seed)
+        logits = 3 * torch.randn(num_rows, VOCAB_SIZE)
+        logits[:, 11] = logits[:, 12]  # ties
+        expected = sample(logits, random_rows(seed, num_rows))
+        torch.manual_seed(seed)
+        torch.randn(num_rows, VOCAB_SIZE)
+        rows, before = random_rows(seed, num_rows), logits.clone()
+        plan = SamplingPlan.of(rows, VOCAB_SIZE)
+        arrays = [torch.from_numpy(array.copy()) for array in plan.arrays]
+        with NoLookingBack():  # type: ignore[no-untyped-call]
+            drawn = draw(logits, plan, arrays)
+        assert to_output(plan, rows, drawn) == expected
+        assert torch.equal(logits, before)
+
+
+def test_greedy_rows_bring_nothing_to_the_device() -> None:
+    rows = [SamplingRow(SamplingParams(temperature=0.0), [1], [2]) for _ in range(3)]
+    assert sum(array.nbytes for array in SamplingPlan.of(rows, VOCAB_SIZE).arrays) == 0
