@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from toppings.adapters.loader import LoadHandle
 from toppings.adapters.manager import AdapterManager
 from toppings.assist.coordinator import AssistLora, ColdAdapter, Coordinator
 from toppings.assist.cores import available_cores, choose_cores
@@ -63,14 +64,16 @@ class Assist:
             adapters.pool, self._workers, host_arena, runner.out_offsets, self.profile
         )
 
-    def step(self, segments: LoraSegments, num_tokens: Mapping[int, int]) -> AssistLora:
-        """The context of a forward with `num_tokens` rows (by adapter id) of adapters still on their way."""
-        return self._coordinator.step(segments, [self._cold(a, num) for a, num in num_tokens.items()])
+    def step(
+        self, segments: LoraSegments, loads: Mapping[int, LoadHandle], num_tokens: Mapping[int, int]
+    ) -> AssistLora:
+        """The context of a forward with `num_tokens` rows of adapters whose `loads` were under way when it
+        began, both by adapter id. A load may have landed since."""
+        cold = [self._cold(a, load, num_tokens[a]) for a, load in loads.items()]
+        return self._coordinator.step(segments, cold)
 
-    def _cold(self, adapter_id: int, num_tokens: int) -> ColdAdapter:
-        load = self._adapters.load_of(adapter_id)
+    def _cold(self, adapter_id: int, load: LoadHandle, num_tokens: int) -> ColdAdapter:
         entry = self._adapters.host_entry_of(adapter_id)
-        assert load is not None, "the adapter has landed: it is not cold"
         choices = self._mode.plan(entry.layout, num_tokens).choices
         return ColdAdapter(self._adapters.slot_of(adapter_id), load, entry, choices)
 

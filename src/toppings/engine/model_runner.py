@@ -42,7 +42,9 @@ Sampler = Callable[[torch.Tensor, list[SamplingRow]], SampleOutput]
 class StepAssist(Protocol):
     """What computes products of adapters that are still on their way (engine/assist.py)."""
 
-    def step(self, segments: LoraSegments, num_tokens: Mapping[int, int]) -> AssistLora: ...
+    def step(
+        self, segments: LoraSegments, loads: Mapping[int, LoadHandle], num_tokens: Mapping[int, int]
+    ) -> AssistLora: ...
 
 
 class ModelRunner:
@@ -140,7 +142,7 @@ class ModelRunner:
         if segments is None:
             return nullcontext()
         if loads and self.assist is not None:
-            return self.assist.step(segments, {a: _num_tokens_of(items, a) for a in loads})
+            return self.assist.step(segments, loads, {a: _num_tokens_of(items, a) for a in loads})
         pool = self._adapters.pool
         groups, handles = pool.groups_of(segments.slots), list(loads.values())
         return nullcontext(
