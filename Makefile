@@ -9,10 +9,8 @@ ARGS ?=
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,figures,ray]"
-	$(BIN)/python -m toppings.ops.cpu_warm_up # so that the first start is as fast as the next one
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	scripts/install.sh --python $(PYTHON) --venv $(VENV) --extras dev,figures,ray --editable
 	touch $@
 
 serve: setup

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 MODES = ("cached", "on_demand", "pipelined", "cpu_assisted", "cpu_shrink", "auto")
+CPU_MODES = ("cpu_assisted", "cpu_shrink")
 EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
@@ -68,6 +69,9 @@ class EngineConfig:
     cuda_graphs: str = setting(
         "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
     )
+    tensor_parallel_size: int = setting(
+        1, "processes, each with a GPU, that the model and its adapters are split over"
+    )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
     state_dir: str = setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
@@ -104,6 +108,7 @@ class EngineConfig:
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
+            "tensor_parallel_size",
             "page_size",
             "device_pool_bytes",
             "host_store_bytes",
@@ -128,6 +133,11 @@ class EngineConfig:
             self.max_num_batched_tokens >= self.max_num_seqs,
             "at least max_num_seqs",
         )
+        if self.tensor_parallel_size > 1 and self.mode in CPU_MODES:
+            raise ConfigError(
+                f"mode is {self.mode!r}, but with a tensor_parallel_size of {self.tensor_parallel_size} "
+                "there is no CPU assistance; choose cached, on_demand, pipelined or auto"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,12 @@ class VirtualLoader:
         landed = [begin_ns + load_ns * (layer + 1) / NUM_LAYERS for layer in range(NUM_LAYERS)]
         return VirtualHandle(source, order or by_layer(range(NUM_LAYERS)), self._clock, landed)
 
+    def part_of(self, entry: LoadSource) -> LoadSource:
+        return entry
+
+    def is_over(self, handle: LoadHandle) -> bool:
+        return handle.done
+
     def notify(self) -> None:
         pass
 

@@ -19,10 +19,13 @@ class HostArena:
     `fd` reaches only a process that it is passed to; the memory is gone with the last one that maps it.
     """
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, fd: int | None = None) -> None:
+        """`fd`: of another process's arena, to be mapped as well and owned from now on."""
         self.size_bytes = size_bytes
-        self.fd = _anonymous_file()
-        os.ftruncate(self.fd, size_bytes)
+        if fd is None:
+            fd = _anonymous_file()
+            os.ftruncate(fd, size_bytes)
+        self.fd = fd
         self._map = mmap.mmap(self.fd, size_bytes)
         self.view: Bytes = np.frombuffer(self._map, np.uint8)
         self._unregister: Callable[[], None] | None = None

@@ -61,7 +61,8 @@ class DeviceTier:
     def place(self, entry: HostEntry, order: Callable[[AdapterLayout], LoadOrder]) -> Resident | None:
         """Begins the load of `entry`, evicting idle adapters if that makes room; None where it does not."""
         tier = "host" if entry.was_fetched else "disk"
-        slot = self._find_room(entry.layout)
+        source = self._loader.part_of(entry)
+        slot = self._find_room(source.layout)
         if slot is None:
             return None
         if not self._host.try_pin(entry):
@@ -70,7 +71,7 @@ class DeviceTier:
         item_bytes = self.pool.arena.itemsize
         layers = range(self.pool.num_layers)
         offsets_bytes = [self.pool.layer_offset(slot, layer) * item_bytes for layer in layers]
-        load = self._loader.start(entry, offsets_bytes, order(entry.layout))
+        load = self._loader.start(source, offsets_bytes, order(source.layout))
         resident = Resident(entry.adapter_id, slot, load, entry, tier)
         self.residents[entry.adapter_id] = self._loading[entry.adapter_id] = resident
         self._policy.touch(entry.adapter_id, resident.num_bytes)
@@ -141,7 +142,7 @@ class DeviceTier:
         failed = []
         for resident in list(self._loading.values()):
             has_failed = resident.load.error is not None
-            if not has_failed and not resident.load.done:
+            if not has_failed and not self._loader.is_over(resident.load):
                 continue
             self._end_load(resident)
             if has_failed:

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
-from toppings.adapters.arena import HostArena
+from toppings.adapters.arena import Bytes, HostArena
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.eviction import EvictionPolicy
 from toppings.adapters.host_entry import EntryState, HostEntry
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
-from toppings.adapters.packed import PackedAdapter, PackedFileError
+from toppings.adapters.packed import PackedFileError
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,21 @@ RETRY_S = 0.05
 """How often a read that found no room looks whether entries are still wanted."""
 
 
+class PackedReader(Protocol):
+    """An open packed adapter (a `PackedAdapter`)."""
+
+    @property
+    def layout(self) -> AdapterLayout: ...
+
+    def read_layer(self, layer: int, into: Bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class PackedSource(Protocol):
     """Where packed adapters come from (the registry)."""
 
-    def open_packed(self, adapter_id: int) -> PackedAdapter: ...
+    def open_packed(self, adapter_id: int) -> PackedReader: ...
 
     def rebuild(self, adapter_id: int) -> None: ...
 
@@ -199,7 +210,7 @@ class HostStore:
             packed.close()
         self._finish(entry, (time.perf_counter() - started_at) * 1e3)
 
-    def _read_layer(self, entry: HostEntry, packed: PackedAdapter, layer: int) -> PackedAdapter:
+    def _read_layer(self, entry: HostEntry, packed: PackedReader, layer: int) -> PackedReader:
         """Reads one layer; a damaged file is made again, with the same content, and read on from there."""
         try:
             packed.read_layer(layer, entry.layer_view(layer))

@@ -27,8 +27,12 @@ class LoadSource(Protocol):
     """An adapter in host memory, perhaps still being read (a `HostEntry`)."""
 
     adapter_id: int
-    num_layers_ready: int
-    error: AdapterError | None
+
+    @property
+    def num_layers_ready(self) -> int: ...
+
+    @property
+    def error(self) -> AdapterError | None: ...
 
     @property
     def layout(self) -> AdapterLayout: ...
@@ -166,6 +170,14 @@ class Loader(ABC):
             self._jobs.append(LoadJob(source, offsets_bytes, handle))
             self._wake.notify()
         return handle
+
+    def part_of(self, entry: LoadSource) -> LoadSource:
+        """What of an adapter in host memory comes to this device: all of it."""
+        return entry
+
+    def is_over(self, handle: LoadHandle) -> bool:
+        """Nobody copies from its source or to its blocks any more."""
+        return handle.done
 
     def notify(self) -> None:
         """A source has more layers, or has failed."""

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +24,13 @@ from toppings.adapters.host_entry import HostEntry
 from toppings.adapters.host_store import HostStore
 from toppings.adapters.loader import CpuLoader, Loader, LoadHandle
 from toppings.adapters.modes import LoadingMode
+from toppings.adapters.parts import CutSource
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.config import EngineConfig
 from toppings.core import AdapterStatus, Admission
+
+if TYPE_CHECKING:
+    from toppings.adapters.mirror import Lead
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +53,26 @@ class LoadTimes:
 class AdapterManager:
     """Single-threaded towards the engine's loop; only `start`, `preload_all` and `close` ever block."""
 
-    def __init__(self, registry: AdapterRegistry, config: EngineConfig, mode: LoadingMode) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        config: EngineConfig,
+        mode: LoadingMode,
+        lead: "Lead | None" = None,
+    ) -> None:
+        """`lead`: of a model that is split over several processes, of which this is the first."""
         self._registry = registry
         self._mode = mode
-        self.pool = _make_pool(registry, config, mode)
-        self.shapes = registry.shapes
-        self.loader = _make_loader(self.pool, config)
-        policy = make_policy(config.eviction)
-        self.host = HostStore(config.host_store_bytes, registry, policy, on_progress=self.loader.notify)
+        self._cut = None if lead is None else CutSource(registry, lead.parts)
+        self.pool = _make_pool(registry, config, mode, lead)
+        self.shapes = registry.shapes if lead is None else lead.parts.shapes  # on this device
+        self.loader = _make_loader(self.pool, config, lead)
+        self.host = HostStore(
+            config.host_store_bytes,
+            self._cut or registry,
+            make_policy(config.eviction),
+            on_progress=self.loader.notify,
+        )
         if config.device == "cuda":
             self.host.arena.lock_pages()
         self._tier = DeviceTier(self.pool, self.host, self.loader, make_policy(config.eviction))
@@ -185,7 +202,8 @@ class AdapterManager:
         if adapter_id not in self._records:
             if len(self._records) >= MAX_CACHED_RECORDS:
                 self._records.clear()
-            self._records[adapter_id] = self._registry.get_by_id(adapter_id)
+            record = self._registry.get_by_id(adapter_id)
+            self._records[adapter_id] = record if self._cut is None else self._cut.device_record(record)
         return self._records[adapter_id]
 
     def _check_fits(self, record: AdapterRecord) -> None:
@@ -365,8 +383,11 @@ class AdapterManager:
         self.host.close()
 
 
-def _make_pool(registry: AdapterRegistry, config: EngineConfig, mode: LoadingMode) -> DevicePool:
-    return DevicePool(
+def _make_pool(
+    registry: AdapterRegistry, config: EngineConfig, mode: LoadingMode, lead: "Lead | None"
+) -> DevicePool:
+    make = DevicePool if lead is None else lead.make_pool
+    return make(
         registry.shapes.num_layers,
         config.device_pool_bytes,
         getattr(torch, registry.dtype),
@@ -375,7 +396,9 @@ def _make_pool(registry: AdapterRegistry, config: EngineConfig, mode: LoadingMod
     )
 
 
-def _make_loader(pool: DevicePool, config: EngineConfig) -> Loader:
+def _make_loader(pool: DevicePool, config: EngineConfig, lead: "Lead | None") -> Loader:
+    if lead is not None:
+        return lead.make_loader(pool, config.device, config.link_gbps)
     if config.device == "cuda":
         return CudaLoader(pool.arena)
     return CpuLoader(pool.arena, link_gbps=config.link_gbps)

@@ -33,7 +33,7 @@ class AdapterEngine:
     def link_gbps(self) -> float:
         """Speed of a layer's copy to the device, 10^9 bytes per second."""
         adapters = self.engine.adapters
-        probe = LinkProbe(adapters.loader, adapters.pool, self.registry.shapes, adapters.host.arena.view)
+        probe = LinkProbe(adapters.loader, adapters.pool, adapters.shapes, adapters.host.arena.view)
         return COPY_BYTES / probe(COPY_BYTES) / 1e9
 
     def disk_gbps(self) -> float:

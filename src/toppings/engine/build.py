@@ -1,8 +1,10 @@
 """An engine from its configuration: reads the model, sizes the cache, opens the registry and the pools."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +12,7 @@ from toppings.adapters.layout import DTYPE_BYTES, BaseShapes
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
+from toppings.assist.cores import available_cores
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
@@ -28,9 +31,16 @@ from toppings.engine.step_log import StepLog
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
+from toppings.model.part_decoder import PartDecoder
+from toppings.model.parts import Part
 from toppings.ops import warm_up
 from toppings.ops.attention import KVCache
 from toppings.ops.sampling import sample
+
+if TYPE_CHECKING:
+    from toppings.engine.parallel import Followers
+
+logger = logging.getLogger(__name__)
 
 DEMO_NAME = "toppings-demo"
 MAX_DEFAULT_CACHE_BYTES = 4 * 2**30
@@ -47,10 +57,59 @@ def model_config(config: EngineConfig) -> ModelConfig:
     return ModelConfig.from_checkpoint(model_path(config))
 
 
-def _decoder(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> Decoder:
+def load_decoder(config: EngineConfig, model: ModelConfig, part: Part | None = None) -> Decoder:
+    """The model, or one part of it. Raises ValueError where it cannot be read."""
+    dtype = getattr(torch, _dtype_name(config, model))
+    if part is not None:
+        if config.load_format == "dummy":
+            return PartDecoder.dummy_part(part, dtype, config.device, seed=config.seed)
+        return PartDecoder.load_part(model_path(config), model, part, dtype, config.device)
     if config.load_format == "dummy":
         return Decoder(model, dummy_weights(model, dtype, config.device, seed=config.seed))
     return Decoder.load(model_path(config), dtype=dtype, device=config.device)
+
+
+def make_cache(config: EngineConfig, model: ModelConfig, num_pages: int, dtype: torch.dtype) -> KVCache:
+    """For a model, or the part of one that `model` describes."""
+    return KVCache.allocate(
+        model.num_layers,
+        num_pages + 1,  # the last one is no sequence's: rows that pad a batch write there
+        config.page_size,
+        model.num_kv_heads,
+        model.head_dim,
+        dtype,
+        config.device,
+    )
+
+
+def make_staging(config: EngineConfig, decoder: Decoder, *, has_graphs: bool = False) -> Staging | None:
+    """None where the device is the host and nothing else asks for it."""
+    cuda = torch.cuda if config.device == "cuda" else None
+    return None if cuda is None and not has_graphs else Staging(decoder.device, cuda)
+
+
+def make_runner(
+    config: EngineConfig,
+    decoder: Decoder,
+    cache: KVCache,
+    adapters: AdapterManager,
+    mode: LoadingMode,
+    max_model_len: int,
+    staging: Staging | None,
+) -> ModelRunner:
+    inputs = InputBuilder(config.page_size, max_model_len, staging)
+    is_cuda = staging is not None and config.device == "cuda"
+    draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else sample
+    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw)
+
+
+def set_threads(config: EngineConfig) -> None:
+    """The processes of a split model share the cores where no number is given."""
+    num_threads = config.num_threads
+    if config.tensor_parallel_size > 1 and not num_threads:
+        num_threads = max(1, len(available_cores()) // config.tensor_parallel_size)
+    if num_threads:
+        torch.set_num_threads(num_threads)
 
 
 def served_model_name(config: EngineConfig) -> str:
@@ -89,33 +148,43 @@ def build_engine(
 
     Raises ValueError, OSError or ConfigError where the model or a setting cannot be served.
     """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    set_threads(config)
     torch.manual_seed(config.seed)
+    if config.tensor_parallel_size == 1:
+        return _build_engine(config, await_registry, None, graphs)
+    from toppings.engine.parallel import Followers  # needs msgspec
+
+    followers = Followers.start(config, model_config(config))
+    try:
+        return _build_engine(config, await_registry, followers, None)
+    except BaseException:
+        followers.close()
+        raise
+
+
+def _build_engine(
+    config: EngineConfig,
+    await_registry: Callable[[], None],
+    followers: "Followers | None",
+    graphs: GraphBackend | None,
+) -> Engine:
     model = model_config(config)
-    dtype = getattr(torch, _dtype_name(config, model))
-    decoder = _decoder(config, model, dtype)
-    warm_up(dtype)
-    limits, num_pages = _limits(config, model, _cache_bytes(config, decoder))
-    cache = KVCache.allocate(
-        model.num_layers,
-        num_pages + 1,  # the last one is no sequence's: rows that pad a batch write there
-        config.page_size,
-        model.num_kv_heads,
-        model.head_dim,
-        dtype,
-        config.device,
-    )
+    part = None if followers is None else followers.lead_part
+    own = model if part is None else part.config  # what this process has of it
+    decoder = load_decoder(config, model, part)
+    warm_up(decoder.dtype)
+    limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
+    cache = make_cache(config, own, num_pages, decoder.dtype)
     mode = _make_mode(config)
     await_registry()
-    adapters = AdapterManager(open_registry(config), config, mode)
-    if graphs is None and config.device == "cuda" and config.cuda_graphs == "on":
+    lead = None if followers is None else followers.lead()
+    adapters = AdapterManager(open_registry(config), config, mode, lead)
+    if followers is not None:
+        followers.begin(num_pages, limits.max_model_len, adapters)
+    if graphs is None and followers is None and config.device == "cuda" and config.cuda_graphs == "on":
         graphs = CudaGraphs()
-    cuda = torch.cuda if config.device == "cuda" else None
-    staging = None if cuda is None and graphs is None else Staging(decoder.device, cuda)
-    inputs = InputBuilder(config.page_size, limits.max_model_len, staging)
-    draw = sample if cuda is None or staging is None else DeviceSampler(staging, cuda)
-    runner = ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw)
+    staging = make_staging(config, decoder, has_graphs=graphs is not None)
+    runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging)
     if graphs is not None and staging is not None:
         spec = GraphSpec(config.max_num_seqs, limits.max_model_len, num_pages, runner.out_offsets)
         runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
@@ -136,16 +205,20 @@ def build_engine(
     return Engine(
         info,
         Scheduler(limits, PageAllocator(num_pages, config.page_size), adapters),
-        runner,
+        runner if followers is None else followers.leading(runner, adapters),
         adapters,
         eos_token_ids=model.eos_token_ids,
         step_log=StepLog(config.step_log),
         assist=assist,
+        followers=followers,
     )
 
 
 def _make_mode(config: EngineConfig) -> LoadingMode:
     """Where the device's memory is the host's and no link is emulated, `auto` needs no profile or workers."""
+    if config.mode == "auto" and config.tensor_parallel_size > 1:
+        logger.info("mode auto acts as pipelined: a split model has no CPU assistance")
+        return PipelinedMode()
     if config.mode == "auto" and config.device == "cpu" and not config.link_gbps:
         return PipelinedMode()
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
@@ -159,6 +232,8 @@ def _cache_bytes(config: EngineConfig, decoder: Decoder) -> int:
     """The memory set aside for the cache. Raises ConfigError where a GPU has none left."""
     if config.kv_cache_bytes:
         return config.kv_cache_bytes
+    if config.tensor_parallel_size > 1 and config.device == "cuda":
+        raise ConfigError("a model that is split over GPUs needs kv_cache_bytes, for each of them")
     if config.device != "cuda":
         return min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
     memory = measure(decoder, config, torch.cuda)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.manager import AdapterManager
@@ -20,7 +21,7 @@ from toppings.core import (
     TokenLogprobs,
 )
 from toppings.engine.assist import Assist
-from toppings.engine.model_runner import ModelRunner, StepResult
+from toppings.engine.model_runner import StepResult
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.step_log import StepLog, batch_kind
 
@@ -29,6 +30,27 @@ COUNTERS = (
     *("assist_cpu_products", "assist_cold_products"),
 )
 logger = logging.getLogger(__name__)
+
+
+class FollowerLostError(ChildProcessError):
+    """A process that holds a part of the model has ended, or is out of step: the engine cannot go on."""
+
+
+class Followers(Protocol):
+    """The other processes of a split model (parallel.py)."""
+
+    def check(self) -> None:
+        """Raises FollowerLostError where one has ended."""
+
+    def close(self) -> None: ...
+
+
+class Runner(Protocol):
+    """A `ModelRunner`, or the lead of several."""
+
+    def run(self, batch: Batch) -> StepResult: ...
+
+    def forget(self, request: Request) -> None: ...
 
 
 @dataclass(slots=True)
@@ -49,12 +71,13 @@ class Engine:
         self,
         info: EngineReady,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        runner: Runner,
         adapters: AdapterManager,
         *,
         eos_token_ids: tuple[int, ...],
         step_log: StepLog,
         assist: Assist | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -63,6 +86,7 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._step_log = step_log
         self._assist = assist
+        self._followers = followers
         self._progress: dict[str, Progress] = {}
         self._counters = dict.fromkeys(COUNTERS, 0)
 
@@ -110,7 +134,7 @@ class Engine:
         return outputs
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, postprocess. Empty where nothing could run."""
+        """Schedule, run, postprocess. Empty where nothing could run. Raises FollowerLostError."""
         started_at = time.perf_counter()
         batch = self.scheduler.schedule(started_at)
         outputs = [self._fail(request, reason) for request, reason in self.scheduler.pop_failed()]
@@ -119,6 +143,8 @@ class Engine:
         self._note_scheduled(batch, started_at)
         try:
             result = self._runner.run(batch)
+        except FollowerLostError:
+            raise
         except AdapterError as error:
             return outputs + self._fail_all(self._users_of_failed_loads(batch), str(error))
         except Exception as error:
@@ -176,8 +202,13 @@ class Engine:
             assert self.scheduler.pages.num_used == 0, "pages are owned while no request lives"
 
     def poll(self) -> None:
-        """Background work that no request drives: loads that landed, pins, workers that died."""
+        """Background work that no request drives: loads that landed, pins, workers that died.
+
+        Raises FollowerLostError.
+        """
         self.adapters.poll()
+        if self._followers is not None:
+            self._followers.check()
         if self._assist is not None:
             self._assist.poll()
 
@@ -185,6 +216,8 @@ class Engine:
         if self._assist is not None:
             self._assist.close()
         self.adapters.close()
+        if self._followers is not None:
+            self._followers.close()
         self._step_log.close()
 
     # --- after the forward ---

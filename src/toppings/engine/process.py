@@ -66,6 +66,7 @@ def main() -> None:
     end = EngineEnd(start.address)
     try:
         from toppings.engine.build import build_engine
+        from toppings.engine.engine import FollowerLostError
         from toppings.engine.loop import EngineLoop
 
         engine = build_engine(start.config, await_registry=lambda: _await_begin(end, is_orphaned))
@@ -74,7 +75,13 @@ def main() -> None:
         end.send(EngineFailed(f"{error}" if isinstance(error, ValueError | OSError) else repr(error)))
         end.close()
         raise SystemExit(1) from None
-    EngineLoop(engine, end, is_orphaned=is_orphaned).run()
+    try:
+        EngineLoop(engine, end, is_orphaned=is_orphaned).run()
+    except FollowerLostError as error:
+        logger.error("the engine ends: %s", error)
+        end.close()
+        logging.shutdown()
+        os._exit(1)  # nothing waits for processes that do not answer; its other followers end with it
     end.close()
 
 

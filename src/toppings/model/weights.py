@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from toppings.core import MODULES
 from toppings.model.config import ModelConfig, read_json
+from toppings.model.parts import Part
 
 _SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers that old checkpoints carry and that follow from config.json."""
@@ -27,25 +29,40 @@ class _Piece:
     shape: tuple[int, ...]
 
 
-def read_weights(path: Path | str, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(
+    path: Path | str, config: ModelConfig, dtype: torch.dtype, part: Part | None = None
+) -> dict[str, Tensor]:
     """The decoder's tensors by name (`layers.0.qkv.weight`, ...), converted to `dtype`, in host memory.
+
+    With `part`, of the projections no more is read than it has.
 
     Raises ValueError where the checkpoint's files or tensors are missing, surplus, damaged or of another
     shape.
     """
     path = Path(path)
     plan = dict(_plan(config))
-    shapes = _target_shapes(plan)
+    pieces = plan if part is None else dict(_plan(part.config))
+    shapes = _target_shapes(pieces)
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
         places = _open(path, stack)
         _check(path, plan, places, config)
-        for name, piece in plan.items():
+        for name, piece in pieces.items():
             if piece.target not in weights:
                 weights[piece.target] = torch.empty(shapes[piece.target], dtype=dtype)
             rows = slice(piece.start, piece.start + piece.shape[0])
-            weights[piece.target][rows].copy_(places[name].get_tensor(name))
+            weights[piece.target][rows].copy_(_read(places[name], name, part))
     return weights
+
+
+def _read(file: Any, name: str, part: Part | None) -> Tensor:
+    module = name.split(".")[-2]
+    if part is None or module not in MODULES:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+    inputs, outputs = part.slices[MODULES.index(module)]
+    cut: Tensor = file.get_slice(name)[(outputs, inputs) if name.endswith(".weight") else outputs]
+    return cut
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
