@@ -119,6 +119,13 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
         for name, prompt in prompts.items():
             driver.add(f"{name} {turn}", prompt, 16, name)
         driver.run()
+    many = {
+        f"base {i}": make_prompt(i, 60) for i in range(3)
+    }  # their prompts find room, their answers do not
+    for name, prompt in many.items():
+        driver.add(name, prompt, 40, None)
+    driver.run()
+    assert all(driver.tokens[name] == reference_tokens(model, None, many[name], 40) for name in many)
     for name, prompt in prompts.items():
         expected = reference_tokens(model, adapters[name] if name else None, prompt, 16)
         assert [driver.tokens[f"{name} {turn}"] for turn in range(2)] == [expected] * 2, name

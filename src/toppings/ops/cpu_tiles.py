@@ -34,6 +34,14 @@ def is_supported() -> bool:
     return bool(features.get("avx512bf16") and features.get("avx512bw"))
 
 
+@cache
+def has_matrix_unit() -> bool:
+    """This CPU has AMX, which torch's products use: they overtake the tiles where there are many rows."""
+    from llvmlite import binding
+
+    return bool(binding.get_host_cpu_features().get("amx-bf16"))
+
+
 def _add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
     name = "llvm.x86.avx512bf16.dpbf16ps.512"

@@ -51,6 +51,12 @@ def has_bf16() -> bool:
     return HAS_NUMBA and bool(_module("tiles").is_supported())
 
 
+@cache
+def has_matrix_unit() -> bool:
+    """Products of many bfloat16 rows are better left to torch."""
+    return has_bf16() and bool(_module("tiles").has_matrix_unit())
+
+
 def gpu_kernels(name: str, sample: Tensor) -> Any:
     """The module `toppings.ops.gpu_<name>` where it can serve tensors like `sample`, else None."""
     if sample.device.type not in TRITON_DEVICES or sample.dtype not in KERNEL_DTYPES:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from toppings.ops.dispatch import bf16_kernels, gpu_kernels, kernels
+from toppings.ops.dispatch import bf16_kernels, gpu_kernels, has_matrix_unit, kernels
 
 if TYPE_CHECKING:
     from toppings.ops.gpu_plan import LoraBatch
@@ -31,6 +31,9 @@ _CPU = torch.device("cpu")
 
 _BLOCK_ROWS = 16
 """Of a segment, that one task of the bfloat16 kernel takes."""
+
+_MAX_ROWS_BESIDE_MATRIX_UNIT = 64
+"""Steps with a longer segment go to torch's products where the CPU has a unit for them."""
 
 _WIDTH_STEP = 32
 """Widths of inputs and outputs that it serves are multiples of this."""
@@ -64,8 +67,12 @@ class LoraSegments:
     @property
     def form(self) -> LoraForm:
         """`decode_form` where every adapter has few rows."""
-        longest = max((stop - start for start, stop, _ in self.adapted), default=0)
-        return self.decode_form if longest <= _MAX_DECODE_ROWS else "sgmv"
+        return self.decode_form if self.longest <= _MAX_DECODE_ROWS else "sgmv"
+
+    @cached_property
+    def longest(self) -> int:
+        """Rows of the longest segment that has an adapter."""
+        return max((stop - start for start, stop, _ in self.adapted), default=0)
 
     @cached_property
     def short(self) -> Tensor:
@@ -142,7 +149,7 @@ def add_lora_(
     if (gpu := gpu_kernels("lora", x)) is not None:
         gpu.add_lora(y, x, arena, table[:, layer, group[0] :], out_offsets, segments)
         return
-    if (bf16 := bf16_kernels(x)) is not None and _has_even_widths(x, y, out_offsets):
+    if (bf16 := _bf16_kernels(x, y, out_offsets, segments)) is not None:
         if len(segments.blocks):
             places, limits = table[:, layer, group[0] :], (_BLOCK_ROWS, MAX_RANK)
             _run(bf16, y, x, arena, places, out_offsets, segments.blocks, x.shape[0], *limits)
@@ -157,8 +164,12 @@ def add_lora_(
         _add_long(y[start:stop], x[start:stop], arena, triples, out_offsets)
 
 
-def _has_even_widths(x: Tensor, y: Tensor, out_offsets: Sequence[int]) -> bool:
-    return not any(width % _WIDTH_STEP for width in (x.shape[1], y.shape[1], *out_offsets))
+def _bf16_kernels(x: Tensor, y: Tensor, out_offsets: Sequence[int], segments: LoraSegments) -> Any:
+    """Those that serve these tensors best, or None."""
+    bf16 = bf16_kernels(x)
+    if bf16 is None or any(width % _WIDTH_STEP for width in (x.shape[1], y.shape[1], *out_offsets)):
+        return None
+    return None if has_matrix_unit() and segments.longest > _MAX_ROWS_BESIDE_MATRIX_UNIT else bf16
 
 
 def _run(
