@@ -121,7 +121,7 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
         driver.run()
     many = {
         f"base {i}": make_prompt(i, 60) for i in range(3)
-    }  # their prompts find room, their answers do not
+    }  # room for their prompts alone
     for name, prompt in many.items():
         driver.add(name, prompt, 40, None)
     driver.run()
