@@ -119,9 +119,7 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
         for name, prompt in prompts.items():
             driver.add(f"{name} {turn}", prompt, 16, name)
         driver.run()
-    many = {
-        f"base {i}": make_prompt(i, 60) for i in range(3)
-    }  # room for their prompts alone
+    many = {f"base {i}": make_prompt(i, 60) for i in range(3)}  # room for their prompts alone
     for name, prompt in many.items():
         driver.add(name, prompt, 40, None)
     driver.run()
