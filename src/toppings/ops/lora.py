@@ -165,8 +165,8 @@ def add_lora_(
 
 
 def _bf16_kernels(x: Tensor, y: Tensor, out_offsets: Sequence[int], segments: LoraSegments) -> Any:
-    """Those that serve these tensors best, or None."""
-    bf16 = bf16_kernels(x)
+    """Those that serve these tensors best, or None: also in a graph, whose segments are not in the lists."""
+    bf16 = None if _CPU in segments.batches else bf16_kernels(x)
     if bf16 is None or any(width % _WIDTH_STEP for width in (x.shape[1], y.shape[1], *out_offsets)):
         return None
     return None if has_matrix_unit() and segments.longest > _MAX_ROWS_BESIDE_MATRIX_UNIT else bf16
@@ -183,7 +183,7 @@ def _run(
     num_rows: int,
     *limits: int,
 ) -> None:
-    """The kernel `add_lora` of a module over `segments`, int64 [n, 3], which have `num_rows` rows."""
+    """The kernel `add_lora` of a module over `segments`, [n, 3], which have `num_rows` rows."""
     assert arena.dtype == y.dtype == x.dtype
     assert places.dtype == torch.int64
     assert x.stride(1) == y.stride(1) == 1
