@@ -69,6 +69,11 @@ class EngineConfig:
     cuda_graphs: str = setting(
         "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
     )
+    async_scheduling: str = setting(
+        "auto",
+        "start a step before the tokens of the one before are known (auto: on a GPU)",
+        choices=("auto", *SWITCH),
+    )
     tensor_parallel_size: int = setting(
         1, "processes, each with a GPU, that the model and its adapters are split over"
     )

@@ -18,7 +18,7 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
 from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
-from toppings.engine.drawing import DeviceSampler
+from toppings.engine.drawing import DeviceSampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
 from toppings.engine.memory import measure
@@ -35,7 +35,6 @@ from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
 from toppings.ops import warm_up
 from toppings.ops.attention import KVCache
-from toppings.ops.sampling import sample
 
 if TYPE_CHECKING:
     from toppings.engine.parallel import Followers
@@ -99,8 +98,9 @@ def make_runner(
 ) -> ModelRunner:
     inputs = InputBuilder(config.page_size, max_model_len, staging)
     is_cuda = staging is not None and config.device == "cuda"
-    draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else sample
-    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw)
+    draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else draw_on_host
+    runs_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and is_cuda)
+    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw, runs_ahead=runs_ahead)
 
 
 def set_threads(config: EngineConfig) -> None:
