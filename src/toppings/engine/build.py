@@ -13,6 +13,7 @@ from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
 from toppings.assist.cores import available_cores
+from toppings.assist.cuda_stream_ops import unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
@@ -220,6 +221,9 @@ def _make_mode(config: EngineConfig) -> LoadingMode:
         logger.info("mode auto acts as pipelined: a split model has no CPU assistance")
         return PipelinedMode()
     if config.mode == "auto" and config.device == "cpu" and not config.link_gbps:
+        return PipelinedMode()
+    if config.mode in ASSIST_MODES and config.device == "cuda" and (reason := unavailable_reason()):
+        logger.warning("mode %s acts as pipelined: %s", config.mode, reason)
         return PipelinedMode()
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
 

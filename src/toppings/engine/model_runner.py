@@ -11,7 +11,8 @@ import torch
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode
-from toppings.assist.coordinator import AssistLora, AssistStats
+from toppings.assist.coordinator import AssistLora
+from toppings.assist.exchange import AssistStats
 from toppings.core import Batch, BatchItem, Request, SamplingParams, TokenLogprobs
 from toppings.engine.device_lora import DeviceLora
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
@@ -47,8 +48,10 @@ class StepInFlight:
     assist: AssistStats | None
 
     def result(self) -> StepResult:
-        """Waits for the tokens."""
+        """Waits for the tokens. Raises what made them wrong."""
         drawn = self.drawing.wait()
+        if self.assist is not None and self.assist.error is not None:
+            raise self.assist.error
         return StepResult(
             items=self.items,
             token_ids=drawn.token_ids,
