@@ -18,6 +18,7 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
 from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
+from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
@@ -35,6 +36,7 @@ from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
 from toppings.ops import warm_up
 from toppings.ops.attention import KVCache
+from toppings.ops.lora import LoraForm
 from toppings.ops.sampling import sample
 
 if TYPE_CHECKING:
@@ -96,11 +98,12 @@ def make_runner(
     mode: LoadingMode,
     max_model_len: int,
     staging: Staging | None,
+    decode_form: LoraForm,
 ) -> ModelRunner:
     inputs = InputBuilder(config.page_size, max_model_len, staging)
     is_cuda = staging is not None and config.device == "cuda"
     draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else sample
-    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw)
+    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw, decode_form=decode_form)
 
 
 def set_threads(config: EngineConfig) -> None:
@@ -184,9 +187,11 @@ def _build_engine(
     if graphs is None and followers is None and config.device == "cuda" and config.cuda_graphs == "on":
         graphs = CudaGraphs()
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
-    runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging)
+    decode_form = choose_decode_form(config, own, decoder.dtype)
+    runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
     if graphs is not None and staging is not None:
-        spec = GraphSpec(config.max_num_seqs, limits.max_model_len, num_pages, runner.out_offsets)
+        sizes = (config.max_num_seqs, limits.max_model_len)
+        spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
         runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
     assist = None
     if isinstance(mode, AssistMode):
@@ -201,6 +206,7 @@ def _build_engine(
         num_pages=num_pages,
         device_pool_bytes=config.device_pool_bytes,
         host_store_bytes=config.host_store_bytes,
+        decode_lora_form=decode_form if config.device == "cuda" else "",
     )
     return Engine(
         info,
