@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -66,9 +67,26 @@ def at_least(what: str, value: float, limit: float) -> Aim:
     return Aim(what, value, f">= {limit:g}", value >= limit)
 
 
-def finish(benchmark: str, options: argparse.Namespace, aims: Sequence[Aim], **result: Any) -> int:
+@contextmanager
+def noted(failures: dict[str, str], name: str) -> Iterator[None]:
+    """An error within is printed and noted, for the sake of what else a run can still measure."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        failures[name] = repr(error)
+
+
+def finish(
+    benchmark: str,
+    options: argparse.Namespace,
+    aims: Sequence[Aim],
+    *,
+    failures: dict[str, str] | None = None,
+    **result: Any,
+) -> int:
     """Prints what was aimed for and, last, all of it as one JSON line; returns the exit status. An aim that
-    is missed is a result, not a failure."""
+    is missed is a result, not a failure; `failures`: what could not be measured, and why."""
     for aim in aims:
         print(f"{'met   ' if aim.is_met else 'MISSED'} {aim.what}: {aim.value:.4g}, aim {aim.limit}")
     line = {
@@ -77,11 +95,12 @@ def finish(benchmark: str, options: argparse.Namespace, aims: Sequence[Aim], **r
         "device": CUDA.get_device_name() if options.device == "cuda" else "cpu",
         "is_toy": options.toy,
         "aims": [asdict(aim) for aim in aims],
+        "failures": failures or {},
         **result,
         "machine": describe_machine(),
     }
     print(json.dumps(line))
-    return 0
+    return 1 if failures else 0
 
 
 def progress(text: str) -> None:
@@ -113,6 +132,7 @@ def fastest_s(call: Callable[[], object], device: str) -> float:
 
 def copy_gbps(options: argparse.Namespace) -> float:
     """10^9 bytes read and written per second by a copy on the device."""
+    free_device(options.device)
     size = TOY_COPY_BYTES if options.toy else COPY_BYTES
     source = torch.ones(size, dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
@@ -121,6 +141,7 @@ def copy_gbps(options: argparse.Namespace) -> float:
 
 def matmul_tflops(options: argparse.Namespace) -> float:
     """10^12 operations per second of a square product in bfloat16 (the toy: in float32)."""
+    free_device(options.device)
     size, dtype = (TOY_MATMUL_SIZE, torch.float32) if options.toy else (MATMUL_SIZE, torch.bfloat16)
     a, b = (torch.randn(size, size, device=options.device).to(dtype) for _ in range(2))
     return 2 * size**3 / fastest_s(lambda: a @ b, options.device) / 1e12
@@ -175,6 +196,14 @@ class Bench:
         finally:
             registry.close()
 
+    def register_checkpoints(self, kind: str, paths: Sequence[Path]) -> None:
+        """PEFT checkpoints, under the names of their directories."""
+        registry = open_registry(self.config)
+        try:
+            self.kinds[kind] = [registry.register(path.name, path) for path in paths]
+        finally:
+            registry.close()
+
     @property
     def records(self) -> list[AdapterRecord]:
         return [record for records in self.kinds.values() for record in records]
@@ -193,9 +222,7 @@ class Bench:
 
         What one engine had on the device is free again before the next is built.
         """
-        gc.collect()
-        if self.options.device == "cuda":
-            CUDA.empty_cache()
+        free_device(self.options.device)
         room = max(self.adapter_bytes, 2**20) + 2**23
         config = replace(
             self.config,
@@ -210,6 +237,13 @@ class Bench:
             engine.check_integrity()
         finally:
             engine.close()
+
+
+def free_device(device: str) -> None:
+    """Memory of an engine that is gone is free again."""
+    gc.collect()
+    if device == "cuda":
+        CUDA.empty_cache()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ Not yet run on a GPU.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common import Aim, Bench, at_most, copy_gbps, finish, make_parser, median, open_bench, step_bytes
 
@@ -40,7 +41,7 @@ class Case:
 
 
 def time_cases(
-    bench: Bench, cases: Sequence[Case], context: int, *, rounds: int, num_steps: int, **settings: str
+    bench: Bench, cases: Sequence[Case], context: int, *, rounds: int, num_steps: int, **settings: Any
 ) -> tuple[dict[str, float], str]:
     """Median ms of each case's steps, and the form of the decode kernels."""
     times: dict[str, list[float]] = {case.name: [] for case in cases}

@@ -3,12 +3,13 @@
     python benchmarks/gpu/load.py                     # rank 64 on q, k and v, and on every projection
     python benchmarks/gpu/load.py --toy --device cpu
 
-The engine's own host store, pool and loader: from the moment an adapter is asked for until all its layers are
-on the device. The pool holds one adapter, and each is evicted before it is asked for again. The limit is a copy
-from page-locked memory measured in the same run. Ends in one JSON line. Not yet run on a GPU.
+The engine's own host store, pool and loader: from the moment an adapter is asked for until all its layers
+are on the device. The pool holds one adapter, and each is evicted before it is asked for again. The limit is
+a copy from page-locked memory measured in the same run. Ends in one JSON line. Not yet run on a GPU.
 """
 
 import sys
+from typing import Any
 
 from common import (
     ALL_LINEAR,
@@ -33,7 +34,8 @@ def time_loads(bench: Bench, kind: str, rounds: int) -> list[float]:
     """10^9 bytes per second of each load."""
     num_bytes = bench.kinds[kind][0].num_bytes
     ids = bench.ids(kind)
-    settings = {"device_pool_bytes": num_bytes, "cuda_graphs": "off", "max_model_len": 256, "max_num_seqs": 4}
+    settings: dict[str, Any] = {"device_pool_bytes": num_bytes, "cuda_graphs": "off"}
+    settings |= {"max_model_len": 256, "max_num_seqs": 4}
     with bench.engine("pipelined", **settings) as engine:
         preload_host(engine.adapters, ids)
         for adapter_id in ids:  # not counted

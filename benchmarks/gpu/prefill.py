@@ -4,8 +4,8 @@
     python benchmarks/gpu/prefill.py --toy --device cpu
 
 One step of an engine in this process that computes one prompt, without an adapter and with one of rank 64 on
-every projection, in turns. The limit is the rate of a square bfloat16 product measured in the same run. Counted
-are the operations of the projections and of causal attention. Ends in one JSON line. Not yet run on a GPU.
+every projection, in turns. The limit is the rate of a square bfloat16 product measured in the same run; the
+operations of projections and causal attention are counted. Ends in one JSON line. Not yet run on a GPU.
 """
 
 import sys
@@ -46,7 +46,8 @@ def time_prefills(bench: Bench, num_tokens: int, rounds: int) -> dict[str, float
         times: dict[str, list[float]] = {name: [] for name in rows}
         for number in range(rounds + 2):  # the first two rounds warm up
             for name, row in rows.items():
-                times[name] += driver.prefill_ms((row,)) if number >= 2 else driver.prefill_ms((row,))[:0]
+                steps = driver.prefill_ms((row,))
+                times[name] += steps if number >= 2 else []
     return {name: median(values) for name, values in times.items()}
 
 

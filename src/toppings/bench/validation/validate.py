@@ -189,5 +189,9 @@ def _engine(world: World, settings: dict[str, Any]) -> Iterator[Engine]:
 def _timings_of(result: SimResult) -> Timings:
     """Raises AssertionError where a request was rejected or is still there."""
     assert result.has_ended.all(), "a simulated request has not ended"
-    instants = (result.arrived_at, result.first_token_at, result.ended_at)
-    return Timings(*(instant / NS_PER_S for instant in instants), result.num_tokens)
+    return Timings(
+        result.arrived_at / NS_PER_S,
+        result.first_token_at / NS_PER_S,
+        result.ended_at / NS_PER_S,
+        result.num_tokens,
+    )
