@@ -4,6 +4,7 @@ Those for a GPU run in this process, on the CPU: each would take seconds to impo
 """
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from toppings.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -128,10 +131,23 @@ def test_a_toy_run_on_the_cpu_ends_in_one_json_line(
         check(result)
 
 
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason=dispatch.TRITON_REASON)
+def test_kernels_are_right_at_toy_size() -> None:
+    """In a process of its own: Triton's interpreter is chosen when it is imported."""
+    command = [sys.executable, str(GPU_BENCHMARKS / "kernel_speed.py"), "--toy", "--device", "cpu"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {f"lora {form}" for form in ("sgmv", "mbgmv", "bgmv")} <= set(result["errors"])
+
+
 def test_all_scripts_are_run_together_and_by_these_tests() -> None:
     lines = (GPU_BENCHMARKS / "all.sh").read_text().splitlines()
     run = {line.split()[1] for line in lines if line.startswith("run ")}
-    assert run == {*GPU_SCRIPTS, "kernel_speed"}  # tests/ops ask what its toy run asks
+    assert run == {*GPU_SCRIPTS, "kernel_speed"}
     others = {"common", "compile_kernels", "summary"}
     assert {path.stem for path in GPU_BENCHMARKS.glob("*.py")} == run | others
 

@@ -11,6 +11,7 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.engine.decode_form import choose_decode_form, fastest_form, time_forms
 from toppings.model.config import ModelConfig
 from toppings.model.dummy import named_config
+from toppings.ops import dispatch
 
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -67,8 +68,18 @@ def test_a_configured_form_is_not_timed(model: ModelConfig, form: str) -> None:
     assert choose_decode_form(config, model, torch.bfloat16) == form
 
 
-@pytest.mark.parametrize("settings", [{"device": "cpu"}, {"device": "cuda", "tensor_parallel_size": 2}])
-def test_without_a_gpu_or_with_several_nothing_is_timed(model: ModelConfig, settings: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "triton_devices"),
+    [
+        ({"device": "cpu"}, ("cuda",)),
+        ({"device": "cuda", "tensor_parallel_size": 2}, ("cuda",)),
+        ({"device": "cuda"}, ()),
+    ],
+)
+def test_without_one_gpu_and_triton_nothing_is_timed(
+    model: ModelConfig, settings: Any, triton_devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", triton_devices)
     assert choose_decode_form(EngineConfig(**settings), model, torch.bfloat16) == "mbgmv"
 
 

@@ -34,7 +34,7 @@ from toppings.model.decoder import Decoder
 from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
 from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
-from toppings.ops import warm_up
+from toppings.ops import dispatch, warm_up
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import LoraForm
 from toppings.ops.sampling import sample
@@ -184,7 +184,9 @@ def _build_engine(
     adapters = AdapterManager(open_registry(config), config, mode, lead)
     if followers is not None:
         followers.begin(num_pages, limits.max_model_len, adapters)
-    if graphs is None and followers is None and config.device == "cuda" and config.cuda_graphs == "on":
+    # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
+    can_capture = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
+    if graphs is None and can_capture and config.cuda_graphs == "on":
         graphs = CudaGraphs()
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)

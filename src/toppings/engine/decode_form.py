@@ -14,6 +14,7 @@ from toppings.config import EngineConfig
 from toppings.core import GROUPS, MODULES
 from toppings.engine.graphs import CudaGraphs, GraphBackend
 from toppings.model.config import ModelConfig
+from toppings.ops import dispatch
 from toppings.ops.gpu_plan import LoraBatch
 from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments, add_lora_
 
@@ -28,11 +29,12 @@ NUM_TIMES = 7
 
 
 def choose_decode_form(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> LoraForm:
-    """Nothing is timed on the CPU, which has one form, nor for a split model, whose parts must agree."""
+    """Nothing is timed on the CPU or without Triton, where there is one form, nor for a split model, whose
+    parts must agree."""
     for form in FORMS:
         if config.decode_lora_form == form:
             return form
-    if config.device != "cuda" or config.tensor_parallel_size > 1:
+    if config.device not in dispatch.TRITON_DEVICES or config.tensor_parallel_size > 1:
         return DEFAULT_DECODE_FORM
     return fastest_form(time_forms(model, dtype, config.device, CudaGraphs(), torch.cuda))
 
