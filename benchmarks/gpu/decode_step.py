@@ -3,12 +3,13 @@
     python benchmarks/gpu/decode_step.py                     # Llama-2-7B's shape, batch 32, context 512
     python benchmarks/gpu/decode_step.py --graphs off        # the same, operator by operator
     python benchmarks/gpu/decode_step.py --form bgmv         # the other decode kernels
+    python benchmarks/gpu/decode_step.py --ahead off         # steps begin when the last tokens are known
     python benchmarks/gpu/decode_step.py --toy --device cpu  # does it run? The built-in model
 
-An engine in this process, greedy, all adapters on the device. Cases take turns, so that a drift of the clock
-hits all alike. The floor of a step: its weights, the contexts' keys and values and each distinct adapter, all
-once, over the bandwidth of a copy (bytes read and written) measured in the same run. Ends in one JSON line.
-Not yet run on a GPU.
+An engine in this process, greedy, all adapters on the device. A step's time is from the last one's tokens to
+its own. Cases take turns, so that a drift of the clock hits all alike. The floor of a step: its weights, the
+contexts' keys and values and each distinct adapter, all once, over the bandwidth of a copy (bytes read and
+written) measured in the same run. Ends in one JSON line. Not yet run on a GPU.
 """
 
 import sys
@@ -60,6 +61,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--graphs", choices=("on", "off"), default="on")
     parser.add_argument("--form", choices=DECODE_LORA_FORMS, default="auto", help="decode kernels of LoRA")
+    parser.add_argument("--ahead", choices=("auto", "on", "off"), default="auto", help="async_scheduling")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=6)
@@ -80,6 +82,7 @@ def main() -> int:
         bench.register("few", few, ranks=(16,))
         bench.register("many", many, ranks=(64,))
         settings = {"cuda_graphs": options.graphs, "decode_lora_form": options.form}
+        settings |= {"async_scheduling": options.ahead}
         ms, form = time_cases(bench, cases, context, rounds=rounds, num_steps=num_steps, **settings)
         gbps = copy_gbps(options)
         floors = {case.name: floor_ms(bench, case, context, gbps) for case in cases}
@@ -88,6 +91,7 @@ def main() -> int:
         options,
         aims_of(cases, ms, floors),
         graphs=options.graphs,
+        ahead=options.ahead,
         form=form,
         batch=batch,
         context=context,

@@ -58,7 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     num_tokens, rounds = (64, 2) if options.toy else (options.tokens, options.rounds)
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": num_tokens}
-    with open_bench(options, **settings) as bench:
+    with open_bench(options, async_scheduling="off", **settings) as bench:
         bench.register("all", 1, ranks=(RANK,), targets=ALL_LINEAR)
         ms = time_prefills(bench, num_tokens, rounds)
         num_operations = operations(bench.model, num_tokens)

@@ -76,6 +76,11 @@ class EngineConfig:
         " to the largest rank (bgmv); auto: whichever is faster for this model, timed at start",
         choices=DECODE_LORA_FORMS,
     )
+    async_scheduling: str = setting(
+        "auto",
+        "start a step before the tokens of the one before are known (auto: on a GPU)",
+        choices=("auto", *SWITCH),
+    )
     tensor_parallel_size: int = setting(
         1, "processes, each with a GPU, that the model and its adapters are split over"
     )

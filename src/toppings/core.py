@@ -96,7 +96,8 @@ class Request:
     """One sequence on its way through the engine; owned and changed by the scheduler alone.
 
     `num_computed_tokens` counts the prompt and output tokens whose keys and values are in the cache;
-    `page_table` lists the cache pages that hold them, in order.
+    `page_table` lists the cache pages that hold them, in order; `num_pending_tokens` counts output
+    tokens that are being drawn on the device, not known here yet, and will be computed on.
     """
 
     request_id: str
@@ -108,6 +109,7 @@ class Request:
     num_computed_tokens: int = 0
     page_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
+    num_pending_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -115,10 +117,10 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
+        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Tokens `start` to `stop` of prompt and output taken as one sequence."""
+        """Tokens `start` to `stop` of prompt and output taken as one sequence, as far as they are known."""
         num_prompt = len(self.prompt_token_ids)
         if stop <= num_prompt:
             return self.prompt_token_ids[start:stop]

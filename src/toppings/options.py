@@ -55,4 +55,6 @@ def _default(setting: "Field[Any]") -> str:
 def _metavar(setting: "Field[Any]") -> str:
     if setting.name.endswith("_bytes"):
         return "SIZE"
-    return {int: "N", float: "X", str: "TEXT", tuple: "DIR"}[type(setting.default)]
+    if isinstance(setting.default, tuple):
+        return setting.name.split("_")[-1].removesuffix("s").upper()
+    return {int: "N", float: "X", str: "TEXT"}[type(setting.default)]

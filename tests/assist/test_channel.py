@@ -17,7 +17,9 @@ def ends() -> tuple[Channel, Channel]:
 def post(engine: Channel, word: int, *, input_bytes: int = 8) -> int | None:
     if engine.try_reserve(input_bytes, 8) is None:
         return None
-    return engine.publish([word] * SLOT_WORDS)
+    number = engine.post([word] * SLOT_WORDS)
+    engine.announce(number)
+    return number
 
 
 def test_requests_are_observed_in_the_order_they_were_published(ends: tuple[Channel, Channel]) -> None:
@@ -75,7 +77,7 @@ def test_areas_are_disjoint_aligned_and_inside(ends: tuple[Channel, Channel]) ->
     engine, _ = ends
     taken: list[tuple[int, int]] = []
     while (room := engine.try_reserve(100, 70)) is not None:
-        engine.publish([0])
+        engine.announce(engine.post([0]))
         taken += [(room[0], room[0] + 100), (room[1], room[1] + 70)]
     taken.sort()
     assert len(taken) >= 6
@@ -95,13 +97,15 @@ def test_both_ends_see_the_same_bytes(ends: tuple[Channel, Channel]) -> None:
     assert bytes(engine.buffer[room[1] : room[1] + 5]) == b"sums!"
 
 
-def test_a_failed_request_is_told_apart_from_those_around_it(ends: tuple[Channel, Channel]) -> None:
+def test_a_request_is_seen_when_it_is_announced(ends: tuple[Channel, Channel]) -> None:
     engine, worker = ends
-    numbers = [post(engine, i) for i in range(3)]
-    worker.finish()
-    worker.finish(has_failed=True)
-    worker.finish()
-    assert [engine.has_failed(number or 0) for number in numbers] == [False, True, False]
+    numbers = [engine.post([i] * SLOT_WORDS) for i in range(3)]
+    assert not worker.has_request
+    assert engine.num_free_slots == 1
+    engine.announce(numbers[1])
+    assert [worker.observe()[0], worker.finish(), worker.observe()[0], worker.finish()] == [0, None, 1, None]
+    assert not worker.has_request
+    assert not engine.is_drained
 
 
 def test_a_channel_needs_a_slot() -> None:

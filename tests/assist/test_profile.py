@@ -1,12 +1,14 @@
 """A profile finds the machine's constants again, and survives its file."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.assist.world import NUM_LAYERS, PROFILE, SIZES, World, pool_settings, worker_pool
+from tests.streams import Device
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.loader import CpuLoader
 from toppings.assist.cost import CostProfile, CpuCost
@@ -119,3 +121,23 @@ def test_a_real_pool_and_a_real_loader_can_be_measured() -> None:
     assert [tokens for tokens, _ in found.layer_ms] == [1, 32, 64]
     assert found.cpu.ms(64, 64, 96, 160) + found.round_trip_ms > 0
     assert world.pool.used_bytes == 0
+
+
+def test_a_device_behind_the_host_is_timed_by_its_own_events() -> None:
+    shapes = BaseShapes(NUM_LAYERS, SIZES)
+    device = Device()
+
+    def forward(num_tokens: int, lora: ProbeLora) -> None:
+        x = torch.ones(num_tokens, 96)
+        for layer in range(NUM_LAYERS):
+            for group in ("qkv", "o"):
+                lora.start(layer, group, x)
+                lora.finish(layer, group, x, x)
+
+    workers: Any = None
+    probes = EngineProbes(workers, forward, lambda _: 0.0, shapes, torch.float32, cuda=device)
+    assert probes.layer_s(8)[1] == pytest.approx(2e-3)  # two products, each of which took the events' 1 ms
+    assert (
+        device.host_clock["compute"] == 2 * 2 * NUM_LAYERS * 4
+    )  # waited for the last event of four forwards
+    assert probes.slowdown(8) == 1.0

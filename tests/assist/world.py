@@ -13,6 +13,7 @@ from toppings.adapters.layout import AdapterLayout, BaseShapes
 from toppings.assist.coordinator import AssistLora, ColdAdapter, Coordinator
 from toppings.assist.cores import WorkerCores, available_cores
 from toppings.assist.cost import CostProfile, CpuCost
+from toppings.assist.exchange import HostExchange
 from toppings.assist.plan import Choice
 from toppings.assist.pool import PoolSettings, WorkerPool
 from toppings.core import GROUPS
@@ -75,6 +76,11 @@ class FakeLoad:
 
     def b_ready(self, layer: int) -> bool:
         return (layer, "B") in self.landed
+
+    def wait_b(self, layer: int) -> None:
+        if not self.b_ready(layer):
+            self.num_waits += 1
+            self.land(layer, "B")
 
     def wait(self, layer: int) -> None:
         if not self.layer_ready(layer):
@@ -143,7 +149,8 @@ def worker_pool(settings: PoolSettings) -> Iterator[WorkerPool]:
 
 
 def make_coordinator(world: World, workers: WorkerPool) -> Coordinator:
-    return Coordinator(world.pool, workers, world.arena, OUT_OFFSETS, PROFILE)
+    exchange = HostExchange(workers, world.arena)
+    return Coordinator(world.pool, workers, exchange, world.dtype.itemsize, OUT_OFFSETS, PROFILE)
 
 
 def cold(load: FakeLoad, choice: Choice = Choice.CPU) -> ColdAdapter:

@@ -26,7 +26,7 @@ from toppings.cluster.perf_model import (
 from toppings.config import EngineConfig
 from toppings.core import Batch
 from toppings.engine.build import open_registry
-from toppings.engine.model_runner import ModelRunner, StepResult
+from toppings.engine.model_runner import ModelRunner, StepInFlight
 from toppings.synth import PRESETS, AdapterShape, write_model
 
 SETTINGS = {"num_threads": 1, "kv_cache_bytes": 8 * 2**20, "max_num_seqs": 8, "max_num_batched_tokens": 64}
@@ -59,18 +59,18 @@ def steps(own: AdapterEngine, monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
     """What the model really ran, step by step."""
     names = {record.adapter_id: record for record in own.records}
     seen: list[Rows] = []
-    run = ModelRunner.run
+    start = ModelRunner.start
 
-    def recorded(self: ModelRunner, batch: Batch) -> StepResult:
+    def recorded(self: ModelRunner, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight:
         rows = []
         for item in batch.items:
             record = names.get(item.request.adapter_id or 0)
             name, rank = (record.name, record.rank) if record else (None, 0)
             rows.append(BatchRow(rank, name, item.num_tokens, item.request.num_computed_tokens))
         seen.append(tuple(rows))
-        return run(self, batch)
+        return start(self, batch, previous)
 
-    monkeypatch.setattr(ModelRunner, "run", recorded)
+    monkeypatch.setattr(ModelRunner, "start", recorded)
     return seen
 
 
@@ -188,10 +188,10 @@ def test_bad_option_is_named_before_anything_is_measured(
 def test_a_step_that_fails_is_no_time(
     driver: BatchDriver, monkeypatch: pytest.MonkeyPatch, own: AdapterEngine
 ) -> None:
-    def fail(self: ModelRunner, batch: Batch) -> StepResult:
+    def fail(self: ModelRunner, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight:
         raise ArithmeticError("broken")
 
-    monkeypatch.setattr(ModelRunner, "run", fail)
+    monkeypatch.setattr(ModelRunner, "start", fail)
     with pytest.raises(RuntimeError, match="broken"):
         driver.decode_ms((BatchRow(0, num_context=20),))
 

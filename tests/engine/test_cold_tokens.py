@@ -8,12 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.assist.stream_fakes import EagerOps
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt
+from toppings.engine import build
+from toppings.engine.assist import Assist
 
 RANKS = (1, 8, 64, 256)
 PROMPTS = (1, 13, 64, 257, 600)
@@ -62,15 +66,24 @@ def worker_pids() -> set[int]:
     return pids
 
 
+def assist_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines made from here on exchange rows and results as on a GPU, in the order of a stream."""
+    monkeypatch.setattr(build, "Assist", partial(Assist, stream_ops=EagerOps()))
+
+
 @pytest.mark.parametrize("mode", ["cpu_assisted", "cpu_shrink"])
-@pytest.mark.parametrize("budget", [96, 2048])
+@pytest.mark.parametrize(("budget", "is_ordered"), [(96, False), (2048, False), (96, True)])
 def test_cold_adapters_at_once_whole_and_chunked(
     checkpoints: tuple[Path, dict[str, Path]],
     expected: dict[str, list[int]],
     tmp_path: Path,
     mode: str,
     budget: int,
+    is_ordered: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if is_ordered:
+        assist_in_order(monkeypatch)
     model, adapters = checkpoints
     settings = {"mode": mode, "link_gbps": SLOW_LINK_GBPS, "max_num_batched_tokens": budget}
     with drive(model, tmp_path, adapters, **settings) as driver:
@@ -115,13 +128,19 @@ def trouble(fault: Callable[[list[int]], None], spared: set[int]) -> Iterator[No
         thread.join()
 
 
-@pytest.mark.parametrize("fault", [kill_one, stop_one, kill_all])
+@pytest.mark.parametrize(
+    ("fault", "is_ordered"), [(kill_one, False), (stop_one, False), (kill_all, False), (kill_one, True)]
+)
 def test_requests_survive_faults_of_the_workers(
     checkpoints: tuple[Path, dict[str, Path]],
     expected: dict[str, list[int]],
     tmp_path: Path,
     fault: Callable[[list[int]], None],
+    is_ordered: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if is_ordered:
+        assist_in_order(monkeypatch)
     model, adapters = checkpoints
     spared = worker_pids()  # of other tests, whose fixtures still stand
     settings = {"mode": "cpu_assisted", "link_gbps": SLOW_LINK_GBPS / 2, "assist_workers": 2}

@@ -207,7 +207,7 @@ def test_a_mixed_step_stays_on_the_device_and_takes_one_copy(world: World) -> No
             item("d", 3, 0, None),
         ]
     )
-    world.runner.run(batch)
+    world.runner.start(batch).result()
     assert {"paged_attention", "add_lora", "rotate_and_store", "silu_mul"} <= world.kernels.calls
     assert world.staging.num_copies == 2  # the step's inputs; what its rows ask of the sampler
     (drawn,) = world.drawn
@@ -222,13 +222,13 @@ def test_every_kind_of_draw_stays_on_the_device(world: World) -> None:
         {},
         {"temperature": 0.0, "logprobs": 0},
     ]
-    world.runner.run(Batch([item(str(i), 5, 0, None, **kind) for i, kind in enumerate(kinds)]))
+    world.runner.start(Batch([item(str(i), 5, 0, None, **kind) for i, kind in enumerate(kinds)])).result()
     (drawn,) = world.drawn
     assert [part.shape[0] for part in drawn] == [5, 2, 2, 2, 2]
 
 
 def test_a_replayed_step_stays_on_the_device_and_takes_one_copy(world: World) -> None:
-    world.runner.run(Batch([item(f"{i}", 9, 8, 7, temperature=0.0) for i in range(3)]))
+    world.runner.start(Batch([item(f"{i}", 9, 8, 7, temperature=0.0) for i in range(3)])).result()
     assert not world.kernels.calls  # nothing was queued but the graph
     assert world.staging.num_copies == 1
     (drawn,) = world.drawn
@@ -246,3 +246,23 @@ def test_the_check_finds_what_it_is_there_to_find(world: World) -> None:
         on_gpu[0].item()
     with pytest.raises(AssertionError, match="waits for the device"):
         on_gpu[on_gpu > 0]
+
+
+@pytest.mark.parametrize("has_prompt", [False, True])
+def test_a_step_takes_tokens_from_the_device_that_the_host_does_not_know(
+    world: World, has_prompt: bool
+) -> None:
+    """Replayed, and with a chunk of a prompt queued operator by operator."""
+    items = [item(f"{i}", 9, 8, 7, temperature=0.0) for i in range(3)]
+    flight = world.runner.start(Batch(items))
+    num_copies = world.staging.num_copies
+    for decode in items:
+        decode.request.num_computed_tokens += 1
+        decode.request.num_pending_tokens = 1
+        decode.request.page_table = [0, 1, 2]
+    following = [BatchItem(decode.request, 1) for decode in reversed(items)]
+    chunk = [item("prompt", 11, 4, 7)] if has_prompt else []
+    world.runner.start(Batch(following + chunk), flight)
+    assert world.staging.num_copies == num_copies + 1 + has_prompt  # the prompt's token is not the likeliest
+    assert ("rotate_and_store" in world.kernels.calls) == has_prompt
+    assert not world.drawn, "nobody waited"

@@ -58,9 +58,9 @@ def run_randomly(driver: Driver, requests: Requests) -> set[str]:
     return aborted
 
 
-@pytest.mark.parametrize("mode", ["pipelined", "on_demand"])
+@pytest.mark.parametrize(("mode", "ahead"), [("pipelined", "off"), ("on_demand", "off"), ("pipelined", "on")])
 def test_every_request_ends_once_with_its_own_tokens(
-    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, mode: str
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, mode: str, ahead: str
 ) -> None:
     model, adapters = checkpoints
     rng = random.Random(0)
@@ -78,6 +78,7 @@ def test_every_request_ends_once_with_its_own_tokens(
         "host_store_bytes": 300 * 1024,
         "max_adapter_wait_s": 0.005,
         "mode": mode,
+        "async_scheduling": ahead,
     }
     with drive(model, tmp_path / "scarce", adapters, **scarce) as driver:
         aborted = run_randomly(driver, requests)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
 from toppings.adapters import manager as manager_module
@@ -22,11 +23,13 @@ from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.config import EngineConfig
 from toppings.core import Batch, EngineReady, Request
 from toppings.engine import engine as engine_module
+from toppings.engine.drawing import Drawing
 from toppings.engine.engine import Engine
-from toppings.engine.model_runner import StepResult
+from toppings.engine.model_runner import StepInFlight
 from toppings.engine.pages import PageAllocator
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.step_log import StepLog
+from toppings.ops.sampling import SampleOutput
 from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
 
@@ -117,7 +120,10 @@ class VirtualRunner:
     ) -> None:
         self._clock, self._model, self._adapters, self._mode = clock, model, adapters, mode
 
-    def run(self, batch: Batch) -> StepResult:
+    def can_run_ahead(self, requests: Sequence[Request]) -> bool:
+        return False
+
+    def start(self, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight:
         self._check_pages(batch)
         compute_ns = max(1, round(self._step_ms(batch) * NS_PER_MS))
         adapter_ids = {item.request.adapter_id for item in batch.items} - {None}
@@ -128,7 +134,8 @@ class VirtualRunner:
             self._clock.now_ns += compute_ns / NUM_LAYERS
         self._clock.now_ns = round(self._clock.now_ns)
         sampled = [item for item in batch.items if item.needs_sample]
-        return StepResult(sampled, [5] * len(sampled), [None] * len(sampled), 0.0, 0.0, None)
+        drawn = SampleOutput([5] * len(sampled), [None] * len(sampled))
+        return StepInFlight(sampled, Drawing(torch.tensor(drawn.token_ids), lambda: drawn), 0.0, 0.0, None)
 
     def forget(self, request: Request) -> None:
         pass

@@ -108,6 +108,10 @@ class CudaLoadHandle(LoadHandle):
     def wait(self, layer: int) -> None:
         self._wait_for_step(self._last_steps[layer])
 
+    def wait_b(self, layer: int) -> None:
+        index = next(i for i, step in enumerate(self.steps) if step.layer == layer and "B" in step.halves)
+        self._wait_for_step(index)
+
     def wait_all(self) -> None:
         self._wait_for_step(len(self.steps) - 1)
 

@@ -7,7 +7,7 @@ except that a load whose layer is still being read from disk lets those behind i
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -89,9 +89,16 @@ class LoadHandle:
 
     def wait(self, layer: int) -> None:
         """Returns when work that starts now finds the layer there. Raises AdapterError if it never comes."""
+        self._await(lambda: self.layer_ready(layer))
+
+    def wait_b(self, layer: int) -> None:
+        """`wait`, for the layer's B half alone."""
+        self._await(lambda: self.b_ready(layer))
+
+    def _await(self, is_there: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self.error is not None or self.layer_ready(layer))
-        if not self.layer_ready(layer):
+            self._changed.wait_for(lambda: self.error is not None or is_there())
+        if not is_there():
             assert self.error is not None
             raise self.error
 

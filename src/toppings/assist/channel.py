@@ -5,14 +5,18 @@
 The memory is a memfd: it has no name, and is gone when the last process that maps it has ended, however it
 did.
 
-Order of memory accesses. One side writes each word: the engine PUBLISHED and ACTIVE, the worker DONE,
-FAILED and READY. Words are aligned 8-byte integers, stored and loaded by single instructions (CPython's "q"
+Order of memory accesses. One side writes each word: the engine PUBLISHED and ACTIVE, the worker DONE and
+READY. Words are aligned 8-byte integers, stored and loaded by single instructions (CPython's "q"
 memoryview). What PUBLISHED or DONE announces must be visible before the number itself: x86-64 keeps stores
 in order and loads in order, so nothing is needed there; elsewhere (Arm) `_fence` is a full barrier beside
 each such store and load. No step relies on a store being visible before a later load of the same process: a
 wake-up that could be lost that way is a byte in a pipe (see pool.py).
+
+PUBLISHED may be written, and DONE waited for, by a device's stream (stream_exchange.py): for that,
+the engine writes a request long before it is announced.
 """
 
+import ctypes
 import mmap
 import os
 import platform
@@ -27,7 +31,7 @@ _SLOT_BYTES = SLOT_WORDS * _WORD_BYTES
 # Word indices in the header, one cache line for each writer.
 _NUM_SLOTS, _INPUT_BYTES, _OUTPUT_BYTES = 0, 1, 2
 _PUBLISHED, _ACTIVE = 8, 9
-_DONE, _FAILED, _READY = 16, 17, 18
+_DONE, _READY = 16, 17
 _HEADER_BYTES = 3 * LINE_BYTES
 
 _HAS_ORDERED_MEMORY = platform.machine() in ("x86_64", "AMD64")
@@ -49,8 +53,8 @@ def aligned(num_bytes: int) -> int:
 class Channel:
     """Either end. Requests are numbered from 1; number n stands in ring slot n modulo the ring's length.
 
-    The engine end calls `try_reserve`, then fills the input, then `publish`; the worker end `observe` and
-    `finish`. A request's input and output stay untouched until the engine calls `recycle`.
+    The engine end calls `try_reserve`, then fills the input, then `post` and `announce`; the worker end
+    `observe` and `finish`. A request's input and output stay untouched until the engine calls `recycle`.
     """
 
     def __init__(self, fd: int) -> None:
@@ -63,6 +67,7 @@ class Channel:
         self.output_start = self.input_start + self._words[_INPUT_BYTES]
         self._input_used = 0
         self._output_used = 0
+        self._num_posted = 0
 
     @classmethod
     def create(cls, *, num_slots: int, input_bytes: int, output_bytes: int) -> "Channel":
@@ -79,17 +84,39 @@ class Channel:
     # --- the engine's end ---
 
     @property
+    def address(self) -> int:
+        """Of the memory in this process."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @property
+    def published_address(self) -> int:
+        return self.address + _PUBLISHED * _WORD_BYTES
+
+    @property
+    def done_address(self) -> int:
+        return self.address + _DONE * _WORD_BYTES
+
+    @property
     def is_drained(self) -> bool:
-        return self.done == self._words[_PUBLISHED]
+        return self.done == self._num_posted
+
+    @property
+    def num_free_slots(self) -> int:
+        return self.num_slots - (self._num_posted - self.done)
 
     def recycle(self) -> None:
         """All results so far have been read: their room may be used again, once nothing is under way."""
         if self.is_drained:
-            self._input_used = self._output_used = 0
+            self.reuse_areas()
+
+    def reuse_areas(self) -> None:
+        """The next request's input and output start where the first one's did. For who makes sure in another
+        way that nothing there is needed any more."""
+        self._input_used = self._output_used = 0
 
     def try_reserve(self, input_bytes: int, output_bytes: int) -> tuple[int, int] | None:
         """Room for one request's (input, output): offsets in `buffer`. None where ring or areas are full."""
-        if self._words[_PUBLISHED] - self.done >= self.num_slots:
+        if not self.num_free_slots:
             return None
         offsets = self.input_start + self._input_used, self.output_start + self._output_used
         if offsets[0] + input_bytes > self.output_start or offsets[1] + output_bytes > len(self.buffer):
@@ -98,16 +125,19 @@ class Channel:
         self._output_used += aligned(output_bytes)
         return offsets
 
-    def publish(self, request: Sequence[int]) -> int:
-        """Hands a request, whose room is reserved and filled, to the worker; returns its number."""
+    def post(self, request: Sequence[int]) -> int:
+        """Writes down a request, whose room is reserved; returns its number, which is to be announced."""
         assert len(request) <= SLOT_WORDS
-        number = self._words[_PUBLISHED] + 1
-        start = self._slot_start(number)
+        self._num_posted += 1
+        start = self._slot_start(self._num_posted)
         for i, word in enumerate(request):
             self._words[start + i] = word
+        return self._num_posted
+
+    def announce(self, number: int) -> None:
+        """The input of this request and those before is there: they are the worker's now."""
         _fence()
         self._words[_PUBLISHED] = number
-        return number
 
     @property
     def done(self) -> int:
@@ -115,10 +145,6 @@ class Channel:
         number = self._words[_DONE]
         _fence()
         return number
-
-    def has_failed(self, number: int) -> bool:
-        """The worker could not compute a request that is done."""
-        return self._words[_FAILED] == number
 
     @property
     def is_ready(self) -> bool:
@@ -148,11 +174,9 @@ class Channel:
         start = self._slot_start(self._words[_DONE] + 1)
         return self._words[start : start + SLOT_WORDS].tolist()
 
-    def finish(self, *, has_failed: bool = False) -> None:
-        """The next request is done and its result is written, or it cannot be computed."""
+    def finish(self) -> None:
+        """The next request is done and its result is written."""
         number = self._words[_DONE] + 1
-        if has_failed:
-            self._words[_FAILED] = number
         _fence()
         self._words[_DONE] = number
 

@@ -4,12 +4,15 @@ For each cold adapter, layer and projection group, decided as the group is reach
 are used on the device; else the adapter's choice (plan.py) says whether the device waits for them or the
 CPU computes. A slice that no worker can take, or whose worker fails, is computed in this process, from the
 same host memory.
+
+Where the device works in the order of a stream, a group is reached when it is queued: somewhat earlier than
+the device gets there, so that a layer which lands meanwhile is computed on the CPU all the same.
 """
 
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import TracebackType
 from typing import Protocol, Self
@@ -20,10 +23,11 @@ from torch import Tensor
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.layout import AdapterLayout
 from toppings.assist.cost import CostProfile
+from toppings.assist.exchange import AssistStats, Exchange, Piece
 from toppings.assist.plan import TOKEN_STEP, Choice
-from toppings.assist.pool import Ticket, Worker, WorkerPool
+from toppings.assist.pool import Worker, WorkerPool
 from toppings.assist.pricing import price_layers
-from toppings.assist.product import MIN_SLICE_ROWS, Form, GroupWeights, compute
+from toppings.assist.product import MIN_SLICE_ROWS, Form, GroupWeights
 from toppings.core import GROUPS
 from toppings.ops.lora import LoraSegments, add_lora_, lora_expand_add_
 
@@ -36,6 +40,8 @@ class Load(Protocol):
     def b_ready(self, layer: int) -> bool: ...
 
     def wait(self, layer: int) -> None: ...
+
+    def wait_b(self, layer: int) -> None: ...
 
 
 class HostWeights(Protocol):
@@ -60,45 +66,20 @@ class ColdAdapter:
     choices: Sequence[Choice]
 
 
-@dataclass(slots=True)
-class AssistStats:
-    """What a step did. `wait_s`: for loads; `worker_wait_s`: for workers' results. Products are
-    (segment, layer, group); `num_recomputed`: slices that a worker should have computed and this process
-    did."""
-
-    wait_s: float = 0.0
-    worker_wait_s: float = 0.0
-    num_cpu_products: int = 0
-    num_cold_products: int = 0
-    num_recomputed: int = 0
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Rows `[start, stop)` of the step, on their way."""
-
-    start: int
-    stop: int
-    form: Form
-    weights: GroupWeights
-    slot: int
-    ticket: Ticket | None = None  # None: no worker took it
-
-
 @dataclass
 class Coordinator:
     """Built once per engine; `step` makes the context of one forward.
 
-    `host_arena`: the host store's memory, flat, of the model's dtype; `out_offsets`: per projection group,
-    the column of its fused output at which each module begins.
+    `item_bytes`: of the model's dtype; `out_offsets`: per projection group, the column of its fused output
+    at which each module begins.
     """
 
     pool: DevicePool
     workers: WorkerPool
-    host_arena: Tensor
+    exchange: Exchange
+    item_bytes: int
     out_offsets: dict[str, tuple[int, ...]]
     profile: CostProfile
-    num_recomputed: int = field(default=0, init=False)
 
     def step(self, segments: LoraSegments, cold: Sequence[ColdAdapter]) -> "AssistLora":
         """To be closed (`with`) when the forward is over, however it ends."""
@@ -112,12 +93,13 @@ class AssistLora:
     def __init__(self, owner: Coordinator, segments: LoraSegments, cold: Sequence[ColdAdapter]) -> None:
         self.stats = AssistStats()
         self._owner = owner
+        self._exchange = owner.exchange
         self._segments = segments
         self._cold = [(adapter, _rows_of(segments, adapter.slot)) for adapter in cold]
         self._masked: dict[frozenset[int], LoraSegments] = {frozenset(): segments}
         self._session = ExitStack()
         self._workers: list[Worker] | None = None  # None until the first slice: no session yet
-        self._pieces: list[_Piece] = []
+        self._pieces: list[tuple[Piece, Load]] = []
 
     @property
     def wait_s(self) -> float:
@@ -135,8 +117,7 @@ class AssistLora:
 
     def start(self, layer: int, group: str, x: Tensor) -> None:
         self._pieces = []
-        for worker in self._workers or ():
-            worker.recycle()  # the last group's results are in its output
+        self._exchange.begin_group(self._workers or [])
         for adapter, rows in self._cold:
             form = self._form(adapter, layer, group)
             if form is None:
@@ -146,11 +127,11 @@ class AssistLora:
             for start, stop in rows:
                 is_short = stop - start < MIN_SLICE_ROWS
                 # ops.lora keeps the shrunk rows of short segments in fp32, which the channel does not carry.
-                template = _Piece(start, stop, Form.FULL if is_short else form, weights, adapter.slot)
-                self._send(x, template, num_workers)
+                whole = Piece(start, stop, Form.FULL if is_short else form, weights, adapter.slot)
+                self._send(x, whole, adapter.load, num_workers)
 
     def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
-        on_cpu = frozenset(piece.slot for piece in self._pieces)
+        on_cpu = frozenset(piece.slot for piece, _ in self._pieces)
         self._await_loads(layer, group, on_cpu)
         owner = self._owner
         add_lora_(
@@ -163,8 +144,11 @@ class AssistLora:
             out_offsets=owner.out_offsets[group],
             segments=self._without(on_cpu),
         )
-        for piece in self._pieces:
-            self._add(piece, self._result(piece, x), y, layer, group)
+        for piece, load in self._pieces:
+            result = self._exchange.take(piece, x)
+            if piece.form is Form.SHRINK:
+                load.wait_b(layer)
+            self._add(piece, result, y, layer, group)
 
     # --- deciding ---
 
@@ -178,34 +162,36 @@ class AssistLora:
             choice is Choice.DEVICE
             or adapter.load.layer_ready(layer)
             or adapter.weights.num_layers_ready <= layer
-            or not self._awake_workers()
+            or not self._exchange.has_room(self._awake_workers())
         ):
             return None
-        is_shrink = choice is Choice.CPU_SHRINK and adapter.load.b_ready(layer)
+        is_b_there = self._exchange.is_ordered or adapter.load.b_ready(layer)
+        is_shrink = choice is Choice.CPU_SHRINK and is_b_there
         self.stats.num_cpu_products += 1
         return Form.SHRINK if is_shrink else Form.FULL
 
     def _awake_workers(self) -> list[Worker]:
         if self._workers is None:
-            self._workers = self._session.enter_context(self._owner.workers.session())
+            self._workers = self._session.enter_context(self._exchange.session(self.stats))
         return self._workers
 
     # --- sending ---
 
     def _locate(self, adapter: ColdAdapter, layer: int, group: str) -> GroupWeights:
-        start = adapter.weights.offsets[layer] // self._owner.host_arena.itemsize
+        start = adapter.weights.offsets[layer] // self._owner.item_bytes
         return GroupWeights.locate(adapter.weights.layout, layer, group, start)
 
     def _num_workers(self, adapter: ColdAdapter, layer: int, num_rows: int) -> int:
         rounded = -(-num_rows // TOKEN_STEP) * TOKEN_STEP
         return price_layers(self._owner.profile, adapter.weights.layout, rounded)[layer].num_workers
 
-    def _send(self, x: Tensor, whole: _Piece, num_workers: int) -> None:
+    def _send(self, x: Tensor, whole: Piece, load: Load, num_workers: int) -> None:
         workers = self._awake_workers()
         for low, high in split_rows(whole.start, whole.stop, min(num_workers, len(workers))):
             worker = min(workers, key=lambda worker: worker.num_rows_sent)
-            ticket = worker.try_post(whole.form, whole.weights, x[low:high])
-            self._pieces.append(replace(whole, start=low, stop=high, ticket=ticket))
+            piece = replace(whole, start=low, stop=high)
+            self._exchange.post(worker, piece, x)
+            self._pieces.append((piece, load))
 
     # --- taking in ---
 
@@ -223,30 +209,8 @@ class AssistLora:
             self._masked[slots] = LoraSegments(whole.indptr, kept, whole.max_rank, whole.decode_form)
         return self._masked[slots]
 
-    def _result(self, piece: _Piece, x: Tensor) -> Tensor:
-        started_at = time.monotonic()
-        ticket = piece.ticket
-        is_done = ticket is not None and ticket.worker.wait(ticket.number)
-        self.stats.worker_wait_s += time.monotonic() - started_at
-        if ticket is not None and is_done:
-            return ticket.result
-        if ticket is not None:
-            self._retire(ticket.worker)
-        self.stats.num_recomputed += 1
-        self._owner.num_recomputed += 1
-        rows = x[piece.start : piece.stop].to("cpu").contiguous()
-        out = torch.empty(rows.shape[0], piece.weights.num_columns(piece.form), dtype=rows.dtype)
-        compute(piece.form, piece.weights, rows, out, self._owner.host_arena)
-        return out
-
-    def _retire(self, worker: Worker) -> None:
-        assert self._workers is not None
-        if worker in self._workers:
-            self._workers.remove(worker)
-            self._owner.workers.retire(worker)
-
-    def _add(self, piece: _Piece, result: Tensor, y: Tensor, layer: int, group: str) -> None:
-        rows, result = y[piece.start : piece.stop], result.to(y.device)
+    def _add(self, piece: Piece, result: Tensor, y: Tensor, layer: int, group: str) -> None:
+        rows = y[piece.start : piece.stop]
         lows = self._owner.out_offsets[group]
         is_full = piece.form is Form.FULL
         widths = piece.weights.num_outs if is_full else piece.weights.ranks

@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 class PoolSettings:
     """`arena_fd`, `arena_bytes`: the host store's memory, elements of `dtype`. `max_input_bytes` and
     `max_output_bytes` bound what one worker can hold at a time. `deadline_s`: a slice not done by then is
-    computed by the engine and its worker replaced."""
+    computed by the engine and its worker replaced. `num_slots`: requests that a channel's ring holds.
+    `is_ordered`: a device announces requests, and no byte in the pipe comes with them, so that workers watch
+    for them even on cores that others need."""
 
     cores: WorkerCores
     arena_fd: int
@@ -45,6 +47,8 @@ class PoolSettings:
     max_input_bytes: int
     max_output_bytes: int
     deadline_s: float = 1.0
+    num_slots: int = NUM_SLOTS
+    is_ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,13 @@ class Worker:
         self.core = core
         self._dtype = settings.dtype
         self._deadline_s = settings.deadline_s
-        self._is_core_shared = settings.cores.is_shared
+        self._is_core_shared = _sleeps_between_requests(settings)
         self.channel = Channel.create(
-            num_slots=NUM_SLOTS,
+            num_slots=settings.num_slots,
             input_bytes=settings.max_input_bytes,
             output_bytes=settings.max_output_bytes,
         )
-        self._bytes = torch.frombuffer(self.channel.buffer, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(self.channel.buffer, dtype=torch.uint8)
         wake_fd, self._nudge_fd = os.pipe()
         os.set_blocking(self._nudge_fd, False)
         self._process = _spawn(_worker_settings(settings, core, self.channel, wake_fd))
@@ -102,6 +106,16 @@ class Worker:
 
     def try_post(self, form: Form, weights: GroupWeights, x: Tensor) -> Ticket | None:
         """Copies x [rows, in] and asks for its product. None where the channel is full."""
+        ticket = self.prepare(form, weights, x)
+        if ticket is not None:
+            self.channel.announce(ticket.number)
+            if self._is_core_shared:
+                self.nudge()  # it does not spin
+        return ticket
+
+    def prepare(self, form: Form, weights: GroupWeights, x: Tensor) -> Ticket | None:
+        """`try_post`, but for the announcement: that is to come after the copy of x, which is made in the
+        order of the device's stream where x is on a device."""
         num_rows, num_columns = x.shape[0], weights.num_columns(form)
         item_bytes = self._dtype.itemsize
         room = self.channel.try_reserve(
@@ -109,12 +123,10 @@ class Worker:
         )
         if room is None:
             return None
-        rows_at(self._bytes, room[0], num_rows, weights.num_in, self._dtype).copy_(x)
+        rows_at(self.bytes, room[0], num_rows, weights.num_in, self._dtype).copy_(x, non_blocking=True)
         self.num_rows_sent += num_rows
-        number = self.channel.publish(Slice(form, num_rows, *room, weights).to_words())
-        if self._is_core_shared:
-            self.nudge()  # it does not spin
-        return Ticket(self, number, rows_at(self._bytes, room[1], num_rows, num_columns, self._dtype))
+        number = self.channel.post(Slice(form, num_rows, *room, weights).to_words())
+        return Ticket(self, number, rows_at(self.bytes, room[1], num_rows, num_columns, self._dtype))
 
     def wait(self, number: int) -> bool:
         """True when the result is there; False where the worker failed, died or let the deadline pass."""
@@ -122,11 +134,11 @@ class Worker:
         while not self._spin(number):
             waited_s = time.monotonic() - started_at
             if waited_s > self._deadline_s or (waited_s > NUDGE_AFTER_S and not self.is_alive):
-                return channel.done >= number and not channel.has_failed(number)
+                return channel.done >= number
             if not is_nudged and waited_s > NUDGE_AFTER_S:
                 self.nudge()
                 is_nudged = True
-        return not channel.has_failed(number)
+        return True
 
     def _spin(self, number: int) -> bool:
         channel, is_core_shared = self.channel, self._is_core_shared
@@ -225,6 +237,10 @@ class WorkerPool:
             worker.close()
 
 
+def _sleeps_between_requests(settings: PoolSettings) -> bool:
+    return settings.cores.is_shared and not settings.is_ordered
+
+
 def _worker_settings(settings: PoolSettings, core: int, channel: Channel, wake_fd: int) -> WorkerSettings:
     return WorkerSettings(
         channel_fd=channel.fd,
@@ -233,7 +249,7 @@ def _worker_settings(settings: PoolSettings, core: int, channel: Channel, wake_f
         arena_bytes=settings.arena_bytes,
         dtype=str(settings.dtype).removeprefix("torch."),
         core=core,
-        is_core_shared=settings.cores.is_shared,
+        is_core_shared=_sleeps_between_requests(settings),
         nice=SHARED_NICE if settings.cores.is_shared else 0,
         parent_pid=os.getpid(),
     )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -126,6 +126,30 @@ class StopwatchLora:
         self.gemm_s += time.perf_counter() - self._started_at
 
 
+class EventLora:
+    """`StopwatchLora` for a device that works behind the host: `cuda` is `torch.cuda`, or a fake."""
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self._events: list[Any] = []
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        self._record()
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        self._record()
+
+    def _record(self) -> None:
+        self._events.append(self._cuda.Event(enable_timing=True))
+        self._events[-1].record()
+
+    @property
+    def gemm_s(self) -> float:
+        """Once the forward is over."""
+        pairs = zip(self._events[::2], self._events[1::2])
+        return sum(float(start.elapsed_time(stop)) for start, stop in pairs) / 1e3
+
+
 class BusyLora:
     """A `LoraContext` that keeps every worker busy beside the qkv products; `wait_s` is spent waiting
     for them."""
@@ -152,19 +176,21 @@ class BusyLora:
         self.wait_s += time.perf_counter() - started_at
 
 
-ProbeLora = StopwatchLora | BusyLora
+ProbeLora = StopwatchLora | EventLora | BusyLora
 
 
 @dataclass
 class EngineProbes:
     """`forward(num_tokens, lora)` runs the base model once on a prompt of so many tokens; `copy_s` as in
-    `Probes` (`LinkProbe` is one). The workers' weights are whatever lies at the start of the host arena."""
+    `Probes` (`LinkProbe` is one). The workers' weights are whatever lies at the start of the host arena.
+    `cuda`: the `torch.cuda` module, or a fake, where the device is not the host."""
 
     workers: WorkerPool
     forward: Callable[[int, ProbeLora], None]
     copy_s: Callable[[int], float]
     shapes: BaseShapes
     dtype: torch.dtype
+    cuda: Any = None
     _rows: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def slice_s(self, num_rows: int, rank: int, num_in: int, num_out: int) -> float:
@@ -185,16 +211,25 @@ class EngineProbes:
         return statistics.median(extra)
 
     def layer_s(self, num_tokens: int) -> tuple[float, float]:
-        watches: list[StopwatchLora] = []
+        watches: list[StopwatchLora | EventLora] = []
 
         def run() -> None:
-            watches.append(StopwatchLora())
-            self.forward(num_tokens, watches[-1])
+            watches.append(StopwatchLora() if self.cuda is None else EventLora(self.cuda))
+            self._forward(num_tokens, watches[-1])
 
         layer_s = median_s(run) / self.shapes.num_layers
         return layer_s, statistics.median(watch.gemm_s for watch in watches) / self.shapes.num_layers
 
+    def _forward(self, num_tokens: int, lora: ProbeLora) -> None:
+        """Returns when it is over."""
+        self.forward(num_tokens, lora)
+        if self.cuda is not None:
+            self.cuda.current_stream().synchronize()
+
     def slowdown(self, num_tokens: int) -> float:
+        """1 where the device computes on no core."""
+        if self.cuda is not None:
+            return 1.0
         plain_s = self.layer_s(num_tokens)[0] * self.shapes.num_layers
         size_in, size_out = self.shapes.sizes[MODULES.index("q_proj")]
         weights = GroupWeights(size_in, (TYPICAL_RANK,), (size_out,), (0,), (TYPICAL_RANK * size_in,))
@@ -252,9 +287,15 @@ class LinkProbe:
             raise ValueError(f"no room for {layout.num_bytes} bytes in the device pool to measure the link")
         offsets = [self.pool.layer_offset(slot, layer) * dtype.itemsize for layer in range(layout.num_layers)]
         source = _ProbeSource(layout, self.view, layout.num_layers)
-        load_s = median_s(lambda: self.loader.start(source, offsets).wait_all())
+        load_s = median_s(lambda: self._load(source, offsets))
         self.pool.free(slot)
         return load_s / num_loaded * num_bytes / layout.layer_bytes(0)
+
+    def _load(self, source: "_ProbeSource", offsets: list[int]) -> None:
+        handle = self.loader.start(source, offsets)
+        handle.wait_all()
+        while not handle.done:  # on a GPU, queued and no more
+            time.sleep(0)
 
 
 def _round_trip(worker: Worker, weights: GroupWeights, x: Tensor, y: Tensor) -> None:

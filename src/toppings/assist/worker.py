@@ -122,22 +122,24 @@ class Worker:
 
     def _answer(self) -> None:
         try:
-            self._compute_next()
+            compute_next(self._channel, self._bytes, self._arena)
         except Exception:
             log.exception("a slice could not be computed")
-            self._channel.finish(has_failed=True)
-        else:
-            self._channel.finish()
+            os._exit(1)  # the engine computes it, and all that come before the next worker is there
+        self._channel.finish()
 
-    def _compute_next(self) -> None:
-        from toppings.assist.product import Slice, compute
 
-        request = Slice.from_words(self._channel.observe())
-        weights, dtype = request.weights, self._arena.dtype
-        x = rows_at(self._bytes, request.input_offset, request.num_rows, weights.num_in, dtype)
-        num_columns = weights.num_columns(request.form)
-        out = rows_at(self._bytes, request.output_offset, request.num_rows, num_columns, dtype)
-        compute(request.form, weights, x, out, self._arena)
+def compute_next(channel: Channel, buffer: "Tensor", arena: "Tensor") -> None:
+    """Computes the next request of a channel, whose memory `buffer` is (uint8, flat), with the weights of the
+    host store's `arena`; to be finished by the caller."""
+    from toppings.assist.product import Slice, compute
+
+    request = Slice.from_words(channel.observe())
+    weights, dtype = request.weights, arena.dtype
+    x = rows_at(buffer, request.input_offset, request.num_rows, weights.num_in, dtype)
+    num_columns = weights.num_columns(request.form)
+    out = rows_at(buffer, request.output_offset, request.num_rows, num_columns, dtype)
+    compute(request.form, weights, x, out, arena)
 
 
 def rows_at(buffer: "Tensor", offset: int, num_rows: int, num_columns: int, dtype: "dtype") -> "Tensor":

@@ -95,13 +95,15 @@ def _num_adapters(shape: AdapterShape, registry: AdapterRegistry) -> int:
 
 
 def _all_on_device(config: EngineConfig, registry: AdapterRegistry) -> EngineConfig:
-    """Room for all adapters and for a probe of the link, which is not emulated."""
+    """Room for all adapters and for a probe of the link, which is not emulated. A step that is timed is over
+    before the next begins."""
     num_bytes = sum(record.num_bytes for record in registry.list())
     num_bytes += 2 * COPY_BYTES * registry.shapes.num_layers
     return replace(
         config,
         state_dir=str(registry.state_dir),
         mode="cached",
+        async_scheduling="off",
         link_gbps=0.0,
         step_log="",
         device_pool_bytes=num_bytes,

@@ -11,9 +11,12 @@ from toppings.adapters.manager import AdapterManager
 from toppings.assist.coordinator import AssistLora, ColdAdapter, Coordinator
 from toppings.assist.cores import available_cores, choose_cores
 from toppings.assist.cost import CostProfile
+from toppings.assist.cuda_stream_ops import CudaStreamOps
+from toppings.assist.exchange import Exchange, HostExchange
 from toppings.assist.modes import AssistMode
-from toppings.assist.pool import PoolSettings, WorkerPool
+from toppings.assist.pool import NUM_SLOTS, PoolSettings, WorkerPool
 from toppings.assist.profile import SLICE_ROWS, EngineProbes, LinkProbe, measure
+from toppings.assist.stream_exchange import NUM_STREAM_SLOTS, StreamExchange, StreamOps
 from toppings.config import EngineConfig
 from toppings.engine.model_runner import ModelRunner
 from toppings.ops.lora import LoraSegments
@@ -21,6 +24,9 @@ from toppings.ops.lora import LoraSegments
 logger = logging.getLogger(__name__)
 
 MAX_PROFILE_TOKENS = 512
+GPU_ENGINE_THREADS = 2
+"""Cores that an engine on a GPU keeps for itself: its own thread, and those that read and load."""
+_AREA_SLACK_BYTES = 1 << 16  # pieces begin on cache lines
 
 
 class Assist:
@@ -33,17 +39,24 @@ class Assist:
         adapters: AdapterManager,
         runner: ModelRunner,
         state_dir: Path,
+        *,
+        stream_ops: StreamOps | None = None,
     ) -> None:
-        """Raises ValueError for worker cores that are not there, or a profile file that is none."""
+        """`stream_ops`: where the device is not the host, by default CUDA's on a GPU.
+
+        Raises ValueError for worker cores that are not there, or a profile file that is none.
+        """
         self._mode = mode
+        self._is_cuda = config.device == "cuda"
         self._adapters = adapters
         dtype, shapes = adapters.pool.arena.dtype, adapters.shapes
         widest_in = max(num_in for num_in, _ in shapes.sizes)
         widest_out = sum(num_out for _, num_out in shapes.sizes)
         row_bytes = max(config.max_num_batched_tokens, *SLICE_ROWS) * dtype.itemsize
+        stream_ops = stream_ops or (CudaStreamOps() if self._is_cuda else None)
         cores = choose_cores(
             available_cores(),
-            torch.get_num_threads(),
+            GPU_ENGINE_THREADS if self._is_cuda else torch.get_num_threads(),
             num_workers=config.assist_workers,
             cores=tuple(map(int, config.assist_cores)),
         )
@@ -53,15 +66,20 @@ class Assist:
                 arena_fd=adapters.host.arena.fd,
                 arena_bytes=adapters.host.arena.size_bytes,
                 dtype=dtype,
-                max_input_bytes=row_bytes * widest_in,
-                max_output_bytes=row_bytes * widest_out,
+                max_input_bytes=row_bytes * widest_in + _AREA_SLACK_BYTES,
+                max_output_bytes=row_bytes * widest_out + _AREA_SLACK_BYTES,
+                num_slots=NUM_SLOTS if stream_ops is None else NUM_STREAM_SLOTS,
+                is_ordered=stream_ops is not None,
             )
         )
         self.profile = self._read_or_measure(profile_path(config, state_dir), runner)
         mode.calibrate(self.profile)
         host_arena = torch.from_numpy(adapters.host.arena.view).view(dtype)
+        self._exchange: Exchange = HostExchange(self._workers, host_arena)
+        if stream_ops is not None:
+            self._exchange = StreamExchange(self._workers, host_arena, stream_ops)
         self._coordinator = Coordinator(
-            adapters.pool, self._workers, host_arena, runner.out_offsets, self.profile
+            adapters.pool, self._workers, self._exchange, dtype.itemsize, runner.out_offsets, self.profile
         )
 
     def step(
@@ -83,11 +101,12 @@ class Assist:
 
     def counters(self) -> dict[str, float]:
         return {
-            "assist_recomputed_slices": self._coordinator.num_recomputed,
+            "assist_recomputed_slices": self._exchange.num_recomputed,
             "assist_worker_restarts": self._workers.num_restarts,
         }
 
     def close(self) -> None:
+        self._exchange.close()
         self._workers.close()
 
     def _read_or_measure(self, path: Path, runner: ModelRunner) -> CostProfile:
@@ -102,7 +121,14 @@ class Assist:
     def _measure(self, runner: ModelRunner) -> CostProfile:
         pool, shapes = self._adapters.pool, self._adapters.shapes
         link = LinkProbe(self._adapters.loader, pool, shapes, self._adapters.host.arena.view)
-        probes = EngineProbes(self._workers, runner.dry_run, link, shapes, pool.arena.dtype)
+        probes = EngineProbes(
+            self._workers,
+            runner.dry_run,
+            link,
+            shapes,
+            pool.arena.dtype,
+            cuda=torch.cuda if self._is_cuda else None,
+        )
         return measure(
             probes,
             shapes,

@@ -13,13 +13,14 @@ from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
 from toppings.assist.cores import available_cores
+from toppings.assist.cuda_stream_ops import unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
 from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
 from toppings.engine.decode_form import choose_decode_form
-from toppings.engine.drawing import DeviceSampler
+from toppings.engine.drawing import DeviceSampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
 from toppings.engine.memory import measure
@@ -37,7 +38,6 @@ from toppings.model.parts import Part
 from toppings.ops import dispatch, warm_up
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import LoraForm
-from toppings.ops.sampling import sample
 
 if TYPE_CHECKING:
     from toppings.engine.parallel import Followers
@@ -102,8 +102,18 @@ def make_runner(
 ) -> ModelRunner:
     inputs = InputBuilder(config.page_size, max_model_len, staging)
     is_cuda = staging is not None and config.device == "cuda"
-    draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else sample
-    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw, decode_form=decode_form)
+    draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else draw_on_host
+    runs_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and is_cuda)
+    return ModelRunner(
+        decoder,
+        cache,
+        adapters,
+        mode,
+        inputs=inputs,
+        sample=draw,
+        runs_ahead=runs_ahead,
+        decode_form=decode_form,
+    )
 
 
 def set_threads(config: EngineConfig) -> None:
@@ -228,6 +238,9 @@ def _make_mode(config: EngineConfig) -> LoadingMode:
         logger.info("mode auto acts as pipelined: a split model has no CPU assistance")
         return PipelinedMode()
     if config.mode == "auto" and config.device == "cpu" and not config.link_gbps:
+        return PipelinedMode()
+    if config.mode in ASSIST_MODES and config.device == "cuda" and (reason := unavailable_reason()):
+        logger.warning("mode %s acts as pipelined: %s", config.mode, reason)
         return PipelinedMode()
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from toppings.adapters.manager import AdapterManager
 from toppings.core import (
     AddRequest,
     Batch,
+    BatchItem,
     ColdStart,
     EngineReady,
     EngineStats,
@@ -21,7 +22,7 @@ from toppings.core import (
     TokenLogprobs,
 )
 from toppings.engine.assist import Assist
-from toppings.engine.model_runner import StepResult
+from toppings.engine.model_runner import StepInFlight, StepResult
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.step_log import StepLog, batch_kind
 
@@ -48,7 +49,9 @@ class Followers(Protocol):
 class Runner(Protocol):
     """A `ModelRunner`, or the lead of several."""
 
-    def run(self, batch: Batch) -> StepResult: ...
+    def start(self, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight: ...
+
+    def can_run_ahead(self, requests: Sequence[Request]) -> bool: ...
 
     def forget(self, request: Request) -> None: ...
 
@@ -64,8 +67,25 @@ class Progress:
     load_wait_s: float = 0.0  # the part of them that waited for adapter loads
 
 
+@dataclass(slots=True)
+class Step:
+    """One that was started. `record`: what the step log says of its batch."""
+
+    batch: Batch
+    flight: StepInFlight
+    started_at: float
+    num_prompt_tokens: int
+    record: dict[str, object]
+
+
 class Engine:
-    """Steps are run by one thread; `add`, `abort` and all else are called by that thread, between steps."""
+    """Steps are run by one thread; `add`, `abort` and all else are called by that thread, between steps.
+
+    Where the runner can, the next step is started before this one's tokens are waited for, so that the device
+    finds its work queued. It runs for all requests that may go on; what it draws for one that has
+    ended is dropped. Whatever ended requests give back may be given to others at once: what they do
+    with it comes later in the device's order.
+    """
 
     def __init__(
         self,
@@ -89,6 +109,8 @@ class Engine:
         self._followers = followers
         self._progress: dict[str, Progress] = {}
         self._counters = dict.fromkeys(COUNTERS, 0)
+        self._ahead: Step | None = None  # started on top of the last one that was finished
+        self._finished_at = 0.0
 
     @property
     def has_requests(self) -> bool:
@@ -131,27 +153,83 @@ class Engine:
         ]
         for progress in list(self._progress.values()):
             self._forget(progress.request)
+        self._ahead = None
         return outputs
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, postprocess. Empty where nothing could run. Raises FollowerLostError."""
+        """One step's outputs: schedule, run, postprocess. Empty where nothing could run.
+
+        Raises FollowerLostError.
+        """
+        step, self._ahead = self._ahead, None
+        outputs: list[RequestOutput] = []
+        if step is None:
+            step = self._start(outputs)
+        if step is None:
+            return outputs
+        following = self._start(outputs, step) if self._can_run_ahead() else None
+        self._finish(step, outputs)
+        if following is not None and any(map(self._is_alive, following.batch.items)):
+            self._ahead = following
+        return outputs
+
+    def _can_run_ahead(self) -> bool:
+        """While nobody is to be admitted: whose prompt joins a step is decided with all tokens known."""
+        return not self.scheduler.may_admit and self._runner.can_run_ahead(self.scheduler.running)
+
+    def _start(self, outputs: list[RequestOutput], previous: Step | None = None) -> Step | None:
+        """Schedules a step and queues its work; None where nothing can run or it could not be started.
+
+        Raises FollowerLostError.
+        """
         started_at = time.perf_counter()
         batch = self.scheduler.schedule(started_at)
-        outputs = [self._fail(request, reason) for request, reason in self.scheduler.pop_failed()]
+        outputs += [self._fail(request, reason) for request, reason in self.scheduler.pop_failed()]
         if not batch.items:
-            return outputs
+            return None
         self._note_scheduled(batch, started_at)
         try:
-            result = self._runner.run(batch)
-        except FollowerLostError:
-            raise
+            flight = self._runner.start(batch, None if previous is None else previous.flight)
         except AdapterError as error:
-            return outputs + self._fail_all(self._users_of_failed_loads(batch), str(error))
+            outputs += self._fail_all(self._users_of_failed_loads(batch), str(error))
+            return None
         except Exception as error:
-            logger.exception("a step failed; its requests are answered with an error")
-            self._counters["step_errors"] += 1
-            return outputs + self._fail_all([i.request for i in batch.items], f"the engine failed: {error}")
-        return outputs + self._postprocess(batch, result, started_at)
+            outputs += self._fail_step(batch, error)
+            return None
+        num_prompt_tokens = sum(i.num_tokens for i in batch.items if not i.is_decode)
+        step = Step(batch, flight, started_at, num_prompt_tokens, self._describe(batch))
+        self.scheduler.commit(batch)
+        for item in flight.items:
+            item.request.num_pending_tokens += self._may_go_on(item.request)
+        return step
+
+    def _finish(self, step: Step, outputs: list[RequestOutput]) -> None:
+        """Waits for the step's tokens and hands them out. Raises FollowerLostError."""
+        try:
+            result = step.flight.result()
+        except Exception as error:
+            outputs += self._fail_step(step.batch, error)
+            return
+        outputs += self._postprocess(step, result)
+
+    def _fail_step(self, batch: Batch, error: Exception) -> list[RequestOutput]:
+        if isinstance(error, FollowerLostError):
+            raise error
+        logger.error("a step failed; its requests are answered with an error", exc_info=error)
+        self._counters["step_errors"] += 1
+        alive = [item.request for item in batch.items if self._is_alive(item)]
+        return self._fail_all(alive, f"the engine failed: {error}")
+
+    def _is_alive(self, item: BatchItem) -> bool:
+        """Its request has not ended since the step was scheduled."""
+        progress = self._progress.get(item.request.request_id)
+        return progress is not None and progress.request is item.request
+
+    def _may_go_on(self, request: Request) -> bool:
+        """After one more token than are known or pending, if none of them stops it."""
+        num_more = request.num_pending_tokens + 1
+        num_output, num_tokens = len(request.output_token_ids) + num_more, request.num_tokens + num_more
+        return num_output < request.sampling.max_tokens and num_tokens < self.info.max_model_len
 
     def is_removed(self, adapter_id: int) -> bool:
         """Free an adapter whose removal was requested, once no request needs it; to be asked until True."""
@@ -222,10 +300,10 @@ class Engine:
 
     # --- after the forward ---
 
-    def _postprocess(self, batch: Batch, result: StepResult, started_at: float) -> list[RequestOutput]:
-        self.scheduler.commit(batch)
-        step_s = time.perf_counter() - started_at
-        for item in batch.items:
+    def _postprocess(self, step: Step, result: StepResult) -> list[RequestOutput]:
+        now = time.perf_counter()
+        step_s, self._finished_at = now - max(step.started_at, self._finished_at), now
+        for item in filter(self._is_alive, step.batch.items):
             progress = self._progress[item.request.request_id]
             if not item.request.output_token_ids:
                 progress.prefill_s += step_s
@@ -233,14 +311,16 @@ class Engine:
         outputs = [
             self._token_output(item.request, token_id, logprobs)
             for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs)
+            if self._is_alive(item)
         ]
-        self._count(batch, result)
-        self._log_step(batch, result, step_s)
+        self._count(step, result, len(outputs))
+        self._log_step(step, result, step_s)
         return outputs
 
     def _token_output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         is_first = not request.output_token_ids
         request.output_token_ids.append(token_id)
+        request.num_pending_tokens = max(0, request.num_pending_tokens - 1)
         finish_reason, stop_token_id = self._finish_reason(request, token_id)
         progress = self._progress[request.request_id]
         output = RequestOutput(
@@ -326,24 +406,29 @@ class Engine:
             r for i in batch.items if (r := i.request).adapter_id and self.adapters.has_failed(r.adapter_id)
         ]
 
-    def _count(self, batch: Batch, result: StepResult) -> None:
+    def _count(self, step: Step, result: StepResult, num_outputs: int) -> None:
         self._counters["steps"] += 1
-        self._counters["generation_tokens"] += len(result.items)
+        self._counters["generation_tokens"] += num_outputs
         if result.assist is not None:
             self._counters["assist_cpu_products"] += result.assist.num_cpu_products
             self._counters["assist_cold_products"] += result.assist.num_cold_products
-        self._counters["prompt_tokens"] += sum(i.num_tokens for i in batch.items if not i.is_decode)
+        self._counters["prompt_tokens"] += step.num_prompt_tokens
 
-    def _log_step(self, batch: Batch, result: StepResult, step_s: float) -> None:
+    def _describe(self, batch: Batch) -> dict[str, object]:
         requests = [item.request for item in batch.items]
         adapters = dict.fromkeys(r.adapter_id for r in requests if r.adapter_id is not None)
+        return {
+            "kind": batch_kind(batch),
+            "requests": len(requests),
+            "tokens": batch.num_tokens,
+            "adapters": len(adapters),
+            "ranks": [self.adapters.rank_of(a) for a in adapters],
+        }
+
+    def _log_step(self, step: Step, result: StepResult, step_s: float) -> None:
         self._step_log.write(
             {
-                "kind": batch_kind(batch),
-                "requests": len(requests),
-                "tokens": batch.num_tokens,
-                "adapters": len(adapters),
-                "ranks": [self.adapters.rank_of(a) for a in adapters],
+                **step.record,
                 "ms": round(_ms(step_s), 3),
                 "load_ms": round(_ms(result.load_wait_s), 3),
                 "overlapped_load_ms": round(max(0.0, result.copy_ms - _ms(result.load_wait_s)), 3),

@@ -84,7 +84,7 @@ class Follower:
                 case Stop():
                     return
                 case Step() as step:
-                    self._runner.run(batch_of(step))
+                    self._runner.start(batch_of(step)).result()
                 case command:
                     assert not isinstance(command, Start | Begin)
                     self._adapters.obey(command)

@@ -23,7 +23,7 @@ from toppings.core import BatchItem
 from toppings.engine.device_lora import DeviceLora
 from toppings.engine.pages import pages_for
 from toppings.engine.staging import Array, Staging, packed_bytes, unpack
-from toppings.engine.step_inputs import StepRows
+from toppings.engine.step_inputs import Pending, StepRows
 from toppings.model.decoder import Decoder
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.gpu_plan import AttentionTiles, LoraBatch, lora_chunks
@@ -124,20 +124,31 @@ class DecodeGraphs:
         """Every item is one token that continues a sequence, and is drawn from."""
         return len(items) <= self._sizes[-1] and all(item.is_decode and item.needs_sample for item in items)
 
-    def run(self, items: Sequence[BatchItem], segments: LoraSegments | None) -> Tensor:
+    def run(
+        self, items: Sequence[BatchItem], segments: LoraSegments | None, pending: Pending | None = None
+    ) -> Tensor:
         """Logits of the items, fp32 [items, vocab], until the next run. No adapter of theirs is loading."""
         size = next(size for size in self._sizes if size >= len(items))
         groups = frozenset() if segments is None else self._pool.groups_of(segments.slots)
         covering = next(captured for captured in GROUP_SETS if groups <= captured)
-        self._staging.copy(self._arrays(items, segments, size), self._inputs)
+        arrays = self._arrays(items, segments, size, pending)
+        self._staging.copy(arrays, self._inputs)
+        if pending is not None:
+            token_ids, *_, places = unpack(self._inputs, arrays)
+            pending.put_into(token_ids, places[:, : pending.places.shape[1]])
         self._graphs[size, covering].replay()
         self.num_replays += 1
         return self._logits[: len(items)]
 
     def _arrays(
-        self, items: Sequence[BatchItem], segments: LoraSegments | None, size: int
+        self,
+        items: Sequence[BatchItem],
+        segments: LoraSegments | None,
+        size: int,
+        pending: Pending | None = None,
     ) -> tuple[Array, ...]:
-        """`size` rows' token ids, positions, cache rows, context lengths, page tables and chunks."""
+        """`size` rows' token ids, positions, cache rows, context lengths, page tables, chunks and places of
+        pending tokens."""
         token_ids, positions = np.zeros((2, size), np.int64)
         slots = np.full(size, self._spec.scratch_page * self._cache.page_size)
         context_lens = np.ones(size, np.int32)
@@ -151,12 +162,15 @@ class DecodeGraphs:
         if segments is not None:
             own = lora_chunks(segments, self._spec.decode_form)
             chunks[: len(own)] = own
-        return token_ids, positions, slots, context_lens, page_tables, chunks
+        places = np.zeros((2, size), np.int64)
+        if pending is not None:
+            places[:, : pending.places.shape[1]] = pending.places
+        return token_ids, positions, slots, context_lens, page_tables, chunks, places
 
     def _capture(self, size: int, groups: frozenset[str], backend: GraphBackend) -> Graph:
         arrays = self._arrays([], None, size)
         self._staging.copy(arrays, self._inputs)
-        token_ids, positions, slots, context_lens, page_tables, chunks = unpack(self._inputs, arrays)
+        token_ids, positions, slots, context_lens, page_tables, chunks, _ = unpack(self._inputs, arrays)
         nothing = torch.empty(0, 4, dtype=torch.int32, device=context_lens.device)
         tiles = AttentionTiles(context_lens, nothing, nothing[:, 0], 0, True, self._spec.max_context)
         indptr = list(range(size + 1))

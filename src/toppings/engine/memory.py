@@ -72,4 +72,4 @@ def _run_largest_step(decoder: Decoder, config: EngineConfig, cuda: Any) -> None
     builder = InputBuilder(config.page_size, num_tokens, staging)
     inputs = builder.build([BatchItem(request, num_tokens)], [num_tokens - 1] * num_draws, None)
     logits = decoder.forward(inputs.token_ids, inputs.positions, cache, inputs.meta, inputs.logit_rows)
-    DeviceSampler(staging, cuda)(logits, [SamplingRow(params, [0], []) for _ in range(num_draws)])
+    DeviceSampler(staging, cuda)(logits, [SamplingRow(params, [0], []) for _ in range(num_draws)]).wait()

@@ -1,6 +1,6 @@
 """Turns a batch into tensors, runs the model on it and draws the next tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,16 +11,18 @@ import torch
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode
-from toppings.assist.coordinator import AssistLora, AssistStats
+from toppings.assist.coordinator import AssistLora
+from toppings.assist.exchange import AssistStats
 from toppings.core import Batch, BatchItem, Request, SamplingParams, TokenLogprobs
 from toppings.engine.device_lora import DeviceLora
+from toppings.engine.drawing import Drawing, Sampler, draw_on_host
 from toppings.engine.graphs import DecodeGraphs
 from toppings.engine.pages import pages_for
-from toppings.engine.step_inputs import InputBuilder, StepInputs, lora_segments
+from toppings.engine.step_inputs import InputBuilder, Pending, StepInputs, lora_segments
 from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
-from toppings.ops.sampling import SampleOutput, SamplingRow, sample
+from toppings.ops.sampling import SamplingRow
 
 
 @dataclass(slots=True)
@@ -35,8 +37,29 @@ class StepResult:
     assist: AssistStats | None
 
 
-Sampler = Callable[[torch.Tensor, list[SamplingRow]], SampleOutput]
-"""Draws a token per row of logits [R, vocab], as `ops.sampling.sample` does."""
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step whose work is queued, and what it draws for `items`."""
+
+    items: list[BatchItem]
+    drawing: Drawing
+    load_wait_s: float
+    copy_ms: float
+    assist: AssistStats | None
+
+    def result(self) -> StepResult:
+        """Waits for the tokens. Raises what made them wrong."""
+        drawn = self.drawing.wait()
+        if self.assist is not None and self.assist.error is not None:
+            raise self.assist.error
+        return StepResult(
+            items=self.items,
+            token_ids=drawn.token_ids,
+            logprobs=drawn.logprobs,
+            load_wait_s=self.load_wait_s,
+            copy_ms=self.copy_ms,
+            assist=self.assist,
+        )
 
 
 class StepAssist(Protocol):
@@ -48,7 +71,8 @@ class StepAssist(Protocol):
 
 
 class ModelRunner:
-    """The model, its cache and the adapters on one device. `run` changes no request."""
+    """The model, its cache and the adapters on one device. `start` changes no request. `runs_ahead`: a step
+    may be started before the tokens of the one before are known."""
 
     def __init__(
         self,
@@ -58,7 +82,8 @@ class ModelRunner:
         mode: LoadingMode,
         *,
         inputs: InputBuilder,
-        sample: Sampler = sample,
+        sample: Sampler = draw_on_host,
+        runs_ahead: bool = False,
         decode_form: LoraForm = DEFAULT_DECODE_FORM,
     ) -> None:
         self._decoder = decoder
@@ -67,6 +92,7 @@ class ModelRunner:
         self._mode = mode
         self._inputs = inputs
         self._sample = sample
+        self._runs_ahead = runs_ahead
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: DecodeGraphs | None = None  # likewise
@@ -74,8 +100,9 @@ class ModelRunner:
         self.out_offsets = decoder.config.group_out_offsets()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
-        """One forward over all items of `batch`, and a token for each item that needs one.
+    def start(self, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight:
+        """One forward over all items of `batch`, and a token for each item that needs one. Tokens that
+        requests of the batch still wait for are drawn by `previous`.
 
         Raises AdapterLoadError where an adapter's weights could not be brought; the batch may be run again
         without it, for nothing was committed.
@@ -85,21 +112,30 @@ class ModelRunner:
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
+        pending = None
+        if previous is not None:
+            pending = Pending.of(items, previous.items, previous.drawing.token_ids)
         if self.graphs is not None and not loads and self.graphs.can_run(items):
-            logits = self.graphs.run(items, segments)
+            logits = self.graphs.run(items, segments, pending)
         else:
-            inputs = self._inputs.build(items, [row for row, _ in sampled], segments)
+            inputs = self._inputs.build(items, [row for row, _ in sampled], segments, pending)
             with self._lora(items, segments, loads) as lora:
                 logits = self._forward(inputs, lora)
         copied_ms += sum(load.copy_ms for load in loads.values())
-        drawn = self._sample(logits, [self._sampling_row(item.request) for _, item in sampled])
-        return StepResult(
+        return StepInFlight(
             items=[item for _, item in sampled],
-            token_ids=drawn.token_ids,
-            logprobs=drawn.logprobs,
+            drawing=self._sample(logits, [self._sampling_row(item.request) for _, item in sampled]),
             load_wait_s=lora.wait_s if lora is not None else 0.0,
             copy_ms=copied_ms,
             assist=lora.stats if isinstance(lora, AssistLora) else None,
+        )
+
+    def can_run_ahead(self, requests: Sequence[Request]) -> bool:
+        """A step of these requests can be started although tokens of theirs are still being drawn: no draw
+        looks back at them, and no adapter is loading."""
+        return self._runs_ahead and not any(
+            _looks_back(r) or (r.adapter_id is not None and self._adapters.load_of(r.adapter_id) is not None)
+            for r in requests
         )
 
     @property
@@ -162,6 +198,12 @@ class ModelRunner:
             generator=self._generators.get(request.request_id),
             eos_token_ids=self._decoder.config.eos_token_ids,
         )
+
+
+def _looks_back(request: Request) -> bool:
+    """Its next draw but one depends on the next."""
+    row = SamplingRow(request.sampling, [], request.output_token_ids)
+    return row.has_penalty or request.sampling.min_tokens > len(request.output_token_ids)
 
 
 def _num_tokens_of(items: list[BatchItem], adapter_id: int) -> int:

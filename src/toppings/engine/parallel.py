@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -31,7 +31,7 @@ from toppings.adapters.parts import AdapterParts
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import Batch, Request
 from toppings.engine.engine import FollowerLostError
-from toppings.engine.model_runner import ModelRunner, StepResult
+from toppings.engine.model_runner import ModelRunner, StepInFlight
 from toppings.engine.part_messages import (
     Begin,
     Failed,
@@ -239,13 +239,16 @@ class Followers:
                     landed += reply.load_ids
         return landed
 
-    def run(self, runner: ModelRunner, batch: Batch, slots: dict[int, int]) -> StepResult:
-        """One step of all. Raises FollowerLostError where it breaks off or takes too long."""
+    def run(self, runner: ModelRunner, batch: Batch, slots: dict[int, int]) -> StepInFlight:
+        """One step of all, until its tokens are there. Raises FollowerLostError where it breaks off or takes
+        too long."""
         with self._together():
             self._step_began_at = time.monotonic()
             try:
                 self.send(step_of(batch, slots))
-                return runner.run(batch)
+                step = runner.start(batch)
+                step.result()
+                return step
             finally:
                 self._step_began_at = None
 
@@ -300,11 +303,15 @@ class LeadRunner:
         self._adapters = adapters
         self._followers = followers
 
-    def run(self, batch: Batch) -> StepResult:
+    def start(self, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight:
         """Raises FollowerLostError where the step breaks off."""
+        assert previous is None, "the parts of a model take one step at a time"
         ids = {item.request.adapter_id for item in batch.items}
         slots = {a: self._adapters.slot_of(a) for a in ids if a is not None}
         return self._followers.run(self._runner, batch, slots)
+
+    def can_run_ahead(self, requests: Sequence[Request]) -> bool:
+        return False
 
     def forget(self, request: Request) -> None:
         self._runner.forget(request)

@@ -130,6 +130,9 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             num_tokens = min(request.num_uncomputed_tokens, budget)
+            if not num_tokens:  # its last token is on its way
+                index += 1
+                continue
             if not self._grow_or_preempt(request, num_tokens):
                 break  # it was itself the last to arrive, and is waiting again
             items.append(BatchItem(request, num_tokens))
@@ -174,6 +177,12 @@ class Scheduler:
         has_grown = self.pages.grow(request.page_table, num_tokens)
         assert has_grown, "pages were counted before the adapter was acquired"
         return BatchItem(request, num_tokens)
+
+    @property
+    def may_admit(self) -> bool:
+        """The next step may start a waiting request, for all that is known without asking for its adapter."""
+        is_full = len(self.running) >= self.limits.max_num_seqs
+        return bool(self.waiting) and not is_full and self._has_pages(self.waiting[0])
 
     def _has_pages(self, request: Request) -> bool:
         """Room for all it has to compute, and a page for each that runs, lest one be preempted at once."""

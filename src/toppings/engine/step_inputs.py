@@ -64,6 +64,34 @@ class StepInputs:
     meta: AttentionMetadata
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Tokens of this step that the step before is still drawing: `drawn`, int64 [R], on the device, in the
+    order of its stream. `places`: int64 [2, n], (rows of this step, of `drawn`)."""
+
+    drawn: Tensor
+    places: Longs
+
+    @classmethod
+    def of(
+        cls, items: Sequence[BatchItem], drawn_items: Sequence[BatchItem], drawn: Tensor
+    ) -> "Pending | None":
+        """None where all of the items' tokens are known. `drawn_items`: whose tokens `drawn` are."""
+        order = {id(item.request): i for i, item in enumerate(drawn_items)}
+        last_rows = accumulate(item.num_tokens for item in items)
+        places = [
+            (end - 1, order[id(item.request)])
+            for item, end in zip(items, last_rows)
+            if item.request.num_pending_tokens and item.needs_sample
+        ]
+        return cls(drawn, np.array(places, np.int64).T) if places else None
+
+    def put_into(self, token_ids: Tensor, places: Tensor) -> None:
+        """`places`: this object's, on the device."""
+        rows, sources = places
+        token_ids.index_copy_(0, rows, self.drawn.index_select(0, sources))
+
+
 class InputBuilder:
     """`max_context` bounds every sequence's tokens. Without `staging` the device is the host itself."""
 
@@ -73,7 +101,11 @@ class InputBuilder:
         self._staging = staging
 
     def build(
-        self, items: Sequence[BatchItem], logit_rows: Sequence[int], segments: LoraSegments | None
+        self,
+        items: Sequence[BatchItem],
+        logit_rows: Sequence[int],
+        segments: LoraSegments | None,
+        pending: Pending | None = None,
     ) -> StepInputs:
         """What kernels read of `segments` is brought along with the rest."""
         rows = StepRows.of(items, self._page_size)
@@ -89,13 +121,18 @@ class InputBuilder:
         model_inputs: list[Array] = [rows.token_ids, rows.positions, np.array(logit_rows, np.int64)]
         if self._staging is None:
             token_ids, positions, row_ids = map(torch.from_numpy, model_inputs)
+            if pending is not None:
+                pending.put_into(token_ids, torch.from_numpy(pending.places))
             return StepInputs(token_ids, positions, row_ids, meta)
+        model_inputs.append(_NO_PLACES if pending is None else pending.places)
         arrays = [*model_inputs, rows.slot_mapping, rows.page_tables, *attention_arrays(meta)]
         if segments is not None:
             # Whoever decodes is served in the same form alone and in any company, as in a graph.
             form = segments.decode_form if meta.num_decodes == len(items) else segments.form
             arrays.append(lora_chunks(segments, form))
-        token_ids, positions, row_ids, slots, tables, *brought = self._staging.bring(arrays)
+        token_ids, positions, row_ids, places, slots, tables, *brought = self._staging.bring(arrays)
+        if pending is not None:
+            pending.put_into(token_ids, places)
         if segments is not None:
             segments.batches[self._staging.device] = LoraBatch(brought.pop(), form, segments.max_rank)
         meta = replace(meta, slot_mapping=slots, page_tables=tables, brought=AttentionTiles.of(meta, brought))
@@ -121,6 +158,11 @@ def lora_segments(
     return LoraSegments(indptr, segment_slots, max_rank, decode_form)
 
 
+_NO_PLACES = np.empty((2, 0), np.int64)
+
+
 def _token_ids(item: BatchItem) -> list[int]:
+    """0 stands for one that is being drawn."""
     start = item.request.num_computed_tokens
-    return item.request.token_ids(start, start + item.num_tokens)
+    known = item.request.token_ids(start, start + item.num_tokens)
+    return known + [0] * (item.num_tokens - len(known))

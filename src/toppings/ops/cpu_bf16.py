@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from toppings.ops.cpu_bits import Pointer, elements, helper, int64s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
-from toppings.ops.cpu_tiles import BLOCK, dot_tile, outer_tile, packed_tile
+from toppings.ops.cpu_tiles import BLOCK, STEP, dot_tile, outer_tile, packed_tile
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -15,12 +15,14 @@ Shrunk = NDArray[np.uint16]
 
 _ROWS = 4  # of a tile: its sums, the weights and a row's elements fill the registers
 _WIDE_ONE, _WIDE, _NARROW = 128, 64, 32  # columns of the outer tiles
-_CHUNK = 64  # pairs of a packed block that stay in the first-level cache from tile to tile
+_CHUNK = 32  # pairs of a packed block that stay in the first-level cache from tile to tile
+_LINES = 2  # that each of a chunk's two tiles asks for, of the chunk after it
 
 _dot_one, _dot = dot_tile(1, 4), dot_tile(_ROWS, 4)
 _outer_one_wide, _outer_one = outer_tile(1, _WIDE_ONE // 16), outer_tile(1, _NARROW // 16)
 _outer_wide, _outer = outer_tile(_ROWS, _WIDE // 16), outer_tile(_ROWS, _NARROW // 16)
 _packed_1, _packed_2, _packed_3, _packed_4 = (packed_tile(i) for i in (1, 2, 3, 4))
+_chunk_1, _chunk_2, _chunk_3, _chunk_4 = (packed_tile(i, _LINES) for i in (1, 2, 3, 4))
 
 
 @helper
@@ -126,6 +128,43 @@ def add_lora(block: Any) -> None:
         task = claim(block)
 
 
+@helper
+def _add_packed(
+    sums: Floats, x: Pointer, start: int, num_in: int, num_rows: int, w: Pointer, weights: int, n: int
+) -> None:
+    """A block's product with at most `_ROWS` rows, n pairs of k."""
+    if num_rows == 4:
+        _packed_4(sums, x, start, num_in, w, weights, n, weights)
+    elif num_rows == 3:
+        _packed_3(sums, x, start, num_in, w, weights, n, weights)
+    elif num_rows == 2:
+        _packed_2(sums, x, start, num_in, w, weights, n, weights)
+    else:
+        _packed_1(sums, x, start, num_in, w, weights, n, weights)
+
+
+@helper
+def _add_packed_chunks(
+    sums: Floats, x: Pointer, num_in: int, num_rows: int, w: Pointer, weights: int, n: int
+) -> None:
+    """The same for up to twice as many rows: every chunk is read by two tiles, and while they compute, what
+    comes after it travels from memory, half of it for each. Else memory would rest during the second."""
+    half = _LINES * _CHUNK * STEP
+    for k in range(0, n, _CHUNK):
+        pairs, place = min(_CHUNK, n - k), weights + k * BLOCK * 2
+        ahead, start = place + _CHUNK * BLOCK * 2, 2 * k
+        _chunk_4(sums, x, start, num_in, w, place, pairs, ahead)
+        ahead, start, rest = ahead + half, start + _ROWS * num_in, num_rows - _ROWS
+        if rest == 4:
+            _chunk_4(sums[_ROWS * BLOCK :], x, start, num_in, w, place, pairs, ahead)
+        elif rest == 3:
+            _chunk_3(sums[_ROWS * BLOCK :], x, start, num_in, w, place, pairs, ahead)
+        elif rest == 2:
+            _chunk_2(sums[_ROWS * BLOCK :], x, start, num_in, w, place, pairs, ahead)
+        else:
+            _chunk_1(sums[_ROWS * BLOCK :], x, start, num_in, w, place, pairs, ahead)
+
+
 @Kernel
 def few_rows_linear(block: Any) -> None:
     """y = x Wᵀ + bias. Task: one block of columns of a packed weight [blocks, pairs of k, BLOCK, 2] for all
@@ -136,24 +175,17 @@ def few_rows_linear(block: Any) -> None:
         integer(block, 4), integer(block, 5), integer(block, 6), integer(block, 7)
     )  # fmt: skip
     sums = np.empty(num_rows * BLOCK, np.float32)
-    chunk = _CHUNK if num_rows > _ROWS else num_pairs
+    pairs = num_in // 2
     task = claim(block)
     while task >= 0:
         num_columns = min(BLOCK, num_out - task * BLOCK)
         for i in range(num_rows * BLOCK):
             store(sums, i, np.float32(0))
-        for k in range(0, num_in // 2, chunk):
-            n, weights = min(chunk, num_in // 2 - k), (task * num_pairs + k) * BLOCK * 2
-            for m in range(0, num_rows, _ROWS):
-                tile, rows, place = sums[m * BLOCK :], num_rows - m, m * num_in + 2 * k
-                if rows >= _ROWS:
-                    _packed_4(tile, x, place, num_in, w, weights, n)
-                elif rows == 3:
-                    _packed_3(tile, x, place, num_in, w, weights, n)
-                elif rows == 2:
-                    _packed_2(tile, x, place, num_in, w, weights, n)
-                else:
-                    _packed_1(tile, x, place, num_in, w, weights, n)
+        weights = task * num_pairs * BLOCK * 2
+        if num_rows <= _ROWS:
+            _add_packed(sums, x, 0, num_in, num_rows, w, weights, pairs)
+        else:
+            _add_packed_chunks(sums, x, num_in, num_rows, w, weights, pairs)
         for i in range(num_rows):
             for j in range(num_columns):
                 value = load(sums, i * BLOCK + j)

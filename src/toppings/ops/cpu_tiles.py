@@ -71,6 +71,15 @@ def _see(builder: Any, pointer: Any, start: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(pointer, [start], inbounds=True), kind.as_pointer())
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    """To the second-level cache: the first is too small for what another tile will read."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    is_write, locality, is_data = _I32(0), _I32(2), _I32(1)
+    builder.call(instruction, [builder.bitcast(address, byte), is_write, locality, is_data])
+
+
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return context.make_array(kind)(context, builder, array).data
 
@@ -207,19 +216,29 @@ BLOCK = 64
 """Output columns that `packed_tile` computes: the packed weights' own block."""
 
 
-def packed_tile(num_rows: int) -> Any:
-    """tile(sums, x, x_start, x_stride, w, w_start, n): sums[i, c] += Σ_k x[i, k] · w[k, c] over n pairs of
-    k and the BLOCK columns c of a packed weight, in which a pair's columns [BLOCK, 2] lie side by side."""
+def packed_tile(num_rows: int, lines_ahead: int = 0) -> Any:
+    """tile(sums, x, x_start, x_stride, w, w_start, n, ahead): sums[i, c] += Σ_k x[i, k] · w[k, c] over n
+    pairs of k and the BLOCK columns c of a packed weight, in which a pair's columns [BLOCK, 2] lie side by
+    side. With each pair, `lines_ahead` cache lines of w are asked for, the first from `w[ahead]` on."""
     num_vectors = BLOCK // LANES
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        typing_context: Any, sums: Any, x: Any, x_start: Any, x_stride: Any, w: Any, w_start: Any, n: Any
+        typing_context: Any,
+        sums: Any,
+        x: Any,
+        x_start: Any,
+        x_stride: Any,
+        w: Any,
+        w_start: Any,
+        n: Any,
+        ahead: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            out, x, x_start, x_stride, w, w_start, n = args
+            out, x, x_start, x_stride, w, w_start, n, ahead = args
             out = _data(context, builder, signature.args[0], out)
             weights = _see(builder, w, w_start, _PAIRS)
+            later = builder.bitcast(builder.gep(w, [ahead]), _ELEMENTS.as_pointer())
             starts = [
                 builder.add(x_start, builder.mul(x_stride, ir.Constant(x_stride.type, i)))
                 for i in range(num_rows)
@@ -233,6 +252,10 @@ def packed_tile(num_rows: int) -> Any:
                     _read(builder, weights, builder.add(base, ir.Constant(base.type, j)))
                     for j in range(num_vectors)
                 ]
+                first = builder.mul(loop.index, ir.Constant(loop.index.type, lines_ahead))
+                for j in range(lines_ahead):
+                    line = builder.add(first, ir.Constant(first.type, j))
+                    _prefetch(builder, builder.gep(later, [line]))
                 for i, row in enumerate(rows):
                     pair = _repeat(builder, _read(builder, row, loop.index))
                     for j, column in enumerate(columns):
@@ -240,6 +263,6 @@ def packed_tile(num_rows: int) -> Any:
             sums.store_to(out)
             return context.get_dummy_value()
 
-        return types.void(sums, x, x_start, x_stride, w, w_start, n), codegen
+        return types.void(sums, x, x_start, x_stride, w, w_start, n, ahead), codegen
 
     return tile
