@@ -25,6 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from toppings import LLM, SamplingParams
+from toppings.bench.transformers_side import generate
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 NUM_ADAPTERS = 8
@@ -108,17 +109,17 @@ def ours(model: Path, paths: list[Path]) -> Side:
         llm.load_adapter(path.name, path)
     names = [path.name for path in paths]
 
-    def generate(prompts: list[list[int]], adapter: Sequence[str | None] | None, num: int) -> None:
+    def answer(prompts: list[list[int]], adapter: Sequence[str | None] | None, num: int) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True)
         completions = llm.generate(prompts, sampling, adapter=adapter)
         assert all(len(c.token_ids) == num for c in completions)
 
     batch = [prompt(i) for i in range(NUM_ADAPTERS)]
     return {
-        "one": lambda num: generate([prompt(0)], None, num),
-        "eight": lambda num: generate(batch, None, num),
-        "eight_adapters": lambda num: generate(batch, names, num),
-        "long": lambda _: generate([prompt(0, NUM_LONG_PROMPT)], None, 1),
+        "one": lambda num: answer([prompt(0)], None, num),
+        "eight": lambda num: answer(batch, None, num),
+        "eight_adapters": lambda num: answer(batch, names, num),
+        "long": lambda _: answer([prompt(0, NUM_LONG_PROMPT)], None, 1),
     }
 
 
@@ -129,20 +130,11 @@ def peft(model: Path, paths: list[Path]) -> Side:
         adapted.load_adapter(path, path.name)
     adapted.eval()
 
-    def generate(which: Any, prompts: list[list[int]], num: int, **options: Any) -> None:
-        ids = torch.tensor(prompts)
-        lengths = {"max_new_tokens": num, "min_new_tokens": num}
-        with torch.inference_mode():
-            out = which.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths, **options
-            )
-        assert out.shape[1] == len(prompts[0]) + num
-
     batch, names = [prompt(i) for i in range(NUM_ADAPTERS)], [path.name for path in paths]
     return {
         "one": lambda num: generate(base, [prompt(0)], num),
         "eight": lambda num: generate(base, batch, num),
-        "eight_adapters": lambda num: generate(adapted, batch, num, adapter_names=names),
+        "eight_adapters": lambda num: generate(adapted, batch, num, names),
         "long": lambda _: generate(base, [prompt(0, NUM_LONG_PROMPT)], 1),
     }
 

@@ -1,6 +1,11 @@
-"""Every benchmark runs at toy size and ends in one JSON line that names it and holds what it measured."""
+"""Every benchmark runs at toy size and ends in one JSON line that names it and holds what it measured.
+
+Those for a GPU run in this process, on the CPU: each would take seconds to import what is here already.
+"""
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +14,19 @@ from typing import Any
 
 import pytest
 
+from toppings.ops import dispatch
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+GPU_BENCHMARKS = ROOT / "benchmarks" / "gpu"
+GPU_SCRIPTS = (
+    *("correctness", "decode_step", "prefill", "load", "cold_start"),
+    *("adapters_2000", "peft_throughput", "workloads"),
+)
+NOT_IN_A_BARE_PROCESS = (
+    *("aiohttp", "fastapi", "httpx", "jinja2", "matplotlib", "msgspec", "numba", "prometheus_client"),
+    *("psutil", "ray", "rich", "typer", "uvicorn", "zmq"),
+)
 TOY_ARGUMENTS = {"routing": ["--rates", "20", "--kernels", "mbgmv"]}
 
 Result = dict[str, Any]
@@ -56,3 +72,120 @@ def test_a_toy_run_ends_in_one_json_line(script: Path, tmp_path: Path) -> None:
     assert json.loads(written.read_text()) == result
     if (check := CHECKS.get(script.stem)) is not None:
         check(result)
+
+
+def check_correctness(result: Result) -> None:
+    assert all(aim["is_met"] for aim in result["aims"]), result["aims"]
+    assert set(result["results"]["float32"]["modes"]) == {"cached", "on_demand", "pipelined"}
+
+
+def check_decode_step(result: Result) -> None:
+    assert set(result["step_ms"]) == set(result["floor_ms"]) == set(result["over_floor"])
+    floors = [result["floor_of_adapters"][case] for case in result["adapters_add"]]
+    assert 0 < floors[0] < floors[1]
+
+
+def check_cold_start(result: Result) -> None:
+    assert set(result["ttft_ms"]) == {"cached", "on_demand", "pipelined", "auto"}
+    assert set(result["predictions"]) == set(result["ttft_ms"]["cached"]) == set(result["cached_drift"])
+    assert result["emulated_link_gbps"] > 0
+
+
+def check_workloads(result: Result) -> None:
+    assert set(result["over_cached"]) == {"cached", "pipelined", "auto"}
+    assert set(result["mean_ms"]["auto"]) == {"S3, published", "S3, capacity"}
+    assert result["capacity_rps"]["S3"] > 0
+
+
+GPU_CHECKS: dict[str, Callable[[Result], None]] = {
+    "correctness": check_correctness,
+    "decode_step": check_decode_step,
+    "cold_start": check_cold_start,
+    "workloads": check_workloads,
+}
+
+
+@pytest.fixture
+def in_gpu_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports are those of a script there."""
+    monkeypatch.syspath_prepend(str(GPU_BENCHMARKS))
+
+
+@pytest.mark.usefixtures("in_gpu_folder")
+@pytest.mark.parametrize("name", GPU_SCRIPTS)
+def test_a_toy_run_on_the_cpu_ends_in_one_json_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(GPU_BENCHMARKS / f"{name}.py")
+    monkeypatch.setattr("sys.argv", [script, "--toy", "--device", "cpu"])
+    assert runpy.run_path(script)["main"]() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["benchmark"], result["device"]) == (name, "cpu")
+    assert result["machine"]["num_cores"] > 0
+    for aim in result["aims"]:
+        relation, limit = aim["limit"].split()
+        assert aim["is_met"] == (
+            aim["value"] <= float(limit) if relation == "<=" else aim["value"] >= float(limit)
+        )
+    if (check := GPU_CHECKS.get(name)) is not None:
+        check(result)
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason=dispatch.TRITON_REASON)
+def test_kernels_are_right_at_toy_size() -> None:
+    """In a process of its own: Triton's interpreter is chosen when it is imported."""
+    command = [sys.executable, str(GPU_BENCHMARKS / "kernel_speed.py"), "--toy", "--device", "cpu"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {f"lora {form}" for form in ("sgmv", "mbgmv", "bgmv")} <= set(result["errors"])
+
+
+def test_all_scripts_are_run_together_and_by_these_tests() -> None:
+    lines = (GPU_BENCHMARKS / "all.sh").read_text().splitlines()
+    run = {line.split()[1] for line in lines if line.startswith("run ")}
+    assert run == {*GPU_SCRIPTS, "kernel_speed"}
+    others = {"common", "compile_kernels", "summary"}
+    assert {path.stem for path in GPU_BENCHMARKS.glob("*.py")} == run | others
+
+
+def test_a_bare_process_is_enough() -> None:
+    """With torch, triton, numpy, safetensors and transformers, and what these bring along."""
+    run = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({NOT_IN_A_BARE_PROCESS!r}));"
+        f"sys.path.insert(0, {str(GPU_BENCHMARKS)!r}); folder = sys.path[0];"
+        "scripts = {name: runpy.run_path(f'{folder}/{name}.py') for name in sys.argv[1:]};"
+        "sys.argv = ['load.py', '--toy', '--device', 'cpu']; sys.exit(scripts['load']['main']())"
+    )
+    command = [sys.executable, "-c", run, *GPU_SCRIPTS, "summary"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == "load"
+
+
+def test_all_sh_goes_on_after_a_failure_and_tells_of_it(tmp_path: Path) -> None:
+    """With an interpreter that fails, but for two scripts: one meets its aims, one misses one."""
+    aims = {"load": [True, True], "prefill": [True, False]}
+    for name, are_met in aims.items():
+        found = [{"what": "x", "value": 2.0, "limit": "<= 1", "is_met": is_met} for is_met in are_met]
+        (tmp_path / f"{name}.line").write_text(json.dumps({"benchmark": name, "aims": found}))
+    fake = tmp_path / "python"
+    real = f'PYTHONPATH="{ROOT}/src" exec "{sys.executable}" "$@"'
+    fake.write_text(
+        f'#!/bin/sh\ncase "$1" in\n*/load.py|*/prefill.py) cat "{tmp_path}/$(basename "$1" .py).line";;\n'
+        f"*/summary.py) {real};;\n*) echo gone wrong >&2; exit 3;;\nesac\n"
+    )
+    fake.chmod(0o755)
+    command = [str(GPU_BENCHMARKS / "all.sh"), str(tmp_path / "out")]
+    environment = {"PYTHON": str(fake), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == 1
+    assert "cold_start: status 3" in done.stdout
+    assert "2 of 2 aims met" in done.stdout
+    assert "1 of 2 aims met" in done.stdout
+    assert "cold_start       FAILED" in done.stdout
+    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == {"load", "prefill"}
+    assert "gone wrong" in (tmp_path / "out" / "cold_start.log").read_text()

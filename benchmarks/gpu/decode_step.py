@@ -1,119 +1,122 @@
-"""How near is a decode step of the engine to the bytes that it must read?
+"""How near is a decode step to the bytes that it must read, and what do adapters add to it?
 
     python benchmarks/gpu/decode_step.py                     # Llama-2-7B's shape, batch 32, context 512
     python benchmarks/gpu/decode_step.py --graphs off        # the same, operator by operator
+    python benchmarks/gpu/decode_step.py --form bgmv         # the other decode kernels
+    python benchmarks/gpu/decode_step.py --ahead off         # steps begin when the last tokens are known
     python benchmarks/gpu/decode_step.py --toy --device cpu  # does it run? The built-in model
 
-An engine in this process, greedy, the base model alone. The floor is the weights that every step reads and
-the keys and values of all contexts, over the bandwidth of a copy (bytes read and written) measured in the
-same run. Ends in one JSON line. Not yet run on a GPU.
+An engine in this process, greedy, all adapters on the device. A step's time is from the last one's tokens to
+its own. Cases take turns, so that a drift of the clock hits all alike. The floor of a step: its weights, the
+contexts' keys and values and each distinct adapter, all once, over the bandwidth of a copy (bytes read and
+written) measured in the same run. Ends in one JSON line. Not yet run on a GPU.
 """
 
-import argparse
-import json
-import statistics
 import sys
-import tempfile
-import time
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+from common import Aim, Bench, at_most, copy_gbps, finish, make_parser, median, open_bench, step_bytes
 
-from toppings.config import EngineConfig
-from toppings.core import AddRequest, SamplingParams
-from toppings.engine.build import build_engine, model_config
-from toppings.engine.engine import Engine
-from toppings.model.config import ModelConfig
-from toppings.model.weights import weight_shapes
-
-WARM_UP_STEPS = 3
+from toppings.adapters.registry import AdapterRecord
+from toppings.bench.batch_driver import BatchDriver
+from toppings.bench.batch_plan import Rows
+from toppings.cluster.batch_row import BatchRow
+from toppings.config import DECODE_LORA_FORMS
 
 
-def copy_gbps(device: str, num_bytes: int) -> float:
-    """10^9 bytes read and written per second; the fastest of a few copies."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        _synchronize(device)
-        started_at = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        times.append(time.perf_counter() - started_at)
-    return 2 * num_bytes / min(times) / 1e9
+@dataclass(frozen=True)
+class Case:
+    """`batch` sequences, dealt to the adapters of `kind` in turn ("": the base model)."""
+
+    name: str
+    batch: int
+    kind: str = ""
+
+    def rows(self, adapters: Sequence[AdapterRecord], context: int) -> Rows:
+        if not adapters:
+            return tuple(BatchRow(0, None, 1, context) for _ in range(self.batch))
+        dealt = [adapters[i % len(adapters)] for i in range(self.batch)]
+        return tuple(BatchRow(record.rank, record.name, 1, context) for record in dealt)
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def step_bytes(model: ModelConfig, context_tokens: int) -> int:
-    weights = sum(prod(shape) for name, shape in weight_shapes(model).items() if name != "embed")
-    if model.tie_word_embeddings:
-        weights += model.vocab_size * model.hidden_size
-    return model.dtype.itemsize * (weights + 2 * model.num_layers * model.kv_size * context_tokens)
-
-
-def time_steps_ms(engine: Engine, batch: int, context: int, num_steps: int, vocab_size: int) -> float:
-    """Median step in which all of the batch decodes, each sequence `context` tokens or a little longer."""
-    params = SamplingParams(temperature=0.0, max_tokens=num_steps + WARM_UP_STEPS + batch, ignore_eos=True)
-    for i in range(batch):
-        prompt = [(i + j) % vocab_size for j in range(context)]
-        assert engine.add(AddRequest(str(i), prompt, params)) is None
-    started: set[str] = set()
-    while len(started) < batch:
-        started |= {output.request_id for output in engine.step()}
-    times = []
-    for _ in range(WARM_UP_STEPS + num_steps):
-        started_at = time.perf_counter()
-        assert len(engine.step()) == batch
-        times.append((time.perf_counter() - started_at) * 1e3)
-    engine.abort_all("timed")
-    return statistics.median(times[WARM_UP_STEPS:])
+def time_cases(
+    bench: Bench, cases: Sequence[Case], context: int, *, rounds: int, num_steps: int, **settings: Any
+) -> tuple[dict[str, float], str]:
+    """Median ms of each case's steps, and the form of the decode kernels."""
+    times: dict[str, list[float]] = {case.name: [] for case in cases}
+    with bench.engine("cached", **settings) as engine:
+        driver = BatchDriver(engine, {record.name: record.adapter_id for record in bench.records})
+        for number in range(rounds + 1):  # the first round warms up
+            for case in cases:
+                rows = case.rows(bench.kinds.get(case.kind, []), context)
+                steps = driver.decode_ms(rows, num_steps)
+                times[case.name] += steps if number else []
+        form = engine.info.decode_lora_form
+    return {name: median(values) for name, values in times.items()}, form
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="llama-2-7b", help="a known shape")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = make_parser(__doc__)
     parser.add_argument("--graphs", choices=("on", "off"), default="on")
+    parser.add_argument("--form", choices=DECODE_LORA_FORMS, default="auto", help="decode kernels of LoRA")
+    parser.add_argument("--ahead", choices=("auto", "on", "off"), default="auto", help="async_scheduling")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--toy", action="store_true", help="the built-in model, few steps")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of a case in a round")
     options = parser.parse_args()
-    batch, context, num_steps = (3, 20, 4) if options.toy else (options.batch, options.context, 60)
-    with tempfile.TemporaryDirectory() as state_dir:
-        config = EngineConfig(
-            model="" if options.toy else options.model,
-            load_format="auto" if options.toy else "dummy",
-            device=options.device,
-            cuda_graphs=options.graphs,
-            mode="pipelined",
-            max_num_seqs=max(64, batch),
-            state_dir=state_dir,
-        )
-        model, engine = model_config(config), build_engine(config)
-        step_ms = time_steps_ms(engine, batch, context, num_steps, model.vocab_size)
-        engine.close()
-    gbps = copy_gbps(options.device, 2**22 if options.toy else 2**30)
-    floor_ms = step_bytes(model, batch * context) / gbps / 1e6
-    result = {
-        "benchmark": "decode_step",
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "model": config.model or "built-in",
-        "graphs": options.graphs,
-        "batch": batch,
-        "context": context,
-        "copy_gbps": gbps,
-        "step_ms": step_ms,
-        "floor_ms": floor_ms,
-        "ratio": step_ms / floor_ms,
-    }
-    print(json.dumps(result))
-    return 0
+    batch, context = options.batch, options.context
+    rounds, num_steps = options.rounds, options.steps
+    if options.toy:
+        batch, context, rounds, num_steps = 4, 20, 1, 4
+    few, many = max(1, batch // 4), batch
+    cases = [
+        Case("base", batch),
+        Case(f"{few} of rank 16", batch, "few"),
+        Case(f"{many} of rank 64", batch, "many"),
+        Case("base, one sequence", 1),
+    ]
+    with open_bench(options, max_num_seqs=batch) as bench:
+        bench.register("few", few, ranks=(16,))
+        bench.register("many", many, ranks=(64,))
+        settings = {"cuda_graphs": options.graphs, "decode_lora_form": options.form}
+        settings |= {"async_scheduling": options.ahead}
+        ms, form = time_cases(bench, cases, context, rounds=rounds, num_steps=num_steps, **settings)
+        gbps = copy_gbps(options)
+        floors = {case.name: floor_ms(bench, case, context, gbps) for case in cases}
+    return finish(
+        "decode_step",
+        options,
+        aims_of(cases, ms, floors),
+        graphs=options.graphs,
+        ahead=options.ahead,
+        form=form,
+        batch=batch,
+        context=context,
+        copy_gbps=gbps,
+        step_ms=ms,
+        floor_ms=floors,
+        over_floor={name: ms[name] / floors[name] for name in ms},
+        adapters_add={case.name: ms[case.name] / ms["base"] - 1 for case in cases if case.kind},
+        floor_of_adapters={case.name: floors[case.name] / floors["base"] - 1 for case in cases if case.kind},
+    )
+
+
+def floor_ms(bench: Bench, case: Case, context: int, gbps: float) -> float:
+    adapters = sum(record.num_bytes for record in bench.kinds.get(case.kind, [])[: case.batch])
+    return (step_bytes(bench.model, case.batch * context) + adapters) / gbps / 1e6
+
+
+def aims_of(cases: Sequence[Case], ms: dict[str, float], floors: dict[str, float]) -> list[Aim]:
+    base, few, many, one = (case.name for case in cases)
+    return [
+        at_most("step over its floor, no adapters", ms[base] / floors[base], 1.25),
+        at_most(f"{few} adapters on q, k, v: step over one without", ms[few] / ms[base], 1.05),
+        at_most(f"{many} adapters on q, k, v: step over one without", ms[many] / ms[base], 1.25),
+        at_most("step of one sequence over its floor", ms[one] / floors[one], 1.2),
+    ]
 
 
 if __name__ == "__main__":

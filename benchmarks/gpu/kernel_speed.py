@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/kernel_speed.py               # everything, on a GPU
     python benchmarks/gpu/kernel_speed.py --model llama-3.1-8b
-    python benchmarks/gpu/kernel_speed.py --toy         # right at small sizes? Interpreted without a GPU
+    python benchmarks/gpu/kernel_speed.py --toy --device cpu  # right at small sizes? Interpreted
 
 Limits are measured first, in the same run: bandwidth of a device-to-device copy (bytes read and written) and
 rate of a bfloat16 product. Times are medians over replays of a CUDA graph that goes through the layers of a
@@ -10,8 +10,6 @@ pool larger than the L2 cache. `ratio` is time over floor: bytes over bandwidth,
 whichever takes longer. Ends in one JSON line; exits with 1 where a result is wrong. Not yet run on a GPU.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,11 +24,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
+from common import at_most, copy_gbps, finish, make_parser, matmul_tflops
 from torch import Tensor
 
 from toppings.core import GROUPS, MODULES
 from toppings.model.config import ModelConfig
-from toppings.model.dummy import NAMED_MODELS, named_config
+from toppings.model.dummy import named_config
 from toppings.ops import dispatch
 from toppings.ops.activation import silu_mul, silu_mul_reference
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention, paged_attention_reference
@@ -83,15 +82,6 @@ def median_us(calls: Sequence[Callable[[], object]]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(calls))
     return statistics.median(times[3:])
-
-
-def measure_limits() -> Limits:
-    source = torch.randn(2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    copy_us = median_us([lambda: target.copy_(source)])
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    matmul_us = median_us([lambda: a @ b])
-    return Limits(2 * source.nbytes / copy_us / 1e3, 2 * 8192**3 / matmul_us / 1e6)
 
 
 class World:
@@ -275,30 +265,19 @@ def timing(question: str, us: float, num_bytes: float, operations: float, limits
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=NAMED_MODELS, default="llama-2-7b")
-    parser.add_argument("--toy", action="store_true", help="small sizes, correctness only")
+    parser = make_parser(__doc__)
     options = parser.parse_args()
-    if DEVICE.type == "cpu" and not options.toy:
-        print("no CUDA device: only --toy runs here, in Triton's interpreter", file=sys.stderr)
-        return 2
+    if DEVICE.type != options.device or (options.device == "cpu" and not options.toy):
+        parser.error(
+            f"device is {options.device}, here there is {DEVICE.type}; without a GPU only the toy runs"
+        )
     dispatch.TRITON_DEVICES = (DEVICE.type,)
     torch.manual_seed(0)
     model = named_config(options.model, **TOY) if options.toy else named_config(options.model)
     errors = {**check_lora(model), **check_others(model)}
-    wrong = [name for name, error in errors.items() if not error <= TOLERANCE]
-    for name, error in errors.items():
-        print(f"{name:28} relative error {error:.2e}{'   WRONG' if name in wrong else ''}")
-    result: dict[str, Any] = {
-        "benchmark": "kernel_speed",
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "errors": errors,
-    }
+    result: dict[str, Any] = {"triton": triton.__version__, "errors": errors}
     if not options.toy:
-        limits = measure_limits()
+        limits = Limits(copy_gbps(options), matmul_tflops(options))
         timings = [
             *time_lora_decode(model, limits),
             *time_lora_prefill(model, limits),
@@ -307,10 +286,10 @@ def main() -> int:
         ]
         for t in timings:
             print(f"{t.question:70} {t.us:8.1f} us  floor {t.floor_us:8.1f} us  ratio {t.ratio:5.2f}")
-        result |= {"device": CUDA.get_device_name(), "model": options.model, "limits": asdict(limits)}
-        result["timings"] = [asdict(t) for t in timings]
-    print(json.dumps({**result, "wrong": wrong}))
-    return 1 if wrong else 0
+        result |= {"limits": asdict(limits), "timings": [asdict(t) for t in timings]}
+    aims = [at_most(f"{name}: relative error", error, TOLERANCE) for name, error in errors.items()]
+    finish("kernel_speed", options, aims, **result)
+    return 0 if all(aim.is_met for aim in aims) else 1
 
 
 if __name__ == "__main__":

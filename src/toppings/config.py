@@ -14,6 +14,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 SWITCH = ("on", "off")
+DECODE_LORA_FORMS = ("auto", "mbgmv", "bgmv")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {
@@ -69,6 +70,12 @@ class EngineConfig:
     cuda_graphs: str = setting(
         "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
     )
+    decode_lora_form: str = setting(
+        "auto",
+        "on a GPU, how decode steps compute LoRA: each adapter's rows together (mbgmv), or row by row, padded"
+        " to the largest rank (bgmv); auto: whichever is faster for this model, timed at start",
+        choices=DECODE_LORA_FORMS,
+    )
     async_scheduling: str = setting(
         "auto",
         "start a step before the tokens of the one before are known (auto: on a GPU)",
@@ -76,6 +83,9 @@ class EngineConfig:
     )
     tensor_parallel_size: int = setting(
         1, "processes, each with a GPU, that the model and its adapters are split over"
+    )
+    follower_timeout_s: float = setting(
+        120.0, "a split model's step that takes longer ends the engine: a part of it hangs (0: no bound)"
     )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
@@ -128,6 +138,7 @@ class EngineConfig:
             "kv_cache_bytes",
             "link_gbps",
             "max_adapter_wait_s",
+            "follower_timeout_s",
         ):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         utilization = self.gpu_memory_utilization

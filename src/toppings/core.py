@@ -316,6 +316,7 @@ class EngineReady:
     num_pages: int
     device_pool_bytes: int
     host_store_bytes: int
+    decode_lora_form: str = ""  # of the kernels on a GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from toppings.bench.validation.loads import LOADS
 from toppings.bench.validation.play import Step, Timings, WallClock
 from toppings.bench.validation.report import verdict
 from toppings.bench.validation.validate import ValidationSpec
-from toppings.cluster.perf_model import BatchRow
+from toppings.cluster.batch_row import BatchRow
 from toppings.sim.cli import app
 from toppings.sim.trace import Trace
 

@@ -13,13 +13,13 @@ from toppings.bench.batch_engine import AdapterEngine, engine_with_adapters
 from toppings.bench.batch_plan import Rows, decode_batches, prefill_batches
 from toppings.bench.batch_steps import StepTimes
 from toppings.cli import app
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_linear
 from toppings.cluster.measured import is_of_base, perf_model_path
 from toppings.cluster.perf_model import (
     CONTEXT_TOKENS,
     DECODE_FORMS,
     PREFILL_FORMS,
-    BatchRow,
     batch_features,
     load_perf_model,
 )

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import DECODE, PREFILL
-from toppings.cluster.perf_model import BatchRow, batch_features, load_perf_model
+from toppings.cluster.perf_model import batch_features, load_perf_model
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
 
 MODEL = load_perf_model("published")

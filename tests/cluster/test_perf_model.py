@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_linear, fit_perf_model
 from toppings.cluster.perf_model import (
     FEATURES,
     GATHERED_TOKENS,
-    BatchRow,
     LinearModel,
     PerfModel,
     batch_features,

@@ -49,13 +49,15 @@ def run_everything(driver: Driver) -> dict[str, list[int]]:
     return {name: tokens for name, tokens in driver.tokens.items() if not name.startswith("gone")}
 
 
+@pytest.mark.parametrize("form", ["mbgmv", "bgmv"])
 def test_replayed_steps_give_the_same_tokens(
-    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, form: str
 ) -> None:
     model, adapters = checkpoints
     with drive(model, tmp_path / "eager", adapters, mode="on_demand", **SETTINGS) as driver:
         expected = run_everything(driver)
     backend, scarce = FakeGraphs(), {"device_pool_bytes": 1200 * 1024, "mode": "on_demand", **SETTINGS}
+    scarce["decode_lora_form"] = form
     with drive(model, tmp_path / "graphs", adapters, graphs=backend, **scarce) as driver:
         assert run_everything(driver) == expected
         stats = driver.engine.stats(0)

@@ -14,8 +14,9 @@ from toppings.bench.load import LoadShape
 from toppings.bench.outcome import Outcome as Answer
 from toppings.bench.report import Report, Step, summarize_steps
 from toppings.bench.summary import summarize
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_perf_model
-from toppings.cluster.perf_model import BatchRow, load_perf_model
+from toppings.cluster.perf_model import load_perf_model
 from toppings.config import Config
 from toppings.reproduce import fleet_runs
 from toppings.reproduce.cpu import write_cpu, write_ipc

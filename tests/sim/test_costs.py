@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.sim.builders import EXTENDED, PUBLISHED
-from toppings.cluster.perf_model import BatchRow, PerfModel, batch_features
+from toppings.cluster.batch_row import BatchRow
+from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.core import BatchItem, SamplingParams
 from toppings.sim.costs import DecodeSums, StepCosts, to_ns
 from toppings.sim.request import SimRequest

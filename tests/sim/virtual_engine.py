@@ -18,7 +18,8 @@ from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
 from toppings.bench.validation.play import Step, Timings, play, preload_host
-from toppings.cluster.perf_model import BatchRow, PerfModel, batch_features
+from toppings.cluster.batch_row import BatchRow
+from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.config import EngineConfig
 from toppings.core import Batch, EngineReady, Request
 from toppings.engine import engine as engine_module

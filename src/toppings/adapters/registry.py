@@ -219,6 +219,19 @@ class AdapterRegistry:
             )
         return self._commit([(name, candidate)], replace=replace)[0]
 
+    def adopt(self, candidates: Candidates) -> Records:
+        """Registers packed files that were made elsewhere, in one transaction; they are the registry's from
+        now on. Raises AdapterExists, and AdapterError for a name that is not allowed: then all are deleted.
+        """
+        try:
+            for name, _ in candidates:
+                _check_name(name)
+        except AdapterError:
+            for _, candidate in candidates:
+                candidate.discard()
+            raise
+        return self._commit(candidates, replace=False)
+
     def register_directory(self, directory: str | Path) -> DirectoryReport:
         """Registers every sub-directory that holds a PEFT configuration, under its own name.
 

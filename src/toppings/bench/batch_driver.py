@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from itertools import count
 
 from toppings.bench.batch_plan import Rows, StepLimits
-from toppings.cluster.perf_model import BatchRow
+from toppings.cluster.batch_row import BatchRow
 from toppings.core import AddRequest, SamplingParams
 from toppings.engine.engine import Engine
 
@@ -37,13 +37,13 @@ class BatchDriver:
             max_cached_tokens=info.num_pages // 2 * info.page_size,
         )
 
-    def decode_ms(self, rows: Rows) -> list[float]:
+    def decode_ms(self, rows: Rows, num_steps: int = NUM_DECODE_STEPS) -> list[float]:
         """ms of each timed step; the middle one has the rows' contexts."""
-        num_before = 1 + NUM_DECODE_STEPS // 2
+        num_before = 1 + num_steps // 2
         for row in rows:
-            self._add(row, num_context=max(1, row.num_context - num_before), max_tokens=NUM_DECODE_STEPS + 2)
+            self._add(row, num_context=max(1, row.num_context - num_before), max_tokens=num_steps + 2)
         self._step(len(rows))
-        times = [self._step(len(rows)) for _ in range(NUM_DECODE_STEPS)]
+        times = [self._step(len(rows)) for _ in range(num_steps)]
         self._engine.abort_all("it was timed")
         return times
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from toppings.cluster.perf_model import BatchRow
+from toppings.cluster.batch_row import BatchRow
 
 Rows = tuple[BatchRow, ...]
 

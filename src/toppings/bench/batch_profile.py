@@ -11,9 +11,9 @@ from toppings.bench.batch_engine import AdapterEngine, engine_with_adapters
 from toppings.bench.batch_plan import decode_batches, prefill_batches
 from toppings.bench.batch_steps import BatchProfile, BatchSpec, OnProgress, StepTimes, take_rounds
 from toppings.bench.machine import describe_machine
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import fit_perf_model
 from toppings.cluster.measured import BASE, describe_base, perf_model_path
-from toppings.cluster.perf_model import BatchRow
 from toppings.config import EngineConfig
 from toppings.engine.build import state_dir
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("toppings", "torch", "numpy", "numba", "transformers")
+LIBRARIES = ("toppings", "torch", "triton", "numpy", "numba", "transformers", "peft")
 SHOWN_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

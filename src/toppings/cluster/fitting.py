@@ -7,11 +7,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import (
     DECODE_FORMS,
     FEATURES,
     PREFILL_FORMS,
-    BatchRow,
     FitReport,
     FloatArray,
     LinearModel,

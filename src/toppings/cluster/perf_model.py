@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from toppings.cluster.batch_row import BatchRow
+
 FloatArray = NDArray[np.float64]
 
 FEATURES = (
@@ -41,21 +43,6 @@ PREFILL_FORMS: dict[str, tuple[str, ...]] = {
     "mbgmv": ("steps", "tokens", "rank_sum"),
     "extended": FEATURES,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRow:
-    """One sequence of a hypothetical batch; `num_context` is how many of its tokens are cached before it."""
-
-    rank: int
-    adapter: str | None = None
-    num_tokens: int = 1
-    num_context: int = 0
-
-    @property
-    def num_attended(self) -> float:
-        """Keys that the row's tokens attend to, themselves and each other (causally) included."""
-        return self.num_tokens * (self.num_context + (self.num_tokens + 1) / 2)
 
 
 def batch_features(rows: Iterable[BatchRow]) -> FloatArray:

@@ -19,6 +19,7 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
 from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
+from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.drawing import DeviceSampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
@@ -34,8 +35,9 @@ from toppings.model.decoder import Decoder
 from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
 from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
-from toppings.ops import warm_up
+from toppings.ops import dispatch, warm_up
 from toppings.ops.attention import KVCache
+from toppings.ops.lora import LoraForm
 
 if TYPE_CHECKING:
     from toppings.engine.parallel import Followers
@@ -96,12 +98,22 @@ def make_runner(
     mode: LoadingMode,
     max_model_len: int,
     staging: Staging | None,
+    decode_form: LoraForm,
 ) -> ModelRunner:
     inputs = InputBuilder(config.page_size, max_model_len, staging)
     is_cuda = staging is not None and config.device == "cuda"
     draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else draw_on_host
     runs_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and is_cuda)
-    return ModelRunner(decoder, cache, adapters, mode, inputs=inputs, sample=draw, runs_ahead=runs_ahead)
+    return ModelRunner(
+        decoder,
+        cache,
+        adapters,
+        mode,
+        inputs=inputs,
+        sample=draw,
+        runs_ahead=runs_ahead,
+        decode_form=decode_form,
+    )
 
 
 def set_threads(config: EngineConfig) -> None:
@@ -182,12 +194,16 @@ def _build_engine(
     adapters = AdapterManager(open_registry(config), config, mode, lead)
     if followers is not None:
         followers.begin(num_pages, limits.max_model_len, adapters)
-    if graphs is None and followers is None and config.device == "cuda" and config.cuda_graphs == "on":
+    # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
+    can_capture = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
+    if graphs is None and can_capture and config.cuda_graphs == "on":
         graphs = CudaGraphs()
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
-    runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging)
+    decode_form = choose_decode_form(config, own, decoder.dtype)
+    runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
     if graphs is not None and staging is not None:
-        spec = GraphSpec(config.max_num_seqs, limits.max_model_len, num_pages, runner.out_offsets)
+        sizes = (config.max_num_seqs, limits.max_model_len)
+        spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
         runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
     assist = None
     if isinstance(mode, AssistMode):
@@ -202,6 +218,7 @@ def _build_engine(
         num_pages=num_pages,
         device_pool_bytes=config.device_pool_bytes,
         host_store_bytes=config.host_store_bytes,
+        decode_lora_form=decode_form if config.device == "cuda" else "",
     )
     return Engine(
         info,

@@ -17,6 +17,7 @@ from toppings.adapters.mirror import FollowerAdapters
 from toppings.adapters.modes import PipelinedMode
 from toppings.config import EngineConfig
 from toppings.engine.build import load_decoder, make_cache, make_runner, make_staging, set_threads
+from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.parallel import meet
 from toppings.engine.part_messages import (
@@ -68,7 +69,8 @@ class Follower:
         cache = make_cache(config, part.config, begin.num_pages, decoder.dtype)
         manager: Any = adapters  # all that a runner asks of one
         staging, mode = make_staging(config, decoder), PipelinedMode()
-        runner = make_runner(config, decoder, cache, manager, mode, begin.max_model_len, staging)
+        form = choose_decode_form(config, part.config, decoder.dtype)
+        runner = make_runner(config, decoder, cache, manager, mode, begin.max_model_len, staging, form)
         return cls(connection, runner, adapters)
 
     @staticmethod

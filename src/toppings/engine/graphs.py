@@ -27,7 +27,7 @@ from toppings.engine.step_inputs import Pending, StepRows
 from toppings.model.decoder import Decoder
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.gpu_plan import AttentionTiles, LoraBatch, lora_chunks
-from toppings.ops.lora import MAX_RANK, LoraSegments
+from toppings.ops.lora import DEFAULT_DECODE_FORM, MAX_RANK, LoraForm, LoraSegments
 
 GROUP_SETS = tuple(
     frozenset(groups) for groups in ((), ("qkv",), ("qkv", "o"), ("qkv", "o", "gate_up", "down"))
@@ -88,6 +88,7 @@ class GraphSpec:
     max_context: int
     scratch_page: int
     out_offsets: dict[str, tuple[int, ...]]
+    decode_form: LoraForm = DEFAULT_DECODE_FORM
 
 
 class DecodeGraphs:
@@ -159,7 +160,7 @@ class DecodeGraphs:
             context_lens[:num] = rows.context_lens
             page_tables[:num, : rows.page_tables.shape[1]] = rows.page_tables
         if segments is not None:
-            own = lora_chunks(segments, segments.decode_form)
+            own = lora_chunks(segments, self._spec.decode_form)
             chunks[: len(own)] = own
         places = np.zeros((2, size), np.int64)
         if pending is not None:
@@ -179,7 +180,7 @@ class DecodeGraphs:
         lora = None
         if groups:
             segments = LoraSegments(indptr, [-1] * size)
-            segments.batches[chunks.device] = LoraBatch(chunks, segments.decode_form, MAX_RANK)
+            segments.batches[chunks.device] = LoraBatch(chunks, self._spec.decode_form, MAX_RANK)
             lora = DeviceLora(self._pool, segments, self._spec.out_offsets, groups)
         rows, logits = self._rows[:size], self._logits[:size]
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from toppings.core import (
     AbortRequest,
@@ -16,7 +17,9 @@ from toppings.core import (
     ToEngine,
 )
 from toppings.engine.engine import Engine, error_output
-from toppings.engine.transport import EngineEnd
+
+if TYPE_CHECKING:
+    from toppings.engine.transport import EngineEnd
 
 IDLE_POLL_S = 0.5
 """How long an idle loop waits for a message, and how often any loop looks whether its parent still lives."""
@@ -27,7 +30,7 @@ LOADING_POLL_S = 0.001
 class EngineLoop:
     """Runs until a Shutdown was obeyed, or `is_orphaned` says that nobody is left to serve."""
 
-    def __init__(self, engine: Engine, end: EngineEnd, *, is_orphaned: Callable[[], bool]) -> None:
+    def __init__(self, engine: Engine, end: "EngineEnd", *, is_orphaned: Callable[[], bool]) -> None:
         self._engine = engine
         self._end = end
         self._is_orphaned = is_orphaned

@@ -21,7 +21,7 @@ from toppings.engine.pages import pages_for
 from toppings.engine.step_inputs import InputBuilder, Pending, StepInputs, lora_segments
 from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
-from toppings.ops.lora import LoraSegments
+from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
 from toppings.ops.sampling import SamplingRow
 
 
@@ -84,6 +84,7 @@ class ModelRunner:
         inputs: InputBuilder,
         sample: Sampler = draw_on_host,
         runs_ahead: bool = False,
+        decode_form: LoraForm = DEFAULT_DECODE_FORM,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -92,6 +93,7 @@ class ModelRunner:
         self._inputs = inputs
         self._sample = sample
         self._runs_ahead = runs_ahead
+        self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: DecodeGraphs | None = None  # likewise
         self._generators: dict[str, torch.Generator] = {}
@@ -170,7 +172,7 @@ class ModelRunner:
         slots = {a: self._adapters.slot_of(a) for a in adapter_ids if a is not None}
         if not slots:
             return None
-        return lora_segments(items, slots, self._adapters.pool.max_rank_of(slots.values()))
+        return lora_segments(items, slots, self._adapters.pool.max_rank_of(slots.values()), self._decode_form)
 
     def _lora(
         self, items: list[BatchItem], segments: LoraSegments | None, loads: dict[int, LoadHandle]

@@ -3,7 +3,8 @@
 The lead is the engine's own process. It alone schedules, places adapters and samples; its followers, one for
 each other part of the model, repeat its steps and what it does to its device pool, in the same order. The
 processes talk to one another twice per layer, to sum, and once per step, to gather logits: through
-torch.distributed, NCCL between GPUs, gloo between CPUs. A follower that ends takes the engine with it.
+torch.distributed, NCCL between GPUs, gloo between CPUs. A follower that ends takes the engine with it; one
+that hangs in a step for longer than `follower_timeout_s` is ended.
 """
 
 import logging
@@ -55,6 +56,8 @@ BLAME_S = 1.0
 HANG_S = 5.0
 """What a follower's end has not broken off by then never ends (NCCL waits on the device)."""
 MEETING_TIMEOUT = timedelta(minutes=10)
+HANG_POLLS = 20
+"""So often within `follower_timeout_s` it is asked whether a step is over."""
 
 
 def _check(config: EngineConfig) -> None:
@@ -99,11 +102,14 @@ class Followers:
         self._is_closing = False
         self._is_alone = threading.Event()  # it waits for none of the others
         self._is_alone.set()
+        self._step_began_at: float | None = None  # time.monotonic
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._watchers: list[threading.Thread] = []
         for index in range(1, config.tensor_parallel_size):
             self._spawn(index)
+        if config.follower_timeout_s:
+            threading.Thread(target=self._end_hung, name="follower-watch", daemon=True).start()
 
     @classmethod
     def start(cls, config: EngineConfig, model: ModelConfig) -> "Followers":
@@ -139,12 +145,38 @@ class Followers:
         if self._is_closing or self._lost.is_set():
             return
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._reason = f"the process of part {index} of the model (pid {process.pid}) ended with {how}"
+        ended = f"the process of part {index} of the model (pid {process.pid}) ended with {how}"
+        self._reason = self._reason or ended
         self._lost.set()
         if not self._is_alone.wait(HANG_S):
             logger.error("%s, and what waits for it does not end; the engine ends", self._reason)
             logging.shutdown()
             os._exit(1)
+
+    def _end_hung(self) -> None:
+        """Ends the followers when a step takes too long: what waits for them then breaks off, or never will
+        (see `_watch`)."""
+        bound_s = self._config.follower_timeout_s
+        while not (self._is_closing or self._lost.is_set()):
+            time.sleep(bound_s / HANG_POLLS)
+            began_at = self._step_began_at
+            if began_at is None or time.monotonic() - began_at < bound_s:
+                continue
+            hung = self._hung()
+            names = ", ".join(f"{index} (pid {process.pid})" for index, process in hung)
+            self._reason = (
+                f"the process of part {names} of the model hangs: a step takes more than {bound_s:g} s"
+                " (follower_timeout_s)"
+            )
+            logger.error("%s; it is ended", self._reason)
+            for _, process in hung:
+                process.kill()
+            return
+
+    def _hung(self) -> list[tuple[int, "subprocess.Popen[bytes]"]]:
+        """Those whose process is stopped, by number; all, where none is: they cannot be told apart."""
+        numbered = list(enumerate(self._processes, 1))
+        return [each for each in numbered if _is_stopped(each[1].pid)] or numbered
 
     # --- start ---
 
@@ -208,12 +240,17 @@ class Followers:
         return landed
 
     def run(self, runner: ModelRunner, batch: Batch, slots: dict[int, int]) -> StepInFlight:
-        """One step of all, until its tokens are there. Raises FollowerLostError where it breaks off."""
+        """One step of all, until its tokens are there. Raises FollowerLostError where it breaks off or takes
+        too long."""
         with self._together():
-            self.send(step_of(batch, slots))
-            step = runner.start(batch)
-            step.result()
-            return step
+            self._step_began_at = time.monotonic()
+            try:
+                self.send(step_of(batch, slots))
+                step = runner.start(batch)
+                step.result()
+                return step
+            finally:
+                self._step_began_at = None
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -249,6 +286,13 @@ class Followers:
         for connection in self._connections:
             connection.close()
         self._directory.cleanup()
+
+
+def _is_stopped(pid: int) -> bool:
+    """By a signal or a debugger, as the kernel says where it does."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    return False
 
 
 class LeadRunner:

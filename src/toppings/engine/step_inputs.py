@@ -14,7 +14,7 @@ from toppings.core import BatchItem
 from toppings.engine.staging import Array, Staging
 from toppings.ops.attention import AttentionMetadata
 from toppings.ops.gpu_plan import AttentionTiles, LoraBatch, attention_arrays, lora_chunks
-from toppings.ops.lora import LoraSegments
+from toppings.ops.lora import LoraForm, LoraSegments
 
 Longs = npt.NDArray[np.int64]
 
@@ -139,7 +139,9 @@ class InputBuilder:
         return StepInputs(token_ids, positions, row_ids, meta)
 
 
-def lora_segments(items: Sequence[BatchItem], slots: dict[int, int], max_rank: int) -> LoraSegments:
+def lora_segments(
+    items: Sequence[BatchItem], slots: dict[int, int], max_rank: int, decode_form: LoraForm
+) -> LoraSegments:
     """Neighbouring rows of one adapter become one segment; rows of the base model get slot -1. `slots`: by
     adapter id."""
     indptr: list[int] = [0]
@@ -153,7 +155,7 @@ def lora_segments(items: Sequence[BatchItem], slots: dict[int, int], max_rank: i
         else:
             segment_slots.append(slot)
             indptr.append(end)
-    return LoraSegments(indptr, segment_slots, max_rank)
+    return LoraSegments(indptr, segment_slots, max_rank, decode_form)
 
 
 _NO_PLACES = np.empty((2, 0), np.int64)

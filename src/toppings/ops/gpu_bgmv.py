@@ -4,6 +4,8 @@
 A shrink program is (row, module, 16 ranks, split of the input), an expand program (row, 128 columns): plain
 fp32 sums without tensor cores. Ranks beyond an adapter's own read its last one again, and what they give is
 dropped; so a step costs what rows · max rank costs, which is what the published cost model of this form says.
+The largest rank is found in the table, since a graph serves batches of any: it is captured with programs for
+all ranks that there may be, and those beyond the batch's largest end at once.
 """
 
 from collections.abc import Sequence
@@ -13,23 +15,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from toppings.ops.gpu_launch import next_power_of_2
 from toppings.ops.gpu_lora import ALIGNMENT_BYTES, _columns_of, check_aligned, column_tiles
 from toppings.ops.gpu_plan import LoraBatch
 
 
-@triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _largest_rank(  # type: ignore[no-untyped-def]
+    places, chunks, num_chunks, places_stride, NUM_MODULES: tl.constexpr, MANY_CHUNKS: tl.constexpr
+):
+    """Of any chunk's adapter, in any module of the group."""
+    chunk_ids = tl.arange(0, MANY_CHUNKS)
+    slots = tl.load(chunks + chunk_ids * 3 + 2, mask=chunk_ids < num_chunks, other=-1)
+    largest = tl.zeros([MANY_CHUNKS], tl.int32)
+    for j in tl.static_range(NUM_MODULES):
+        rank_places = places + slots.to(tl.int64) * places_stride + j * 3 + 2
+        largest = tl.maximum(largest, tl.load(rank_places, mask=slots >= 0, other=0).to(tl.int32))
+    return tl.max(largest, axis=0)
+
+
+_STEP_OPTIONS = {"do_not_specialize": ["num_chunks"], "do_not_specialize_on_alignment": ["places"]}
+
+
+@triton.jit(**_STEP_OPTIONS)  # type: ignore[untyped-decorator]
 def _shrink_rows_kernel(  # type: ignore[no-untyped-def]
     h,
     x,
     arena,
     places,
     chunks,
+    num_chunks,
     places_stride,
     x_stride,
     num_in,
     max_rank,
     h_stride,
     h_split_stride,
+    NUM_MODULES: tl.constexpr,
+    MANY_CHUNKS: tl.constexpr,
     RANKS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -46,8 +69,11 @@ def _shrink_rows_kernel(  # type: ignore[no-untyped-def]
     rank = tl.load(place + 2).to(tl.int32)
     if rank == 0:
         return
+    first = tl.program_id(0) // SPLITS % tiles * RANKS
+    if first >= _largest_rank(places, chunks, num_chunks, places_stride, NUM_MODULES, MANY_CHUNKS):
+        return
     a_start = tl.multiple_of(tl.load(place), ALIGNMENT)
-    ranks = tl.program_id(0) // SPLITS % tiles * RANKS + tl.arange(0, RANKS)
+    ranks = first + tl.arange(0, RANKS)
     a_rows = arena + a_start + tl.minimum(ranks, rank - 1).to(tl.int64)[:, None] * num_in
     part = (num_in + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
     total = tl.zeros([RANKS], tl.float32)
@@ -60,13 +86,14 @@ def _shrink_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=ranks < max_rank)
 
 
-@triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
+@triton.jit(**_STEP_OPTIONS)  # type: ignore[untyped-decorator]
 def _expand_rows_kernel(  # type: ignore[no-untyped-def]
     y,
     h,
     arena,
     places,
     chunks,
+    num_chunks,
     places_stride,
     y_stride,
     max_rank,
@@ -75,6 +102,8 @@ def _expand_rows_kernel(  # type: ignore[no-untyped-def]
     end_0,
     end_1,
     end_2,
+    NUM_MODULES: tl.constexpr,
+    MANY_CHUNKS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -98,7 +127,8 @@ def _expand_rows_kernel(  # type: ignore[no-untyped-def]
         + (columns - tl.multiple_of(low, ALIGNMENT))[None, :]
     )
     total = tl.zeros([COLUMNS], tl.float32)
-    for r in range(0, max_rank, RANKS):
+    largest = _largest_rank(places, chunks, num_chunks, places_stride, NUM_MODULES, MANY_CHUNKS)
+    for r in range(0, largest, RANKS):
         ranks = r + tl.arange(0, RANKS)
         h_part = tl.zeros([RANKS], tl.float32)
         for split in tl.static_range(SPLITS):
@@ -127,12 +157,15 @@ def shrink_rows(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batc
         arena,
         places,
         batch.chunks,
+        len(batch.chunks),
         places.stride(0),
         x.stride(0),
         num_in,
         batch.max_rank,
         h.stride(1),
         h.stride(0),
+        NUM_MODULES=num_modules,
+        MANY_CHUNKS=next_power_of_2(len(batch.chunks)),
         RANKS=tiles.ranks,
         DEPTH=tiles.depth,
         SPLITS=splits,
@@ -156,12 +189,15 @@ def expand_rows(
         arena,
         places,
         batch.chunks,
+        len(batch.chunks),
         places.stride(0),
         y.stride(0),
         batch.max_rank,
         h.stride(1),
         h.stride(0),
         *ends,
+        NUM_MODULES=len(out_offsets),
+        MANY_CHUNKS=next_power_of_2(len(batch.chunks)),
         RANKS=tiles.expand_ranks,
         COLUMNS=tiles.columns,
         SPLITS=h.shape[0],

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LoraForm = Literal["sgmv", "mbgmv", "bgmv"]
 """How the GPU's kernels share out a step's rows; `gpu_lora.py` compares them."""
 
+DEFAULT_DECODE_FORM: LoraForm = "mbgmv"
+
 MAX_RANK = 512
 """Adapters' ranks are at most this where nobody knows better."""
 
@@ -52,7 +54,7 @@ class LoraSegments:
     indptr: list[int]
     slots: list[int]
     max_rank: int = MAX_RANK
-    decode_form: LoraForm = "mbgmv"
+    decode_form: LoraForm = DEFAULT_DECODE_FORM
     batches: "dict[torch.device, LoraBatch]" = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

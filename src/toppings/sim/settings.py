@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from toppings.adapters.eviction import POLICIES as EVICTION_POLICIES
-from toppings.cluster.perf_model import BatchRow, PerfModel
+from toppings.cluster.batch_row import BatchRow
+from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.policies import POLICIES
 from toppings.config import ConfigError, EngineConfig
 from toppings.sim.loading import MODES

@@ -12,15 +12,9 @@ from numpy.typing import NDArray
 from toppings.bench.batch_driver import BatchDriver
 from toppings.bench.batch_plan import Rows
 from toppings.bench.validation.world import World
+from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import fit_linear
-from toppings.cluster.perf_model import (
-    DECODE_FORMS,
-    PREFILL_FORMS,
-    BatchRow,
-    LinearModel,
-    PerfModel,
-    batch_features,
-)
+from toppings.cluster.perf_model import DECODE_FORMS, PREFILL_FORMS, LinearModel, PerfModel, batch_features
 from toppings.core import AddRequest, Admission, Batch, BatchItem, SamplingParams
 from toppings.engine.engine import Engine
 from toppings.sim.settings import SimConfig

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from toppings.bench.validation.world import World
-from toppings.cluster.perf_model import BatchRow, PerfModel
+from toppings.cluster.batch_row import BatchRow
+from toppings.cluster.perf_model import PerfModel
 from toppings.sim.metrics import summarize
 from toppings.sim.seeds import generator
 from toppings.sim.settings import SimConfig

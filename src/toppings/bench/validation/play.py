@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from toppings.adapters.link import sleep_until
 from toppings.adapters.manager import PRELOAD_POLL_S, AdapterManager
 from toppings.bench.load import PROMPT_IDS
-from toppings.cluster.perf_model import BatchRow
+from toppings.cluster.batch_row import BatchRow
 from toppings.core import AddRequest, FinishReason, Request, RequestOutput, SamplingParams
 from toppings.engine.engine import Engine
 from toppings.engine.loop import LOADING_POLL_S
-from toppings.sim.records import SimResult
-from toppings.sim.settings import NS_PER_S
 from toppings.sim.trace import Trace
 
 Instants = NDArray[np.float64]
@@ -77,17 +75,6 @@ class Timings:
 
     def __post_init__(self) -> None:
         assert np.isfinite(self.ended_at).all(), "a request has not ended"
-
-    @classmethod
-    def of(cls, result: SimResult) -> "Timings":
-        """Raises AssertionError where a request was rejected or is still there."""
-        assert result.has_ended.all(), "a simulated request has not ended"
-        return cls(
-            result.arrived_at / NS_PER_S,
-            result.first_token_at / NS_PER_S,
-            result.ended_at / NS_PER_S,
-            result.num_tokens,
-        )
 
 
 def preload_host(adapters: AdapterManager, adapter_ids: Sequence[int]) -> None:

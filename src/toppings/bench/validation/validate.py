@@ -25,7 +25,8 @@ from toppings.bench.validation.play import Step, Timings, WallClock, play
 from toppings.bench.validation.world import World, make_world
 from toppings.cluster.perf_model import PerfModel
 from toppings.engine.engine import Engine
-from toppings.sim.settings import SimConfig
+from toppings.sim.records import SimResult
+from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.simulator import Simulator
 from toppings.sim.trace import Trace
 from toppings.synth import AdapterShape
@@ -172,7 +173,7 @@ class _Validation:
         timings = play(engine, prepared.trace, self._world.adapter_ids, WallClock(), on_step=note)
         model = replace(fit(timed, ORIGIN), link_gbps=prepared.config.perf_model.link_gbps)
         result = Simulator(replace(prepared.config, perf_model=model), prepared.trace).run()
-        return Replay(timings, Timings.of(result), steps, model, drift(timed, model))
+        return Replay(timings, _timings_of(result), steps, model, drift(timed, model))
 
 
 @contextmanager
@@ -183,3 +184,14 @@ def _engine(world: World, settings: dict[str, Any]) -> Iterator[Engine]:
         engine.check_integrity()
     finally:
         engine.close()
+
+
+def _timings_of(result: SimResult) -> Timings:
+    """Raises AssertionError where a request was rejected or is still there."""
+    assert result.has_ended.all(), "a simulated request has not ended"
+    return Timings(
+        result.arrived_at / NS_PER_S,
+        result.first_token_at / NS_PER_S,
+        result.ended_at / NS_PER_S,
+        result.num_tokens,
+    )

@@ -1,0 +1,27 @@
+"""A part of a split model that hangs ends the engine, which says which part it was."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.engine.driver import drive
+from tests.engine.oracle import make_model, make_prompt
+from tests.engine.test_split_model import followers_of, is_alive
+from toppings.engine.engine import FollowerLostError
+
+
+def test_a_follower_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    settings = {"tensor_parallel_size": 2, "mode": "pipelined", "follower_timeout_s": 2.0}
+    with drive(model, tmp_path / "state", {}, **settings) as driver:
+        driver.add("before", make_prompt(0, 9), 4)
+        driver.run()
+        (follower,) = followers_of(os.getpid())
+        os.kill(follower, signal.SIGSTOP)
+        driver.add("after", make_prompt(0, 9), 4)
+        problem = rf"part 1 \(pid {follower}\) of the model hangs: a step takes more than 2 s"
+        with pytest.raises(FollowerLostError, match=problem):
+            driver.step()
+    assert not is_alive(follower)
