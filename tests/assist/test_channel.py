@@ -103,7 +103,9 @@ def test_a_request_is_seen_when_it_is_announced(ends: tuple[Channel, Channel]) -
     assert not worker.has_request
     assert engine.num_free_slots == 1
     engine.announce(numbers[1])
-    assert [worker.observe()[0], worker.finish(), worker.observe()[0], worker.finish()] == [0, None, 1, None]
+    for i in range(2):
+        assert worker.observe()[0] == i
+        worker.finish()
     assert not worker.has_request
     assert not engine.is_drained
 

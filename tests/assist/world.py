@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class World:
         self.used_bytes = 0
 
 
-def pool_settings(world: World, num_workers: int = 2, **changes: float) -> PoolSettings:
+def pool_settings(world: World, num_workers: int = 2, **changes: Any) -> PoolSettings:
     cores = (available_cores() * num_workers)[:num_workers]
     return PoolSettings(
         cores=WorkerCores(cores, is_shared=True),
