@@ -12,7 +12,6 @@ from toppings.core import (
     AddRequest,
     Batch,
     BatchItem,
-    ColdStart,
     EngineReady,
     EngineStats,
     FinishReason,
@@ -23,8 +22,9 @@ from toppings.core import (
 )
 from toppings.engine.assist import Assist
 from toppings.engine.model_runner import StepInFlight, StepResult
+from toppings.engine.progress import Progress, ms
 from toppings.engine.scheduler import Scheduler
-from toppings.engine.step_log import StepLog, batch_kind
+from toppings.engine.step_log import StepLog, describe
 
 COUNTERS = (
     *("steps", "prompt_tokens", "generation_tokens", "step_errors"),
@@ -54,17 +54,6 @@ class Runner(Protocol):
     def can_run_ahead(self, requests: Sequence[Request]) -> bool: ...
 
     def forget(self, request: Request) -> None: ...
-
-
-@dataclass(slots=True)
-class Progress:
-    """What the engine knows of a request beside what the scheduler does; instants of `time.perf_counter`."""
-
-    request: Request
-    tier: str  # where its adapter was on arrival: "device", "host" or "disk"
-    first_scheduled_at: float | None = None
-    prefill_s: float = 0.0  # its steps up to the first token
-    load_wait_s: float = 0.0  # the part of them that waited for adapter loads
 
 
 @dataclass(slots=True)
@@ -197,7 +186,7 @@ class Engine:
             outputs += self._fail_step(batch, error)
             return None
         num_prompt_tokens = sum(i.num_tokens for i in batch.items if not i.is_decode)
-        step = Step(batch, flight, started_at, num_prompt_tokens, self._describe(batch))
+        step = Step(batch, flight, started_at, num_prompt_tokens, describe(batch, self.adapters.rank_of))
         self.scheduler.commit(batch)
         for item in flight.items:
             item.request.num_pending_tokens += self._may_go_on(item.request)
@@ -314,7 +303,7 @@ class Engine:
             if self._is_alive(item)
         ]
         self._count(step, result, len(outputs))
-        self._log_step(step, result, step_s)
+        self._step_log.write_step(step.record, result, step_s)
         return outputs
 
     def _token_output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
@@ -329,8 +318,8 @@ class Engine:
             logprobs=None if logprobs is None else [logprobs],
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
-            queue_ms=_ms((progress.first_scheduled_at or 0.0) - request.arrived_at) if is_first else None,
-            cold_start=self._cold_start(progress) if is_first else None,
+            queue_ms=ms((progress.first_scheduled_at or 0.0) - request.arrived_at) if is_first else None,
+            cold_start=progress.cold_start(self.adapters) if is_first else None,
         )
         if finish_reason is not None:
             self._forget(request)
@@ -346,22 +335,6 @@ class Engine:
         if num_output >= sampling.max_tokens or request.num_tokens >= self.info.max_model_len:
             return FinishReason.LENGTH, None
         return None, None
-
-    def _cold_start(self, progress: Progress) -> ColdStart | None:
-        request = progress.request
-        if request.adapter_id is None or progress.tier == "device":
-            return None
-        times = self.adapters.load_times(request.adapter_id)
-        read_wait_s = 0.0
-        if progress.tier == "disk" and progress.first_scheduled_at is not None:
-            read_wait_s = max(0.0, min(times.host_ready_at, progress.first_scheduled_at) - request.arrived_at)
-        return ColdStart(
-            tier=progress.tier,
-            read_ms=times.read_ms if progress.tier == "disk" else 0.0,
-            copy_ms=times.copy_ms,
-            exposed_ms=_ms(read_wait_s + progress.load_wait_s),
-            compute_ms=_ms(progress.prefill_s - progress.load_wait_s),
-        )
 
     # --- ends ---
 
@@ -414,28 +387,6 @@ class Engine:
             self._counters["assist_cold_products"] += result.assist.num_cold_products
         self._counters["prompt_tokens"] += step.num_prompt_tokens
 
-    def _describe(self, batch: Batch) -> dict[str, object]:
-        requests = [item.request for item in batch.items]
-        adapters = dict.fromkeys(r.adapter_id for r in requests if r.adapter_id is not None)
-        return {
-            "kind": batch_kind(batch),
-            "requests": len(requests),
-            "tokens": batch.num_tokens,
-            "adapters": len(adapters),
-            "ranks": [self.adapters.rank_of(a) for a in adapters],
-        }
-
-    def _log_step(self, step: Step, result: StepResult, step_s: float) -> None:
-        self._step_log.write(
-            {
-                **step.record,
-                "ms": round(_ms(step_s), 3),
-                "load_ms": round(_ms(result.load_wait_s), 3),
-                "overlapped_load_ms": round(max(0.0, result.copy_ms - _ms(result.load_wait_s)), 3),
-                **_assist_fields(result),
-            }
-        )
-
 
 def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
     counts: dict[int, int] = {}
@@ -445,22 +396,5 @@ def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
     return counts
 
 
-def _assist_fields(result: StepResult) -> dict[str, object]:
-    """Of a step with cold adapters: products (adapter, layer, projection group) that the CPU computed, and
-    the time that the device waited for them."""
-    assist = result.assist
-    if assist is None:
-        return {}
-    return {
-        "cpu_layers": assist.num_cpu_products,
-        "num_layers": assist.num_cold_products,
-        "worker_wait_ms": round(_ms(assist.worker_wait_s), 3),
-    }
-
-
 def error_output(request_id: str, reason: str) -> RequestOutput:
     return RequestOutput(request_id, [], finish_reason=FinishReason.ERROR, error=reason)
-
-
-def _ms(seconds: float) -> float:
-    return seconds * 1e3
