@@ -46,6 +46,12 @@ def profile() -> CostProfile:
 def test_the_link_is_found_again(profile: CostProfile) -> None:
     assert profile.link_gbps == pytest.approx(4.0)
     assert profile.copy_ms == pytest.approx(0.005)
+    assert profile.result_gbps == 0.0
+
+
+def test_results_that_leave_the_host_travel_as_weights_do() -> None:
+    profile = measure(FakeMachine(), SHAPES, num_workers=3, origin="a fake", has_results_on_link=True)
+    assert profile.result_gbps == pytest.approx(4.0)
 
 
 def test_the_cpu_model_is_found_again(profile: CostProfile) -> None:

@@ -52,9 +52,16 @@ class Probes(Protocol):
 
 
 def measure(
-    probes: Probes, shapes: BaseShapes, *, num_workers: int, origin: str, max_tokens: int = LAYER_TOKENS[-1]
+    probes: Probes,
+    shapes: BaseShapes,
+    *,
+    num_workers: int,
+    origin: str,
+    max_tokens: int = LAYER_TOKENS[-1],
+    has_results_on_link: bool = False,
 ) -> CostProfile:
-    """The profile of a base model of `shapes`; prefills up to `max_tokens` are timed.
+    """The profile of a base model of `shapes`; prefills up to `max_tokens` are timed. `has_results_on_link`:
+    rows and results travel as fast as weights do, which the slices' times leave out.
 
     The fitted intercept of `slice_s` becomes the round trip; the product has no fixed part of its own.
     """
@@ -73,6 +80,7 @@ def measure(
         round_trip_ms=round_trip_ms,
         session_ms=max(0.0, probes.wake_s()) * 1e3,
         num_workers=num_workers,
+        result_gbps=link_gbps if has_results_on_link else 0.0,
         sharing_slowdown=max(1.0, probes.slowdown(typical_tokens)),
     )
 

@@ -135,6 +135,7 @@ class Assist:
             num_workers=len(self._workers.pids),
             origin=f"measured on {self._workers.settings.cores}",
             max_tokens=min(MAX_PROFILE_TOKENS, runner.max_dry_run_tokens),
+            has_results_on_link=self._is_cuda,
         )
 
 
