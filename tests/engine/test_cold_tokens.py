@@ -22,6 +22,7 @@ from toppings.engine.assist import Assist
 RANKS = (1, 8, 64, 256)
 PROMPTS = (1, 13, 64, 257, 600)
 NUM_TOKENS = 4
+NUM_ROUNDS = 2  # of faults
 SLOW_LINK_GBPS = 0.02  # rank 256 takes 0.2 s
 
 
@@ -147,7 +148,7 @@ def test_requests_survive_faults_of_the_workers(
     # Room for the largest adapter and little more: every round is cold again.
     with drive(model, tmp_path, adapters, device_pool_bytes=4 * 2**20, **settings) as driver:
         with trouble(fault, spared):
-            for number in range(3):
+            for number in range(NUM_ROUNDS):
                 add_all(driver, adapters, f" {number}")
                 driver.run(100)
         deadline = time.monotonic() + 20
@@ -155,7 +156,7 @@ def test_requests_survive_faults_of_the_workers(
             driver.engine.poll()  # as an idle engine's loop does
             time.sleep(0.01)
             assert time.monotonic() < deadline, "no worker was replaced"
-    for number in range(3):
+    for number in range(NUM_ROUNDS):
         assert {name: driver.tokens[f"{name} {number}"] for name in expected} == expected
     assert not driver.errors()
     assert worker_pids() <= spared
