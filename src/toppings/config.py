@@ -154,6 +154,11 @@ class EngineConfig:
                 f"mode is {self.mode!r}, but with a tensor_parallel_size of {self.tensor_parallel_size} "
                 "there is no CPU assistance; choose cached, on_demand, pipelined or auto"
             )
+        if self.tensor_parallel_size > 1 and self.async_scheduling == "on":
+            raise ConfigError(
+                f"async_scheduling is 'on', but with a tensor_parallel_size of {self.tensor_parallel_size} "
+                "steps are taken in turn; choose auto or off"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,6 +222,17 @@ def test_an_aborted_starved_request_ends_the_drain() -> None:
     assert "hot9" in names(run_step(scheduler, 1.4, finish_at=1000))
 
 
+def test_a_step_ahead_admits_nobody() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a"))
+    run_step(scheduler)
+    scheduler.add(make_request("b", adapter_id=1))
+    assert scheduler.may_admit
+    assert names(scheduler.schedule(0.0, admits=False)) == ["a"]
+    assert names(run_step(scheduler)) == ["a", "b"]
+    assert not scheduler.may_admit
+
+
 @pytest.mark.parametrize("num_prompt", [0, 64, 1000])
 def test_prompts_that_can_never_fit_are_refused_with_the_number(num_prompt: int) -> None:
     with pytest.raises(RequestError, match="empty" if num_prompt == 0 else str(num_prompt)):

@@ -237,3 +237,8 @@ def poll(driver: Driver, timeout_s: float) -> None:
     while time.monotonic() < deadline:
         driver.engine.poll()
         time.sleep(0.01)
+
+
+def test_steps_ahead_of_a_split_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="steps are taken in turn"):
+        EngineConfig(tensor_parallel_size=2, mode="pipelined", async_scheduling="on")

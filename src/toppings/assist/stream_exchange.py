@@ -32,6 +32,7 @@ NUM_STREAM_SLOTS = 4096
 GROUP_SLOTS = 256
 """What one projection group takes of them at most, or else the device waits for its weights."""
 LOOK_S = 0.0005
+CLOSE_TIMEOUT_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,12 @@ class StreamExchange:
             self._locked[address] = channels[address]
 
     def close(self) -> None:
-        """Waits for the forward under way, if any."""
+        """Waits for the forward under way, if any; what a device that hangs still uses stays locked."""
         if self._attendant is not None:
-            self._attendant.join()
+            self._attendant.join(CLOSE_TIMEOUT_S)
+            if self._attendant.is_alive():
+                log.error("the device is not through with a forward after %s s", CLOSE_TIMEOUT_S)
+                return
         self._lock([])
 
 

@@ -172,7 +172,8 @@ class Engine:
         Raises FollowerLostError.
         """
         started_at = time.perf_counter()
-        batch = self.scheduler.schedule(started_at)
+        # Who is admitted may need CPU assistance, whose host memory is the adapter's until the step is over.
+        batch = self.scheduler.schedule(started_at, admits=previous is None)
         outputs += [self._fail(request, reason) for request, reason in self.scheduler.pop_failed()]
         if not batch.items:
             return None

@@ -113,11 +113,12 @@ class Scheduler:
 
     # --- one step ---
 
-    def schedule(self, now: float) -> Batch:
-        """The next step's batch; empty where nothing can run now."""
-        self._advance_drain(now)
+    def schedule(self, now: float, *, admits: bool = True) -> Batch:
+        """The next step's batch; empty where nothing can run now. Without `admits`, of running requests."""
+        if admits:
+            self._advance_drain(now)
         items, budget, was_preempted = self._schedule_running()
-        if not was_preempted:
+        if admits and not was_preempted:
             items += self._schedule_waiting(now, budget)
         items.sort(key=_batch_order)
         return Batch(items)

@@ -58,8 +58,8 @@ def simulated_batches(config: SimConfig, trace: Trace) -> Batches:
     scheduler = simulator.instances[0].scheduler
     schedule = scheduler.schedule
 
-    def note(now: float) -> Batch:
-        batch = schedule(now)
+    def note(now: float, *, admits: bool = True) -> Batch:
+        batch = schedule(now, admits=admits)
         for kind, is_decode in ((batches.decode, True), (batches.prefill, False)):
             rows = tuple(_row(item, trace) for item in batch.items if item.is_decode == is_decode)
             if rows:
