@@ -16,7 +16,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 serve: setup
 	$(BIN)/toppings serve $(ARGS)
 
-test: lint types unit
+# Types are checked on one core while the first tests run on the other.
+test: setup
+	$(MAKE) -j2 lint types unit
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from toppings.bench.apis import Answer, Api, RefusedError, reason_of
 from toppings.bench.outcome import Call, Outcome
 
 MAX_REASON_CHARS = 300
+IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
 
 
 class LoadClient:
@@ -29,7 +30,7 @@ class LoadClient:
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             headers=self._headers,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S),
             timeout=aiohttp.ClientTimeout(total=self._timeout_s),
         )
         return self

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
+IDLE_CONNECTION_S = 75
+"""Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): one that is closed as a request
+arrives on it loses that request."""
 
 
 def run_server(config: Config) -> int:
@@ -193,6 +196,7 @@ def _make_server(config: Config, app: FastAPI) -> _Server:
             access_log=config.server.log_level == "debug",
             proxy_headers=False,
             lifespan="off",
+            timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=int(FLUSH_S),
         )
     )
