@@ -11,7 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
+from toppings.adapters.peft_config import MAX_RANK
 from toppings.bench import cpu_lora
+from toppings.bench.figures import check_files
 from toppings.reproduce.output import new_figure
 
 
@@ -25,6 +27,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result there too")
     parser.add_argument("--figure", type=Path, help="draw curves there (needs matplotlib)")
     options = parser.parse_args()
+    if not 1 <= options.rank <= MAX_RANK:
+        parser.error(f"--rank is {options.rank}; it must be from 1 to {MAX_RANK}")
+    try:
+        check_files(options.json, options.figure)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     measured = cpu_lora.measure(rank=options.rank, dtype=options.dtype, is_toy=options.toy, on_line=print)
     if options.figure:
         figure, axes = new_figure(1, width=7)

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from toppings.bench import ipc
+from toppings.bench.figures import check_files
 from toppings.reproduce.output import new_figure
 
 
@@ -24,6 +25,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result there too")
     parser.add_argument("--figure", type=Path, help="draw bars there (needs matplotlib)")
     options = parser.parse_args()
+    try:
+        check_files(options.json, options.figure)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     rows, receivers, num_rounds = ([2], [1, 2], 3) if options.toy else ([64, 256], [1, 3, 5], 200)
     num_repeats = 1 if options.toy else 3
     times, floors = ipc.run(rows, receivers, num_rounds, num_repeats=num_repeats, on_line=print)

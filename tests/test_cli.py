@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import toppings
 from toppings import cli
 from toppings.config import MODES, Config
+from toppings.core import MODULES
 from toppings.synth import PRESETS, AdapterShape, write_adapters
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,15 @@ def test_sizes_may_have_units(served: list[Config], monkeypatch: pytest.MonkeyPa
     assert served[0].engine.device_pool_bytes == 3 * 2**20
 
 
+def test_made_adapters_may_target_all_projections(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, args = tmp_path / "made", ("--count", "1", "--targets", "all")
+    assert run(monkeypatch, "synth", "adapters", str(path), "--model", str(model), *args) == 0
+    made = json.loads((path / "adapter-00000" / "adapter_config.json").read_text())
+    assert set(made["target_modules"]) == set(MODULES)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_has_a_configuration_file(mode: str) -> None:
     assert Config.from_yaml(ROOT / "configs" / f"{mode}.yaml").engine.mode == mode
@@ -111,6 +121,7 @@ def test_each_mode_has_a_configuration_file(mode: str) -> None:
         (["synth", "adapters", "{tmp}/a", "--model", "/no/model"], "/no/model"),
         (["synth", "adapters", "{tmp}/a", "--model", "{model}", "--ranks", "x"], "ranks are 'x'"),
         (["synth", "adapters", "{tmp}/a", "--model", "{model}", "--targets", "z"], "'z'"),
+        (["plan", "--rank", "513", "--tokens", "8", "--state-dir", "{tmp}/s"], "rank is 513"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

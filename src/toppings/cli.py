@@ -13,7 +13,7 @@ from toppings import __version__
 from toppings.bench.cli import bench_app, profile_batches, report
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.config import Config, ConfigError, EngineConfig
-from toppings.core import MODULES
+from toppings.core import MODULES, parse_targets
 from toppings.options import with_settings
 from toppings.remote import RemoteServer
 from toppings.reproduce.cli import reproduce_app
@@ -260,7 +260,7 @@ def synth_adapters(
     model: Annotated[Path, typer.Option(help="the model they are for")],
     count: Annotated[int, typer.Option(min=1, help="how many")] = 8,
     ranks: Annotated[str, typer.Option(help="ranks, taken in turn")] = "8,16,32,64",
-    targets: Annotated[str, typer.Option(help="projections")] = "q_proj,k_proj,v_proj",
+    targets: Annotated[str, typer.Option(help="projections, or all")] = "q_proj,k_proj,v_proj",
     dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "bfloat16",
     seed: int = 0,
 ) -> None:
@@ -269,7 +269,7 @@ def synth_adapters(
         numbers = tuple(int(rank) for rank in ranks.split(","))
     except ValueError as error:
         raise ConfigError(f"ranks are {ranks!r}; write numbers with commas between, e.g. 8,16") from error
-    shape = AdapterShape(ranks=numbers, targets=tuple(targets.split(",")), dtype=dtype)
+    shape = AdapterShape(ranks=numbers, targets=parse_targets(targets), dtype=dtype)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("adapters", total=count)
         write_adapters(

@@ -6,10 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from toppings.adapters.layout import AdapterLayout, BaseShapes
+from toppings.adapters.peft_config import MAX_RANK
 from toppings.assist.cost import CostProfile
 from toppings.assist.plan import compare
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import MODULES
+from toppings.core import MODULES, parse_targets
 
 
 def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
@@ -18,24 +19,26 @@ def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
     Raises what `build_engine` raises.
     """
     from toppings.engine.assist import profile_path
-    from toppings.engine.build import build_engine, state_dir
+    from toppings.engine.build import build_engine, set_threads, state_dir
 
+    set_threads(config)
     path = profile_path(config, state_dir(config))
     path.unlink(missing_ok=True)
     build_engine(replace(config, mode="cpu_assisted")).close()
-    return CostProfile.from_json(path.read_text()), str(path)
+    return CostProfile.read(path), str(path)
 
 
 def read_or_measure_profile(config: EngineConfig) -> CostProfile:
     from toppings.engine.assist import profile_path
-    from toppings.engine.build import state_dir
+    from toppings.engine.build import set_threads, state_dir
 
+    set_threads(config)
     path = profile_path(config, state_dir(config))
-    return CostProfile.from_json(path.read_text()) if path.exists() else measure_profile(config)[0]
+    return CostProfile.read(path) if path.exists() else measure_profile(config)[0]
 
 
 def print_plan(config: EngineConfig, *, rank: int, targets: str, num_tokens: int) -> None:
-    """Raises ConfigError for a target that is none."""
+    """Raises ConfigError or ValueError for a rank or target that is none."""
     from toppings.engine.build import open_registry
 
     registry = open_registry(config)
@@ -53,11 +56,8 @@ def print_plan(config: EngineConfig, *, rank: int, targets: str, num_tokens: int
 
 def uniform_layout(shapes: BaseShapes, dtype: str, rank: int, targets: str) -> AdapterLayout:
     """An adapter of one rank on `targets` (comma-separated names, or "all") of every layer."""
-    names = MODULES if targets == "all" else tuple(targets.split(","))
-    for name in names:
-        if name not in MODULES:
-            raise ConfigError(f"target {name!r} is unknown; choose from {', '.join(MODULES)}, or all")
-    if rank < 1:
-        raise ConfigError(f"rank is {rank}; it must be at least 1")
+    names = parse_targets(targets)
+    if not 1 <= rank <= MAX_RANK:
+        raise ConfigError(f"rank is {rank}; it must be from 1 to {MAX_RANK}")
     ranks = [rank if name in names else 0 for name in MODULES]
     return AdapterLayout.build([ranks] * shapes.num_layers, shapes, dtype)

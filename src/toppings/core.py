@@ -16,6 +16,15 @@ GROUPS: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4
 MAX_LOGPROBS = 20
 
 
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Projections out of names with commas between, or "all". Raises ValueError for a name that is none."""
+    names = MODULES if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in MODULES:
+            raise ValueError(f"target {name!r} is unknown; choose from {', '.join(MODULES)}, or all")
+    return names
+
+
 class RequestError(ValueError):
     """The request cannot be served; the message names the offending value and what would be right."""
 

@@ -173,6 +173,20 @@ def test_before_workers_have_started_the_device_waits_for_the_weights(world_fp32
     assert_same(got, expected(world_fp32, [load], segments), world_fp32.dtype)
 
 
+def test_a_worker_that_hangs_in_its_start_is_replaced(world_fp32: World) -> None:
+    pool = WorkerPool(pool_settings(world_fp32, num_workers=1, start_timeout_s=0.05))
+    try:
+        pids = pool.pids
+        os.kill(pids[0], signal.SIGSTOP)
+        time.sleep(0.1)
+        pool.restart_dead()
+        assert pool.pids != pids
+        assert not is_running(pids[0])
+        assert pool.num_restarts == 1
+    finally:
+        pool.close()
+
+
 def test_idle_workers_use_no_cpu(world_fp32: World, frail: WorkerPool) -> None:
     with frail.session():
         pass  # awake once, then asleep again

@@ -1,6 +1,7 @@
 """A profile finds the machine's constants again, and survives its file."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from toppings.adapters.layout import BaseShapes
 from toppings.adapters.loader import CpuLoader
 from toppings.assist.cost import CostProfile, CpuCost
 from toppings.assist.profile import EngineProbes, LinkProbe, ProbeLora, fit_non_negative, measure
+from toppings.config import EngineConfig
+from toppings.engine import assist
 
 SHAPES = BaseShapes(4, (((1024, 1024),) * 4) + (((1024, 2816),) * 2) + ((2816, 1024),))
 TRUTH = CpuCost(fixed_ms=0.08, per_gflop_ms=12.0, per_mweights_ms=0.3, per_mvalues_ms=0.9)
@@ -75,6 +78,27 @@ def test_layer_times_are_linear_between_and_beyond_what_was_measured(
 
 def test_a_profile_survives_its_file(profile: CostProfile) -> None:
     assert CostProfile.from_json(profile.to_json()) == profile
+
+
+def test_a_file_is_replaced_whole_and_a_broken_one_is_named(profile: CostProfile, tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(profile.to_json()[:40])
+    with pytest.raises(ValueError, match=f"{file}: not a cold-start profile"):
+        CostProfile.read(file)
+    profile.write(file)
+    assert CostProfile.read(file) == profile
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_other_cores_or_threads_have_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def path(num_threads: int, cores: tuple[int, ...]) -> Path:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+        monkeypatch.setattr(assist, "available_cores", lambda: cores)
+        return assist.profile_path(EngineConfig(), tmp_path)
+
+    paths = [path(1, (0,)), path(1, (0, 1)), path(2, (0, 1)), path(2, (0, 1, 2, 3)), path(1, (0, 1, 2))]
+    assert len(set(paths)) == len(paths)
+    assert path(2, (0, 1)) == paths[2]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"cpu": {}}'])

@@ -97,6 +97,20 @@ def test_report_prints_and_writes_what_the_logs_say(tmp_path: Path) -> None:
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("option", ["--json", "--figure"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    option: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = _invoke("bench", "modes", option, str(tmp_path / "file" / "r.png"))
+    assert isinstance(result.exception, OSError)
+    assert "file" in str(result.exception)
+
+
+def test_a_comparison_of_no_mode_is_refused() -> None:
+    assert "no mode is given" in str(_invoke("bench", "modes", "--modes", "").exception)
+
+
 def test_a_figure_of_an_unknown_kind_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     result = _invoke("bench", "modes", "--figure", str(tmp_path / "figure.bmp3"))
     assert "its name must end in one of" in str(result.exception)

@@ -2,8 +2,10 @@
 plan.py."""
 
 import json
+import os
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,17 @@ class CostProfile:
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a cold-start profile: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "CostProfile":
+        """Raises ValueError for a file that holds no profile."""
+        try:
+            return cls.from_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove the file, and it is measured anew") from error
+
+    def write(self, path: Path) -> None:
+        """Whoever reads meanwhile, or after a crash, finds the old file or the new one, whole."""
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.write_text(self.to_json())
+        draft.replace(path)

@@ -26,6 +26,8 @@ SHARED_NICE = 1
 FIRST_RESTART_DELAY_S = 0.25
 MAX_RESTART_DELAY_S = 30.0
 EXIT_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 60.0
+"""A worker that is not ready by then hangs, and is replaced."""
 
 _SPINS_PER_LOOK = 200
 
@@ -36,7 +38,8 @@ log = logging.getLogger(__name__)
 class PoolSettings:
     """`arena_fd`, `arena_bytes`: the host store's memory, elements of `dtype`. `max_input_bytes` and
     `max_output_bytes` bound what one worker can hold at a time. `deadline_s`: a slice not done by then is
-    computed by the engine and its worker replaced. `num_slots`: requests that a channel's ring holds.
+    computed by the engine and its worker replaced; `start_timeout_s`: a worker not ready by then is replaced,
+    too. `num_slots`: requests that a channel's ring holds.
     `is_ordered`: a device announces requests, and no byte in the pipe comes with them, so that workers watch
     for them even on cores that others need."""
 
@@ -47,6 +50,7 @@ class PoolSettings:
     max_input_bytes: int
     max_output_bytes: int
     deadline_s: float = 1.0
+    start_timeout_s: float = START_TIMEOUT_S
     num_slots: int = NUM_SLOTS
     is_ordered: bool = False
 
@@ -77,6 +81,7 @@ class Worker:
         wake_fd, self._nudge_fd = os.pipe()
         os.set_blocking(self._nudge_fd, False)
         self._process = _spawn(_worker_settings(settings, core, self.channel, wake_fd))
+        self._start_by = time.monotonic() + settings.start_timeout_s
         os.close(wake_fd)
         self._is_closed = False
         self.num_rows_sent = 0  # since the last `recycle`
@@ -92,6 +97,11 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         return not self._is_closed and self.channel.is_ready
+
+    @property
+    def is_lost(self) -> bool:
+        """It is gone, or hangs in its start."""
+        return not self.is_alive or (not self.channel.is_ready and time.monotonic() > self._start_by)
 
     def recycle(self) -> None:
         """No result so far is needed any more."""
@@ -178,7 +188,6 @@ class WorkerPool:
         self._restart_delay_s = FIRST_RESTART_DELAY_S
         self._restart_after = time.monotonic()
         self._is_closed = False
-        self.num_rows_sent = 0  # since the last `recycle`
 
     @property
     def pids(self) -> list[int]:
@@ -188,7 +197,7 @@ class WorkerPool:
     def workers_ready(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.is_ready]
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Until all workers have started. Raises TimeoutError."""
         stop_at = time.monotonic() + timeout_s
         while len(self.workers_ready) < len(self._workers):
@@ -218,8 +227,8 @@ class WorkerPool:
         worker.close(by_force=True)
 
     def restart_dead(self) -> None:
-        """Replaces workers that are gone; ever later while new ones keep dying."""
-        dead = [i for i, worker in enumerate(self._workers) if not worker.is_alive]
+        """Replaces workers that are gone or hang in their start; ever later while new ones keep dying."""
+        dead = [i for i, worker in enumerate(self._workers) if worker.is_lost]
         if all(worker.is_ready for worker in self._workers) and not dead:
             self._restart_delay_s = FIRST_RESTART_DELAY_S
         if not dead or self._is_closed or time.monotonic() < self._restart_after:

@@ -23,6 +23,7 @@ from toppings.bench.load import POPULARITIES, PROMPT_FORMS, LoadShape
 from toppings.bench.machine import describe_machine
 from toppings.bench.report import read_report
 from toppings.config import MODES, Config
+from toppings.core import parse_targets
 from toppings.sim.cli import parse_ranks
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def bench_requests(
     json_file: JsonFile = None,
 ) -> None:
     """Send requests to a running server; print average and total time and the latencies."""
+    figures.check_files(json_file, None)
     if api not in APIS:
         raise ValueError(f"api is {api!r}; choose one of {', '.join(APIS)}")
     shape = LoadShape(
@@ -111,7 +113,7 @@ def bench_modes(
     adapters: Annotated[int, typer.Option(help="distinct adapters; made, if the settings name none")] = 60,
     ranks: Annotated[str, typer.Option(help="of adapters that are made, taken in turn")] = "64",
     targets: Annotated[
-        str, typer.Option(help="projections of adapters that are made")
+        str, typer.Option(help="projections of adapters that are made, or all")
     ] = "q_proj,k_proj,v_proj",
     home: Annotated[str, typer.Option(help=f"where cold adapters are: {' or '.join(HOMES)}")] = "host",
     link_gbps: Annotated[
@@ -140,7 +142,7 @@ def bench_modes(
     figure: FigureFile = None,
 ) -> None:
     """Start a server in each mode, send all the same cold requests in turn, compare the latencies."""
-    figures.check_figure_file(figure)
+    figures.check_files(json_file, figure)
     base = Config.from_yaml(config) if config else Config()
     settings: dict[str, Any] = {"log_dir": log_dir}
     if link_gbps is not None:
@@ -174,7 +176,7 @@ def report(
     figure: FigureFile = None,
 ) -> None:
     """Mean prefill, decode and load times of each mode, from the servers' step logs."""
-    figures.check_figure_file(figure)
+    figures.check_files(json_file, figure)
     result = read_report(logs)
     Console().print(tables.report_table(result))
     _write_json(json_file, {"benchmark": "report", "logs": str(logs), **result.to_json()})
@@ -188,15 +190,15 @@ def profile_batches(
         float, typer.Option(help=f"time to measure, at most {MAX_SECONDS:g}; setting up comes on top")
     ] = BatchSpec.seconds,
     ranks: Annotated[str, typer.Option(help="of the random adapters that are made")] = "8,16,32,64",
-    targets: Annotated[str, typer.Option(help="their projections")] = ",".join(BatchSpec.targets),
+    targets: Annotated[str, typer.Option(help="their projections, or all")] = ",".join(BatchSpec.targets),
     json_file: JsonFile = None,
     figure: FigureFile = None,
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
     """Time steps of many batches and fit what they cost; a server with the same settings tells routers so."""
-    figures.check_figure_file(figure)
-    spec = BatchSpec(seconds, parse_ranks(ranks), tuple(targets.split(",")))
+    figures.check_files(json_file, figure)
+    spec = BatchSpec(seconds, parse_ranks(ranks), parse_targets(targets))
     engine = Config.from_settings(settings, Config.from_yaml(config) if config else None).engine
     from toppings.bench import batch_profile
 
@@ -259,7 +261,6 @@ def _show_comparison(comparison: Comparison, json_file: Path | None, figure: Pat
 
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**content, "machine": describe_machine()}, indent=2) + "\n")
 
 

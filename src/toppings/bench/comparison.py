@@ -49,6 +49,8 @@ class ModesSpec:
                 raise ConfigError(
                     f"modes are {','.join(self.modes)}; choose from {', '.join(MODES)}, each once"
                 )
+        if not self.modes:
+            raise ConfigError(f"no mode is given; choose from {', '.join(MODES)}")
         if self.num_warmup < 0:
             raise ConfigError(f"num_warmup is {self.num_warmup}; it must be at least 0")
         if self.num_adapters < POOL_SHARE:

@@ -34,6 +34,18 @@ def check_figure_file(path: Path | None) -> None:
         )
 
 
+def check_files(json_file: Path | None, figure: Path | None) -> None:
+    """Makes the directories that results go to. Raises ValueError or OSError where results could not be
+    written, before anything is measured for them."""
+    check_figure_file(figure)
+    for file in filter(None, (json_file, figure)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        file.open("ab").close()
+        if is_new:
+            file.unlink()
+
+
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """One panel per load and metric, one bar per mode; written on them, the ratio to `cached`."""
     pyplot = _pyplot()

@@ -9,7 +9,7 @@ import torch
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.manager import AdapterManager
 from toppings.assist.coordinator import AssistLora, ColdAdapter, Coordinator
-from toppings.assist.cores import available_cores, choose_cores
+from toppings.assist.cores import WorkerCores, available_cores, choose_cores
 from toppings.assist.cost import CostProfile
 from toppings.assist.cuda_stream_ops import CudaStreamOps
 from toppings.assist.exchange import Exchange, HostExchange
@@ -54,15 +54,9 @@ class Assist:
         widest_out = sum(num_out for _, num_out in shapes.sizes)
         row_bytes = max(config.max_num_batched_tokens, *SLICE_ROWS) * dtype.itemsize
         stream_ops = stream_ops or (CudaStreamOps() if self._is_cuda else None)
-        cores = choose_cores(
-            available_cores(),
-            GPU_ENGINE_THREADS if self._is_cuda else torch.get_num_threads(),
-            num_workers=config.assist_workers,
-            cores=tuple(map(int, config.assist_cores)),
-        )
         self._workers = WorkerPool(
             PoolSettings(
-                cores=cores,
+                cores=worker_cores(config),
                 arena_fd=adapters.host.arena.fd,
                 arena_bytes=adapters.host.arena.size_bytes,
                 dtype=dtype,
@@ -111,11 +105,11 @@ class Assist:
 
     def _read_or_measure(self, path: Path, runner: ModelRunner) -> CostProfile:
         if path.exists():
-            return CostProfile.from_json(path.read_text())
+            return CostProfile.read(path)
         logger.info("measuring what a cold start costs here")
         self._workers.wait_ready()
         profile = self._measure(runner)
-        path.write_text(profile.to_json())
+        profile.write(path)
         return profile
 
     def _measure(self, runner: ModelRunner) -> CostProfile:
@@ -139,8 +133,21 @@ class Assist:
         )
 
 
+def worker_cores(config: EngineConfig) -> WorkerCores:
+    """Depends on torch's number of threads. Raises ValueError for cores that are not there."""
+    return choose_cores(
+        available_cores(),
+        GPU_ENGINE_THREADS if config.device == "cuda" else torch.get_num_threads(),
+        num_workers=config.assist_workers,
+        cores=tuple(map(int, config.assist_cores)),
+    )
+
+
 def profile_path(config: EngineConfig, state_dir: Path) -> Path:
-    """One file for each set of settings that the figures depend on."""
-    parts = (config.device, config.dtype, f"link{config.link_gbps:g}", f"threads{config.num_threads}")
-    workers = "-".join(config.assist_cores) or str(config.assist_workers)
-    return state_dir / f"cold-start-{'-'.join(parts)}-workers{workers}.json"
+    """One file for each set of settings, threads and cores that the figures depend on."""
+    cores = worker_cores(config)
+    workers = "-".join(config.assist_cores) or str(len(cores.cores))
+    threads = torch.get_num_threads()
+    sharing = "shared" if cores.is_shared else "free"
+    parts = (config.device, config.dtype, f"link{config.link_gbps:g}", f"threads{threads}")
+    return state_dir / f"cold-start-{'-'.join(parts)}-workers{workers}-{sharing}.json"
