@@ -84,8 +84,11 @@ class EngineConfig:
     tensor_parallel_size: int = setting(
         1, "processes, each with a GPU, that the model and its adapters are split over"
     )
-    follower_timeout_s: float = setting(
-        120.0, "a split model's step that takes longer ends the engine: a part of it hangs (0: no bound)"
+    step_timeout_s: float = setting(
+        300.0, "a step that takes longer ends the engine, which is taken to hang (0: no bound)"
+    )
+    heartbeat_timeout_s: float = setting(
+        5.0, "an engine whose process gives no sign of life for so long is ended (0: no bound)"
     )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
@@ -115,7 +118,11 @@ class EngineConfig:
     link_gbps: float = setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
     seed: int = setting(0, "seed of requests that bring none")
     step_log: str = setting(
-        "", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl)"
+        "", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl; off: none)"
+    )
+    max_log_bytes: int = setting(
+        64 * 2**20,
+        "size at which a log (steps.jsonl, server.log) is moved to <name>.1 and begun anew (0: no bound)",
     )
 
     def __post_init__(self) -> None:
@@ -138,7 +145,9 @@ class EngineConfig:
             "kv_cache_bytes",
             "link_gbps",
             "max_adapter_wait_s",
-            "follower_timeout_s",
+            "step_timeout_s",
+            "heartbeat_timeout_s",
+            "max_log_bytes",
         ):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         utilization = self.gpu_memory_utilization
@@ -174,6 +183,9 @@ class ServerConfig:
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"
     )
+    max_engine_restarts: int = setting(
+        5, "engines that are replaced in a row after they died or hung, before the server ends"
+    )
     shutdown_timeout_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
     log_dir: str = setting("logs", "logs go to <log-dir>/<mode>/")
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
@@ -182,6 +194,7 @@ class ServerConfig:
         check_choices(self)
         _require(self, "port", 0 <= self.port <= 65535, "between 0 and 65535")
         _require(self, "max_queue", self.max_queue >= 1, "at least 1")
+        _require(self, "max_engine_restarts", self.max_engine_restarts >= 0, "at least 0")
         _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
 
 

@@ -220,6 +220,17 @@ class Shutdown:
 
 ToEngine = Begin | AddRequest | AbortRequest | RemoveAdapter | PinAdapter | GetStats | Shutdown
 
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A message to the engine whose values are of other types than they should be: who is to be told, and
+    what."""
+
+    request_id: str | None
+    call_id: int | None
+    reason: str
+
+
 # --- messages: engine to client ---
 
 
@@ -288,6 +299,11 @@ class AdapterStatus:
     num_hits: int
     is_pinned: bool
 
+    @property
+    def is_anywhere(self) -> bool:
+        """On host or device, or asked for."""
+        return bool(self.is_on_host or self.device_layers or self.num_running or self.num_waiting)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -303,7 +319,9 @@ class EngineStats:
     host_bytes_total: int
     device_bytes_used: int
     device_bytes_total: int
-    adapters: list[AdapterStatus]  # every adapter that is on host or device, or has requests
+    adapters: list[AdapterStatus]
+    """Every adapter that is on host or device, or has requests; on their way between processes only those that
+    have changed since the engine was last asked, also to nowhere."""
     running_ranks: list[int]  # max rank of each running request's adapter, 0 for the base model
     waiting_ranks: list[int]
     waiting_tokens: int  # prompt tokens not yet computed, over all waiting requests

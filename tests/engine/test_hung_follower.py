@@ -14,7 +14,7 @@ from toppings.engine.engine import FollowerLostError
 
 def test_a_follower_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    settings = {"tensor_parallel_size": 2, "mode": "pipelined", "follower_timeout_s": 2.0}
+    settings = {"tensor_parallel_size": 2, "mode": "pipelined", "step_timeout_s": 2.0}
     with drive(model, tmp_path / "state", {}, **settings) as driver:
         driver.add("before", make_prompt(0, 9), 4)
         driver.run()

@@ -34,6 +34,12 @@ class Resident:
         return self.load.num_bytes
 
     @property
+    def num_layers_ready(self) -> int:
+        """On the device; a load that is over is not asked again."""
+        has_landed = not self.is_loading and self.load.error is None
+        return self.load.num_layers if has_landed else self.load.num_layers_ready
+
+    @property
     def is_idle(self) -> bool:
         """It may be evicted."""
         return not (self.num_running or self.is_loading or self.is_pinned)
@@ -53,6 +59,12 @@ class DeviceTier:
         self._policy = policy
         self._loading: dict[int, Resident] = {}
         self._idle: dict[int, Resident] = {}
+        self._changed: set[int] = set()
+
+    def take_changed(self) -> set[int]:
+        """Adapters of which something may have changed since the last call."""
+        changed, self._changed = self._changed | self._loading.keys(), set()
+        return changed
 
     @property
     def is_loading(self) -> bool:
@@ -74,6 +86,7 @@ class DeviceTier:
         load = self._loader.start(source, offsets_bytes, order(source.layout))
         resident = Resident(entry.adapter_id, slot, load, entry, tier)
         self.residents[entry.adapter_id] = self._loading[entry.adapter_id] = resident
+        self._changed.add(entry.adapter_id)
         self._policy.touch(entry.adapter_id, resident.num_bytes)
         self.counters["adapter_loads"] += 1
         self.counters["adapter_load_bytes"] += resident.num_bytes
@@ -130,6 +143,7 @@ class DeviceTier:
 
     def update(self, resident: Resident) -> None:
         """To be called when who uses it or its pin has changed; a failed load leaves with its last user."""
+        self._changed.add(resident.adapter_id)
         if resident.load.error is not None and not resident.num_running:
             self.drop(resident)
         elif resident.is_idle:
@@ -165,6 +179,7 @@ class DeviceTier:
             assert resident.load.error is not None
             self._end_load(resident)
         del self.residents[resident.adapter_id]
+        self._changed.add(resident.adapter_id)
         self._idle.pop(resident.adapter_id, None)
         self.pool.free(resident.slot)
         self._policy.forget(resident.adapter_id, was_evicted=was_evicted)

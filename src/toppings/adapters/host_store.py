@@ -75,6 +75,7 @@ class HostStore:
         self._queue: deque[HostEntry] = deque()
         self._wake = threading.Condition()  # reentrant; guards all of the above
         self._is_closed = False
+        self._changed: set[int] = set()
         self.counters = {"host_evictions": 0, "adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
         self._thread = threading.Thread(target=self._run, name="adapter-reader", daemon=True)
         self._thread.start()
@@ -96,6 +97,17 @@ class HostStore:
         """Adapters that are wholly in host memory."""
         with self._wake:
             return [e.adapter_id for e in self._entries.values() if e.state in _RESIDENT]
+
+    def holds(self, adapter_id: int) -> bool:
+        """It is wholly in host memory."""
+        entry = self._entries.get(adapter_id)
+        return entry is not None and entry.state in _RESIDENT
+
+    def take_changed(self) -> set[int]:
+        """Adapters that have come or gone since the last call."""
+        with self._wake:
+            changed, self._changed = self._changed, set()
+            return changed
 
     def prefetch(self, adapter_id: int) -> None:
         """Queues a read if the adapter is not here, also where its last one failed."""
@@ -227,6 +239,7 @@ class HostStore:
             entry.read_ms = read_ms
             entry.ready_at = time.perf_counter()
             entry.state = EntryState.READY
+            self._changed.add(entry.adapter_id)
             self._policy.touch(entry.adapter_id, entry.layout.num_bytes)
             self.counters["adapter_reads"] += 1
             self.counters["adapter_read_bytes"] += entry.layout.num_bytes
@@ -290,6 +303,7 @@ class HostStore:
         self._allocator.free_all(entry.offsets, entry.sizes())
         self._policy.forget(entry.adapter_id, was_evicted=was_evicted)
         self.counters["host_evictions"] += was_evicted
+        self._changed.add(entry.adapter_id)
         del self._entries[entry.adapter_id]
 
     def _plan_moves(self, needed: int) -> list[tuple[HostEntry, int, int]]:

@@ -82,6 +82,7 @@ class AdapterManager:
         self._removed: set[int] = set()
         self._records: dict[int, AdapterRecord] = {}
         self._num_hits: dict[int, int] = {}
+        self._changed: set[int] = set()  # what `changes` is to tell, beside what the tiers know
         self._counters = dict.fromkeys(("device_hits", "device_misses", "host_hits", "host_misses"), 0)
 
     # --- for the scheduler ---
@@ -256,8 +257,10 @@ class AdapterManager:
         if record.adapter_id not in self._pins:
             self._pins[record.adapter_id] = record.num_bytes
             self._pinned_bytes += record.num_bytes
+            self._changed.add(record.adapter_id)
 
     def _unpin(self, adapter_id: int) -> None:
+        self._changed.add(adapter_id)
         self._pinned_bytes -= self._pins.pop(adapter_id, 0)
         self._pending_pins.pop(adapter_id, None)
 
@@ -347,19 +350,26 @@ class AdapterManager:
     def status(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
         """Every adapter that is on host or device or has waiting requests (`num_waiting`, by adapter id)."""
         self.poll()
-        on_host = set(self.host.ready_ids())
-        ids = sorted({*on_host, *self._tier.residents, *num_waiting})
-        return [self._status(a, is_on_host=a in on_host, num_waiting=num_waiting.get(a, 0)) for a in ids]
+        ids = {*self.host.ready_ids(), *self._tier.residents, *num_waiting}
+        return [self._status(adapter_id, num_waiting) for adapter_id in sorted(ids)]
 
-    def _status(self, adapter_id: int, *, is_on_host: bool, num_waiting: int) -> AdapterStatus:
+    def changes(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
+        """Of `status` what may have changed since the last call, and adapters that have left it: what it costs
+        does not grow with the number of adapters."""
+        self.poll()
+        ids = {*self._changed, *self._tier.take_changed(), *self.host.take_changed(), *num_waiting}
+        self._changed = set(num_waiting)
+        return [self._status(adapter_id, num_waiting) for adapter_id in ids]
+
+    def _status(self, adapter_id: int, num_waiting: Mapping[int, int]) -> AdapterStatus:
         resident = self._tier.residents.get(adapter_id)
         return AdapterStatus(
             adapter_id=adapter_id,
-            is_on_host=is_on_host,
-            device_layers=resident.load.num_layers_ready if resident is not None else 0,
+            is_on_host=self.host.holds(adapter_id),
+            device_layers=resident.num_layers_ready if resident is not None else 0,
             num_layers=self.pool.num_layers,
             num_running=resident.num_running if resident is not None else 0,
-            num_waiting=num_waiting,
+            num_waiting=num_waiting.get(adapter_id, 0),
             num_hits=self._num_hits.get(adapter_id, 0),
             is_pinned=adapter_id in self._pins,
         )

@@ -226,7 +226,7 @@ def _build_engine(
         runner if followers is None else followers.leading(runner, adapters),
         adapters,
         eos_token_ids=model.eos_token_ids,
-        step_log=StepLog(config.step_log),
+        step_log=StepLog(config.step_log, config.max_log_bytes),
         assist=assist,
         followers=followers,
     )

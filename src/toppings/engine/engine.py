@@ -226,14 +226,15 @@ class Engine:
         is_needed = any(p.request.adapter_id == adapter_id for p in self._progress.values())
         return not is_needed and self.adapters.is_removed(adapter_id)
 
-    def stats(self, call_id: int) -> EngineStats:
+    def stats(self, call_id: int, *, only_changes: bool = False) -> EngineStats:
+        """`only_changes`: of adapters that have changed since it was last asked so."""
         scheduler, pages, pool, host = (
             self.scheduler,
             self.scheduler.pages,
             self.adapters.pool,
             self.adapters.host,
         )
-        waiting = {r.request_id for r in scheduler.waiting}
+        tell = self.adapters.changes if only_changes else self.adapters.status
         return EngineStats(
             call_id=call_id,
             num_running=len(scheduler.running),
@@ -245,12 +246,10 @@ class Engine:
             host_bytes_total=host.capacity_bytes,
             device_bytes_used=pool.used_bytes,
             device_bytes_total=pool.capacity_bytes,
-            adapters=self.adapters.status(_count_by_adapter(r for r in scheduler.waiting)),
+            adapters=tell(_count_by_adapter(scheduler.waiting)),
             running_ranks=[self._rank(r) for r in scheduler.running],
             waiting_ranks=[self._rank(r) for r in scheduler.waiting],
-            waiting_tokens=sum(
-                r.num_uncomputed_tokens for r in scheduler.requests() if r.request_id in waiting
-            ),
+            waiting_tokens=sum(r.num_uncomputed_tokens for r in scheduler.waiting),
             context_tokens=sum(r.num_computed_tokens for r in scheduler.running),
             counters={
                 **self._counters,
@@ -258,6 +257,7 @@ class Engine:
                 **({} if self._assist is None else self._assist.counters()),
                 "preemptions": scheduler.num_preemptions,
                 "drains": scheduler.num_drains,
+                "step_log_dropped": self._step_log.num_dropped,
             },
         )
 

@@ -1,7 +1,6 @@
 """The engine's loop: read messages, step, send what came out."""
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from toppings.core import (
@@ -15,25 +14,27 @@ from toppings.core import (
     Shutdown,
     StepOutputs,
     ToEngine,
+    Unreadable,
 )
 from toppings.engine.engine import Engine, error_output
 
 if TYPE_CHECKING:
+    from toppings.engine.heartbeat import Heartbeat
     from toppings.engine.transport import EngineEnd
 
 IDLE_POLL_S = 0.5
-"""How long an idle loop waits for a message, and how often any loop looks whether its parent still lives."""
+"""How long an idle loop waits for a message, and how often any loop looks whether its client still lives."""
 LOADING_POLL_S = 0.001
 """How often requests that wait for a read or for room are tried again while nothing else runs."""
 
 
 class EngineLoop:
-    """Runs until a Shutdown was obeyed, or `is_orphaned` says that nobody is left to serve."""
+    """Runs until a Shutdown was obeyed, or nobody is left to serve."""
 
-    def __init__(self, engine: Engine, end: "EngineEnd", *, is_orphaned: Callable[[], bool]) -> None:
+    def __init__(self, engine: Engine, end: "EngineEnd", heart: "Heartbeat") -> None:
         self._engine = engine
         self._end = end
-        self._is_orphaned = is_orphaned
+        self._heart = heart
         self._removals: list[RemoveAdapter] = []
         self._stop_at: float | None = None
         self._look_at = 0.0
@@ -42,6 +43,7 @@ class EngineLoop:
         self._end.send(self._engine.info)
         wait_s = 0.0
         while not self._is_over():
+            self._heart.turn()
             self._receive(wait_s)
             outputs = self._engine.step()
             self._send(outputs)
@@ -68,11 +70,13 @@ class EngineLoop:
             wait_s = 0.0
         if time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + IDLE_POLL_S
-            if self._is_orphaned():
+            if self._heart.is_orphaned:
                 self._stop_at = 0.0
 
-    def _handle(self, message: ToEngine) -> None:
+    def _handle(self, message: ToEngine | Unreadable) -> None:
         match message:
+            case Unreadable():
+                self._refuse(message)
             case AddRequest():
                 self._add(message)
             case AbortRequest():
@@ -83,7 +87,7 @@ class EngineLoop:
             case PinAdapter():
                 self._end.send(self._pin(message))
             case GetStats():
-                self._end.send(self._engine.stats(message.call_id))
+                self._end.send(self._engine.stats(message.call_id, only_changes=True))
             case Shutdown():
                 self._stop_at = time.monotonic() + message.deadline_s
 
@@ -92,6 +96,12 @@ class EngineLoop:
             self._send([error_output(message.request_id, "the server is shutting down")])
         elif (refusal := self._engine.add(message)) is not None:
             self._send([refusal])
+
+    def _refuse(self, message: Unreadable) -> None:
+        if message.request_id is not None:
+            self._send([error_output(message.request_id, message.reason)])
+        if message.call_id is not None:
+            self._end.send(Reply(message.call_id, message.reason))
 
     def _pin(self, message: PinAdapter) -> Reply:
         try:

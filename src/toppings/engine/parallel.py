@@ -4,7 +4,7 @@ The lead is the engine's own process. It alone schedules, places adapters and sa
 each other part of the model, repeat its steps and what it does to its device pool, in the same order. The
 processes talk to one another twice per layer, to sum, and once per step, to gather logits: through
 torch.distributed, NCCL between GPUs, gloo between CPUs. A follower that ends takes the engine with it; one
-that hangs in a step for longer than `follower_timeout_s` is ended.
+that hangs in a step for longer than `step_timeout_s` is ended.
 """
 
 import logging
@@ -12,7 +12,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from toppings.adapters.parts import AdapterParts
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import Batch, Request
 from toppings.engine.engine import FollowerLostError
+from toppings.engine.meeting_place import MeetingPlace
 from toppings.engine.model_runner import ModelRunner, StepInFlight
 from toppings.engine.part_messages import (
     Begin,
@@ -57,7 +57,7 @@ HANG_S = 5.0
 """What a follower's end has not broken off by then never ends (NCCL waits on the device)."""
 MEETING_TIMEOUT = timedelta(minutes=10)
 HANG_POLLS = 20
-"""So often within `follower_timeout_s` it is asked whether a step is over."""
+"""So often within `step_timeout_s` it is asked whether a step is over."""
 
 
 def _check(config: EngineConfig) -> None:
@@ -94,8 +94,8 @@ class Followers:
         self._adapter_parts = AdapterParts(shapes, [part.slices for part in parts])
         self._config = config
         self._model = model
-        self._directory = tempfile.TemporaryDirectory(prefix="toppings-parts-")
-        self._store_path = str(Path(self._directory.name) / "store")
+        self._place = MeetingPlace.make("parts")
+        self._store_path = str(self._place.path / "store")
         self._lock = threading.Lock()
         self._lost = threading.Event()
         self._reason = ""
@@ -108,7 +108,7 @@ class Followers:
         self._watchers: list[threading.Thread] = []
         for index in range(1, config.tensor_parallel_size):
             self._spawn(index)
-        if config.follower_timeout_s:
+        if config.step_timeout_s:
             threading.Thread(target=self._end_hung, name="follower-watch", daemon=True).start()
 
     @classmethod
@@ -156,7 +156,7 @@ class Followers:
     def _end_hung(self) -> None:
         """Ends the followers when a step takes too long: what waits for them then breaks off, or never will
         (see `_watch`)."""
-        bound_s = self._config.follower_timeout_s
+        bound_s = self._config.step_timeout_s
         while not (self._is_closing or self._lost.is_set()):
             time.sleep(bound_s / HANG_POLLS)
             began_at = self._step_began_at
@@ -166,7 +166,7 @@ class Followers:
             names = ", ".join(f"{index} (pid {process.pid})" for index, process in hung)
             self._reason = (
                 f"the process of part {names} of the model hangs: a step takes more than {bound_s:g} s"
-                " (follower_timeout_s)"
+                " (step_timeout_s)"
             )
             logger.error("%s; it is ended", self._reason)
             for _, process in hung:
@@ -279,13 +279,13 @@ class Followers:
         if dist.is_initialized() and not (self._lost.is_set() and self._config.device == "cuda"):
             dist.destroy_process_group()  # with followers that are alive NCCL needs their part in it
         deadline = time.monotonic() + EXIT_TIMEOUT_S
-        for process, watcher in zip(self._processes, self._watchers):
+        for process, watcher in zip(self._processes, self._watchers, strict=True):
             watcher.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             watcher.join()
         for connection in self._connections:
             connection.close()
-        self._directory.cleanup()
+        self._place.close()
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,27 +1,37 @@
-"""The engine as a process of its own.
+"""The engine as a process of its own (spawn.py starts it).
 
 A plain subprocess rather than `multiprocessing`: whoever starts it need not guard its main module. The model
 must run on that process's main thread: GNU OpenMP puts its threads to sleep after every operator as soon as
 they and the process's other threads outnumber the cores, which costs a third of a decode step.
+
+Where the engine may have to be replaced, this process does not become the engine: it imports what an engine
+needs, forks one, and stays, with one thread and nothing of a device, to fork the next. That takes a tenth of
+the time that imports take, and the memory is shared.
 """
 
+import gc
 import logging
 import os
 import signal
-import subprocess
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
 from toppings.config import EngineConfig
 from toppings.core import Begin, EngineFailed, Shutdown
+from toppings.engine.heartbeat import Heartbeat
 from toppings.engine.transport import EngineEnd
+from toppings.log_files import LOG_FORMAT, log_handlers
 
 BEGIN_POLL_S = 0.5
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+STAYS = "--stays"
+"""Argument of a process that forks its engines."""
+MAX_START_BYTES = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -35,61 +45,115 @@ class EngineLog:
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     config: EngineConfig
     address: str
-    parent_pid: int
     log: EngineLog = field(default_factory=EngineLog)
 
 
-def spawn_engine(config: EngineConfig, address: str, log: EngineLog) -> subprocess.Popen[bytes]:
-    """Start a process that serves `config` over the ZeroMQ `address`; it ends with its parent."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "toppings.engine.process"], stdin=subprocess.PIPE, env=environment
-    )
-    assert process.stdin is not None
-    with process.stdin as stdin, suppress(BrokenPipeError):  # the client notices a process that died
-        stdin.write(msgspec.msgpack.encode(_Start(config, address, os.getpid(), log)))
-    return process
+@dataclass(frozen=True)
+class Ended:
+    """A forked engine has ended; `status` as `os.waitpid` gives it."""
+
+    pid: int
+    status: int
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group; the parent decides when the engine stops.
+    # Ctrl-C reaches the whole process group; the client decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    start = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_Start)
-    _start_logging(start.log)
+    control, stays = socket.socket(fileno=int(sys.argv[1])), STAYS in sys.argv
+    if stays:
+        signal.signal(signal.SIGCHLD, lambda *_: _report_ends(control))
+    while (received := _receive(control)) is not None:
+        start, lifeline = received
+        if stays:
+            _import_all(start.config)
+            if os.fork():
+                lifeline.close()
+                continue
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _name_process("toppings-engine")
+        control.close()
+        run(start, lifeline)
+        return
 
-    def is_orphaned() -> bool:
-        return os.getppid() != start.parent_pid
 
+def run(start: Start, lifeline: socket.socket) -> None:
+    """An engine from its start to its end. Exits with 1 where it fails."""
+    heart = Heartbeat(lifeline)
+    _start_logging(start)
     end = EngineEnd(start.address)
     try:
         from toppings.engine.build import build_engine
-        from toppings.engine.engine import FollowerLostError
         from toppings.engine.loop import EngineLoop
 
-        engine = build_engine(start.config, await_registry=lambda: _await_begin(end, is_orphaned))
+        engine = build_engine(
+            start.config, await_registry=lambda: _await_begin(end, lambda: heart.is_orphaned)
+        )
     except Exception as error:
         logger.debug("the engine could not start", exc_info=True)
-        end.send(EngineFailed(f"{error}" if isinstance(error, ValueError | OSError) else repr(error)))
-        end.close()
-        raise SystemExit(1) from None
+        _end_by_failure(end, f"{error}" if isinstance(error, ValueError | OSError) else repr(error))
     try:
-        EngineLoop(engine, end, is_orphaned=is_orphaned).run()
-    except FollowerLostError as error:
-        logger.error("the engine ends: %s", error)
-        end.close()
-        logging.shutdown()
-        os._exit(1)  # nothing waits for processes that do not answer; its other followers end with it
+        EngineLoop(engine, end, heart).run()
+    except Exception as error:
+        logger.error("the engine ends: %s", error, exc_info=not isinstance(error, ChildProcessError))
+        _end_by_failure(end, f"{error}")
     end.close()
 
 
-def _start_logging(log: EngineLog) -> None:
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if log.file:
-        handlers.append(logging.FileHandler(log.file))
-    logging.basicConfig(level=log.level.upper(), format=LOG_FORMAT, handlers=handlers)
+def _end_by_failure(end: EngineEnd, reason: str) -> None:
+    """At once: nothing waits for a device, threads or processes that may not answer."""
+    end.send(EngineFailed(reason))
+    end.close()
+    logging.shutdown()
+    os._exit(1)
+
+
+def _receive(control: socket.socket) -> tuple[Start, socket.socket] | None:
+    """The next engine to start; None where the client has gone."""
+    data, descriptors, _, _ = socket.recv_fds(control, MAX_START_BYTES, 1)
+    if not data:
+        return None
+    lifeline = socket.socket(fileno=descriptors[0])
+    lifeline.setblocking(False)
+    return msgspec.msgpack.decode(data, type=Start), lifeline
+
+
+def _import_all(config: EngineConfig) -> None:
+    """What an engine imports, and nothing that starts a thread or touches a device: forks would lack it."""
+    if "toppings.engine.build" in sys.modules:
+        return
+    given = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; it would start its threads now
+    from toppings.engine import build, loop  # noqa: F401
+    from toppings.ops import import_kernels
+
+    os.environ.pop("OPENBLAS_NUM_THREADS")
+    if given is not None:
+        os.environ["OPENBLAS_NUM_THREADS"] = given
+    import_kernels()
+    with suppress(Exception):  # an engine will say what is wrong
+        build.model_config(config)  # for the imports it makes
+    gc.collect()
+    gc.freeze()  # what is never collected is never copied
+
+
+def _report_ends(control: socket.socket) -> None:
+    with suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            with suppress(OSError):
+                control.send(msgspec.msgpack.encode(Ended(*ended)), socket.MSG_DONTWAIT)
+
+
+def _name_process(name: str) -> None:
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
+def _start_logging(start: Start) -> None:
+    handlers = log_handlers(start.log.file, start.config.max_log_bytes)
+    logging.basicConfig(level=start.log.level.upper(), format=LOG_FORMAT, handlers=handlers, force=True)
 
 
 def _await_begin(end: EngineEnd, is_orphaned: Callable[[], bool]) -> None:

@@ -1,13 +1,20 @@
 """One JSON record per engine step, for `toppings report` and for whoever wants to know what a step did."""
 
 import json
+import queue
+import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import TextIO
+from contextlib import suppress
 
 from toppings.core import Batch
 from toppings.engine.model_runner import StepResult
 from toppings.engine.progress import ms
+from toppings.log_files import RotatingFile
+
+OFF = "off"
+MAX_QUEUED_RECORDS = 4096
+LINGER_S = 2.0
+"""How long the last records may take to reach the file at the end."""
 
 
 def batch_kind(batch: Batch) -> str:
@@ -43,17 +50,32 @@ def _assist_fields(result: StepResult) -> dict[str, object]:
 
 
 class StepLog:
-    """Appends to a file, line by line; with an empty path it writes nothing."""
+    """Appends to a file, line by line, by a thread of its own: no disk holds up a step.
 
-    def __init__(self, path: str) -> None:
-        self._file: TextIO | None = None
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the engine
+    Writes nothing with an empty path or "off". A record that cannot be written, or comes while too many wait
+    for a slow disk, is dropped and counted.
+    """
+
+    def __init__(self, path: str, max_bytes: int = 0) -> None:
+        self._queue: queue.Queue[dict[str, object] | None] = queue.Queue(MAX_QUEUED_RECORDS)
+        self._num_overrun = 0
+        self._file: RotatingFile | None = None
+        if path and path != OFF:
+            self._file = RotatingFile(path, max_bytes)
+            self._thread = threading.Thread(target=self._run, name="step-log", daemon=True)
+            self._thread.start()
+
+    @property
+    def num_dropped(self) -> int:
+        return self._num_overrun + (0 if self._file is None else self._file.num_dropped)
 
     def write(self, record: dict[str, object]) -> None:
+        """Takes the record, which must not change any more."""
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            try:
+                self._queue.put_nowait(record)
+            except queue.Full:
+                self._num_overrun += 1
 
     def write_step(self, batch: dict[str, object], result: StepResult, step_s: float) -> None:
         """`batch`: as `describe` says."""
@@ -69,4 +91,19 @@ class StepLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(queue.Full):
+                self._queue.put(None, timeout=LINGER_S)
+                self._thread.join(LINGER_S)
+            self._file = None
+
+    def _run(self) -> None:
+        file = self._file
+        assert file is not None
+        while (record := self._queue.get()) is not None:
+            try:
+                line = json.dumps(record)
+            except (TypeError, ValueError):
+                self._num_overrun += 1
+                continue
+            file.append(line.encode() + b"\n")
+        file.close()

@@ -4,6 +4,9 @@ Each end has `send` and a receive that suits its side: the engine's blocks with 
 coroutine. Order is kept and nothing is lost.
 """
 
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from toppings import core
-from toppings.core import FromEngine, ToEngine
+from toppings.core import FromEngine, RequestError, ToEngine, Unreadable
 
 _CLASSES: dict[bytes, Any] = {
     cls.__name__.encode(): cls
@@ -35,8 +38,25 @@ _DECODERS = {name: msgspec.msgpack.Decoder(cls) for name, cls in _CLASSES.items(
 
 
 def encode(message: ToEngine | FromEngine) -> list[bytes]:
-    """Two frames: the message's class name, and its fields as MessagePack."""
-    return [type(message).__name__.encode(), _ENCODER.encode(message)]
+    """Two frames: the message's class name, and its fields as MessagePack.
+
+    Raises RequestError, with the field's name, for a value that cannot be sent.
+    """
+    try:
+        return [type(message).__name__.encode(), _ENCODER.encode(message)]
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RequestError(f"{_culprit(message)} cannot be sent to the engine: {error}") from error
+
+
+def _culprit(message: Any) -> str:
+    """The innermost field that cannot be encoded."""
+    for each in fields(message):
+        value = getattr(message, each.name)
+        try:
+            _ENCODER.encode(value)
+        except Exception:
+            return _culprit(value) if hasattr(value, "__dataclass_fields__") else each.name
+    return type(message).__name__
 
 
 def decode(frames: list[bytes]) -> ToEngine | FromEngine:
@@ -50,11 +70,16 @@ class EngineEnd:
         self._socket = _unbounded(zmq.Context.instance().socket(zmq.PAIR))
         self._socket.connect(address)
 
-    def receive(self, timeout_s: float) -> ToEngine | None:
+    def receive(self, timeout_s: float) -> ToEngine | Unreadable | None:
         """The next message; None where none came within `timeout_s` (0: only what is there already)."""
         if not self._socket.poll(int(timeout_s * 1e3)):
             return None
-        return decode(self._socket.recv_multipart())  # type: ignore[return-value]
+        frames = self._socket.recv_multipart()
+        try:
+            return decode(frames)  # type: ignore[return-value]
+        except msgspec.DecodeError as error:
+            values = msgspec.msgpack.decode(frames[1])
+            return Unreadable(values.get("request_id"), values.get("call_id"), str(error))
 
     def send(self, message: FromEngine) -> None:
         self._socket.send_multipart(encode(message))
@@ -76,8 +101,13 @@ class ClientEnd:
         return decode(await self._socket.recv_multipart())  # type: ignore[return-value]
 
     def send(self, message: ToEngine) -> None:
+        """Raises RequestError for a message that cannot be encoded."""
+        self.prepare(message)()
+
+    def prepare(self, message: ToEngine) -> Callable[[], object]:
+        """Encodes, and returns what sends. Raises RequestError."""
         # Without a bound on queued messages a send never waits, so its future needs no await.
-        self._socket.send_multipart(encode(message))
+        return partial(self._socket.send_multipart, encode(message))
 
     def close(self) -> None:
         self._context.destroy(linger=0)

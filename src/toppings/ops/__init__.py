@@ -4,6 +4,6 @@ Tensors only; nothing here knows about requests, checkpoints or adapters' names.
 kernels (`cpu_*.py`), compiled at first use or by `warm_up`, and kept in numba's cache on disk.
 """
 
-from toppings.ops.dispatch import HAS_NUMBA, NUMBA_REASON, warm_up
+from toppings.ops.dispatch import HAS_NUMBA, NUMBA_REASON, import_kernels, warm_up
 
-__all__ = ["HAS_NUMBA", "NUMBA_REASON", "warm_up"]
+__all__ = ["HAS_NUMBA", "NUMBA_REASON", "import_kernels", "warm_up"]

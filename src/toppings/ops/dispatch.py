@@ -69,6 +69,13 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"toppings.ops.cpu_{name}")
 
 
+def import_kernels() -> None:
+    """Import what `warm_up` will need, without running any of it."""
+    if USE_NUMBA:
+        for name in ("attention", "bf16", "elementwise", "lora", "tiles", "warm_up"):
+            _module(name)
+
+
 def warm_up(dtype: torch.dtype) -> None:
     """Compile (or read from numba's cache) every CPU kernel for `dtype`; without numba there is nothing to
     do."""

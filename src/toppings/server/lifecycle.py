@@ -19,7 +19,8 @@ from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
-from toppings.engine.process import LOG_FORMAT, EngineLog
+from toppings.engine.process import EngineLog
+from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
 from toppings.server.state import ServerState
 from toppings.text import TextModel
@@ -52,24 +53,26 @@ def log_file(config: Config) -> Path:
 
 
 def with_run_files(config: Config) -> Config:
-    """`config` with its step log and demo adapters resolved, written beside the logs (without the key)."""
+    """`config` with its step log and demo adapters resolved, written beside the logs (without the key), or said
+    why it is not: nobody is kept from serving by a full disk."""
     directory = run_dir(config)
-    directory.mkdir(parents=True, exist_ok=True)
     engine = replace(config.engine, step_log=config.engine.step_log or str(directory / "steps.jsonl"))
     adapters = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
     config = Config(engine=engine, server=replace(config.server, adapters=adapters))
     settings = {name: value for name, value in config.to_settings().items() if name != "api_key"}
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    except OSError as error:
+        logger.warning("the configuration is not kept in %s: %s", directory, error)
     return config
 
 
 def start_logging(config: Config) -> None:
     """To standard error and to the run's `server.log`."""
-    log_file(config).write_text("")  # opened to append, as the engine's process does
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(),
-        logging.FileHandler(log_file(config)),
-    ]
+    with suppress(OSError):
+        log_file(config).write_text("")  # opened to append, as the engine's process does
+    handlers = log_handlers(str(log_file(config)), config.engine.max_log_bytes)
     logging.basicConfig(
         level=config.server.log_level.upper(), format=LOG_FORMAT, handlers=handlers, force=True
     )
@@ -98,7 +101,10 @@ async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextMod
     """The engine reads the model while adapters are registered here, and the registry once they are."""
     registering = asyncio.create_task(asyncio.to_thread(_registry, config))
     log = EngineLog(config.server.log_level, str(log_file(config)))
-    client = asyncio.create_task(EngineClient.start(config.engine, after=registering, log=log))
+    restarts = config.server.max_engine_restarts
+    client = asyncio.create_task(
+        EngineClient.start(config.engine, after=registering, log=log, max_restarts=restarts)
+    )
     try:
         registry = await registering  # before the tokeniser: two threads must not import transformers at once
         perf_model = read_perf_model(config.server.perf_model_file, config.engine, registry)

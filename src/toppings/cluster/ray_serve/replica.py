@@ -24,7 +24,8 @@ from toppings.cluster.ray_serve.reports import routing_stats
 from toppings.config import Config, EngineConfig
 from toppings.core import EngineReady, FinishReason, RequestError, RequestOutput
 from toppings.engine.client import EngineClient
-from toppings.engine.process import LOG_FORMAT, EngineLog
+from toppings.engine.process import EngineLog
+from toppings.log_files import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,64 @@
+"""Folders in the machine's temporary directory where processes meet, and which outlive none of their owners."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+_PREFIX = "toppings-meet-"
+
+
+class MeetingPlace:
+    """A folder that only this user may enter, locked as long as its owner lives and removed by `close`.
+
+    What owners that were killed have left is removed when the next one is made: it is ours and not locked.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock: int | None = lock
+
+    @classmethod
+    def make(cls, kind: str) -> "MeetingPlace":
+        _sweep(Path(tempfile.gettempdir()))
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-"))
+            lock = _try_lock(path)
+            if lock is not None and path.exists():  # nobody has swept it before it was locked
+                return cls(path, lock)
+
+    def close(self) -> None:
+        """To be called as soon as those who meet there have met, or not at all."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _sweep(root: Path) -> None:
+    with suppress(OSError):
+        for path in root.glob(f"{_PREFIX}*"):
+            if _is_ours(path) and (lock := _try_lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _is_ours(path: Path) -> bool:
+    """A folder (no link to one) that this user has made here."""
+    with suppress(OSError):
+        status = path.lstat()
+        return status.st_uid == os.getuid() and status.st_mode & 0o170777 == 0o040700
+    return False
+
+
+def _try_lock(path: Path) -> int | None:
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            os.close(descriptor)
+    return None
