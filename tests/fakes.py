@@ -61,6 +61,7 @@ class FakeEngineClient:
     died: asyncio.Event = field(default_factory=asyncio.Event)
     cut: asyncio.Event = field(default_factory=asyncio.Event)
     num_pending: int = 0
+    down_reason: str = "the engine has died"
 
     def __post_init__(self) -> None:
         self.gate.set()

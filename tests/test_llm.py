@@ -1,6 +1,9 @@
 """`LLM`: the engine without HTTP, over the built-in demo."""
 
 import asyncio
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -12,6 +15,8 @@ from toppings.adapters.errors import AdapterNotFound
 from toppings.config import ConfigError
 from toppings.core import FinishReason, RequestError
 from toppings.demo import demo_adapters_dir
+from toppings.engine.client import EngineDeadError
+from toppings.text import GenerationError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
@@ -82,3 +87,37 @@ def test_bad_input_is_named(llm: LLM) -> None:
         llm.generate([[]])
     with pytest.raises(ConfigError, match="colour"):
         LLM(colour="red")
+
+
+def test_tokens_outside_the_vocabulary_are_named_and_hurt_nobody(llm: LLM) -> None:
+    with pytest.raises(GenerationError, match="token id 1000000"):
+        llm.generate([[5, 1_000_000]], GREEDY)
+    assert llm.generate("Tell me about the sea.", GREEDY)[0].text
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_an_engine_that_is_gone_ends_calls_and_close(tmp_path: Path, number: signal.Signals) -> None:
+    llm = LLM(state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=1.0)
+    endless = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            llm.generate("Tell me about the sea.", endless)
+        except EngineDeadError as error:
+            failures.append(error)
+
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    pid = llm._client._life._process.pulse.pid  # type: ignore[union-attr]
+    assert pid is not None
+    os.kill(pid, number)
+    caller.join(20)
+    closer = threading.Thread(target=llm.close, daemon=True)
+    closer.start()
+    closer.join(10)
+    assert not caller.is_alive()
+    assert not closer.is_alive()
+    assert str(pid) in str(failures[0])
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate("x")

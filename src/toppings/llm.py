@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +15,11 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine.build import model_path, open_registry
-from toppings.engine.client import EngineClient
+from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
+
+LAST_CALLS_S = 2.0
+"""How long calls under way may take to return once the engine has ended."""
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -50,11 +53,15 @@ class LLM:
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
         config = Config.from_settings({"model": str(model), **settings}).engine
         self.text_model = TextModel.load(model_path(config))
+        self._registry = open_registry(config)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
         self._thread.start()
-        self._registry = open_registry(config)
-        self._client = self._run(EngineClient.start(config))
+        try:
+            self._client = self._run(EngineClient.start(config))
+        except BaseException:
+            self._stop()
+            raise
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterRecord:
         """Register a PEFT checkpoint. Raises AdapterError with the reason where it cannot be served."""
@@ -88,7 +95,8 @@ class LLM:
         if len(adapters) != num:
             raise RequestError(f"{len(adapters)} adapters for {num} prompts; give one for all or one each")
         sampling = sampling or SamplingParams()
-        return self._run(self._generate_all([(p, sampling, a) for p, a in zip(all_prompts, adapters)]))
+        requests = [(p, sampling, a) for p, a in zip(all_prompts, adapters, strict=True)]
+        return self._run(self._generate_all(requests))
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, adapter: str | None = None
@@ -98,15 +106,19 @@ class LLM:
         outputs: asyncio.Queue[TextOutput | BaseException | None] = asyncio.Queue()
 
         async def pump() -> None:
-            last: BaseException | None = None
+            last: BaseException | None = EngineDeadError("the LLM was closed")
             try:
                 async with aclosing(self._outputs(prompt, sampling or SamplingParams(), adapter)) as source:
                     async for output in source:
                         here.call_soon_threadsafe(outputs.put_nowait, output)
+                last = None
             except Exception as error:
                 last = error
-            here.call_soon_threadsafe(outputs.put_nowait, last)
+            finally:
+                with suppress(RuntimeError):  # who asked may have gone with its loop
+                    here.call_soon_threadsafe(outputs.put_nowait, last)
 
+        self._check_open()
         task = asyncio.run_coroutine_threadsafe(pump(), self._loop)
         try:
             while (output := await outputs.get()) is not None:
@@ -117,13 +129,27 @@ class LLM:
             task.cancel()
 
     def close(self) -> None:
-        """End the engine; requests under way are cut. A second call does nothing."""
+        """End the engine, by force where it does not answer; requests under way are cut. A second call does
+        nothing; calls that come later raise EngineDeadError."""
         if not self._loop.is_closed():
-            self._run(self._client.shutdown(0.0))
-            self._registry.close()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._run(self._finish())
+            self._stop()
+
+    async def _finish(self) -> None:
+        """Calls that other threads wait for end before the loop does."""
+        await self._client.shutdown(0.0)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=LAST_CALLS_S)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _stop(self) -> None:
+        self._registry.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -138,8 +164,24 @@ class LLM:
         self._registry.purge(adapter_id)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result()
+        try:
+            self._check_open()
+            future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except BaseException:
+            coroutine.close()
+            raise
+        while True:
+            try:
+                return future.result(LAST_CALLS_S)
+            except TimeoutError:
+                if future.done():
+                    raise
+                self._check_open()
+
+    def _check_open(self) -> None:
+        """Raises EngineDeadError where nobody would answer."""
+        if not self._thread.is_alive():
+            raise EngineDeadError("the LLM was closed")
 
     async def _generate_all(
         self, requests: list[tuple[Prompt, SamplingParams, str | None]]

@@ -208,6 +208,6 @@ async def test_every_open_request_hears_of_the_engines_death(server: Server) -> 
         await asyncio.sleep(0.001)
     server.engine.died.set()
     replies = await asyncio.gather(*tasks)
-    assert [r.status_code for r in replies] == [500] * 4
+    assert [r.status_code for r in replies] == [503] * 4
     assert all(r.json()["error"]["type"] == "EngineDeadError" for r in replies)
     assert (await server.http.get("/health")).status_code == 503

@@ -22,6 +22,7 @@ from toppings.adapters.eviction import EvictionPolicy
 from toppings.adapters.host_entry import EntryState, HostEntry
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
 from toppings.adapters.packed import PackedFileError
+from toppings.vital import VitalThread
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ EVICTION_BATCH_SHARE = 64
 """A full store evicts up to 1/64 of its capacity at once."""
 RETRY_S = 0.05
 """How often a read that found no room looks whether entries are still wanted."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long the layer that is being read at the end may take."""
 
 
 class PackedReader(Protocol):
@@ -77,7 +81,7 @@ class HostStore:
         self._is_closed = False
         self._changed: set[int] = set()
         self.counters = {"host_evictions": 0, "adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
-        self._thread = threading.Thread(target=self._run, name="adapter-reader", daemon=True)
+        self._thread = VitalThread(self._run, "adapter-reader")
         self._thread.start()
 
     @property
@@ -165,12 +169,18 @@ class HostStore:
             self._free(entry, was_evicted=False)
             return True
 
+    def check(self) -> None:
+        """Raises EngineLostError where nothing will be read any more."""
+        self._thread.check()
+
     def close(self) -> None:
+        """Ends the thread, unless a disk hangs: its memory then stays."""
         with self._wake:
             self._is_closed = True
             self._wake.notify_all()
-        self._thread.join()
-        self.arena.close()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self.arena.close()
 
     def check_integrity(self) -> None:
         """Entries and free ranges tile the arena, and the states agree with the room taken."""

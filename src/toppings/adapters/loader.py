@@ -4,10 +4,12 @@ A handle says what has landed. One thread serves all loads: the link is one, and
 except that a load whose layer is still being read from disk lets those behind it pass.
 """
 
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -19,8 +21,14 @@ import torch
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import AdapterLayout, LoadOrder, by_layer
 from toppings.adapters.link import EmulatedLink
+from toppings.vital import VitalThread
 
 Bytes = npt.NDArray[np.uint8]
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long what is on its way at the end may take to arrive."""
+
+logger = logging.getLogger(__name__)
 
 
 class LoadSource(Protocol):
@@ -160,7 +168,7 @@ class Loader(ABC):
         self._jobs: list[LoadJob] = []
         self._wake = threading.Condition()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread = VitalThread(self._run, "adapter-loader")
         self._thread.start()
 
     def start(
@@ -168,11 +176,12 @@ class Loader(ABC):
     ) -> LoadHandle:
         """Begins to copy `source` to the arena, whose blocks must stay where they are until it is done.
 
-        `order`: by default whole blocks, layer by layer.
+        `order`: by default whole blocks, layer by layer. Raises EngineLostError.
         """
         order = order or by_layer(range(source.layout.num_layers))
         handle = self._make_handle(source, order)
         with self._wake:
+            self.check()
             assert not self._is_closed
             self._jobs.append(LoadJob(source, offsets_bytes, handle))
             self._wake.notify()
@@ -191,12 +200,16 @@ class Loader(ABC):
         with self._wake:
             self._wake.notify()
 
+    def check(self) -> None:
+        """Raises EngineLostError where nothing will be loaded any more."""
+        self._thread.check()
+
     def close(self) -> None:
-        """Ends the thread; loads under way fail."""
+        """Ends the thread, unless its device hangs; loads under way fail."""
         with self._wake:
             self._is_closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def _make_handle(self, source: LoadSource, order: LoadOrder) -> LoadHandle:
         return LoadHandle(source, order)
@@ -214,17 +227,32 @@ class Loader(ABC):
         """Returns when nothing is on its way: memory at either end may then be used for something else."""
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._is_closed or self._next_job() is not None)
-                job = self._next_job()
-                if self._is_closed:
-                    break
-            assert job is not None
-            self._advance(job)
-        self._settle()
-        for job in self._jobs:
+        try:
+            while (job := self._await_job()) is not None:
+                self._advance(job)
+        finally:
+            self._end_all()
+
+    def _await_job(self) -> LoadJob | None:
+        """None when the loader is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._is_closed or self._next_job() is not None)
+            return None if self._is_closed else self._next_job()
+
+    def _end_all(self) -> None:
+        """Waiters first: a device that has failed may fail, or hang, once more where it is to be settled."""
+        with self._wake:
+            self._is_closed = True
+            jobs, self._jobs = self._jobs, []
+        for job in jobs:
             job.handle._fail(AdapterError(f"adapter {job.handle.adapter_id}: the loader was closed"))
+        self._settle_quietly()
+
+    def _settle_quietly(self) -> None:
+        try:
+            self._settle()
+        except Exception as error:
+            logger.warning("copies to the device may not be over: %s", error)
 
     def _next_job(self) -> LoadJob | None:
         return next((job for job in self._jobs if job.can_proceed), None)
@@ -243,12 +271,17 @@ class Loader(ABC):
                 self._drop(job)
             handle._finish(steps, time.perf_counter() - started_at)
         except Exception as error:  # whatever it is, whoever waits for the layer must hear of it
-            self._settle()
             self._drop(job)
-            handle._fail(error if isinstance(error, AdapterError) else AdapterError(f"load failed: {error}"))
+            self._fail(handle, error)
+
+    def _fail(self, handle: LoadHandle, error: Exception) -> None:
+        """Tells the waiters when nothing is on its way any more, so that who frees the blocks may; that much is
+        tried, but a device that has failed may well fail again."""
+        self._settle_quietly()
+        handle._fail(error if isinstance(error, AdapterError) else AdapterError(f"load failed: {error}"))
 
     def _drop(self, job: LoadJob) -> None:
-        with self._wake:
+        with self._wake, suppress(ValueError):  # already gone
             self._jobs.remove(job)
 
 

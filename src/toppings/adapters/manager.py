@@ -319,6 +319,11 @@ class AdapterManager:
         if adapter_id in self._pins and not self.holds(adapter_id):
             self._pending_pins[adapter_id] = None
 
+    def check(self) -> None:
+        """Raises EngineLostError where adapters are read or loaded no more."""
+        self.loader.check()
+        self.host.check()
+
     # --- removal ---
 
     def request_removal(self, adapter_id: int) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,19 +21,25 @@ from toppings.core import (
     TokenLogprobs,
 )
 from toppings.engine.assist import Assist
+from toppings.engine.faults import is_sticky
 from toppings.engine.model_runner import StepInFlight, StepResult
 from toppings.engine.progress import Progress, ms
 from toppings.engine.scheduler import Scheduler
+from toppings.engine.snapshot import snapshot
 from toppings.engine.step_log import StepLog, describe
+from toppings.vital import EngineLostError
 
 COUNTERS = (
     *("steps", "prompt_tokens", "generation_tokens", "step_errors"),
     *("assist_cpu_products", "assist_cold_products"),
 )
+MAX_FAILURES = 10
+"""Steps in a row that fail, whatever they run: the engine is taken to be broken."""
+
 logger = logging.getLogger(__name__)
 
 
-class FollowerLostError(ChildProcessError):
+class FollowerLostError(EngineLostError):
     """A process that holds a part of the model has ended, or is out of step: the engine cannot go on."""
 
 
@@ -100,6 +106,7 @@ class Engine:
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._ahead: Step | None = None  # started on top of the last one that was finished
         self._finished_at = 0.0
+        self._num_failures = 0  # steps in a row
 
     @property
     def has_requests(self) -> bool:
@@ -121,6 +128,7 @@ class Engine:
         try:
             if message.request_id in self._progress:
                 raise RequestError(f"request id {message.request_id!r} is already in use")
+            self._check_tokens(request.prompt_token_ids)
             tier = self._tier(request)
             self.scheduler.add(request)
         except ValueError as error:
@@ -148,7 +156,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One step's outputs: schedule, run, postprocess. Empty where nothing could run.
 
-        Raises FollowerLostError.
+        Raises EngineLostError.
         """
         step, self._ahead = self._ahead, None
         outputs: list[RequestOutput] = []
@@ -169,7 +177,7 @@ class Engine:
     def _start(self, outputs: list[RequestOutput], previous: Step | None = None) -> Step | None:
         """Schedules a step and queues its work; None where nothing can run or it could not be started.
 
-        Raises FollowerLostError.
+        Raises EngineLostError.
         """
         started_at = time.perf_counter()
         # Who is admitted may need CPU assistance, whose host memory is the adapter's until the step is over.
@@ -194,19 +202,25 @@ class Engine:
         return step
 
     def _finish(self, step: Step, outputs: list[RequestOutput]) -> None:
-        """Waits for the step's tokens and hands them out. Raises FollowerLostError."""
+        """Waits for the step's tokens and hands them out. Raises EngineLostError."""
         try:
             result = step.flight.result()
         except Exception as error:
             outputs += self._fail_step(step.batch, error)
             return
+        self._num_failures = 0
         outputs += self._postprocess(step, result)
 
     def _fail_step(self, batch: Batch, error: Exception) -> list[RequestOutput]:
-        if isinstance(error, FollowerLostError):
+        """Raises EngineLostError where the next steps would fail, too."""
+        if isinstance(error, EngineLostError):
             raise error
         logger.error("a step failed; its requests are answered with an error", exc_info=error)
         self._counters["step_errors"] += 1
+        self._num_failures += 1
+        if is_sticky(error) or self._num_failures >= MAX_FAILURES:
+            times = "" if self._num_failures == 1 else f" ({self._num_failures} steps in a row)"
+            raise EngineLostError(f"the device has failed{times}: {error}") from error
         alive = [item.request for item in batch.items if self._is_alive(item)]
         return self._fail_all(alive, f"the engine failed: {error}")
 
@@ -228,38 +242,12 @@ class Engine:
 
     def stats(self, call_id: int, *, only_changes: bool = False) -> EngineStats:
         """`only_changes`: of adapters that have changed since it was last asked so."""
-        scheduler, pages, pool, host = (
-            self.scheduler,
-            self.scheduler.pages,
-            self.adapters.pool,
-            self.adapters.host,
-        )
-        tell = self.adapters.changes if only_changes else self.adapters.status
-        return EngineStats(
-            call_id=call_id,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            kv_pages_used=pages.num_used,
-            kv_pages_total=pages.num_pages,
-            page_size=pages.page_size,
-            host_bytes_used=host.used_bytes,
-            host_bytes_total=host.capacity_bytes,
-            device_bytes_used=pool.used_bytes,
-            device_bytes_total=pool.capacity_bytes,
-            adapters=tell(_count_by_adapter(scheduler.waiting)),
-            running_ranks=[self._rank(r) for r in scheduler.running],
-            waiting_ranks=[self._rank(r) for r in scheduler.waiting],
-            waiting_tokens=sum(r.num_uncomputed_tokens for r in scheduler.waiting),
-            context_tokens=sum(r.num_computed_tokens for r in scheduler.running),
-            counters={
-                **self._counters,
-                **self.adapters.counters(),
-                **({} if self._assist is None else self._assist.counters()),
-                "preemptions": scheduler.num_preemptions,
-                "drains": scheduler.num_drains,
-                "step_log_dropped": self._step_log.num_dropped,
-            },
-        )
+        counters = {
+            **self._counters,
+            **({} if self._assist is None else self._assist.counters()),
+            "step_log_dropped": self._step_log.num_dropped,
+        }
+        return snapshot(call_id, self.scheduler, self.adapters, counters, only_changes=only_changes)
 
     def check_integrity(self) -> None:
         """Nothing is lost or owned twice: pages, pins, requests."""
@@ -272,9 +260,10 @@ class Engine:
     def poll(self) -> None:
         """Background work that no request drives: loads that landed, pins, workers that died.
 
-        Raises FollowerLostError.
+        Raises EngineLostError.
         """
         self.adapters.poll()
+        self.adapters.check()
         if self._followers is not None:
             self._followers.check()
         if self._assist is not None:
@@ -357,6 +346,13 @@ class Engine:
 
     # --- small things ---
 
+    def _check_tokens(self, token_ids: list[int]) -> None:
+        """One wrong id would fail the step of everyone, or a device for ever."""
+        vocab_size = self.info.vocab_size
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+            wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
+            raise RequestError(f"the prompt holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
+
     def _tier(self, request: Request) -> str:
         if request.adapter_id is None:
             return "device"
@@ -364,9 +360,6 @@ class Engine:
             return self.adapters.tier_of(request.adapter_id)
         except AdapterError as error:
             raise RequestError(str(error)) from error
-
-    def _rank(self, request: Request) -> int:
-        return 0 if request.adapter_id is None else self.adapters.rank_of(request.adapter_id)
 
     def _note_scheduled(self, batch: Batch, now: float) -> None:
         for item in batch.items:
@@ -387,14 +380,6 @@ class Engine:
             self._counters["assist_cpu_products"] += result.assist.num_cpu_products
             self._counters["assist_cold_products"] += result.assist.num_cold_products
         self._counters["prompt_tokens"] += step.num_prompt_tokens
-
-
-def _count_by_adapter(requests: Iterable[Request]) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for request in requests:
-        if request.adapter_id is not None:
-            counts[request.adapter_id] = counts.get(request.adapter_id, 0) + 1
-    return counts
 
 
 def error_output(request_id: str, reason: str) -> RequestOutput:

@@ -16,8 +16,9 @@ KILL_GRACE_S = 2.0
 """How long a process that was killed may take to go; beyond that, nobody waits for it."""
 FORK_TIMEOUT_S = 10.0
 """A process that has forked an engine before does so again within this time, or is given up."""
-START_SILENCE_S = 60.0
-"""How long an engine may give no sign of life while it starts: compilers hold the interpreter."""
+START_SILENCE_S = 120.0
+"""How long an engine that takes another's place may give no sign of life while it starts: imports and compilers
+hold the interpreter."""
 PARTS_GRACE_S = 15.0
 """A split model's lead finds out by itself which part hangs."""
 
@@ -93,7 +94,7 @@ class EngineLife:
         if receiving.done():
             return f"{name} sent what cannot be read ({receiving.exception()!r}), and was killed"
         if pulse.silent_s > (bound_s := self._silence_bound_s()):
-            return f"{name} gave no sign of life for {bound_s:g} s (heartbeat_timeout_s), and was killed"
+            return f"{name} gave no sign of life for {bound_s:g} s, and was killed"
         bound_s = self._config.step_timeout_s or math.inf
         if self.ready and pulse.stuck_s > bound_s + PARTS_GRACE_S * (self._config.tensor_parallel_size > 1):
             return f"{name} hangs in a step, for more than {bound_s:g} s (step_timeout_s), and was killed"
@@ -106,7 +107,8 @@ class EngineLife:
             return bound_s
         if self._is_first:
             return math.inf
-        return FORK_TIMEOUT_S if self._process.pulse.pid is None else max(bound_s, START_SILENCE_S)
+        waits_for_fork = self._process.pulse.pid is None and self._process.is_of_warm
+        return FORK_TIMEOUT_S if waits_for_fork else max(bound_s, START_SILENCE_S)
 
     async def _kill(self) -> None:
         self._process.kill()

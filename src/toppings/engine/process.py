@@ -27,6 +27,7 @@ from toppings.core import Begin, EngineFailed, Shutdown
 from toppings.engine.heartbeat import Heartbeat
 from toppings.engine.transport import EngineEnd
 from toppings.log_files import LOG_FORMAT, log_handlers
+from toppings.vital import EngineLostError
 
 BEGIN_POLL_S = 0.5
 STAYS = "--stays"
@@ -97,7 +98,7 @@ def run(start: Start, lifeline: socket.socket) -> None:
     try:
         EngineLoop(engine, end, heart).run()
     except Exception as error:
-        logger.error("the engine ends: %s", error, exc_info=not isinstance(error, ChildProcessError))
+        logger.error("the engine ends: %s", error, exc_info=not isinstance(error, EngineLostError))
         _end_by_failure(end, f"{error}")
     end.close()
 

@@ -18,10 +18,12 @@ EXIT_TIMEOUT_S = 2.0
 
 
 class EngineProcess:
-    """One engine's process; it ends with its client, however that ends."""
+    """One engine's process; it ends with its client, however that ends. `is_of_warm`: what is to fork it has
+    done so before."""
 
-    def __init__(self, spawner: "Spawner", pulse: Pulse) -> None:
+    def __init__(self, spawner: "Spawner", pulse: Pulse, *, is_of_warm: bool) -> None:
         self.pulse = pulse
+        self.is_of_warm = is_of_warm
         self._spawner = spawner
 
     @property
@@ -55,17 +57,17 @@ class Spawner:
 
     def spawn(self, config: EngineConfig, address: str, log: EngineLog) -> EngineProcess:
         """Begins to start a process that serves `config` over the ZeroMQ `address`; does not wait for it."""
-        if not self._stays or self._process is None or self._process.poll() is not None:
-            self.renew()
+        is_warm = self._stays and self._process is not None and self._process.poll() is None
+        if not is_warm:
+            self._renew()
         assert self._control is not None
         mine, theirs = open_lifeline()
         with theirs, suppress(OSError):  # one that has ended is noticed by its lifeline
             message = msgspec.msgpack.encode(Start(config, address, log))
             socket.send_fds(self._control, [message], [theirs.fileno()])
-        return EngineProcess(self, Pulse(mine))
+        return EngineProcess(self, Pulse(mine), is_of_warm=is_warm)
 
-    def renew(self) -> None:
-        """The next engine comes out of a new process, as the present one has gone or does not answer."""
+    def _renew(self) -> None:
         self.close()
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

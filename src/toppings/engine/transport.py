@@ -67,7 +67,8 @@ def decode(frames: list[bytes]) -> ToEngine | FromEngine:
 
 class EngineEnd:
     def __init__(self, address: str) -> None:
-        self._socket = _unbounded(zmq.Context.instance().socket(zmq.PAIR))
+        self._context = zmq.Context()
+        self._socket = _unbounded(self._context.socket(zmq.PAIR))
         self._socket.connect(address)
 
     def receive(self, timeout_s: float) -> ToEngine | Unreadable | None:
@@ -85,8 +86,9 @@ class EngineEnd:
         self._socket.send_multipart(encode(message))
 
     def close(self, linger_ms: int = 2000) -> None:
-        """Wait up to `linger_ms` for the last messages to leave."""
+        """Returns when the last messages have left, or after `linger_ms`."""
         self._socket.close(linger=linger_ms)
+        self._context.term()
 
 
 class ClientEnd:

@@ -11,6 +11,7 @@ from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
 from toppings.server.paths import AdapterRoots
 from toppings.server.state import ServerState
+from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class AdapterAdmin:
         task = asyncio.create_task(self._remove_quietly(old))
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
+        task.add_done_callback(log_failure)
 
     async def _remove_quietly(self, old: AdapterRecord) -> None:
         try:

@@ -24,8 +24,10 @@ changing = APIRouter(dependencies=[Depends(may_change_state)])
 @router.get("/health")
 @router.get("/healthz")
 async def health(request: Request) -> Response:
-    if not state_of(request).client.is_alive:
-        return json_response({"status": "the engine has died"}, 503)
+    """Whether there is an engine that answers: 503 with the reason while it is replaced, or when none will be."""
+    client = state_of(request).client
+    if not client.is_alive:
+        return json_response({"status": client.down_reason}, 503)
     return json_response({"status": "ok"})
 
 

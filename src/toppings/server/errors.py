@@ -50,7 +50,7 @@ def error_response(error: ApiError) -> Response:
 KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (RequestError, 400, "BadRequestError"),
     (AdapterError, 400, "BadRequestError"),
-    (EngineDeadError, 500, "EngineDeadError"),
+    (EngineDeadError, 503, "EngineDeadError"),
     (GenerationCutError, 503, "ServiceUnavailableError"),
     (GenerationError, 500, "InternalServerError"),
 )
@@ -65,7 +65,8 @@ def describe(error: BaseException) -> ApiError:
         return _invalid(error)
     for exception, status, kind in KINDS:
         if isinstance(error, exception):
-            return ApiError(status, str(error), kind)
+            headers = {"Retry-After": "1"} if status == 503 else {}
+            return ApiError(status, str(error), kind, headers=headers)
     logger.error("a request failed for an unforeseen reason", exc_info=error)
     return ApiError(500, "the server failed; its log says why", "InternalServerError")
 

@@ -24,6 +24,8 @@ class Client(TokenSource, Protocol):
     """What the server asks of an engine client."""
 
     died: asyncio.Event
+    down_reason: str
+    """Why there is no engine that takes requests; empty while there is one."""
 
     @property
     def info(self) -> EngineReady: ...
@@ -124,16 +126,16 @@ class ServerState:
         return self._names[adapter_id]
 
     def check_open(self) -> None:
-        """Raises ApiError 503 while the server shuts down, 500 when its engine has died."""
+        """Raises ApiError 503 while the server shuts down, or has no engine."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", "ServiceUnavailableError")
         if not self.client.is_alive:
-            raise ApiError(500, "the engine has died; the server is going down", "EngineDeadError")
+            headers = {} if self.client.died.is_set() else {"Retry-After": str(RETRY_AFTER_S)}
+            raise ApiError(503, self.client.down_reason, "EngineDeadError", headers=headers)
 
     def check_ready(self) -> None:
         """Raises ApiError 503 where new requests are not taken."""
-        if not self.client.is_alive or self.is_draining:
-            raise ApiError(503, "the server takes no new requests", "ServiceUnavailableError")
+        self.check_open()
 
     def lease(self, num_sequences: int) -> Lease:
         """A place for a request of so many sequences, to be used as a context manager.

@@ -51,6 +51,7 @@ class ReplicaClient:
     def __init__(self, engines: DeploymentHandle, registry: AdapterRegistry, accept_timeout_s: float) -> None:
         self.died = asyncio.Event()  # never set: replicas come and go
         self.is_alive = True
+        self.down_reason = ""
         self.num_pending = 0
         self._engines, self._registry = engines, registry
         self._accept_timeout_s = accept_timeout_s
