@@ -307,6 +307,7 @@ class EngineClient:
     def _note_ready(self, message: EngineReady) -> None:
         assert self._life is not None
         self._life.note_ready(message)
+        logger.info("%s is ready", self._life.name)
         self.down_reason = ""
         self._changed.set()
         if not self._first.done():

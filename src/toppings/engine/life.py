@@ -48,6 +48,11 @@ class EngineLife:
         self._end = ClientEnd(address)
         self._process = spawner.spawn(config, address, log)
 
+    @property
+    def name(self) -> str:
+        """For messages: "the engine's process 123"."""
+        return self._process.name
+
     def send(self, message: ToEngine) -> None:
         """Raises RequestError for a message that cannot be encoded."""
         self._end.send(message)
@@ -86,7 +91,7 @@ class EngineLife:
 
     def _verdict(self, receiving: "asyncio.Task[None]") -> str | None:
         """Why it is to be ended; None while all is well."""
-        pulse, name = self._process.pulse, self._process.name
+        pulse, name = self._process.pulse, self.name
         if pulse.has_ended:
             return None
         if asyncio.get_running_loop().time() > self.kill_at:

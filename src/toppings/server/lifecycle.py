@@ -1,6 +1,7 @@
 """From a configuration to a server that listens, and from a signal to its orderly end."""
 
 import asyncio
+import faulthandler
 import logging
 import signal
 import socket
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
+LAST_RESORT_S = 20.0
+"""How long an orderly end may take beyond `shutdown_timeout_s`."""
 IDLE_CONNECTION_S = 75
 """Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): one that is closed as a request
 arrives on it loses that request."""
@@ -79,7 +82,7 @@ def start_logging(config: Config) -> None:
 
 
 async def _serve(config: Config) -> int:
-    stop = Stop()
+    stop = Stop(config.server.shutdown_timeout_s)
     with stop.on_signals(), listening_socket(config) as listener:
         startup = asyncio.create_task(_start(config))
         await stop.or_done(startup)
@@ -145,12 +148,15 @@ async def run_until_stopped(
     await stop.or_done(serving, died)
     if stop.is_set:
         await _drain(app.state.toppings, client, stop)
+    elif serving.done():
+        logger.error("the HTTP server has ended; so does the rest", exc_info=serving.exception())
     else:
-        logger.error("the engine has died; the server ends")
+        logger.error("%s; the server ends", client.down_reason)
         await _flush(app.state.toppings)
     died.cancel()
     server.should_exit = True
-    await serving
+    with suppress(Exception):  # told above
+        await serving
     return 0 if stop.is_set else 1
 
 
@@ -224,22 +230,29 @@ def listening_socket(config: Config) -> socket.socket:
 
 
 class Stop:
-    """SIGINT or SIGTERM, as something to wait for."""
+    """SIGINT or SIGTERM, as something to wait for. Some time after a signal, sooner after a second one, the
+    process ends in any case, whatever threads or loops hang."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 0.0) -> None:
         self.is_set = False
+        self._timeout_s = timeout_s
         self._event = asyncio.Event()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.set)
+            loop.add_signal_handler(number, self._take_signal)
         try:
             yield
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+
+    def _take_signal(self) -> None:
+        is_second = self.is_set
+        faulthandler.dump_traceback_later(LAST_RESORT_S + (0.0 if is_second else self._timeout_s), exit=True)
+        self.set()
 
     def set(self) -> None:
         self.is_set = True

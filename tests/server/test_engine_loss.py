@@ -1,0 +1,147 @@
+"""A server whose engine dies or hangs, and whose disks are full: a process with the demo's model."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+READY = re.compile(r"the engine's process (\d+) is ready")
+
+
+class Serving:
+    def __init__(self, root: Path, *options: str) -> None:
+        self.logs = root / "logs"
+        command = [sys.executable, "-m", "toppings", "serve", "--port", "0", "--num-threads", "1"]
+        command += ["--log-dir", str(self.logs), "--state-dir", str(root / "state"), *options]
+        self.stderr = (root / "stderr").open("w+")
+        self.process = subprocess.Popen(command, stderr=self.stderr)
+        self.url = self._await(r"Uvicorn running on (\S+)")
+
+    @property
+    def output(self) -> str:
+        return Path(self.stderr.name).read_text()
+
+    @property
+    def engine(self) -> int:
+        """Its process id."""
+        return int(READY.findall(self.output)[-1])
+
+    def _await(self, pattern: str) -> str:
+        deadline = time.monotonic() + 120
+        while (found := re.search(pattern, self.output)) is None:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+        return found[1]
+
+    def complete(self, max_tokens: int = 4, **body: object) -> httpx.Response:
+        body = {"prompt": "What is the sea?", "max_tokens": max_tokens, "temperature": 0, **body}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+    def await_good_answer(self) -> float:
+        """Seconds until one came."""
+        started_at = time.monotonic()
+        while self.complete().status_code != 200:
+            assert time.monotonic() < started_at + 60
+            time.sleep(0.02)
+        return time.monotonic() - started_at
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Its step log is a full disk; an engine that is silent for 2 s is ended."""
+    root = tmp_path_factory.mktemp("serving")
+    (root / "logs" / "auto").mkdir(parents=True)
+    (root / "logs" / "auto" / "server.log").symlink_to("/dev/full")
+    (root / "logs" / "auto" / "config.yaml").symlink_to("/dev/full")
+    serving = Serving(root, "--step-log", "/dev/full", "--heartbeat-timeout-s", "2")
+    yield serving
+    serving.close()
+
+
+def test_full_log_disks_stop_nothing_and_are_told_once(serving: Serving) -> None:
+    for _ in range(3):
+        assert serving.complete().status_code == 200
+    metrics = httpx.get(f"{serving.url}/metrics").text
+    dropped = re.search(r"^toppings:step_log_dropped_total (\S+)", metrics, re.M)
+    assert dropped is not None
+    assert float(dropped[1]) >= 3
+    assert serving.output.count("cannot be written, lines are dropped") <= 3  # a file and process
+    assert "the configuration is not kept" in serving.output
+    assert "Traceback" not in serving.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_requests_of_an_engine_that_goes_are_answered_and_the_next_ones_served(
+    serving: Serving, number: signal.Signals
+) -> None:
+    serving.await_good_answer()
+    replies: dict[bool, httpx.Response] = {}
+    old = serving.engine
+
+    def ask(stream: bool) -> None:
+        replies[stream] = serving.complete(400, ignore_eos=True, stream=stream)
+
+    callers = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    for caller in callers:
+        caller.start()
+    time.sleep(0.3)
+    os.kill(old, number)
+    gone_at = time.monotonic()
+    for caller in callers:
+        caller.join(20)
+    assert replies[False].status_code == 503
+    for reply in (replies[False], replies[True]):  # a stream that had begun ends with an event
+        assert f"process {old}" in reply.text
+        assert "EngineDeadError" in reply.text
+    serving.await_good_answer()
+    print(f"served again after {time.monotonic() - gone_at:.1f} s")
+    assert serving.engine != old
+    with pytest.raises(ProcessLookupError):
+        os.kill(old, 0)
+
+
+def test_health_tells_that_the_engine_is_restarting(serving: Serving) -> None:
+    serving.await_good_answer()
+    os.kill(serving.engine, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while (health := httpx.get(f"{serving.url}/health")).status_code == 200:
+        assert time.monotonic() < deadline
+    ready, refused = httpx.get(f"{serving.url}/ready"), serving.complete()
+    assert "the engine is restarting" in health.json()["status"]
+    assert (ready.status_code, refused.status_code) == (503, 503)
+    assert refused.headers["retry-after"] == "1"
+    serving.await_good_answer()
+    assert httpx.get(f"{serving.url}/health").status_code == 200
+
+
+def test_nothing_is_left_in_the_temporary_folder_while_it_serves(serving: Serving) -> None:
+    serving.await_good_answer()
+    assert not list(Path(tempfile.gettempdir()).glob("toppings-meet-engine-*"))
+
+
+def test_two_signals_end_it_although_the_engine_is_stopped(serving: Serving) -> None:
+    """The last test of this server."""
+    serving.await_good_answer()
+    engine = serving.engine
+    os.kill(engine, signal.SIGSTOP)
+    for _ in range(2):
+        serving.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert serving.process.wait(15) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine, 0)
