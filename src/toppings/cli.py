@@ -1,5 +1,6 @@
 """The command `toppings`: a few lines per verb; what needs torch is imported where it is used."""
 
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from toppings import __version__
 from toppings.bench.cli import bench_app, profile_batches, report
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
+from toppings.cluster.router.settings import RouterConfig
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
 from toppings.options import with_settings
@@ -79,25 +81,21 @@ def serve(
         raise ConfigError(f"the engine could not start: {error}") from error
 
 
-@app.command()
 def route(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     instances: Annotated[str, typer.Option(help="URLs of servers, with commas between")] = "",
-    policy: Annotated[str, typer.Option(help="how a server is chosen")] = "",
-    slo_tpt_ms: Annotated[float | None, typer.Option(help="objective for time per token")] = None,
-    host: str = "",
-    port: int | None = None,
+    **settings: Any,
 ) -> None:
     """Place requests on many servers of one base model: a streaming reverse proxy."""
-    from toppings.cluster.router import RouterConfig, run_router
+    from toppings.cluster.router.app import run_router
 
-    given: dict[str, Any] = {
-        "instances": instances.split(",") if instances else None,
-        "policy": policy or None,
-    }
-    given |= {"slo_tpt_ms": slo_tpt_ms, "host": host or None, "port": port}
+    if instances:
+        settings["instances"] = instances.split(",")
     base = RouterConfig.from_yaml(config) if config else None
-    run_router(RouterConfig.from_settings({k: v for k, v in given.items() if v is not None}, base))
+    run_router(RouterConfig.from_settings(settings, base).with_keys(os.environ))
+
+
+app.command(name="route")(with_settings(route, base=(RouterConfig,)))
 
 
 def up(

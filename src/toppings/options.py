@@ -10,15 +10,18 @@ import typer
 from toppings.config import EngineConfig, ServerConfig
 
 
-def with_settings(command: Callable[..., None], *more: Any) -> Callable[..., None]:
+def with_settings(
+    command: Callable[..., None], *more: Any, base: tuple[Any, ...] = (EngineConfig, ServerConfig)
+) -> Callable[..., None]:
     """`command(**settings)` as a Typer command with one option per setting, beside its own parameters.
 
-    Settings are an engine's, a server's and those of the dataclasses `more`. Options that were not given are
-    not passed, so that they do not override a configuration file.
+    Settings are those of the dataclasses `base` and `more`, but for what the command itself has a parameter
+    for. Options that were not given are not passed, so that they do not override a configuration file.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
     kept = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    settings = [_parameter(f) for part in (EngineConfig, ServerConfig, *more) for f in fields(part)]
+    taken = {p.name for p in kept}
+    settings = [_parameter(f) for part in (*base, *more) for f in fields(part) if f.name not in taken]
     names = {p.name for p in settings}
 
     def run(**values: Any) -> None:

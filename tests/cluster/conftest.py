@@ -11,7 +11,7 @@ from tests.cluster.fakes import FakeServer, FakeToppings, FakeVllm, serving
 from toppings.cluster.router.app import Router, running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 
-FAST = {"health_interval_s": 0.05, "health_timeout_s": 0.5, "sync_interval_s": 0.2, "policy": "least_loaded"}
+FAST = {"health_interval_s": 0.05, "health_timeout_s": 2.0, "sync_interval_s": 0.2, "policy": "least_loaded"}
 
 
 class Client:

@@ -94,7 +94,8 @@ async def _adapters_are_administered_on_both(client: Client, vllm: FakeVllm, pat
             assert response.status == 200
             instances.add(response.headers["X-Toppings-Instance"])
     assert instances == {"s0", "s1"}
-    assert (await change(client, "unload", {"lora_name": "new"}))[0] == 200
+    done = await change(client, "unload", {"lora_name": "new"})
+    assert done == (200, "Success: LoRA adapter 'new' removed successfully.")
     assert "new" not in vllm.adapters
     async with client.complete("new") as response:
         assert response.status == 404

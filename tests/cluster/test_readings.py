@@ -133,9 +133,11 @@ def test_unreadable_adapter_config_tells_nothing(tmp_path: Path, text: str) -> N
     assert read_adapter_info(tmp_path) is None
 
 
-def test_rank_nobody_tells_is_the_default() -> None:
+async def test_rank_nobody_tells_is_the_default() -> None:
     directory = AdapterDirectory(default_rank=16)
-    directory.learn_list({"adapters": [{"name": "a", "rank": 64, "bytes": 9}, {"name": "b"}, "junk"]})
+    await directory.learn_list(
+        b'{"adapters": [{"name": "a", "rank": 64, "bytes": 9}, {"name": "b"}, "junk"]}'
+    )
     assert directory.get("a") == AdapterInfo(64, 9)
     assert directory.get("b") == AdapterInfo(16, 0)
 

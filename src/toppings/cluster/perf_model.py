@@ -187,7 +187,9 @@ def load_perf_model(spec: str) -> PerfModel:
         name, form = (spec, "") if Path(spec).is_file() else (name, form)
     source = shipped if shipped.is_file() else Path(name)
     try:
+        if not source.is_file():
+            raise FileNotFoundError("there is no such file")  # what is no file may be read for ever
         model = PerfModel.from_json(source.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read performance model {spec!r}: {error}") from error
     return model.using(form) if form else model

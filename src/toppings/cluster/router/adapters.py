@@ -1,147 +1,202 @@
 """Adapter administration for the whole fleet: every server gets it, one that was away when it is back.
 
 A server that refuses (any HTTP error) makes a load fail for all: those that did it undo it. A server that
-cannot be reached is brought up to date by `sync` later.
+cannot be reached, or does not answer in time, keeps nobody else: the answer names it, and `sync` brings it up
+to date. What one change does to one server is done while nobody else changes that server.
 """
 
 import asyncio
-import json
 import logging
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
-from toppings.cluster.router.replies import ApiError, unavailable
+from toppings.cluster.router.calls import MAX_NAME_LEN
+from toppings.cluster.router.memory import AdapterMemory, Entry
+from toppings.cluster.router.replies import ApiError, out_of_time, unavailable
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import CALL_FAILURES, Answer, Upstream
+from toppings.cluster.router.upstream import CALL_FAILURES, Answer, Kind, Upstream
 
 logger = logging.getLogger(__name__)
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 LOADED_ALREADY = "already been loaded"
-LOAD_TIMEOUT_S = 300.0
+MAX_TOLD = 20
 
 
 @dataclass(slots=True)
-class Entry:
-    """What the fleet should have under a name: the load request's body, or None where it was unloaded."""
+class Outcome:
+    """What the servers did: their answers, and why others have not done it."""
 
-    version: int
-    body: dict[str, Any] | None
+    answers: dict[Upstream, Answer] = field(default_factory=dict)
+    failures: dict[Upstream, str] = field(default_factory=dict)
+
+    def success(self, away: list[Upstream]) -> Answer:
+        """A server's own answer, and which servers will follow."""
+        answer = next(answer for answer in self.answers.values() if answer.status < 400)
+        late = [f"{u.instance_id} ({why})" for u, why in self.failures.items()]
+        late += [f"{u.instance_id} (it is down)" for u in away]
+        if not late:
+            return answer
+        more = f", and {len(late) - MAX_TOLD} others" if len(late) > MAX_TOLD else ""
+        text = f"{answer.text} Not yet on {', '.join(late[:MAX_TOLD])}{more}: done when it answers again."
+        return Answer(answer.status, text.encode())
 
 
 class AdapterAdmin:
-    """Remembers what was loaded and unloaded through the router; on disk too, where a `state_file` is set."""
+    """Changes of one name come one after the other; changes of others are made beside them."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
-        self._lock = asyncio.Lock()
-        self._file = Path(state.config.state_file) if state.config.state_file else None
-        self._entries = self._read()
+        self._memory = AdapterMemory(state.config.state_file)
+        self._names: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def load(self, body: dict[str, Any]) -> Answer:
-        """The servers' answer; raises ApiError 503 where none can be reached."""
-        name, path = body.get("lora_name"), body.get("lora_path")
-        async with self._lock:
-            answers = await self._ask_all(LOAD, body)
+        """The servers' answer. Raises ApiError 503 where none can be reached, 504 where none answers."""
+        name, path = _name(body), str(body.get("lora_path"))
+        async with self._alone(name):
+            away = self._away()
+            outcome = await self._ask_all(LOAD, body)
+            answers = outcome.answers
             refusals = {u: a for u, a in answers.items() if a.status >= 400}
             had_it = [u for u, answer in refusals.items() if LOADED_ALREADY in answer.text]
             if refusals and (len(had_it) < len(refusals) or len(had_it) == len(answers)):
-                done = [u for u, answer in answers.items() if answer.status < 400]
                 if not body.get("load_inplace"):
-                    await asyncio.gather(*(self._ask(u, UNLOAD, {"lora_name": name}) for u in done))
+                    await self._undo(name, outcome)
                 return next(a for u, a in refusals.items() if len(had_it) == len(answers) or u not in had_it)
-            self._remember(str(name), body, list(answers))
-            self._state.directory.learn_path(str(name), str(path))
-            await self._refresh(list(answers))
-            return next(answer for answer in answers.values() if answer.status < 400)
+            await self._remember(name, body, list(answers))
+            await self._state.directory.learn_paths([(name, path)], again=True)
+            await self._refresh_all(list(answers))
+            return outcome.success(away)
+
+    async def _undo(self, name: str, outcome: Outcome) -> None:
+        """Where it was done, and where nobody knows: such a server is rid of it when it is back."""
+        done = [u for u, answer in outcome.answers.items() if answer.status < 400]
+        undone = await asyncio.gather(*(self._ask(u, UNLOAD, {"lora_name": name}) for u in done))
+        are_sure = all(isinstance(each, Answer) for each in undone) and not outcome.failures
+        if not are_sure and self._memory.get(name) is None:
+            reached = [u for u, each in zip(done, undone, strict=True) if isinstance(each, Answer)]
+            await self._remember(name, None, reached)
 
     async def unload(self, body: dict[str, Any]) -> Answer:
-        """The servers' answer: done where any had the adapter, else the refusal."""
-        async with self._lock:
-            answers = await self._ask_all(UNLOAD, body)
-            done = [answer for answer in answers.values() if answer.status < 400]
-            failed = [a for a in answers.values() if a.status >= 400 and a.status != 404]
-            if failed or not done:
-                return (failed or list(answers.values()))[0]
-            self._remember(str(body.get("lora_name")), None, list(answers))
-            await self._refresh(list(answers))
-            return done[0]
+        """The servers' answer: done where any had the adapter, else the refusal. Raises as `load`."""
+        name = _name(body)
+        async with self._alone(name):
+            away = self._away()
+            outcome = await self._ask_all(UNLOAD, body)
+            answers = list(outcome.answers.values())
+            failed = [a for a in answers if a.status >= 400 and a.status != 404]
+            if failed or not any(answer.status < 400 for answer in answers):
+                return (failed or answers)[0]
+            await self._remember(name, None, list(outcome.answers))
+            await self._refresh_all(list(outcome.answers))
+            return outcome.success(away)
+
+    def _alone(self, name: str) -> asyncio.Lock:
+        """To be held while the name is changed; it is forgotten with the last one who holds or awaits it."""
+        return self._names.setdefault(name, asyncio.Lock())
+
+    # --- one server at a time ---
 
     async def sync(self, upstream: Upstream) -> None:
-        """Read what a server has, and load and unload what it missed. Raises CALL_FAILURES."""
-        async with self._lock:
-            await upstream.read_cards()
-            listed = upstream.cards or {}
-            for name, entry in self._entries.items():
-                request = _missed(name, entry, upstream, is_listed=name in listed)
-                if request is None:
-                    upstream.applied[name] = entry.version
-                    continue
-                answer = await upstream.call("POST", request[0], request[1], LOAD_TIMEOUT_S)
-                if answer.status < 400:
-                    upstream.applied[name] = entry.version
-                else:
-                    logger.warning(
-                        "%s refused %s of %s: %s", upstream.instance_id, request[0], name, answer.text
-                    )
-            await self._refresh([upstream])
+        """Read what a server has, and load and unload what it missed. Raises CALL_FAILURES.
 
-    async def refresh(self) -> None:
-        """Read again which models the servers have."""
-        await self._refresh([upstream for upstream in self._state.upstreams.values() if upstream.is_alive])
+        One that does not answer a change in time is left as it is until the next time.
+        """
+        await upstream.read_cards()
+        for name in self._memory.names():
+            async with upstream.changing:
+                is_in_time = await self._catch_up(upstream, name)
+            if not is_in_time:
+                break
+        await self._refresh(upstream)
 
-    async def _refresh(self, upstreams: list[Upstream]) -> None:
-        await asyncio.gather(*(self._refresh_one(upstream) for upstream in upstreams))
-        self._state.models_changed()
-
-    async def _refresh_one(self, upstream: Upstream) -> None:
-        directory = self._state.directory
+    async def _catch_up(self, upstream: Upstream, name: str) -> bool:
+        """Bring one adapter up to date; False where the server gives no answer in time."""
+        entry, listed = self._memory.get(name), upstream.cards
+        if entry is None:
+            return True
+        request = _missed(name, entry, upstream, is_listed=listed is not None and name in listed)
+        if request is None:
+            upstream.applied[name] = entry.version
+            return True
         try:
-            await upstream.read_cards()
-            for card in (upstream.cards or {}).values():
-                if card.get("parent") and isinstance(card.get("root"), str):
-                    directory.learn_path(card["id"], card["root"])
-            directory.learn_list(await upstream.read_adapters())
-        except CALL_FAILURES as error:
-            logger.warning("%s: cannot read its adapters: %r", upstream.instance_id, error)
+            answer = await upstream.change(*request)
+        except TimeoutError:
+            logger.warning("%s gave no answer to %s of %s in time", upstream.instance_id, request[0], name)
+            return False
+        if answer.status < 400:
+            upstream.applied[name] = entry.version
+        else:
+            logger.warning("%s refused %s of %s: %s", upstream.instance_id, request[0], name, answer.text)
+        return True
 
-    async def _ask_all(self, path: str, body: dict[str, Any]) -> dict[Upstream, Answer]:
-        alive = [upstream for upstream in self._state.upstreams.values() if upstream.is_alive]
-        answers = await asyncio.gather(*(self._ask(upstream, path, body) for upstream in alive))
-        reached = {u: answer for u, answer in zip(alive, answers, strict=True) if answer is not None}
-        if not reached:
-            raise unavailable("no server is up", self._state.config.retry_after_s)
-        return reached
-
-    async def _ask(self, upstream: Upstream, path: str, body: dict[str, Any]) -> Answer | None:
+    async def _ask(self, upstream: Upstream, path: str, body: dict[str, Any]) -> Answer | str:
+        """Its answer, or why there is none."""
+        limit_s = self._state.config.admin_timeout_s
         try:
-            return await upstream.call("POST", path, body, LOAD_TIMEOUT_S)
+            async with asyncio.timeout(limit_s), upstream.changing:
+                return await upstream.change(path, body)
         except CALL_FAILURES as error:
             logger.warning("%s: %s failed: %r", upstream.instance_id, path, error)
             upstream.synced_at = None
-            return None
+            if not upstream.is_alive:
+                return "it went down"
+            return f"no answer in {limit_s:g} s" if isinstance(error, TimeoutError) else "no answer"
 
-    # --- memory ---
+    async def _ask_all(self, path: str, body: dict[str, Any]) -> Outcome:
+        """Raises ApiError where no server answered."""
+        alive = [upstream for upstream in self._state.upstreams.values() if upstream.is_alive]
+        outcome = Outcome()
+        for upstream, told in zip(
+            alive, await asyncio.gather(*(self._ask(u, path, body) for u in alive)), strict=True
+        ):
+            if isinstance(told, Answer):
+                outcome.answers[upstream] = told
+            else:
+                outcome.failures[upstream] = told
+        retry_after_s = self._state.config.retry_after_s
+        if not alive:
+            raise unavailable("no server is up", retry_after_s)
+        if not outcome.answers:
+            told = ", ".join(f"{u.instance_id}: {why}" for u, why in outcome.failures.items())
+            raise out_of_time(f"no server answered: {told}", retry_after_s)
+        return outcome
 
-    def _remember(self, name: str, body: dict[str, Any] | None, reached: list[Upstream]) -> None:
-        version = self._entries[name].version + 1 if name in self._entries else 1
-        self._entries[name] = Entry(version, body)
+    def _away(self) -> list[Upstream]:
+        return [u for u in self._state.upstreams.values() if not u.is_alive and not u.is_removed]
+
+    async def _remember(self, name: str, body: dict[str, Any] | None, reached: list[Upstream]) -> None:
+        version = await self._memory.note(name, body)
         for upstream in reached:
             upstream.applied[name] = version
-        if self._file is not None:
-            part = self._file.with_suffix(".part")
-            part.write_text(json.dumps({name: asdict(entry) for name, entry in self._entries.items()}))
-            os.replace(part, self._file)
 
-    def _read(self) -> dict[str, Entry]:
-        if self._file is None or not self._file.exists():
-            return {}
+    # --- what servers have ---
+
+    async def refresh(self) -> None:
+        """Read again which models the servers have; one that takes long is not waited for."""
+        if self._refreshing is None or self._refreshing.done():
+            alive = [upstream for upstream in self._state.upstreams.values() if upstream.is_alive]
+            self._refreshing = asyncio.create_task(self._refresh_all(alive))
+        await asyncio.wait([self._refreshing], timeout=self._state.config.health_timeout_s)
+
+    async def _refresh_all(self, upstreams: list[Upstream]) -> None:
+        await asyncio.gather(*(self._refresh(upstream) for upstream in upstreams))
+
+    async def _refresh(self, upstream: Upstream) -> None:
+        directory = self._state.directory
         try:
-            return {name: Entry(**entry) for name, entry in json.loads(self._file.read_text()).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"state_file {self._file} cannot be read: {error}; move it away") from error
+            await upstream.read_cards()
+            self._state.models_changed()
+            listed = await upstream.read_adapters()
+            if listed is not None:
+                await directory.learn_list(listed)
+            elif upstream.cards is not None and upstream.kind is not Kind.TOPPINGS:
+                paths = [(card.id, card.path) for card in upstream.cards.by_name.values()]
+                await directory.learn_paths((name, path) for name, path in paths if path)
+        except (*CALL_FAILURES, ValueError, RecursionError) as error:
+            logger.warning("%s: cannot read its adapters: %r", upstream.instance_id, error)
 
 
 def _missed(
@@ -158,6 +213,15 @@ def _missed(
         return LOAD, {key: value for key, value in entry.body.items() if key != "load_inplace"}
     is_current = upstream.applied.get(name, entry.version) == entry.version
     return None if is_current else (LOAD, {**entry.body, "load_inplace": True})
+
+
+def _name(body: dict[str, Any]) -> str:
+    """Raises ApiError 400 for what no server takes as an adapter's name."""
+    name = body.get("lora_name")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LEN:
+        text = f"lora_name must be a text of 1 to {MAX_NAME_LEN} characters"
+        raise ApiError(400, f"1 validation error:\n  {text}", "Bad Request", param="lora_name")
+    return name
 
 
 def require_object(body: Any) -> dict[str, Any]:

@@ -1,29 +1,30 @@
 """The router's routes and its life: `run_router` serves until it is told to stop."""
 
 import asyncio
-import hmac
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 from aiohttp import web
 
 from toppings.cluster.router import replies
+from toppings.cluster.router.access import has_key, why_not_changed
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
-from toppings.cluster.router.calls import INFERENCE_PATHS, Call, parse_call
+from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
+from toppings.cluster.router.calls import INFERENCE_PATHS, NO_JSON, Call, not_json, parse_call
+from toppings.cluster.router.cards import Card, Cards
+from toppings.cluster.router.connections import listen, watched
 from toppings.cluster.router.forward import forward
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import Upstream
+from toppings.cluster.router.upstream import Answer, Upstream
 from toppings.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/healthz", "/ready"})
 IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
 UNKNOWN_MODEL_REFRESH_S = 1.0
+SHUTDOWN_S = 30.0  # that requests in flight get
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,6 +44,8 @@ class Router:
         self.state = state
         self.admin = AdapterAdmin(state)
         self.monitor = Monitor(state, self.admin)
+        self._budget = Budget(state.config.max_buffered_bytes)
+        self._changes: set[asyncio.Task[Answer]] = set()
         self._refreshed_at = 0.0
 
     def routes(self) -> list[web.RouteDef]:
@@ -69,9 +73,11 @@ class Router:
                 return await handler(request)
             except ApiError as error:
                 return error.response()
-            except web.HTTPRequestEntityTooLarge:
-                limit = self.state.config.max_body_bytes
-                return ApiError(413, f"the body is longer than {limit} bytes", "Bad Request").response()
+            except (asyncio.CancelledError, ConnectionError):
+                raise  # the client has left
+            except Exception:
+                logger.exception("%s %s failed", request.method, request.path)
+                return ApiError(500, "the router failed; its log says why", "InternalServerError").response()
 
         return guarded
 
@@ -79,8 +85,7 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        if not has_key(request.headers.get("Authorization", ""), key):
             raise Unauthorized
 
     # --- inference ---
@@ -90,10 +95,12 @@ class Router:
         meters, outcome = self.state.meters, "refused"
         meters.received.inc()
         try:
-            call = parse_call(request.path, await request.read(), self.state.config.bytes_per_token)
-            await self._check_model(call)
-            flight = self.state.make_flight(call)
-            response = await forward(self.state, request, flight)
+            with self._budget.share() as share:
+                body = await read_body(request, self.state.config, share)
+                call = parse_call(request.path, body, self.state.config.bytes_per_token)
+                await self._check_model(call)
+                flight = self.state.make_flight(call)
+                response = await forward(self.state, request, flight)
             outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
             return response
         except (asyncio.CancelledError, ConnectionError):
@@ -114,63 +121,68 @@ class Router:
             raise replies.unknown_model(call.model, self._base_names())
 
     def _base_names(self) -> list[str]:
-        cards = self._cards().values()
-        return [card["id"] for card in cards if not card.get("parent")]
+        return list(dict.fromkeys(name for cards in self._cards() for name in cards.bases))
 
-    def _cards(self) -> dict[str, dict[str, Any]]:
-        """The servers' models by name; where several have one, the first open server's card."""
+    def _cards(self) -> list[Cards]:
+        """The servers' models; open servers come first."""
         upstreams = sorted(
             self.state.upstreams.values(), key=lambda u: not (u.is_alive and not u.is_draining)
         )
-        cards: dict[str, dict[str, Any]] = {}
-        for upstream in upstreams:
-            for name, card in (upstream.cards or {}).items():
-                cards.setdefault(name, card)
-        return cards
+        return [upstream.cards for upstream in upstreams if upstream.cards is not None]
 
     async def list_models(self, request: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": list(self._cards().values())})
+        """Each name once; where several servers have it, the first one's card."""
+        cards: dict[str, Card] = {}
+        for each in reversed(self._cards()):
+            cards = each.by_name | {name: card for name, card in cards.items() if name not in each}
+        return json_response({"object": "list", "data": [card.raw for card in cards.values()]})
 
     async def get_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        card = self._cards().get(name)
-        if card is None:
+        found = next((cards.by_name[name] for cards in self._cards() if name in cards), None)
+        if found is None:
             raise replies.unknown_model(name, self._base_names())
-        return json_response(card)
+        return json_response(found.raw)
 
     # --- adapters ---
 
     async def load_adapter(self, request: web.Request) -> web.Response:
-        answer = await self.admin.load(await self._read_change(request))
-        return web.Response(body=answer.body, status=answer.status, headers=_plain_headers(answer.status))
+        return await self._change(request, self.admin.load)
 
     async def unload_adapter(self, request: web.Request) -> web.Response:
-        answer = await self.admin.unload(await self._read_change(request))
+        return await self._change(request, self.admin.unload)
+
+    async def _change(
+        self, request: web.Request, change: Callable[[dict[str, Any]], Coroutine[Any, Any, Answer]]
+    ) -> web.Response:
+        """It goes on where the client leaves: half of it done would be remembered by nobody."""
+        task = asyncio.create_task(change(await self._read_change(request)))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        answer = await asyncio.shield(task)
         return web.Response(body=answer.body, status=answer.status, headers=_plain_headers(answer.status))
 
     async def _read_change(self, request: web.Request) -> dict[str, Any]:
         self._check_may_change(request)
         if request.content_type != "application/json":
             raise ApiError(400, "1 validation error:\n  the body must be application/json", "Bad Request")
+        with self._budget.share() as share:
+            body = await read_body(request, self.state.config, share, MAX_ADMIN_BYTES)
         try:
-            return require_object(msgspec.json.decode(await request.read()))
-        except msgspec.DecodeError as error:
-            raise ApiError(400, f"1 validation error:\n  body: {error}", "Bad Request") from error
+            return require_object(msgspec.json.decode(body))
+        except NO_JSON as error:
+            raise not_json(error) from error
 
     def _check_may_change(self, request: web.Request) -> None:
-        """Without a key: this machine only, and no foreign web page. Raises ApiError 403."""
-        if self.state.config.api_key:
+        """Raises ApiError 403."""
+        config = self.state.config
+        if config.api_key:
             return
-        if not _is_loopback(request.remote):
-            text = (
-                "this route changes the fleet; without a configured api_key it answers loopback clients only"
-            )
-            raise ApiError(403, text, "PermissionDeniedError")
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("Host"):
-            raise ApiError(
-                403, f"requests from web pages of {origin} may not change state", "PermissionDeniedError"
-            )
+        headers = request.headers
+        host, origin = headers.get("Host", ""), headers.get("Origin")
+        reason = why_not_changed(request.remote, host, origin, config.host)
+        if reason is not None:
+            raise ApiError(403, reason, "PermissionDeniedError")
 
     # --- instances ---
 
@@ -193,8 +205,7 @@ class Router:
             self.state.refresh_open(known)
             return json_response(self._describe(known))
         upstream = self.state.add_instance(config)
-        await self.monitor.check(upstream)
-        self.monitor.watch(upstream)
+        await self.monitor.take_in(upstream)
         return json_response(self._describe(upstream), 201)
 
     async def drain_instance(self, request: web.Request) -> web.Response:
@@ -213,7 +224,7 @@ class Router:
         upstream = self.state.upstreams.get(instance_id)
         if upstream is None:
             known = ", ".join(self.state.upstreams) or "none"
-            raise ApiError(404, f"no instance {instance_id!r}; there are: {known}", "NotFoundError")
+            raise ApiError(404, f"no instance {instance_id[:128]!r}; there are: {known}", "NotFoundError")
         upstream.is_draining = True
         self.state.refresh_open(upstream)
         return upstream
@@ -227,7 +238,7 @@ class Router:
             "kind": upstream.kind,
             "is_alive": upstream.is_alive,
             "is_draining": upstream.is_draining,
-            "num_in_flight": self.state.num_in_flight(upstream.instance_id),
+            "num_in_flight": len(upstream.flights),
             "num_running": len(snapshot.running),
             "num_waiting": len(snapshot.waiting),
             "ranks": sorted(request.rank for request in requests),
@@ -268,14 +279,6 @@ def _plain_headers(status: int) -> dict[str, str]:
     return {"Content-Type": "application/json" if status >= 400 else "text/plain; charset=utf-8"}
 
 
-def _is_loopback(host: str | None) -> bool:
-    try:
-        address = ip_address(host or "")
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
 @web.middleware
 async def _plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Unknown routes and wrong methods as `{"detail": ...}`."""
@@ -297,17 +300,26 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         for instance in config.instances:
             state.add_instance(instance)
         router = Router(state)
-        app = web.Application(client_max_size=config.max_body_bytes, middlewares=[_plain_errors])
+        app = web.Application(client_max_size=config.max_body_bytes, middlewares=[watched, _plain_errors])
         app.add_routes(router.routes())
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=30.0)
+        runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_S,
+            auto_decompress=False,
+        )
         await runner.setup()
+        listener: asyncio.Server | None = None
         try:
             await router.monitor.start()
-            site = web.TCPSite(runner, config.host, config.port)
-            await site.start()
-            host, port = runner.addresses[0][:2]
+            limits = {"head_timeout_s": config.head_timeout_s, "write_timeout_s": config.write_timeout_s}
+            listener = await listen(runner, host=config.host, port=config.port, **limits)
+            host, port = listener.sockets[0].getsockname()[:2]
             yield router, f"http://{f'[{host}]' if ':' in host else host}:{port}"
         finally:
+            if listener is not None:
+                listener.close()
             await runner.cleanup()
             await router.monitor.stop()
 

@@ -8,6 +8,10 @@ import msgspec
 from toppings.cluster.router.replies import ApiError
 
 DEFAULT_MAX_TOKENS = 16  # of completions and /generate; chat has none
+MAX_NAME_LEN = 512
+"""No model has a longer name; one that is asked for is not remembered."""
+SAMPLE_BYTES = 2**16
+"""So much of a prompt is looked at to estimate its tokens."""
 
 INFERENCE_PATHS = ("/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream")
 
@@ -39,6 +43,15 @@ class _Body(msgspec.Struct):
     lora_dir: str | None = None
 
 
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding a body may raise: of its syntax, of its encoding, of its depth."""
+
+
+def not_json(error: BaseException) -> ApiError:
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+    return ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
+
+
 _decoder = msgspec.json.Decoder(_Body, strict=False)
 
 
@@ -48,8 +61,8 @@ def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
         parsed = _decoder.decode(body)
     except msgspec.ValidationError:
         return Call(path, body)
-    except msgspec.DecodeError as error:
-        raise ApiError(400, f"1 validation error:\n  body: {error}", "Bad Request") from error
+    except NO_JSON as error:
+        raise not_json(error) from error
     if path.startswith("/generate"):
         return _parse_generate(path, body, parsed, bytes_per_token)
     is_chat = path == "/v1/chat/completions"
@@ -59,7 +72,7 @@ def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
         body=body,
         model=parsed.model or None,
         is_stream=bool(parsed.stream),
-        prompt_tokens=_count_tokens(bytes(parsed.messages if is_chat else parsed.prompt), bytes_per_token),
+        prompt_tokens=_count_tokens(parsed.messages if is_chat else parsed.prompt, bytes_per_token),
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None and not is_chat else max_tokens,
     )
 
@@ -72,17 +85,21 @@ def _parse_generate(path: str, body: bytes, parsed: _Body, bytes_per_token: floa
     return Call(
         path=path,
         body=body,
-        model=None if model == "__base_model__" else model,
+        model=None if model == "__base_model__" or len(model or "") > MAX_NAME_LEN else model,
         is_stream=path == "/generate_stream",
-        prompt_tokens=_count_tokens(bytes(parsed.inputs), bytes_per_token),
+        prompt_tokens=_count_tokens(parsed.inputs, bytes_per_token),
         max_tokens=max_tokens if isinstance(max_tokens, int) else DEFAULT_MAX_TOKENS,
     )
 
 
-def _count_tokens(raw: bytes, bytes_per_token: float) -> int:
-    """Token ids are counted, by their commas; of text, the length tells."""
-    is_token_ids = raw.startswith(b"[") and not (b'"' in raw[:64] or b"{" in raw[:64])
-    return max(1, raw.count(b",") + 1 if is_token_ids else round(len(raw) / bytes_per_token))
+def _count_tokens(raw: msgspec.Raw, bytes_per_token: float) -> int:
+    """Token ids are counted, by the commas of the first ones; of text, the length tells."""
+    text = memoryview(raw)
+    sample = bytes(text[:SAMPLE_BYTES])
+    is_token_ids = sample.startswith(b"[") and not (b'"' in sample[:64] or b"{" in sample[:64])
+    if is_token_ids:
+        return round(sample.count(b",") * len(text) / len(sample)) + 1
+    return max(1, round(len(text) / bytes_per_token))
 
 
 class _Usage(msgspec.Struct):
@@ -98,9 +115,11 @@ _answer_decoder = msgspec.json.Decoder(_Answer)
 
 
 def count_generated(body: bytes) -> int | None:
-    """How many tokens a whole answer says it has; None where it does not."""
+    """How many tokens a whole answer says it has; None where it does not say. Raises ValueError: no JSON."""
     try:
         answer = _answer_decoder.decode(body)
-    except msgspec.DecodeError:
+    except msgspec.ValidationError:
         return None
+    except NO_JSON as error:
+        raise ValueError(str(error)) from error
     return answer.usage.completion_tokens if answer.usage else answer.count_output_tokens

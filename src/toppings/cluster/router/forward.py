@@ -7,61 +7,68 @@ want of room, or is the wrong one by now, goes elsewhere. After it, a failure en
 import asyncio
 import io
 import logging
-from dataclasses import dataclass
+from enum import Enum
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
 from toppings.cluster.router import replies
-from toppings.cluster.router.calls import count_generated
-from toppings.cluster.router.state import Flight, RouterState
-from toppings.cluster.router.upstream import Upstream
+from toppings.cluster.router.answers import (
+    RETRIED_STATUSES,
+    BadAnswerError,
+    StreamWatch,
+    Whole,
+    check_whole,
+    read_start,
+)
+from toppings.cluster.router.flight import Flight
+from toppings.cluster.router.state import RouterState
+from toppings.cluster.router.upstream import AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 
 logger = logging.getLogger(__name__)
 
-RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
     | {"transfer-encoding", "upgrade", "host", "content-length", "expect"}
 )
 NO_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 MAX_MOVES = 3
+BAD_GATEWAY = 502
 LARGE_BODY_BYTES = 2**20
 """From here on a body is sent piece by piece, so that it does not hold up the loop."""
 
 
-@dataclass(slots=True)
-class Whole:
-    """An answer that was read to its end."""
+class Failure(Enum):
+    """Why an attempt gave no answer to pass on."""
 
-    status: int
-    headers: CIMultiDict[str]
-    body: bytes
-
-    def response(self) -> web.Response:
-        return web.Response(body=self.body, status=self.status, headers=self.headers)
+    REFUSED = "it said so"
+    UNREACHABLE = "nobody listens"
+    CUT = "the connection broke"
+    BAD = "it was no answer"
+    LATE = "it took too long"
 
 
 class AttemptError(Exception):
-    """A server gave no answer to pass on; `whole` is what it said instead, `was_cut` a broken connection."""
+    """A server gave no answer to pass on; `whole` is what it said where it refused."""
 
-    def __init__(self, reason: str, *, whole: Whole | None = None, was_cut: bool = False) -> None:
+    def __init__(self, reason: str, failure: Failure, *, whole: Whole | None = None) -> None:
         super().__init__(reason)
-        self.whole, self.was_cut = whole, was_cut
+        self.failure, self.whole = failure, whole
 
 
 async def forward(state: RouterState, http_request: web.Request, flight: Flight) -> web.StreamResponse:
-    """The answer to a request. Raises ApiError 503 where no server could give one."""
+    """The answer to a request. Raises ApiError 502, 503 or 504 where no server could give one."""
     tried: set[str] = set()
     last: AttemptError | None = None
     num_attempts = num_moves = 0
     while num_attempts < state.config.max_attempts:
         choice = state.place(flight, tried)
-        if choice is None and last is not None and last.was_cut:
+        if choice is None and last is not None and last.failure is Failure.CUT:
             tried.clear()  # a server may just have closed an idle connection: worth a second try there
-            choice, last.was_cut = state.place(flight, tried), False
+            choice = state.place(flight, tried)
         if choice is None:
             break
         if choice.breaks_slo:
@@ -79,10 +86,22 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             tried.add(choice.instance_id)
             last = error
             state.meters.retries.labels(choice.instance_id).inc()
-    if last is not None and last.whole is not None:
+    return _give_up(state, last)
+
+
+def _give_up(state: RouterState, last: AttemptError | None) -> web.Response:
+    """What the last server refused with. Raises ApiError where it said nothing that could be passed on."""
+    retry_after_s = state.config.retry_after_s
+    if last is None:
+        raise replies.unavailable("no server is up for this model", retry_after_s)
+    if last.whole is not None:
         return last.whole.response()
-    reason = f"no server could take the request: {last}" if last else "no server is up for this model"
-    raise replies.unavailable(reason, state.config.retry_after_s)
+    reason = f"no server could take the request: {last}"
+    if last.failure in (Failure.BAD, Failure.CUT):
+        raise replies.bad_gateway(reason)
+    if last.failure is Failure.LATE:
+        raise replies.out_of_time(reason, retry_after_s)
+    raise replies.unavailable(reason, retry_after_s)
 
 
 async def _attempt(
@@ -92,12 +111,12 @@ async def _attempt(
     answer: aiohttp.ClientResponse | None = None
     state.begin(flight, choice.instance_id)
     try:
-        answer, first = await _open(state, http_request, flight, upstream)
+        answer, start, is_stream = await _open(state, http_request, flight, upstream)
         headers = _response_headers(answer.headers, choice)
-        if first is None:
-            return _finish_whole(state, flight, upstream, Whole(answer.status, headers, await answer.read()))
+        if not is_stream:
+            return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
         state.note_status(upstream, answer.status)
-        return await _stream(state, http_request, flight, answer, chunk=first, headers=headers)
+        return await _stream(state, http_request, flight, answer, chunk=start, headers=headers)
     finally:
         state.end(flight)
         if answer is not None:
@@ -106,8 +125,8 @@ async def _attempt(
 
 async def _open(
     state: RouterState, http_request: web.Request, flight: Flight, upstream: Upstream
-) -> tuple[aiohttp.ClientResponse, bytes | None]:
-    """Send the request; the answer with its first bytes, or None for them where all of it was read.
+) -> tuple[aiohttp.ClientResponse, bytes, bool]:
+    """Send the request; the answer, its first bytes and True, or all of it and False (see `read_start`).
 
     Raises AttemptError where that fails, takes too long, or is interrupted.
     """
@@ -117,52 +136,62 @@ async def _open(
     try:
         async with asyncio.timeout(limit_s) as flight.deadline:
             answer = await state.session.post(
-                upstream.config.url + http_request.path_qs,
+                _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
                 headers=_request_headers(http_request.headers, settings.upstream_api_key),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
             )
-            is_stream = answer.content_type == replies.EVENT_STREAM or answer.content_length is None
-            if is_stream and answer.status not in RETRIED_STATUSES:
-                return answer, await answer.content.readany()
-            await answer.read()
-            return answer, None
+            return answer, *await read_start(answer, settings.max_answer_bytes)
     except BaseException as error:
         flight.deadline = None
         if answer is not None:
             answer.close()
-        if not isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
+        if not isinstance(error, aiohttp.ClientError | TimeoutError | OSError | BadAnswerError):
             raise
         raise _explain(state, flight, upstream, error, limit_s) from error
     finally:
         flight.deadline = None
 
 
+def _target(url: str, path: str, http_request: web.Request) -> URL:
+    """The same route there; the query is the client's own, byte for byte."""
+    query = http_request.rel_url.raw_query_string
+    return URL(f"{url}{path}?{query}" if query else url + path, encoded=True)
+
+
 def _explain(
     state: RouterState, flight: Flight, upstream: Upstream, error: BaseException, limit_s: float
 ) -> AttemptError:
+    name = upstream.instance_id
     if flight.move_to is not None:
-        return AttemptError(f"moved to {flight.move_to}")
+        return AttemptError(f"moved to {flight.move_to}", Failure.REFUSED)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         state.note_failure(upstream, is_gone=True)
-        return AttemptError(f"{upstream.instance_id} cannot be reached")
+        return AttemptError(f"{name} cannot be reached", Failure.UNREACHABLE)
     if isinstance(error, TimeoutError):
-        if upstream.is_alive:
-            state.note_failure(upstream)
-        return AttemptError(
-            f"{upstream.instance_id} gave no answer within {limit_s:g} s or went down meanwhile"
-        )
+        if not upstream.is_alive:
+            return AttemptError(f"{name} went down before it answered", Failure.LATE)
+        state.note_failure(upstream)
+        return AttemptError(f"{name} gave no answer within {limit_s:g} s", Failure.LATE)
+    if isinstance(error, BadAnswerError | AnswerTooLongError | aiohttp.ClientResponseError):
+        state.note_status(upstream, BAD_GATEWAY)
+        reason = "sent what is no HTTP" if isinstance(error, aiohttp.ClientResponseError) else error
+        return AttemptError(f"{name} {reason}", Failure.BAD)
     state.note_failure(upstream)
-    return AttemptError(f"{upstream.instance_id} broke the connection before answering", was_cut=True)
+    return AttemptError(f"{name} broke the connection before answering", Failure.CUT)
 
 
 def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole: Whole) -> web.Response:
+    try:
+        num_generated = check_whole(whole)
+    except BadAnswerError as error:
+        raise _explain(state, flight, upstream, error, 0.0) from error
     state.note_status(upstream, whole.status)
     if whole.status in RETRIED_STATUSES:
-        raise AttemptError(f"{upstream.instance_id} answered {whole.status}", whole=whole)
+        reason = f"{upstream.instance_id} answered {whole.status}"
+        raise AttemptError(reason, Failure.REFUSED, whole=whole)
     state.note_first_byte(flight)
-    num_generated = count_generated(whole.body) if whole.status == 200 else None
     if num_generated:
         state.note_response(num_generated)
     return whole.response()
@@ -184,22 +213,49 @@ async def _stream(
     state.note_first_byte(flight)
     response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(http_request)
-    num_generated, tail = 0, b""
+    num_generated, watch = 0, StreamWatch(flight.call.path, answer.status)
+    ends_at = asyncio.get_running_loop().time() + state.config.stream_timeout_s
     while chunk:
         await response.write(chunk)
         num_events = chunk.count(b"data:")
         num_generated += num_events
         state.fleet.grow(instance_id, request_id, num_events)
-        tail = (tail + chunk)[-2:]
+        watch.note(chunk)
         try:
-            async with asyncio.timeout(state.config.idle_timeout_s):
-                chunk = await answer.content.readany()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            await _cut(state, http_request, response, flight, error, is_between_events=tail == b"\n\n")
+            chunk = await _next(state, flight, answer, ends_at)
+            watch.check_next(chunk) if chunk else watch.check_end()
+        except (aiohttp.ClientError, TimeoutError, OSError, BadAnswerError) as error:
+            reason = _why_cut(state, flight, error, ends_at)
+            await _cut(
+                state, http_request, response, flight, reason, is_between_events=watch.is_between_events
+            )
             return response
     state.note_response(num_generated)
     await response.write_eof()
     return response
+
+
+async def _next(state: RouterState, flight: Flight, answer: aiohttp.ClientResponse, ends_at: float) -> bytes:
+    """More of a stream; b"" at its end. Raises TimeoutError, and what aiohttp raises."""
+    flight.heard_at = asyncio.get_running_loop().time()
+    limit_s = state.idle_limit_s(state.upstreams[flight.instance_id])
+    try:
+        async with asyncio.timeout_at(min(flight.heard_at + limit_s, ends_at)) as flight.idle:
+            return await answer.content.readany()
+    finally:
+        flight.idle = None
+
+
+def _why_cut(state: RouterState, flight: Flight, error: BaseException, ends_at: float) -> str:
+    if isinstance(error, BadAnswerError):
+        return str(error)
+    if not isinstance(error, TimeoutError):
+        return "broke the connection"
+    if asyncio.get_running_loop().time() >= ends_at:
+        return f"was not done in {state.config.stream_timeout_s:g} s"
+    if state.upstreams[flight.instance_id].is_silent:
+        return "fell silent"
+    return f"sent nothing for {state.config.idle_timeout_s:g} s"
 
 
 async def _cut(
@@ -207,14 +263,13 @@ async def _cut(
     http_request: web.Request,
     response: web.StreamResponse,
     flight: Flight,
-    error: BaseException,
+    reason: str,
     *,
     is_between_events: bool,
 ) -> None:
     upstream = state.upstreams[flight.instance_id]
-    state.note_failure(upstream)
-    idle = f"sent nothing for {state.config.idle_timeout_s:g} s"
-    reason = idle if isinstance(error, TimeoutError) else "broke the connection"
+    if upstream.is_alive:
+        state.note_failure(upstream)
     message = f"server {upstream.instance_id} {reason} after the first token; the answer is incomplete"
     logger.warning("request %s: %s", flight.request.request_id, message)
     if response.content_type == replies.EVENT_STREAM:

@@ -5,85 +5,115 @@ import logging
 import time
 
 from toppings.cluster.router.adapters import AdapterAdmin
+from toppings.cluster.router.background import start_loop, start_once
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import CALL_FAILURES, Kind, Upstream
+from toppings.cluster.router.upstream import CALL_FAILURES, Health, Kind, Upstream
 
 logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """One task per server, so that one that hangs delays no other's check."""
+    """One task per server, so that one that hangs delays no other's check.
+
+    A check never waits for what changes a server's adapters: that is a task of its own.
+    """
 
     def __init__(self, state: RouterState, admin: AdapterAdmin) -> None:
         self._state, self._admin = state, admin
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._syncs: dict[str, asyncio.Task[None]] = {}
         self._rebalancing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Look at every server once, then go on in the background."""
-        await asyncio.gather(*(self.check(upstream) for upstream in self._state.upstreams.values()))
-        for upstream in self._state.upstreams.values():
-            self.watch(upstream)
-        self._rebalancing = asyncio.create_task(self._rebalance_for_ever())
+        await asyncio.gather(*(self.take_in(upstream) for upstream in self._state.upstreams.values()))
+        interval_s = self._state.config.migration_interval_s
+        self._rebalancing = start_loop("rebalancing", interval_s, self._rebalance)
 
-    def watch(self, upstream: Upstream) -> None:
-        self._watches[upstream.instance_id] = asyncio.create_task(self._watch_for_ever(upstream))
+    async def take_in(self, upstream: Upstream) -> None:
+        """Watch a server from now on. Returns when it was checked and, where it is up, has the adapters.
+
+        One that takes longer than `health_timeout_s` over them is opened in the background.
+        """
+        await self.check(upstream)
+        sync = self._syncs.get(upstream.instance_id)
+        if sync is not None:
+            await asyncio.wait([sync], timeout=self._state.config.health_timeout_s)
+        name, interval_s = f"the watch over {upstream.instance_id}", self._state.config.health_interval_s
+        self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
 
     async def stop(self) -> None:
-        tasks = [*self._watches.values(), *([self._rebalancing] if self._rebalancing else [])]
+        tasks = [*self._watches.values(), *self._syncs.values()]
+        tasks += [self._rebalancing] if self._rebalancing else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def check(self, upstream: Upstream) -> None:
-        """Is it there, what does it hold, how busy is it; one that was away is brought up to date first."""
-        if not await upstream.is_healthy():
-            self._state.note_failure(upstream)
+        """Is it there, and how busy is it? One that was away is brought up to date before it is opened."""
+        health = await upstream.check_health()
+        if health is not Health.OK:
+            self._state.note_failure(upstream, is_silent=health is Health.SILENT)
+            return
+        upstream.num_failures = 0
+        self._start_sync(upstream)
+        if not upstream.is_alive:
             return
         try:
-            await self._bring_up_to_date(upstream)
-            if not upstream.is_alive:
-                logger.info("%s is up (%s)", upstream.instance_id, upstream.kind)
-                upstream.is_alive, upstream.num_failures, upstream.num_errors = True, 0, 0
-                self._state.refresh_open(upstream)
-            own_ranks = self._state.own_ranks(upstream.instance_id)
+            own_ranks = upstream.ranks.copy()
             report = await upstream.read_report()
             if report is not None:
                 self._state.apply_report(upstream, report, own_ranks)
         except CALL_FAILURES as error:
-            logger.info("%s: check failed: %r", upstream.instance_id, error)
+            logger.info("%s: its report cannot be had: %r", upstream.instance_id, error)
             self._state.note_failure(upstream)
 
-    async def _bring_up_to_date(self, upstream: Upstream) -> None:
-        now = time.monotonic()
-        if not upstream.is_alive:
-            upstream.kind = Kind.UNKNOWN
-            await upstream.detect_kind()
-        elif upstream.synced_at is not None and now - upstream.synced_at < self._state.config.sync_interval_s:
+    def _start_sync(self, upstream: Upstream) -> None:
+        """Where it is due, and not going on already."""
+        instance_id, now = upstream.instance_id, time.monotonic()
+        is_due = upstream.synced_at is None or now - upstream.synced_at >= self._state.config.sync_interval_s
+        if instance_id in self._syncs or (upstream.is_alive and not is_due):
             return
-        await self._admin.sync(upstream)
-        upstream.synced_at = now
+        task = start_once(f"bringing {instance_id} up to date", self._bring_up_to_date(upstream))
+        self._syncs[instance_id] = task
+        task.add_done_callback(lambda _: self._syncs.pop(instance_id, None))
 
-    async def _watch_for_ever(self, upstream: Upstream) -> None:
+    async def _bring_up_to_date(self, upstream: Upstream) -> None:
+        try:
+            if not upstream.is_alive:
+                upstream.kind = Kind.UNKNOWN
+                await upstream.detect_kind()
+            await self._admin.sync(upstream)
+            upstream.synced_at = time.monotonic()
+            if not upstream.is_alive:
+                await self._open(upstream)
+        except CALL_FAILURES as error:
+            logger.info("%s: it cannot be brought up to date: %r", upstream.instance_id, error)
+            self._state.note_failure(upstream)
+
+    async def _open(self, upstream: Upstream) -> None:
+        report = await upstream.read_report()
+        logger.info("%s is up (%s)", upstream.instance_id, upstream.kind)
+        upstream.is_alive, upstream.num_failures, upstream.num_errors = True, 0, 0
+        self._state.refresh_open(upstream)
+        if report is not None:
+            self._state.apply_report(upstream, report, upstream.ranks.copy())
+
+    async def _watch(self, upstream: Upstream) -> bool:
         instance_id = upstream.instance_id
-        while True:
-            await asyncio.sleep(self._state.config.health_interval_s)
-            if upstream.is_removed and not self._state.num_in_flight(instance_id):
-                del self._watches[instance_id]
-                self._state.remove_instance(instance_id)
-                return
-            try:
-                await self.check(upstream)
-            except Exception:  # a fault of ours in one check must not end the watch
-                logger.exception("%s: the check itself failed", instance_id)
+        if not (upstream.is_removed and not upstream.flights):
+            await self.check(upstream)
+            return True
+        sync = self._syncs.get(instance_id)
+        if sync is not None:
+            sync.cancel()
+        del self._watches[instance_id]
+        self._state.remove_instance(instance_id)
+        return False
 
-    async def _rebalance_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(self._state.config.migration_interval_s)
-            try:
-                rebalance(self._state)
-            except Exception:
-                logger.exception("rebalancing failed")
+    async def _rebalance(self) -> bool:
+        rebalance(self._state)
+        return True
 
 
 def rebalance(state: RouterState) -> None:

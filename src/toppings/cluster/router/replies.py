@@ -6,6 +6,7 @@ import msgspec
 from aiohttp import web
 
 EVENT_STREAM = "text/event-stream"
+MAX_TOLD_LEN = 200
 
 
 class ApiError(Exception):
@@ -38,12 +39,23 @@ def json_response(content: object, status: int = 200, headers: dict[str, str] | 
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
+def bad_gateway(message: str) -> ApiError:
+    """Servers answered with what is no answer."""
+    return ApiError(502, message, "UpstreamError")
+
+
+def out_of_time(message: str, retry_after_s: int) -> ApiError:
+    return ApiError(504, message, "UpstreamTimeoutError", headers={"Retry-After": str(retry_after_s)})
+
+
 def unavailable(message: str, retry_after_s: int) -> ApiError:
     return ApiError(503, message, "ServiceUnavailableError", headers={"Retry-After": str(retry_after_s)})
 
 
 def unknown_model(model: str, aliases: list[str]) -> ApiError:
-    text = f"The model `{model}` does not exist. Valid aliases: {', '.join(aliases)}."
+    """A name of any length may have been asked for; its beginning is told."""
+    told = model if len(model) <= MAX_TOLD_LEN else f"{model[:MAX_TOLD_LEN]}..."
+    text = f"The model `{told}` does not exist. Valid aliases: {', '.join(aliases)}."
     return ApiError(404, text, "NotFoundError", param="model")
 
 

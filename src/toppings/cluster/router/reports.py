@@ -9,6 +9,9 @@ import msgspec
 
 from toppings.cluster.perf_model import PerfModel
 
+MAX_RANK = 2**16
+MAX_LINE_LEN = 2**18
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -24,6 +27,16 @@ class Report:
     on_host: frozenset[str] = frozenset()
     adapters_in_use: frozenset[str] = frozenset()
     perf_model: PerfModel | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no server has."""
+        if self.num_requests < 0 or not all(0 <= rank <= MAX_RANK for rank in self.ranks or ()):
+            raise ValueError(f"it tells of {self.num_requests} requests with ranks {dict(self.ranks or {})}")
+        for name in ("kv_tokens_total", "max_num_seqs", "max_adapters"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, not above 0")
+        if not 0 <= self.kv_tokens_used < math.inf:
+            raise ValueError(f"kv_tokens_used is {self.kv_tokens_used}")
 
 
 class _Adapter(msgspec.Struct):
@@ -57,7 +70,7 @@ def parse_toppings_stats(body: bytes) -> Report:
     return Report(
         num_requests=stats.num_running + stats.num_waiting,
         ranks=Counter(stats.running_ranks + stats.waiting_ranks),
-        kv_tokens_total=float(stats.kv_pages_total * stats.page_size),
+        kv_tokens_total=float(stats.kv_pages_total * stats.page_size) or math.inf,
         kv_tokens_used=float(stats.kv_pages_used * stats.page_size),
         max_num_seqs=stats.max_num_seqs or math.inf,
         max_adapters=stats.max_lora or math.inf,
@@ -115,9 +128,8 @@ def parse_prometheus(text: str) -> Report | None:
     cache = series.samples.get("cache", [({}, 1.0)])[0][0]
     size = cache.get("block_size") or cache.get("page_size")
     count = cache.get("num_gpu_blocks") or cache.get("num_pages")
-    total = (
-        float(size) * float(count) if size and count and _is_number(size) and _is_number(count) else math.inf
-    )
+    is_told = size and count and _is_number(size) and _is_number(count)
+    total = (float(size) * float(count) if is_told else 0.0) or math.inf
     usage = series.samples.get("kv_usage", [])
     used = max((value for _, value in usage), default=0.0)
     return Report(
@@ -133,7 +145,7 @@ def parse_prometheus(text: str) -> Report | None:
 def _read_series(text: str) -> _Series:
     series = _Series()
     for line in text.splitlines():
-        if not line.startswith(("vllm:", "sglang:")):
+        if len(line) > MAX_LINE_LEN or not line.startswith(("vllm:", "sglang:")):
             continue
         kind = _WANTED.get(line.partition("{")[0].partition(" ")[0])
         match = _LINE.match(line) if kind else None

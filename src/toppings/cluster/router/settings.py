@@ -1,6 +1,8 @@
 """The router's frozen settings, their defaults and their YAML."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,19 @@ from urllib.parse import urlsplit
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
 from toppings.config import LOG_LEVELS, ConfigError, check_choices, coerce, read_yaml, setting
+
+_ID = re.compile(r"[A-Za-z0-9._:@\[\]~+=-]{1,128}")
+_KEY = re.compile(r"[!-~]+")
+_URL = re.compile(r"[!-~]{1,2000}")
+API_KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "TOPPINGS_API_KEY", "TOPPINGS_UPSTREAM_API_KEY"
+
+POSITIVE = (
+    *("slo_tpt_ms", "connect_timeout_s", "first_token_timeout_s", "response_timeout_s", "idle_timeout_s"),
+    *("stream_timeout_s", "head_timeout_s", "body_timeout_s", "write_timeout_s", "health_interval_s"),
+    *("health_timeout_s", "sync_interval_s", "admin_timeout_s", "migration_interval_s", "unhealthy_after"),
+    *("max_attempts", "retry_after_s", "max_body_bytes", "max_buffered_bytes", "max_answer_bytes"),
+    *("response_tokens", "bytes_per_token", "default_rank"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +35,14 @@ class InstanceConfig:
     perf_model: str = ""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"instance url is {self.url!r}; it must be like http://host:8080")
+        host = _host_of(self.url)
         object.__setattr__(self, "url", self.url.rstrip("/"))
-        object.__setattr__(self, "instance_id", self.instance_id or parts.netloc)
-        if "/" in self.instance_id:
-            raise ConfigError(f"instance id is {self.instance_id!r}; it must hold no slash")
+        object.__setattr__(self, "instance_id", self.instance_id or host)
+        if not _ID.fullmatch(self.instance_id):
+            raise ConfigError(
+                f"instance id is {self.instance_id[:200]!r}; it must be 1 to 128 letters, digits or "
+                "characters of . _ : @ [ ] ~ + = -"
+            )
         if self.perf_model:
             _check_perf_model(self.perf_model)
 
@@ -65,22 +81,37 @@ class RouterConfig:
     perf_model: str = setting(
         "published:mbgmv", "model of servers that report none: a file or a shipped name"
     )
-    api_key: str = setting("", "bearer token asked of every route but health (empty: none)")
-    upstream_api_key: str = setting("", "bearer token sent to the servers (empty: the client's own)")
+    api_key: str = setting(
+        "", f"bearer token asked of every route but health (empty: api_key_file, or ${API_KEY_VARIABLE})"
+    )
+    api_key_file: str = setting("", "file that holds it")
+    upstream_api_key: str = setting(
+        "",
+        "bearer token sent to the servers (empty: upstream_api_key_file, or "
+        f"${UPSTREAM_KEY_VARIABLE}, or the client's own)",
+    )
+    upstream_api_key_file: str = setting("", "file that holds it")
     connect_timeout_s: float = setting(2.0, "to connect to a server")
     first_token_timeout_s: float = setting(
         120.0, "until a stream's first token, then the request goes elsewhere"
     )
     response_timeout_s: float = setting(600.0, "until the answer to a request that does not stream")
     idle_timeout_s: float = setting(60.0, "between two tokens of a stream")
+    stream_timeout_s: float = setting(3600.0, "of a whole stream; a longer one is cut")
+    head_timeout_s: float = setting(10.0, "until a client has sent a request's head")
+    body_timeout_s: float = setting(60.0, "until a client has sent a request's body")
+    write_timeout_s: float = setting(60.0, "that a client takes nothing of its answer; then it is dropped")
     health_interval_s: float = setting(1.0, "between two checks of a server")
     health_timeout_s: float = setting(2.0, "until a check counts as failed")
-    unhealthy_after: int = setting(3, "failures in a row after which a server gets no requests")
+    unhealthy_after: int = setting(2, "failures in a row after which a server gets no requests")
+    admin_timeout_s: float = setting(60.0, "until a server has loaded or unloaded an adapter; then the next")
     sync_interval_s: float = setting(30.0, "between two looks at which models a server has")
     max_attempts: int = setting(3, "servers that a request is tried on")
     retry_after_s: int = setting(1, "Retry-After when no server can take a request")
     migration_interval_s: float = setting(0.1, "between two rebalancings of waiting requests")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
+    max_buffered_bytes: int = setting(2**30, "bodies of all requests together; more are answered 503")
+    max_answer_bytes: int = setting(64 * 2**20, "largest answer that is no stream; a larger one is no answer")
     response_tokens: float = setting(128.0, "expected response length before any was seen")
     bytes_per_token: float = setting(4.0, "to estimate a text prompt's tokens")
     default_rank: int = setting(16, "rank of adapters whose rank nobody tells")
@@ -89,13 +120,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("slo_tpt_ms", "connect_timeout_s", "first_token_timeout_s", "response_timeout_s"):
-            self._require_positive(name)
-        for name in ("idle_timeout_s", "health_interval_s", "health_timeout_s", "sync_interval_s"):
-            self._require_positive(name)
-        for name in ("unhealthy_after", "max_attempts", "retry_after_s", "migration_interval_s"):
-            self._require_positive(name)
-        for name in ("max_body_bytes", "response_tokens", "bytes_per_token", "default_rank"):
+        for name in POSITIVE:
             self._require_positive(name)
         if self.candidates < 0:
             raise ConfigError(f"candidates is {self.candidates}; it must be at least 0 (0: all)")
@@ -128,10 +153,48 @@ class RouterConfig:
         }
         return replace(base, **values)
 
+    def with_keys(self, environ: Mapping[str, str]) -> "RouterConfig":
+        """With the keys resolved: a setting, else its file, else the environment. Raises ConfigError."""
+        sources = (("api_key", API_KEY_VARIABLE), ("upstream_api_key", UPSTREAM_KEY_VARIABLE))
+        keys = {name: self._resolve_key(name, environ.get(variable, "")) for name, variable in sources}
+        return replace(self, **keys)
+
+    def _resolve_key(self, name: str, from_environment: str) -> str:
+        key, file = getattr(self, name), getattr(self, f"{name}_file")
+        if key and file:
+            raise ConfigError(f"both {name} and {name}_file are set; choose one")
+        if file:
+            try:
+                key = Path(file).read_text().strip()
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"cannot read {name}_file {file}: {error}") from error
+            if not key:
+                raise ConfigError(f"{name}_file {file} is empty; it must hold the key")
+        key = key or from_environment.strip()
+        if key and not _KEY.fullmatch(key):
+            raise ConfigError(f"{name} must be printable ASCII without blanks")
+        return str(key)
+
     @classmethod
     def from_yaml(cls, path: Path) -> "RouterConfig":
         """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
         return cls.from_settings(read_yaml(path))
+
+
+def _host_of(url: str) -> str:
+    """Host and port of a server's URL, which is checked: it stands in requests and headers as it is."""
+    wrong = ConfigError(f"instance url is {url[:200]!r}; it must be like http://host:8080")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise wrong from error
+    if parts.scheme not in ("http", "https") or not host or not _URL.fullmatch(url):
+        raise wrong
+    if parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(f"instance url is {url[:200]!r}; it must have no query, fragment or credentials")
+    host = f"[{host}]" if ":" in host else host
+    return host if port is None else f"{host}:{port}"
 
 
 def _check_perf_model(spec: str) -> None:

@@ -1,10 +1,8 @@
 """The router's knowledge: the fleet's accounts, the servers behind them, what is in flight. No HTTP here."""
 
-import asyncio
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import count
 
 import aiohttp
@@ -16,6 +14,7 @@ from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.router.calls import Call
 from toppings.cluster.router.directory import AdapterDirectory
+from toppings.cluster.router.flight import Flight, end_wait
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.reports import Report
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
@@ -29,26 +28,10 @@ ERRORS_BEFORE_COOLING = 3
 COOLING_TIME_S = 5.0
 MAX_RECENT_ADAPTERS = 64.0
 MAX_MASKS = 10_000
+MAX_FOREIGN = 1000
+"""Requests of one rank that came another way and are counted at most: more than any server runs at once."""
 RESPONSE_MEMORY = 1000
 """The mean response length weighs about the last so many responses."""
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One request on its way. `deadline` is set while it has no token yet: only then can it go elsewhere."""
-
-    call: Call
-    request: RequestSnapshot
-    instance_id: str = ""
-    deadline: asyncio.Timeout | None = None
-    move_to: str | None = None
-    received_at: float = field(default_factory=time.monotonic)
-    is_cut: bool = False
-
-    def interrupt(self) -> None:
-        """End the wait for the first token at once; the request is then tried elsewhere."""
-        if self.deadline is not None and not self.deadline.expired():
-            self.deadline.reschedule(asyncio.get_running_loop().time())
 
 
 class RouterState:
@@ -89,11 +72,9 @@ class RouterState:
         self.meters.forget(instance_id)
         self.models_changed()
 
-    def num_in_flight(self, instance_id: str) -> int:
-        return sum(flight.instance_id == instance_id for flight in self.flights.values())
-
     def refresh_open(self, upstream: Upstream) -> None:
         """To be called after `is_alive` or `is_draining` changed."""
+        upstream.is_silent = upstream.is_silent and not upstream.is_alive
         is_open = upstream.is_alive and not upstream.is_draining
         self.fleet.set_open(upstream.instance_id, is_open)
         self.meters.is_up.labels(upstream.instance_id).set(is_open)
@@ -101,16 +82,30 @@ class RouterState:
     def models_changed(self) -> None:
         self._masks.clear()
 
-    def note_failure(self, upstream: Upstream, *, is_gone: bool = False) -> None:
-        """The server did not answer; after enough failures in a row, or if nobody listens, it is down."""
+    def note_failure(self, upstream: Upstream, *, is_gone: bool = False, is_silent: bool = False) -> None:
+        """The server did not answer; after enough failures in a row, or if nobody listens, it is down.
+
+        What waits there for its first token then goes elsewhere. One of which nothing at all is heard also
+        ends its streams, unless they go on within `health_timeout_s`, and the changes of its adapters.
+        """
         upstream.num_failures += 1
         if upstream.is_alive and (is_gone or upstream.num_failures >= self.config.unhealthy_after):
             logger.warning("%s is down", upstream.instance_id)
             upstream.is_alive = False
             self.refresh_open(upstream)
-            for flight in self.flights.values():
-                if flight.instance_id == upstream.instance_id:
-                    flight.interrupt()
+            for flight in list(upstream.flights.values()):
+                flight.interrupt()
+        if not upstream.is_alive and (is_gone or is_silent):
+            upstream.is_silent = True
+            for flight in upstream.flights.values():
+                flight.hurry(self.idle_limit_s(upstream))
+            for wait in upstream.waits:
+                end_wait(wait)
+
+    def idle_limit_s(self, upstream: Upstream) -> float:
+        """How long a stream may say nothing."""
+        limit_s = self.config.idle_timeout_s
+        return min(limit_s, self.config.health_timeout_s) if upstream.is_silent else limit_s
 
     def note_status(self, upstream: Upstream, status: int) -> None:
         """It answered. One that fails with 5xx in a row is passed over for a while, if there are others."""
@@ -139,12 +134,7 @@ class RouterState:
         if report.ranks is None:
             on_device |= upstream.recent_adapters.keys()
         self.fleet.set_adapters(instance_id, on_device=on_device, on_host=set(report.on_host))
-        self._set_foreign(instance_id, self._foreign_ranks(report, own_ranks | self.own_ranks(instance_id)))
-
-    def own_ranks(self, instance_id: str) -> Counter[int]:
-        """How many requests of each rank this router has there."""
-        flights = self.flights.values()
-        return Counter(flight.request.rank for flight in flights if flight.instance_id == instance_id)
+        self._set_foreign(upstream, self._foreign_ranks(report, own_ranks | upstream.ranks))
 
     def _foreign_ranks(self, report: Report, own: Counter[int]) -> Counter[int]:
         if report.ranks is not None:
@@ -153,17 +143,20 @@ class RouterState:
         rank = round(sum(known) / len(known)) if known else 0
         return Counter({rank: max(0, report.num_requests - own.total())})
 
-    def _set_foreign(self, instance_id: str, ranks: Counter[int]) -> None:
-        wanted = {f"foreign {rank} {i}": rank for rank, number in ranks.items() for i in range(number)}
-        running = self.fleet.instance(instance_id).running
-        present = {r.request_id for r in running if r.request_id.startswith("foreign ")}
-        for request_id in present - wanted.keys():
-            self.fleet.finish(instance_id, request_id)
-        for request_id in wanted.keys() - present:
-            rank = wanted[request_id]
-            adapter = f"foreign {rank}" if rank else None
-            self.fleet.enqueue(instance_id, RequestSnapshot(request_id, adapter, rank, 0, 1.0))
-            self.fleet.start(instance_id, request_id)
+    def _set_foreign(self, upstream: Upstream, ranks: Counter[int]) -> None:
+        """Only what changed is touched; of a rank at most `MAX_FOREIGN` are counted."""
+        instance_id, present = upstream.instance_id, upstream.foreign
+        for rank in {*ranks, *present}:
+            had, wanted = present.pop(rank, 0), min(ranks[rank], MAX_FOREIGN)
+            for i in range(wanted, had):
+                self.fleet.finish(instance_id, f"foreign {rank} {i}")
+            for i in range(had, wanted):
+                adapter = f"foreign {rank}" if rank else None
+                request = RequestSnapshot(f"foreign {rank} {i}", adapter, rank, 0, 1.0)
+                self.fleet.enqueue(instance_id, request)
+                self.fleet.start(instance_id, request.request_id)
+            if wanted:
+                present[rank] = wanted
 
     # --- requests ---
 
@@ -182,8 +175,8 @@ class RouterState:
 
     def is_adapter(self, model: str) -> bool:
         """Whether a server lists it with a parent, or none lists it: it may then be known by another name."""
-        cards = [u.cards[model] for u in self.upstreams.values() if u.cards and model in u.cards]
-        return not cards or any(card.get("parent") for card in cards)
+        cards = [u.cards.by_name[model] for u in self.upstreams.values() if u.cards and model in u.cards]
+        return not cards or any(card.parent for card in cards)
 
     def is_known(self, model: str | None) -> bool:
         return any(upstream.serves(model) for upstream in self.upstreams.values()) or not self.upstreams
@@ -225,20 +218,26 @@ class RouterState:
         """The request is sent there. One that does not stream never shows its start: it counts as running."""
         flight.instance_id = instance_id
         request = flight.request
-        self.flights[request.request_id] = flight
+        upstream = self.upstreams[instance_id]
+        self.flights[request.request_id] = upstream.flights[request.request_id] = flight
+        upstream.ranks[request.rank] += 1
         self.fleet.enqueue(instance_id, request)
         if not flight.call.is_stream:
             self.fleet.start(instance_id, request.request_id)
         if request.adapter is not None:
-            self.upstreams[instance_id].touch_adapter(request.adapter, MAX_RECENT_ADAPTERS)
+            upstream.touch_adapter(request.adapter, MAX_RECENT_ADAPTERS)
             self.fleet.add_adapter(instance_id, request.adapter)
         self.meters.sent.labels(instance_id).inc()
         self.meters.in_flight.labels(instance_id).inc()
 
     def end(self, flight: Flight) -> None:
         """The request has left the instance, however it went."""
-        del self.flights[flight.request.request_id]
-        self.fleet.finish(flight.instance_id, flight.request.request_id)
+        request, upstream = flight.request, self.upstreams[flight.instance_id]
+        del self.flights[request.request_id], upstream.flights[request.request_id]
+        upstream.ranks[request.rank] -= 1
+        if not upstream.ranks[request.rank]:
+            del upstream.ranks[request.rank]
+        self.fleet.finish(flight.instance_id, request.request_id)
         self.meters.in_flight.labels(flight.instance_id).dec()
         flight.instance_id = ""
 

@@ -2,19 +2,27 @@
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import aiohttp
 import msgspec
 
+from toppings.cluster.router.cards import Cards, read_cards
+from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.reports import Report, parse_prometheus, parse_toppings_stats
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 
 logger = logging.getLogger(__name__)
 
 CALL_FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
+MAX_REPORT_BYTES = 32 * 2**20
+"""What a server tells of itself, with ten thousand adapters, is a tenth of this."""
+
+
+class AnswerTooLongError(aiohttp.ClientPayloadError):
+    """A server sends more than is read of it."""
 
 
 class Kind(StrEnum):
@@ -23,6 +31,14 @@ class Kind(StrEnum):
     UNKNOWN = "unknown"
     TOPPINGS = "toppings"
     OPENAI = "openai"
+
+
+class Health(StrEnum):
+    """What a check says: it serves, it says that it does not, nothing is heard."""
+
+    OK = "ok"
+    UNREADY = "unready"
+    SILENT = "silent"
 
 
 @dataclass(slots=True)
@@ -37,11 +53,14 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Upstream:
-    """State of one server. Open for requests: `is_alive` and not `is_draining`.
+    """State of one server. Open for requests: `is_alive` and not `is_draining`. One that is down
+    `is_silent` where nothing at all is heard of it.
 
-    `cards` are its entries of `/v1/models` by id, None before they were read: then any model may be there.
+    `cards` are its entries of `/v1/models`, None before they were read: then any model may be there.
     `applied` are the versions of the adapters that this router loaded there. `cooling_until` is when requests
-    may come again after a row of 5xx answers.
+    may come again after a row of 5xx answers. `flights` and `ranks` are what this router has there, `foreign`
+    the number of those that came another way, by rank. `changing` is held by whoever changes its
+    adapters, never by a check; `waits` are the calls of such changes, which end when the server goes down.
     """
 
     config: InstanceConfig
@@ -49,15 +68,21 @@ class Upstream:
     session: aiohttp.ClientSession
     kind: Kind = Kind.UNKNOWN
     is_alive: bool = False
+    is_silent: bool = False
     is_draining: bool = False
     is_removed: bool = False
     num_failures: int = 0
     num_errors: int = 0
     cooling_until: float = 0.0
     synced_at: float | None = None
-    cards: dict[str, dict[str, Any]] | None = None
+    cards: Cards | None = None
     applied: dict[str, int] = field(default_factory=dict)
     recent_adapters: dict[str, None] = field(default_factory=dict)
+    flights: dict[str, Flight] = field(default_factory=dict)
+    ranks: Counter[int] = field(default_factory=Counter)
+    foreign: dict[int, int] = field(default_factory=dict)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waits: set[asyncio.Timeout] = field(default_factory=set)
 
     @property
     def instance_id(self) -> str:
@@ -87,14 +112,24 @@ class Upstream:
         async with self.session.request(
             method, url, data=data, headers=headers, timeout=timeout, auto_decompress=True
         ) as response:
-            return Answer(response.status, await response.read())
+            return Answer(response.status, await read_bounded(response, MAX_REPORT_BYTES))
 
-    async def is_healthy(self) -> bool:
+    async def change(self, path: str, body: object) -> Answer:
+        """A call that changes its adapters, of at most `admin_timeout_s`, or until it goes down."""
+        limit_s = self.settings.admin_timeout_s
+        async with asyncio.timeout(limit_s) as wait:
+            self.waits.add(wait)
+            try:
+                return await self.call("POST", path, body, 2 * limit_s)
+            finally:
+                self.waits.discard(wait)
+
+    async def check_health(self) -> Health:
         path = "/ready" if self.kind is Kind.TOPPINGS else "/health"
         try:
-            return (await self.call("GET", path)).status == 200
+            return Health.OK if (await self.call("GET", path)).status == 200 else Health.UNREADY
         except CALL_FAILURES:
-            return False
+            return Health.SILENT
 
     async def detect_kind(self) -> None:
         """A server whose `/stats` reads as ours is a Toppings server, any other an OpenAI-compatible one."""
@@ -104,7 +139,7 @@ class Upstream:
                 parse_toppings_stats(answer.body)
                 self.kind = Kind.TOPPINGS
                 return
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             logger.debug("%s: /stats is not of a Toppings server: %s", self.instance_id, error)
         self.kind = Kind.OPENAI
 
@@ -116,26 +151,34 @@ class Upstream:
             return None
         try:
             return parse_toppings_stats(answer.body) if path == "/stats" else parse_prometheus(answer.text)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             logger.warning("%s: cannot read %s: %s", self.instance_id, path, error)
             return None
 
     async def read_cards(self) -> None:
         """Bring `cards` up to date; they stay as they are where the server does not list its models."""
         listed = await self.call("GET", "/v1/models", timeout_s=10 * self.settings.health_timeout_s)
+        if listed.status != 200:
+            return
         try:
-            data = msgspec.json.decode(listed.body)["data"] if listed.status == 200 else None
-            if data is not None:
-                self.cards = {str(card["id"]): card for card in data}
-        except (ValueError, KeyError, TypeError) as error:
+            self.cards = await read_cards(listed.body)
+        except (ValueError, RecursionError) as error:
             logger.warning("%s: cannot read /v1/models: %r", self.instance_id, error)
 
-    async def read_adapters(self) -> Any:
-        """The Toppings list of adapters; None where there is none to read."""
+    async def read_adapters(self) -> bytes | None:
+        """The Toppings list of adapters, as JSON; None where there is none."""
         if self.kind is not Kind.TOPPINGS:
             return None
         answer = await self.call("GET", "/adapters", timeout_s=10 * self.settings.health_timeout_s)
-        try:
-            return msgspec.json.decode(answer.body) if answer.status == 200 else None
-        except ValueError:
-            return None
+        return answer.body if answer.status == 200 else None
+
+
+async def read_bounded(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """All of an answer. Raises AnswerTooLongError."""
+    body = bytearray()
+    while chunk := await response.content.readany():
+        body += chunk
+        if len(body) > max_bytes:
+            response.close()
+            raise AnswerTooLongError(f"answered with more than {max_bytes} bytes")
+    return bytes(body)

@@ -1,0 +1,94 @@
+"""What makes a server's answer one: its form is looked at before any of it reaches the client."""
+
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from toppings.cluster.router import replies
+from toppings.cluster.router.calls import count_generated
+from toppings.cluster.router.upstream import read_bounded
+
+RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
+EVENT_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":", b"\n", b"\r")
+END_OF_STREAM = b"[DONE]"
+TAIL_LEN = 16
+
+
+class BadAnswerError(Exception):
+    """What the server sent is no answer of this API; the message says why."""
+
+
+@dataclass(slots=True)
+class Whole:
+    """An answer that was read to its end."""
+
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes
+
+    def response(self) -> web.Response:
+        return web.Response(body=self.body, status=self.status, headers=self.headers)
+
+
+async def read_start(answer: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:
+    """A stream's first bytes, and True; or all of an answer of another kind, and False.
+
+    Raises BadAnswerError, and what aiohttp raises.
+    """
+    if not 200 <= answer.status < 300 and answer.status < 400:
+        raise BadAnswerError(f"answered {answer.status}")
+    if answer.content_type != replies.EVENT_STREAM or answer.status in RETRIED_STATUSES:
+        return await read_bounded(answer, max_bytes), False
+    first = await answer.content.readany()
+    if answer.status == 200:
+        check_event(first)
+    return first, True
+
+
+def check_event(start: bytes) -> None:
+    """Raises BadAnswerError where an event cannot begin so."""
+    if not start:
+        raise BadAnswerError("ended its stream before the first event")
+    if not any(start.startswith(each) or each.startswith(start) for each in EVENT_STARTS):
+        raise BadAnswerError("sent what is no event")
+
+
+def check_whole(whole: Whole) -> int | None:
+    """The number of tokens that the answer tells. Raises BadAnswerError for a 200 that is no JSON object."""
+    if whole.status != 200:
+        return None
+    try:
+        num_tokens = count_generated(whole.body)
+    except ValueError as error:
+        raise BadAnswerError("answered 200 with what is no JSON") from error
+    if whole.body.lstrip()[:1] not in (b"{", b"["):
+        raise BadAnswerError("answered 200 with JSON that is no object")
+    return num_tokens
+
+
+class StreamWatch:
+    """Follows a stream's bytes, which pass on as they come: is it between events, has it come to its end?"""
+
+    def __init__(self, path: str, status: int) -> None:
+        self._has_mark = status == 200 and path.startswith("/v1/")
+        self._is_checked = status == 200
+        self._tail = b""
+
+    @property
+    def is_between_events(self) -> bool:
+        return self._tail.endswith((b"\n\n", b"\r\n\r\n"))
+
+    def check_next(self, chunk: bytes) -> None:
+        """Raises BadAnswerError where an event should begin and none does."""
+        if self._is_checked and self.is_between_events:
+            check_event(chunk)
+
+    def note(self, chunk: bytes) -> None:
+        self._tail = (self._tail + chunk[-TAIL_LEN:])[-TAIL_LEN:]
+
+    def check_end(self) -> None:
+        """Raises BadAnswerError where a stream of the OpenAI routes ends before it says so."""
+        if self._has_mark and not self._tail.rstrip().endswith(END_OF_STREAM):
+            raise BadAnswerError("ended the stream without [DONE]")

@@ -1,0 +1,82 @@
+"""Clients' bodies, read within bounds of size, of time, and of memory for all of them together."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from toppings.cluster.router.replies import ApiError, unavailable
+from toppings.cluster.router.settings import RouterConfig
+
+MAX_ADMIN_BYTES = 2**20
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes of requests that the router holds at once; a request holds its body until it has ended."""
+
+    total_bytes: int
+    used_bytes: int = field(default=0, init=False)
+
+    @contextmanager
+    def share(self) -> "Iterator[Share]":
+        """Gives back all that was taken."""
+        taken = Share(self)
+        try:
+            yield taken
+        finally:
+            self.used_bytes -= taken.num_bytes
+
+
+@dataclass(slots=True)
+class Share:
+    """What one request has of the budget."""
+
+    budget: Budget
+    num_bytes: int = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """False where so much is not left."""
+        if self.budget.used_bytes + num_bytes > self.budget.total_bytes:
+            return False
+        self.budget.used_bytes += num_bytes
+        self.num_bytes += num_bytes
+        return True
+
+
+async def read_body(request: web.Request, config: RouterConfig, share: Share, limit: int = 0) -> bytes:
+    """All of a body of at most `limit` bytes (0: `max_body_bytes`).
+
+    Raises ApiError: 408 where it does not come in time, 413 where it is longer, 415 where it is compressed,
+    503 where the router holds too much already.
+    """
+    limit = limit or config.max_body_bytes
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"Content-Encoding is {encoding[:40]!r}; send the body as it is", "Bad Request")
+    if (request.content_length or 0) > limit:
+        raise _too_long(limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            while chunk := await request.content.readany():
+                if len(body) + len(chunk) > limit:
+                    raise _too_long(limit)
+                if not share.take(len(chunk)):
+                    raise unavailable(
+                        f"requests hold all of max_buffered_bytes, {config.max_buffered_bytes}",
+                        config.retry_after_s,
+                    )
+                body += chunk
+    except TimeoutError:
+        reason = f"the body did not come within body_timeout_s, {config.body_timeout_s:g} s"
+        raise ApiError(408, reason, "RequestTimeout") from None
+    except web.RequestPayloadError as error:
+        raise ApiError(400, f"the body cannot be read: {error}", "Bad Request") from error
+    return bytes(body)
+
+
+def _too_long(limit: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {limit} bytes", "Bad Request")
