@@ -53,7 +53,7 @@ _ODD: dict[str, tuple[Any, ...]] = {
 _SERVED: dict[str, tuple[Any, ...]] = {
     "lora_alpha": (0, -8, 0.5, 1e-3, 1),
     "use_rslora": (True, False, None),
-    "rank_pattern": ({}, None, {"q_proj": 4}),
+    "rank_pattern": ({}, {"q_proj": 4}),
     "alpha_pattern": ({"q_proj": 100}, {"layers.1.self_attn.q_proj": 1}, {"[qv]_proj": 3}, {"v_proj": -1.5}),
     "target_modules": (r".*\.(q|v)_proj", ["self_attn.q_proj", "v_proj"], ["v_proj", "q_proj", "q_proj"]),
     "exclude_modules": ([], None, ["k_proj"], r".*\.o_proj"),
@@ -95,6 +95,7 @@ def config_kinds() -> Iterator[Kind]:
             field,
             is_plain=True,
         )
+    yield Kind("rank_pattern is None", _with("rank_pattern", None), "rank_pattern", is_plain=True)
     yield from _texts()
 
 
