@@ -6,13 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,9 +30,10 @@ class Served:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.output = folder / "output.txt"
+        self.state_dir = state_dir or folder / "state"
         self.command = [
             *(sys.executable, "-m", "toppings", "serve", "--port", str(self.port)),
-            *("--log-dir", str(log_dir or folder / "logs"), "--state-dir", str(state_dir or folder / "state")),
+            *("--log-dir", str(log_dir or folder / "logs"), "--state-dir", str(self.state_dir)),
             *options,
         ]
         with open(self.output, "wb") as output:
@@ -177,40 +177,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-@dataclass
-class HealthProbe:
-    """Asks /health again and again from a thread of its own; `times` in s, `statuses` of the same asks."""
-
-    served: Served
-    interval_s: float = 0.02
-    times: list[float] = field(default_factory=list)
-    statuses: list[int] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join(60)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self.interval_s):
-            started_at = time.perf_counter()
-            try:
-                status, _ = self.served.ask("/health", timeout_s=30.0)
-            except OSError:
-                status = 0
-            self.times.append(time.perf_counter() - started_at)
-            self.statuses.append(status)
-
-    def summary(self) -> dict[str, float]:
-        """Milliseconds."""
-        times = sorted(self.times) or [0.0]
-        names = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-        quantiles = {name: times[min(len(times) - 1, int(len(times) * q))] * 1e3 for name, q in names.items()}
-        return {"asked": len(self.times), **quantiles, "max": times[-1] * 1e3}
