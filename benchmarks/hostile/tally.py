@@ -1,0 +1,91 @@
+"""What became of requests: each that was sent was answered, refused with a reason, left by its own client, or
+lost."""
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_EXAMPLES = 40
+
+
+class Refused(Exception):
+    """The server said no: its status and its reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
+class Left(Exception):
+    """The client went away on purpose."""
+
+
+@dataclass
+class Tally:
+    """`lost`: no answer, half an answer, or one that came after `limit_s`. `faults`: answers that no server
+    may give, such as a 5xx that is not 503 or 507."""
+
+    limit_s: float = 10.0
+    sent: int = 0
+    answered: int = 0
+    left: int = 0
+    refused: Counter[int] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    faults: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
+    last_answer_at: float = 0.0
+
+    @property
+    def open(self) -> int:
+        return self.sent - self.answered - self.left - self.refused.total() - self.lost
+
+    @asynccontextmanager
+    async def request(self, kind: str, *, allowed_s: float | None = None) -> AsyncIterator[None]:
+        """Around one request: returns where it was answered, raises Refused or Left, or whatever lost it.
+
+        None of these goes further. `allowed_s`: the request itself takes so long, as a slow client's does.
+        """
+        self.sent += 1
+        self.kinds[kind] += 1
+        started_at = time.monotonic()
+        try:
+            yield
+        except Refused as refusal:
+            self.refused[refusal.status] += 1
+            if refusal.status >= 500:
+                self.reasons[f"{refusal.status} {refusal.reason[:160]}"] += 1
+            if (refusal.status >= 500 and refusal.status not in (503, 507)) or not refusal.reason:
+                self.faults += 1
+                self._note(f"{kind}: {refusal}")
+        except Left:
+            self.left += 1
+        except Exception as error:
+            self.lost += 1
+            self._note(f"{kind}: lost after {time.monotonic() - started_at:.1f} s: {error!r}")
+        else:
+            self.answered += 1
+            self.last_answer_at = time.monotonic()
+        took_s = time.monotonic() - started_at
+        self.longest_s = max(self.longest_s, took_s)
+        if took_s > self.limit_s + (allowed_s or 0.0):
+            self.faults += 1
+            self._note(f"{kind}: took {took_s:.1f} s")
+
+    def _note(self, text: str) -> None:
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(text[:300])
+
+    def as_dict(self) -> dict[str, Any]:
+        refused = {str(status): count for status, count in sorted(self.refused.items())}
+        by_reason = dict(self.reasons.most_common(MAX_EXAMPLES))
+        return {
+            **{"sent": self.sent, "answered": self.answered, "refused": refused, "left": self.left},
+            **{"lost": self.lost, "open": self.open, "faults": self.faults, "longest_s": self.longest_s},
+            **{"5xx": by_reason, "kinds": dict(self.kinds), "examples": self.examples},
+        }

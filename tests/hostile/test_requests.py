@@ -1,0 +1,98 @@
+"""Odd requests to the demo's server: each is answered, none harms another.
+
+The bounds of time here are for any machine; `benchmarks/fuzz.py` has those that are promised, and more requests.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile.adapters import ADAPTER_KINDS
+from hostile.fuzzing import (
+    DEMO_OPTIONS,
+    demo_workshop,
+    fuzz_adapters,
+    fuzz_requests,
+    growth_percent,
+    settle,
+    warm,
+)
+from hostile.routes import known_routes
+from hostile.served import Served
+from hostile.shots import draw_shots
+
+NUM_REQUESTS = 1200
+LIMIT_S = 10.0
+HEALTH_S = 2.0
+MAX_GROWTH_PERCENT = 15.0
+OVER_HTTP = ADAPTER_KINDS[::12]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("roots")
+
+
+@pytest.fixture(scope="module")
+def served(roots: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("server")
+    with Served(folder, *DEMO_OPTIONS, "--adapter-roots", str(roots)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def volley(served: Served) -> dict[str, Any]:
+    """What became of the odd requests; `growth_percent` beside it."""
+    warm(served)
+    before = served.usage()
+    result = fuzz_requests(served, NUM_REQUESTS, limit_s=LIMIT_S)
+    return {**result, "growth_percent": growth_percent(before, settle(served))}
+
+
+def test_odd_requests_are_answered_in_time_and_never_with_a_bare_5xx(volley: dict[str, Any]) -> None:
+    assert volley["failures"] == []
+    assert volley["sent"] >= NUM_REQUESTS
+    assert len(volley["statuses"]) >= 5
+
+
+def test_health_answers_while_odd_requests_come(volley: dict[str, Any]) -> None:
+    assert volley["health_refused"] == 0
+    assert volley["health_ms"]["max"] < HEALTH_S * 1e3
+
+
+def test_odd_requests_leave_no_memory_behind(volley: dict[str, Any]) -> None:
+    assert volley["growth_percent"] < MAX_GROWTH_PERCENT
+
+
+@pytest.mark.usefixtures("volley")
+def test_every_place_in_the_queue_is_free_after_odd_requests(served: Served) -> None:
+    stats = served.wait_until_idle()
+    assert (stats["num_open"], stats["num_pending"]) == (0, 0)
+    status, content = served.complete(prompt=["Hello."] * stats["max_queue"], max_tokens=1)
+    assert (status, len(content.get("choices", ()))) == (200, stats["max_queue"])
+
+
+@pytest.mark.usefixtures("volley")
+def test_every_model_is_served_after_odd_requests(served: Served) -> None:
+    names = [card["id"] for card in served.ask("/v1/models")[1]["data"]]
+    assert [served.complete(name)[0] for name in names] == [200] * len(names)
+
+
+def test_bad_adapters_over_http_are_refused_with_a_reason_or_served(
+    served: Served, roots: Path
+) -> None:
+    result = fuzz_adapters(served, demo_workshop(), roots, OVER_HTTP, limit_s=LIMIT_S)
+    assert result["failures"] == []
+    assert result["refused"] + result["served"] == len(OVER_HTTP)
+    assert result["health_ms"]["max"] < HEALTH_S * 1e3
+
+
+def test_a_seed_gives_the_same_requests(served: Served) -> None:
+    routes = known_routes(served.ask("/openapi.json")[1])
+    first, second, other = (
+        [(shot.name, len(shot.wire())) for shot in draw_shots(routes, seed, 100)] for seed in (0, 0, 1)
+    )
+    assert first == second != other
