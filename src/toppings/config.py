@@ -116,6 +116,12 @@ class EngineConfig:
     )
     assist_cores: tuple[str, ...] = setting((), "cores of these processes (default: the last ones)")
     link_gbps: float = setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
+    generation_config: str = setting(
+        "auto",
+        "sampling defaults for what a request leaves out: the model's generation_config.json (auto), or the API's"
+        " own (none)",
+        choices=("auto", "none"),
+    )
     seed: int = setting(0, "seed of requests that bring none")
     step_log: str = setting(
         "", "file that gets one JSON record per step (empty: <log-dir>/<mode>/steps.jsonl; off: none)"

@@ -16,6 +16,7 @@ from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine.build import model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
+from toppings.sampling_defaults import read_sampling_defaults
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
 
 LAST_CALLS_S = 2.0
@@ -52,7 +53,11 @@ class LLM:
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
         config = Config.from_settings({"model": str(model), **settings}).engine
-        self.text_model = TextModel.load(model_path(config))
+        path = model_path(config)
+        self.text_model = TextModel.load(path)
+        defaults = read_sampling_defaults(path) if config.generation_config == "auto" else {}
+        self.default_sampling = SamplingParams(**defaults)
+        """What prompts are answered with that come without `SamplingParams`: the model's own defaults."""
         self._registry = open_registry(config)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
@@ -87,6 +92,8 @@ class LLM:
     ) -> list[Completion]:
         """One completion per prompt (text or token ids), in one batch. `adapter`: one for all or one each.
 
+        Without `sampling`, the model's `generation_config.json` says how (`default_sampling`).
+
         Raises RequestError for a bad prompt, AdapterNotFound for an unknown adapter.
         """
         all_prompts = _as_prompts(prompts)
@@ -94,7 +101,7 @@ class LLM:
         adapters = [adapter] * num if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != num:
             raise RequestError(f"{len(adapters)} adapters for {num} prompts; give one for all or one each")
-        sampling = sampling or SamplingParams()
+        sampling = sampling or self.default_sampling
         requests = [(p, sampling, a) for p, a in zip(all_prompts, adapters, strict=True)]
         return self._run(self._generate_all(requests))
 
@@ -108,7 +115,7 @@ class LLM:
         async def pump() -> None:
             last: BaseException | None = EngineDeadError("the LLM was closed")
             try:
-                async with aclosing(self._outputs(prompt, sampling or SamplingParams(), adapter)) as source:
+                async with aclosing(self._outputs(prompt, sampling or self.default_sampling, adapter)) as source:
                     async for output in source:
                         here.call_soon_threadsafe(outputs.put_nowait, output)
                 last = None

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from toppings.chat_template import ChatRenderer, ChatTemplate, Messages
 from toppings.core import (
     ColdStart,
     FinishReason,
@@ -38,6 +39,8 @@ class TextModel:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
+        self.template = _template_of(tokenizer)
+        self._renderer = ChatRenderer(getattr(tokenizer, "special_tokens_map", {}))
         self.token_text = lru_cache(TOKEN_TEXT_CACHE)(self._token_text)
 
     @classmethod
@@ -54,7 +57,7 @@ class TextModel:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        return self.template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -65,36 +68,42 @@ class TextModel:
         )
         return text
 
-    def chat(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> list[int]:
-        """Token ids of a conversation in the model's chat template.
+    def chat(self, messages: Messages, template: ChatTemplate | None = None, **options: bool) -> list[int]:
+        """Token ids of a conversation in the model's chat template, or another; `options` of `ChatRenderer`.
 
         Raises RequestError where the model has no template, or the template refuses the messages.
         """
-        if not self.has_chat_template:
-            raise RequestError("the model has no chat template; send the whole prompt to /v1/completions")
-        if add_generation_prompt and continue_final_message:
-            raise RequestError("continue_final_message is true; add_generation_prompt must then be false")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-        except Exception as error:  # templates raise what they like
-            raise RequestError(f"the model's chat template refuses the messages: {error}") from error
+        text = self._renderer.render(self._template(template), messages, **options)
         return self.encode(text, add_special_tokens=False)
+
+    async def chat_text(
+        self, messages: Messages, template: ChatTemplate | None = None, **options: bool
+    ) -> str:
+        """The text that `chat` would encode, made beside the event loop. Raises SandboxBusyError, too."""
+        return await self._renderer.render_in_turn(self._template(template), messages, **options)
+
+    def _template(self, template: ChatTemplate | None) -> ChatTemplate:
+        found = template or self.template
+        if found is None:
+            raise RequestError("the model has no chat template; send the whole prompt to /v1/completions")
+        return found
+
+    def close(self) -> None:
+        """Ends the processes that render templates; they also end with this object."""
+        self._renderer.close()
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token as it stands inside a sentence, special tokens by their names."""
         anchor = self.decode(self._anchor, skip_special_tokens=False)
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(anchor) :]
+
+
+def _template_of(tokenizer: Any) -> ChatTemplate | None:
+    """The template for plain conversations; a tokeniser may have several, by name."""
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, dict):
+        found = found.get("default")
+    return ChatTemplate(found, "the model") if found else None
 
 
 class Detokenizer:

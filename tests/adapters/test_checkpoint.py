@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from tests.adapters.fixtures import HIDDEN, SHAPES, make_peft, make_tensors, tensor_key, write_adapter
+from toppings.adapters import peft_matches
 from toppings.adapters.checkpoint import module_name, read_checkpoint
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
@@ -70,17 +72,25 @@ def edit_config(path: Path, **fields: Any) -> None:
         ("use_dora", True, "DoRA"),
         ("alora_invocation_tokens", [1, 2], "aLoRA"),
         ("alora_invocation_tokens", [], "aLoRA"),
-        ("bias", "all", "bias is 'all'"),
-        ("bias", "lora_only", "lora_only"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
-        ("fan_in_fan_out", True, "fan_in_fan_out"),
+        ("bias", "some", "bias is 'some'.*none, all, lora_only"),
+        ("arrow_config", {"top_k": 2}, "Arrow"),
+        ("monteclora_config", {"num_samples": 2}, "MonteCLoRA"),
+        ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
+        ("megatron_config", {"a": 1}, "Megatron"),
+        ("init_lora_weights", "brand_new_init", "brand_new_init.*gaussian"),
+        ("layers_pattern", "layers", "needs layers_to_transform"),
+        ("target_modules", r".*(q_proj|lm_head)", "matches lm_head"),
+        ("target_modules", "q" * 5000, "5000 characters"),
+        ("rank_pattern", {f"layer{i}": 4 for i in range(9000)}, "9000 entries"),
+        ("alpha_pattern", {"(?P<x>q": 4}, "not a valid pattern"),
+        ("rank_pattern", {"a{1,99999999999}": 4}, "not a valid pattern"),
         ("layer_replication", [[0, 2]], "layer_replication"),
         ("lora_bias", True, "lora_bias"),
         ("use_qalora", True, "use_qalora"),
         ("target_parameters", ["experts.w"], "target_parameters"),
         ("trainable_token_indices", [3], "trainable_token_indices"),
         ("kasa_config", {"beta": 1}, "kasa_config"),
-        ("brand_new_option", 3, "brand_new_option"),
         ("init_lora_weights", "pissa_niter_4", "base model's weights"),
         ("init_lora_weights", "olora", "base model's weights"),
         ("init_lora_weights", "loftq", "base model's weights"),
@@ -89,8 +99,6 @@ def edit_config(path: Path, **fields: Any) -> None:
         ("r", "8", "'8'"),
         ("r", True, "True"),
         ("rank_pattern", {"q_proj": 600}, "600"),
-        ("rank_pattern", {"c_attn": 4}, "c_attn"),
-        ("alpha_pattern", {"q_porj": 4}, "q_porj"),
         ("alpha_pattern", {"q_proj(": 4}, "q_proj\\("),
         ("alpha_pattern", [4], "alpha_pattern"),
         ("lora_alpha", "big", "lora_alpha"),
@@ -169,6 +177,13 @@ PREFIX = "base_model.model.model.layers.0."
         ({"base_model.model.lm_head.weight": torch.zeros(64, HIDDEN)}, "lm_head"),
         ({f"{PREFIX}self_attn.q_proj.lora_B.bias": torch.zeros(HIDDEN)}, "bias"),
         ({f"{PREFIX}input_layernorm.weight": torch.zeros(HIDDEN)}, "whole weight"),
+        ({f"base_model.model.model.layers.{'9' * 5000}.mlp.up_proj.lora_A.weight": torch.zeros(1)}, "99999"),
+        ({f"{PREFIX}self_attn.q_proj.lora_A.default.weight": torch.zeros(4, HIDDEN)}, "are the same weight"),
+        ({f"{PREFIX}self_attn.q_proj.lora_A.other.weight": torch.zeros(4, HIDDEN)}, "matches no"),
+        ({f"{PREFIX}self_attn.q_proj.base_layer.weight": torch.zeros(4, HIDDEN)}, "whole weight"),
+        ({f"{PREFIX}self_attn.k_norm.weight": torch.zeros(4)}, "whole weight"),
+        ({"base_model.model.model.norm.weight": torch.zeros(HIDDEN)}, "whole weight"),
+        ({f"{PREFIX}self_attn.q_proj.base_layer.bias": torch.zeros(HIDDEN)}, "whole weight"),
         ({"0/q_proj/A": torch.zeros(5, HIDDEN)}, r"has shape \[5, 32\].*need \[4, 32\]"),
         ({"0/q_proj/A": torch.zeros(4, HIDDEN * 2)}, r"\[4, 64\].*need \[4, 32\]"),
         ({"0/q_proj/B": torch.zeros(4, HIDDEN)}, r"\[4, 32\].*need \[32, 4\]"),
@@ -224,6 +239,95 @@ def test_malformed_configuration_is_refused(tmp_path: Path, text: str) -> None:
     (write_adapter(tmp_path) / "adapter_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(AdapterError, match=r"adapter_config.json"):
         read_checkpoint(tmp_path, SHAPES)
+
+
+BACKTRACKS = r"(?:(?:\w+\.?)+)+!"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": BACKTRACKS},
+        {"exclude_modules": BACKTRACKS},
+        {"rank_pattern": {BACKTRACKS: 4}},
+        {"alpha_pattern": {BACKTRACKS: 4}},
+        {"layers_pattern": [BACKTRACKS], "layers_to_transform": [0]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_pattern_that_backtracks_for_ever_is_refused_by_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(peft_matches, "PATTERN_CPU_S", 0.2)
+    write_adapter(tmp_path, **fields)
+    with pytest.raises(AdapterError, match=f"{next(iter(fields))}.*longer than 0.2 s to match"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def header_file(path: Path, header: bytes, num_bytes: int) -> None:
+    """A sparse weights file of `num_bytes` after this header."""
+    with open(path / "adapter_model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + num_bytes)
+
+
+def entry(shape: list[Any], offsets: list[Any], dtype: str = "F32") -> bytes:
+    return json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("header", "num_bytes", "reason"),
+    [
+        (entry([4, 32], [0, 512]), 1 << 40, "do not fill the 1099511627776 bytes"),
+        (entry([4, 32], [0, 600]), 600, "another size"),
+        (entry([4, 32], [88, 600]), 600, "do not fill"),
+        (entry([10**30], [0, 4 * 10**30]), 512, "do not fill"),
+        (entry([-4, -32], [0, 512]), 512, "whole numbers"),
+        (entry([True], [0, 4]), 4, "whole numbers"),
+        (entry([4], [4, 0]), 4, "whole numbers"),
+        (b'{"x": ' + b"[" * 100_000, 4, "not valid"),
+        (b'{"x": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}', 4, "not valid"),
+        (b"[]", 4, "not valid"),
+        (b'{"x": 3}', 4, "not valid"),
+        (b"\xff\xff", 4, "not valid"),
+        (b" " * (5 << 20), 4, "claims 5242880 bytes"),
+    ],
+)
+def test_a_header_that_does_not_describe_its_file_is_refused_unread(
+    tmp_path: Path, header: bytes, num_bytes: int, reason: str
+) -> None:
+    header_file(write_adapter(tmp_path), header, num_bytes)
+    with pytest.raises(AdapterError, match=f"truncated or corrupt: .*{reason}"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_tensors_of_another_base_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    name = tensor_key(0, "q_proj", "A")
+    size = 1 << 40
+    header = json.dumps({name: {"dtype": "F32", "shape": [4, size // 16], "data_offsets": [0, size]}}).encode()
+    header_file(write_adapter(tmp_path), header, size)
+    with pytest.raises(AdapterError, match="lora_B beside it|has shape"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_a_gigantic_configuration_is_refused_unread(tmp_path: Path) -> None:
+    os.truncate(write_adapter(tmp_path) / "adapter_config.json", 1 << 40)
+    with pytest.raises(AdapterError, match=r"adapter_config.json is larger than"):
+        read_checkpoint(tmp_path, SHAPES)
+
+
+def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="too long"):
+        read_checkpoint(tmp_path / ("x" * 5000), SHAPES)
+
+
+def test_deep_values_are_told_shortly(tmp_path: Path) -> None:
+    file = write_adapter(tmp_path) / "adapter_config.json"
+    deep = "[" * 900 + "1" + "]" * 900
+    file.write_text(file.read_text().replace('"r": 4', f'"r": {deep}'))
+    with pytest.raises(AdapterError, match=r"r is \[") as error:
+        read_checkpoint(tmp_path, SHAPES)
+    assert len(str(error.value)) < 500
 
 
 def test_empty_weights_are_refused(tmp_path: Path) -> None:

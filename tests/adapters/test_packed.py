@@ -52,6 +52,27 @@ def test_overflow_of_the_dtype_is_refused(tmp_path: Path, half: str, value: floa
     assert not (tmp_path / "a.pack").exists()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_scale_whose_effect_overflows_is_refused(tmp_path: Path, stored: torch.dtype, dtype: str) -> None:
+    tensors = {key: tensor.to(stored) for key, tensor in make_tensors().items()}
+    write_adapter(tmp_path, tensors=tensors, lora_alpha=1e30)
+    with pytest.raises(AdapterError, match=r"layer 0 q_proj (gives products|holds).*scale of 2.5e\+29"):
+        pack_adapter(read_checkpoint(tmp_path, SHAPES), dtype, tmp_path / "a.pack")
+
+
+def test_an_adapter_without_effect_may_have_any_scale(tmp_path: Path) -> None:
+    tensors = {key: tensor * ("lora_A" in key) for key, tensor in make_tensors().items()}
+    write_adapter(tmp_path, tensors=tensors, lora_alpha=1e30)
+    pack_adapter(read_checkpoint(tmp_path, SHAPES), "bfloat16", tmp_path / "a.pack")
+
+
+def test_a_header_holds_the_adapters_own_chat_template(tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / "chat_template.jinja").write_text("{{ messages }} é")
+    pack_adapter(read_checkpoint(tmp_path, SHAPES), "float32", tmp_path / "a.pack")
+    assert check_packed(tmp_path / "a.pack").chat_template == "{{ messages }} é"
+
+
 def test_file_is_the_same_whatever_the_adapter_is_called(packed_file: Path, tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "other")
     checkpoint = read_checkpoint(tmp_path / "other", SHAPES)

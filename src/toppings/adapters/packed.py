@@ -2,8 +2,8 @@
 
     magic (8 bytes) | header length, header CRC-32 (uint32 each) | header (JSON) | padding to 64 | blocks
 
-The header holds the layout, a CRC-32 per block, and the digest and fingerprint of the checkpoint that
-the file was made from; the adapter's name is not in it. Whoever makes a file renames it when it is whole.
+The header holds the layout, a CRC-32 per block, the digest and fingerprint of the checkpoint that the file was
+made from, and its own chat template if it has one; the adapter's name is not in it. Whoever makes a file renames it when it is whole.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from toppings.adapters.checkpoint import AdapterCheckpoint, is_finite
+from toppings.adapters.checkpoint import AdapterCheckpoint
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
 from toppings.core import MODULES
@@ -24,6 +24,8 @@ from toppings.core import MODULES
 _MAGIC = b"TOPPACK1"  # the last character is the version
 _PREFIX = struct.Struct("<8sII")
 _MAX_HEADER_BYTES = 64 << 20
+MAX_EFFECT = 1e17
+"""Of a product of A and scaled B: a larger one overflows fp32 where the next norm squares it."""
 
 
 class PackedFileError(AdapterError):
@@ -36,6 +38,7 @@ class PackedHeader:
     block_crcs: tuple[int, ...]
     digest: str
     fingerprint: str
+    chat_template: str | None = None
 
     def to_bytes(self) -> bytes:
         """Magic, lengths and JSON, padded so that the first block is aligned."""
@@ -44,6 +47,7 @@ class PackedHeader:
             "block_crcs": self.block_crcs,
             "digest": self.digest,
             "fingerprint": self.fingerprint,
+            "chat_template": self.chat_template,
         }
         text = json.dumps(fields).encode()
         data = _PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)) + text
@@ -53,7 +57,8 @@ class PackedHeader:
     def from_json(cls, text: bytes) -> "PackedHeader":
         fields = json.loads(text)
         layout = AdapterLayout.from_json(json.dumps(fields["layout"]))
-        return cls(layout, tuple(fields["block_crcs"]), fields["digest"], fields["fingerprint"])
+        named = {name: fields[name] for name in ("digest", "fingerprint")}
+        return cls(layout, tuple(fields["block_crcs"]), **named, chat_template=fields.get("chat_template"))
 
 
 def _pad(num_bytes: int) -> int:
@@ -63,7 +68,7 @@ def _pad(num_bytes: int) -> int:
 def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayout, torch.Tensor]:
     """The layout and all its blocks, 1-D of `dtype`; padding is 0. B holds scale * B, rounded once from fp32.
 
-    Raises AdapterError where a value overflows `dtype`.
+    Raises AdapterError where a value overflows `dtype`, or the adapter's effect would.
     """
     layout = AdapterLayout.build(checkpoint.ranks(), checkpoint.shapes, dtype)
     blocks = torch.from_numpy(np.zeros(layout.num_bytes, np.uint8)).view(getattr(torch, dtype))
@@ -71,23 +76,39 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
         place = layout.layers[layer]
         start = layout.layer_offset_bytes(layer) // layout.item_bytes
         a_start, b_start = start + place.a_offsets[module], start + place.b_offsets[module]
-        blocks[a_start : a_start + weights.a.numel()] = weights.a.reshape(-1)
         scaled = (weights.b.float() * weights.scale).T.reshape(-1)
+        _check_magnitudes(checkpoint, layer, module, scaled, dtype)
+        blocks[a_start : a_start + weights.a.numel()] = weights.a.reshape(-1)
         blocks[b_start : b_start + scaled.numel()] = scaled
-    if not is_finite(blocks):
-        _raise_overflow(checkpoint, dtype)
     return layout, blocks
 
 
-def _raise_overflow(checkpoint: AdapterCheckpoint, dtype: str) -> None:
-    for (layer, module), weights in checkpoint.weights.items():
-        largest = max(weights.a.abs().max().item(), weights.b.abs().max().item() * abs(weights.scale))
-        if largest > torch.finfo(getattr(torch, dtype)).max:
-            raise AdapterError(
-                f"adapter {checkpoint.path}: layer {layer} {MODULES[module]} holds {largest:.3g} with its "
-                f"scale of {weights.scale:.3g}, more than {dtype} can hold"
-            )
-    raise AdapterError(f"adapter {checkpoint.path}: a weight times its scale overflows {dtype}")
+def _check_magnitudes(
+    checkpoint: AdapterCheckpoint, layer: int, module: int, scaled: torch.Tensor, dtype: str
+) -> None:
+    """`scaled`: B with its scale, fp32. By numpy, since torch would wake its threads for each small tensor."""
+    weights, limit = checkpoint.weights[layer, module], torch.finfo(getattr(torch, dtype)).max
+    largest_a, largest_b = _largest(weights.a), _largest(scaled)
+    place = f"adapter {checkpoint.path}: layer {layer} {MODULES[module]}"
+    if not max(largest_a, largest_b) <= limit:
+        raise AdapterError(
+            f"{place} holds {max(largest_a, largest_b):.3g} with its scale of {weights.scale:.3g}, more than {dtype} "
+            "can hold"
+        )
+    if not largest_a * largest_b <= min(limit, MAX_EFFECT):
+        raise AdapterError(
+            f"{place} gives products of {largest_a * largest_b:.3g} with its scale of {weights.scale:.3g}; above "
+            f"{min(limit, MAX_EFFECT):.3g} the model's arithmetic in {dtype} overflows"
+        )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    if tensor.dtype is torch.bfloat16:  # magnitudes are in the order of their bits
+        bits = (tensor.view(torch.int16).numpy() & 0x7FFF).max()
+        return float((np.uint32(bits) << np.uint32(16)).view(np.float32))
+    values = tensor.numpy()
+    return max(abs(float(values.max())), abs(float(values.min())))
 
 
 def pack_adapter(
@@ -100,7 +121,9 @@ def pack_adapter(
     layout, blocks = pack_weights(checkpoint, dtype)
     data = blocks.view(torch.uint8).numpy().data
     crcs = tuple(zlib.crc32(_block(data, layout, layer)) for layer in range(layout.num_layers))
-    header = PackedHeader(layout, crcs, checkpoint.digest, checkpoint.fingerprint)
+    header = PackedHeader(
+        layout, crcs, checkpoint.digest, checkpoint.fingerprint, checkpoint.chat_template
+    )
     with open(file, "xb") as out:
         out.write(header.to_bytes())
         out.write(data)

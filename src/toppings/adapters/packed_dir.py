@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class PackedDir:
     def __init__(self, directory: Path, shapes: BaseShapes, dtype: str) -> None:
         self.shapes = shapes
         self.dtype = dtype
+        self.base_tokens: Mapping[str, int] | None = None
+        """The added tokens of the base model's tokeniser: adapters that bring others are warned of."""
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -41,7 +44,7 @@ class PackedDir:
 
         Raises AdapterError with the reason, and leaves no file then.
         """
-        checkpoint = read_checkpoint(path, self.shapes)
+        checkpoint = read_checkpoint(path, self.shapes, self.base_tokens)
         temp_file = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}.tmp"
         try:
             header = pack_adapter(checkpoint, self.dtype, temp_file, is_synced=is_synced)

@@ -1,12 +1,11 @@
 """`adapter_config.json` of a PEFT LoRA: what it targets, with which rank and scale.
 
-The matching rules are those of peft's `check_target_module_exists` and `get_pattern_key`.
+Which modules its patterns match is decided in `peft_matches.py`.
 """
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterable
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +14,8 @@ from toppings.core import MODULES
 
 MAX_RANK = 512
 MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32
+MAX_PATTERNS = 8192  # of one option; the largest models have some 900 projections
+MAX_PATTERN_CHARS = 4096
 CONFIG_FILE = "adapter_config.json"
 
 _MEANINGLESS = frozenset(
@@ -35,25 +36,34 @@ _UNDERSTOOD = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+        "fan_in_fan_out",
     }
 )
 _UNSUPPORTED = {
     "use_dora": "DoRA is not supported",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
+    "arrow_config": "a mixture of adapters (Arrow) is not supported",
+    "kasa_config": "KaSA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "use_qalora": "QALoRA is not supported",
+    "megatron_config": "Megatron's layers are not supported",
     "modules_to_save": "whole modules beside the LoRA are not supported",
-    "fan_in_fan_out": "weights of Conv1D layers are not supported",
     "lora_bias": "a bias beside B is not supported",
     "layer_replication": "replicated layers are not supported",
     "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
 }
+"""Options that change the arithmetic. Those that PEFT does not know, it ignores with a warning, and so do we."""
 T = TypeVar("T")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KNOWN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+_BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of the configuration changes the result."""
+    """What of the configuration changes the result; `warnings` says what was ignored, as PEFT ignores it."""
 
     base_model: str
     rank: int
@@ -65,6 +75,7 @@ class PeftConfig:
     exclude_modules: str | list[str]
     layers_to_transform: list[int]
     layers_pattern: list[str]
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, text: bytes) -> "PeftConfig":
@@ -76,6 +87,7 @@ class PeftConfig:
         if not isinstance(fields, dict):
             raise AdapterError(f"{CONFIG_FILE} must hold an object, not {type(fields).__name__}")
         _refuse_unsupported(fields)
+        _check_init(fields.get("init_lora_weights"))
         config = cls(
             base_model=str(fields.get("base_model_name_or_path") or ""),
             rank=_rank("r", fields.get("r", 8)),
@@ -86,7 +98,8 @@ class PeftConfig:
             target_modules=_names("target_modules", fields.get("target_modules")),
             exclude_modules=_names("exclude_modules", fields.get("exclude_modules")),
             layers_to_transform=_layers(fields.get("layers_to_transform")),
-            layers_pattern=_as_list(_names("layers_pattern", fields.get("layers_pattern"))),
+            layers_pattern=as_list(_names("layers_pattern", fields.get("layers_pattern"))),
+            warnings=tuple(_ignored(fields)),
         )
         config._check_consistency()
         return config
@@ -96,87 +109,76 @@ class PeftConfig:
             raise AdapterError("target_modules is missing or empty; it must name the projections")
         if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
             raise AdapterError("layers_to_transform and layers_pattern need target_modules to be a list")
-        for name in _as_list(self.target_modules):
+        for name in as_list(self.target_modules):
             if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
                 raise AdapterError(f"target_modules holds {name!r}; supported: {', '.join(MODULES)}")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.layers_pattern):
-            _compile(pattern)
-
-    def is_target(self, module: str) -> bool:
-        """Whether peft would put an adapter on `module`, e.g. `model.layers.0.self_attn.q_proj`."""
-        if _matches_names(self.exclude_modules, module):
-            return False
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            return True
-        return _matches_names(self.target_modules, module) and self._is_layer_chosen(module)
-
-    def _is_layer_chosen(self, module: str) -> bool:
-        if not self.layers_to_transform:
-            return True
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        match = next((m for p in patterns if (m := re.match(p, module))), None)
-        return match is not None and int(match[1]) in self.layers_to_transform
-
-    def rank_of(self, module: str) -> int:
-        return self.rank_pattern.get(_first_match(self.rank_pattern, module), self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """alpha / r, or with rsLoRA alpha / sqrt(r), of the module's own rank and alpha."""
-        rank = self.rank_of(module)
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, module), self.alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def check_patterns(self, modules: Iterable[str]) -> None:
-        """Raises AdapterError for a rank or alpha pattern that matches none of the base model's `modules`."""
-        modules = list(modules)
-        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns:
-                if not any(_matches_pattern(pattern, module) for module in modules):
-                    raise AdapterError(f"{option} key {pattern!r} matches no projection of the base model")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise AdapterError("layers_pattern needs layers_to_transform, which is missing or empty")
 
 
 def _refuse_unsupported(fields: dict[str, Any]) -> None:
     if (peft_type := fields.get("peft_type")) != "LORA":
         raise AdapterError(f"peft_type is {peft_type!r}; only 'LORA' is supported")
-    if (bias := fields.get("bias", "none")) != "none":
-        raise AdapterError(f"bias is {bias!r}; only 'none' is supported")
-    init = fields.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"init_lora_weights is {init!r}, which also changes the base model's weights; save the adapter "
-            "with path_initial_model_for_weight_conversion to make it a plain LoRA"
-        )
-    for name, value in fields.items():
-        # An option we have never heard of may only be off: what it would do is unknown.
-        if value and name not in _MEANINGLESS and name not in _UNDERSTOOD:
-            reason = _UNSUPPORTED.get(name, "this option is not supported")
-            raise AdapterError(f"{name} is {_shorten(value)}: {reason}")
+    if (bias := fields.get("bias", "none")) not in _BIASES:
+        raise AdapterError(f"bias is {shorten(bias)}; it must be one of {', '.join(_BIASES)}")
+    for name, reason in _UNSUPPORTED.items():
+        if fields.get(name):
+            raise AdapterError(f"{name} is {shorten(fields[name])}: {reason}")
     for name in ("alora_invocation_tokens", "trainable_token_indices"):
         if fields.get(name) is not None:
-            raise AdapterError(f"{name} is {_shorten(fields[name])}: {_UNSUPPORTED[name]}")
+            raise AdapterError(f"{name} is {shorten(fields[name])}: {_UNSUPPORTED[name]}")
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _check_init(init: Any) -> None:
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"init_lora_weights is {shorten(init)}, which also changes the base model's weights; save the adapter "
+            "with path_initial_model_for_weight_conversion to make it a plain LoRA"
+        )
+    if isinstance(init, str) and init.lower() not in _KNOWN_INITS:
+        raise AdapterError(
+            f"init_lora_weights is {shorten(init)}; it must be true, false or one of {', '.join(_KNOWN_INITS[:4])}"
+        )
+
+
+def _ignored(fields: dict[str, Any]) -> list[str]:
+    known = _MEANINGLESS | _UNDERSTOOD | _UNSUPPORTED.keys()
+    warnings = [
+        f"{shorten(name)} is {shorten(value)}: an option that is not known; it is ignored, as PEFT ignores it"
+        for name, value in fields.items()
+        if value and name not in known
+    ]
+    if fields.get("fan_in_fan_out"):
+        warnings.append("fan_in_fan_out is set, but all projections are Linear; it is ignored, as PEFT does")
+    return warnings[:20]
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
+_BRIEF.maxlevel = 3
+
+
+def shorten(value: Any) -> str:
+    """`repr`, cut in length and depth: the value is a stranger's."""
+    return _BRIEF.repr(value)
 
 
 def _rank(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise AdapterError(f"{name} is {_shorten(value)}; a rank must be an integer from 1 to {MAX_RANK}")
+        raise AdapterError(f"{name} is {shorten(value)}; a rank must be an integer from 1 to {MAX_RANK}")
     return value
 
 
 def _number(name: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= MAX_ALPHA:  # false for NaN, too
-        raise AdapterError(f"{name} is {_shorten(value)}; it must be a number of at most {MAX_ALPHA:g}")
+        raise AdapterError(f"{name} is {shorten(value)}; it must be a number of at most {MAX_ALPHA:g}")
     return float(value)
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | None):
-        raise AdapterError(f"{name} is {_shorten(value)}; it must be true or false")
+        raise AdapterError(f"{name} is {shorten(value)}; it must be true or false")
     return bool(value)
 
 
@@ -184,50 +186,42 @@ def _pattern(name: str, value: Any, check: Callable[[str, Any], T]) -> dict[str,
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise AdapterError(f"{name} is {_shorten(value)}; it must map module names or patterns to numbers")
-    return {key: check(f"{name}[{key!r}]", number) for key, number in value.items()}
+        raise AdapterError(f"{name} is {shorten(value)}; it must map module names or patterns to numbers")
+    _check_patterns(name, list(value))
+    return {key: check(f"{name}[{shorten(key)}]", number) for key, number in value.items()}
+
+
+def _check_patterns(name: str, patterns: list[str]) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise AdapterError(f"{name} has {len(patterns)} entries; at most {MAX_PATTERNS} are read")
+    for pattern in patterns:
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise AdapterError(
+                f"{name} has an entry of {len(pattern)} characters, {shorten(pattern)}; at most "
+                f"{MAX_PATTERN_CHARS} are read"
+            )
 
 
 def _names(name: str, value: Any) -> str | list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        _compile(value)
+        _check_patterns(name, [value])
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        _check_patterns(name, value)
         return value
-    raise AdapterError(f"{name} is {_shorten(value)}; it must be a pattern or a list of names")
+    raise AdapterError(f"{name} is {shorten(value)}; it must be a pattern or a list of names")
 
 
 def _layers(value: Any) -> list[int]:
     layers = [] if value is None else [value] if isinstance(value, int) else value
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
         raise AdapterError(
-            f"layers_to_transform is {_shorten(value)}; it must be a layer or a list of layers"
+            f"layers_to_transform is {shorten(value)}; it must be a layer or a list of layers"
         )
     return layers
 
 
-def _as_list(names: str | list[str]) -> list[str]:
+def as_list(names: str | list[str]) -> list[str]:
     return [names] if isinstance(names, str) else names
-
-
-def _compile(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise AdapterError(f"{pattern!r} is not a valid pattern: {error}") from error
-
-
-def _matches_names(names: str | list[str], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _matches_pattern(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _first_match(patterns: Iterable[str], module: str) -> str:
-    return next((pattern for pattern in patterns if _matches_pattern(pattern, module)), module)

@@ -14,7 +14,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -135,6 +135,10 @@ class AdapterRegistry:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def compare_tokens(self, base_tokens: Mapping[str, int]) -> None:
+        """From now on, adapters whose tokeniser adds other tokens than the base model's are warned of."""
+        self._packed_dir.base_tokens = base_tokens
 
     def close(self) -> None:
         with self._lock:

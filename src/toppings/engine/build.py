@@ -12,6 +12,7 @@ from toppings.adapters.layout import DTYPE_BYTES, BaseShapes
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.text_files import base_tokens
 from toppings.assist.cores import available_cores
 from toppings.assist.cuda_stream_ops import unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
@@ -141,12 +142,14 @@ def state_dir(config: EngineConfig) -> Path:
 def open_registry(config: EngineConfig) -> AdapterRegistry:
     """Raises ValueError where the model is not supported or the state belongs to another base model."""
     model = model_config(config)
-    return AdapterRegistry(
+    registry = AdapterRegistry(
         state_dir(config),
         served_model_name(config),
         BaseShapes(*model.base_shapes()),
         _dtype_name(config, model),
     )
+    registry.compare_tokens(base_tokens(Path(model_path(config))))
+    return registry
 
 
 def build_engine(

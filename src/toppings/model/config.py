@@ -1,6 +1,8 @@
 """What a checkpoint's config.json says, in the one form that the decoder understands."""
 
 import json
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,22 +11,33 @@ import torch
 
 from toppings.core import GROUPS
 
+logger = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class _Family:
-    """What the decoder does differently for an architecture, beyond what its config.json spells out."""
+    """What transformers' class for an architecture does, and which fields of config.json it heeds."""
 
+    model_type: str
     qkv_bias: bool = False
     has_head_norm: bool = False
     has_window: bool = False
+    heeds_attention_bias: bool = False
+    heeds_mlp_bias: bool = False
+    heeds_layer_types: bool = False
 
 
 FAMILIES = {
-    "LlamaForCausalLM": _Family(),
-    "MistralForCausalLM": _Family(has_window=True),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, has_window=True),
-    "Qwen3ForCausalLM": _Family(has_head_norm=True, has_window=True),
+    "LlamaForCausalLM": _Family("llama", heeds_attention_bias=True, heeds_mlp_bias=True),
+    "MistralForCausalLM": _Family("mistral", has_window=True),
+    "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True, has_window=True, heeds_layer_types=True),
+    "Qwen3ForCausalLM": _Family(
+        "qwen3", has_head_norm=True, has_window=True, heeds_attention_bias=True, heeds_layer_types=True
+    ),
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -73,9 +86,13 @@ class ModelConfig:
             source = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises its validators' own types too
             raise ValueError(f"{path / 'config.json'} is not valid: {error}") from error
-        generation_file = path / "generation_config.json"
-        generation = read_json(generation_file) if generation_file.exists() else {}
-        return _convert(source, architecture, generation)
+        if source.model_type != FAMILIES[architecture].model_type:
+            raise ValueError(
+                f"{path / 'config.json'} names architecture {architecture} and model_type {source.model_type!r}, which "
+                f"is another; {architecture} goes with {FAMILIES[architecture].model_type!r}"
+            )
+        source.dtype = source.dtype or _stored_dtype(path)
+        return _convert(source, architecture, read_generation_config(path))
 
     @classmethod
     def from_transformers(cls, source: Any, architecture: str) -> "ModelConfig":
@@ -112,39 +129,61 @@ class ModelConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError where it is missing, too large, or holds no object."""
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
         content = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(
             f"{file.parent} is not a Hugging Face checkpoint: cannot read {file.name}: {error}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, not {type(content).__name__}")
     return content
 
 
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """Empty where the checkpoint has none. Raises ValueError as `read_json`."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def _stored_dtype(path: Path) -> str | None:
+    """The type that transformers takes where config.json names none: the first float's among the weights."""
+    from toppings.model.weights import stored_float_dtype  # which needs this module
+
+    with suppress(ValueError):  # told by whoever needs the weights
+        return stored_float_dtype(path)
+    return None
+
+
 def _check_served(path: Path, raw: dict[str, Any]) -> str:
     """The architecture's name, if it can be served as config.json describes it."""
-    architecture = (raw.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ValueError(
             f"{path} has architecture {architecture!r}, which is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{path} is quantized ({method}); only bfloat16, float16 and float32 are supported")
-    return str(architecture)
+    if raw.get("transformers_weights"):
+        raise ValueError(f"{path} has its weights in {raw['transformers_weights']!r}, which is not supported")
+    return architecture
 
 
 def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> ModelConfig:
     family = FAMILIES[architecture]
     if source.hidden_act != "silu":
         raise ValueError(f"hidden_act is {source.hidden_act!r}; only 'silu' is supported")
-    has_bias = bool(getattr(source, "attention_bias", False))
+    has_bias = family.heeds_attention_bias and bool(source.attention_bias)
     head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    _check_sizes(source, head_dim)
     frequencies, scaling = _rope(source, head_dim)
     return ModelConfig(
         architecture=architecture,
@@ -158,27 +197,55 @@ def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> Mode
         rms_norm_eps=source.rms_norm_eps,
         qkv_bias=family.qkv_bias or has_bias,
         o_bias=has_bias,
-        mlp_bias=bool(getattr(source, "mlp_bias", False)),
+        mlp_bias=family.heeds_mlp_bias and bool(source.mlp_bias),
         has_head_norm=family.has_head_norm,
-        tie_word_embeddings=source.tie_word_embeddings,
+        tie_word_embeddings=bool(source.tie_word_embeddings),
         sliding_windows=_windows(source, family),
         inverse_frequencies=frequencies,
         rope_scaling=scaling,
         max_position_embeddings=_max_positions(source),
-        bos_token_id=generation.get("bos_token_id", source.bos_token_id),
-        eos_token_ids=_ids(generation.get("eos_token_id", source.eos_token_id)),
+        bos_token_id=next(iter(_ids(source, generation, "bos_token_id")), None),
+        eos_token_ids=_ids(source, generation, "eos_token_id"),
         dtype=_dtype(source),
     )
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _check_sizes(source: Any, head_dim: int) -> None:
+    sizes = {
+        name: getattr(source, name)
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        )
+    }
+    for name, size in {**sizes, "head_dim": head_dim}.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
+    if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise ValueError(
+            f"num_attention_heads is {sizes['num_attention_heads']}; it must be a multiple of num_key_value_heads, "
+            f"{sizes['num_key_value_heads']}"
+        )
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; it must be even, as rotary positions turn pairs")
+
+
+def _ids(source: Any, generation: dict[str, Any], name: str) -> tuple[int, ...]:
+    """Of the generation configuration, else of config.json: a server may not do without where the first is
+    silent. Ids outside the vocabulary never come and are left out."""
+    value = generation.get(name)
+    value = getattr(source, name) if value is None else value
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{name} is {value!r}; it must be a token id or a list of them")
+    known = tuple(i for i in ids if 0 <= i < source.vocab_size)
+    if len(known) < len(ids):
+        logger.warning("%s is %s; ids outside the vocabulary of %d are left out", name, value, source.vocab_size)
+    return known
 
 
 def _dtype(source: Any) -> torch.dtype:
-    dtype = source.dtype or torch.float32  # a checkpoint that does not say was written before half precision
+    dtype = source.dtype or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -188,7 +255,14 @@ def _dtype(source: Any) -> torch.dtype:
 
 def _windows(source: Any, family: _Family) -> tuple[int | None, ...]:
     window = source.sliding_window if family.has_window else None
-    kinds = getattr(source, "layer_types", None) or ["sliding_attention"] * source.num_hidden_layers
+    if not family.heeds_layer_types:
+        return (window,) * source.num_hidden_layers
+    kinds = source.layer_types
+    if len(kinds) != source.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
+        raise ValueError(
+            f"layer_types is {kinds!r:.200}; it must name {' or '.join(LAYER_TYPES)} for each of "
+            f"{source.num_hidden_layers} layers"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

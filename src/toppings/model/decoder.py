@@ -77,7 +77,9 @@ class Decoder:
         self._embed = weights.pop("embed")
         self._layers = [_Layer.take(weights, layer, config) for layer in range(config.num_layers)]
         self._norm = weights.pop("norm")
-        self._lm_head = Linear(self._embed if config.tie_word_embeddings else weights.pop("lm_head"))
+        head = weights.pop("lm_head", None)  # a tied one may be stored, too, and then counts where it differs
+        assert head is not None or config.tie_word_embeddings
+        self._lm_head = Linear(self._embed if head is None else head)
         frequencies = torch.tensor(config.inverse_frequencies, device=self._embed.device)
         self._rope = Rope(frequencies, config.rope_scaling)
         assert not weights, list(weights)

@@ -21,7 +21,7 @@ class PartDecoder(Decoder):
 
     def __init__(self, part: Part, weights: dict[str, Tensor]) -> None:
         """`weights` as `read_weights` names them, cut to the part but for `embed` and `lm_head`."""
-        whole = weights["embed"] if part.config.tie_word_embeddings else weights.pop("lm_head")
+        whole = weights.pop("lm_head", weights["embed"])  # without one, it is tied
         weights["lm_head"] = _vocab_rows(whole, part)
         if part.index:  # a bias of a sum is added once
             for name in [name for name in weights if name.endswith(_SUMMED_BIASES)]:

@@ -1,6 +1,7 @@
 """Reading a checkpoint's safetensors into the decoder's own tensors, fused, without a second copy in
 memory."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +17,10 @@ from toppings.core import MODULES
 from toppings.model.config import ModelConfig, read_json
 from toppings.model.parts import Part
 
+logger = logging.getLogger(__name__)
+
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers that old checkpoints carry and that follow from config.json."""
 
@@ -34,25 +39,49 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The decoder's tensors by name (`layers.0.qkv.weight`, ...), converted to `dtype`, in host memory.
 
-    With `part`, of the projections no more is read than it has.
+    With `part`, of the projections no more is read than it has. Where config.json ties the output layer to the
+    embedding, the result has an `lm_head` only if the checkpoint stores one that differs: like transformers, the
+    decoder then uses it.
 
     Raises ValueError where the checkpoint's files or tensors are missing, surplus, damaged or of another
     shape.
     """
     path = Path(path)
-    plan = dict(_plan(config))
-    pieces = plan if part is None else dict(_plan(part.config))
-    shapes = _target_shapes(pieces)
-    weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
         places = _open(path, stack)
+        plan = _plan_for(config, places)
         _check(path, plan, places, config)
+        pieces = plan if part is None else _plan_for(part.config, places)
+        shapes = _target_shapes(pieces)
+        weights: dict[str, Tensor] = {}
         for name, piece in pieces.items():
             if piece.target not in weights:
                 weights[piece.target] = torch.empty(shapes[piece.target], dtype=dtype)
             rows = slice(piece.start, piece.start + piece.shape[0])
             weights[piece.target][rows].copy_(_read(places[name], name, part))
+    if config.tie_word_embeddings and "lm_head" in weights:
+        _drop_copy(path, weights)
     return weights
+
+
+def _drop_copy(path: Path, weights: dict[str, Tensor]) -> None:
+    if torch.equal(weights["lm_head"], weights["embed"]):
+        del weights["lm_head"]
+    else:
+        logger.warning(
+            "%s: config.json says tie_word_embeddings, but the stored lm_head differs from the embedding; the stored "
+            "one is used",
+            path,
+        )
+
+
+def stored_float_dtype(path: Path) -> str | None:
+    """The name of the type of the first float among the weights; None where there is none."""
+    with ExitStack() as stack:
+        for name, file in _open(path, stack).items():
+            if (kind := file.get_slice(name).get_dtype()) in FLOATS:
+                return FLOATS[kind]
+    return None
 
 
 def _read(file: Any, name: str, part: Part | None) -> Tensor:
@@ -70,6 +99,18 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _target_shapes(dict(_plan(config)))
 
 
+def _plan_for(config: ModelConfig, places: dict[str, Any]) -> dict[str, _Piece]:
+    """The plan for the tensors that there are: tied ones may be stored under either name, or both."""
+    plan = dict(_plan(config))
+    if config.tie_word_embeddings and HEAD in places:
+        embed = plan[EMBED]
+        if EMBED in places:
+            plan[HEAD] = _Piece("lm_head", 0, embed.shape)
+        else:
+            plan = {HEAD if name == EMBED else name: piece for name, piece in plan.items()}
+    return plan
+
+
 def _target_shapes(plan: dict[str, _Piece]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in plan.values():
@@ -81,9 +122,9 @@ def _target_shapes(plan: dict[str, _Piece]) -> dict[str, tuple[int, ...]]:
 def _plan(config: ModelConfig) -> Iterator[tuple[str, _Piece]]:
     """Every tensor that the checkpoint must have, by its name there."""
     hidden = (config.hidden_size,)
-    yield "model.embed_tokens.weight", _Piece("embed", 0, (config.vocab_size, *hidden))
+    yield EMBED, _Piece("embed", 0, (config.vocab_size, *hidden))
     if not config.tie_word_embeddings:
-        yield "lm_head.weight", _Piece("lm_head", 0, (config.vocab_size, *hidden))
+        yield HEAD, _Piece("lm_head", 0, (config.vocab_size, *hidden))
     yield "model.norm.weight", _Piece("norm", 0, hidden)
     for layer in range(config.num_layers):
         yield from _layer_plan(config, f"model.layers.{layer}.", f"layers.{layer}.")
@@ -124,11 +165,15 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _files(path: Path) -> list[Path]:
+    """In the order in which a tensor that is in several is taken from the last."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        return [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError(f"{index} must have a weight_map of tensors to files")
+        return [path / name for name in sorted(set(weight_map.values()))]
     if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
         raise ValueError(
             f"{path} holds pickled weights, which can run code when read; convert them to safetensors"
@@ -139,8 +184,7 @@ def _files(path: Path) -> list[Path]:
 def _check(path: Path, plan: dict[str, _Piece], places: dict[str, Any], config: ModelConfig) -> None:
     if missing := sorted(plan.keys() - places.keys()):
         raise ValueError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]}")
-    allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some writers store the tied copy
-    surplus = sorted(n for n in places.keys() - plan.keys() - allowed if not _SKIPPED.fullmatch(n))
+    surplus = sorted(name for name in places.keys() - plan.keys() if not _SKIPPED.fullmatch(name))
     if surplus:
         raise ValueError(
             f"{path} has {len(surplus)} tensors that {config.architecture} with this config.json "
@@ -152,3 +196,5 @@ def _check(path: Path, plan: dict[str, _Piece], places: dict[str, Any], config: 
             raise ValueError(
                 f"{name} in {path} has shape {list(shape)}; config.json says {list(piece.shape)}"
             )
+        if (kind := places[name].get_slice(name).get_dtype()) not in FLOATS:
+            raise ValueError(f"{name} in {path} is of type {kind}; supported: {', '.join(FLOATS)}")

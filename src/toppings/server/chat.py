@@ -1,6 +1,5 @@
 """`/v1/chat/completions`."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -10,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from toppings.server.jobs import LONG_TEXT, Choice, Job, room_for_output
+from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
 from toppings.server.protocol import ChatBody
 from toppings.server.replies import answer, running_usage, usage
-from toppings.server.state import Lease, ServerState, state_of
+from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import DONE, sse
 from toppings.text import TextLogprob
 
@@ -29,15 +28,19 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 async def _job(state: ServerState, body: ChatBody) -> Job:
     started_at = time.perf_counter()
     target = state.target(body.model)
-    prompt = await _tokens(state, body)
+    prompt = await _tokens(state, body, target)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if max_tokens is None:
+        room = room_for_output(state, [prompt])
+        max_tokens = min(room, state.defaults.get("max_tokens", room))
     return Job(
         state=state,
         target=target,
         prompts=[prompt],
         sampling=body.sampling(
-            max_tokens=room_for_output(state, [prompt]) if max_tokens is None else max_tokens,
+            max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            defaults=state.defaults,
         ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
@@ -45,16 +48,15 @@ async def _job(state: ServerState, body: ChatBody) -> Job:
     )
 
 
-async def _tokens(state: ServerState, body: ChatBody) -> list[int]:
+async def _tokens(state: ServerState, body: ChatBody, target: Target) -> list[int]:
     messages = [message.for_template() for message in body.messages]
     options = {
         "add_generation_prompt": body.add_generation_prompt is not False
         and not (body.add_generation_prompt is None and body.continue_final_message),
         "continue_final_message": bool(body.continue_final_message),
     }
-    if sum(len(message["content"]) for message in messages) <= LONG_TEXT:
-        return state.text.chat(messages, **options)
-    return await asyncio.to_thread(state.text.chat, messages, **options)
+    text = await state.text.chat_text(messages, await state.template_of(target), **options)
+    return await tokens_of(state.text, text, bool(body.add_special_tokens))
 
 
 class ChatReply:

@@ -34,12 +34,15 @@ async def _job(state: ServerState, body: CompletionBody) -> Job:
     prompts = [await tokens_of(state.text, prompt, special) for prompt in body.prompts()]
     max_tokens = body.max_tokens
     if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, room_for_output(state, prompts))
+        default = min(DEFAULT_MAX_TOKENS, state.defaults.get("max_tokens", DEFAULT_MAX_TOKENS))
+        max_tokens = min(default, room_for_output(state, prompts))
     return Job(
         state=state,
         target=target,
         prompts=prompts,
-        sampling=body.sampling(max_tokens=max_tokens, logprobs=body.logprobs),
+        sampling=body.sampling(
+            max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults
+        ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         started_at=started_at,

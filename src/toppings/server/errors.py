@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from toppings.adapters.errors import AdapterError
 from toppings.core import RequestError
 from toppings.engine.client import EngineDeadError
+from toppings.sandbox import SandboxBusyError
 from toppings.text import GenerationCutError, GenerationError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (AdapterError, 400, "BadRequestError"),
     (EngineDeadError, 503, "EngineDeadError"),
     (GenerationCutError, 503, "ServiceUnavailableError"),
+    (SandboxBusyError, 503, "ServiceUnavailableError"),
     (GenerationError, 500, "InternalServerError"),
 )
 """Status and type of exceptions whose message is meant for the client; the first that fits counts."""

@@ -1,5 +1,6 @@
 """Bodies of the OpenAI routes. Every field is honoured or refused by name; none is silently ignored."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -112,20 +113,24 @@ class GenerationBody(BaseModel):
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-    def sampling(self, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """Raises RequestError for a value out of range."""
+    def sampling(
+        self, *, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """`defaults`: the model's own for what the body leaves out. Raises RequestError for a value out of range."""
         names = (
             *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
             *("seed", "ignore_eos", "min_tokens"),
         )
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        top_k = defaults.get("top_k", 0) if self.top_k is None else self.top_k
+        own = {name: value for name, value in defaults.items() if name in names}
         return SamplingParams(
             max_tokens=max_tokens,
-            top_k=0 if self.top_k in (None, -1) else self.top_k,
+            top_k=0 if top_k == -1 else top_k,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
-            **given,
+            **{**own, **given},
         )
 
 
@@ -180,7 +185,8 @@ class Message(BaseModel):
     def for_template(self) -> dict[str, str]:
         """Templates know `system`, not its newer name `developer`."""
         content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content, **name}
 
 
 class ChatBody(GenerationBody):

@@ -3,21 +3,25 @@
 import asyncio
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from fastapi import Request
 
-from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.registry import AdapterRegistry
+from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
 from toppings.demo import demo_model_dir
 from toppings.server.errors import ApiError
+from toppings.sampling_defaults import read_sampling_defaults
 from toppings.server.metrics import Metrics
 from toppings.text import TextModel, TokenSource
 
 RETRY_AFTER_S = 1
+MAX_TEMPLATES = 512  # that are kept at hand
 
 
 class Client(TokenSource, Protocol):
@@ -82,9 +86,13 @@ class ServerState:
         self.config = config
         self.metrics = metrics
         self.perf_model = perf_model
+        is_asked = config.engine.generation_config == "auto"
+        self.defaults = read_sampling_defaults(Path(self.model_path)) if is_asked else {}
+        """The model's own sampling defaults, by the names of `SamplingParams`."""
         self.is_draining = False
         self.started_at = int(time.time())
         self._leases: set[Lease] = set()
+        self._templates: dict[int, ChatTemplate | None] = {}
         self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
 
     @property
@@ -124,6 +132,27 @@ class ServerState:
             except AdapterNotFound:
                 return f"removed-{adapter_id}"
         return self._names[adapter_id]
+
+    async def template_of(self, target: Target) -> ChatTemplate | None:
+        """The chat template that an adapter has brought along; None where the base model's counts."""
+        adapter_id = target.adapter_id
+        if adapter_id is None:
+            return None
+        if adapter_id not in self._templates:
+            source = await asyncio.to_thread(self._own_template, adapter_id)
+            is_own = source is not None and source != getattr(self.text.template, "source", None)
+            if len(self._templates) >= MAX_TEMPLATES:
+                self._templates.clear()
+            self._templates[adapter_id] = ChatTemplate(source, f"adapter {target.name!r}") if is_own else None
+        return self._templates[adapter_id]
+
+    def _own_template(self, adapter_id: int) -> str | None:
+        """None, too, where the adapter has gone or is damaged: whoever generates with it says so."""
+        try:
+            with self.registry.open_packed(adapter_id) as packed:
+                return packed.header.chat_template
+        except AdapterError:
+            return None
 
     def check_open(self) -> None:
         """Raises ApiError 503 while the server shuts down, or has no engine."""

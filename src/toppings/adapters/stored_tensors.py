@@ -1,0 +1,118 @@
+"""A safetensors file's header, checked before any tensor is read, and then the tensors that are wanted.
+
+The library's own reader needs the whole file in memory or maps it, and a mapped file that is cut short meanwhile ends
+the process. The layout: header length (uint64), header (JSON), then the tensors without gaps.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from toppings.adapters.errors import AdapterError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_HEADER_BYTES = 4 << 20
+CHUNK_BYTES = 16 << 20
+FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header says of a tensor; `start` and `end` count bytes from the end of the header."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class StoredTensors:
+    """The tensors of an open file by key. Raises AdapterError where the header does not describe the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(_LENGTH.size)
+        if len(prefix) < _LENGTH.size:
+            raise _corrupt(f"it has {size} bytes")
+        length = _LENGTH.unpack(prefix)[0]
+        if length > MAX_HEADER_BYTES:
+            raise _corrupt(f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
+        text = file.read(length)
+        if len(text) < length:
+            raise _corrupt(f"its header claims {length} bytes, of which it has {len(text)}")
+        self.head = prefix + text
+        self.by_key = _parse(text, size - len(self.head))
+
+    def read(
+        self, keys: Iterable[str], note: Callable[[np.ndarray[Any, Any]], object]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of types in `FLOATS`, read in the file's order; `note` gets the bytes as they come.
+
+        Raises AdapterError where the file has become shorter, OSError.
+        """
+        tensors = {}
+        for stored in sorted((self.by_key[key] for key in keys), key=lambda stored: stored.start):
+            data = np.empty(stored.end - stored.start, np.uint8)
+            self._file.seek(len(self.head) + stored.start)
+            for start in range(0, len(data), CHUNK_BYTES):
+                part = data[start : start + CHUNK_BYTES]
+                if self._file.readinto(part.data) != len(part):  # type: ignore[attr-defined]
+                    raise _corrupt(f"it ends within {stored.key!r}")
+                note(part)
+            tensor = torch.from_numpy(data).view(FLOATS[stored.dtype]).reshape(stored.shape)
+            tensors[stored.key] = tensor.float() if stored.dtype.startswith("F8") else tensor
+        return tensors
+
+
+def _parse(text: bytes, num_bytes: int) -> dict[str, StoredTensor]:
+    try:
+        header = json.loads(text)
+        fields = {key: value for key, value in header.items() if key != "__metadata__"}
+        tensors = {key: _entry(key, value) for key, value in fields.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _corrupt(f"its header is not valid: {error}") from error
+    if not tensors:
+        raise AdapterError(f"{WEIGHTS_FILE} holds no tensors")
+    _check_places(list(tensors.values()), num_bytes)
+    return tensors
+
+
+def _entry(key: str, value: Any) -> StoredTensor:
+    start, end = value["data_offsets"]
+    numbers = (*value["shape"], start, end)
+    if not all(type(number) is int and number >= 0 for number in numbers) or end < start:
+        raise ValueError(f"shape or offsets of {key[:200]!r} are not whole numbers")
+    return StoredTensor(key, str(value["dtype"]), tuple(value["shape"]), start, end)
+
+
+def _check_places(tensors: list[StoredTensor], num_bytes: int) -> None:
+    """Every tensor has the bytes that its shape needs, and the file has those of the tensors and no more."""
+    for tensor in tensors:
+        dtype = FLOATS.get(tensor.dtype)
+        if dtype is not None and math.prod(tensor.shape) * dtype.itemsize != tensor.end - tensor.start:
+            raise _corrupt(f"{tensor.key[:200]!r} has another size than its shape needs")
+    places = [(0, 0), *sorted((tensor.start, tensor.end) for tensor in tensors), (num_bytes, num_bytes)]
+    if any(end != start for (_, end), (start, _) in pairwise(places)):
+        raise _corrupt(f"its tensors do not fill the {num_bytes} bytes after its header")
+
+
+def _corrupt(reason: str) -> AdapterError:
+    return AdapterError(f"{WEIGHTS_FILE} is truncated or corrupt: {reason}")

@@ -1,0 +1,170 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toppings.sandbox import Sandbox, SandboxError
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GENEROUS_S = 30.0
+
+
+def template_job(template: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "template": template,
+        "messages": [{"role": "user", "content": "hi"}],
+        "variables": {},
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "max_chars": 1000,
+        **changes,
+    }
+
+
+def render(sandbox: Sandbox, template: str, *, cpu_s: float = GENEROUS_S, **changes: Any) -> str:
+    text: str = sandbox.run("render", cpu_s=cpu_s, **template_job(template, **changes))
+    return text
+
+
+def pid_of(sandbox: Sandbox) -> int:
+    """Of the process that takes the next job."""
+    process = sandbox._idle.queue[-1]._process
+    assert process is not None
+    return process.pid
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    box = Sandbox()
+    yield box
+    box.close()
+
+
+def test_a_pattern_that_backtracks_for_ever_is_stopped(sandbox: Sandbox) -> None:
+    with pytest.raises(SandboxError, match=r"longer than 0\.2 s"):
+        sandbox.run("match", cpu_s=0.2, patterns=["(a+)+b"], names=["a" * 60])
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 9 ** (9 ** 9) }}"])
+def test_a_template_that_never_ends_is_stopped(sandbox: Sandbox, template: str) -> None:
+    with pytest.raises(SandboxError, match=r"longer than 0\.2 s"):
+        render(sandbox, template, cpu_s=0.2)
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", "{{ [0] * 10**10 }}"])
+def test_a_template_that_asks_for_gigabytes_is_refused(sandbox: Sandbox, template: str) -> None:
+    with pytest.raises(SandboxError, match="memory"):
+        render(sandbox, template)
+
+
+def test_text_beyond_the_bound_is_refused(sandbox: Sandbox) -> None:
+    with pytest.raises(SandboxError, match="more than 1000 characters"):
+        render(sandbox, "{% for i in range(2000) %}a{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ namespace(__class__=1) }}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_does_not_reach_pythons_internals(sandbox: Sandbox, template: str) -> None:
+    with pytest.raises(SandboxError, match=r"unsafe|undefined|_"):
+        render(sandbox, template)
+
+
+def test_jobs_are_served_after_one_was_stopped(sandbox: Sandbox) -> None:
+    with pytest.raises(SandboxError):
+        render(sandbox, ENDLESS, cpu_s=0.1)
+    assert render(sandbox, "{{ messages[0].content }}") == "hi"
+
+
+def test_a_process_that_was_killed_between_jobs_is_replaced(sandbox: Sandbox) -> None:
+    render(sandbox, "x")
+    os.kill(pid_of(sandbox), signal.SIGKILL)
+    assert render(sandbox, "{{ messages[0].content }}") == "hi"
+
+
+def test_processes_end_with_their_sandbox() -> None:
+    box = Sandbox()
+    render(box, "x")
+    pid = pid_of(box)
+    box.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_process_ends_with_a_killed_parent() -> None:
+    code = (
+        "import os, signal\nfrom toppings.sandbox import Sandbox\nbox = Sandbox()\n"
+        "box.run('match', cpu_s=9, patterns=['a'], names=['a'])\n"
+        "print(box._idle.queue[-1]._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid = int(run.stdout)
+    deadline = time.monotonic() + 30
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """False for one that has ended, also where nobody has taken note of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_sandbox_runs_without_any_installed_library() -> None:
+    code = (
+        "import sys\nfrom toppings.sandbox import Sandbox\nbox = Sandbox()\n"
+        "assert box.run('match', cpu_s=9, patterns=['a+'], names=['aa', 'b']) == [{'aa': ''}]\n"
+        "assert not {'jinja2', 'torch', 'numpy'} & set(sys.modules)"
+    )
+    source = str(Path(__file__).parents[2] / "src")
+    subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": source}, check=True)
+
+
+async def test_a_slow_template_does_not_hold_up_another() -> None:
+    box = Sandbox(2)
+    slow = [
+        asyncio.create_task(box.run_in_turn("slow", "render", cpu_s=0.2, **template_job(ENDLESS)))
+        for _ in range(4)
+    ]
+    await asyncio.sleep(0)
+    texts = [
+        await box.run_in_turn("fast", "render", cpu_s=GENEROUS_S, **template_job("{{ messages[0].content }}"))
+        for _ in range(20)
+    ]
+    assert texts == ["hi"] * 20
+    assert not all(task.done() for task in slow)
+    await asyncio.gather(*slow, return_exceptions=True)
+    assert all(isinstance(task.exception(), SandboxError) for task in slow)
+    box.close()
+
+
+async def test_a_caller_that_leaves_gives_up_its_turn() -> None:
+    box = Sandbox(2)
+    job = template_job("{{ messages[0].content }}")
+    tasks = [
+        asyncio.create_task(box.run_in_turn("key", "render", cpu_s=GENEROUS_S, **job)) for _ in range(6)
+    ]
+    await asyncio.sleep(0)
+    for task in tasks[:5]:
+        task.cancel()
+    assert await tasks[5] == "hi"
+    await asyncio.sleep(0)
+    assert not box._turns
+    box.close()
