@@ -170,6 +170,13 @@ class ServerConfig:
     api_key: str = setting("", "bearer token asked of every route but health (empty: none)")
     adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
     adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
+    max_body_bytes: int = setting(
+        0, "largest body of a request (0: 64 bytes for each token of the model's context, at least 4MiB)"
+    )
+    receive_timeout_s: float = setting(
+        30.0, "longest wait for a request's head, and for the next part of its body"
+    )
+    send_timeout_s: float = setting(60.0, "how long a client may leave an answer unread before it is dropped")
     max_queue: int = setting(256, "requests that may wait; more are answered 429")
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"
@@ -182,6 +189,9 @@ class ServerConfig:
         check_choices(self)
         _require(self, "port", 0 <= self.port <= 65535, "between 0 and 65535")
         _require(self, "max_queue", self.max_queue >= 1, "at least 1")
+        _require(self, "max_body_bytes", self.max_body_bytes >= 0, "at least 0")
+        for name in ("receive_timeout_s", "send_timeout_s"):
+            _require(self, name, getattr(self, name) > 0, "above 0")
         _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
 
 

@@ -1,6 +1,5 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -221,17 +220,3 @@ async def test_a_foreign_web_page_changes_nothing(server: Server) -> None:
 async def test_ipv6_loopback_is_loopback(server: Server) -> None:
     for address, expected in (("::1", 404), ("::ffff:127.0.0.1", 404), ("::2", 403)):
         assert (await server.client_from(address).post("/adapters/a/pin")).status_code == expected
-
-
-async def test_a_body_beyond_the_limit_is_413(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toppings.server.limits.MAX_BODY_BYTES", 100)
-    assert (await server.complete("x" * 200)).status_code == 413
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(20):
-            yield b"x" * 10
-
-    headers = {"content-type": "application/json"}
-    for path in ("/v1/completions", "/generate"):
-        reply = await server.http.post(path, content=chunks(), headers=headers)
-        assert reply.status_code == 413

@@ -2,8 +2,10 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 
@@ -13,11 +15,14 @@ from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
 from toppings.demo import demo_model_dir
-from toppings.server.errors import ApiError
+from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
 from toppings.text import TextModel, TokenSource
 
-RETRY_AFTER_S = 1
+T = TypeVar("T")
+
+LONG_TEXTS_AT_ONCE = 2
+"""Bounds what long texts take of the machine; the others wait in their places in the queue."""
 
 
 class Client(TokenSource, Protocol):
@@ -55,6 +60,14 @@ class Lease:
     def note_started(self) -> None:
         self.num_waiting -= 1
 
+    async def during(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which prepares what the place is for; where it fails, the place is given up."""
+        try:
+            return await work
+        except BaseException:
+            self._leases.discard(self)
+            raise
+
     def __enter__(self) -> "Lease":
         return self
 
@@ -81,6 +94,8 @@ class ServerState:
         self.metrics = metrics
         self.perf_model = perf_model
         self.is_draining = False
+        self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
+        text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())
         self._leases: set[Lease] = set()
         self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
