@@ -1,6 +1,7 @@
 """The application: every route over one engine client, registry and tokeniser."""
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
@@ -42,4 +43,12 @@ def create_app(
     )
     if config.server.api_key:
         app.add_middleware(KeyMiddleware, api_key=config.server.api_key)
+    if config.server.allowed_origins:  # outside of all: browsers ask beforehand, without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.server.allowed_origins,
+            allow_methods=config.server.allowed_methods,
+            allow_headers=config.server.allowed_headers,
+            allow_credentials=config.server.allow_credentials == "on",
+        )
     return app
