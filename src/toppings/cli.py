@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from toppings import __version__
+from toppings.access import read_api_key
 from toppings.bench.cli import bench_app, profile_batches, report
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.cluster.router.settings import RouterConfig
@@ -45,7 +46,8 @@ Model = Annotated[str, typer.Option(help="base model directory (default: the bui
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: ~/.cache/toppings/<model>)")]
 Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the checkpoint's)")]
 Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
-ApiKey = Annotated[str, typer.Option(envvar="TOPPINGS_API_KEY", help="the server's key")]
+ApiKey = Annotated[str, typer.Option(help="the server's key (better: api-key-file, or TOPPINGS_API_KEY)")]
+ApiKeyFile = Annotated[str, typer.Option(help="file that holds the server's key")]
 
 
 def main() -> None:
@@ -160,10 +162,15 @@ def plan(
 
 @adapters_app.command("list")
 def list_adapters(
-    model: Model = "", state_dir: StateDir = "", dtype: Dtype = "auto", url: Url = "", api_key: ApiKey = ""
+    model: Model = "",
+    state_dir: StateDir = "",
+    dtype: Dtype = "auto",
+    url: Url = "",
+    api_key: ApiKey = "",
+    api_key_file: ApiKeyFile = "",
 ) -> None:
     """Show all adapters with rank, targets and size; of a running server also where they are."""
-    rows = RemoteServer(url, api_key).adapters() if url else _local_rows(model, state_dir, dtype)
+    rows = RemoteServer(url, read_api_key(api_key, api_key_file)).adapters() if url else _local_rows(model, state_dir, dtype)
     table = Table("name", "id", "rank", "targets", "bytes", "pinned", *(("state", "hits") if url else ()))
     for row in rows:
         places = (row["state"], str(row["hits"])) if url else ()
@@ -185,10 +192,11 @@ def add_adapter(
     dtype: Dtype = "auto",
     url: Url = "",
     api_key: ApiKey = "",
+    api_key_file: ApiKeyFile = "",
 ) -> None:
     """Register the PEFT checkpoint in PATH under NAME."""
     if url:
-        typer.echo(RemoteServer(url, api_key).load(name, str(path.absolute()), in_place=replace))
+        typer.echo(RemoteServer(url, read_api_key(api_key, api_key_file)).load(name, str(path.absolute()), in_place=replace))
         return
     record = _registry(model, state_dir, dtype).register(name, path.absolute(), replace=replace)
     typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes")
@@ -203,10 +211,11 @@ def remove_adapter(
     dtype: Dtype = "auto",
     url: Url = "",
     api_key: ApiKey = "",
+    api_key_file: ApiKeyFile = "",
 ) -> None:
     """Forget the adapter NAME; a running server finishes its requests first."""
     if url:
-        typer.echo(RemoteServer(url, api_key).unload(name))
+        typer.echo(RemoteServer(url, read_api_key(api_key, api_key_file)).unload(name))
         return
     _registry(model, state_dir, dtype).remove(name)
     typer.echo(f"removed {name}")

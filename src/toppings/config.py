@@ -1,5 +1,6 @@
 """The frozen settings, their defaults and their YAML; the command line reads both from here."""
 
+import json
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -47,10 +48,12 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def setting(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a settings dataclass, with what the command line says of it."""
+def setting(
+    default: Any, help_text: str, *, choices: tuple[str, ...] | None = None, is_secret: bool = False
+) -> Any:
+    """A field of a settings dataclass, with what the command line says of it. A secret is never shown."""
     metadata = {"help": help_text, "choices": choices}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not is_secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +185,28 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8080, "port to listen on (0: any free one)")
-    api_key: str = setting("", "bearer token asked of every route but health (empty: none)")
+    api_key: str = setting(
+        "",
+        "bearer token asked of every route but health (empty: that of api_key_file, else of the variable"
+        " TOPPINGS_API_KEY, else none); others on this machine can see it among the processes",
+        is_secret=True,
+    )
+    api_key_file: str = setting("", "file that holds the bearer token")
+    allowed_origins: tuple[str, ...] = setting(
+        (), "web origins whose pages may read answers, such as https://example.com (*: all; default: none)"
+    )
+    allowed_methods: tuple[str, ...] = setting(("*",), "methods that these pages may use")
+    allowed_headers: tuple[str, ...] = setting(("*",), "headers that these pages may send")
+    allow_credentials: str = setting("off", "let these pages send cookies", choices=SWITCH)
     adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
     adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
+    max_body_bytes: int = setting(
+        0, "largest body of a request (0: 64 bytes for each token of the model's context, at least 4MiB)"
+    )
+    receive_timeout_s: float = setting(
+        30.0, "longest wait for a request's head, and for the next part of its body"
+    )
+    send_timeout_s: float = setting(60.0, "how long a client may leave an answer unread before it is dropped")
     max_queue: int = setting(256, "requests that may wait; more are answered 429")
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"
@@ -201,6 +223,9 @@ class ServerConfig:
         _require(self, "port", 0 <= self.port <= 65535, "between 0 and 65535")
         _require(self, "max_queue", self.max_queue >= 1, "at least 1")
         _require(self, "max_engine_restarts", self.max_engine_restarts >= 0, "at least 0")
+        _require(self, "max_body_bytes", self.max_body_bytes >= 0, "at least 0")
+        for name in ("receive_timeout_s", "send_timeout_s"):
+            _require(self, name, getattr(self, name) > 0, "above 0")
         _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
 
 
@@ -267,7 +292,7 @@ def coerce(part: Any, name: str, value: Any) -> Any:
         if name.endswith("_bytes"):
             return parse_bytes(value)
         if isinstance(default, tuple):
-            return tuple(str(v) for v in ([value] if isinstance(value, str) else value))
+            return tuple(str(v) for v in _as_list(value))
         if isinstance(default, int) and (isinstance(value, bool) or int(value) != float(value)):
             raise ValueError
         return type(default)(value)
@@ -277,6 +302,15 @@ def coerce(part: Any, name: str, value: Any) -> Any:
         raise ConfigError(
             f"setting {name} is {value!r}; it must be of type {type(default).__name__}"
         ) from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    """One text is a list of one; one that is a JSON list, as vLLM's options are, is that list."""
+    values = [value] if isinstance(value, str) else list(value)
+    if len(values) == 1 and str(values[0]).startswith(("[]", '["')):
+        parsed = json.loads(values[0])
+        return parsed if isinstance(parsed, list) else values
+    return values
 
 
 def check_choices(part: Any) -> None:

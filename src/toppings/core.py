@@ -3,7 +3,6 @@
 Imports nothing of ours and no torch, so that the scheduler, the simulator and the router can use it bare.
 """
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -14,6 +13,12 @@ GROUPS: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4
 """Projection groups: indices into `MODULES` of the projections that read the same input."""
 
 MAX_LOGPROBS = 20
+MAX_INT = 2**31 - 1
+"""Largest count or token id of a request: all of them fit the integers of messages and kernels."""
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_SHOWN_CHARS = 200
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -23,6 +28,33 @@ def parse_targets(text: str) -> tuple[str, ...]:
         if name not in MODULES:
             raise ValueError(f"target {name!r} is unknown; choose from {', '.join(MODULES)}, or all")
     return names
+
+
+def shown(value: object, max_chars: int = MAX_SHOWN_CHARS) -> str:
+    """`value` as a message or a log line may hold it: cut, and without halves of UTF-16 pairs."""
+    text = value if isinstance(value, str) else _text_of_number(value)
+    num_more = len(text) - max_chars
+    if num_more > 0:
+        text = f"{text[:max_chars]}... ({num_more} more characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _text_of_number(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        return "an integer of more than 4300 digits"
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises RequestError for a text that UTF-8 cannot write: one that holds half of a UTF-16 pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise RequestError(
+            f"{name} is no valid Unicode: character {error.start} is {half}, half of a surrogate pair"
+        ) from None
 
 
 class RequestError(ValueError):
@@ -52,8 +84,9 @@ class SamplingParams:
 
     `logprobs` is how many alternatives to report beside each chosen token (None: no logprobs at all).
     `stop` strings are matched by the front end on text; the engine itself only knows `stop_token_ids`.
+    There may be `MAX_STOP_STRINGS` of up to `MAX_STOP_CHARS` characters, and `MAX_STOP_TOKEN_IDS` ids.
 
-    Raises RequestError for a value outside its range.
+    Raises RequestError for a value of another type or outside its range.
     """
 
     max_tokens: int = 16
@@ -72,32 +105,56 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check_range("max_tokens", self.max_tokens, 1, None)
-        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_count("max_tokens", self.max_tokens, 1, MAX_INT)
+        _check_count("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, low_is_open=True)
-        _check_range("top_k", self.top_k, 0, None)
+        _check_count("top_k", self.top_k, 0, MAX_INT)
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_is_open=True)
         if self.seed is not None:
-            _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+            _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if any(not text for text in self.stop):
-            raise RequestError("stop holds an empty string; each stop string needs at least one character")
+            _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
+        for text in self.stop:
+            if not text:
+                raise RequestError("stop holds an empty string; each stop string needs at least one character")
+            if len(text) > MAX_STOP_CHARS:
+                raise RequestError(
+                    f"stop holds a string of {len(text)} characters; each may have at most {MAX_STOP_CHARS}"
+                )
+            check_unicode("stop", text)
+        _check_length("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
+        for token_id in self.stop_token_ids:
+            _check_count("stop_token_ids holds an id that", token_id, 0, MAX_INT)
 
 
-def _check_range(
-    name: str, value: float, low: float, high: float | None, *, low_is_open: bool = False
-) -> None:
-    too_low = value <= low if low_is_open else value < low
-    if math.isnan(value) or too_low or (high is not None and value > high):
-        bounds = f"{'above' if low_is_open else 'at least'} {low}" + (
-            "" if high is None else f", at most {high}"
+def _check_count(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} is {shown(repr(value))}; it must be an integer")
+    _check_range(name, value, low, high)
+
+
+def _check_range(name: str, value: float, low: float, high: float, *, low_is_open: bool = False) -> None:
+    if not isinstance(value, int | float):
+        raise RequestError(f"{name} is {shown(repr(value))}; it must be a number")
+    # Asked so that NaN, which is neither above nor below, is refused too.
+    is_above_low = value > low if low_is_open else value >= low
+    if not (is_above_low and value <= high):
+        raise RequestError(
+            f"{name} is {shown(value)}; it must be {'above' if low_is_open else 'at least'} {low}, at most {high}"
         )
-        raise RequestError(f"{name} is {value}; it must be {bounds}")
+
+
+def _check_length(name: str, values: tuple[object, ...], most: int, unit: str) -> None:
+    if len(values) > most:
+        raise RequestError(f"{name} holds {len(values)} {unit}; at most {most} are allowed")
 
 
 @dataclass(slots=True, eq=False)

@@ -51,6 +51,8 @@ def _default(setting: "Field[Any]") -> str:
     if setting.default in ("", ()) or (setting.default == 0 and "0:" in setting.metadata["help"]):
         return ""
     default: Any = setting.default
+    if isinstance(default, tuple):
+        default = ", ".join(default)
     is_size = setting.name.endswith("_bytes")
     return f" (default: {default // 2**20}MiB)" if is_size else f" (default: {default})"
 

@@ -1,5 +1,6 @@
 """Text in, text out: a checkpoint's tokeniser and chat template, incremental detokenisation, stop strings."""
 
+import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from toppings.core import (
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
+    check_unicode,
 )
 
 REPLACEMENT = "\ufffd"
@@ -23,6 +25,21 @@ CONTEXT_LEN = 6
 MAX_PENDING = 8
 """A character has at most four bytes; text that is still incomplete after more tokens never becomes valid."""
 TOKEN_TEXT_CACHE = 1 << 16
+SLICE_CHARS = 1 << 16
+SLICE_SLACK = 64
+"""Tokens that a slice may have more than its part of the whole text: a cut can split words and tokens."""
+
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How SentencePiece names the tokens of single bytes."""
+
+
+@lru_cache(1)
+def byte_of_char() -> dict[str, int]:
+    """Byte-level tokenisers write each byte as one character: itself where that is printable, else from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(0x100)) - set(printable))
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 class GenerationError(RuntimeError):
@@ -37,11 +54,15 @@ class TextModel:
     """The tokeniser of a checkpoint. Token ids are those of the model's vocabulary."""
 
     def __init__(self, tokenizer: Any) -> None:
+        self.max_tokens: int | None = None
+        """Of a text; more are refused without tokenising it to its end."""
         self._tokenizer = tokenizer
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
         self.template = _template_of(tokenizer)
         self._renderer = ChatRenderer(getattr(tokenizer, "special_tokens_map", {}))
+        self._max_token_chars = max(map(len, tokenizer.get_vocab()), default=1)
         self.token_text = lru_cache(TOKEN_TEXT_CACHE)(self._token_text)
+        self.token_bytes = lru_cache(TOKEN_TEXT_CACHE)(self._token_bytes)
 
     @classmethod
     def load(cls, path: Path) -> "TextModel":
@@ -60,7 +81,32 @@ class TextModel:
         return self.template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises RequestError for a text of more than `max_tokens`, or one that is no valid Unicode."""
+        check_unicode("the text", text)
+        self.check_chars(len(text))
+        if len(text) > SLICE_CHARS:
+            self._check_slices(text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def check_chars(self, num_chars: int) -> None:
+        """Raises RequestError where so many characters have more than `max_tokens` for certain."""
+        if self.max_tokens is not None and num_chars > self.max_tokens * self._max_token_chars:
+            raise RequestError(
+                f"the prompt has {num_chars} characters, so more than {self.max_tokens} tokens; "
+                f"the model's context holds {self.max_tokens} tokens"
+            )
+
+    def _check_slices(self, text: str) -> None:
+        """Tokenising takes some hundred bytes a token, so a long text is counted slice by slice before."""
+        num_tokens = 0
+        for start in range(0, len(text), SLICE_CHARS):
+            piece = text[start : start + SLICE_CHARS]
+            num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False)) - SLICE_SLACK
+            if self.max_tokens is not None and num_tokens > self.max_tokens:
+                raise RequestError(
+                    f"the prompt has {len(text)} characters, of which the first {start + len(piece)} have more "
+                    f"than {self.max_tokens} tokens; the model's context holds {self.max_tokens} tokens"
+                )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(
@@ -96,6 +142,24 @@ class TextModel:
         """The text of one token as it stands inside a sentence, special tokens by their names."""
         anchor = self.decode(self._anchor, skip_special_tokens=False)
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(anchor) :]
+
+    def token_name(self, token_id: int) -> str:
+        """Its text; for a token that is part of a character its bytes, as `bytes:\\xe2\\x80`."""
+        text = self.token_text(token_id)
+        if REPLACEMENT not in text or (content := self.token_bytes(token_id)) == text.encode():
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the text's UTF-8, also where it is only a part of a character."""
+        text = self.token_text(token_id)
+        stored = self._tokenizer.convert_ids_to_tokens(token_id) if REPLACEMENT in text else None
+        if not isinstance(stored, str):
+            return text.encode()
+        if match := BYTE_TOKEN.fullmatch(stored):
+            return bytes.fromhex(match[1])
+        content = [byte_of_char().get(char) for char in stored]
+        return text.encode() if None in content else bytes(b for b in content if b is not None)
 
 
 def _template_of(tokenizer: Any) -> ChatTemplate | None:
@@ -136,19 +200,19 @@ class StopMatcher:
     """Lets text through up to the first stop string; holds back what might yet become one."""
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
-        self._stops = tuple(stops)
+        self._begun = [_BegunStop(stop) for stop in dict.fromkeys(stops)]
         self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text to show now, and the stop string that ended it, if one did."""
-        text = self._held + text
-        found = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        new, text = text, self._held + text
+        found = [(start, -len(b.stop), b.stop) for b in self._begun if (start := text.find(b.stop)) >= 0]
         if found:
             start, _, stop = min(found)
             self._held = ""
             return text[: start + len(stop)] if self._include_stop else text[:start], stop
-        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        num_held = max((begun.push(new) for begun in self._begun), default=0)
         cut = len(text) - num_held
         self._held = text[cut:]
         return text[:cut], None
@@ -158,10 +222,32 @@ class StopMatcher:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`, short of all of it."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+class _BegunStop:
+    """How much of one stop string the end of the text is (Knuth, Morris and Pratt): constant time a character.
+
+    `_borders[k]` is the length of the longest proper end of `stop[:k]` that begins `stop`, as far as needed yet.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self._num_matched = 0
+        self._borders = [0, 0]
+
+    def push(self, text: str) -> int:
+        for char in text:
+            self._num_matched = self._longer(self._num_matched, char)
+        return self._num_matched
+
+    def _longer(self, length: int, char: str) -> int:
+        while length and (length == len(self.stop) or self.stop[length] != char):
+            length = self._border(length)
+        return length + (self.stop[length] == char)
+
+    def _border(self, length: int) -> int:
+        while len(self._borders) <= length:
+            end = len(self._borders) - 1
+            self._borders.append(self._longer(self._borders[end], self.stop[end]))
+        return self._borders[length]
 
 
 @dataclass(frozen=True, slots=True)

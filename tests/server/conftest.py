@@ -83,7 +83,7 @@ class Server:
 
     def client_from(self, address: str, **headers: str) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(self.app, client=(address, 5000), raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+        return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080", headers=headers)
 
     async def post(self, path: str, **body: object) -> httpx.Response:
         return await self.http.post(path, json=body)

@@ -1,6 +1,5 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -174,6 +173,16 @@ class TestKey:
             reply = await server.http.get(path, headers=headers)
             assert (reply.status_code, reply.json()) == (401, {"error": "Unauthorized"})
 
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
+    async def test_the_schemes_name_has_any_case(self, server: Server, scheme: str) -> None:
+        headers = httpx.Headers({b"authorization": f"{scheme} sésame".encode()})
+        assert (await server.http.get("/v1/models", headers=headers)).status_code == 200
+
+    @pytest.mark.parametrize("given", ["Basic sésame", "sésame", "Bearer", "Bearer sésame x", "Bearersésame"])
+    async def test_anything_else_is_401(self, server: Server, given: str) -> None:
+        reply = await server.http.get("/v1/models", headers=httpx.Headers({b"authorization": given.encode()}))
+        assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+
     @pytest.mark.parametrize("path", ["/health", "/healthz", "/ready"])
     async def test_health_does_not(self, server: Server, path: str) -> None:
         assert (await server.http.get(path)).status_code == 200
@@ -223,15 +232,83 @@ async def test_ipv6_loopback_is_loopback(server: Server) -> None:
         assert (await server.client_from(address).post("/adapters/a/pin")).status_code == expected
 
 
-async def test_a_body_beyond_the_limit_is_413(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toppings.server.limits.MAX_BODY_BYTES", 100)
-    assert (await server.complete("x" * 200)).status_code == 413
+@pytest.mark.parametrize(("method", "path", "body"), CHANGING)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "localhost.evil.example", "a@b", "[", ""])
+async def test_a_name_that_a_web_page_made_mean_this_machine_changes_nothing(
+    server: Server, method: str, path: str, body: dict[str, object] | None, host: str
+) -> None:
+    headers = {"host": host, "origin": f"http://{host}"}
+    reply = await server.http.request(method, path, json=body, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (403, "PermissionDeniedError")
+    assert server.registry.count() == 0
 
-    async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(20):
-            yield b"x" * 10
 
-    headers = {"content-type": "application/json"}
-    for path in ("/v1/completions", "/generate"):
-        reply = await server.http.post(path, content=chunks(), headers=headers)
-        assert reply.status_code == 413
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", "[::1]:80"])
+async def test_names_of_the_loopback_may_change_state(server: Server, host: str) -> None:
+    headers = {"host": host, "origin": f"http://{host}"}
+    assert (await server.http.post("/adapters/a/pin", headers=headers)).status_code == 404
+
+
+class TestHost:
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"host": "Box.lan"}
+
+    async def test_the_configured_host_may_change_state(self, server: Server) -> None:
+        reply = await server.http.post("/adapters/a/pin", headers={"host": "box.lan:8080"})
+        assert reply.status_code == 404
+
+
+PREFLIGHT = {"origin": "https://app.example", "access-control-request-method": "POST",
+             "access-control-request-headers": "authorization, content-type"}  # fmt: skip
+
+
+class TestOrigins:
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"allowed_origins": '["https://app.example"]', "api_key": "sesame"}
+
+    async def test_browsers_may_ask_beforehand_without_the_key(self, server: Server) -> None:
+        reply = await server.http.options("/v1/completions", headers=PREFLIGHT)
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+        assert "authorization" in reply.headers["access-control-allow-headers"].lower()
+
+    async def test_other_origins_may_not(self, server: Server) -> None:
+        reply = await server.http.options("/v1/completions", headers={**PREFLIGHT, "origin": "https://x.example"})
+        assert (reply.status_code, "access-control-allow-origin" in reply.headers) == (400, False)
+
+    async def test_a_refusal_can_be_read_by_the_page(self, server: Server) -> None:
+        reply = await server.http.post("/v1/completions", headers={"origin": "https://app.example"})
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (401, "https://app.example")
+
+
+class TestOwnOrigins:
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"allowed_origins": ["http://localhost:3000"]}
+
+    @pytest.mark.parametrize(("origin", "status"), [("http://localhost:3000", 404), ("http://localhost:4", 403)])
+    async def test_an_allowed_page_may_change_state(self, server: Server, origin: str, status: int) -> None:
+        reply = await server.http.post("/adapters/a/pin", headers={"origin": origin})
+        assert reply.status_code == status
+
+
+async def test_by_default_no_page_of_another_origin_reads_answers(server: Server) -> None:
+    reply = await server.http.options("/v1/completions", headers=PREFLIGHT)
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    reply = await server.http.get("/v1/models", headers={"origin": "https://app.example"})
+    assert "access-control-allow-origin" not in reply.headers
+
+
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/ready"])
+async def test_probes_may_ask_for_the_head_only(server: Server, path: str) -> None:
+    reply = await server.http.head(path)
+    assert (reply.status_code, reply.content) == (200, b"")
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "PATCH", "TRACE", "BREW"])
+async def test_other_methods_are_405_and_say_which_are_right(server: Server, method: str) -> None:
+    for path, allowed in (("/v1/completions", "POST"), ("/v1/load_lora_adapter", "POST")):
+        reply = await server.http.request(method, path)
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)

@@ -211,3 +211,81 @@ async def test_every_open_request_hears_of_the_engines_death(server: Server) -> 
     assert [r.status_code for r in replies] == [503] * 4
     assert all(r.json()["error"]["type"] == "EngineDeadError" for r in replies)
     assert (await server.http.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/json"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
+async def test_json_is_read_whatever_its_content_type(server: Server, path: str, kind: str | None) -> None:
+    body = {
+        "/v1/completions": b'{"prompt": "hi"}',
+        "/v1/chat/completions": b'{"messages": [{"role": "user", "content": "hi"}]}',
+        "/generate": b'{"inputs": "hi", "parameters": {}}',
+    }[path]
+    headers = {} if kind is None else {"content-type": kind}
+    assert (await server.http.post(path, content=body, headers=headers)).status_code == 200
+
+
+async def test_an_assistant_may_have_said_nothing(server: Server) -> None:
+    said: list[dict[str, object]] = [{"role": "assistant", "content": None}, {"role": "assistant"}]
+    for message in said:
+        messages = [{"role": "user", "content": "hi"}, message, {"role": "user", "content": "so?"}]
+        reply = await server.post("/v1/chat/completions", messages=messages, max_tokens=1)
+        assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": None}, {"role": "system"}])
+async def test_others_may_not(server: Server, message: dict[str, object]) -> None:
+    reply = await server.post("/v1/chat/completions", messages=[message])
+    assert (reply.status_code, "content is needed" in reply.text) == (400, True)
+
+
+async def test_tools_that_are_not_to_be_used_are_accepted(server: Server) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    for body in (
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+    ):
+        reply = await server.post("/v1/chat/completions", messages=messages, max_tokens=1, **body)
+        assert reply.status_code == 200
+        refused = await server.post("/v1/chat/completions", messages=messages, **{n: v for n, v in body.items() if v != "none"})
+        assert refused.status_code == 400
+
+
+async def test_tokens_that_are_parts_of_a_character_have_their_own_bytes_and_names(server: Server) -> None:
+    """The tokeniser writes each byte as a token: an alternative of one is another byte."""
+    reply = await server.complete("\u20ac", logprobs=2, max_tokens=3, add_special_tokens=False)
+    logprobs = reply.json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    assert [len(top) for top in logprobs["top_logprobs"]] == [2, 2, 2]
+    for name, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"]):
+        assert top[name] == value
+    assert logprobs["text_offset"] == [0, 1, 1]
+
+
+async def test_chats_tokens_have_the_bytes_of_their_text(server: Server) -> None:
+    server.engine.script = lambda call: server.state.text.encode("a\u20acb", add_special_tokens=False)
+    body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, "max_tokens": 9}
+    reply = (await server.post("/v1/chat/completions", **body)).json()["choices"][0]
+    content = reply["logprobs"]["content"]
+    assert bytes(sum((token["bytes"] for token in content), [])).startswith("a\u20acb".encode())
+    assert all(len({tuple(top["bytes"]) for top in token["top_logprobs"]}) == 2 for token in content)
+
+
+async def test_alternatives_of_the_same_text_keep_names_of_their_own(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.state.text, "token_name", lambda token_id: "same")
+    reply = await server.complete("a", logprobs=2, max_tokens=1, add_special_tokens=False)
+    [top] = reply.json()["choices"][0]["logprobs"]["top_logprobs"]
+    [chosen] = server.state.text.encode("a", add_special_tokens=False)
+    assert top["same"] == -0.5
+    assert [name.startswith("token_id:") for name in top] == [False, True]
+    assert f"token_id:{chosen}" not in top
+
+
+async def test_a_long_answer_is_written_in_parts(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toppings.server.replies.PART_LEN", 2)
+    monkeypatch.setattr("toppings.server.jobs.LONG_TEXT", 1)
+    long = (await server.complete("hello", logprobs=2, max_tokens=7)).json()["choices"]
+    monkeypatch.undo()
+    assert long == (await server.complete("hello", logprobs=2, max_tokens=7)).json()["choices"]

@@ -111,6 +111,16 @@ async def test_malformed_bodies_are_400(server: Server, content: str, media_type
     assert reply.json()["error"]["param"] is None
 
 
+@pytest.mark.parametrize("path", [LOAD, "/v1/unload_lora_adapter", "/load_lora_adapter", "/adapters"])
+@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}])
+async def test_what_changes_state_names_the_content_type_it_needs(
+    server: Server, path: str, headers: dict[str, str]
+) -> None:
+    reply = await server.http.post(path, content='{"lora_name": "x"}', headers=headers)
+    assert reply.status_code == 400
+    assert "Content-Type must be application/json" in reply.json()["error"]["message"]
+
+
 async def test_the_wrong_method_is_405(server: Server) -> None:
     reply = await server.http.get(LOAD)
     assert (reply.status_code, reply.json()) == (405, {"detail": "Method Not Allowed"})

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from toppings.access import read_api_key
 from toppings.bench.apis import CompletionsApi
 from toppings.bench.client import LoadClient, wait_until_ready
 from toppings.config import Config
@@ -60,7 +61,8 @@ async def running_server(config: Config, command: Command = serve_command) -> As
     try:
         url = f"http://{config.server.host}:{config.server.port}"
         api = CompletionsApi(ignores_eos=True)
-        async with LoadClient(url, api, api_key=config.server.api_key) as client:
+        key = read_api_key(config.server.api_key, config.server.api_key_file)
+        async with LoadClient(url, api, api_key=key) as client:
             await _ready(process, client, console)
             yield client
     finally:

@@ -22,7 +22,9 @@ changing = APIRouter(dependencies=[Depends(may_change_state)])
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 @router.get("/healthz")
+@router.head("/healthz", include_in_schema=False)
 async def health(request: Request) -> Response:
     """Whether there is an engine that answers: 503 with the reason while it is replaced, or when none will be."""
     client = state_of(request).client
@@ -32,6 +34,7 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ready")
+@router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> Response:
     """Whether new requests are taken: not while the server shuts down."""
     state_of(request).check_ready()

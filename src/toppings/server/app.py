@@ -1,6 +1,7 @@
 """The application: every route over one engine client, registry and tokeniser."""
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
@@ -10,7 +11,7 @@ from toppings.server import admin, chat, completions, generate, models
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware
 from toppings.server.errors import install_error_handlers
-from toppings.server.limits import BodyLimitMiddleware
+from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.metrics import Metrics
 from toppings.server.state import Client, ServerState
 from toppings.text import TextModel
@@ -35,7 +36,19 @@ def create_app(
     for router in (models.router, models.changing):
         app.include_router(router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimitMiddleware)
+    app.add_middleware(
+        BoundsMiddleware,
+        max_body_bytes=body_limit(config.server.max_body_bytes, client.info.max_model_len),
+        timeout_s=config.server.receive_timeout_s,
+    )
     if config.server.api_key:
         app.add_middleware(KeyMiddleware, api_key=config.server.api_key)
+    if config.server.allowed_origins:  # outside of all: browsers ask beforehand, without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.server.allowed_origins,
+            allow_methods=config.server.allowed_methods,
+            allow_headers=config.server.allowed_headers,
+            allow_credentials=config.server.allow_credentials == "on",
+        )
     return app

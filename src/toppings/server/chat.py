@@ -9,20 +9,23 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from toppings.server.bodies import JsonRoute
 from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
 from toppings.server.protocol import ChatBody
-from toppings.server.replies import answer, running_usage, usage
+from toppings.server.replies import answer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import DONE, sse
-from toppings.text import TextLogprob
+from toppings.text import TextLogprob, TextModel
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
-    job = await _job(state_of(request), body)
-    return await answer(request, job, ChatReply(job, body), is_stream=bool(body.stream))
+    state = state_of(request)
+    lease = state.lease(body.num_choices)
+    job = await lease.during(_job(state, body))
+    return await answer(request, job, lease, ChatReply(job, body), is_stream=bool(body.stream))
 
 
 async def _job(state: ServerState, body: ChatBody) -> Job:
@@ -55,8 +58,10 @@ async def _tokens(state: ServerState, body: ChatBody, target: Target) -> list[in
         and not (body.add_generation_prompt is None and body.continue_final_message),
         "continue_final_message": bool(body.continue_final_message),
     }
+    state.text.check_chars(sum(len(message["content"]) for message in messages))
     text = await state.text.chat_text(messages, await state.template_of(target), **options)
-    return await tokens_of(state.text, text, bool(body.add_special_tokens))
+    [tokens] = await tokens_of(state, [text], add_special_tokens=bool(body.add_special_tokens))
+    return tokens
 
 
 class ChatReply:
@@ -69,7 +74,7 @@ class ChatReply:
         self._created = int(time.time())
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        parts = [
+        content = [
             {
                 "index": i,
                 "message": {"role": "assistant", "content": c.text, "refusal": None},
@@ -79,7 +84,7 @@ class ChatReply:
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
         total = usage(self._job.num_prompt_tokens, num_tokens)
-        return {**self._head("chat.completion"), "choices": parts, "usage": total}
+        return {**self._head("chat.completion"), "choices": content, "usage": total}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
         head, num_tokens, begun = self._head("chat.completion.chunk"), 0, set()
@@ -104,14 +109,21 @@ class ChatReply:
     def _ending(
         self, logprobs: list[TextLogprob], finish_reason: str | None, stop_reason: str | int | None
     ) -> dict[str, Any]:
-        content = {"content": [_logprob(each) for each in logprobs]} if self._body.logprobs else None
+        text = self._job.state.text
+        content = None
+        if self._body.logprobs:
+            content = {"content": raw_list([_logprob(text, each) for each in part] for part in parts(logprobs))}
         return {"logprobs": content, "finish_reason": finish_reason, "stop_reason": stop_reason}
 
 
-def _logprob(each: TextLogprob) -> dict[str, Any]:
-    top = [_token(text, logprob) for _, text, logprob in each.top]
-    return {**_token(each.text, each.logprob), "top_logprobs": top}
+def _logprob(text: TextModel, each: TextLogprob) -> dict[str, Any]:
+    top = [_token(text, token_id, logprob) for token_id, _, logprob in each.top]
+    return {**_token(text, each.token_id, each.logprob), "top_logprobs": top}
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token(text: TextModel, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": text.token_name(token_id),
+        "logprob": logprob,
+        "bytes": list(text.token_bytes(token_id)),
+    }

@@ -9,29 +9,32 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
+from toppings.server.bodies import JsonRoute
+from toppings.server.jobs import Choice, Job, beside_loop, room_for_output, tokens_of
 from toppings.server.protocol import CompletionBody
-from toppings.server.replies import answer, running_usage, usage
+from toppings.server.replies import answer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import DONE, sse
-from toppings.text import TextLogprob, TextOutput
+from toppings.text import TextLogprob, TextModel, TextOutput
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 DEFAULT_MAX_TOKENS = 16
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: Request) -> Response:
-    job = await _job(state_of(request), body)
-    return await answer(request, job, CompletionReply(job, body), is_stream=bool(body.stream))
+    state, prompts = state_of(request), body.prompts()
+    lease = state.lease(len(prompts) * body.num_choices)
+    job = await lease.during(_job(state, body, prompts))
+    reply = CompletionReply(job, body, await lease.during(_echoes(state, body, prompts)))
+    return await answer(request, job, lease, reply, is_stream=bool(body.stream))
 
 
-async def _job(state: ServerState, body: CompletionBody) -> Job:
+async def _job(state: ServerState, body: CompletionBody, given: list[str | list[int]]) -> Job:
     started_at = time.perf_counter()
     target = state.target(body.model)
-    special = body.add_special_tokens is not False
-    prompts = [await tokens_of(state.text, prompt, special) for prompt in body.prompts()]
+    prompts = await tokens_of(state, given, add_special_tokens=body.add_special_tokens is not False)
     max_tokens = body.max_tokens
     if max_tokens is None:
         default = min(DEFAULT_MAX_TOKENS, state.defaults.get("max_tokens", DEFAULT_MAX_TOKENS))
@@ -49,10 +52,20 @@ async def _job(state: ServerState, body: CompletionBody) -> Job:
     )
 
 
+async def _echoes(state: ServerState, body: CompletionBody, prompts: list[str | list[int]]) -> list[str]:
+    def decode() -> list[str]:
+        return [prompt if isinstance(prompt, str) else state.text.decode(prompt) for prompt in prompts]
+
+    if not body.echo:
+        return [""] * len(prompts)
+    return await beside_loop(state, sum(map(len, prompts)), decode)
+
+
 class CompletionReply:
     """The two forms of a completion: whole, or as events."""
 
-    def __init__(self, job: Job, body: CompletionBody) -> None:
+    def __init__(self, job: Job, body: CompletionBody, echoes: list[str]) -> None:
+        """`echoes` has what precedes the answers to each prompt."""
         self._job = job
         self._body = body
         self._head = {
@@ -61,15 +74,16 @@ class CompletionReply:
             "created": int(time.time()),
             "model": job.target.name,
         }
-        self._echoes = [self._echo(prompt) if body.echo else "" for prompt in body.prompts()]
+        self._text = job.state.text
+        self._echoes = echoes
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        parts = [
-            self._choice(i, self._echo_of(i) + c.text, c, _logprobs(c.logprobs, 0))
+        content = [
+            self._choice(i, self._echo_of(i) + c.text, c, _logprobs(self._text, c.logprobs, 0))
             for i, c in enumerate(choices)
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
-        return {**self._head, "choices": parts, "usage": usage(self._job.num_prompt_tokens, num_tokens)}
+        return {**self._head, "choices": content, "usage": usage(self._job.num_prompt_tokens, num_tokens)}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
         offsets = [0] * self._job.num_sequences
@@ -80,8 +94,8 @@ class CompletionReply:
                 num_tokens += len(output.token_ids)
                 text = echoes.pop(i, "") + output.text
                 logprobs = output.logprobs or []
-                choice = self._choice(i, text, output, _logprobs(logprobs, offsets[i]))
-                offsets[i] += sum(len(each.text) for each in logprobs)
+                choice = self._choice(i, text, output, _logprobs(self._text, logprobs, offsets[i]))
+                offsets[i] += sum(_num_chars(self._text, each) for each in logprobs)
                 yield sse(
                     {**self._head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)}
                 )
@@ -103,19 +117,32 @@ class CompletionReply:
     def _echo_of(self, index: int) -> str:
         return self._echoes[index // self._job.num_choices]
 
-    def _echo(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._job.state.text.decode(prompt)
 
-
-def _logprobs(logprobs: list[TextLogprob], offset: int) -> dict[str, Any]:
+def _logprobs(text: TextModel, logprobs: list[TextLogprob], offset: int) -> dict[str, Any]:
     """The completions form; `offset` is where the first token's text begins."""
     offsets = []
     for each in logprobs:
         offsets.append(offset)
-        offset += len(each.text)
+        offset += _num_chars(text, each)
     return {
-        "tokens": [each.text for each in logprobs],
+        "tokens": [text.token_name(each.token_id) for each in logprobs],
         "token_logprobs": [each.logprob for each in logprobs],
-        "top_logprobs": [{text: value for _, text, value in each.top} for each in logprobs],
+        "top_logprobs": raw_list([_top(text, each) for each in part] for part in parts(logprobs)),
         "text_offset": offsets,
     }
+
+
+def _num_chars(text: TextModel, each: TextLogprob) -> int:
+    """Characters that begin in the token: those of its bytes that do not continue one."""
+    return sum(byte & 0xC0 != 0x80 for byte in text.token_bytes(each.token_id))
+
+
+def _top(text: TextModel, each: TextLogprob) -> dict[str, float]:
+    """The alternatives by name. Names that two tokens share go to the chosen one, then to the likelier one."""
+    ids = {text.token_name(each.token_id): each.token_id}
+    top = {}
+    for token_id, _, value in each.top:
+        name = text.token_name(token_id)
+        is_owner = ids.setdefault(name, token_id) == token_id
+        top[name if is_owner else f"token_id:{token_id}"] = value
+    return top

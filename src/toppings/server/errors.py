@@ -1,5 +1,6 @@
 """What can go wrong, and how the API says so."""
 
+import errno
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,10 +9,12 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from toppings.adapters.errors import AdapterError
-from toppings.core import RequestError
+from toppings.core import RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
 from toppings.text import GenerationCutError, GenerationError
@@ -21,16 +24,26 @@ logger = logging.getLogger(__name__)
 PLAIN_STATUSES = (404, 405)
 """Unknown routes and wrong methods keep the framework's `{"detail": ...}`, as vLLM's clients know it."""
 
+CLIENT_GONE = 499
+MAX_MESSAGE_CHARS = 2000
+"""Of an answer that says what was wrong: it does not send a client's megabytes back."""
+MAX_PROBLEMS = 10
+RETRY_AFTER_S = 1
+
 
 @dataclass
 class ApiError(Exception):
-    """An answer with `status` and the usual error object; `kind` is its `type`."""
+    """An answer with `status` and the usual error object; `kind` is its `type`. A long message is cut."""
 
     status: int
     message: str
     kind: str = "BadRequestError"
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.message = shown(self.message, MAX_MESSAGE_CHARS)
+        self.param = None if self.param is None else shown(self.param)
 
     def __str__(self) -> str:
         return self.message
@@ -58,13 +71,24 @@ KINDS: tuple[tuple[type[Exception], int, str], ...] = (
 )
 """Status and type of exceptions whose message is meant for the client; the first that fits counts."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BUSY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 
 def describe(error: BaseException) -> ApiError:
-    """The API's answer to any exception; an unforeseen one is logged and told without its details."""
+    """The API's answer to any exception; an unforeseen one is logged and told without its details.
+
+    The server's own lack of something is no fault of the request: 507 where a disk is full, 503 where files or
+    memory have run out, wherever in a chain of causes it stands.
+    """
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestValidationError):
+    if isinstance(error, RequestValidationError | ValidationError):
         return _invalid(error)
+    if isinstance(error, ClientDisconnect):
+        return ApiError(CLIENT_GONE, "the client has gone", "ClientGone")
+    if (lack := _lack(error)) is not None:
+        return lack
     for exception, status, kind in KINDS:
         if isinstance(error, exception):
             headers = {"Retry-After": "1"} if status == 503 else {}
@@ -73,11 +97,29 @@ def describe(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed; its log says why", "InternalServerError")
 
 
-def _invalid(error: RequestValidationError) -> ApiError:
-    problems = [(".".join(str(part) for part in each["loc"]), each["msg"]) for each in error.errors()]
-    lines = "".join(f"\n  {place}: {message}" for place, message in problems)
+def _lack(error: BaseException | None) -> ApiError | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return ApiError(507, f"the server's disk is full: {error.strerror}", "InsufficientStorageError")
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in BUSY):
+            return ApiError(
+                503,
+                f"the server has run out of files or memory; try again later",
+                "ServiceUnavailableError",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
+        error = error.__cause__
+    return None
+
+
+def _invalid(error: RequestValidationError | ValidationError) -> ApiError:
+    """Names places and what would be right; the values, which may be long, are left out."""
+    problems = [
+        (".".join(shown(part, 64) for part in each["loc"]), shown(each["msg"])) for each in error.errors()
+    ]
+    lines = "".join(f"\n  {place}: {message}" for place, message in problems[:MAX_PROBLEMS])
     noun = "validation error" if len(problems) == 1 else "validation errors"
-    is_field = problems[0][0].startswith("body.") and error.errors()[0]["type"] != "json_invalid"
+    is_field = problems[0][0].startswith("body.")
     return ApiError(
         400, f"{len(problems)} {noun}:{lines}", "Bad Request", problems[0][0] if is_field else None
     )

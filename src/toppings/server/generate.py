@@ -6,13 +6,12 @@ other, `parameters.adapter_id` or not, gets LoRAX's (`generated_text` is a strin
 
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from toppings.server import lightllm, lorax
+from toppings.server.bodies import read_json
 from toppings.server.errors import ApiError
 
 router = APIRouter()
@@ -43,19 +42,13 @@ async def _generate(request: Request, *, is_stream: bool) -> Response:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    try:
-        body = msgspec.json.decode(await request.body())
-    except msgspec.DecodeError as error:
-        raise ApiError(400, f"the body is no JSON: {error}", "Bad Request") from error
+    body = await read_json(request)
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", "Bad Request")
     return body
 
 
 def _readable(error: Exception) -> Exception:
-    if isinstance(error, ValidationError):
-        problems = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
-        return ApiError(400, "; ".join(f"{place}: {message}" for place, message in problems), "Bad Request")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), "Bad Request")
     return error

@@ -2,20 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import RequestError, SamplingParams
+from toppings.core import RequestError, SamplingParams, shown
 from toppings.server.errors import ApiError
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
-from toppings.text import GenerationError, TextLogprob, TextModel, TextOutput, generate_text
+from toppings.text import GenerationError, TextLogprob, TextOutput, generate_text
 
 LONG_TEXT = 4096
-"""Characters above which a text is tokenised in a thread."""
+"""Characters, tokens or values of an answer above which they are worked on in a thread."""
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -103,7 +106,9 @@ class Job:
     def _sampling_of(self, choice: int) -> SamplingParams:
         """Choices of a seeded request differ, and each is the same every time."""
         seed = self.sampling.seed
-        return self.sampling if seed is None or choice == 0 else replace(self.sampling, seed=seed + choice)
+        if seed is None or choice == 0:
+            return self.sampling
+        return replace(self.sampling, seed=(seed + choice + 2**63) % 2**64 - 2**63)
 
     def _explain(self, error: Exception) -> None:
         """A request that lost its adapter between look-up and engine is told so: raises ApiError 404."""
@@ -132,7 +137,7 @@ def check_token_ids(state: ServerState, name: str, token_ids: list[int] | tuple[
     vocab_size = state.client.info.vocab_size
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-        raise RequestError(f"{name} holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
+        raise RequestError(f"{name} holds token id {shown(wrong)}; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
 def room_for_output(state: ServerState, prompts: list[list[int]]) -> int:
@@ -140,10 +145,27 @@ def room_for_output(state: ServerState, prompts: list[list[int]]) -> int:
     return max(1, state.client.info.max_model_len - max(len(prompt) for prompt in prompts))
 
 
-async def tokens_of(text: TextModel, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
-    """A long text is tokenised beside the event loop."""
-    if not isinstance(prompt, str):
-        return prompt
-    if len(prompt) <= LONG_TEXT:
-        return text.encode(prompt, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(text.encode, prompt, add_special_tokens=add_special_tokens)
+async def tokens_of(
+    state: ServerState, prompts: list[str | list[int]], *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Raises RequestError for a text that is too long, before it is tokenised to its end."""
+    for prompt in prompts:
+        state.text.check_chars(len(prompt) if isinstance(prompt, str) else 0)
+
+    def encode() -> list[list[int]]:
+        return [
+            state.text.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+
+    return await beside_loop(state, sum(len(prompt) for prompt in prompts), encode)
+
+
+async def beside_loop(state: ServerState, size: int, work: Callable[[], T]) -> T:
+    """The result of `work` on so many characters, tokens or values: a long one is done in a thread.
+
+    The tokeniser lets other threads run meanwhile; few are at work at once, the others wait.
+    """
+    if size <= LONG_TEXT:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(state.threads, work)

@@ -14,6 +14,7 @@ import uvicorn
 import yaml
 from fastapi import FastAPI
 
+from toppings.access import read_api_key
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
@@ -44,7 +45,7 @@ def run_server(config: Config) -> int:
     """
     config = with_run_files(config)
     start_logging(config)
-    return asyncio.run(_serve(config))
+    return asyncio.run(_serve(with_api_key(config)))
 
 
 def run_dir(config: Config) -> Path:
@@ -69,6 +70,12 @@ def with_run_files(config: Config) -> Config:
     except OSError as error:
         logger.warning("the configuration is not kept in %s: %s", directory, error)
     return config
+
+
+def with_api_key(config: Config) -> Config:
+    """`config` with the key read from where it stands; it is kept out of every file and message."""
+    key = read_api_key(config.server.api_key, config.server.api_key_file)
+    return replace(config, server=replace(config.server, api_key=key))
 
 
 def start_logging(config: Config) -> None:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.core import SamplingParams
-from toppings.server.errors import ApiError, describe, json_response
+from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.replies import CLIENT_GONE
+from toppings.server.protocol import Int, Name, PathText, Texts
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.text import TextLogprob, TextOutput
@@ -26,13 +26,13 @@ class Parameters(BaseModel):
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = -1
+    top_k: Int = -1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
-    max_new_tokens: int = 16
-    stop_sequences: str | list[str] | None = None
+    max_new_tokens: Int = 16
+    stop_sequences: str | Texts | None = None
     return_details: bool = False
 
     def sampling(self, *, has_logprobs: bool) -> SamplingParams:
@@ -57,21 +57,16 @@ class Body(BaseModel):
 
     inputs: str
     parameters: Parameters
-    lora_dir: str | None = None
-    lora_id: int | None = None
-    req_id: int | str | None = None
+    lora_dir: PathText | None = None
+    lora_id: Int | None = None
+    req_id: Int | Name | None = None
 
 
 async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) -> Response:
     state, body = state_of(request), Body.model_validate(raw)
     details = body.parameters.return_details
-    job = Job(
-        state=state,
-        target=_target(state, body),
-        prompts=[await tokens_of(state.text, body.inputs)],
-        sampling=body.parameters.sampling(has_logprobs=details or is_stream),
-    )
     lease = state.lease(1)
+    job = await lease.during(_job(state, body, has_logprobs=details or is_stream))
     if is_stream:
         return EventStream(
             _events(job, lease), lease, error_event=_error_event, error_response=error_response
@@ -82,6 +77,15 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
     return json_response(_whole(choice, has_details=details))
+
+
+async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
+    return Job(
+        state=state,
+        target=_target(state, body),
+        prompts=await tokens_of(state, [body.inputs]),
+        sampling=body.parameters.sampling(has_logprobs=has_logprobs),
+    )
 
 
 def error_response(error: Exception) -> Response:

@@ -11,10 +11,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
 from toppings.core import FinishReason, SamplingParams
-from toppings.server.errors import ApiError, describe, json_response
+from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.replies import CLIENT_GONE
-from toppings.server.state import Lease, state_of
+from toppings.server.protocol import Int, Name, Texts
+from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.text import TextLogprob
 
@@ -28,25 +28,25 @@ ERROR_STATUS = {400: (422, "validation"), 429: (429, "overloaded"), 404: (424, "
 class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    adapter_id: str | None = None
-    adapter_source: str | None = None
+    adapter_id: Name | None = None
+    adapter_source: Name | None = None
     do_sample: bool = False
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Int | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    max_new_tokens: int | None = None
+    max_new_tokens: Int | None = None
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: list[str] = []
-    seed: int | None = None
+    stop: Texts = []
+    seed: Int | None = None
     details: bool = False
-    return_k_alternatives: int | None = None
+    return_k_alternatives: Int | None = None
     # Accepted only where they ask for nothing:
-    best_of: int | None = None
-    truncate: int | None = None
+    best_of: Int | None = None
+    truncate: Int | None = None
     typical_p: float | None = None
     watermark: bool = False
     decoder_input_details: bool = False
@@ -104,14 +104,8 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
     is_stream = is_stream or body.stream
     parameters = body.parameters
     parameters.check()
-    adapter = None if parameters.adapter_id == BASE_MODEL else parameters.adapter_id
-    job = Job(
-        state=state,
-        target=state.target(adapter),
-        prompts=[await tokens_of(state.text, body.inputs)],
-        sampling=parameters.sampling(has_logprobs=parameters.details or is_stream),
-    )
     lease = state.lease(1)
+    job = await lease.during(_job(state, body, has_logprobs=parameters.details or is_stream))
     if is_stream:
         return EventStream(
             _events(job, body, lease),
@@ -126,6 +120,16 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
     return json_response(_whole(job, body, choice), headers=_all_headers(job, choice))
+
+
+async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
+    adapter = body.parameters.adapter_id
+    return Job(
+        state=state,
+        target=state.target(None if adapter == BASE_MODEL else adapter),
+        prompts=await tokens_of(state, [body.inputs]),
+        sampling=body.parameters.sampling(has_logprobs=has_logprobs),
+    )
 
 
 def error_response(error: Exception) -> Response:

@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict
 from toppings.adapters.registry import AdapterRecord
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import may_change_state
+from toppings.server.bodies import TypedJsonRoute
 from toppings.server.errors import ApiError, describe, json_response
+from toppings.server.protocol import Int, Name, PathText
 from toppings.server.state import ServerState, state_of
 
 router = APIRouter()
-changing = APIRouter(dependencies=[Depends(may_change_state)])
+changing = APIRouter(dependencies=[Depends(may_change_state)], route_class=TypedJsonRoute)
 
 
 class StrictBody(BaseModel):
@@ -22,30 +24,30 @@ class StrictBody(BaseModel):
 
 
 class LoadBody(StrictBody):
-    lora_name: str
-    lora_path: str
+    lora_name: Name
+    lora_path: PathText
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
 
 
 class UnloadBody(StrictBody):
-    lora_name: str
-    lora_int_id: int | None = None
+    lora_name: Name
+    lora_int_id: Int | None = None
 
 
 class RegisterBody(StrictBody):
-    name: str
-    src: str
+    name: Name
+    src: PathText
 
 
 class SglangLoadBody(StrictBody):
-    lora_name: str
-    lora_path: str
+    lora_name: Name
+    lora_path: PathText
     pinned: bool = False
 
 
 class SglangUnloadBody(StrictBody):
-    lora_name: str
+    lora_name: Name
 
 
 @router.get("/v1/models")

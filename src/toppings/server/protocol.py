@@ -1,11 +1,11 @@
 """Bodies of the OpenAI routes. Every field is honoured or refused by name; none is silently ignored."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from toppings.core import RequestError, SamplingParams
+from toppings.core import MAX_INT, RequestError, SamplingParams, shown
 from toppings.server.errors import ApiError
 
 HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
@@ -45,6 +45,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields of such APIs that are not supported, with the values (beside null) that ask for nothing."""
 
+NO_TOOLS = {"tools": "tool_choice", "functions": "function_call"}
+"""What a request may hold all the same where the field beside it says "none": it asks for no calls."""
+
+Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+"""What any integer of a body fits; most have narrower bounds, in `SamplingParams`."""
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+Name = Annotated[str, Field(max_length=1024)]
+PathText = Annotated[str, Field(max_length=4096)]
+# A list is refused at its first bad item: one error an item would take a multiple of the body's own size.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[Int], Field(fail_fast=True)]
+
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -59,23 +71,23 @@ class GenerationBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = None
-    max_tokens: int | None = None
-    n: int | None = Field(None, ge=1)
-    best_of: int | None = None
+    model: Name | None = None
+    max_tokens: Int | None = None
+    n: Count | None = None
+    best_of: Int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    seed: Int | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Int | None = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -85,6 +97,7 @@ class GenerationBody(BaseModel):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        data = {n: v for n, v in data.items() if n not in NO_TOOLS or data.get(NO_TOOLS[n]) != "none"}
         for name in [n for n in data if n in NEUTRAL and n not in cls.model_fields]:
             if data[name] is not None and data[name] not in NEUTRAL[name]:
                 raise ApiError(400, f"{name} is not supported; leave it out", param=name)
@@ -95,7 +108,7 @@ class GenerationBody(BaseModel):
     def _check_together(self) -> "GenerationBody":
         if self.best_of not in (None, self.num_choices):
             raise ApiError(
-                400, f"best_of is {self.best_of}; it must equal n, {self.num_choices}", param="best_of"
+                400, f"best_of is {shown(self.best_of)}; it must equal n, {self.num_choices}", param="best_of"
             )
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream true", param="stream_options")
@@ -135,8 +148,8 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = None
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
+    logprobs: Int | None = None
     echo: bool | None = None
 
     @model_validator(mode="after")
@@ -169,8 +182,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,18 +195,24 @@ class Message(BaseModel):
             name: value for name, value in data.items() if name in cls.model_fields or value not in (None, [])
         }
 
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is needed; only that of an assistant may be null, not of {self.role}")
+        return self
+
     def for_template(self) -> dict[str, str]:
         """Templates know `system`, not its newer name `developer`."""
-        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": "system" if self.role == "developer" else self.role, "content": content, **name}
+        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
 
 
 class ChatBody(GenerationBody):
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_completion_tokens: Int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 

@@ -1,18 +1,21 @@
 """How a job's output becomes an answer: whole or as a stream, and what both have in common."""
 
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from toppings.server.errors import json_response
-from toppings.server.jobs import Choice, Job
+from toppings.server.errors import CLIENT_GONE, json_response
+from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 
-CLIENT_GONE = 499
+T = TypeVar("T")
+
+PART_LEN = 1000
 
 
 class Reply(Protocol):
@@ -22,9 +25,8 @@ class Reply(Protocol):
     def events(self, lease: Lease) -> AsyncGenerator[bytes, None]: ...
 
 
-async def answer(request: Request, job: Job, reply: Reply, *, is_stream: bool) -> Response:
-    """Runs the job. Raises ApiError where the queue is full; a client that leaves ends the job at once."""
-    lease = job.state.lease(job.num_sequences)
+async def answer(request: Request, job: Job, lease: Lease, reply: Reply, *, is_stream: bool) -> Response:
+    """Runs the job in its place in the queue; a client that leaves ends the job at once."""
     if is_stream:
         return EventStream(reply.events(lease), lease)
     with lease:
@@ -32,7 +34,18 @@ async def answer(request: Request, job: Job, reply: Reply, *, is_stream: bool) -
             choices = await until_gone(request.receive, job.collect(lease))
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
-    return json_response(reply.whole(choices))
+    num_values = sum(len(c.token_ids) + sum(1 + len(each.top) for each in c.logprobs) for c in choices)
+    return await beside_loop(job.state, num_values, lambda: json_response(reply.whole(choices)))
+
+
+def parts(items: list[T]) -> list[list[T]]:
+    """`items` in pieces that are quick to write."""
+    return [items[start : start + PART_LEN] for start in range(0, len(items), PART_LEN)]
+
+
+def raw_list(lists: Iterable[list[Any]]) -> msgspec.Raw:
+    """One JSON list out of several. Each is written by itself: writing lets no other thread run meanwhile."""
+    return msgspec.Raw(b"[" + b",".join(msgspec.json.encode(each)[1:-1] for each in lists) + b"]")
 
 
 def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 
@@ -15,12 +17,15 @@ from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
 from toppings.demo import demo_model_dir
-from toppings.server.errors import ApiError
 from toppings.sampling_defaults import read_sampling_defaults
+from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
 from toppings.text import TextModel, TokenSource
 
-RETRY_AFTER_S = 1
+T = TypeVar("T")
+
+LONG_TEXTS_AT_ONCE = 2
+"""Bounds what long texts take of the machine; the others wait in their places in the queue."""
 MAX_TEMPLATES = 512  # that are kept at hand
 
 
@@ -61,6 +66,14 @@ class Lease:
     def note_started(self) -> None:
         self.num_waiting -= 1
 
+    async def during(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which prepares what the place is for; where it fails, the place is given up."""
+        try:
+            return await work
+        except BaseException:
+            self._leases.discard(self)
+            raise
+
     def __enter__(self) -> "Lease":
         return self
 
@@ -90,6 +103,8 @@ class ServerState:
         self.defaults = read_sampling_defaults(Path(self.model_path)) if is_asked else {}
         """The model's own sampling defaults, by the names of `SamplingParams`."""
         self.is_draining = False
+        self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
+        text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())
         self._leases: set[Lease] = set()
         self._templates: dict[int, ChatTemplate | None] = {}
