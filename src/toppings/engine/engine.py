@@ -289,7 +289,7 @@ class Engine:
                 progress.load_wait_s += result.load_wait_s
         outputs = [
             self._token_output(item.request, token_id, logprobs)
-            for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs)
+            for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs, strict=True)
             if self._is_alive(item)
         ]
         self._count(step, result, len(outputs))

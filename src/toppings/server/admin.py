@@ -44,7 +44,7 @@ async def stats(request: Request) -> Response:
     engine = await state.client.stats()
     content = msgspec.to_builtins(engine)
     del content["call_id"]
-    adapters = zip(content["adapters"], engine.adapters)
+    adapters = zip(content["adapters"], engine.adapters, strict=True)
     content["adapters"] = [{"name": state.name_of(s.adapter_id), **fields} for fields, s in adapters]
     running, waiting = lora_lists(engine)
     return json_response(
