@@ -122,7 +122,9 @@ class DevicePool:
         return sorted(
             (offset, layout.numel, slot, layer)
             for slot, placement in self._placements.items()
-            for layer, (offset, layout) in enumerate(zip(placement.offsets, placement.layout.layers, strict=True))
+            for layer, (offset, layout) in enumerate(
+                zip(placement.offsets, placement.layout.layers, strict=True)
+            )
             if layout.numel
         )
 

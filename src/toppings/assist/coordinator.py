@@ -100,7 +100,7 @@ class AssistLora:
         self._session = ExitStack()
         self._workers: list[Worker] | None = None  # None until the first slice: no session yet
         self._pieces: list[tuple[Piece, Load]] = []
-        self._prices: dict[tuple[int, int], Sequence[LayerCosts]] = {}  # by slot and rows: asked for per group
+        self._prices: dict[tuple[int, int], Sequence[LayerCosts]] = {}  # by slot and rows
 
     @property
     def wait_s(self) -> float:

@@ -24,7 +24,7 @@ changing = APIRouter(dependencies=[Depends(may_change_state)])
 @router.get("/health")
 @router.get("/healthz")
 async def health(request: Request) -> Response:
-    """Whether there is an engine that answers: 503 with the reason while it is replaced, or when none will be."""
+    """Whether there is an engine: 503 with the reason while it is replaced, or when none will be."""
     client = state_of(request).client
     if not client.is_alive:
         return json_response({"status": client.down_reason}, 503)
