@@ -5,13 +5,13 @@ import queue
 from collections.abc import Callable
 from contextlib import suppress
 
+from toppings.config import OFF
 from toppings.core import Batch
 from toppings.engine.model_runner import StepResult
 from toppings.engine.progress import ms
 from toppings.log_files import RotatingFile
 from toppings.vital import VitalThread
 
-OFF = "off"
 MAX_QUEUED_RECORDS = 4096
 LINGER_S = 2.0
 """How long the last records may take to reach the file at the end."""
