@@ -1,4 +1,5 @@
 import asyncio
+import gc
 
 import pytest
 
@@ -211,3 +212,14 @@ async def test_every_open_request_hears_of_the_engines_death(server: Server) -> 
     assert [r.status_code for r in replies] == [503] * 4
     assert all(r.json()["error"]["type"] == "EngineDeadError" for r in replies)
     assert (await server.http.get("/health")).status_code == 503
+
+
+async def test_a_place_that_is_never_entered_is_given_back(server: Server) -> None:
+    """As where the answer to a request cannot even be begun."""
+    for _ in range(3):
+        server.state.lease(1)
+    gc.collect()
+    assert (server.state.num_open, server.state.num_waiting) == (0, 0)
+    with server.state.lease(2):
+        assert (server.state.num_open, server.state.num_waiting) == (1, 2)
+    assert server.state.num_open == 0

@@ -4,6 +4,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet
 
 from fastapi import Request
 
@@ -47,9 +48,10 @@ class Target:
 
 
 class Lease:
-    """A request's place in the queue, left on exit; `num_waiting` of its sequences have had no token yet."""
+    """A request's place in the queue, left on exit, and by one that is dropped before it was entered;
+    `num_waiting` of its sequences have had no token yet."""
 
-    def __init__(self, leases: "set[Lease]", num_waiting: int) -> None:
+    def __init__(self, leases: "WeakSet[Lease]", num_waiting: int) -> None:
         self.num_waiting = num_waiting
         self._leases = leases
         leases.add(self)
@@ -84,7 +86,7 @@ class ServerState:
         self.perf_model = perf_model
         self.is_draining = False
         self.started_at = int(time.time())
-        self._leases: set[Lease] = set()
+        self._leases: WeakSet[Lease] = WeakSet()
         self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
 
     @property
