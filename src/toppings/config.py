@@ -14,7 +14,8 @@ EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
-SWITCH = ("on", "off")
+OFF = "off"
+SWITCH = ("on", OFF)
 DECODE_LORA_FORMS = ("auto", "mbgmv", "bgmv")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

@@ -377,8 +377,8 @@ class EngineStats:
     device_bytes_used: int
     device_bytes_total: int
     adapters: list[AdapterStatus]
-    """Every adapter that is on host or device, or has requests; on their way between processes only those that
-    have changed since the engine was last asked, also to nowhere."""
+    """Every adapter that is on host or device, or has requests; on their way between processes only those
+    that have changed since the engine was last asked, also to nowhere."""
     running_ranks: list[int]  # max rank of each running request's adapter, 0 for the base model
     waiting_ranks: list[int]
     waiting_tokens: int  # prompt tokens not yet computed, over all waiting requests

@@ -9,11 +9,11 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLostError(RuntimeError):
-    """The engine cannot go on: its process is to end, and another may take its place. The message says why."""
+    """The engine cannot go on: its process is to end, another may take its place. The message says why."""
 
 
 class VitalThread(threading.Thread):
-    """A thread that the engine cannot do without: whoever goes on without it asks `check` from time to time."""
+    """A thread that the engine cannot do without: whoever relies on it asks `check` from time to time."""
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
         super().__init__(name=name, daemon=True)

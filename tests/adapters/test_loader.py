@@ -1,5 +1,5 @@
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ from toppings.adapters.link import EmulatedLink, sleep_until
 from toppings.adapters.loader import (
     CpuLoader,
     LoadHandle,
+    LoadJob,
+    LoadStep,
     plan_steps,
 )
+from toppings.vital import EngineLostError
 
 LAYOUT = AdapterLayout.build([[4, 0, 8, 0, 0, 0, 0], [0] * 7, [2, 1, 0, 0, 0, 0, 3]], SHAPES, "float32")
 
@@ -174,3 +177,48 @@ def test_sleep_never_ends_early() -> None:
         deadline = time.perf_counter() + delay
         sleep_until(deadline)
         assert time.perf_counter() >= deadline
+
+
+class BrokenLoader(CpuLoader):
+    """Its device fails, and fails again when it is asked to settle, as after an illegal access."""
+
+    def _copy(self, job: LoadJob, steps: Sequence[LoadStep]) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def _settle(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_waiters_hear_of_a_device_that_has_failed_for_good(arena: torch.Tensor) -> None:
+    loader = BrokenLoader(arena)
+    for _ in range(2):  # and the thread lives on
+        handle = loader.start(FakeSource(), offsets())
+        with pytest.raises(AdapterError, match="illegal memory access"):
+            handle.wait(0)
+    loader.check()
+    loader.close()
+
+
+def test_loads_under_way_fail_at_close_even_if_the_device_has_failed(arena: torch.Tensor) -> None:
+    loader = BrokenLoader(arena)
+    handle = loader.start(FakeSource(num_layers_ready=0), offsets())
+    loader.close()
+    with pytest.raises(AdapterError, match="closed"):
+        handle.wait(0)
+
+
+def test_a_loader_whose_thread_has_failed_fails_its_loads_and_says_so(arena: torch.Tensor) -> None:
+    class Faulty(CpuLoader):
+        def _advance(self, job: LoadJob) -> None:
+            raise MemoryError
+
+    loader = Faulty(arena)
+    handle = loader.start(FakeSource(), offsets())
+    with pytest.raises(AdapterError):
+        handle.wait(0)
+    loader._thread.join(10)
+    with pytest.raises(EngineLostError, match="adapter-loader"):
+        loader.check()
+    with pytest.raises(EngineLostError):
+        loader.start(FakeSource(), offsets())
+    loader.close()

@@ -1,4 +1,4 @@
-"""An engine that dies or hangs: everyone is told, it is ended, another takes its place; closing is bounded."""
+"""An engine that dies or hangs: everyone is told, it is ended, another takes its place."""
 
 import asyncio
 import os
@@ -225,4 +225,3 @@ async def test_a_step_that_never_ends_ends_the_engine(
 
 def vars_of(config: EngineConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
-

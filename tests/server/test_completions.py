@@ -1,4 +1,5 @@
 import asyncio
+import gc
 
 import pytest
 
@@ -289,3 +290,14 @@ async def test_a_long_answer_is_written_in_parts(server: Server, monkeypatch: py
     long = (await server.complete("hello", logprobs=2, max_tokens=7)).json()["choices"]
     monkeypatch.undo()
     assert long == (await server.complete("hello", logprobs=2, max_tokens=7)).json()["choices"]
+
+
+async def test_a_place_that_is_never_entered_is_given_back(server: Server) -> None:
+    """As where the answer to a request cannot even be begun."""
+    for _ in range(3):
+        server.state.lease(1)
+    gc.collect()
+    assert (server.state.num_open, server.state.num_waiting) == (0, 0)
+    with server.state.lease(2):
+        assert (server.state.num_open, server.state.num_waiting) == (1, 2)
+    assert server.state.num_open == 0

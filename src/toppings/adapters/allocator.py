@@ -60,7 +60,7 @@ class RangeAllocator:
         for size in sizes:
             offset = self.try_allocate(size) if size else -1
             if offset is None:
-                self.free_all(offsets, sizes)
+                self.free_all(offsets, sizes[: len(offsets)])
                 return None
             offsets.append(offset)
         return offsets
@@ -81,7 +81,7 @@ class RangeAllocator:
         self._insert(offset, size)
 
     def free_all(self, offsets: Sequence[int], sizes: Sequence[int]) -> None:
-        for offset, size in zip(offsets, sizes):
+        for offset, size in zip(offsets, sizes, strict=True):
             if size:
                 self.free(offset, size)
 

@@ -122,7 +122,9 @@ class DevicePool:
         return sorted(
             (offset, layout.numel, slot, layer)
             for slot, placement in self._placements.items()
-            for layer, (offset, layout) in enumerate(zip(placement.offsets, placement.layout.layers))
+            for layer, (offset, layout) in enumerate(
+                zip(placement.offsets, placement.layout.layers, strict=True)
+            )
             if layout.numel
         )
 
@@ -133,13 +135,13 @@ class DevicePool:
         ]
         targets = plan_compaction(blocks, needed)
         moved_slots = set()
-        for (offset, size, slot, layer), target in zip(ranges, targets):
+        for (offset, size, slot, layer), target in zip(ranges, targets, strict=True):
             if target != offset:
                 # The ranges may overlap, hence the copy in between: one block of scratch memory.
                 self.arena[target : target + size] = self.arena[offset : offset + size].clone()
                 self._placements[slot].offsets[layer] = target
                 moved_slots.add(slot)
-        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks)])
+        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks, strict=True)])
         for slot in moved_slots:
             self._write_table(slot)
         self.num_compactions += bool(moved_slots)

@@ -188,7 +188,7 @@ class HostStore:
             # While entries move, the allocator is ahead of their offsets.
             self._wake.wait_for(lambda: all(e.state is not EntryState.MOVING for e in self._entries.values()))
             placed = [e for e in self._entries.values() if e.state in _PLACED]
-            ranges = [(o, s) for e in placed for o, s in zip(e.offsets, e.sizes()) if s]
+            ranges = [(o, s) for e in placed for o, s in zip(e.offsets, e.sizes(), strict=True) if s]
             self._allocator.check_integrity(ranges)
             queued = [e for e in self._entries.values() if e.state is EntryState.QUEUED]
             assert all(e.num_pins == 0 for e in queued)
@@ -324,19 +324,19 @@ class HostStore:
             (offset, size, entry.adapter_id, layer)
             for entry in self._entries.values()
             if entry.state in _PLACED
-            for layer, (offset, size) in enumerate(zip(entry.offsets, entry.sizes()))
+            for layer, (offset, size) in enumerate(zip(entry.offsets, entry.sizes(), strict=True))
             if size
         )
         blocks = [Block(offset, size, self._entries[owner].is_idle) for offset, size, owner, _ in ranges]
         targets = plan_compaction(blocks, needed)
         moves = [
             (self._entries[owner], layer, target)
-            for (offset, _, owner, layer), target in zip(ranges, targets)
+            for (offset, _, owner, layer), target in zip(ranges, targets, strict=True)
             if target != offset
         ]
         for entry, _, _ in moves:
             entry.state = EntryState.MOVING
-        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks)])
+        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks, strict=True)])
         return moves
 
     def _move(self, moves: list[tuple[HostEntry, int, int]]) -> None:

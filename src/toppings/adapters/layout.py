@@ -45,8 +45,8 @@ class LayerLayout:
 @lru_cache(maxsize=4096)
 def layer_layout(ranks: tuple[int, ...], sizes: tuple[tuple[int, int], ...], item_bytes: int) -> LayerLayout:
     """The block of one layer whose modules have these ranks (7 of them, in `MODULES` order)."""
-    starts_a = [0, *accumulate(r * size[0] for r, size in zip(ranks, sizes))]
-    starts_b = [0, *accumulate(r * size[1] for r, size in zip(ranks, sizes))]
+    starts_a = [0, *accumulate(r * size[0] for r, size in zip(ranks, sizes, strict=True))]
+    starts_b = [0, *accumulate(r * size[1] for r, size in zip(ranks, sizes, strict=True))]
     numel_a = starts_a[-1]
     alignment = BLOCK_ALIGNMENT_BYTES // item_bytes
     return LayerLayout(

@@ -275,8 +275,8 @@ class Loader(ABC):
             self._fail(handle, error)
 
     def _fail(self, handle: LoadHandle, error: Exception) -> None:
-        """Tells the waiters when nothing is on its way any more, so that who frees the blocks may; that much is
-        tried, but a device that has failed may well fail again."""
+        """Tells the waiters when nothing is on its way any more, so that who frees the blocks may; that much
+        is tried, but a device that has failed may well fail again."""
         self._settle_quietly()
         handle._fail(error if isinstance(error, AdapterError) else AdapterError(f"load failed: {error}"))
 

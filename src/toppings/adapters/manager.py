@@ -359,8 +359,8 @@ class AdapterManager:
         return [self._status(adapter_id, num_waiting) for adapter_id in sorted(ids)]
 
     def changes(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
-        """Of `status` what may have changed since the last call, and adapters that have left it: what it costs
-        does not grow with the number of adapters."""
+        """Of `status` what may have changed since the last call, and adapters that have left it: what it
+        costs does not grow with the number of adapters."""
         self.poll()
         ids = {*self._changed, *self._tier.take_changed(), *self.host.take_changed(), *num_waiting}
         self._changed = set(num_waiting)

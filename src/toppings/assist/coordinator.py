@@ -26,7 +26,7 @@ from toppings.assist.cost import CostProfile
 from toppings.assist.exchange import AssistStats, Exchange, Piece
 from toppings.assist.plan import TOKEN_STEP, Choice
 from toppings.assist.pool import Worker, WorkerPool
-from toppings.assist.pricing import price_layers
+from toppings.assist.pricing import LayerCosts, price_layers
 from toppings.assist.product import MIN_SLICE_ROWS, Form, GroupWeights
 from toppings.core import GROUPS
 from toppings.ops.lora import LoraSegments, add_lora_, lora_expand_add_
@@ -100,6 +100,7 @@ class AssistLora:
         self._session = ExitStack()
         self._workers: list[Worker] | None = None  # None until the first slice: no session yet
         self._pieces: list[tuple[Piece, Load]] = []
+        self._prices: dict[tuple[int, int], Sequence[LayerCosts]] = {}  # by slot and rows
 
     @property
     def wait_s(self) -> float:
@@ -182,8 +183,10 @@ class AssistLora:
         return GroupWeights.locate(adapter.weights.layout, layer, group, start)
 
     def _num_workers(self, adapter: ColdAdapter, layer: int, num_rows: int) -> int:
-        rounded = -(-num_rows // TOKEN_STEP) * TOKEN_STEP
-        return price_layers(self._owner.profile, adapter.weights.layout, rounded)[layer].num_workers
+        key = adapter.slot, -(-num_rows // TOKEN_STEP) * TOKEN_STEP
+        if key not in self._prices:
+            self._prices[key] = price_layers(self._owner.profile, adapter.weights.layout, key[1])
+        return self._prices[key][layer].num_workers
 
     def _send(self, x: Tensor, whole: Piece, load: Load, num_workers: int) -> None:
         workers = self._awake_workers()

@@ -94,7 +94,14 @@ class CostProfile:
             raise ValueError(f"{path}: {error}; remove the file, and it is measured anew") from error
 
     def write(self, path: Path) -> None:
-        """Whoever reads meanwhile, or after a crash, finds the old file or the new one, whole."""
+        """Whoever reads meanwhile, or after a crash, finds the old file or the new one, whole.
+
+        Raises OSError.
+        """
         draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(self.to_json())
-        draft.replace(path)
+        try:
+            draft.write_text(self.to_json())
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,6 +85,7 @@ class Worker:
         self._start_by = time.monotonic() + settings.start_timeout_s
         os.close(wake_fd)
         self._is_closed = False
+        self._lock = threading.Lock()  # whose file the pipe's number is: a closed one may be somebody else's
         self.num_rows_sent = 0  # since the last `recycle`
 
     @property
@@ -95,6 +97,10 @@ class Worker:
         return self._process.poll() is None
 
     @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
     def is_ready(self) -> bool:
         return not self._is_closed and self.channel.is_ready
 
@@ -103,6 +109,13 @@ class Worker:
         """It is gone, or hangs in its start."""
         return not self.is_alive or (not self.channel.is_ready and time.monotonic() > self._start_by)
 
+    def how_it_ended(self) -> str:
+        """Of one that is lost."""
+        code = self._process.poll()
+        if code is None:
+            return "hung in its start"
+        return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
     def recycle(self) -> None:
         """No result so far is needed any more."""
         self.channel.recycle()
@@ -110,8 +123,8 @@ class Worker:
 
     def nudge(self) -> None:
         """Wakes the worker if it sleeps. A full pipe already holds wake-ups; a broken one has no reader."""
-        if not self._is_closed:
-            with suppress(BlockingIOError, BrokenPipeError):
+        with self._lock, suppress(BlockingIOError, BrokenPipeError):
+            if not self._is_closed:
                 os.write(self._nudge_fd, b"!")
 
     def try_post(self, form: Form, weights: GroupWeights, x: Tensor) -> Ticket | None:
@@ -161,10 +174,11 @@ class Worker:
 
     def close(self, *, by_force: bool = False) -> None:
         """Ends the process and takes its resources back; by closing its pipe, unless `by_force`."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        os.close(self._nudge_fd)
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            os.close(self._nudge_fd)
         if by_force:
             self._process.send_signal(signal.SIGKILL)
         self.channel.set_active(False)
@@ -236,9 +250,20 @@ class WorkerPool:
         self._restart_after = time.monotonic() + self._restart_delay_s
         self._restart_delay_s = min(2 * self._restart_delay_s, MAX_RESTART_DELAY_S)
         for i in dead:
-            self._workers[i].close(by_force=True)
-            self._workers[i] = Worker(self.settings, self._workers[i].core)
+            self._replace(i)
+
+    def _replace(self, index: int) -> None:
+        old = self._workers[index]
+        if not old.is_closed:  # else it was told when it failed
+            log.warning(
+                "the LoRA worker %d on core %d %s; it is replaced", old.pid, old.core, old.how_it_ended()
+            )
+        old.close(by_force=True)
+        try:
+            self._workers[index] = Worker(self.settings, old.core)
             self.num_restarts += 1
+        except OSError as error:  # no process or memory to be had just now
+            log.warning("no LoRA worker can be started on core %d: %s", old.core, error)
 
     def close(self) -> None:
         self._is_closed = True

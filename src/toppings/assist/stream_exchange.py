@@ -154,13 +154,33 @@ class Attendant(threading.Thread):
 
     @torch.inference_mode()
     def run(self) -> None:
-        while not self._is_over():
+        """Until the device is through, or cannot be asked any more: whatever else fails, it is answered."""
+        while not self._ask(self._is_over):
             for worker in self._workers:
                 if worker.channel.has_request:
-                    self._attend(worker)
+                    self._try_attend(worker)
             time.sleep(LOOK_S)
         for worker in self._workers:
             worker.channel.set_active(False)
+
+    def _ask(self, is_over: Callable[[], bool]) -> bool:
+        try:
+            return is_over()
+        except Exception as error:
+            self._note(error)
+            return True
+
+    def _try_attend(self, worker: Worker) -> None:
+        try:
+            self._attend(worker)
+        except Exception as error:
+            self._note(error)
+            self._replaced.add(worker.pid)  # it is answered here from now on
+
+    def _note(self, error: Exception) -> None:
+        """The step is to fail."""
+        log.error("the LoRA attendant: %r", error, exc_info=error)
+        self.stats.error = error
 
     def _attend(self, worker: Worker) -> None:
         if worker.pid not in self._replaced:
@@ -184,7 +204,6 @@ class Attendant(threading.Thread):
         self.stats.num_recomputed += 1
         try:
             compute_next(worker.channel, worker.bytes, self._host_arena)
-        except Exception as error:  # the stream must go on, and the step fail
-            log.exception("a slice could not be computed")
-            self.stats.error = error
+        except Exception as error:  # the stream must go on
+            self._note(error)
         worker.channel.finish()

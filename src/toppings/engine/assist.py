@@ -109,7 +109,10 @@ class Assist:
         logger.info("measuring what a cold start costs here")
         self._workers.wait_ready()
         profile = self._measure(runner)
-        profile.write(path)
+        try:
+            profile.write(path)
+        except OSError as error:
+            logger.warning("what a cold start costs is not kept, and will be measured again: %s", error)
         return profile
 
     def _measure(self, runner: ModelRunner) -> CostProfile:

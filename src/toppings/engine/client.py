@@ -56,8 +56,8 @@ class EngineClient:
     """One asyncio client of an engine. Each request and each call gets exactly one final answer.
 
     An engine that dies, or hangs and is ended for it, is replaced up to `max_restarts` times in a row; who
-    waits for it is told by EngineDeadError. `died` is set when no other will come, `down_reason` says why there
-    is none now.
+    waits for it is told by EngineDeadError. `died` is set when no other will come, `down_reason` says why
+    there is none now.
     """
 
     def __init__(self, config: EngineConfig, log: EngineLog, max_restarts: int) -> None:

@@ -289,7 +289,7 @@ class Engine:
                 progress.load_wait_s += result.load_wait_s
         outputs = [
             self._token_output(item.request, token_id, logprobs)
-            for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs)
+            for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs, strict=True)
             if self._is_alive(item)
         ]
         self._count(step, result, len(outputs))
@@ -351,7 +351,9 @@ class Engine:
         vocab_size = self.info.vocab_size
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-            raise RequestError(f"the prompt holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
+            raise RequestError(
+                f"the prompt holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}"
+            )
 
     def _tier(self, request: Request) -> str:
         if request.adapter_id is None:

@@ -1,8 +1,8 @@
-"""The lifeline between an engine's process and whoever started it: a socket that says "alive, and getting on".
+"""The lifeline between an engine's process and whoever started it: a socket that says "I get on".
 
-The engine's end sends its process id, then a beat every `BEAT_S`, with the number of beats since its loop last
-turned. When either process ends, the other finds the socket closed. Both sides count beats and looks, not
-the clock: a machine that was suspended, or a process that was stopped and goes on, has missed nothing.
+The engine's end sends its process id, then a beat every `BEAT_S`, with the number of beats since its loop
+last turned. When either process ends, the other finds the socket closed. Both sides count beats and looks,
+not the clock: a machine that was suspended, or a process that was stopped and goes on, has missed nothing.
 """
 
 import os
@@ -64,7 +64,7 @@ class Heartbeat:
 class Pulse:
     """The client's end: `look` takes note of what has come. `pid`: None until the process has begun.
 
-    `silent_s`: since its last beat; `stuck_s`: since its loop last turned; both no longer than was looked for.
+    `silent_s`: since its last beat, `stuck_s`: since its loop last turned; no longer than was looked for.
     """
 
     def __init__(self, lifeline: socket.socket) -> None:

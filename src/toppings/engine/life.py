@@ -17,8 +17,8 @@ KILL_GRACE_S = 2.0
 FORK_TIMEOUT_S = 10.0
 """A process that has forked an engine before does so again within this time, or is given up."""
 START_SILENCE_S = 120.0
-"""How long an engine that takes another's place may give no sign of life while it starts: imports and compilers
-hold the interpreter."""
+"""How long an engine that takes another's place may give no sign of life while it starts: imports and
+compilers hold the interpreter."""
 PARTS_GRACE_S = 15.0
 """A split model's lead finds out by itself which part hangs."""
 

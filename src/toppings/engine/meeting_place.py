@@ -1,4 +1,4 @@
-"""Folders in the machine's temporary directory where processes meet, and which outlive none of their owners."""
+"""Folders in the temporary directory where processes meet, and which outlive none of their owners."""
 
 import fcntl
 import os

@@ -108,7 +108,9 @@ class ModelRunner:
         without it, for nothing was committed.
         """
         items = batch.items
-        sampled = [(row, item) for row, item in zip(_last_rows(items), items) if item.needs_sample]
+        sampled = [
+            (row, item) for row, item in zip(_last_rows(items), items, strict=True) if item.needs_sample
+        ]
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None

@@ -46,6 +46,7 @@ from toppings.engine.part_messages import (
 )
 from toppings.model.config import ModelConfig
 from toppings.model.parts import Part, split_model
+from toppings.vital import VitalThread
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +109,9 @@ class Followers:
         self._watchers: list[threading.Thread] = []
         for index in range(1, config.tensor_parallel_size):
             self._spawn(index)
+        self._hang_watch = VitalThread(self._end_hung, "follower-watch")
         if config.step_timeout_s:
-            threading.Thread(target=self._end_hung, name="follower-watch", daemon=True).start()
+            self._hang_watch.start()
 
     @classmethod
     def start(cls, config: EngineConfig, model: ModelConfig) -> "Followers":
@@ -269,6 +271,7 @@ class Followers:
 
     def check(self) -> None:
         """Raises FollowerLostError where one has ended."""
+        self._hang_watch.check()
         if self._lost.is_set():
             raise FollowerLostError(self._reason)
 

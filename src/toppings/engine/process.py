@@ -61,8 +61,10 @@ class Ended:
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group; the client decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and a service manager's SIGTERM all of a service's processes; the
+    # client decides when the engine stops.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     control, stays = socket.socket(fileno=int(sys.argv[1])), STAYS in sys.argv
     if stays:
         signal.signal(signal.SIGCHLD, lambda *_: _report_ends(control))

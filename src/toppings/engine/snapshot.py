@@ -16,8 +16,8 @@ def snapshot(
     *,
     only_changes: bool,
 ) -> EngineStats:
-    """`only_changes`: of adapters that have changed since the last such snapshot. What it costs grows with the
-    number of requests and of such adapters, not with the number that is resident."""
+    """`only_changes`: of adapters that have changed since the last such snapshot. What it costs grows with
+    the number of requests and of such adapters, not with the number that is resident."""
 
     def rank(request: Request) -> int:
         return 0 if request.adapter_id is None else adapters.rank_of(request.adapter_id)

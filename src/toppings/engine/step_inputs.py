@@ -81,7 +81,7 @@ class Pending:
         last_rows = accumulate(item.num_tokens for item in items)
         places = [
             (end - 1, order[id(item.request)])
-            for item, end in zip(items, last_rows)
+            for item, end in zip(items, last_rows, strict=True)
             if item.request.num_pending_tokens and item.needs_sample
         ]
         return cls(drawn, np.array(places, np.int64).T) if places else None

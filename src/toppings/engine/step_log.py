@@ -2,16 +2,16 @@
 
 import json
 import queue
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from toppings.config import OFF
 from toppings.core import Batch
 from toppings.engine.model_runner import StepResult
 from toppings.engine.progress import ms
 from toppings.log_files import RotatingFile
+from toppings.vital import VitalThread
 
-OFF = "off"
 MAX_QUEUED_RECORDS = 4096
 LINGER_S = 2.0
 """How long the last records may take to reach the file at the end."""
@@ -62,7 +62,7 @@ class StepLog:
         self._file: RotatingFile | None = None
         if path and path != OFF:
             self._file = RotatingFile(path, max_bytes)
-            self._thread = threading.Thread(target=self._run, name="step-log", daemon=True)
+            self._thread = VitalThread(self._run, "step-log")
             self._thread.start()
 
     @property

@@ -26,7 +26,7 @@ changing = APIRouter(dependencies=[Depends(may_change_state)])
 @router.get("/healthz")
 @router.head("/healthz", include_in_schema=False)
 async def health(request: Request) -> Response:
-    """Whether there is an engine that answers: 503 with the reason while it is replaced, or when none will be."""
+    """Whether there is an engine: 503 with the reason while it is replaced, or when none will be."""
     client = state_of(request).client
     if not client.is_alive:
         return json_response({"status": client.down_reason}, 503)
@@ -47,7 +47,7 @@ async def stats(request: Request) -> Response:
     engine = await state.client.stats()
     content = msgspec.to_builtins(engine)
     del content["call_id"]
-    adapters = zip(content["adapters"], engine.adapters)
+    adapters = zip(content["adapters"], engine.adapters, strict=True)
     content["adapters"] = [{"name": state.name_of(s.adapter_id), **fields} for fields, s in adapters]
     running, waiting = lora_lists(engine)
     return json_response(

@@ -57,8 +57,8 @@ def log_file(config: Config) -> Path:
 
 
 def with_run_files(config: Config) -> Config:
-    """`config` with its step log and demo adapters resolved, written beside the logs (without the key), or said
-    why it is not: nobody is kept from serving by a full disk."""
+    """`config` with its step log and demo adapters resolved, written beside the logs (without the key), or
+    said why it is not: nobody is kept from serving by a full disk."""
     directory = run_dir(config)
     engine = replace(config.engine, step_log=config.engine.step_log or str(directory / "steps.jsonl"))
     adapters = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
+from weakref import WeakSet
 
 from fastapi import Request
 
@@ -56,9 +57,10 @@ class Target:
 
 
 class Lease:
-    """A request's place in the queue, left on exit; `num_waiting` of its sequences have had no token yet."""
+    """A request's place in the queue, left on exit, and by one that is dropped before it was entered;
+    `num_waiting` of its sequences have had no token yet."""
 
-    def __init__(self, leases: "set[Lease]", num_waiting: int) -> None:
+    def __init__(self, leases: "WeakSet[Lease]", num_waiting: int) -> None:
         self.num_waiting = num_waiting
         self._leases = leases
         leases.add(self)
@@ -106,7 +108,7 @@ class ServerState:
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())
-        self._leases: set[Lease] = set()
+        self._leases: WeakSet[Lease] = WeakSet()
         self._templates: dict[int, ChatTemplate | None] = {}
         self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
 

@@ -21,7 +21,7 @@ from toppings.cluster.ray_serve.messages import Ack, AdapterRef, Call, ReplicaRe
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, open_node_registry
 from toppings.cluster.ray_serve.pacing import paced
 from toppings.cluster.ray_serve.reports import routing_stats
-from toppings.config import Config, EngineConfig
+from toppings.config import OFF, Config, EngineConfig
 from toppings.core import EngineReady, FinishReason, RequestError, RequestOutput
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
@@ -160,6 +160,8 @@ def start_logging(config: Config) -> None:
 
 def _step_log(config: Config, replica_id: str) -> str:
     """A file of each replica's own."""
+    if config.engine.step_log == OFF:
+        return OFF
     if config.engine.step_log:
         return f"{config.engine.step_log}.{replica_id}"
     return str(Path(config.server.log_dir) / config.engine.mode / replica_id / "steps.jsonl")

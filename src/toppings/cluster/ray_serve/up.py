@@ -20,7 +20,7 @@ from toppings.cluster.ray_serve.app import FRONT_CPUS, make_app, serve_logging
 from toppings.cluster.ray_serve.settings import UpConfig
 from toppings.config import Config, ConfigError
 from toppings.demo import demo_model_dir
-from toppings.engine.process import LOG_FORMAT
+from toppings.log_files import LOG_FORMAT
 from toppings.model.config import read_json
 from toppings.server.lifecycle import listening_socket, run_dir
 
@@ -114,9 +114,8 @@ def _on_this_machine(config: UpConfig) -> UpConfig:
     read_json(Path(engine.model or demo_model_dir()) / "config.json")
     with listening_socket(config.server) as listener:
         port = listener.getsockname()[1]
-    paths: dict[str, Any] = {
-        name: _whole(getattr(engine, name)) for name in ("model", "state_dir", "step_log")
-    }
+    names = ["model", "state_dir", *(["step_log"] if engine.step_log != OFF else [])]
+    paths: dict[str, Any] = {name: _whole(getattr(engine, name)) for name in names}
     places: dict[str, Any] = {name: _whole(getattr(server, name)) for name in ("adapters", "log_dir")}
     roots = tuple(map(_whole, server.adapter_roots))
     resolved = Config(

@@ -1,0 +1,54 @@
+"""Folders where processes meet outlive none of their owners."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from toppings.engine.meeting_place import MeetingPlace
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_is_ours_alone_and_gone_after_close() -> None:
+    place = MeetingPlace.make("engine")
+    assert place.path.stat().st_mode & 0o777 == 0o700
+    place.close()
+    place.close()
+    assert not place.path.exists()
+
+
+def test_what_a_killed_owner_left_is_removed_by_the_next(root: Path) -> None:
+    code = (
+        "import os; from toppings.engine.meeting_place import MeetingPlace as M;"
+        "p = M.make('engine'); (p.path / 'engine').touch(); os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "TMPDIR": str(root), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert len(list(root.iterdir())) == 1
+    place = MeetingPlace.make("engine")
+    assert list(root.iterdir()) == [place.path]
+    place.close()
+
+
+def test_folders_of_owners_that_live_and_of_others_stay(root: Path) -> None:
+    alive = MeetingPlace.make("engine")
+    (root / "toppings-meet-link").symlink_to(root / "elsewhere")
+    (root / "elsewhere").mkdir(mode=0o700)
+    (root / "toppings-meet-open").mkdir()
+    (root / "toppings-meet-open").chmod(0o755)  # not as we make them
+    MeetingPlace.make("engine").close()
+    assert {path.name for path in root.iterdir()} == {
+        alive.path.name,
+        "toppings-meet-link",
+        "toppings-meet-open",
+        "elsewhere",
+    }
+    alive.close()

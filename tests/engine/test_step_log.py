@@ -1,0 +1,101 @@
+"""Logs stop nobody: full disks, slow disks, files that grow."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from toppings.engine import step_log as step_log_module
+from toppings.engine.step_log import StepLog
+from toppings.log_files import LogFileHandler, RotatingFile
+
+
+def test_records_reach_the_file_in_order(tmp_path: Path) -> None:
+    log = StepLog(str(tmp_path / "new" / "steps.jsonl"))
+    for number in range(100):
+        log.write({"number": number})
+    log.close()
+    lines = (tmp_path / "new" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in lines] == list(range(100))
+    assert log.num_dropped == 0
+
+
+def test_a_full_disk_drops_and_counts_records_and_says_so_once(capfd: pytest.CaptureFixture[str]) -> None:
+    log = StepLog("/dev/full")
+    for _ in range(50):
+        log.write({"kind": "decode"})
+    deadline = time.monotonic() + 10
+    while log.num_dropped < 50:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert capfd.readouterr().err.count("/dev/full cannot be written") == 1
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    log = StepLog(str(tmp_path / "file" / "steps.jsonl"))
+    log.write({})
+    log.close()
+
+
+def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_log_module, "MAX_QUEUED_RECORDS", 10)
+    monkeypatch.setattr(step_log_module, "LINGER_S", 0.1)
+    monkeypatch.setattr(RotatingFile, "append", lambda self, data: time.sleep(60))
+    log = StepLog(str(tmp_path / "steps.jsonl"))
+    for _ in range(100):
+        log.write({})
+    assert log.num_dropped >= 100 - 10 - 1
+    log.close()
+
+
+@pytest.mark.parametrize("path", ["", "off"])
+def test_it_can_be_off(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = StepLog(path)
+    log.write({})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_bounded_and_the_one_before_is_kept(tmp_path: Path) -> None:
+    log = RotatingFile(tmp_path / "log", 1000)
+    for number in range(100):
+        log.append(b"%098d\n" % number)
+    kept = [(tmp_path / name).read_text().split() for name in ("log.1", "log")]
+    assert all(0 < len(lines) <= 11 for lines in kept)
+    assert [int(line) for lines in kept for line in lines][-1] == 99
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
+
+
+def test_processes_that_share_a_file_lose_nothing_when_it_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    code = (
+        "import sys; from toppings.log_files import RotatingFile;"
+        "log = RotatingFile(sys.argv[1], 10_000);"
+        "[log.append(b'%s %040d\\n' % (sys.argv[2].encode(), n)) for n in range(150)]"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), name], env=environment) for name in "ab"
+    ]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    lines = path.read_text().splitlines() + path.with_name("log.1").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 300
+
+
+def test_a_log_handler_on_a_full_disk_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    log = logging.Logger("full")
+    log.addHandler(handler := LogFileHandler("/dev/full", 0))
+    for _ in range(20):
+        log.warning("hello")
+    log.warning("%d", "no number")
+    handler.close()
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert handler.file.num_dropped == 20
