@@ -40,9 +40,7 @@ async def _job(state: ServerState, body: CompletionBody) -> Job:
         state=state,
         target=target,
         prompts=prompts,
-        sampling=body.sampling(
-            max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults
-        ),
+        sampling=body.sampling(max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         started_at=started_at,
