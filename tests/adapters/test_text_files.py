@@ -74,7 +74,9 @@ def test_a_gigantic_file_is_not_read(tmp_path: Path) -> None:
 def test_tokens_that_the_base_does_not_have_are_named(tmp_path: Path, tokens: dict[str, int]) -> None:
     write_tokens(write_adapter(tmp_path), tokens)
     [warning] = read_checkpoint(tmp_path, SHAPES, BASE).warnings
-    assert all(repr(token) in warning for token in tokens.keys() - {"<s>"} if BASE.get(token) != tokens[token])
+    assert all(
+        repr(token) in warning for token in tokens.keys() - {"<s>"} if BASE.get(token) != tokens[token]
+    )
 
 
 def test_the_bases_own_tokens_are_no_difference(tmp_path: Path) -> None:
