@@ -30,7 +30,7 @@ class ChatTemplate:
 
 
 class ChatRenderer:
-    """Renders chat templates as transformers' `apply_chat_template` does. `variables`: special tokens by name."""
+    """Renders as transformers' `apply_chat_template` does. `variables`: special tokens by name."""
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self._variables = {name: _plain(value) for name, value in variables.items()}

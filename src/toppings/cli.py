@@ -226,11 +226,14 @@ def check_adapter(path: Path, model: Model = "") -> None:
     """Say whether the PEFT checkpoint in PATH fits the model, or why not; registers nothing."""
     from toppings.adapters.checkpoint import read_checkpoint
     from toppings.adapters.layout import BaseShapes
+    from toppings.adapters.text_files import base_tokens
     from toppings.engine.build import model_path
     from toppings.model.config import ModelConfig
 
-    shapes = BaseShapes(*ModelConfig.from_checkpoint(model_path(EngineConfig(model=model))).base_shapes())
-    ranks = read_checkpoint(path, shapes).ranks()
+    directory = model_path(EngineConfig(model=model))
+    shapes = BaseShapes(*ModelConfig.from_checkpoint(directory).base_shapes())
+    checkpoint = read_checkpoint(path, shapes, base_tokens(directory))
+    ranks = checkpoint.ranks()
     targets = [name for index, name in enumerate(MODULES) if any(layer[index] for layer in ranks)]
     typer.echo(f"{path} fits: rank {max(map(max, ranks))}, targets {', '.join(targets)}")
 

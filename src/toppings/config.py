@@ -122,8 +122,8 @@ class EngineConfig:
     link_gbps: float = setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
     generation_config: str = setting(
         "auto",
-        "sampling defaults for what a request leaves out: the model's generation_config.json (auto), or the API's"
-        " own (none)",
+        "sampling defaults for what a request leaves out: the model's generation_config.json (auto), or"
+        " the API's own (none)",
         choices=("auto", "none"),
     )
     seed: int = setting(0, "seed of requests that bring none")

@@ -115,7 +115,9 @@ class LLM:
         async def pump() -> None:
             last: BaseException | None = EngineDeadError("the LLM was closed")
             try:
-                async with aclosing(self._outputs(prompt, sampling or self.default_sampling, adapter)) as source:
+                async with aclosing(
+                    self._outputs(prompt, sampling or self.default_sampling, adapter)
+                ) as source:
                     async for output in source:
                         here.call_soon_threadsafe(outputs.put_nowait, output)
                 last = None

@@ -1,4 +1,4 @@
-"""What a base model's `generation_config.json` says of sampling: defaults for whatever a request leaves out."""
+"""What a base model's `generation_config.json` says of sampling: defaults for what a request leaves out."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ FIELDS = {
     "repetition_penalty": float,
     "max_new_tokens": int,
 }
-"""The fields that count, as in vLLM; `do_sample` is none of them: a request says `temperature: 0` for greedy."""
+"""The fields that count, as in vLLM; `do_sample` is none of them: greedy is a temperature of 0."""
 
 
 def read_sampling_defaults(path: Path) -> dict[str, Any]:
@@ -23,7 +23,9 @@ def read_sampling_defaults(path: Path) -> dict[str, Any]:
     Raises ValueError for a value that is none or out of range.
     """
     given = {name: value for name, value in read_generation_config(path).items() if name in FIELDS}
-    defaults = {name: _number(path, name, value) for name, value in given.items() if value is not None}
+    defaults: dict[str, Any] = {
+        name: _number(path, name, value) for name, value in given.items() if value is not None
+    }
     if "max_new_tokens" in defaults:
         defaults["max_tokens"] = defaults.pop("max_new_tokens")
     if defaults.get("top_k") == -1:
@@ -39,8 +41,6 @@ def read_sampling_defaults(path: Path) -> dict[str, Any]:
 
 def _number(path: Path, name: str, value: Any) -> int | float:
     kind = FIELDS[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or (
-        kind is int and value != value // 1
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != value // 1):
         raise ValueError(f"{path / 'generation_config.json'}: {name} is {value!r}; it must be a number")
-    return kind(value)
+    return int(value) if kind is int else float(value)

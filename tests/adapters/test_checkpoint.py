@@ -304,9 +304,11 @@ def test_a_header_that_does_not_describe_its_file_is_refused_unread(
 def test_tensors_of_another_base_are_refused_before_they_are_read(tmp_path: Path) -> None:
     name = tensor_key(0, "q_proj", "A")
     size = 1 << 40
-    header = json.dumps({name: {"dtype": "F32", "shape": [4, size // 16], "data_offsets": [0, size]}}).encode()
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": [4, size // 16], "data_offsets": [0, size]}}
+    ).encode()
     header_file(write_adapter(tmp_path), header, size)
-    with pytest.raises(AdapterError, match="lora_B beside it|has shape"):
+    with pytest.raises(AdapterError, match=r"lora_B beside it|has shape"):
         read_checkpoint(tmp_path, SHAPES)
 
 

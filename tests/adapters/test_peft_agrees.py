@@ -81,7 +81,9 @@ def load_with_peft(path: Path, state: dict[str, torch.Tensor]) -> tuple[Any, str
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_is_served_with_the_weights_that_peft_computes(tmp_path: Path, base: Any, case: str) -> None:
+def test_an_adapter_is_served_with_the_weights_that_peft_computes(
+    tmp_path: Path, base: Any, case: str
+) -> None:
     fields = {"tensors": make_tensors(QV), "target_modules": list(QV), **CASES[case]}
     write_adapter(tmp_path, **fields)
     model, told = load_with_peft(tmp_path, base)

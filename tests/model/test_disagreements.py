@@ -1,4 +1,4 @@
-"""Checkpoints whose files and configuration disagree are served as transformers serves them, or refused by name."""
+"""Checkpoints whose files and configuration disagree: served as transformers serves them, or refused."""
 
 import json
 from collections.abc import Callable
@@ -93,7 +93,10 @@ SERVED: dict[str, tuple[str, Edit]] = {
         both(config(tie_word_embeddings=True), tensors(lambda t: t.pop(HEAD))),
     ),
     "tied is not said": ("llama", config(tie_word_embeddings=None)),
-    "dtype is not said, the file is bfloat16": ("llama", both(config(dtype=None), tensors(to(torch.bfloat16)))),
+    "dtype is not said, the file is bfloat16": (
+        "llama",
+        both(config(dtype=None), tensors(to(torch.bfloat16))),
+    ),
     "dtype is not said, the file is float16": ("llama", both(config(dtype=None), tensors(to(torch.float16)))),
     "dtype float32, the file is bfloat16": ("llama", tensors(to(torch.bfloat16))),
     "dtype bfloat16, the file is float32": ("llama", config(dtype="bfloat16")),
@@ -130,7 +133,10 @@ def test_a_checkpoint_is_served_as_transformers_decides(tmp_path: Path, case: st
     assert decoder.dtype == expected.dtype
     tolerance = 1e-4 if expected.dtype == torch.float32 else 0.1
     torch.testing.assert_close(
-        run(decoder, IDS), reference_logits(expected, IDS), rtol=0.02 if tolerance > 0.01 else 0, atol=tolerance
+        run(decoder, IDS),
+        reference_logits(expected, IDS),
+        rtol=0.02 if tolerance > 0.01 else 0,
+        atol=tolerance,
     )
 
 
@@ -144,7 +150,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "another vocabulary": ("llama", config(vocab_size=98), r"shape \[97, 64\].*\[98, 64\]"),
     "another head_dim": ("llama", config(head_dim=32), "has shape"),
     "more key-value heads": ("llama", config(num_key_value_heads=4), "k_proj.*has shape"),
-    "heads that do not divide": ("llama", config(num_key_value_heads=3), "multiple of num_key_value_heads, 3"),
+    "heads that do not divide": (
+        "llama",
+        config(num_key_value_heads=3),
+        "multiple of num_key_value_heads, 3",
+    ),
     "no heads": ("llama", config(num_key_value_heads=0), "num_key_value_heads is 0"),
     "an odd head_dim": ("llama", config(head_dim=15), "head_dim.*15"),
     "fewer layers": ("llama", config(num_hidden_layers=2), "does not use, the first is model.layers.2"),
@@ -166,7 +176,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         "cannot read .*gone.safetensors",
     ),
     "an index of another shape": ("llama", shards(lambda *_: None, weight_map=[HEAD]), "weight_map"),
-    "a tensor that the index promises": ("llama", shards(lambda first, _: first.pop(HEAD)), "lacks .*lm_head"),
+    "a tensor that the index promises": (
+        "llama",
+        shards(lambda first, _: first.pop(HEAD)),
+        "lacks .*lm_head",
+    ),
     "another class than its type": ("llama", config(model_type="mistral"), "model_type 'mistral'"),
     "layer types, which make a Mistral another": (
         "mistral-window",

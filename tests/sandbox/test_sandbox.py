@@ -158,9 +158,7 @@ async def test_a_slow_template_does_not_hold_up_another() -> None:
 async def test_a_caller_that_leaves_gives_up_its_turn() -> None:
     box = Sandbox(2)
     job = template_job("{{ messages[0].content }}")
-    tasks = [
-        asyncio.create_task(box.run_in_turn("key", "render", cpu_s=GENEROUS_S, **job)) for _ in range(6)
-    ]
+    tasks = [asyncio.create_task(box.run_in_turn("key", "render", cpu_s=GENEROUS_S, **job)) for _ in range(6)]
     await asyncio.sleep(0)
     for task in tasks[:5]:
         task.cancel()

@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from toppings.sandbox import templates
 
 TURNS = [
-    {"role": "system", "content": "Be <brief> & \"kind\"."},
+    {"role": "system", "content": 'Be <brief> & "kind".'},
     {"role": "user", "content": "  What is 2 + 2?\n"},
     {"role": "assistant", "content": "4 — four 🦜"},
     {"role": "user", "content": "And 3 + 3?", "name": "ada"},
@@ -17,8 +17,9 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens
 
 TEMPLATES = {
     "chatml": (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-        " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+        " + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "headers, stripped": (
         "{%- set loop_messages = messages -%}\n"
@@ -28,7 +29,8 @@ TEMPLATES = {
         "    {%- if loop.index0 == 0 -%}{%- set content = bos_token + content -%}{%- endif -%}\n"
         "    {{- content -}}\n"
         "{%- endfor -%}\n"
-        "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}\n"
+        "{%- if add_generation_prompt -%}"
+        "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}\n"
     ),
     "system folded into the first user's turn": (
         "{% if messages[0]['role'] == 'system' %}\n"
@@ -37,20 +39,24 @@ TEMPLATES = {
         "{% else %}{% set system = '' %}{% endif %}\n"
         "{{ bos_token }}\n"
         "{% for m in messages %}\n"
-        "    {% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no turns') }}{% endif %}\n"
+        "    {% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('no turns') }}{% endif %}\n"
         "    {% if m['role'] == 'user' %}[INST] {{ (system if loop.first else '') + m['content'] }} [/INST]"
         "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}\n"
         "{% endfor %}"
     ),
     "names, macros and namespaces": (
-        "{%- macro who(m) -%}{{ m.role }}{% if m.name is defined %} ({{ m.name }}){% endif %}{%- endmacro -%}\n"
+        "{%- macro who(m) -%}{{ m.role }}{% if m.name is defined %} "
+        "({{ m.name }}){% endif %}{%- endmacro -%}\n"
         "{%- set ns = namespace(count=0) -%}\n"
-        "{% for m in messages %}{% set ns.count = ns.count + 1 %}{{ ns.count }}. {{ who(m) }}: {{ m.content }}\n"
+        "{% for m in messages %}{% set ns.count = ns.count + 1 %}{{ ns.count }}. {{ who(m) }}: "
+        "{{ m.content }}\n"
         "{% endfor %}{{ dict(a=ns.count) | tojson }}"
     ),
     "json and loop controls": (
         "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
-        "{{ m | tojson(indent=2) }}{{ messages | tojson }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}"
+        "{{ m | tojson(indent=2) }}{{ messages | tojson }}"
+        "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}"
         "{{ tools is none }} {{ documents is none }}"
     ),
     "generation": (

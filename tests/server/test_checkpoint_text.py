@@ -11,7 +11,8 @@ from tests.server.conftest import Server
 from toppings import chat_template
 
 OWN = (
-    "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}] {{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}] "
+    "{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[bot]{% endif %}"
 )
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -106,9 +107,7 @@ async def test_others_chat_while_an_adapters_template_runs(
 
 class TestDefaults:
     @pytest.fixture(params=["auto", "none"])
-    def settings(
-        self, request: pytest.FixtureRequest, tmp_path: Path, model_dir: Path
-    ) -> dict[str, object]:
+    def settings(self, request: pytest.FixtureRequest, tmp_path: Path, model_dir: Path) -> dict[str, object]:
         shutil.copytree(model_dir, tmp_path / "model" / "base")
         fields = {"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "top_p": None}
         (tmp_path / "model" / "base" / "generation_config.json").write_text(json.dumps(fields))

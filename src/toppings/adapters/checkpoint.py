@@ -51,8 +51,8 @@ class ProjectionWeights:
 class AdapterCheckpoint:
     """A valid adapter for `shapes`. `weights` is keyed by (layer, `MODULES` index).
 
-    `digest` is the SHA-256 of all that it is served by; `fingerprint` sizes and modification times of its files
-    before they were read; `chat_template` its own, if it brings one; `warnings` what PEFT warns of, too.
+    `digest` is the SHA-256 of all that it is served by; `fingerprint` sizes and modification times of its
+    files before they were read; `chat_template` its own, if it brings one; `warnings` what was ignored.
     """
 
     path: Path
@@ -95,8 +95,9 @@ def read_checkpoint(
 ) -> AdapterCheckpoint:
     """The adapter in the directory `path`, all of it in memory and checked against the base model's `shapes`.
 
-    `base_tokens`: the added tokens of the base model's tokeniser, to warn where the adapter's differ. Warnings are
-    logged, too. Raises AdapterError with the reason; AdapterNotFound where `path` is no directory.
+    `base_tokens`: the added tokens of the base model's tokeniser, to warn where the adapter's differ.
+    Warnings are logged, too. Raises AdapterError with the reason; AdapterNotFound where `path` is no
+    directory.
     """
     path = Path(path).absolute()
     try:
@@ -199,13 +200,15 @@ def _check_outside(matches: PeftMatches, config: PeftConfig) -> None:
     for name in _OUTSIDE_LAYERS:
         if not is_shorthand and matches.is_target(name):
             raise AdapterError(
-                f"target_modules {shorten(config.target_modules)} matches {name}; supported: {', '.join(MODULES)}"
+                f"target_modules {shorten(config.target_modules)} matches {name}; supported: "
+                f"{', '.join(MODULES)}"
             )
 
 
 def _is_ignored(key: str) -> bool:
-    """PEFT takes no note of a tensor that is no parameter of the model with its adapters. That of a LoRA is another
-    matter: it was trained, and would be missing."""
+    """PEFT takes no note of a tensor that is no parameter of the model with its adapters; here, a LoRA's is
+    refused all the same: it was trained, and would be missing.
+    """
     return "lora_" not in key and _BASE_PARAMETER.fullmatch(key) is None
 
 

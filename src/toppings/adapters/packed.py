@@ -2,8 +2,9 @@
 
     magic (8 bytes) | header length, header CRC-32 (uint32 each) | header (JSON) | padding to 64 | blocks
 
-The header holds the layout, a CRC-32 per block, the digest and fingerprint of the checkpoint that the file was
-made from, and its own chat template if it has one; the adapter's name is not in it. Whoever makes a file renames it when it is whole.
+The header holds the layout, a CRC-32 per block, the digest and fingerprint of the checkpoint that the file
+was made from, and its own chat template if it has one; the adapter's name is not in it. Whoever makes a file
+renames it when it is whole.
 """
 
 import json
@@ -86,19 +87,19 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
 def _check_magnitudes(
     checkpoint: AdapterCheckpoint, layer: int, module: int, scaled: torch.Tensor, dtype: str
 ) -> None:
-    """`scaled`: B with its scale, fp32. By numpy, since torch would wake its threads for each small tensor."""
+    """`scaled`: B with its scale, fp32. By numpy, as torch would wake its threads for each small tensor."""
     weights, limit = checkpoint.weights[layer, module], torch.finfo(getattr(torch, dtype)).max
     largest_a, largest_b = _largest(weights.a), _largest(scaled)
     place = f"adapter {checkpoint.path}: layer {layer} {MODULES[module]}"
     if not max(largest_a, largest_b) <= limit:
         raise AdapterError(
-            f"{place} holds {max(largest_a, largest_b):.3g} with its scale of {weights.scale:.3g}, more than {dtype} "
-            "can hold"
+            f"{place} holds {max(largest_a, largest_b):.3g} with its scale of {weights.scale:.3g}, "
+            f"more than {dtype} can hold"
         )
     if not largest_a * largest_b <= min(limit, MAX_EFFECT):
         raise AdapterError(
-            f"{place} gives products of {largest_a * largest_b:.3g} with its scale of {weights.scale:.3g}; above "
-            f"{min(limit, MAX_EFFECT):.3g} the model's arithmetic in {dtype} overflows"
+            f"{place} gives products of {largest_a * largest_b:.3g} with its scale of {weights.scale:.3g}; "
+            f"above {min(limit, MAX_EFFECT):.3g} the model's arithmetic in {dtype} overflows"
         )
 
 
@@ -121,9 +122,7 @@ def pack_adapter(
     layout, blocks = pack_weights(checkpoint, dtype)
     data = blocks.view(torch.uint8).numpy().data
     crcs = tuple(zlib.crc32(_block(data, layout, layer)) for layer in range(layout.num_layers))
-    header = PackedHeader(
-        layout, crcs, checkpoint.digest, checkpoint.fingerprint, checkpoint.chat_template
-    )
+    header = PackedHeader(layout, crcs, checkpoint.digest, checkpoint.fingerprint, checkpoint.chat_template)
     with open(file, "xb") as out:
         out.write(header.to_bytes())
         out.write(data)

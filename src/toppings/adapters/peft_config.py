@@ -54,7 +54,7 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
 }
-"""Options that change the arithmetic. Those that PEFT does not know, it ignores with a warning, and so do we."""
+"""Options that change the arithmetic. Those that PEFT does not know, it ignores with a warning; so do we."""
 T = TypeVar("T")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KNOWN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -132,12 +132,13 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
 def _check_init(init: Any) -> None:
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise AdapterError(
-            f"init_lora_weights is {shorten(init)}, which also changes the base model's weights; save the adapter "
-            "with path_initial_model_for_weight_conversion to make it a plain LoRA"
+            f"init_lora_weights is {shorten(init)}, which also changes the base model's weights; save the "
+            "adapter with path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
     if isinstance(init, str) and init.lower() not in _KNOWN_INITS:
         raise AdapterError(
-            f"init_lora_weights is {shorten(init)}; it must be true, false or one of {', '.join(_KNOWN_INITS[:4])}"
+            f"init_lora_weights is {shorten(init)}; it must be true, false or one of "
+            f"{', '.join(_KNOWN_INITS[:4])}"
         )
 
 
@@ -217,9 +218,7 @@ def _names(name: str, value: Any) -> str | list[str]:
 def _layers(value: Any) -> list[int]:
     layers = [] if value is None else [value] if isinstance(value, int) else value
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise AdapterError(
-            f"layers_to_transform is {shorten(value)}; it must be a layer or a list of layers"
-        )
+        raise AdapterError(f"layers_to_transform is {shorten(value)}; it must be a layer or a list of layers")
     return layers
 
 

@@ -1,7 +1,7 @@
 """Which modules the patterns of an `adapter_config.json` match, exactly as PEFT decides it.
 
-The rules are those of peft's `check_target_module_exists` and `get_pattern_key`, with Python's own `re`. A pattern
-that could backtrack is matched in a sandbox, as it may take for ever.
+The rules are those of peft's `check_target_module_exists` and `get_pattern_key`, with Python's own `re`. A
+pattern that could backtrack is matched in a sandbox, as it may take for ever.
 """
 
 import math
@@ -83,7 +83,9 @@ class PeftMatches:
             return set(self._modules)
         named = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self._config.layers_pattern]
         given = self._config.layers_pattern
-        found = self._match("layers_pattern", named, given) if named else match_all([ANY_LAYER], self._modules)
+        found = (
+            self._match("layers_pattern", named, given) if named else match_all([ANY_LAYER], self._modules)
+        )
         layer_of: dict[str, str] = {}
         for matches in reversed(found):  # the first pattern that matches counts
             layer_of |= matches
@@ -109,7 +111,9 @@ class PeftMatches:
             )
         except ValueError as error:
             which = f"{option} {shorten((given or patterns)[0])}" if len(patterns) == 1 else option
-            reason = f"{error} to match" if isinstance(error, SandboxError) and "longer" in str(error) else error
+            reason = (
+                f"{error} to match" if isinstance(error, SandboxError) and "longer" in str(error) else error
+            )
             raise AdapterError(f"{which}: {reason}") from error
         return found
 

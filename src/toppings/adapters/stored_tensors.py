@@ -1,7 +1,7 @@
 """A safetensors file's header, checked before any tensor is read, and then the tensors that are wanted.
 
-The library's own reader needs the whole file in memory or maps it, and a mapped file that is cut short meanwhile ends
-the process. The layout: header length (uint64), header (JSON), then the tensors without gaps.
+The library's own reader needs the whole file in memory or maps it, and a mapped file that is cut short
+meanwhile ends the process. The layout: header length (uint64), header (JSON), then the tensors without gaps.
 """
 
 import json
@@ -61,9 +61,7 @@ class StoredTensors:
         self.head = prefix + text
         self.by_key = _parse(text, size - len(self.head))
 
-    def read(
-        self, keys: Iterable[str], note: Callable[[np.ndarray[Any, Any]], object]
-    ) -> dict[str, torch.Tensor]:
+    def read(self, keys: Iterable[str], note: Callable[[memoryview], object]) -> dict[str, torch.Tensor]:
         """Tensors of types in `FLOATS`, read in the file's order; `note` gets the bytes as they come.
 
         Raises AdapterError where the file has become shorter, OSError.
@@ -76,7 +74,7 @@ class StoredTensors:
                 part = data[start : start + CHUNK_BYTES]
                 if self._file.readinto(part.data) != len(part):  # type: ignore[attr-defined]
                     raise _corrupt(f"it ends within {stored.key!r}")
-                note(part)
+                note(part.data)
             tensor = torch.from_numpy(data).view(FLOATS[stored.dtype]).reshape(stored.shape)
             tensors[stored.key] = tensor.float() if stored.dtype.startswith("F8") else tensor
         return tensors

@@ -38,15 +38,15 @@ class TextFiles:
         return cls(template, _added_tokens(config, path / TOKENIZER_FILE), tuple(warnings))
 
     def differences(self, base_tokens: Mapping[str, int]) -> list[str]:
-        """Which of its tokens the base model's tokeniser has under another id, or not at all; the first few."""
+        """A warning that names tokens which the base's tokeniser has under another id, or not at all."""
         added = self.added_tokens or {}
         differing = [(token, i) for token, i in added.items() if base_tokens.get(token) != i]
         if not differing:
             return []
         named = ", ".join(f"{token[:40]!r} (id {i})" for token, i in differing[:MAX_NAMED])
         return [
-            f"its tokeniser adds {len(differing)} tokens that the base model's does not have so: {named}; the base "
-            "model's tokeniser is used"
+            f"its tokeniser adds {len(differing)} tokens that the base model's does not have so: {named}; "
+            "the base model's tokeniser is used"
         ]
 
 
@@ -85,14 +85,18 @@ def _default_template(value: Any, warnings: list[str]) -> str | None:
     if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEMPLATE_BYTES:
         return value
     if value is not None:
-        warnings.append(f"{TOKENIZER_CONFIG_FILE} has a chat template that is no text of usual size; it is not used")
+        warnings.append(
+            f"{TOKENIZER_CONFIG_FILE} has a chat template that is no text of usual size; it is not used"
+        )
     return None
 
 
 def _added_tokens(config: dict[str, Any], tokenizer_file: Path) -> dict[str, int]:
     """Of both files; the ids of malformed entries count as -1, which no token of a base model has."""
     decoder = config.get("added_tokens_decoder")
-    entries = [{**_mapping(v), "id": k} for k, v in _mapping(decoder).items()] + _listed_tokens(tokenizer_file)
+    entries = [{**_mapping(v), "id": k} for k, v in _mapping(decoder).items()] + _listed_tokens(
+        tokenizer_file
+    )
     return {
         str(entry.get("content")): int(i) if (i := str(entry.get("id"))).isdecimal() and len(i) < 19 else -1
         for entry in map(_mapping, entries)

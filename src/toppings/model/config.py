@@ -86,10 +86,10 @@ class ModelConfig:
             source = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises its validators' own types too
             raise ValueError(f"{path / 'config.json'} is not valid: {error}") from error
-        if source.model_type != FAMILIES[architecture].model_type:
+        if source.model_type != (expected := FAMILIES[architecture].model_type):
             raise ValueError(
-                f"{path / 'config.json'} names architecture {architecture} and model_type {source.model_type!r}, which "
-                f"is another; {architecture} goes with {FAMILIES[architecture].model_type!r}"
+                f"{path / 'config.json'} names architecture {architecture} and model_type "
+                f"{source.model_type!r}; {architecture} goes with {expected!r}"
             )
         source.dtype = source.dtype or _stored_dtype(path)
         return _convert(source, architecture, read_generation_config(path))
@@ -170,7 +170,9 @@ def _check_served(path: Path, raw: dict[str, Any]) -> str:
             f"supported: {', '.join(FAMILIES)}"
         )
     if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        )
         raise ValueError(f"{path} is quantized ({method}); only bfloat16, float16 and float32 are supported")
     if raw.get("transformers_weights"):
         raise ValueError(f"{path} has its weights in {raw['transformers_weights']!r}, which is not supported")
@@ -223,8 +225,8 @@ def _check_sizes(source: Any, head_dim: int) -> None:
             raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise ValueError(
-            f"num_attention_heads is {sizes['num_attention_heads']}; it must be a multiple of num_key_value_heads, "
-            f"{sizes['num_key_value_heads']}"
+            f"num_attention_heads is {sizes['num_attention_heads']}; it must be a multiple of "
+            f"num_key_value_heads, {sizes['num_key_value_heads']}"
         )
     if head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; it must be even, as rotary positions turn pairs")
@@ -240,7 +242,9 @@ def _ids(source: Any, generation: dict[str, Any], name: str) -> tuple[int, ...]:
         raise ValueError(f"{name} is {value!r}; it must be a token id or a list of them")
     known = tuple(i for i in ids if 0 <= i < source.vocab_size)
     if len(known) < len(ids):
-        logger.warning("%s is %s; ids outside the vocabulary of %d are left out", name, value, source.vocab_size)
+        logger.warning(
+            "%s is %s; ids outside the vocabulary of %d are left out", name, value, source.vocab_size
+        )
     return known
 
 
@@ -256,7 +260,7 @@ def _dtype(source: Any) -> torch.dtype:
 def _windows(source: Any, family: _Family) -> tuple[int | None, ...]:
     window = source.sliding_window if family.has_window else None
     if not family.heeds_layer_types:
-        return (window,) * source.num_hidden_layers
+        return (window,) * int(source.num_hidden_layers)
     kinds = source.layer_types
     if len(kinds) != source.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
         raise ValueError(

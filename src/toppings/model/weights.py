@@ -39,9 +39,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The decoder's tensors by name (`layers.0.qkv.weight`, ...), converted to `dtype`, in host memory.
 
-    With `part`, of the projections no more is read than it has. Where config.json ties the output layer to the
-    embedding, the result has an `lm_head` only if the checkpoint stores one that differs: like transformers, the
-    decoder then uses it.
+    With `part`, of the projections no more is read than it has. Where config.json ties the output layer to
+    the embedding, the result has an `lm_head` only if the checkpoint stores one that differs: the decoder
+    then uses it, as transformers does.
 
     Raises ValueError where the checkpoint's files or tensors are missing, surplus, damaged or of another
     shape.
@@ -69,8 +69,8 @@ def _drop_copy(path: Path, weights: dict[str, Tensor]) -> None:
         del weights["lm_head"]
     else:
         logger.warning(
-            "%s: config.json says tie_word_embeddings, but the stored lm_head differs from the embedding; the stored "
-            "one is used",
+            "%s: config.json says tie_word_embeddings, but the stored lm_head differs from the embedding; "
+            "the stored one is used",
             path,
         )
 

@@ -2,8 +2,8 @@
 
     python -I -S child.py PARENT_PID MEMORY_BYTES DIRECTORIES_OF_LIBRARIES
 
-A frame is its length (uint32) and JSON, both ways: `[kind, cpu_s, arguments]` and `[result, error]`. A job that takes
-more processor time than its own ends the process by SIGPROF, whatever it is doing.
+A frame is its length (uint32) and JSON, both ways: `[kind, cpu_s, arguments]` and `[result, error]`. A job
+that takes more processor time than its own ends the process by SIGPROF, whatever it is doing.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Python's own regular expressions, many at once; the standard library alone, for it also runs in a sandbox."""
+"""Python's own regular expressions, many at once. It runs in a sandbox, too: the standard library alone."""
 
 import re
 import warnings
@@ -7,8 +7,8 @@ MAX_SHOWN_CHARS = 200
 
 
 def match_all(patterns: list[str], names: list[str], *, is_full: bool = False) -> list[dict[str, str]]:
-    """Per pattern, the names that `re.match` (`is_full`: `re.fullmatch`) accepts, each with its group `idx`, "" where
-    the pattern has none.
+    """Per pattern, the names that `re.match` (`is_full`: `re.fullmatch`) accepts, each with its group `idx`,
+    "" where the pattern has none.
 
     Raises ValueError for what is no pattern.
     """

@@ -54,8 +54,8 @@ class Sandbox:
         return result
 
     async def run_in_turn(self, key: str, kind: str, *, cpu_s: float, **arguments: Any) -> Any:
-        """`run`, beside the event loop. Jobs of one `key` run one after another, so that a slow one keeps back
-        those of its own key only, as long as there are more processes than slow keys.
+        """`run`, beside the event loop. Jobs of one `key` run one after another, so that a slow one keeps
+        back those of its own key only, as long as there are more processes than slow keys.
 
         Raises SandboxError, SandboxBusyError.
         """

@@ -73,7 +73,7 @@ class SandboxProcess:
             arguments = (str(os.getpid()), str(self._memory_bytes), json.dumps(_library_dirs()))
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(CHILD_FILE), *arguments],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
@@ -99,4 +99,3 @@ def _library_dirs() -> list[str]:
     """Where the libraries of templates are installed; where they are not, none are rendered."""
     specs = [spec for name in LIBRARIES if (spec := find_spec(name)) is not None]
     return sorted({str(Path(spec.origin).parents[1]) for spec in specs if spec.origin})
-

@@ -43,9 +43,7 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
         state=state,
         target=target,
         prompts=prompts,
-        sampling=body.sampling(
-            max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults
-        ),
+        sampling=body.sampling(max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         started_at=started_at,

@@ -129,7 +129,7 @@ class GenerationBody(BaseModel):
     def sampling(
         self, *, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]
     ) -> SamplingParams:
-        """`defaults`: the model's own for what the body leaves out. Raises RequestError for a value out of range."""
+        """`defaults`: the model's, for what is left out. Raises RequestError for a value out of range."""
         names = (
             *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
             *("seed", "ignore_eos", "min_tokens"),

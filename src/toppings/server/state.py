@@ -157,10 +157,12 @@ class ServerState:
             return None
         if adapter_id not in self._templates:
             source = await asyncio.to_thread(self._own_template, adapter_id)
-            is_own = source is not None and source != getattr(self.text.template, "source", None)
+            base = self.text.template
+            is_own = source is not None and (base is None or source != base.source)
             if len(self._templates) >= MAX_TEMPLATES:
                 self._templates.clear()
-            self._templates[adapter_id] = ChatTemplate(source, f"adapter {target.name!r}") if is_own else None
+            owner = f"adapter {target.name!r}"
+            self._templates[adapter_id] = ChatTemplate(source or "", owner) if is_own else None
         return self._templates[adapter_id]
 
     def _own_template(self, adapter_id: int) -> str | None:

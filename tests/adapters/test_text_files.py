@@ -1,0 +1,101 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
+from toppings.adapters.checkpoint import read_checkpoint
+from toppings.adapters.text_files import MAX_TEMPLATE_BYTES, TextFiles, base_tokens
+
+BASE = {"<s>": 0, "</s>": 1}
+
+
+def write_config(path: Path, **fields: Any) -> Path:
+    (path / "tokenizer_config.json").write_text(json.dumps(fields))
+    return path
+
+
+def write_tokens(path: Path, tokens: dict[str, int]) -> Path:
+    added = [{"id": i, "content": token, "special": True} for token, i in tokens.items()]
+    (path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": {}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "value", ["own", [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "own"}]]
+)
+def test_a_template_may_stand_in_the_tokenisers_configuration(tmp_path: Path, value: Any) -> None:
+    write_config(write_adapter(tmp_path), chat_template=value)
+    assert read_checkpoint(tmp_path, SHAPES).chat_template == "own"
+
+
+def test_a_templates_own_file_comes_first(tmp_path: Path) -> None:
+    (write_config(tmp_path, chat_template="other") / "chat_template.jinja").write_text("own")
+    assert TextFiles.read(tmp_path).chat_template == "own"
+
+
+def test_an_adapter_without_template_has_none(tmp_path: Path) -> None:
+    assert TextFiles.read(write_config(tmp_path, model_max_length=8)).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"a" * (MAX_TEMPLATE_BYTES + 1)),
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("tokenizer_config.json", b"[1]"),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b'{"a": ' * 100_000),
+        ("tokenizer_config.json", b'{"chat_template": 3}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "tool_use", "template": 1}, 2]}'),
+    ],
+)
+def test_what_cannot_be_used_is_told_by_name_or_is_no_template(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (write_adapter(tmp_path) / name).write_bytes(content)
+    checkpoint = read_checkpoint(tmp_path, SHAPES)
+    assert checkpoint.chat_template is None
+    assert any(name in warning for warning in checkpoint.warnings) or b"tool_use" in content
+
+
+def test_a_gigantic_file_is_not_read(tmp_path: Path) -> None:
+    for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)
+    text = TextFiles.read(tmp_path)
+    assert text.chat_template is None
+    assert len(text.warnings) == 2
+
+
+@pytest.mark.parametrize("tokens", [{"<pad>": 2}, {"</s>": 7}, {**BASE, "<a>": 2, "<b>": 3}])
+def test_tokens_that_the_base_does_not_have_are_named(tmp_path: Path, tokens: dict[str, int]) -> None:
+    write_tokens(write_adapter(tmp_path), tokens)
+    [warning] = read_checkpoint(tmp_path, SHAPES, BASE).warnings
+    assert all(
+        repr(token) in warning for token in tokens.keys() - {"<s>"} if BASE.get(token) != tokens[token]
+    )
+
+
+def test_the_bases_own_tokens_are_no_difference(tmp_path: Path) -> None:
+    write_tokens(write_adapter(tmp_path), BASE)
+    write_config(tmp_path, added_tokens_decoder={"0": {"content": "<s>"}})
+    assert read_checkpoint(tmp_path, SHAPES, base_tokens(tmp_path)).warnings == ()
+
+
+def test_malformed_tokens_are_a_difference(tmp_path: Path) -> None:
+    write_config(tmp_path, added_tokens_decoder={"9" * 5000: {"content": "<x>"}, "1": None})
+    assert TextFiles.read(tmp_path).differences(BASE)
+
+
+def test_a_new_template_is_a_changed_adapter(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "all" / "a")
+    registry = open_registry(tmp_path / "state")
+    registry.register_directory(tmp_path / "all")
+    (path / "chat_template.jinja").write_text("own")
+    [record] = registry.register_directory(tmp_path / "all").registered
+    with registry.open_packed(record.adapter_id) as packed:
+        assert packed.header.chat_template == "own"
+    registry.close()
