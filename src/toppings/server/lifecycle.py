@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 import yaml
@@ -22,6 +23,8 @@ from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
 from toppings.engine.process import LOG_FORMAT, EngineLog
 from toppings.server.app import create_app
+from toppings.server.connections import Connections, raise_file_limit
+from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.state import ServerState
 from toppings.text import TextModel
 
@@ -180,6 +183,15 @@ async def _flush(state: ServerState) -> None:
 class _Server(uvicorn.Server):
     """Leaves signals to `Stop`, as a signal means draining first; names the address of a given socket."""
 
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        self._connections.sweep()
+        return await super().on_tick(counter)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
@@ -194,9 +206,17 @@ class _Server(uvicorn.Server):
 
 def _make_server(config: Config, app: FastAPI) -> _Server:
     """Forwarding headers are not trusted: a client's address is the one it has connected from."""
+    connections = Connections(
+        max_open=raise_file_limit(),
+        receive_timeout_s=config.server.receive_timeout_s,
+        send_timeout_s=config.server.send_timeout_s,
+    )
     return _Server(
         uvicorn.Config(
             app,
+            http=cast(type[asyncio.Protocol], connections.protocol),
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES + MAX_URL_BYTES,
             host=config.server.host,
             port=config.server.port,
             log_config=None,
@@ -205,7 +225,8 @@ def _make_server(config: Config, app: FastAPI) -> _Server:
             lifespan="off",
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=int(FLUSH_S),
-        )
+        ),
+        connections,
     )
 
 
