@@ -60,7 +60,7 @@ class JsonRoute(APIRoute):
 
 
 class TypedJsonRoute(JsonRoute):
-    """A `JsonRoute` that asks for the content type: no web page can send it without having been allowed to."""
+    """A `JsonRoute` that asks for the content type: no web page may send it unasked."""
 
     needs_content_type = True
 

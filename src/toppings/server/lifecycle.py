@@ -19,6 +19,7 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
+from toppings.core import shown
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
 from toppings.engine.process import LOG_FORMAT, EngineLog
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
+MAX_LOG_CHARS = 4000
 IDLE_CONNECTION_S = 75
 """Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): one that is closed as a request
 arrives on it loses that request."""
@@ -80,9 +82,17 @@ def start_logging(config: Config) -> None:
         logging.StreamHandler(),
         logging.FileHandler(log_file(config)),
     ]
-    logging.basicConfig(
-        level=config.server.log_level.upper(), format=LOG_FORMAT, handlers=handlers, force=True
-    )
+    for handler in handlers:
+        handler.setFormatter(_ShortFormatter(LOG_FORMAT))
+    logging.basicConfig(level=config.server.log_level.upper(), handlers=handlers, force=True)
+
+
+class _ShortFormatter(logging.Formatter):
+    """Cuts messages, so that no request writes a megabyte to the log, and keeps each on its line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = shown(record.message, MAX_LOG_CHARS).replace("\r", "\\r").replace("\n", "\\n")
+        return super().formatMessage(record)
 
 
 async def _serve(config: Config) -> int:
