@@ -240,7 +240,13 @@ async def test_a_long_text_is_refused_before_it_is_tokenised(
     seen: list[int] = []
     tokenizer = server.state.text._tokenizer
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **kw: seen.append(len(text)) or encode(text, **kw))
+
+    def seen_encode(text: str, **options: bool) -> list[int]:
+        seen.append(len(text))
+        found: list[int] = encode(text, **options)
+        return found
+
+    monkeypatch.setattr(tokenizer, "encode", seen_encode)
     monkeypatch.setattr(server.state.text, "_max_token_chars", 1 << 20)
     for body in ({"prompt": "x" * 500_000}, {"prompt": ["x", "y" * 500_000]}):
         reply = await server.complete(**body)
@@ -365,7 +371,7 @@ async def test_urls_are_bounded_text(server: Server, path: str, status: int) -> 
     ids=["gzip", "identity", "long", "odd"],
 )
 async def test_headers_are_bounded(server: Server, headers: dict[str, str], status: int) -> None:
-    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
     reply = await server.http.post("/v1/completions", json={"prompt": "hi"}, headers=encoded)
     assert reply.status_code == status
 

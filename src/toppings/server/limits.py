@@ -68,7 +68,8 @@ class BoundsMiddleware:
             message = await self._in_time(receive, started_at)
             count(len(message.get("body", b"")))
             if num_bytes > self._max_body_bytes:
-                await self._discard(scope, receive)
+                if message.get("more_body", False):
+                    await self._discard(scope, receive)
                 raise too_large(self._max_body_bytes)
             if self._num_held_bytes > BODIES_AT_ONCE * self._max_body_bytes:
                 raise ApiError(
