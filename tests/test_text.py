@@ -3,6 +3,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.fakes import Call, FakeEngineClient
 from toppings.core import FinishReason, RequestError, SamplingParams
@@ -206,3 +208,38 @@ def test_chat_without_a_template_says_so(tmp_path: Path) -> None:
 def test_a_directory_without_tokeniser_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read a tokeniser"):
         TextModel.load(tmp_path)
+
+
+def test_byte_tokens_of_sentencepiece_have_their_byte() -> None:
+    vocab = {"<unk>": 0, "a": 1, "▁": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    model = TextModel(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    ids = model.encode("€a", add_special_tokens=False)
+    assert [model.token_bytes(i) for i in ids] == [b"\xe2", b"\x82", b"\xac", b"a"]
+    assert [model.token_name(i) for i in ids] == [r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "a"]
+
+
+def test_a_replacement_character_of_the_text_is_itself(text: TextModel) -> None:
+    ids = text.encode("\ufffd", add_special_tokens=False)
+    assert b"".join(text.token_bytes(i) for i in ids) == "\ufffd".encode()
+
+
+def test_held_text_costs_no_more_the_longer_it_is() -> None:
+    """Each character is looked at once or twice for each stop string, however much is held back."""
+    matcher = StopMatcher(["a" * 1023 + chr(0x100 + i) for i in range(4)])
+    for begun in matcher._begun:
+        begun._border = _counted(begun._border, calls := [])  # type: ignore[method-assign]
+    for _ in range(4000):
+        matcher.push("a")
+    assert len(calls) < 2 * 4 * 4000
+
+
+def _counted(function: Callable[[int], int], calls: list[int]) -> Callable[[int], int]:
+    def counted(length: int) -> int:
+        calls.append(length)
+        return function(length)
+
+    return counted

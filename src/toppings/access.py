@@ -23,8 +23,8 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 def read_api_key(option: str = "", key_file: str | Path = "") -> str:
     """The first that is given: the option, what the file holds, the variable `TOPPINGS_API_KEY`; else "".
 
-    Others on the machine see options in the list of processes. Raises ConfigError, without the key, for a file
-    that cannot be read or is empty, and for a key that no header can carry.
+    Others on the machine see options in the list of processes. Raises ConfigError, without the key, for a
+    file that cannot be read or is empty, and for a key that no header can carry.
     """
     if option:
         return _checked(option, "api_key")
@@ -54,7 +54,7 @@ def _checked(key: str, place: str) -> str:
 
 
 def is_key(authorization: bytes, key: str) -> bool:
-    """Whether a header `Authorization` is `Bearer <key>`, in a time that does not tell how much of it is right."""
+    """Whether a header `Authorization` is `Bearer <key>`, compared in constant time."""
     scheme, _, given = authorization.strip().partition(b" ")
     return hmac.compare_digest(given.strip(), key.encode()) and scheme.lower() == b"bearer"
 
@@ -70,7 +70,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_named_here(host: str, configured: str) -> bool:
-    """Whether a header `Host` (any port) names the loopback, or the host that the server was told to listen on.
+    """Whether a header `Host` (any port) names the loopback, or the host the server is to listen on.
 
     A web page can make any other name mean 127.0.0.1; its requests then come from this machine and its origin
     is the server's own.
@@ -83,7 +83,7 @@ def is_named_here(host: str, configured: str) -> bool:
 
 
 def is_own_page(origin: str | None, host: str, allowed: Collection[str] = ()) -> bool:
-    """Whether a request comes from no web page (no `Origin`), from the server's own, or from one of `allowed`."""
+    """Whether a request is of no web page (no `Origin`), of the server's own, or of one of `allowed`."""
     try:
         return origin is None or origin in allowed or urlsplit(origin).netloc == host
     except ValueError:

@@ -170,7 +170,11 @@ def list_adapters(
     api_key_file: ApiKeyFile = "",
 ) -> None:
     """Show all adapters with rank, targets and size; of a running server also where they are."""
-    rows = RemoteServer(url, read_api_key(api_key, api_key_file)).adapters() if url else _local_rows(model, state_dir, dtype)
+    rows = (
+        RemoteServer(url, read_api_key(api_key, api_key_file)).adapters()
+        if url
+        else _local_rows(model, state_dir, dtype)
+    )
     table = Table("name", "id", "rank", "targets", "bytes", "pinned", *(("state", "hits") if url else ()))
     for row in rows:
         places = (row["state"], str(row["hits"])) if url else ()
@@ -196,7 +200,11 @@ def add_adapter(
 ) -> None:
     """Register the PEFT checkpoint in PATH under NAME."""
     if url:
-        typer.echo(RemoteServer(url, read_api_key(api_key, api_key_file)).load(name, str(path.absolute()), in_place=replace))
+        typer.echo(
+            RemoteServer(url, read_api_key(api_key, api_key_file)).load(
+                name, str(path.absolute()), in_place=replace
+            )
+        )
         return
     record = _registry(model, state_dir, dtype).register(name, path.absolute(), replace=replace)
     typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes")

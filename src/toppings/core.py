@@ -124,7 +124,9 @@ class SamplingParams:
         _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
         for text in self.stop:
             if not text:
-                raise RequestError("stop holds an empty string; each stop string needs at least one character")
+                raise RequestError(
+                    "stop holds an empty string; each stop string needs at least one character"
+                )
             if len(text) > MAX_STOP_CHARS:
                 raise RequestError(
                     f"stop holds a string of {len(text)} characters; each may have at most {MAX_STOP_CHARS}"
@@ -147,9 +149,8 @@ def _check_range(name: str, value: float, low: float, high: float, *, low_is_ope
     # Asked so that NaN, which is neither above nor below, is refused too.
     is_above_low = value > low if low_is_open else value >= low
     if not (is_above_low and value <= high):
-        raise RequestError(
-            f"{name} is {shown(value)}; it must be {'above' if low_is_open else 'at least'} {low}, at most {high}"
-        )
+        bounds = f"{'above' if low_is_open else 'at least'} {low}, at most {high}"
+        raise RequestError(f"{name} is {shown(value)}; it must be {bounds}")
 
 
 def _check_length(name: str, values: tuple[object, ...], most: int, unit: str) -> None:

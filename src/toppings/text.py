@@ -36,7 +36,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @lru_cache(1)
 def byte_of_char() -> dict[str, int]:
-    """Byte-level tokenisers write each byte as one character: itself where that is printable, else from U+0100."""
+    """Byte-level tokenisers write a byte as one character: itself if that is printable, else from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(0x100)) - set(printable))
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -104,8 +104,8 @@ class TextModel:
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False)) - SLICE_SLACK
             if self.max_tokens is not None and num_tokens > self.max_tokens:
                 raise RequestError(
-                    f"the prompt has {len(text)} characters, of which the first {start + len(piece)} have more "
-                    f"than {self.max_tokens} tokens; the model's context holds {self.max_tokens} tokens"
+                    f"the prompt has {len(text)} characters, of which the first {start + len(piece)} have "
+                    f"more than {self.max_tokens} tokens; the model's context holds {self.max_tokens} tokens"
                 )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -223,9 +223,9 @@ class StopMatcher:
 
 
 class _BegunStop:
-    """How much of one stop string the end of the text is (Knuth, Morris and Pratt): constant time a character.
+    """How much of one stop string the end of the text is (Knuth-Morris-Pratt): constant time a character.
 
-    `_borders[k]` is the length of the longest proper end of `stop[:k]` that begins `stop`, as far as needed yet.
+    `_borders[k]` is the length of the longest proper end of `stop[:k]` that begins `stop`, as far as needed.
     """
 
     def __init__(self, stop: str) -> None:

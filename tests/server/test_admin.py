@@ -233,7 +233,9 @@ async def test_ipv6_loopback_is_loopback(server: Server) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "body"), CHANGING)
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "localhost.evil.example", "a@b", "[", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "a@b", "[", ""]
+)
 async def test_a_name_that_a_web_page_made_mean_this_machine_changes_nothing(
     server: Server, method: str, path: str, body: dict[str, object] | None, host: str
 ) -> None:
@@ -243,7 +245,9 @@ async def test_a_name_that_a_web_page_made_mean_this_machine_changes_nothing(
     assert server.registry.count() == 0
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", "[::1]:80"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", "[::1]:80"]
+)
 async def test_names_of_the_loopback_may_change_state(server: Server, host: str) -> None:
     headers = {"host": host, "origin": f"http://{host}"}
     assert (await server.http.post("/adapters/a/pin", headers=headers)).status_code == 404
@@ -275,12 +279,17 @@ class TestOrigins:
         assert "authorization" in reply.headers["access-control-allow-headers"].lower()
 
     async def test_other_origins_may_not(self, server: Server) -> None:
-        reply = await server.http.options("/v1/completions", headers={**PREFLIGHT, "origin": "https://x.example"})
+        reply = await server.http.options(
+            "/v1/completions", headers={**PREFLIGHT, "origin": "https://x.example"}
+        )
         assert (reply.status_code, "access-control-allow-origin" in reply.headers) == (400, False)
 
     async def test_a_refusal_can_be_read_by_the_page(self, server: Server) -> None:
         reply = await server.http.post("/v1/completions", headers={"origin": "https://app.example"})
-        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (401, "https://app.example")
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (
+            401,
+            "https://app.example",
+        )
 
 
 class TestOwnOrigins:
@@ -288,7 +297,9 @@ class TestOwnOrigins:
     def settings(self) -> dict[str, object]:
         return {"allowed_origins": ["http://localhost:3000"]}
 
-    @pytest.mark.parametrize(("origin", "status"), [("http://localhost:3000", 404), ("http://localhost:4", 403)])
+    @pytest.mark.parametrize(
+        ("origin", "status"), [("http://localhost:3000", 404), ("http://localhost:4", 403)]
+    )
     async def test_an_allowed_page_may_change_state(self, server: Server, origin: str, status: int) -> None:
         reply = await server.http.post("/adapters/a/pin", headers={"origin": origin})
         assert reply.status_code == status

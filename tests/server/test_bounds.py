@@ -15,7 +15,13 @@ from toppings.server.limits import body_limit
 JSON = {"content-type": "application/json"}
 USER = '"messages": [{"role": "user", "content": "hi"}]'
 FAMILIES = ("/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream")
-BODY_ROUTES = (*FAMILIES, "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/adapters")
+BODY_ROUTES = (
+    *FAMILIES,
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/load_lora_adapter",
+    "/adapters",
+)
 
 
 async def send(server: Server, path: str, content: bytes | str) -> httpx.Response:
@@ -31,7 +37,11 @@ async def send(server: Server, path: str, content: bytes | str) -> httpx.Respons
         ("/v1/completions", r'{"prompt": "a", "stop": ["x", "\ud83d"]}', "body.stop.1"),
         ("/v1/completions", r'{"prompt": "a", "model": "\ud83d\ud83d"}', "body.model"),
         ("/v1/completions", r'{"prompt": "a", "\ud83d": 1}', "field's name in body"),
-        ("/v1/chat/completions", r'{"messages": [{"role": "user", "content": "a\udc00"}]}', "body.messages.0.content"),
+        (
+            "/v1/chat/completions",
+            r'{"messages": [{"role": "user", "content": "a\udc00"}]}',
+            "body.messages.0.content",
+        ),
         ("/v1/load_lora_adapter", r'{"lora_name": "\ud83d", "lora_path": "x"}', "body.lora_name"),
         ("/v1/load_lora_adapter", r'{"lora_name": "a", "lora_path": "\ud83d"}', "body.lora_path"),
         ("/v1/unload_lora_adapter", r'{"lora_name": "\ud83d"}', "body.lora_name"),
@@ -39,7 +49,11 @@ async def send(server: Server, path: str, content: bytes | str) -> httpx.Respons
         ("/unload_lora_adapter", r'{"lora_name": "\ud83d"}', "body.lora_name"),
         ("/adapters", r'{"name": "\ud83d", "src": "x"}', "body.name"),
         ("/generate", r'{"inputs": "a\ud83d", "parameters": {}}', "body.inputs"),
-        ("/generate", r'{"inputs": "a", "parameters": {"adapter_id": "\ud83d"}}', "body.parameters.adapter_id"),
+        (
+            "/generate",
+            r'{"inputs": "a", "parameters": {"adapter_id": "\ud83d"}}',
+            "body.parameters.adapter_id",
+        ),
         ("/generate", r'{"inputs": "a", "parameters": {}, "lora_dir": "\ud83d"}', "body.lora_dir"),
     ],
 )
@@ -53,7 +67,9 @@ async def test_half_of_a_surrogate_pair_is_refused_with_its_place(
 
 
 async def test_whole_surrogate_pairs_are_characters(server: Server) -> None:
-    reply = await send(server, "/v1/completions", r'{"prompt": "\ud83d\ude00", "echo": true, "max_tokens": 1}')
+    reply = await send(
+        server, "/v1/completions", r'{"prompt": "\ud83d\ude00", "echo": true, "max_tokens": 1}'
+    )
     assert reply.json()["choices"][0]["text"].startswith("\U0001f600")
 
 
@@ -106,7 +122,9 @@ async def test_integers_of_completions_have_bounds(server: Server, name: str, va
 
 
 @pytest.mark.parametrize("value", BIG)
-@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed", "best_of", "truncate", "return_k_alternatives"])
+@pytest.mark.parametrize(
+    "name", ["max_new_tokens", "top_k", "seed", "best_of", "truncate", "return_k_alternatives"]
+)
 async def test_integers_of_lorax_have_bounds(server: Server, name: str, value: int) -> None:
     if name == "seed" and -(2**63) <= value < 2**63:
         return
@@ -119,7 +137,10 @@ async def test_integers_of_lightllm_have_bounds(server: Server, value: int) -> N
     for name in ("max_new_tokens", "top_k"):
         reply = await server.post("/generate", inputs="x", parameters={name: value}, lora_dir=None)
         assert reply.status_code == 400
-    assert (await server.post("/generate", inputs="x", parameters={}, lora_id=value)).status_code in (400, 404)
+    assert (await server.post("/generate", inputs="x", parameters={}, lora_id=value)).status_code in (
+        400,
+        404,
+    )
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), "1", True, None, [], {}])
@@ -138,7 +159,11 @@ async def test_choices_of_the_largest_seed_have_seeds_too(server: Server) -> Non
 
 @pytest.mark.parametrize(
     ("stop", "named"),
-    [(["x"] * 65, "65 strings"), (["x" * 1025], "1025 characters"), ([f"zz{i}" for i in range(10_000)], "10000")],
+    [
+        (["x"] * 65, "65 strings"),
+        (["x" * 1025], "1025 characters"),
+        ([f"zz{i}" for i in range(10_000)], "10000"),
+    ],
 )
 async def test_stop_strings_are_bounded(server: Server, stop: list[str], named: str) -> None:
     reply = await server.complete(stop=stop)
@@ -215,7 +240,13 @@ async def test_a_long_text_is_refused_before_it_is_tokenised(
     seen: list[int] = []
     tokenizer = server.state.text._tokenizer
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **kw: seen.append(len(text)) or encode(text, **kw))
+
+    def seen_encode(text: str, **options: bool) -> list[int]:
+        seen.append(len(text))
+        found: list[int] = encode(text, **options)
+        return found
+
+    monkeypatch.setattr(tokenizer, "encode", seen_encode)
     monkeypatch.setattr(server.state.text, "_max_token_chars", 1 << 20)
     for body in ({"prompt": "x" * 500_000}, {"prompt": ["x", "y" * 500_000]}):
         reply = await server.complete(**body)
@@ -340,7 +371,7 @@ async def test_urls_are_bounded_text(server: Server, path: str, status: int) -> 
     ids=["gzip", "identity", "long", "odd"],
 )
 async def test_headers_are_bounded(server: Server, headers: dict[str, str], status: int) -> None:
-    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
     reply = await server.http.post("/v1/completions", json={"prompt": "hi"}, headers=encoded)
     assert reply.status_code == status
 

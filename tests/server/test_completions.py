@@ -214,7 +214,9 @@ async def test_every_open_request_hears_of_the_engines_death(server: Server) -> 
     assert (await server.http.get("/health")).status_code == 503
 
 
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/json"])
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/json"]
+)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
 async def test_json_is_read_whatever_its_content_type(server: Server, path: str, kind: str | None) -> None:
     body = {
@@ -248,7 +250,9 @@ async def test_tools_that_are_not_to_be_used_are_accepted(server: Server) -> Non
     ):
         reply = await server.post("/v1/chat/completions", messages=messages, max_tokens=1, **body)
         assert reply.status_code == 200
-        refused = await server.post("/v1/chat/completions", messages=messages, **{n: v for n, v in body.items() if v != "none"})
+        refused = await server.post(
+            "/v1/chat/completions", messages=messages, **{n: v for n, v in body.items() if v != "none"}
+        )
         assert refused.status_code == 400
 
 
@@ -265,10 +269,15 @@ async def test_tokens_that_are_parts_of_a_character_have_their_own_bytes_and_nam
 
 async def test_chats_tokens_have_the_bytes_of_their_text(server: Server) -> None:
     server.engine.script = lambda call: server.state.text.encode("a\u20acb", add_special_tokens=False)
-    body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, "max_tokens": 9}
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "logprobs": True,
+        "top_logprobs": 2,
+        "max_tokens": 9,
+    }
     reply = (await server.post("/v1/chat/completions", **body)).json()["choices"][0]
     content = reply["logprobs"]["content"]
-    assert bytes(sum((token["bytes"] for token in content), [])).startswith("a\u20acb".encode())
+    assert b"".join(bytes(token["bytes"]) for token in content).startswith("a\u20acb".encode())
     assert all(len({tuple(top["bytes"]) for top in token["top_logprobs"]}) == 2 for token in content)
 
 

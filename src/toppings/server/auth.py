@@ -32,8 +32,8 @@ class KeyMiddleware:
 
 
 def may_change_state(request: Request) -> None:
-    """Dependency of routes that change state. Without a key: this machine only, by a name that no web page can
-    make its own, and no foreign web page.
+    """Dependency of routes that change state. Without a key: this machine only, by a name that no web page
+    can make its own, and no foreign web page.
 
     Raises ApiError 403. The peer's address counts; forwarding headers are anyone's to write.
     """
@@ -50,11 +50,9 @@ def may_change_state(request: Request) -> None:
     if not is_named_here(host, server.host):
         raise ApiError(
             403,
-            f"the header Host is {shown(host)!r}; without a configured api_key, routes that change state answer "
-            f"to localhost, 127.0.0.1, [::1] and {server.host} only",
+            f"the header Host is {shown(host)!r}; without a configured api_key, routes that change state "
+            f"answer to localhost, 127.0.0.1, [::1] and {server.host} only",
             DENIED,
         )
     if not is_own_page(origin, host, server.allowed_origins):
-        raise ApiError(
-            403, f"requests from web pages of {shown(origin or '')} may not change state", DENIED
-        )
+        raise ApiError(403, f"requests from web pages of {shown(origin or '')} may not change state", DENIED)

@@ -1,4 +1,4 @@
-"""JSON bodies: bounded in bytes, items and depth before any object is made of them; 400 for what is no JSON."""
+"""JSON bodies: bounded in values and depth before any object is made of them; 400 for what is no JSON."""
 
 import json
 import re
@@ -60,7 +60,7 @@ class JsonRoute(APIRoute):
 
 
 class TypedJsonRoute(JsonRoute):
-    """A `JsonRoute` that asks for the content type: no web page can send that without having been allowed to."""
+    """A `JsonRoute` that asks for the content type: no web page may send it unasked."""
 
     needs_content_type = True
 

@@ -112,7 +112,9 @@ class ChatReply:
         text = self._job.state.text
         content = None
         if self._body.logprobs:
-            content = {"content": raw_list([_logprob(text, each) for each in part] for part in parts(logprobs))}
+            content = {
+                "content": raw_list([_logprob(text, each) for each in part] for part in parts(logprobs))
+            }
         return {"logprobs": content, "finish_reason": finish_reason, "stop_reason": stop_reason}
 
 

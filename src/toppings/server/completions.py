@@ -136,7 +136,7 @@ def _num_chars(text: TextModel, each: TextLogprob) -> int:
 
 
 def _top(text: TextModel, each: TextLogprob) -> dict[str, float]:
-    """The alternatives by name. Names that two tokens share go to the chosen one, then to the likelier one."""
+    """The alternatives by name. A name that two tokens share is that of the chosen, else of the likelier."""
     ids = {text.token_name(each.token_id): each.token_id}
     top = {}
     for token_id, _, value in each.top:

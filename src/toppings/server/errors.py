@@ -78,8 +78,8 @@ BUSY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 def describe(error: BaseException) -> ApiError:
     """The API's answer to any exception; an unforeseen one is logged and told without its details.
 
-    The server's own lack of something is no fault of the request: 507 where a disk is full, 503 where files or
-    memory have run out, wherever in a chain of causes it stands.
+    The server's own lack of something is no fault of the request: 507 where a disk is full, 503 where files
+    or memory have run out, wherever in a chain of causes it stands.
     """
     if isinstance(error, ApiError):
         return error
@@ -104,7 +104,7 @@ def _lack(error: BaseException | None) -> ApiError | None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in BUSY):
             return ApiError(
                 503,
-                f"the server has run out of files or memory; try again later",
+                "the server has run out of files or memory; try again later",
                 "ServiceUnavailableError",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )

@@ -137,7 +137,9 @@ def check_token_ids(state: ServerState, name: str, token_ids: list[int] | tuple[
     vocab_size = state.client.info.vocab_size
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-        raise RequestError(f"{name} holds token id {shown(wrong)}; the vocabulary has ids 0 to {vocab_size - 1}")
+        raise RequestError(
+            f"{name} holds token id {shown(wrong)}; the vocabulary has ids 0 to {vocab_size - 1}"
+        )
 
 
 def room_for_output(state: ServerState, prompts: list[list[int]]) -> int:
@@ -154,7 +156,9 @@ async def tokens_of(
 
     def encode() -> list[list[int]]:
         return [
-            state.text.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
+            state.text.encode(prompt, add_special_tokens=add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in prompts
         ]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 import yaml
@@ -19,11 +20,14 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
+from toppings.core import shown
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
+from toppings.server.connections import Connections, raise_file_limit
+from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.state import ServerState
 from toppings.text import TextModel
 
@@ -33,6 +37,7 @@ FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
 LAST_RESORT_S = 20.0
 """How long an orderly end may take beyond `shutdown_timeout_s`."""
+MAX_LOG_CHARS = 4000
 IDLE_CONNECTION_S = 75
 """Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): one that is closed as a request
 arrives on it loses that request."""
@@ -83,9 +88,17 @@ def start_logging(config: Config) -> None:
     with suppress(OSError):
         log_file(config).write_text("")  # opened to append, as the engine's process does
     handlers = log_handlers(str(log_file(config)), config.engine.max_log_bytes)
-    logging.basicConfig(
-        level=config.server.log_level.upper(), format=LOG_FORMAT, handlers=handlers, force=True
-    )
+    for handler in handlers:
+        handler.setFormatter(_ShortFormatter(LOG_FORMAT))
+    logging.basicConfig(level=config.server.log_level.upper(), handlers=handlers, force=True)
+
+
+class _ShortFormatter(logging.Formatter):
+    """Cuts messages, so that no request writes a megabyte to the log, and keeps each on its line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = shown(record.message, MAX_LOG_CHARS).replace("\r", "\\r").replace("\n", "\\n")
+        return super().formatMessage(record)
 
 
 async def _serve(config: Config) -> int:
@@ -192,6 +205,15 @@ async def _flush(state: ServerState) -> None:
 class _Server(uvicorn.Server):
     """Leaves signals to `Stop`, as a signal means draining first; names the address of a given socket."""
 
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        self._connections.sweep()
+        return await super().on_tick(counter)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
@@ -206,9 +228,17 @@ class _Server(uvicorn.Server):
 
 def _make_server(config: Config, app: FastAPI) -> _Server:
     """Forwarding headers are not trusted: a client's address is the one it has connected from."""
+    connections = Connections(
+        max_open=raise_file_limit(),
+        receive_timeout_s=config.server.receive_timeout_s,
+        send_timeout_s=config.server.send_timeout_s,
+    )
     return _Server(
         uvicorn.Config(
             app,
+            http=cast(type[asyncio.Protocol], connections.protocol),
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES + MAX_URL_BYTES,
             host=config.server.host,
             port=config.server.port,
             log_config=None,
@@ -217,7 +247,8 @@ def _make_server(config: Config, app: FastAPI) -> _Server:
             lifespan="off",
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=int(FLUSH_S),
-        )
+        ),
+        connections,
     )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from urllib.parse import unquote_to_bytes
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +16,7 @@ BODY_BYTES_PER_TOKEN = 64
 """Of the model's context, for a body of one or a few prompts: JSON may take 12 bytes for one character."""
 BODIES_AT_ONCE = 8
 """Bodies of the largest size that may be on their way together; more are told to come back."""
+MAX_DISCARDED_BYTES = 64 * 2**20
 BODY_TIMEOUT_FACTOR = 10
 """A whole body may take so many times as long as one pause in it."""
 MAX_URL_BYTES = 16 * 2**10
@@ -28,7 +29,7 @@ def body_limit(max_body_bytes: int, max_model_len: int) -> int:
 
 
 class BoundsMiddleware:
-    """Refuses what is too large, too slow or no text: 400, 408, 413, 414, 415 or 431, and 503 for too much at once."""
+    """400, 408, 413, 414, 415 or 431 for what is too large, too slow or no text; 503 for too much at once."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, timeout_s: float) -> None:
         self._app = app
@@ -44,13 +45,14 @@ class BoundsMiddleware:
             _check_url(scope)
             _check_headers(scope["headers"], self._max_body_bytes)
         except ApiError as error:
+            await self._discard(scope, receive)
             await error_response(error)(scope, receive, send)
             return
-        async with self._bounded(receive) as bounded:
+        async with self._bounded(scope, receive) as bounded:
             await self._app(scope, bounded, send)
 
     @asynccontextmanager
-    async def _bounded(self, receive: Receive) -> AsyncIterator[Receive]:
+    async def _bounded(self, scope: Scope, receive: Receive) -> AsyncIterator[Receive]:
         """`receive` with the body's bytes counted, alone and together with the other unfinished bodies."""
         num_bytes, started_at, is_whole = 0, time.monotonic(), False
 
@@ -66,6 +68,8 @@ class BoundsMiddleware:
             message = await self._in_time(receive, started_at)
             count(len(message.get("body", b"")))
             if num_bytes > self._max_body_bytes:
+                if message.get("more_body", False):
+                    await self._discard(scope, receive)
                 raise too_large(self._max_body_bytes)
             if self._num_held_bytes > BODIES_AT_ONCE * self._max_body_bytes:
                 raise ApiError(
@@ -84,6 +88,18 @@ class BoundsMiddleware:
         finally:
             count(-num_bytes)
 
+    async def _discard(self, scope: Scope, receive: Receive) -> None:
+        """Read on for a while: a client that sends into a closed connection may miss the answer."""
+        num_bytes, started_at = 0, time.monotonic()
+        if any(name == b"expect" for name, _ in scope["headers"]):  # it waits for leave to send
+            return
+        with suppress(ApiError):
+            while num_bytes < MAX_DISCARDED_BYTES:
+                message = await self._in_time(receive, started_at)
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
     async def _in_time(self, receive: Receive, started_at: float) -> Message:
         left_s = started_at + BODY_TIMEOUT_FACTOR * self._timeout_s - time.monotonic()
         try:
@@ -100,14 +116,18 @@ class BoundsMiddleware:
 
 
 def too_large(max_bytes: int) -> ApiError:
-    return ApiError(413, f"the request's body is too large; at most {max_bytes} bytes are read", "Bad Request")
+    return ApiError(
+        413, f"the request's body is too large; at most {max_bytes} bytes are read", "Bad Request"
+    )
 
 
 def _check_url(scope: Scope) -> None:
     path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string", b"")
     if len(path) + len(query) > MAX_URL_BYTES:
         raise ApiError(
-            414, f"the URL has {len(path) + len(query)} bytes; at most {MAX_URL_BYTES} are read", "Bad Request"
+            414,
+            f"the URL has {len(path) + len(query)} bytes; at most {MAX_URL_BYTES} are read",
+            "Bad Request",
         )
     for name, part in (("path", path), ("query", query)):
         _check_text(f"the URL's {name}", unquote_to_bytes(part), part)
@@ -121,7 +141,9 @@ def _check_text(name: str, content: bytes, sent: bytes) -> None:
             400, f"{name} is not UTF-8: {shown(sent.decode('latin-1'))!r}: {error.reason}", "Bad Request"
         ) from None
     if "\0" in text:
-        raise ApiError(400, f"{name} holds a null character: {shown(sent.decode('latin-1'))!r}", "Bad Request")
+        raise ApiError(
+            400, f"{name} holds a null character: {shown(sent.decode('latin-1'))!r}", "Bad Request"
+        )
 
 
 def _check_headers(headers: list[tuple[bytes, bytes]], max_body_bytes: int) -> None:

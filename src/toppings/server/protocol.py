@@ -203,7 +203,9 @@ class Message(BaseModel):
 
     def for_template(self) -> dict[str, str]:
         """Templates know `system`, not its newer name `developer`."""
-        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
+        content = (
+            self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
+        )
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else {**message, "name": self.name}
 

@@ -69,7 +69,7 @@ class Lease:
         self.num_waiting -= 1
 
     async def during(self, work: Awaitable[T]) -> T:
-        """The result of `work`, which prepares what the place is for; where it fails, the place is given up."""
+        """The result of `work`, which prepares what comes next; where it fails, the place is given up."""
         try:
             return await work
         except BaseException:

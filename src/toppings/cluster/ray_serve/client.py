@@ -21,8 +21,8 @@ from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import EngineReady, EngineStats, FinishReason, RequestError, RequestOutput, SamplingParams
 from toppings.engine.client import EngineDeadError
 from toppings.server.adapters import AdapterAdmin
-from toppings.server.errors import ApiError
-from toppings.server.state import RETRY_AFTER_S, ServerState
+from toppings.server.errors import RETRY_AFTER_S, ApiError
+from toppings.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
