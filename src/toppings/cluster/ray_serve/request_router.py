@@ -65,6 +65,7 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         call = call_of(pending_request)
         if call is not None:
+            call.sent_to.append(name_of(replica_id))
             self._accounts.confirm(call, name_of(replica_id))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
