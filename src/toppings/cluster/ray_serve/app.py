@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.ray_serve.client import FleetAdmin, ReplicaClient
+from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import open_node_registry
 from toppings.cluster.ray_serve.replica import EngineReplica, start_logging
 from toppings.cluster.ray_serve.reports import describe
@@ -53,6 +54,7 @@ class Front:
         from toppings.engine.build import model_path
 
         start_logging(config)
+        keep_replica_on_loopback()
         _check_clients_are_seen(config)
         registry = await asyncio.to_thread(open_node_registry, config, is_front=True)
         text = await asyncio.to_thread(TextModel.load, model_path(config.engine))

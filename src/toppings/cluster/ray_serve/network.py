@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 import psutil
 
@@ -27,6 +28,25 @@ def bind_ray(host: str) -> None:
     constants = sys.modules.get("ray._private.ray_constants")
     if constants is not None and constants.ENABLE_RAY_CLUSTER:
         raise ConfigError(f"ray_host is {host}, but Ray was imported before it was known")
+
+
+def keep_replica_on_loopback() -> None:
+    """In a replica's process, before Serve opens its port for other deployments, which it opens to all.
+
+    Where Ray itself listens on the loopback, that port does too: what it takes it unpickles, from anybody.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    if not is_loopback(ray.util.get_node_ip_address()):
+        return
+    add_port = replica.add_port_to_grpc_server
+
+    def add_local_port(server: Any, address: str) -> int:
+        port: int = add_port(server, address.replace("[::]:", "127.0.0.1:"))
+        return port
+
+    replica.add_port_to_grpc_server = add_local_port
 
 
 def is_loopback(host: str) -> bool:

@@ -26,6 +26,7 @@ from toppings.cluster.ray_serve.messages import (
     ReplicaReport,
     RequestEntry,
 )
+from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, open_node_registry
 from toppings.cluster.ray_serve.pacing import paced, with_signs_of_life
 from toppings.cluster.ray_serve.reports import routing_stats
@@ -48,6 +49,7 @@ class EngineReplica:
     async def __init__(self, config: Config) -> None:  # type: ignore[misc] # Serve awaits it
         """Returns when the engine is ready. Raises EngineStartError, ValueError or OSError."""
         start_logging(config)
+        keep_replica_on_loopback()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._requests: dict[str, RequestEntry] = {}
         engine = replace(config.engine, step_log=_step_log(config, self._id))
