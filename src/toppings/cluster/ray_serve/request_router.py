@@ -57,6 +57,7 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         if choice is None:
             return [candidate_replicas]
         self._calls[pending_request.metadata.internal_request_id] = call
+        call.sent_to.append(choice.instance_id)  # before it answers: it may never do
         if choice.breaks_slo:
             self._slo_at_risk.inc()
         chosen = by_name.pop(choice.instance_id)
@@ -65,7 +66,6 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         call = call_of(pending_request)
         if call is not None:
-            call.sent_to.append(name_of(replica_id))
             self._accounts.confirm(call, name_of(replica_id))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
