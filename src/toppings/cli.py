@@ -13,6 +13,7 @@ from rich.table import Table
 from toppings import __version__
 from toppings.access import read_api_key
 from toppings.bench.cli import bench_app, profile_batches, report
+from toppings.cluster.ray_serve.network import bind_ray, listeners
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.cluster.router.settings import RouterConfig
 from toppings.config import Config, ConfigError, EngineConfig
@@ -106,6 +107,8 @@ def up(
 ) -> None:
     """Serve a base model from many engines with Ray Serve (without --model: the built-in demo)."""
     resolved = UpConfig.from_settings(settings, UpConfig.from_yaml(config) if config else None)
+    if not resolved.fleet.ray_address:
+        bind_ray(resolved.fleet.ray_host)
     try:
         from toppings.cluster.ray_serve.up import UpError, run_up
     except ModuleNotFoundError as error:
@@ -116,6 +119,9 @@ def up(
 
     def tell(url: str) -> None:
         place = url or f"{prefix} of the address that Serve has in this cluster"
+        open_ones = [str(each) for each in listeners() if each.is_open]
+        reach = f"open to other machines: {', '.join(open_ones)}" if open_ones else "all on the loopback"
+        typer.echo(f"Listening, {reach}")
         typer.echo(f"Toppings running on {place} with {number} engines (Press CTRL+C to quit)")
 
     try:

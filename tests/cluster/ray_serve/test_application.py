@@ -19,11 +19,12 @@ import openai
 import psutil
 import pytest
 
+from toppings.cluster.ray_serve.network import is_loopback
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
-START_LIMIT_S = 90.0
+START_LIMIT_S = 180.0
 LIMIT_S = 30.0
 SETTINGS = {
     "replicas": 2,
@@ -71,6 +72,11 @@ def _command(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:
         return []
+
+
+def _replicas_of(up: Up) -> list[psutil.Process]:
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    return [process for process in family if "ServeReplica:toppings:Engine" in " ".join(_command(process))]
 
 
 def until(is_true: Callable[[], object], limit_s: float = LIMIT_S) -> None:
@@ -140,6 +146,13 @@ def test_openai_clients_are_served_whole_and_streamed(up: Up) -> None:
     messages: Any = [{"role": "user", "content": "hi"}]
     chat = client.chat.completions.create(model="adapter-00000", messages=messages, max_tokens=4)
     assert chat.choices[0].message.content
+
+
+def test_none_of_its_processes_listens_for_other_machines(up: Up) -> None:
+    family = [psutil.Process(up.process.pid), *psutil.Process(up.process.pid).children(recursive=True)]
+    told = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert len(told) > 5
+    assert [address for address in told if not is_loopback(address.ip)] == []
 
 
 def test_one_request_of_many_sequences_is_spread_and_whole(up: Up) -> None:
@@ -218,6 +231,34 @@ def test_a_killed_engine_costs_its_requests_one_error_and_others_nothing(up: Up)
     assert all("after the first token; the answer is incomplete" in error for error in errors)
     until(lambda: len(up.replicas()) == 2, START_LIMIT_S)
     assert up.complete("adapter-00001")
+
+
+@pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
+def test_a_stopped_replica_keeps_nobody_waiting(up: Up) -> None:
+    """Its streams end with an error; requests without a token, and later ones, the other one answers."""
+    body = {"model": "base", "max_tokens": 700, "stream": True, "ignore_eos": True}
+
+    def ask(number: int) -> tuple[str, float]:
+        reply = up.post("/v1/completions", **body, prompt=f"{number}")
+        last = [line for line in reply.text.split("\n\n") if line][-2:]
+        return ("error" if any('"error"' in event for event in last) else "whole"), time.monotonic()
+
+    with ThreadPoolExecutor(8) as pool:
+        first = [pool.submit(ask, i) for i in range(4)]
+        until(lambda: min(up.running()) > 0)
+        victim = _replicas_of(up)[0]
+        victim.send_signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        try:
+            later = [pool.submit(ask, i) for i in range(4, 8)]
+            ends = [answer.result(LIMIT_S) for answer in first]
+            assert {end for end, _ in ends} == {"whole", "error"}
+            assert max(at for end, at in ends if end == "error") - stopped_at < 10.0
+            assert [answer.result(LIMIT_S)[0] for answer in later] == ["whole"] * 4
+        finally:
+            if victim.is_running():
+                victim.send_signal(signal.SIGCONT)
+    until(lambda: len(up.replicas()) == 2, START_LIMIT_S)
 
 
 def test_a_signal_ends_it_with_all_its_processes(up: Up) -> None:

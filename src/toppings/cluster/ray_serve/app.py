@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.ray_serve.client import FleetAdmin, ReplicaClient
+from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import open_node_registry
 from toppings.cluster.ray_serve.replica import EngineReplica, start_logging
 from toppings.cluster.ray_serve.reports import describe
@@ -29,6 +30,8 @@ FRONT_CPUS = 1.0
 UNBOUNDED = 1_000_000
 """Requests that Serve lets through to the front, which itself answers 429 where too many wait."""
 HEALTH_PERIOD_S = 2.0
+HEALTH_TIMEOUT_S = 5.0
+"""After three such in a row Serve ends a replica and starts another."""
 STOP_POLL_S = 0.2
 
 router = APIRouter()
@@ -51,10 +54,16 @@ class Front:
         from toppings.engine.build import model_path
 
         start_logging(config)
+        keep_replica_on_loopback()
         _check_clients_are_seen(config)
         registry = await asyncio.to_thread(open_node_registry, config, is_front=True)
         text = await asyncio.to_thread(TextModel.load, model_path(config.engine))
-        replicas = ReplicaClient(engines, registry, fleet.accept_timeout_s)
+        replicas = ReplicaClient(
+            engines,
+            registry,
+            accept_timeout_s=fleet.accept_timeout_s,
+            replica_timeout_s=fleet.replica_timeout_s,
+        )
         await replicas.start()
         self._http = create_app(replicas, registry, text, config)
         self._http.state.replicas = replicas
@@ -93,6 +102,7 @@ def make_app(config: UpConfig) -> Application:
         max_ongoing_requests=UNBOUNDED,
         request_router_config=_routing(server.engine, fleet),
         health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         max_constructor_retry_count=fleet.most,
         **_scaling(server.engine, fleet),
         **stop,
@@ -103,6 +113,7 @@ def make_app(config: UpConfig) -> Application:
         ray_actor_options={"num_cpus": FRONT_CPUS},
         max_ongoing_requests=UNBOUNDED,
         health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         **stop,
     )
     return front.bind(server, fleet, engines.bind(server))

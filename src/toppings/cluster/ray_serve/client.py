@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,11 +13,11 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
-from toppings.cluster.ray_serve.messages import Ack, AdapterRef, Call, ReplicaReport
+from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import EngineReady, EngineStats, FinishReason, RequestError, RequestOutput, SamplingParams
 from toppings.engine.client import EngineDeadError
@@ -27,7 +28,10 @@ from toppings.server.state import ServerState
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-REPORT_TIMEOUT_S = 5.0
+REPORT_TIMEOUT_S = 2.0
+ACCEPT_POLL_S = 0.25
+AVOID_S = 15.0
+"""How long a silent replica gets no requests: by then Serve has ended it, or it only slept."""
 RESPONSE_TOKENS = 128.0
 """Expected response length before any was seen."""
 RESPONSE_MEMORY = 1000
@@ -48,13 +52,21 @@ class ReplicaClient:
     A request whose replica goes before its first token is sent to another one.
     """
 
-    def __init__(self, engines: DeploymentHandle, registry: AdapterRegistry, accept_timeout_s: float) -> None:
+    def __init__(
+        self,
+        engines: DeploymentHandle,
+        registry: AdapterRegistry,
+        *,
+        accept_timeout_s: float,
+        replica_timeout_s: float,
+    ) -> None:
         self.died = asyncio.Event()  # never set: replicas come and go
         self.is_alive = True
         self.down_reason = ""
         self.num_pending = 0
         self._engines, self._registry = engines, registry
-        self._accept_timeout_s = accept_timeout_s
+        self._accept_timeout_s, self._replica_timeout_s = accept_timeout_s, replica_timeout_s
+        self._silent: dict[str, float] = {}  # replicas not heard of, and until when to avoid them
         self._info: EngineReady | None = None
         self._origin, self._numbers = uuid.uuid4().hex[:12], count()
         self._mean_tokens, self._num_responses = RESPONSE_TOKENS, 1
@@ -89,7 +101,7 @@ class ReplicaClient:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
         expected = max(1.0, min(float(sampling.max_tokens), self._mean_tokens))
-        call, num_tokens = Call(number, prompt_token_ids, sampling, ref, expected), 0
+        call, num_tokens = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided()), 0
         self.num_pending += 1
         try:
             async with aclosing(self._with_retries(call)) as outputs:
@@ -116,7 +128,7 @@ class ReplicaClient:
                     raise EngineDeadError(
                         f"{error} after the first token; the answer is incomplete"
                     ) from error
-                call = replace(call, avoid=call.avoid | {error.replica_id})
+                call = replace(call, avoid=call.avoid | {error.replica_id}, sent_to=[])
         raise _unavailable(f"{MAX_ATTEMPTS} replicas failed before they answered")
 
     async def _attempt(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
@@ -126,13 +138,10 @@ class ReplicaClient:
         stream = Context().run(self._engines.options(stream=True).generate.remote, call)
         replica_id, has_ended = "", False
         try:
-            try:
-                async with asyncio.timeout(self._accept_timeout_s):
-                    replica_id = await anext(stream)
-            except TimeoutError:
-                seconds = f"{self._accept_timeout_s:g} s"
-                raise _unavailable(f"no replica could take the request within {seconds}") from None
-            async for output in stream:
+            replica_id = await self._accepted(stream, call)
+            while (output := await self._next(stream, replica_id)) is not None:
+                if output == SIGN_OF_LIFE:
+                    continue
                 has_ended = output.finish_reason is not None
                 yield output
         except RayTaskError as error:
@@ -146,6 +155,46 @@ class ReplicaClient:
                 stream.cancel()
         if not has_ended:
             raise ReplicaGoneError(replica_id, EOFError())
+
+    async def _accepted(self, stream: DeploymentResponseGenerator, call: Call) -> str:
+        """The replica that takes the request. One that it was sent to answers at once, or not at all."""
+        coming = asyncio.ensure_future(anext(stream))
+        loop = asyncio.get_running_loop()
+        ends_at, sent_at = loop.time() + self._accept_timeout_s, math.inf
+        try:
+            while not coming.done():
+                now = loop.time()
+                sent_at = min(sent_at, now if call.sent_to else math.inf)
+                if now >= sent_at + self._replica_timeout_s:
+                    raise self._gone_silent(call.sent_to[-1])
+                if now >= ends_at:
+                    seconds = f"{self._accept_timeout_s:g} s"
+                    raise _unavailable(f"no replica could take the request within {seconds}")
+                await asyncio.wait({coming}, timeout=min(ACCEPT_POLL_S, self._replica_timeout_s))
+            return str(coming.result())
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+
+    async def _next(self, stream: DeploymentResponseGenerator, replica_id: str) -> Any:
+        """An output, or a sign of life; None at the stream's end."""
+        try:
+            async with asyncio.timeout(self._replica_timeout_s):
+                return await anext(stream, None)
+        except TimeoutError:
+            raise self._gone_silent(replica_id) from None
+
+    def _gone_silent(self, replica_id: str) -> ReplicaGoneError:
+        self._silent[replica_id] = asyncio.get_running_loop().time() + AVOID_S
+        return ReplicaGoneError(replica_id, TimeoutError())
+
+    def _avoided(self) -> frozenset[str]:
+        """Replicas of which nothing was heard lately; they get requests where there are no others."""
+        if self._silent:
+            now = asyncio.get_running_loop().time()
+            self._silent = {name: until for name, until in self._silent.items() if until > now}
+        return frozenset(self._silent)
 
     def _note_response(self, num_tokens: int) -> None:
         self._num_responses = min(self._num_responses + 1, RESPONSE_MEMORY)
@@ -187,13 +236,22 @@ class ReplicaClient:
             return None
 
     async def _broadcast(self, method: str, *args: object, timeout_s: float | None = None) -> list[Any]:
-        """The replicas' answers. One that has gone meanwhile answers nothing: its successor starts anew."""
+        """The replicas' answers. One that has gone meanwhile answers nothing: its successor starts anew.
+
+        Neither does one that takes longer than `timeout_s`. Without it a hung one is waited for until Serve
+        has found that it is, and ended it.
+        """
         try:
             response = Context().run(self._engines.broadcast, method, *args)
-            results = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+            # Serve's own way to collect results gives none at all where one comes too late.
+            async with asyncio.timeout(timeout_s):
+                pending = await response._fetch_replica_results_async()
         except (RayServeException, TimeoutError) as error:
             logger.warning("%s of the replicas: %r", method, error)
             return []
+        results = await asyncio.gather(
+            *(asyncio.wait_for(each.get_async(), timeout_s) for each in pending), return_exceptions=True
+        )
         failures = [each for each in results if isinstance(each, BaseException)]
         for failure in failures:
             logger.warning("%s of a replica: %r", method, failure)

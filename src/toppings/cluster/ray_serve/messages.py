@@ -1,12 +1,16 @@
 """What travels between the front, the request router and the replicas; nothing here needs Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.snapshot import RequestSnapshot
 from toppings.core import AdapterStatus, EngineStats, SamplingParams
+
+SIGN_OF_LIFE = ""
+"""What a replica sends for a request that has no new tokens, every `SIGN_PERIOD_S`."""
+SIGN_PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,8 @@ class Call:
     """One request for tokens. The request router reads `snapshot` and `avoid`, the replica the rest.
 
     `request_id` is `origin` and a number; the origin tells a router its own requests from others'. `avoid`
-    are replicas on which the request has failed already.
+    are replicas on which the request has failed already. The request router notes in `sent_to` where the call
+    went, for the front, whose object it is.
     """
 
     request_id: str
@@ -51,6 +56,7 @@ class Call:
     adapter: AdapterRef | None
     response_tokens: float
     avoid: frozenset[str] = frozenset()
+    sent_to: list[str] = field(default_factory=list)
 
     @property
     def origin(self) -> str:

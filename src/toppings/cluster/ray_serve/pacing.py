@@ -48,6 +48,29 @@ async def paced(
         await asyncio.gather(reader, return_exceptions=True)
 
 
+async def with_signs_of_life(
+    outputs: AsyncGenerator[RequestOutput, None], period_s: float
+) -> AsyncGenerator[RequestOutput | None, None]:
+    """The same outputs, and None whenever there was none for `period_s` seconds. Closing it closes them."""
+    async with aclosing(outputs):
+        coming: asyncio.Future[RequestOutput | None] | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(anext(outputs, None))
+                done, _ = await asyncio.wait({coming}, timeout=period_s)
+                if not done:
+                    yield None
+                    continue
+                output, coming = coming.result(), None
+                if output is None:
+                    return
+                yield output
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+
+
 async def _sleep(seconds: float, *, unless: asyncio.Event) -> None:
     try:
         await asyncio.wait_for(unless.wait(), seconds)

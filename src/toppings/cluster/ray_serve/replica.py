@@ -17,9 +17,18 @@ from toppings.adapters.errors import AdapterError
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.measured import is_of_base, perf_model_path
 from toppings.cluster.perf_model import PerfModel
-from toppings.cluster.ray_serve.messages import Ack, AdapterRef, Call, ReplicaReport, RequestEntry
+from toppings.cluster.ray_serve.messages import (
+    SIGN_OF_LIFE,
+    SIGN_PERIOD_S,
+    Ack,
+    AdapterRef,
+    Call,
+    ReplicaReport,
+    RequestEntry,
+)
+from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, open_node_registry
-from toppings.cluster.ray_serve.pacing import paced
+from toppings.cluster.ray_serve.pacing import paced, with_signs_of_life
 from toppings.cluster.ray_serve.reports import routing_stats
 from toppings.config import OFF, Config, EngineConfig
 from toppings.core import EngineReady, FinishReason, RequestError, RequestOutput
@@ -41,6 +50,7 @@ class EngineReplica:
     async def __init__(self, config: Config) -> None:  # type: ignore[misc] # Serve awaits it
         """Returns when the engine is ready. Raises EngineStartError, ValueError or OSError."""
         start_logging(config)
+        keep_replica_on_loopback()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._requests: dict[str, RequestEntry] = {}
         engine = replace(config.engine, step_log=_step_log(config, self._id))
@@ -56,7 +66,8 @@ class EngineReplica:
     # --- requests ---
 
     async def generate(self, call: Call) -> AsyncGenerator[str | RequestOutput, None]:
-        """First this replica's id, which says that it has taken the request; then the engine's outputs.
+        """First this replica's id, which says that it has taken the request; then the engine's outputs, and
+        `SIGN_OF_LIFE` while there are none.
 
         Closing it aborts the request. Raises EngineDeadError.
         """
@@ -68,8 +79,12 @@ class EngineReplica:
             yield self._id
             adapter_id = await self._adapters.resolve(adapter) if adapter else None
             outputs = self._client.generate(call.prompt_token_ids, call.sampling, adapter_id)
-            async with aclosing(paced(outputs, self._period_s)) as messages:
+            paced_outputs = paced(outputs, self._period_s)
+            async with aclosing(with_signs_of_life(paced_outputs, SIGN_PERIOD_S)) as messages:
                 async for message in messages:
+                    if message is None:
+                        yield SIGN_OF_LIFE
+                        continue
                     entry.num_generated += len(message.token_ids)
                     yield message
         except AdapterError as error:
@@ -137,9 +152,14 @@ class EngineReplica:
 
     async def _end_with_engine(self) -> None:
         """Without its engine this process is of no use: Serve sees at once that it has gone."""
-        await self._client.died.wait()
-        logger.error("the engine of replica %s has died; the replica ends", self._id)
-        await asyncio.sleep(LAST_WORDS_S)
+        try:
+            await self._client.died.wait()
+            logger.error("the engine of replica %s has died; the replica ends", self._id)
+            await asyncio.sleep(LAST_WORDS_S)
+        except asyncio.CancelledError:
+            raise  # Serve stops the replica
+        except BaseException:
+            logger.exception("replica %s can no longer watch its engine and ends", self._id)
         os._exit(1)
 
     async def __del__(self) -> None:

@@ -57,6 +57,7 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         if choice is None:
             return [candidate_replicas]
         self._calls[pending_request.metadata.internal_request_id] = call
+        call.sent_to.append(choice.instance_id)  # before it answers: it may never do
         if choice.breaks_slo:
             self._slo_at_risk.inc()
         chosen = by_name.pop(choice.instance_id)

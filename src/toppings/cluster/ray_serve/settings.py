@@ -33,6 +33,13 @@ class FleetConfig:
     )
     stats_period_s: float = setting(1.0, "between two reports of an engine to the request router")
     accept_timeout_s: float = setting(30.0, "a request that no engine takes for so long is answered 503")
+    replica_timeout_s: float = setting(
+        5.0, "an engine of which nothing is heard for so long gets no requests, and those it has go elsewhere"
+    )
+    ray_host: str = setting(
+        "127.0.0.1",
+        "address of the Ray that is started here (one that is not the loopback's opens its ports to all)",
+    )
     ray_address: str = setting("", "Ray cluster to join, e.g. auto or host:6379 (empty: start Ray here)")
     app_name: str = setting("toppings", "name of the Serve application")
     route_prefix: str = setting("/", "path below which the application answers")
@@ -48,7 +55,7 @@ class FleetConfig:
                 f"min_replicas, replicas and max_replicas are {self.fewest}, {self.replicas} and "
                 f"{self.max_replicas}; they must not fall"
             )
-        for name in ("slo_tpt_ms", "stats_period_s", "accept_timeout_s"):
+        for name in ("slo_tpt_ms", "stats_period_s", "accept_timeout_s", "replica_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s"):

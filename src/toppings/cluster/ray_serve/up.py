@@ -77,6 +77,7 @@ def _cluster(config: UpConfig) -> Iterator[UpConfig]:
         engines_cpus = config.fleet.most * config.fleet.cpus_per_replica
         _init(
             address="local",
+            _node_ip_address=config.fleet.ray_host,
             num_cpus=FRONT_CPUS + max(num_cores, engines_cpus),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,

@@ -44,6 +44,7 @@ async def read_start(answer: aiohttp.ClientResponse, max_bytes: int) -> tuple[by
     first = await answer.content.readany()
     if answer.status == 200:
         check_event(first)
+        check_last_event(first)
     return first, True
 
 
@@ -68,6 +69,13 @@ def check_whole(whole: Whole) -> int | None:
     return num_tokens
 
 
+def check_last_event(chunk: bytes) -> None:
+    """Raises BadAnswerError where what follows the last event of a chunk cannot be one."""
+    _, end, start = chunk.rpartition(b"\n\n")
+    if end and start:
+        check_event(start)
+
+
 class StreamWatch:
     """Follows a stream's bytes, which pass on as they come: is it between events, has it come to its end?"""
 
@@ -84,6 +92,8 @@ class StreamWatch:
         """Raises BadAnswerError where an event should begin and none does."""
         if self._is_checked and self.is_between_events:
             check_event(chunk)
+        if self._is_checked:
+            check_last_event(chunk)
 
     def note(self, chunk: bytes) -> None:
         self._tail = (self._tail + chunk[-TAIL_LEN:])[-TAIL_LEN:]

@@ -25,7 +25,8 @@ class Connection(asyncio.Protocol):
     def begin(self) -> None:
         """A head has come, and its request is being answered."""
         self._num_requests += 1
-        self._head = _cancel(self._head)
+        _stop(self._head)
+        self._head = None
 
     def end(self) -> None:
         self._num_requests -= 1
@@ -50,11 +51,14 @@ class Connection(asyncio.Protocol):
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        self._write = _cancel(self._write)
+        _stop(self._write)
+        self._write = None
         self._inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head, self._write = _cancel(self._head), _cancel(self._write)
+        _stop(self._head)
+        _stop(self._write)
+        self._head = self._write = None
         self._inner.connection_lost(exc)
 
     def _await_head(self) -> None:
@@ -66,7 +70,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 

@@ -128,8 +128,9 @@ def parse_prometheus(text: str) -> Report | None:
     cache = series.samples.get("cache", [({}, 1.0)])[0][0]
     size = cache.get("block_size") or cache.get("page_size")
     count = cache.get("num_gpu_blocks") or cache.get("num_pages")
-    is_told = size and count and _is_number(size) and _is_number(count)
-    total = (float(size) * float(count) if is_told else 0.0) or math.inf
+    total = math.inf
+    if size and count and _is_number(size) and _is_number(count):
+        total = float(size) * float(count) or math.inf
     usage = series.samples.get("kv_usage", [])
     used = max((value for _, value in usage), default=0.0)
     return Report(

@@ -156,7 +156,9 @@ class RouterConfig:
     def with_keys(self, environ: Mapping[str, str]) -> "RouterConfig":
         """With the keys resolved: a setting, else its file, else the environment. Raises ConfigError."""
         sources = (("api_key", API_KEY_VARIABLE), ("upstream_api_key", UPSTREAM_KEY_VARIABLE))
-        keys = {name: self._resolve_key(name, environ.get(variable, "")) for name, variable in sources}
+        keys: dict[str, Any] = {
+            name: self._resolve_key(name, environ.get(variable, "")) for name, variable in sources
+        }
         return replace(self, **keys)
 
     def _resolve_key(self, name: str, from_environment: str) -> str:

@@ -1,0 +1,75 @@
+"""A server that is well by all it tells, and whose answers to requests are bytes that it was given."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%s\r\n"
+JSON, HTML, EVENTS = b"application/json", b"text/html", b"text/event-stream"
+CHUNKED, CLOSING = b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n"
+CARDS = {"object": "list", "data": [{"id": "base", "parent": None}, {"id": "small", "parent": "base"}]}
+
+
+def head(kind: bytes, more: bytes = CLOSING) -> bytes:
+    return HEAD % (kind, more)
+
+
+def plain(body: bytes, status: bytes = b"200 OK") -> bytes:
+    return b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+        status,
+        len(body),
+        body,
+    )
+
+
+@dataclass
+class Script:
+    """What follows a request: `parts` in turn, the last one for ever where `repeats`; then the connection is
+    closed, or left as it is where `hangs`.
+    """
+
+    parts: Iterable[bytes]
+    repeats: bool = False
+    hangs: bool = False
+    num_asked: int = field(default=0, init=False)
+
+
+@contextlib.asynccontextmanager
+async def hostile(script: Script) -> AsyncIterator[str]:
+    """The server's URL."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                text = await reader.readuntil(b"\r\n\r\n")
+                if not text.startswith(b"POST"):
+                    path = text.split()[1]
+                    known = {b"/v1/models": plain(json.dumps(CARDS).encode()), b"/health": plain(b"{}")}
+                    writer.write(known.get(path, plain(b"{}", b"404 Not Found")))
+                    continue
+                script.num_asked += 1
+                await _misbehave(writer, script)
+                break
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def _misbehave(writer: asyncio.StreamWriter, script: Script) -> None:
+    last = b""
+    for last in script.parts:
+        writer.write(last)
+        await writer.drain()
+    while script.repeats:
+        writer.write(last)
+        await writer.drain()
+        await asyncio.sleep(0)
+    if script.hangs:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)

@@ -1,0 +1,133 @@
+"""Changes of adapters while servers are slow, hang or fall silent."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tests.cluster.conftest import Client, Start
+from tests.cluster.fakes import FakeToppings, FakeVllm, serving
+from tests.cluster.test_administration import NEW, change
+from tests.cluster.test_faults import until
+
+
+class Draining(FakeToppings):
+    """Unloads when `gate` is opened: an adapter's last request still streams."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.is_open, self.num_waiting, self.num_checks = False, 0, 0
+
+    async def unload(self, request: Request) -> Response:
+        self.num_waiting += 1
+        while not self.is_open:
+            await asyncio.sleep(0.01)
+        return await super().unload(request)
+
+    async def health(self, request: Request) -> Response:
+        self.num_checks += 1
+        return await super().health(request)
+
+
+def _upstream(client: Client, name: str) -> Any:
+    return client.router.state.upstreams[name]
+
+
+async def test_checks_go_on_while_a_server_drains(start_router: Start) -> None:
+    draining, other = Draining(), FakeToppings()
+    with serving(draining) as first, serving(other) as second:
+        async with start_router(first, second) as client:
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: draining.num_waiting)
+            num_checks = draining.num_checks
+            await until(lambda: draining.num_checks > num_checks + 2)
+            other.behaviour.is_healthy = False
+            await until(lambda: not _upstream(client, "s1").is_alive)
+            other.behaviour.is_healthy = True
+            await until(lambda: _upstream(client, "s1").is_alive)
+            assert not task.done()
+            draining.is_open = True
+            assert (await task)[0] == 200
+
+
+async def test_a_server_that_hangs_keeps_no_change_from_the_others(start_router: Start) -> None:
+    hanging, other = Draining(), FakeVllm()
+    with serving(hanging) as first, serving(other) as second:
+        async with start_router(first, second, admin_timeout_s=0.5) as client:
+            status, text = await change(client, "unload", {"lora_name": "small"})
+            assert status == 200
+            assert "Not yet on s0 (no answer in 0.5 s)" in text
+            assert "small" not in other.adapters
+            hanging.is_open = True
+            await until(lambda: "small" not in hanging.adapters)
+
+
+async def test_where_no_server_answers_a_change_is_504(start_router: Start) -> None:
+    with serving(Draining()) as url:
+        async with start_router(url, admin_timeout_s=0.3) as client:
+            status, text = await change(client, "unload", {"lora_name": "small"})
+            assert status == 504
+            assert "s0: no answer in 0.3 s" in text
+
+
+async def test_changes_of_different_servers_adapters_go_on_beside_each_other(start_router: Start) -> None:
+    draining, other = Draining(), FakeVllm()
+    with serving(draining) as first, serving(other) as second:
+        async with start_router(first, second, admin_timeout_s=10.0) as client:
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: draining.num_waiting)
+            loading = asyncio.create_task(change(client, "load", NEW))
+            await until(lambda: "new" in other.adapters)
+            assert not task.done()
+            draining.is_open = True
+            assert [(await each)[0] for each in (task, loading)] == [200, 200]
+            assert "new" in draining.adapters
+
+
+async def test_a_change_ends_when_its_server_goes_down(start_router: Start) -> None:
+    hanging, other = Draining(), FakeVllm()
+    with serving(hanging) as first, serving(other) as second:
+        async with start_router(first, second, health_timeout_s=0.5, admin_timeout_s=60.0) as client:
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: hanging.num_waiting)
+            hanging.behaviour.mode = "hang"
+            status, text = await asyncio.wait_for(task, 10)
+            assert status == 200
+            assert "Not yet on s0 (it went down)" in text
+
+
+async def test_a_change_goes_on_when_its_client_leaves(start_router: Start) -> None:
+    draining = Draining()
+    with serving(draining) as url:
+        async with start_router(url) as client:
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: draining.num_waiting)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.sleep(0.1)
+            draining.is_open = True
+            await until(lambda: not client.router.state.is_known("small"))
+
+
+async def test_polling_ten_thousand_adapters_does_not_hold_the_loop(start_router: Start) -> None:
+    """While a server's whole list is read, others get their turn: no step of the loop takes long."""
+    server = FakeToppings(adapters={f"adapter-{i:05}": 8 for i in range(10_000)})
+    with serving(server) as url:
+        async with start_router(url, health_interval_s=60.0, sync_interval_s=600.0) as client:
+            upstream, loop = _upstream(client, "s0"), asyncio.get_running_loop()
+            listed = (await upstream.call("GET", "/v1/models", timeout_s=30.0)).body
+            turns: list[float] = []
+
+            async def watch() -> None:
+                while True:
+                    turns.append(loop.time())
+                    await asyncio.sleep(0)
+
+            watcher = asyncio.create_task(watch())
+            from toppings.cluster.router.cards import read_cards
+
+            cards = await read_cards(listed)
+            watcher.cancel()
+            assert len(cards.by_name) == 10_001
+            assert len(turns) >= 20  # ten thousand in slices of five hundred
