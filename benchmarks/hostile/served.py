@@ -23,7 +23,9 @@ START_TIMEOUT_S = 120.0
 class Served:
     """`toppings serve` as a process; its state, logs and temporary files are below `folder`."""
 
-    def __init__(self, folder: Path, *options: str, log_dir: Path | None = None, state_dir: Path | None = None):
+    def __init__(
+        self, folder: Path, *options: str, log_dir: Path | None = None, state_dir: Path | None = None
+    ):
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -80,7 +82,9 @@ class Served:
     def tail(self) -> str:
         return self.output.read_text(errors="replace")[-2000:]
 
-    def ask(self, path: str, body: object = None, *, timeout_s: float = 30.0, method: str | None = None) -> tuple[int, Any]:
+    def ask(
+        self, path: str, body: object = None, *, timeout_s: float = 30.0, method: str | None = None
+    ) -> tuple[int, Any]:
         """Status and content, as JSON where it is. Raises OSError where there is no answer."""
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(
