@@ -1,7 +1,7 @@
 """A server under steady mixed load for an hour, with everything that goes wrong around a server.
 
 Adapters come and go, processes are killed or hang, disks fill up, the registry is locked, clients dawdle. The
-time is cut into cycles. In each, every fault comes once, the load runs on for a while, then it pauses, and what
+time is cut into cycles. In each, every fault comes once, the load runs on, then it pauses, and what
 the server holds is measured: so that all measurements are alike, the engine's process having been replaced
 before each. The aims: nothing is lost, no answer is a 5xx but 503 and 507 or takes longer than 10 s, and from
 the first measurement (after ten minutes) to the last memory grows by less than 1 %, descriptors and shared

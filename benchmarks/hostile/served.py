@@ -18,6 +18,8 @@ from typing import Any, Self
 import psutil
 
 START_TIMEOUT_S = 120.0
+STAYS = "--stays"
+"""Argument of a process that forks the engines."""
 
 
 class Served:
@@ -114,12 +116,17 @@ class Served:
         return []
 
     def find(self, part: str) -> psutil.Process | None:
-        """The process of the tree whose command names `part`: "engine.process" or "assist.worker"."""
+        """The process of the tree whose command names `part`. One that stays only to fork others is none."""
+        found: dict[int, psutil.Process] = {}
+        stays: set[int] = set()
         for process in self.tree():
             with suppress(psutil.NoSuchProcess):
-                if any(part in word for word in process.cmdline()):
-                    return process
-        return None
+                words = process.cmdline()
+                if any(part in word for word in words):
+                    found[process.pid] = process
+                    if STAYS in words and process.ppid() not in found:
+                        stays.add(process.pid)
+        return next((process for pid, process in found.items() if pid not in stays), None)
 
     def usage(self) -> "Usage":
         return Usage.of(self.tree())
