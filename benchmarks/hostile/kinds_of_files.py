@@ -122,7 +122,7 @@ def _headers() -> Iterator[Kind]:
             header[first] = {**header[first], **change}
             return shop.file(header, shop.data())
 
-        yield kind(name, changed)
+        yield kind(name, changed, f"{WEIGHTS}|q_proj")
     yield kind(
         "with metadata of numbers",
         lambda shop: shop.file({**shop.header(), "__metadata__": {"a": 1}}, shop.data()),

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 STAYS = "--stays"
 """Argument of a process that forks the engines."""
 
@@ -46,7 +46,11 @@ class Served:
             )
 
     def __enter__(self) -> Self:
-        self.wait_until_ready(START_TIMEOUT_S)
+        try:
+            self.wait_until_ready(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
