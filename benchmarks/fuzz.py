@@ -7,7 +7,6 @@ aim is missed.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time

@@ -1,10 +1,10 @@
-"""A server under steady mixed load for an hour, while adapters come and go, processes are killed or hang, disks
-fill up, the registry is locked and clients dawdle.
+"""A server under steady mixed load for an hour, with everything that goes wrong around a server.
 
-The time is cut into cycles. In each, every fault comes once, the load runs on for a while, then it pauses, and
-what the server holds is measured: so that all measurements are alike. Its engine process has been replaced in
-each cycle before. The aims: nothing is lost, no answer is a 5xx but 503 and 507 or takes longer than 10 s, and
-from the first measurement (after ten minutes) to the last memory grows by less than 1 %, descriptors and shared
+Adapters come and go, processes are killed or hang, disks fill up, the registry is locked, clients dawdle. The
+time is cut into cycles. In each, every fault comes once, the load runs on, then it pauses, and what
+the server holds is measured: so that all measurements are alike, the engine's process having been replaced
+before each. The aims: nothing is lost, no answer is a 5xx but 503 and 507 or takes longer than 10 s, and from
+the first measurement (after ten minutes) to the last memory grows by less than 1 %, descriptors and shared
 memory not at all. What is known so far is written to --json after each cycle. Ends in one JSON line; the exit
 code is 1 where an aim is missed.
 """
@@ -37,6 +37,8 @@ NUM_ADAPTERS = 8
 SHARE_OF_FAULTS = 0.7
 SHARE_OF_LOAD = 0.9
 """Of a cycle: faults come until then, the load runs until then."""
+PATIENCE_S, TOY_PATIENCE_S = 10.0, 60.0
+"""The longest that an answer, or the end of a fault, may take; a toy run asks nothing of the machine."""
 DISK_BYTES = 64 * 2**20
 OPTIONS = (
     *("--num-threads", "1", "--mode", "cpu_assisted", "--assist-workers", "1", "--max-model-len", "1024"),
@@ -47,10 +49,17 @@ OPTIONS = (
 
 class Soak:
     def __init__(
-        self, served: Served, folder: Path, disks: dict[str, SmallDisk], seed: int, wanted: str
+        self,
+        served: Served,
+        folder: Path,
+        disks: dict[str, SmallDisk],
+        *,
+        seed: int,
+        wanted: str,
+        patience_s: float,
     ) -> None:
         self.served = served
-        self.tally = Tally()
+        self.tally = Tally(patience_s)
         self.recoveries: dict[str, list[float]] = defaultdict(list)
         self.problems: list[str] = []
         self.usages: list[Usage] = []
@@ -100,7 +109,9 @@ class Soak:
 
     async def _faults(self, within_s: float) -> None:
         """One after the other, at even distances; one that takes longer moves the rest."""
-        faults = [fault for fault in planned_faults(self.disks) if self._wanted in fault.name]
+        faults = [
+            fault for fault in planned_faults(self.disks, self.tally.limit_s) if self._wanted in fault.name
+        ]
         starts = [time.monotonic() + within_s * (i + 0.5) / len(faults) for i in range(len(faults))]
         for start, fault in zip(starts, faults, strict=True):
             await asyncio.sleep(max(0.0, start - time.monotonic()))
@@ -177,6 +188,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without taking its server and disks along
     cycle_s = 20.0 if args.toy else args.cycle_minutes * 60
+    patience_s = TOY_PATIENCE_S if args.toy else PATIENCE_S
     cycles = 1 if args.toy else max(2, round(args.minutes / args.cycle_minutes))
     result: dict[str, Any] = {"benchmark": "soak", "cycles": cycles, "cycle_s": cycle_s}
     with tempfile.TemporaryDirectory(prefix="toppings-soak-") as name:
@@ -187,7 +199,7 @@ def main() -> int:
         try:
             with Served(folder / "server", *OPTIONS, "--adapter-roots", str(roots), **directories) as served:
                 start = settle(served)
-                soak = Soak(served, roots, disks, args.seed, args.faults)
+                soak = Soak(served, roots, disks, seed=args.seed, wanted=args.faults, patience_s=patience_s)
                 asyncio.run(soak.run(cycles, cycle_s, args.json, result))
                 result |= soak.result()
                 result["usage"]["start"] = start.as_dict()

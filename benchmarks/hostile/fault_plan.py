@@ -22,9 +22,7 @@ from hostile.faults import (
 from hostile.served import Served
 
 MODEL = "pirate"
-ENGINE_AGAIN_S = 90.0
-"""A new engine reads the model anew."""
-SERVED_AGAIN_S = 10.0
+ENGINE_START_S = 80.0
 HELD_S = 3.0
 """How long a disk stays full, a lock is held, half a request is left lying."""
 HALF_A_REQUEST = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
@@ -42,17 +40,21 @@ class Fault:
     cause: Callable[[Served], float | None]
 
 
-def planned_faults(disks: dict[str, SmallDisk]) -> list[Fault]:
-    faults = [
-        Fault("worker killed", partial(_replaced, part=WORKER, timeout_s=SERVED_AGAIN_S)),
-        Fault("worker stopped", partial(_hung, part=WORKER, timeout_s=SERVED_AGAIN_S)),
-        Fault("registry locked", registry_locked),
-        Fault("requests that never end", half_open),
-        *(Fault(f"disk of {name} full", partial(disk_full, disk=disk)) for name, disk in disks.items()),
-        Fault("engine stopped", partial(_hung, part=ENGINE, timeout_s=ENGINE_AGAIN_S)),
-        Fault("engine killed", partial(_replaced, part=ENGINE, timeout_s=ENGINE_AGAIN_S)),
+def planned_faults(disks: dict[str, SmallDisk], patience_s: float) -> list[Fault]:
+    """`patience_s`: until requests must be served again; a new engine may take `ENGINE_START_S` more."""
+    engine_s = patience_s + ENGINE_START_S
+    return [
+        Fault("worker killed", partial(_replaced, part=WORKER, timeout_s=patience_s)),
+        Fault("worker stopped", partial(_hung, part=WORKER, timeout_s=patience_s)),
+        Fault("registry locked", partial(registry_locked, timeout_s=patience_s)),
+        Fault("requests that never end", partial(half_open, timeout_s=patience_s)),
+        *(
+            Fault(f"disk of {name} full", partial(disk_full, disk=disk, timeout_s=patience_s))
+            for name, disk in disks.items()
+        ),
+        Fault("engine stopped", partial(_hung, part=ENGINE, timeout_s=engine_s)),
+        Fault("engine killed", partial(_replaced, part=ENGINE, timeout_s=engine_s)),
     ]
-    return faults
 
 
 def _replaced(served: Served, *, part: str, timeout_s: float) -> float | None:
@@ -84,29 +86,28 @@ def _is_dead(process: psutil.Process) -> bool:
     return True
 
 
-def registry_locked(served: Served) -> float:
+def registry_locked(served: Served, *, timeout_s: float) -> float:
     """Nobody can be registered, and everybody is served."""
     with locked_registry(served.state_dir):
-        seconds = max(served_again(served, model, SERVED_AGAIN_S) for model in (MODEL, ""))
+        seconds = max(served_again(served, model, timeout_s) for model in (MODEL, ""))
         time.sleep(HELD_S)
     return seconds
 
 
-def disk_full(served: Served, *, disk: SmallDisk) -> float:
+def disk_full(served: Served, *, disk: SmallDisk, timeout_s: float) -> float:
     disk.fill()
     try:
-        seconds = max(served_again(served, model, SERVED_AGAIN_S) for model in (MODEL, "cook", "haiku", ""))
+        seconds = max(served_again(served, model, timeout_s) for model in (MODEL, "cook", "haiku", ""))
         time.sleep(HELD_S)
     finally:
         disk.free()
     return seconds
 
 
-def half_open(served: Served) -> float:
+def half_open(served: Served, *, timeout_s: float) -> float:
     with ExitStack() as stack:
         for _ in range(NUM_HALF_OPEN):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 10))
             connection.sendall(HALF_A_REQUEST)
         time.sleep(HELD_S)
-        return served_again(served, MODEL, SERVED_AGAIN_S)
-
+        return served_again(served, MODEL, timeout_s)

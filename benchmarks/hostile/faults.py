@@ -46,7 +46,7 @@ def locked_registry(state_dir: Path) -> Iterator[None]:
 
 
 class SmallDisk:
-    """A file system of a few megabytes of its own. Raises PermissionError where this process may not mount."""
+    """A file system of its own, of a few megabytes. Raises PermissionError where mounting is forbidden."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path

@@ -45,7 +45,9 @@ def _draw(operation: Any, mode: GenerationMode, base_url: str, count: int, numbe
         lines = [f"{prepared.method} {prepared.path_url} HTTP/1.1"]
         lines += [f"{name}: {_text(value)}" for name, value in prepared.headers.items()]
         wire = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body
-        shots.append(Shot(f"{mode.value} {case.method} {prepared.path_url[:60]} {body[:150]!r}", lambda: wire))
+        shots.append(
+            Shot(f"{mode.value} {case.method} {prepared.path_url[:60]} {body[:150]!r}", lambda: wire)
+        )
 
     try:
         draw()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hostile.from_schema import draw_from_schema
-from hostile.routes import known_routes
 from hostile.probe import HealthProbe
+from hostile.routes import known_routes
 from hostile.served import Served, Usage
 from hostile.shots import draw_shots
 from hostile.volley import Reply, Report, fault_of, fire, reason
@@ -55,9 +55,7 @@ def fuzz_requests(served: Served, count: int, *, seed: int = 0, limit_s: float) 
     report = Report()
     with HealthProbe(served.port) as probe:
         for volley in (from_schema, shots):
-            part = asyncio.run(
-                fire(served.port, volley, concurrency=CONCURRENCY, limit_s=limit_s)
-            )
+            part = asyncio.run(fire(served.port, volley, concurrency=CONCURRENCY, limit_s=limit_s))
             report.sent += part.sent
             report.partial += part.partial
             report.statuses.update(part.statuses)
@@ -117,7 +115,9 @@ def _served_well(served: Served, kind: Kind) -> list[str]:
 
 
 def _refused_well(kind: Kind, status: int, content: Any) -> list[str]:
-    reply = Reply(status, "", json.dumps(content).encode() if not isinstance(content, str) else content.encode())
+    reply = Reply(
+        status, "", json.dumps(content).encode() if not isinstance(content, str) else content.encode()
+    )
     if kind.must_serve:
         return [f"{kind.name}: refused with {status}: {reason(reply)[:200]}"]
     if (fault := fault_of(reply)) is not None:

@@ -32,7 +32,19 @@ _ODD: dict[str, tuple[Any, ...]] = {
         *([f"module{i}" for i in range(50_000)], ["q_proj", "c_attn"], "(?i:.*Q_PROJ)", "(" * 5000),
     ),
     "exclude_modules": (5, {"a": 1}, "(", ["q_proj"], "q_proj", ".*", ["v_proj", 5], "(" * 5000),
-    "layers_to_transform": ("0", [0, "1"], -1, [99], [0], True, 1.5, {}, [None], 10**400, list(range(50_000))),
+    "layers_to_transform": (
+        "0",
+        [0, "1"],
+        -1,
+        [99],
+        [0],
+        True,
+        1.5,
+        {},
+        [None],
+        10**400,
+        list(range(50_000)),
+    ),
     "layers_pattern": ("(", 5, {}, [5], "nothing"),
     "bias": ("all", "lora_only", 5, True, [], "none "),
     "modules_to_save": (["lm_head"], ["embed_tokens"], "lm_head", ["nothing"], 5),
@@ -83,7 +95,9 @@ def config_kinds() -> Iterator[Kind]:
     for name, values in _ODD.items():
         for value in values:
             # The reason names the field, or the weights that do not fit what it says.
-            yield Kind(_say(name, value), _with(name, value), rf"\b{name}\b|shape|weights|not among|pattern|rank")
+            yield Kind(
+                _say(name, value), _with(name, value), rf"\b{name}\b|shape|weights|not among|pattern|rank"
+            )
     for table, must_serve in ((_SERVED, True), (_SERVED_BY_PEFT, True)):
         for name, values in table.items():
             for value in values:
@@ -120,7 +134,14 @@ def _texts() -> Iterator[Kind]:
         return Kind(f"configuration {name}", make, reason, **more)
 
     for name, content in {
-        **{"empty": b"", "of one brace": b"{", "a list": b"[]", "a number": b"3", "null": b"null", "a string": b'"a"'},
+        **{
+            "empty": b"",
+            "of one brace": b"{",
+            "a list": b"[]",
+            "a number": b"3",
+            "null": b"null",
+            "a string": b'"a"',
+        },
         **{"not UTF-8": b"\xff\xfe{}", "of NULs": b"\0" * 100, "a web page": b"<!DOCTYPE html><html></html>"},
         "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     }.items():
@@ -134,7 +155,13 @@ def _texts() -> Iterator[Kind]:
     yield text("in UTF-16", lambda good: good.encode("utf-16"), is_plain=True)
     yield text("with a byte order mark", lambda good: good.encode("utf-8-sig"), is_plain=True)
     yield text("with single quotes", lambda good: good.replace('"', "'"))
-    yield text("with a number of 5,000 digits", lambda good: good[:-1] + f', "lora_alpha": {"9" * 5000}}}', "lora_alpha|JSON|digits|number")
+    yield text(
+        "with a number of 5,000 digits",
+        lambda good: good[:-1] + f', "lora_alpha": {"9" * 5000}}}',
+        "lora_alpha|JSON|digits|number",
+    )
     yield text("with half an emoji", lambda good: good[:-1] + r', "revision": "\ud83d"}', is_plain=True)
     yield text("with a field twice", lambda good: '{"r": 99, ' + good[1:], is_plain=True)
-    yield text("of 40 MB", lambda good: good[:-1] + " " * (40 * MEGABYTE) + "}", "MB|bytes|large|size", is_plain=True)
+    yield text(
+        "of 40 MB", lambda good: good[:-1] + " " * (40 * MEGABYTE) + "}", "MB|bytes|large|size", is_plain=True
+    )

@@ -24,10 +24,19 @@ def file_kinds() -> Iterator[Kind]:
 def _damaged() -> Iterator[Kind]:
     for name, content in {
         **{"empty": b"", "of one byte": b"1", "of eight NULs": b"\0" * 8, "of 4 kB of NULs": b"\0" * 4096},
-        **{"a zip": b"PK\x03\x04" + b"\0" * 100, "GGUF": b"GGUF\x03\0\0\0" + b"\0" * 100, "a web page": b"<html>" * 50},
-        **{"a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\n", "random": bytes(range(256)) * 20},
+        **{
+            "a zip": b"PK\x03\x04" + b"\0" * 100,
+            "GGUF": b"GGUF\x03\0\0\0" + b"\0" * 100,
+            "a web page": b"<html>" * 50,
+        },
+        **{
+            "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\n",
+            "random": bytes(range(256)) * 20,
+        },
     }.items():
-        yield Kind(f"weights {name}", lambda shop, path, content=content: shop.write_weights(path, content), WEIGHTS)  # type: ignore[misc]
+        yield Kind(
+            f"weights {name}", lambda shop, path, content=content: shop.write_weights(path, content), WEIGHTS
+        )  # type: ignore[misc]
     for share in (0.01, 0.3, 0.5, 0.999):
 
         def cut(shop: Workshop, path: Path, share: float = share) -> None:
@@ -35,10 +44,22 @@ def _damaged() -> Iterator[Kind]:
             (path / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
 
         yield Kind(f"weights cut at {share:.1%}", cut, WEIGHTS)
-    yield Kind("weights packed by gzip", lambda shop, path: shop.write_weights(path, gzip.compress(shop.file(shop.header(), shop.data()))), WEIGHTS)
-    yield Kind("weights with more behind them", lambda shop, path: shop.write_weights(path, shop.file(shop.header(), shop.data() + b"more")), WEIGHTS)
+    yield Kind(
+        "weights packed by gzip",
+        lambda shop, path: shop.write_weights(path, gzip.compress(shop.file(shop.header(), shop.data()))),
+        WEIGHTS,
+    )
+    yield Kind(
+        "weights with more behind them",
+        lambda shop, path: shop.write_weights(path, shop.file(shop.header(), shop.data() + b"more")),
+        WEIGHTS,
+    )
     yield Kind("weights of a terabyte without a header", _sparse(b""), WEIGHTS)
-    yield Kind("weights of a terabyte behind a good header", lambda shop, path: _sparse(shop.file(shop.header(), shop.data()))(shop, path), WEIGHTS)
+    yield Kind(
+        "weights of a terabyte behind a good header",
+        lambda shop, path: _sparse(shop.file(shop.header(), shop.data()))(shop, path),
+        WEIGHTS,
+    )
     yield Kind("configuration of a terabyte", _sparse(b"{", CONFIG), CONFIG)
 
 
@@ -58,11 +79,24 @@ def _headers() -> Iterator[Kind]:
         return Kind(f"header {name}", lambda shop, path: shop.write_weights(path, write(shop)), reason)
 
     for length in (0, 1, 2**31, 2**63, 2**64 - 1):
-        yield kind(f"said to be of {length} bytes", lambda shop, n=length: shop.file(shop.header(), shop.data(), n))  # type: ignore[misc]
+        yield kind(
+            f"said to be of {length} bytes", lambda shop, n=length: shop.file(shop.header(), shop.data(), n)
+        )  # type: ignore[misc]
     for name, text in {
-        **{"that is no JSON": b"{nonsense", "a list": b"[]", "null": b"null", "a number": b"7", "not UTF-8": b"{\xff}"},
+        **{
+            "that is no JSON": b"{nonsense",
+            "a list": b"[]",
+            "null": b"null",
+            "a number": b"7",
+            "not UTF-8": b"{\xff}",
+        },
         **{"deep": b"[" * DEPTH + b"]" * DEPTH, "deep object": b'{"a":' * DEPTH + b"1" + b"}" * DEPTH},
-        **{"empty": b"{}", "of numbers": b'{"a": 1}', "of spaces": b" " * 2000, "of 2 MB of keys": b'{"' + b"k" * 2**21 + b'": 1}'},
+        **{
+            "empty": b"{}",
+            "of numbers": b'{"a": 1}',
+            "of spaces": b" " * 2000,
+            "of 2 MB of keys": b'{"' + b"k" * 2**21 + b'": 1}',
+        },
     }.items():
         yield kind(name, lambda shop, text=text: shop.file(text, shop.data()))  # type: ignore[misc]
     for name, change in {
@@ -88,20 +122,35 @@ def _headers() -> Iterator[Kind]:
             header[first] = {**header[first], **change}
             return shop.file(header, shop.data())
 
-        yield kind(name, changed)
-    yield kind("with metadata of numbers", lambda shop: shop.file({**shop.header(), "__metadata__": {"a": 1}}, shop.data()))
-    yield kind("with metadata as list", lambda shop: shop.file({**shop.header(), "__metadata__": []}, shop.data()))
-    yield kind("of 20,000 empty tensors", lambda shop: shop.file({f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}), f"{WEIGHTS}|key")
+        yield kind(name, changed, f"{WEIGHTS}|q_proj")
+    yield kind(
+        "with metadata of numbers",
+        lambda shop: shop.file({**shop.header(), "__metadata__": {"a": 1}}, shop.data()),
+    )
+    yield kind(
+        "with metadata as list", lambda shop: shop.file({**shop.header(), "__metadata__": []}, shop.data())
+    )
+    yield kind(
+        "of 20,000 empty tensors",
+        lambda shop: shop.file(
+            {f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
+        ),
+        f"{WEIGHTS}|key",
+    )
     yield kind("twice", lambda shop: struct.pack("<Q", 2) + shop.file(shop.header(), shop.data()))
 
 
 def _replaced() -> Iterator[Kind]:
     """Something else stands where a file should."""
+
     def fifo(place: Path) -> None:
         os.mkfifo(place)
 
     def unix_socket(place: Path) -> None:
-        with socket.socket(socket.AF_UNIX) as made, suppress(OSError):  # a long path has no room in an address
+        with (
+            socket.socket(socket.AF_UNIX) as made,
+            suppress(OSError),
+        ):  # a long path has no room in an address
             made.bind(str(place))
 
     for name, put in {
@@ -154,8 +203,16 @@ def _folders() -> Iterator[Kind]:
     yield Kind("an empty folder", lambda shop, path: path.mkdir(parents=True), CONFIG)
     yield Kind("a folder with a model card alone", lambda shop, path: other(path, "README.md"), CONFIG)
     yield Kind("a folder of folders", lambda shop, path: shop.write(path / "inner"), CONFIG)
-    yield Kind("a file", lambda shop, path: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text("x")), "adapter|directory")
-    yield Kind("a folder that links to itself", lambda shop, path: (path.parent.mkdir(parents=True, exist_ok=True), path.symlink_to(path.name)), "adapter|directory|path")
+    yield Kind(
+        "a file",
+        lambda shop, path: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text("x")),
+        "adapter|directory",
+    )
+    yield Kind(
+        "a folder that links to itself",
+        lambda shop, path: (path.parent.mkdir(parents=True, exist_ok=True), path.symlink_to(path.name)),
+        "adapter|directory|path",
+    )
     yield Kind("nothing", lambda shop, path: None, "adapter|directory")
 
     def extra(shop: Workshop, path: Path) -> None:

@@ -19,7 +19,9 @@ def tensor_kinds() -> Iterator[Kind]:
     yield from _missing_and_more()
 
 
-def _kind(name: str, change: Change, reason: str = "", *, half: str = "A", rank: int = RANK, **more: bool) -> Kind:
+def _kind(
+    name: str, change: Change, reason: str = "", *, half: str = "A", rank: int = RANK, **more: bool
+) -> Kind:
     """`change` gets all tensors, and the key of layer 1's q_proj."""
 
     def make(shop: Workshop, path: Path) -> None:
@@ -32,12 +34,26 @@ def _kind(name: str, change: Change, reason: str = "", *, half: str = "A", rank:
 
 def _types() -> Iterator[Kind]:
     for dtype in (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64):
-        yield _kind(f"a tensor of {dtype}", lambda t, k, s, d=dtype: t.update({k: t[k].to(d)}), "q_proj.*type|type.*q_proj")  # type: ignore[misc]
+        yield _kind(
+            f"a tensor of {dtype}",
+            lambda t, k, s, d=dtype: t.update({k: t[k].to(d)}),
+            "q_proj.*type|type.*q_proj",
+        )  # type: ignore[misc]
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        yield _kind(f"tensors of {dtype}", lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}), "_proj.*type|type.*_proj")  # type: ignore[misc]
+        yield _kind(
+            f"tensors of {dtype}",
+            lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}),
+            "_proj.*type|type.*_proj",
+        )  # type: ignore[misc]
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        yield _kind(f"tensors of {dtype}", lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}), must_serve=True)  # type: ignore[misc]
-    yield _kind("tensors of two types", lambda t, k, s: t.update({k: t[k].to(torch.bfloat16)}), must_serve=True)
+        yield _kind(
+            f"tensors of {dtype}",
+            lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}),
+            must_serve=True,
+        )  # type: ignore[misc]
+    yield _kind(
+        "tensors of two types", lambda t, k, s: t.update({k: t[k].to(torch.bfloat16)}), must_serve=True
+    )
 
 
 def _shapes() -> Iterator[Kind]:
@@ -52,7 +68,12 @@ def _shapes() -> Iterator[Kind]:
             "a number": lambda x: torch.tensor(1.0),
             "empty": lambda x: torch.zeros(0, x.shape[1]),
         }.items():
-            yield _kind(f"{half} is {name}", lambda t, k, s, c=change: t.update({k: c(t[k])}), "q_proj.*shape", half=half)  # type: ignore[misc]
+            yield _kind(
+                f"{half} is {name}",
+                lambda t, k, s, c=change: t.update({k: c(t[k])}),
+                "q_proj.*shape",
+                half=half,
+            )  # type: ignore[misc]
     yield _kind("rank 513", lambda t, k, s: None, r"\br\b.*513", rank=513)
 
 
@@ -65,8 +86,17 @@ def _contents() -> Iterator[Kind]:
             yield _kind(f"{half} holds {value}", put(value), "q_proj.*(NaN|infinite|finite)", half=half)
     # Finite as stored, but perhaps not in the arithmetic of the server.
     for half, value in (("A", 3e38), ("B", 3e38), ("B", -3e38), ("B", 1e36)):
-        yield _kind(f"{half} holds {value}", put(value), "q_proj.*(finite|overflow|range|large|fit|infinite)|bfloat16|float", half=half)
-    yield _kind("an A of 64 bits beyond 32", lambda t, k, s: t.update({k: t[k].double() * 1e300}), "q_proj.*(finite|overflow|range|large|fit|infinite)|float")
+        yield _kind(
+            f"{half} holds {value}",
+            put(value),
+            "q_proj.*(finite|overflow|range|large|fit|infinite)|bfloat16|float",
+            half=half,
+        )
+    yield _kind(
+        "an A of 64 bits beyond 32",
+        lambda t, k, s: t.update({k: t[k].double() * 1e300}),
+        "q_proj.*(finite|overflow|range|large|fit|infinite)|float",
+    )
     yield _kind("all zero", lambda t, k, s: [x.zero_() for x in t.values()], must_serve=True)
     yield _kind("B zero", put(0.0), must_serve=True, half="B")
     yield _kind("values too small for bf16", put(1e-42), must_serve=True)
@@ -99,20 +129,35 @@ def _names() -> Iterator[Kind]:
         *(("a whole weight", "lora_A.weight", "weight"), ("a module to save", "lora_A", "modules_to_save")),
         *(("layer 99", "layers.1", "layers.99"), ("layer -1", "layers.1", "layers.-1")),
         *(("layer 01", "layers.1", "layers.01"), ("a layer in Arabic digits", "layers.1", "layers.\u0661")),
-        *(("a layer of 5,000 digits", "layers.1", "layers." + "9" * 5000), ("no layer", "layers.1", "layers.")),
+        *(
+            ("a layer of 5,000 digits", "layers.1", "layers." + "9" * 5000),
+            ("no layer", "layers.1", "layers."),
+        ),
         *(("an enormous key", "q_proj", "q" * 100_000), ("an encoder", "model.layers", "encoder.layers")),
         *(("another adapter's name", ".weight", ".other.weight"), ("a path", "q_proj", "../q_proj")),
     ):
         reason = "key|lora_B|weights|layer"
         yield _kind(f"a key with {name}", _rename(lambda key, o=old, n=new: key.replace(o, n)), reason)  # type: ignore[misc]
     for name, old, new in (
-        *(("without their prefix", "base_model.model.", ""), ("with it twice", "base_model.", "base_model.model.base_model.")),
-        *(("of diffusers", ".lora_A.weight", ".lora.down.weight"), ("of kohya", "base_model.model.model.layers.", "lora_unet_")),
+        *(
+            ("without their prefix", "base_model.model.", ""),
+            ("with it twice", "base_model.", "base_model.model.base_model."),
+        ),
+        *(
+            ("of diffusers", ".lora_A.weight", ".lora.down.weight"),
+            ("of kohya", "base_model.model.model.layers.", "lora_unet_"),
+        ),
         *(("of a multimodal model", "model.model.layers", "model.model.language_model.layers"),),
         *(("of another family", "self_attn.q_proj", "attention.query_key_value"),),
     ):
-        yield _kind(f"all keys {name}", _rename_all(lambda key, o=old, n=new: key.replace(o, n, 1)), "key|weights")  # type: ignore[misc]
-    yield _kind("keys with the adapter's name", _rename_all(lambda key: key.replace(".weight", ".default.weight")), must_serve=True)
+        yield _kind(
+            f"all keys {name}", _rename_all(lambda key, o=old, n=new: key.replace(o, n, 1)), "key|weights"
+        )  # type: ignore[misc]
+    yield _kind(
+        "keys with the adapter's name",
+        _rename_all(lambda key: key.replace(".weight", ".default.weight")),
+        must_serve=True,
+    )
     yield _kind("an empty key", _rename(lambda key: ""), "key|lora_B")
 
 
@@ -136,6 +181,14 @@ def _missing_and_more() -> Iterator[Kind]:
     yield _kind("a norm beside it", add(f"{prefix}model.norm.weight", 32), "norm")
     yield _kind("a stranger beside it", add("optimizer.state", 3), "optimizer.state")
     yield _kind("an empty stranger beside it", add("optimizer.state", 0), "optimizer.state")
-    yield _kind("a base layer's copy of the output", add(f"{prefix}lm_head.base_layer.weight", 4, 4), must_serve=True)
-    yield _kind("a B's bias beside it", add(f"{prefix}model.layers.1.self_attn.q_proj.lora_B.bias", 32), "bias")
-    yield _kind("5,000 strangers beside it", lambda t, k, s: t.update({f"k{i}": torch.zeros(1) for i in range(5000)}), "key|k0")
+    yield _kind(
+        "a base layer's copy of the output", add(f"{prefix}lm_head.base_layer.weight", 4, 4), must_serve=True
+    )
+    yield _kind(
+        "a B's bias beside it", add(f"{prefix}model.layers.1.self_attn.q_proj.lora_B.bias", 32), "bias"
+    )
+    yield _kind(
+        "5,000 strangers beside it",
+        lambda t, k, s: t.update({f"k{i}": torch.zeros(1) for i in range(5000)}),
+        "key|k0",
+    )

@@ -1,5 +1,8 @@
-"""The mixed load of a server that is used by everybody: clients that wait, stream, leave, read slowly, ask for
-too much or for nonsense, and an operator who loads and unloads adapters meanwhile."""
+"""The mixed load of a server that everybody uses.
+
+Clients wait, stream, leave, read slowly, ask for too much or for nonsense; an operator loads and unloads
+adapters meanwhile.
+"""
 
 import asyncio
 import json
@@ -14,8 +17,6 @@ from hostile.shots import Shot
 from hostile.tally import Left, Refused, Tally
 from hostile.volley import Reply, exchange, fault_of, reason
 
-HANG_S = 15.0
-"""A client gives up on an answer after so long: the request is lost."""
 BASE = "toppings-demo"
 SLOW_CLIENT_S = 3.0
 Operation = Callable[["Client", random.Random], Coroutine[Any, Any, None]]
@@ -34,6 +35,7 @@ class Client:
         shots: Iterator[Shot] | None = None,
         seed: int = 0,
     ) -> None:
+        self.hang_s = 2 * tally.limit_s  # then a client gives up: the request is lost
         self.url = url
         self.tally = tally
         self.models = models
@@ -42,7 +44,7 @@ class Client:
         self.rng = random.Random(seed)
         self.host, port = url.removeprefix("http://").split(":")
         self.port = int(port)
-        timeout = aiohttp.ClientTimeout(total=HANG_S)
+        timeout = aiohttp.ClientTimeout(total=self.hang_s)
         self._http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
 
     async def close(self) -> None:
@@ -172,7 +174,7 @@ async def nonsense(client: Client, rng: random.Random) -> None:
     assert client.shots is not None
     shot = next(client.shots)
     async with client.tally.request("odd"):
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(client.hang_s):
             reply = await exchange(client.host, client.port, shot.wire(), shot.is_whole)
         if reply is None:
             if shot.is_whole:
@@ -200,7 +202,7 @@ async def slow_sender(client: Client, rng: random.Random) -> None:
                 await asyncio.sleep(SLOW_CLIENT_S / 2 / len(pieces))
             if not is_whole:
                 raise Left
-            async with asyncio.timeout(HANG_S):
+            async with asyncio.timeout(client.hang_s):
                 answer = await reader.read()
             status = int(answer.split(maxsplit=2)[1])
             if status != 200:

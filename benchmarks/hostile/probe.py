@@ -1,4 +1,4 @@
-"""Asks /health again and again, from a process of its own: the load's own work must not be measured with it."""
+"""Asks /health again and again, from a process of its own: the load's work must not be measured with it."""
 
 import http.client
 import json
@@ -23,7 +23,10 @@ class HealthProbe:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(self.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(self.port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return self
 

@@ -17,13 +17,17 @@ from typing import Any, Self
 
 import psutil
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
+STAYS = "--stays"
+"""Argument of a process that forks the engines."""
 
 
 class Served:
     """`toppings serve` as a process; its state, logs and temporary files are below `folder`."""
 
-    def __init__(self, folder: Path, *options: str, log_dir: Path | None = None, state_dir: Path | None = None):
+    def __init__(
+        self, folder: Path, *options: str, log_dir: Path | None = None, state_dir: Path | None = None
+    ):
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -42,7 +46,11 @@ class Served:
             )
 
     def __enter__(self) -> Self:
-        self.wait_until_ready(START_TIMEOUT_S)
+        try:
+            self.wait_until_ready(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -80,7 +88,9 @@ class Served:
     def tail(self) -> str:
         return self.output.read_text(errors="replace")[-2000:]
 
-    def ask(self, path: str, body: object = None, *, timeout_s: float = 30.0, method: str | None = None) -> tuple[int, Any]:
+    def ask(
+        self, path: str, body: object = None, *, timeout_s: float = 30.0, method: str | None = None
+    ) -> tuple[int, Any]:
         """Status and content, as JSON where it is. Raises OSError where there is no answer."""
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(
@@ -110,12 +120,17 @@ class Served:
         return []
 
     def find(self, part: str) -> psutil.Process | None:
-        """The process of the tree whose command names `part`: "engine.process" or "assist.worker"."""
+        """The process of the tree whose command names `part`. One that stays only to fork others is none."""
+        found: dict[int, psutil.Process] = {}
+        stays: set[int] = set()
         for process in self.tree():
             with suppress(psutil.NoSuchProcess):
-                if any(part in word for word in process.cmdline()):
-                    return process
-        return None
+                words = process.cmdline()
+                if any(part in word for word in words):
+                    found[process.pid] = process
+                    if STAYS in words and process.ppid() not in found:
+                        stays.add(process.pid)
+        return next((process for pid, process in found.items() if pid not in stays), None)
 
     def usage(self) -> "Usage":
         return Usage.of(self.tree())

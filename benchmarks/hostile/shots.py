@@ -99,15 +99,30 @@ def _changed_bytes(routes: list[Route], rng: random.Random) -> Iterator[Shot]:
             elif action == 3:
                 body[place:place] = body[place : place + 20]
             else:
-                body[place:place] = rng.choice([b"\xff\xfe", b"\\ud83d", b"\\u0000", b"}", b"]", b"1e999", b'"'])
+                body[place:place] = rng.choice(
+                    [b"\xff\xfe", b"\\ud83d", b"\\u0000", b"}", b"]", b"1e999", b'"']
+                )
         wire = request(route.method, route.path, bytes(body))
         yield Shot(f"{route.path} changed bytes {bytes(body)[:200]!r}", lambda wire=wire: wire)  # type: ignore[misc]
 
 
 CONTENT_TYPES = (
-    *(None, "", "text/plain", "text/html", "application/xml", "multipart/form-data", "application/octet-stream"),
+    *(
+        None,
+        "",
+        "text/plain",
+        "text/html",
+        "application/xml",
+        "multipart/form-data",
+        "application/octet-stream",
+    ),
     *("application/json; charset=utf-16", "application/json; charset=nonsense", "APPLICATION/JSON", "json"),
-    *("application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/vnd.api+json", "\xe9"),
+    *(
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/vnd.api+json",
+        "\xe9",
+    ),
 )
 
 
@@ -122,11 +137,53 @@ def _odd_types(routes: list[Route], rng: random.Random) -> Iterator[Shot]:
 
 def _odd_lines(rng: random.Random) -> Iterator[Shot]:
     """Methods, paths, queries and headers."""
-    methods = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW", "get", "G" * 500)
-    names = ("nobody", "a/b", "a%2Fpin", "pin", "a/pin/pin", "%00", "%ff", "%ud83d", "..%2f..%2f", "a\ud83d", "é", "%")
+    methods = (
+        "GET",
+        "HEAD",
+        "POST",
+        "PUT",
+        "DELETE",
+        "PATCH",
+        "OPTIONS",
+        "TRACE",
+        "CONNECT",
+        "BREW",
+        "get",
+        "G" * 500,
+    )
+    names = (
+        "nobody",
+        "a/b",
+        "a%2Fpin",
+        "pin",
+        "a/pin/pin",
+        "%00",
+        "%ff",
+        "%ud83d",
+        "..%2f..%2f",
+        "a\ud83d",
+        "é",
+        "%",
+    )
     paths = (
-        *("/", "//", "/v1", "/v1/", "/v1/completions/", "/nowhere", "/../../etc/passwd", "*", "http://a/health"),
-        *(f"/{LONG_PATH}", f"/adapters/{LONG_PATH}", f"/v1/models/{LONG_PATH}", "/adapters//pin", "/adapters/"),
+        *(
+            "/",
+            "//",
+            "/v1",
+            "/v1/",
+            "/v1/completions/",
+            "/nowhere",
+            "/../../etc/passwd",
+            "*",
+            "http://a/health",
+        ),
+        *(
+            f"/{LONG_PATH}",
+            f"/adapters/{LONG_PATH}",
+            f"/v1/models/{LONG_PATH}",
+            "/adapters//pin",
+            "/adapters/",
+        ),
         *(f"/adapters/{name}" for name in names),
         *(f"/adapters/{name}/pin" for name in names),
         *(f"/v1/models/{name}" for name in names),
@@ -134,10 +191,36 @@ def _odd_lines(rng: random.Random) -> Iterator[Shot]:
     )
     queries = ("", "?", "?a=1", "?" + "a=1&" * 2000, "?%00=%ff", "#part", "?stream=true")
     headers = (
-        *("X-Odd: 1", "X-Odd: " + "a" * 30_000, "X-Request-Id: \xe9", "X-Odd:", "Expect: 100-continue", "Cookie: a=" + "b" * 5000),
-        *("Authorization: Bearer x", "Authorization: ", "Origin: http://elsewhere", "Origin: null", "Host: elsewhere"),
-        *("Range: bytes=0-", "Accept: image/png", "Accept-Encoding: nonsense", "Upgrade: websocket", "TE: trailers"),
-        *("X-Forwarded-For: 8.8.8.8", "Content-Encoding: gzip", "Bad Header: 1", ": empty", "X-Null: \0", "If-Match: *"),
+        *(
+            "X-Odd: 1",
+            "X-Odd: " + "a" * 30_000,
+            "X-Request-Id: \xe9",
+            "X-Odd:",
+            "Expect: 100-continue",
+            "Cookie: a=" + "b" * 5000,
+        ),
+        *(
+            "Authorization: Bearer x",
+            "Authorization: ",
+            "Origin: http://elsewhere",
+            "Origin: null",
+            "Host: elsewhere",
+        ),
+        *(
+            "Range: bytes=0-",
+            "Accept: image/png",
+            "Accept-Encoding: nonsense",
+            "Upgrade: websocket",
+            "TE: trailers",
+        ),
+        *(
+            "X-Forwarded-For: 8.8.8.8",
+            "Content-Encoding: gzip",
+            "Bad Header: 1",
+            ": empty",
+            "X-Null: \0",
+            "If-Match: *",
+        ),
     )
     while True:
         method, path, query = rng.choice(methods), rng.choice(paths), rng.choice(queries)
@@ -159,7 +242,11 @@ def _odd_framing(routes: list[Route], rng: random.Random) -> Iterator[Shot]:
         chunk = b"%x\r\n%s\r\n" % (len(body), body)
         cases: list[tuple[str, bytes, bool]] = [
             ("good chunks", chunked + chunk + b"0\r\n\r\n", True),
-            ("chunks of one byte", chunked + b"".join(b"1\r\n%c\r\n" % each for each in body) + b"0\r\n\r\n", True),
+            (
+                "chunks of one byte",
+                chunked + b"".join(b"1\r\n%c\r\n" % each for each in body) + b"0\r\n\r\n",
+                True,
+            ),
             ("a chunk's length in words", chunked + b"many\r\n" + body, True),
             ("a chunk's negative length", chunked + b"-5\r\n" + body, True),
             ("a chunk of 16 EB", chunked + b"ffffffffffffffff\r\n" + body, False),
@@ -171,9 +258,17 @@ def _odd_framing(routes: list[Route], rng: random.Random) -> Iterator[Shot]:
             ("a length of 5,000 digits", typed + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", True),
             ("an announced terabyte", typed + b"Content-Length: 1099511627776\r\n\r\n" + body, True),
             ("a body that never comes", typed + b"Content-Length: 500\r\n\r\n", False),
-            ("half a body", typed + b"Content-Length: %d\r\n\r\n" % len(body) + body[: len(body) // 2], False),
+            (
+                "half a body",
+                typed + b"Content-Length: %d\r\n\r\n" % len(body) + body[: len(body) // 2],
+                False,
+            ),
             ("more than announced", typed + b"Content-Length: 2\r\n\r\n" + body, True),
-            ("an announced body that is too large", request("POST", route.path, b"a" * (33 * MEGABYTE)), False),
+            (
+                "an announced body that is too large",
+                request("POST", route.path, b"a" * (33 * MEGABYTE)),
+                False,
+            ),
             ("headers that never end", start + b"X-Odd: 1\r\n" * 20, False),
             ("a header of 200 kB", start + b"X-Odd: " + b"a" * 200_000 + b"\r\n\r\n", True),
             ("many headers", start + b"".join(b"X-%d: 1\r\n" % i for i in range(5000)) + b"\r\n", True),

@@ -43,10 +43,16 @@ SURROGATES = [
     Odd("object of half an emoji", lambda: r'{"\ud83d": "\ud83d"}'),
 ]
 STRINGS = [
-    *_strings(["", " ", "a", "\0", "a\0b", "\r\n", "\r\nX-Odd: 1", "null", "5", "true", "{}", "%00", "%2e%2e%2f"]),
+    *_strings(
+        ["", " ", "a", "\0", "a\0b", "\r\n", "\r\nX-Odd: 1", "null", "5", "true", "{}", "%00", "%2e%2e%2f"]
+    ),
     *_strings(["../../etc/passwd", "/", "~", "/dev/zero", "/proc/self/mem", "file:///etc/passwd", "a" * 300]),
-    *_strings(["\U0001f600" * 20, "\u202egnirts", "e" + "\u0301" * 2000, "\ufeffa", "\ufffe", "\x7f\x1b[31m"]),
-    *_strings(["{{7*7}}", "{% for i in range(10**9) %}{% endfor %}", "(a+)+$", "<|im_start|>system", "<s></s>"]),
+    *_strings(
+        ["\U0001f600" * 20, "\u202egnirts", "e" + "\u0301" * 2000, "\ufeffa", "\ufffe", "\x7f\x1b[31m"]
+    ),
+    *_strings(
+        ["{{7*7}}", "{% for i in range(10**9) %}{% endfor %}", "(a+)+$", "<|im_start|>system", "<s></s>"]
+    ),
     *_strings(["'; DROP TABLE adapters; --", "${jndi:ldap://x}", "a/pin", "toppings-demo/", "TOPPINGS-DEMO"]),
     Odd("string of 100 kB", lambda: json.dumps("word " * 20_000)),
     Odd("string of a megabyte", lambda: json.dumps("a" * MEGABYTE)),
@@ -56,7 +62,9 @@ STRINGS = [
 ]
 LISTS = [
     *_plain(["[]", "[null]", "[[]]", "[[[]]]", "[{}]", '[""]', "[0]", "[-1]", "[1, 2]", "[1.5]", "[true]"]),
-    *_plain(['["a", 1]', '["a", null]', "[[1], []]", "[[1], 2]", "[18446744073709551616]", "[1e309]", "[511]"]),
+    *_plain(
+        ['["a", 1]', '["a", null]', "[[1], []]", "[[1], 2]", "[18446744073709551616]", "[1e309]", "[511]"]
+    ),
     Odd("list of many strings", lambda: json.dumps([f"stop {i}" for i in range(MANY)])),
     Odd("list of many empty strings", lambda: json.dumps([""] * MANY)),
     Odd("list of many numbers", lambda: json.dumps(list(range(MANY)))),

@@ -1,5 +1,6 @@
-"""Processes that die or hang, full disks, a locked registry: what was asked is answered or refused in time, and
-requests are served again where something is left to serve.
+"""Processes that die or hang, full disks, a locked registry: what was asked is answered or refused in time.
+
+Requests are served again where something is left to serve.
 
 The bounds of time here are for any machine; `benchmarks/soak.py` measures.
 """
@@ -135,7 +136,9 @@ def test_a_worker_that_hangs_loses_no_request(served: Served) -> None:
         served_again(served, "pirate", ANY_MACHINE_S)
 
 
-@pytest.mark.parametrize("end", [kill, lambda engine: engine.send_signal(signal.SIGSTOP)], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    "end", [kill, lambda engine: engine.send_signal(signal.SIGSTOP)], ids=["dies", "hangs"]
+)
 def test_an_engine_that_ends_or_hangs_is_replaced_and_its_requests_are_answered(
     served: Served, end: Callable[[psutil.Process], None]
 ) -> None:
@@ -200,7 +203,7 @@ def test_a_full_disk_refuses_adapters_as_the_servers_fault_and_serves_requests(
     path = demo_workshop().write(roots / "no-room")
     with loaded(served), full_state_disk(served, state_disk):
         status, content = served.load("no-room", path)
-        assert status == 507, content
+        assert status in ((507,) if state_disk else (503, 507)), content
         for model in MODELS:
             assert served.complete(model)[0] == 200
     assert served.load("no-room", path)[0] == 200

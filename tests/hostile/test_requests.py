@@ -1,6 +1,6 @@
 """Odd requests to the demo's server: each is answered, none harms another.
 
-The bounds of time here are for any machine; `benchmarks/fuzz.py` has those that are promised, and more requests.
+The bounds of time here are for any machine; `benchmarks/fuzz.py` has the promised ones, and more requests.
 """
 
 from collections.abc import Iterator
@@ -81,9 +81,7 @@ def test_every_model_is_served_after_odd_requests(served: Served) -> None:
     assert [served.complete(name)[0] for name in names] == [200] * len(names)
 
 
-def test_bad_adapters_over_http_are_refused_with_a_reason_or_served(
-    served: Served, roots: Path
-) -> None:
+def test_bad_adapters_over_http_are_refused_with_a_reason_or_served(served: Served, roots: Path) -> None:
     result = fuzz_adapters(served, demo_workshop(), roots, OVER_HTTP, limit_s=LIMIT_S)
     assert result["failures"] == []
     assert result["refused"] + result["served"] == len(OVER_HTTP)
