@@ -1,22 +1,26 @@
 """Toppings without HTTP: an engine, in a process of its own, behind plain calls."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
-from toppings.engine.build import model_path, open_registry
+from toppings.engine.build import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -43,18 +47,36 @@ class LLM:
     """A base model with its adapters. Settings are those of `EngineConfig`, by name.
 
     `generate` may be called from any thread; `stream` from any event loop. Close it, or use it in a `with`.
+    Adapters are kept in `state_dir`; where none is named and the model's default one is in use by another
+    server or LLM, in a temporary directory that goes with the object.
 
-    Raises ConfigError for a bad setting, EngineStartError where the model cannot be served.
+    Raises ConfigError for a bad setting, EngineStartError where the model cannot be served, StateHeldError
+    where another process holds the `state_dir` that is named.
     """
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
         config = Config.from_settings({"model": str(model), **settings}).engine
         self.text_model = TextModel.load(model_path(config))
+        self._private_dir: TemporaryDirectory[str] | None = None
+        try:
+            lock = hold_state(config, "LLM")
+        except StateHeldError as error:
+            if config.state_dir:
+                raise
+            logger.warning("%s; this LLM keeps its adapters in a temporary one", str(error).partition(";")[0])
+            self._private_dir = TemporaryDirectory(prefix="toppings-state-")
+            config = replace(config, state_dir=self._private_dir.name)
+            lock = hold_state(config, "LLM")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
         self._thread.start()
-        self._registry = open_registry(config)
-        self._client = self._run(EngineClient.start(config))
+        self._registry = open_registry(config, lock)
+        try:
+            self._registry.clean_up()
+            self._client = self._run(EngineClient.start(config))
+        except BaseException:
+            self._registry.close()
+            raise
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterRecord:
         """Register a PEFT checkpoint. Raises AdapterError with the reason where it cannot be served."""
@@ -121,6 +143,8 @@ class LLM:
         if not self._loop.is_closed():
             self._run(self._client.shutdown(0.0))
             self._registry.close()
+            if self._private_dir is not None:
+                self._private_dir.cleanup()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()

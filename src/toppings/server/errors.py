@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.core import RequestError
 from toppings.engine.client import EngineDeadError
 from toppings.text import GenerationCutError, GenerationError
@@ -50,6 +50,8 @@ def error_response(error: ApiError) -> Response:
 KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (RequestError, 400, "BadRequestError"),
     (AdapterError, 400, "BadRequestError"),
+    (StateFullError, 507, "InsufficientStorageError"),
+    (StateError, 503, "ServiceUnavailableError"),
     (EngineDeadError, 500, "EngineDeadError"),
     (GenerationCutError, 503, "ServiceUnavailableError"),
     (GenerationError, 500, "InternalServerError"),
