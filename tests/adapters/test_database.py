@@ -13,10 +13,13 @@ from tests.adapters.fixtures import SHAPES, write_adapter
 from toppings.adapters import database
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.rows import check_rows
 from toppings.adapters.state_lock import StateLock
 
 
 def open_owned(state_dir: Path) -> AdapterRegistry:
+    if state_dir.exists():
+        check_rows(state_dir)
     return AdapterRegistry(state_dir, "base", SHAPES, "float32", lock=StateLock.take(state_dir, "a test"))
 
 

@@ -100,7 +100,7 @@ async def test_an_adapter_of_another_base_is_loaded_with_a_warning(
 ) -> None:
     path = make_adapter(tmp_path / "other", model_dir, 4, base_model_name_or_path="org/other")
     status, text = await load(server, "a", path)
-    doubt = "adapter 'a' says that it was trained on 'org/other'; the base model is 'base'"
+    doubt = "adapter 'a' says that it was trained on 'org/other'; the base model here is 'base'"
     expected = f"Success: LoRA adapter 'a' added successfully.\nWarning: {doubt}"
     assert (status, text) == (200, expected)
     assert doubt in caplog.text
@@ -352,7 +352,7 @@ async def test_no_dialect_lists_the_adapters_to_find_one(
     path = many.get("a").path
     for body in (
         {"inputs": "hi", "parameters": {"adapter_id": "adapter-00042"}},
-        {"inputs": "hi", "lora_dir": "adapter-00042"},
-        {"inputs": "hi", "lora_dir": path},
+        {"inputs": "hi", "parameters": {}, "lora_dir": "adapter-00042"},
+        {"inputs": "hi", "parameters": {}, "lora_dir": path},
     ):
         assert (await server.post("/generate", **body)).status_code == 200

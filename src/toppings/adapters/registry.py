@@ -86,8 +86,6 @@ class AdapterRegistry:
         self._told: set[int] = set()  # adapters whose packed file was said to be lost
         self._packed_dir = PackedDir(self.state_dir / PACKED, shapes, dtype)
         self._rows = AdapterRows(self.state_dir, self.state_dir / PACKED)
-        if lock is not None:
-            self._rows.check()
         self._rows.check_base({**asdict(shapes), "dtype": dtype, "identity": identity})
         if lock is not None and not lock.is_shared:
             self._rows.keep_in_memory()

@@ -55,10 +55,6 @@ class AdapterRows:
         rows = self._db.read(f"SELECT {_COLUMNS}, {_LIVE} FROM adapters ORDER BY adapter_id")
         self._table = RecordTable((self._record(row[:-1]), bool(row[-1])) for row in rows)
 
-    def check(self) -> None:
-        """Raises StateError where the file is damaged or cannot be written to now."""
-        self._db.check()
-
     def check_base(self, fields: Mapping[str, object]) -> None:
         """Notes whose adapters these are, of a new file. Raises ValueError where they are another's."""
         query, mine = "SELECT fields FROM base", json.dumps(fields)
@@ -173,6 +169,15 @@ class AdapterRows:
             table.put(self._record(row[:-1]), is_live=bool(row[-1]))
         for adapter_id in set(ids) - {row[0] for row in rows}:
             table.drop(adapter_id)
+
+
+def check_rows(state_dir: Path) -> None:
+    """Raises StateError where the registry in this directory is damaged or cannot be written to now."""
+    database = Database(state_dir / DATABASE_FILE, _SCHEMA)
+    try:
+        database.check()
+    finally:
+        database.close()
 
 
 class RowChange:

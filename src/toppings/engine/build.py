@@ -16,6 +16,7 @@ from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BaseSha
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.rows import check_rows
 from toppings.adapters.state_lock import StateLock
 from toppings.assist.cores import available_cores
 from toppings.assist.cuda_stream_ops import unavailable_reason
@@ -176,9 +177,17 @@ def state_dir(config: EngineConfig) -> Path:
 def hold_state(config: EngineConfig, purpose: str, *, is_shared: bool = False) -> StateLock:
     """The right to write to the state directory, alone or with others that share it knowingly.
 
-    `purpose`: what another process is told that wants it, too. Raises StateHeldError, StateError, ValueError.
+    `purpose`: what another process is told that wants it, too. Raises StateHeldError, StateError (also for a
+    registry that is damaged), ValueError.
     """
-    return StateLock.take(state_dir(config), purpose, is_shared=is_shared)
+    directory = state_dir(config)
+    lock = StateLock.take(directory, purpose, is_shared=is_shared)
+    try:
+        check_rows(directory)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def open_registry(config: EngineConfig, lock: StateLock | None = None) -> AdapterRegistry:
