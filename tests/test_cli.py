@@ -151,6 +151,66 @@ def test_adapters_are_made_checked_added_listed_and_removed(
     assert "one" not in capsys.readouterr().out
 
 
+def test_adapters_of_a_directory_that_a_server_holds_are_the_servers_to_change(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from toppings.adapters.state_lock import StateLock
+
+    made, where = tmp_path / "adapters", ["--model", str(model), "--state-dir", str(tmp_path / "state")]
+    write_adapters(made, model, AdapterShape(ranks=(4,)), count=1)
+    assert run(monkeypatch, "adapters", "add", "one", str(made / "adapter-00000"), *where) == 0
+    lock = StateLock.take(tmp_path / "state", "toppings serve")
+    for verb in (["add", "two", str(made / "adapter-00000")], ["remove", "one"]):
+        capfd.readouterr()
+        assert run(monkeypatch, "adapters", *verb, *where) == 2
+        told = capfd.readouterr().err
+        assert "(toppings serve); tell it by --url what to change" in told
+        assert len(told.strip().splitlines()) == 1
+    run(monkeypatch, "adapters", "list", *where)
+    assert "one" in capfd.readouterr().out
+    lock.close()
+
+
+def test_an_adapter_named_like_the_base_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, where = tmp_path / "adapters", ["--model", str(model), "--state-dir", str(tmp_path / "state")]
+    write_adapters(made, model, AdapterShape(ranks=(4,)), count=1)
+    assert run(monkeypatch, "adapters", "add", "MODEL", str(made / "adapter-00000"), *where) == 2
+    assert "'MODEL' is not allowed: it means the base model" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["held", "garbage", "no directory"])
+def test_a_server_whose_state_cannot_be_used_says_so_before_it_starts_an_engine(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    from toppings.adapters.state_lock import StateLock
+
+    def spawn(*_: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr("toppings.engine.client.spawn_engine", spawn)
+    state, lock = tmp_path / "state", None
+    if damage == "held":
+        lock = StateLock.take(state, "another server")
+    elif damage == "garbage":
+        state.mkdir()
+        (state / "registry.sqlite").write_bytes(b"garbage " * 1000)
+    else:
+        state.touch()
+    options = ["--log-dir", str(tmp_path / "logs"), "--port", "0", "--state-dir", str(state)]
+    assert run(monkeypatch, "serve", "--model", str(model), *options) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert str(state) in last
+    if lock is not None:
+        lock.close()
+
+
 def test_synthetic_adapters_repeat_with_their_seed(model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_adapters(tmp_path / name, model, AdapterShape(ranks=(4,)), count=1, seed=seed)

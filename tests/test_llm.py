@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from toppings import LLM, SamplingParams
-from toppings.adapters.errors import AdapterNotFound
-from toppings.config import ConfigError
+from toppings.adapters.errors import AdapterNotFound, StateHeldError
+from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason, RequestError
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineDeadError
@@ -121,3 +121,33 @@ def test_an_engine_that_is_gone_ends_calls_and_close(tmp_path: Path, number: sig
     assert str(pid) in str(failures[0])
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("x")
+
+
+def test_two_of_one_model_keep_their_adapters_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in two notebooks; the second one's are gone with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    started: list[str] = []
+
+    class Engine:
+        @classmethod
+        async def start(cls, config: EngineConfig) -> "Engine":
+            started.append(config.state_dir)
+            return cls()
+
+        async def shutdown(self, deadline_s: float) -> None:
+            pass
+
+    monkeypatch.setattr("toppings.llm.EngineClient", Engine)
+    pirate = demo_adapters_dir() / "pirate"
+    with LLM() as one, LLM() as other:
+        one.load_adapter("a", pirate)
+        other.load_adapter("b", pirate)
+        assert [[record.name for record in each.adapters()] for each in (one, other)] == [["a"], ["b"]]
+    assert started[0] == ""
+    assert not Path(started[1]).exists()
+    with (
+        pytest.raises(StateHeldError),
+        LLM(state_dir=str(tmp_path / "s")),
+        LLM(state_dir=str(tmp_path / "s")),
+    ):
+        pass

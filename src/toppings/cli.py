@@ -1,6 +1,8 @@
 """The command `toppings`: a few lines per verb; what needs torch is imported where it is used."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +46,7 @@ app.command("simulate")(simulate)
 app.add_typer(reproduce_app, name="reproduce")
 
 Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
-StateDir = Annotated[str, typer.Option(help="where the registry is (default: ~/.cache/toppings/<model>)")]
+StateDir = Annotated[str, typer.Option(help="where the registry is (default: the model's below ~/.cache)")]
 Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the checkpoint's)")]
 Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
 ApiKey = Annotated[str, typer.Option(help="the server's key (better: api-key-file, or TOPPINGS_API_KEY)")]
@@ -212,8 +214,14 @@ def add_adapter(
             )
         )
         return
-    record = _registry(model, state_dir, dtype).register(name, path.absolute(), replace=replace)
+    from toppings.adapters.registry import Origin
+
+    with _held_registry(model, state_dir, dtype) as registry:
+        record = registry.register(name, path.absolute(), replace=replace, origin=Origin.CLI)
+        doubt = registry.doubt_of(record)
     typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes")
+    if doubt is not None:
+        typer.echo(f"warning: {doubt}", err=True)
 
 
 @adapters_app.command("remove")
@@ -227,11 +235,12 @@ def remove_adapter(
     api_key: ApiKey = "",
     api_key_file: ApiKeyFile = "",
 ) -> None:
-    """Forget the adapter NAME; a running server finishes its requests first."""
+    """Forget the adapter NAME; a running server (--url) finishes its requests first."""
     if url:
         typer.echo(RemoteServer(url, read_api_key(api_key, api_key_file)).unload(name))
         return
-    _registry(model, state_dir, dtype).remove(name)
+    with _held_registry(model, state_dir, dtype) as registry:
+        registry.purge(registry.remove(name).adapter_id)
     typer.echo(f"removed {name}")
 
 
@@ -306,6 +315,24 @@ def _registry(model: str, state_dir: str, dtype: str) -> "AdapterRegistry":
     from toppings.engine.build import open_registry
 
     return open_registry(EngineConfig(model=model, state_dir=state_dir, dtype=dtype))
+
+
+@contextmanager
+def _held_registry(model: str, state_dir: str, dtype: str) -> Iterator["AdapterRegistry"]:
+    """To change it: while a server runs, that is the server's to do."""
+    from toppings.adapters.errors import StateHeldError
+    from toppings.engine.build import hold_state, open_registry
+
+    config = EngineConfig(model=model, state_dir=state_dir, dtype=dtype)
+    try:
+        lock = hold_state(config, "toppings adapters")
+    except StateHeldError as error:
+        raise ConfigError(f"{str(error).partition(';')[0]}; tell it by --url what to change") from error
+    registry = open_registry(config, lock)
+    try:
+        yield registry
+    finally:
+        registry.close()
 
 
 def _local_rows(model: str, state_dir: str, dtype: str) -> list[dict[str, Any]]:

@@ -96,7 +96,14 @@ class EngineConfig:
     )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
-    state_dir: str = setting("", "registry and packed adapters (empty: ~/.cache/toppings/<model>)")
+    state_dir: str = setting(
+        "",
+        "registry and packed adapters, of one base model and for one server at a time"
+        " (empty: ~/.cache/toppings/<model>-<identity of its weights>)",
+    )
+    strict_base: str = setting(
+        "off", "refuse adapters whose configuration names another base model", choices=SWITCH
+    )
     max_model_len: int = setting(0, "longest prompt plus output, in tokens (0: the model's)")
     max_num_seqs: int = setting(64, "requests that may run at once")
     max_num_batched_tokens: int = setting(2048, "tokens of one step; longer prompts are prefilled in chunks")

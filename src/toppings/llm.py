@@ -1,23 +1,27 @@
 """Toppings without HTTP: an engine, in a process of its own, behind plain calls."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
-from toppings.engine.build import model_path, open_registry
+from toppings.engine.build import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.sampling_defaults import read_sampling_defaults
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
+
+logger = logging.getLogger(__name__)
 
 LAST_CALLS_S = 2.0
 """How long calls under way may take to return once the engine has ended."""
@@ -47,8 +51,11 @@ class LLM:
     """A base model with its adapters. Settings are those of `EngineConfig`, by name.
 
     `generate` may be called from any thread; `stream` from any event loop. Close it, or use it in a `with`.
+    Adapters are kept in `state_dir`; where none is named and the model's default one is in use by another
+    server or LLM, in a temporary directory that goes with the object.
 
-    Raises ConfigError for a bad setting, EngineStartError where the model cannot be served.
+    Raises ConfigError for a bad setting, EngineStartError where the model cannot be served, StateHeldError
+    where another process holds the `state_dir` that is named.
     """
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
@@ -58,11 +65,22 @@ class LLM:
         defaults = read_sampling_defaults(path) if config.generation_config == "auto" else {}
         self.default_sampling = SamplingParams(**defaults)
         """What prompts are answered with that come without `SamplingParams`: the model's own defaults."""
-        self._registry = open_registry(config)
+        self._private_dir: TemporaryDirectory[str] | None = None
+        try:
+            lock = hold_state(config, "LLM")
+        except StateHeldError as error:
+            if config.state_dir:
+                raise
+            logger.warning("%s; this LLM keeps its adapters in a temporary one", str(error).partition(";")[0])
+            self._private_dir = TemporaryDirectory(prefix="toppings-state-")
+            config = replace(config, state_dir=self._private_dir.name)
+            lock = hold_state(config, "LLM")
+        self._registry = open_registry(config, lock)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
         self._thread.start()
         try:
+            self._registry.clean_up()
             self._client = self._run(EngineClient.start(config))
         except BaseException:
             self._stop()
@@ -156,6 +174,8 @@ class LLM:
 
     def _stop(self) -> None:
         self._registry.close()
+        if self._private_dir is not None:
+            self._private_dir.cleanup()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -175,19 +175,6 @@ def test_unchanged_directory_is_skipped_and_changed_one_registered_again(
     assert (registry.get("a"), registry.get("b").rank) == (before, 9)
 
 
-def test_refresh_follows_a_changed_source_and_ignores_a_vanished_one(
-    registry: AdapterRegistry, tmp_path: Path
-) -> None:
-    gone = registry.register("gone", write_adapter(tmp_path / "gone"))
-    registry.register("a", write_adapter(tmp_path / "a"))
-    (tmp_path / "gone" / "adapter_config.json").unlink()
-    (tmp_path / "gone" / "adapter_model.safetensors").unlink()
-    write_adapter(tmp_path / "a", rank=9)
-    report = registry.refresh()
-    assert ([record.name for record in report.registered], report.failures) == (["a"], {})
-    assert registry.get("gone") == gone
-
-
 def test_missing_directory_is_an_error(registry: AdapterRegistry, tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFound, match="none"):
         registry.register_directory(tmp_path / "none")

@@ -74,11 +74,14 @@ class DeviceTier:
         """Begins the load of `entry`, evicting idle adapters if that makes room; None where it does not."""
         tier = "host" if entry.was_fetched else "disk"
         source = self._loader.part_of(entry)
-        slot = self._find_room(source.layout)
-        if slot is None:
+        victims = self._choose_victims(source.layout.num_bytes)
+        if victims is None or not self._host.try_pin(entry):
             return None
-        if not self._host.try_pin(entry):
-            self.pool.free(slot)
+        for victim in victims:
+            self.drop(self.residents[victim], was_evicted=True)
+        slot = self.pool.try_place(source.layout)
+        if slot is None:
+            self._host.unpin(entry)
             return None
         item_bytes = self.pool.arena.itemsize
         layers = range(self.pool.num_layers)
@@ -92,16 +95,12 @@ class DeviceTier:
         self.counters["adapter_load_bytes"] += resident.num_bytes
         return resident
 
-    def _find_room(self, layout: AdapterLayout) -> int | None:
-        """A slot of the pool; where idle adapters' room would not suffice, none of them is evicted."""
-        victims = self._choose([], layout.num_bytes)
+    def _choose_victims(self, needed: int) -> list[int] | None:
+        """Idle adapters that make room, none where there is enough; None where all of them would not do."""
+        victims = self._choose([], needed)
         if victims is None:
-            victims = self._choose(least_valuable(self._policy, self._idle), layout.num_bytes)
-        if victims is None:
-            return None
-        for victim in victims:
-            self.drop(self.residents[victim], was_evicted=True)
-        return self.pool.try_place(layout)
+            victims = self._choose(least_valuable(self._policy, self._idle), needed)
+        return victims
 
     def _choose(
         self, candidates: list[int], needed: int, *, leaving: int = 0, slots: int = 0

@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter."""
+"""What can be wrong with an adapter, and with the place where adapters are kept."""
 
 
 class AdapterError(ValueError):
@@ -11,3 +11,19 @@ class AdapterNotFound(AdapterError):
 
 class AdapterExists(AdapterError):
     """The name is taken, and replacing was not asked for."""
+
+
+class AdapterNameReserved(AdapterError):
+    """The base model goes by this name."""
+
+
+class StateError(OSError):
+    """The state directory cannot be used, now or at all: nobody's adapter is at fault."""
+
+
+class StateFullError(StateError):
+    """The disk of the state directory is full."""
+
+
+class StateHeldError(StateError):
+    """Another process holds the state directory."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
 from toppings.adapters.arena import Bytes, HostArena
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.eviction import EvictionPolicy
 from toppings.adapters.host_entry import EntryState, HostEntry
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
@@ -80,6 +80,7 @@ class HostStore:
         self._wake = threading.Condition()  # reentrant; guards all of the above
         self._is_closed = False
         self._changed: set[int] = set()
+        self._told: dict[int, str] = {}  # why an adapter could not be read, by id; the reader thread's own
         self.counters = {"host_evictions": 0, "adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
         self._thread = VitalThread(self._run, "adapter-reader")
         self._thread.start()
@@ -245,6 +246,7 @@ class HostStore:
         return packed
 
     def _finish(self, entry: HostEntry, read_ms: float) -> None:
+        self._told.pop(entry.adapter_id, None)
         with self._wake:
             entry.read_ms = read_ms
             entry.ready_at = time.perf_counter()
@@ -255,8 +257,10 @@ class HostStore:
             self.counters["adapter_read_bytes"] += entry.layout.num_bytes
 
     def _fail(self, entry: HostEntry, error: Exception) -> None:
-        is_expected = isinstance(error, AdapterError)
-        logger.warning("adapter %s cannot be read: %s", entry.adapter_id, error, exc_info=not is_expected)
+        is_expected = isinstance(error, AdapterError | StateError)
+        if self._told.get(entry.adapter_id) != str(error):  # each request tries again: once is enough
+            logger.warning("adapter %s cannot be read: %s", entry.adapter_id, error, exc_info=not is_expected)
+        self._told[entry.adapter_id] = str(error)
         with self._wake:
             if entry.state is EntryState.READING:
                 self._allocator.free_all(entry.offsets, entry.sizes())

@@ -1,5 +1,6 @@
 """The directory of packed files, one per adapter id."""
 
+import errno
 import os
 import uuid
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toppings.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import PackedAdapter, PackedFileError, PackedHeader, pack_adapter
 
@@ -22,7 +23,8 @@ class PackedCandidate:
     temp_file: Path
 
     def discard(self) -> None:
-        self.temp_file.unlink(missing_ok=True)
+        with suppress(OSError):  # the next start's clean-up finds it
+            self.temp_file.unlink(missing_ok=True)
 
 
 class PackedDir:
@@ -34,7 +36,10 @@ class PackedDir:
         self.base_tokens: Mapping[str, int] | None = None
         """The added tokens of the base model's tokeniser: adapters that bring others are warned of."""
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _state_error(f"cannot use the directory of packed adapters {directory}", error) from error
 
     def file(self, adapter_id: int) -> Path:
         return self._directory / f"{adapter_id}.pack"
@@ -42,22 +47,30 @@ class PackedDir:
     def pack(self, path: str | Path, *, is_synced: bool) -> PackedCandidate:
         """Packs the PEFT checkpoint in `path`; `is_synced`: flushed to the disk.
 
-        Raises AdapterError with the reason, and leaves no file then.
+        Raises AdapterError with the reason, StateError where no file can be written; none is left then.
         """
-        checkpoint = read_checkpoint(path, self.shapes, self.base_tokens)
+        try:
+            checkpoint = read_checkpoint(path, self.shapes, self.base_tokens)
+        except OSError as error:
+            raise AdapterError(f"cannot read adapter {path}: {error.strerror}") from error
         temp_file = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}.tmp"
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)  # it may be gone, as whatever is in it
             header = pack_adapter(checkpoint, self.dtype, temp_file, is_synced=is_synced)
         except BaseException as error:
-            temp_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                temp_file.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise AdapterError(f"cannot write the packed adapter of {path}: {error}") from error
+                raise _state_error(f"cannot write the packed adapter of {path}", error) from error
             raise
         return PackedCandidate(checkpoint, header, temp_file)
 
     def adopt(self, candidate: PackedCandidate, adapter_id: int) -> None:
-        """Gives the candidate its place, atomically."""
-        os.replace(candidate.temp_file, self.file(adapter_id))
+        """Gives the candidate its place, atomically. Raises StateError."""
+        try:
+            os.replace(candidate.temp_file, self.file(adapter_id))
+        except OSError as error:
+            raise _state_error(f"cannot keep the packed file {self.file(adapter_id)}", error) from error
 
     def open(self, adapter_id: int, digest: str) -> PackedAdapter:
         """Raises PackedFileError where the file is missing, damaged, or of another digest."""
@@ -69,14 +82,24 @@ class PackedDir:
         return packed
 
     def delete(self, adapter_id: int) -> None:
-        self.file(adapter_id).unlink(missing_ok=True)
+        """Raises StateError."""
+        try:
+            self.file(adapter_id).unlink(missing_ok=True)
+        except OSError as error:
+            raise _state_error(f"cannot delete the packed file {self.file(adapter_id)}", error) from error
 
     def delete_all_but(self, adapter_ids: set[int]) -> None:
         """Also deletes temporary files, but for those of processes that live."""
         wanted = {self.file(adapter_id).name for adapter_id in adapter_ids}
         for entry in os.scandir(self._directory):
             if entry.name not in wanted and not _is_being_written(entry.name):
-                os.unlink(entry.path)
+                with suppress(OSError):  # it only takes room
+                    os.unlink(entry.path)
+
+
+def _state_error(message: str, error: OSError) -> StateError:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (StateFullError if is_full else StateError)(f"{message}: {error.strerror}")
 
 
 def _is_being_written(file_name: str) -> bool:

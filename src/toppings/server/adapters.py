@@ -2,10 +2,22 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound
-from toppings.adapters.registry import AdapterRecord
+from toppings.adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterNameReserved,
+    AdapterNotFound,
+    StateError,
+)
+from toppings.adapters.registry import AdapterRecord, Origin
+from toppings.core import RequestError
 from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
@@ -15,73 +27,108 @@ from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 INVALID = "InvalidUserInput"
+NUM_THREADS = 4
+"""Of the registry's own: a disk that hangs, or a file that is locked, holds up none that tokenise."""
 
 
 class AdapterAdmin:
-    """Changes to what is registered, one registration at a time, packed beside the event loop."""
+    """Changes to what is registered, one registration at a time, packed beside the event loop.
+
+    All raise ApiError, with the wording that controllers of vLLM look for, or StateError where the state
+    directory cannot be written: then nothing has changed.
+    """
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._lock = asyncio.Lock()
         self._drains: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "registry")
         self.roots = AdapterRoots(adapter_roots(state))
 
     async def load(self, name: str, path: str, *, in_place: bool = False) -> AdapterRecord:
-        """Register a checkpoint; in place, its name's requests go to it from now on and the old one drains.
-
-        Raises ApiError with the wording that controllers of vLLM look for.
-        """
-        state = self._state
-        state.check_open()
+        """Register a checkpoint; in place, its name's requests go to it from now on; the old one drains."""
+        self._state.check_open()
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", INVALID)
-        if name == state.base_name:
-            raise ApiError(400, f"The lora adapter '{name}' conflicts with a served base model.", INVALID)
         directory = self.roots.locate(name, path)
         async with self._lock:
             return await self._register(name, directory, in_place=in_place)
 
     async def unload(self, name: str) -> None:
         """Nobody finds `name` from now on; returns when its requests have ended and its memory is free."""
-        state = self._state
         if not name:
             message = "'lora_name' needs to be provided to unload a LoRA adapter."
             raise ApiError(400, message, INVALID)
         self.record(name)
-        record = await asyncio.to_thread(state.registry.remove, name)
+        try:
+            record = await self._change(self._state.registry.remove, name)
+        except AdapterNotFound as error:  # somebody else was faster
+            raise _not_found(name) from error
         await self._remove_generation(record)
 
     async def pin(self, name: str, is_pinned: bool) -> None:
         """Keep an adapter on the device, now and after a restart, or let it be evicted again."""
-        record = self.record(name)
-        await self._state.client.pin_adapter(record.adapter_id, is_pinned)
-        await asyncio.to_thread(self._state.registry.set_pinned, name, is_pinned)
+        registry, client = self._state.registry, self._state.client
+        async with self._lock:  # not while a reload gives the name to another generation
+            record = self.record(name)
+            try:
+                if is_pinned:
+                    await self._change(registry.check_pin, name)
+                await client.pin_adapter(record.adapter_id, is_pinned)
+                try:
+                    await self._change(registry.set_pinned, name, is_pinned)
+                except BaseException:
+                    with suppress(RequestError, EngineDeadError):
+                        await client.pin_adapter(record.adapter_id, record.is_pinned)
+                    raise
+            except (RequestError, AdapterNotFound):
+                self.record(name)  # it may have been unloaded meanwhile
+                raise
 
     def record(self, name: str) -> AdapterRecord:
         """Raises ApiError 404 for a name that is not registered."""
-        try:
-            return self._state.registry.get(name)
-        except AdapterNotFound as error:
-            message = f"The lora adapter '{name}' cannot be found."
-            raise ApiError(404, message, "NotFoundError") from error
+        record = self._state.registry.find_named(name)
+        if record is None:
+            raise _not_found(name)
+        return record
 
     async def _register(self, name: str, directory: Path, *, in_place: bool) -> AdapterRecord:
         registry = self._state.registry
-        old = _find(self._state, name) if in_place else None
+        old = registry.find_named(name) if in_place else None
         try:
-            record = await asyncio.to_thread(registry.register, name, directory, replace=in_place)
+            record = await self._change(
+                registry.register, name, directory, replace=in_place, origin=Origin.HTTP
+            )
         except AdapterExists as error:
             message = (
                 f"The lora adapter '{name}' has already been loaded. "
                 "If you want to load the adapter in place, set 'load_inplace' to True."
             )
             raise ApiError(400, message, INVALID) from error
+        except AdapterNameReserved as error:
+            message = f"The lora adapter '{name}' conflicts with a served base model."
+            raise ApiError(400, message, INVALID) from error
         except AdapterError as error:
             raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
+        if record.is_pinned:
+            await self._pass_pin(old, record)
         if old is not None and old.adapter_id != record.adapter_id:
             self._drain(old)
         return record
+
+    async def _pass_pin(self, old: AdapterRecord | None, new: AdapterRecord) -> None:
+        """The old generation's room on the device is the new one's to have."""
+        client = self._state.client
+        if old is not None:
+            with suppress(RequestError):
+                await client.pin_adapter(old.adapter_id, False)
+        try:
+            await client.pin_adapter(new.adapter_id, True)
+        except RequestError as error:
+            logger.warning("adapter %s is no longer pinned: %s", new.name, error)
+            await self._change(self._state.registry.set_pinned, new.name, False)
 
     def _drain(self, old: AdapterRecord) -> None:
         """In the background: the reload is answered while the old generation's requests still run."""
@@ -97,9 +144,17 @@ class AdapterAdmin:
             logger.warning("the replaced generation of adapter %s was not removed: %s", old.name, error)
 
     async def _remove_generation(self, record: AdapterRecord) -> None:
-        """Its requests end, its memory is freed, then its packed file goes."""
+        """Its requests end, its memory is freed, then its packed file goes: if need be, at the next start."""
         await self._state.client.remove_adapter(record.adapter_id)
-        await asyncio.to_thread(self._state.registry.purge, record.adapter_id)
+        try:
+            await self._change(self._state.registry.purge, record.adapter_id)
+        except StateError as error:
+            logger.warning("the files of adapter %s stay until the next start: %s", record.name, error)
+
+    async def _change(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
+        """What may wait for a disk."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(function, *args, **kwargs))
 
 
 def adapter_roots(state: ServerState) -> list[Path]:
@@ -113,8 +168,5 @@ def adapter_roots(state: ServerState) -> list[Path]:
     return roots
 
 
-def _find(state: ServerState, name: str) -> AdapterRecord | None:
-    try:
-        return state.registry.get(name)
-    except AdapterNotFound:
-        return None
+def _not_found(name: str) -> ApiError:
+    return ApiError(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")

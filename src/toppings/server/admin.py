@@ -1,6 +1,5 @@
 """What an operator looks at and turns: adapters and their places, pins, health, statistics, metrics."""
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -12,6 +11,7 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.core import AdapterStatus, EngineStats
 from toppings.engine.client import EngineDeadError
 from toppings.server.auth import may_change_state
+from toppings.server.catalogue import encode_all, records_of
 from toppings.server.errors import json_response
 from toppings.server.metrics import is_resident, lora_lists, num_slots
 from toppings.server.models import admin_of
@@ -82,8 +82,12 @@ async def list_adapters(request: Request) -> Response:
     state = state_of(request)
     engine = await _stats_or_none(state)
     places = {} if engine is None else {status.adapter_id: status for status in engine.adapters}
-    records = await asyncio.to_thread(state.registry.list)
-    return json_response({"adapters": [_row(record, places.get(record.adapter_id)) for record in records]})
+
+    def encode(record: AdapterRecord) -> bytes:
+        return msgspec.json.encode(_row(record, places.get(record.adapter_id)))
+
+    rows = await encode_all(await records_of(state), encode)
+    return Response(b'{"adapters":[' + b",".join(rows) + b"]}", media_type="application/json")
 
 
 @changing.post("/adapters/{name:path}/pin")

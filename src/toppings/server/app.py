@@ -10,6 +10,7 @@ from toppings.config import Config
 from toppings.server import admin, chat, completions, generate, models
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware
+from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
 from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.metrics import Metrics
@@ -30,6 +31,7 @@ def create_app(
     state = ServerState(client, registry, text_model, config, metrics, perf_model)
     app.state.toppings = state
     app.state.admin = AdapterAdmin(state)
+    app.state.catalogue = Catalogue(state)
     # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.
     for router in (admin.router, admin.changing, completions.router, chat.router, generate.router):
         app.include_router(router)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.core import RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
@@ -64,6 +64,8 @@ def error_response(error: ApiError) -> Response:
 KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (RequestError, 400, "BadRequestError"),
     (AdapterError, 400, "BadRequestError"),
+    (StateFullError, 507, "InsufficientStorageError"),
+    (StateError, 503, "ServiceUnavailableError"),
     (EngineDeadError, 503, "EngineDeadError"),
     (GenerationCutError, 503, "ServiceUnavailableError"),
     (SandboxBusyError, 503, "ServiceUnavailableError"),

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from toppings.access import read_api_key
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.state_lock import StateLock
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
@@ -122,7 +123,8 @@ async def _serve(config: Config) -> int:
 
 async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel, PerfModel | None]:
     """The engine reads the model while adapters are registered here, and the registry once they are."""
-    registering = asyncio.create_task(asyncio.to_thread(_registry, config))
+    lock = await asyncio.to_thread(_hold_state, config)  # before an engine is started for nothing
+    registering = asyncio.create_task(asyncio.to_thread(_registry, config, lock))
     log = EngineLog(config.server.log_level, str(log_file(config)))
     restarts = config.server.max_engine_restarts
     client = asyncio.create_task(
@@ -146,15 +148,18 @@ def _text_model(config: Config) -> TextModel:
     return TextModel.load(model_path(config.engine))
 
 
-def _registry(config: Config) -> AdapterRegistry:
+def _hold_state(config: Config) -> StateLock:
+    from toppings.engine.build import hold_state
+
+    return hold_state(config.engine, "toppings serve")
+
+
+def _registry(config: Config, lock: StateLock) -> AdapterRegistry:
     from toppings.engine.build import open_registry
 
-    registry = open_registry(config.engine)
+    registry = open_registry(config.engine, lock)
+    registry.register_directory(config.server.adapters or None).log()
     registry.clean_up()
-    if config.server.adapters:
-        report = registry.register_directory(config.server.adapters)
-        for name, error in report.failures.items():
-            logger.warning("adapter %s is left out: %s", name, error)
     logger.info("%d adapters are registered in %s", registry.count(), registry.state_dir)
     return registry
 

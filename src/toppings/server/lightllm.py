@@ -1,8 +1,8 @@
 """The LightLLM family's `/generate`: selector `lora_id` (a number) or `lora_dir` (a name or a path)."""
 
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -102,10 +102,8 @@ def _target(state: ServerState, body: Body) -> Target:
             raise ApiError(404, f"no adapter has lora_id {body.lora_id}; GET /adapters lists them") from error
     if body.lora_dir is None:
         return state.target(None)
-    for record in state.registry.list():
-        if Path(body.lora_dir).is_absolute() and Path(record.path) == Path(body.lora_dir):
-            return state.target(record.name)
-    return state.target(body.lora_dir)
+    record = state.registry.find_from(os.path.normpath(body.lora_dir))
+    return state.target(body.lora_dir if record is None else record.name)
 
 
 def _whole(choice: Choice, *, has_details: bool) -> dict[str, Any]:

@@ -24,8 +24,12 @@ class AdapterRoots:
         if not allowed:
             raise ApiError(403, self._refusal(path), "PermissionDeniedError", "lora_path")
         for candidate in allowed:
-            if candidate.is_dir():
-                return candidate
+            try:
+                if candidate.is_dir():
+                    return candidate
+            except OSError as error:  # it lies in a directory that may not be entered
+                message = f"Loading lora {name} failed: cannot read {path}: {error.strerror}"
+                raise ApiError(400, message, "InvalidUserInput", "lora_path") from error
         raise ApiError(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
 
     def _is_below(self, path: Path) -> bool:

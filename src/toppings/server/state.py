@@ -133,13 +133,12 @@ class ServerState:
         """Raises ApiError 404 for a model that is not served; no name means the base model."""
         if not model or model == self.base_name:
             return Target(self.base_name)
-        try:
-            record = self.registry.get(model)
-            self._names[record.adapter_id] = model
-            return Target(model, record.adapter_id)
-        except AdapterNotFound as error:
+        record = self.registry.find_named(model)
+        if record is None:
             message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}."
-            raise ApiError(404, message, "NotFoundError", "model") from error
+            raise ApiError(404, message, "NotFoundError", "model")
+        self._names[record.adapter_id] = model
+        return Target(model, record.adapter_id)
 
     def name_of(self, adapter_id: int) -> str:
         """An adapter's name, also while a removed generation still drains."""

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.adapters.state_lock import StateLock
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.config import Config
 from toppings.core import RequestError
@@ -20,26 +21,49 @@ from toppings.demo import demo_adapters_dir
 
 logger = logging.getLogger(__name__)
 
+FRONT = "front.lock"
+
 
 def open_node_registry(config: Config, *, is_front: bool) -> AdapterRegistry:
-    """With the start-up directory's adapters registered; one process of the machine does that at a time."""
-    from toppings.engine.build import open_registry
+    """With the start-up directory's adapters registered, by the front on its machine and by the replicas on
+    others; one process of a machine does that at a time.
 
-    registry = open_registry(config.engine)
+    The processes share the state directory with each other and with nobody else: raises StateHeldError.
+    """
+    from toppings.engine.build import hold_state, open_registry
+
+    lock = hold_state(config.engine, "toppings up", is_shared=True)
+    registry = open_registry(config.engine, lock)
     directory = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
-    with _lock(registry):
-        if is_front:
-            registry.clean_up()
-        if directory:
-            report = registry.register_directory(directory)
-            for name, error in report.failures.items():
-                logger.warning("adapter %s is left out: %s", name, error)
+    with _registering(registry):
+        front = _front_lock(registry)
+        if front is None and is_front:
+            registry.close()
+            raise StateHeldError(
+                f"the state directory {registry.state_dir} is in use by another `toppings up`; "
+                "name another one with --state-dir"
+            )
+        if front is not None:
+            registry.register_directory(directory or None).log()
+            if is_front:
+                registry.clean_up()
+                registry.keep_open(front)
+            else:
+                front.close()
     logger.info("%d adapters are registered in %s", registry.count(), registry.state_dir)
     return registry
 
 
+def _front_lock(registry: AdapterRegistry) -> StateLock | None:
+    """None where a front of this machine has it: then adapters are its business."""
+    try:
+        return StateLock.take(registry.state_dir, "the front of toppings up", file=FRONT)
+    except StateHeldError:
+        return None
+
+
 @contextmanager
-def _lock(registry: AdapterRegistry) -> Iterator[None]:
+def _registering(registry: AdapterRegistry) -> Iterator[None]:
     with open(registry.state_dir / "register.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -76,7 +100,7 @@ class ReplicaAdapters:
         return self._ids[ref.generation]
 
     def _find_or_register(self, ref: AdapterRef) -> AdapterRecord:
-        with _lock(self._registry):
+        with _registering(self._registry):
             found = self._registry.find(ref.name, ref.digest)
             if found is not None and found.adapter_id not in self._retired.values():
                 return found

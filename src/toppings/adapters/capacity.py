@@ -1,0 +1,52 @@
+"""Whether adapters fit the memory that there is for them, before any is accepted."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.records import AdapterRecord
+
+MAX_NAMES = 3  # of pinned adapters in a message
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes of the device pool and of the host store."""
+
+    device_bytes: int
+    host_bytes: int
+
+    def check(self, name: str, num_bytes: int, pinned: Sequence[AdapterRecord]) -> None:
+        """Raises AdapterError where an adapter can never be served beside those that are `pinned`."""
+        held = sum(record.num_bytes for record in pinned)
+        if num_bytes > self.device_bytes - held:
+            others = f", of which {held} belong to {_names(pinned)}, pinned" if held else ""
+            raise AdapterError(
+                f"adapter {name!r} takes {num_bytes} bytes; the device pool has {self.device_bytes}{others} "
+                "(device_pool_bytes)"
+            )
+        if num_bytes > self.host_bytes:
+            raise AdapterError(
+                f"adapter {name!r} takes {num_bytes} bytes; the host store has {self.host_bytes} "
+                "(host_store_bytes)"
+            )
+
+    def check_pin(
+        self, record: AdapterRecord, pinned: Sequence[AdapterRecord], others: Iterable[AdapterRecord]
+    ) -> None:
+        """Raises AdapterError where `record` cannot be pinned, too, or one of `others` could not be served
+        then."""
+        self.check(record.name, record.num_bytes, pinned)
+        left = self.device_bytes - record.num_bytes - sum(each.num_bytes for each in pinned)
+        largest = max(others, key=lambda each: each.num_bytes, default=None)
+        if largest is not None and largest.num_bytes > left:
+            raise AdapterError(
+                f"pinning {record.name!r} ({record.num_bytes} bytes) would leave {left} bytes of the device "
+                f"pool, too few for adapter {largest.name!r} ({largest.num_bytes} bytes); unload one of "
+                "the two or raise device_pool_bytes"
+            )
+
+
+def _names(records: Sequence[AdapterRecord]) -> str:
+    names = ", ".join(repr(record.name) for record in records[:MAX_NAMES])
+    return f"{names} and {len(records) - MAX_NAMES} more" if len(records) > MAX_NAMES else names
