@@ -61,7 +61,7 @@ class Ended:
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group, and a service manager's SIGTERM all of a service's processes; the
+    # Ctrl-C reaches the whole process group, a service manager's SIGTERM all of its service's processes; the
     # client decides when the engine stops.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

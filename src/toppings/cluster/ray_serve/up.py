@@ -18,7 +18,7 @@ from ray import serve
 
 from toppings.cluster.ray_serve.app import FRONT_CPUS, make_app, serve_logging
 from toppings.cluster.ray_serve.settings import UpConfig
-from toppings.config import Config, ConfigError
+from toppings.config import OFF, Config, ConfigError
 from toppings.demo import demo_model_dir
 from toppings.log_files import LOG_FORMAT
 from toppings.model.config import read_json
