@@ -96,7 +96,8 @@ def run(start: Start, lifeline: socket.socket) -> None:
         )
     except Exception as error:
         logger.debug("the engine could not start", exc_info=True)
-        _end_by_failure(end, f"{error}" if isinstance(error, ValueError | OSError) else repr(error))
+        is_told = isinstance(error, ValueError | OSError | EngineLostError)
+        _end_by_failure(end, f"{error}" if is_told else repr(error))
     try:
         EngineLoop(engine, end, heart).run()
     except Exception as error:
