@@ -199,7 +199,11 @@ async def test_an_engine_that_cannot_start_says_why(config: EngineConfig, tmp_pa
 async def test_every_step_is_logged(client: EngineClient, shared_config: EngineConfig) -> None:
     num_before = len(Path(shared_config.step_log).read_text().splitlines())
     await collect(client, make_prompt(0, 10), GREEDY)
-    lines = Path(shared_config.step_log).read_text().splitlines()[num_before:]
+    lines: list[str] = []
+    async with asyncio.timeout(10):
+        while len(lines) < 10:  # they are written beside the steps
+            await asyncio.sleep(0.01)
+            lines = Path(shared_config.step_log).read_text().splitlines()[num_before:]
     assert len(lines) == 10
     assert '"kind": "prefill"' in lines[0]
     assert '"kind": "decode"' in lines[-1]

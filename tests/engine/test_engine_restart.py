@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         kv_cache_bytes=16 * 2**20,
         device_pool_bytes=2**20,
         host_store_bytes=2**20,
-        heartbeat_timeout_s=2.0,
+        heartbeat_timeout_s=3.0,
     )
     registry = open_registry(config)
     registry.register("pinned", make_adapter(root / "pinned", model, rank=8))

@@ -108,6 +108,9 @@ class VirtualLoader:
     def notify(self) -> None:
         pass
 
+    def check(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

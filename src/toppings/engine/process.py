@@ -61,7 +61,7 @@ class Ended:
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group, and a service manager's SIGTERM all of a service's processes; the
+    # Ctrl-C reaches the whole process group, a service manager's SIGTERM all of its service's processes; the
     # client decides when the engine stops.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -96,7 +96,8 @@ def run(start: Start, lifeline: socket.socket) -> None:
         )
     except Exception as error:
         logger.debug("the engine could not start", exc_info=True)
-        _end_by_failure(end, f"{error}" if isinstance(error, ValueError | OSError) else repr(error))
+        is_told = isinstance(error, ValueError | OSError | EngineLostError)
+        _end_by_failure(end, f"{error}" if is_told else repr(error))
     try:
         EngineLoop(engine, end, heart).run()
     except Exception as error:

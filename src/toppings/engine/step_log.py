@@ -99,6 +99,7 @@ class StepLog:
     def _run(self) -> None:
         file = self._file
         assert file is not None
+        file.append(b"")  # it is there from the start
         while (record := self._queue.get()) is not None:
             try:
                 line = json.dumps(record)

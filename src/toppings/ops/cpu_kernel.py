@@ -66,6 +66,9 @@ class Kernel:
         if num_threads > 1 and USE_TEAM:
             num_threads = min(num_threads, torch.get_num_threads())
             _RUN_ON_TEAM(address, block.buffer_info()[0], num_threads, 0)
+        elif num_threads > 1:
+            # Without the interpreter lock: other threads of the process have a word to say meanwhile.
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(block.buffer_info()[0])
         else:
             run(block.buffer_info()[0])
 
