@@ -103,7 +103,7 @@ async def test_others_chat_while_an_adapters_template_runs(
     await asyncio.sleep(0.1)
     assert await prompt_of(server)
     assert not all(task.done() for task in slow)
-    assert {(await task).status_code for task in slow} == {400}
+    assert {(await task).status_code for task in slow} <= {400, 503}  # 503: no turn in time
 
 
 class TestDefaults:
