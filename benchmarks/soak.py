@@ -39,6 +39,7 @@ SHARE_OF_LOAD = 0.9
 """Of a cycle: faults come until then, the load runs until then."""
 PATIENCE_S, TOY_PATIENCE_S = 10.0, 60.0
 """The longest that an answer, or the end of a fault, may take; a toy run asks nothing of the machine."""
+TOY_CYCLE_S = 10.0
 DISK_BYTES = 64 * 2**20
 OPTIONS = (
     *("--num-threads", "1", "--mode", "cpu_assisted", "--assist-workers", "1", "--max-model-len", "1024"),
@@ -187,7 +188,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the result to this file, after each cycle")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without taking its server and disks along
-    cycle_s = 20.0 if args.toy else args.cycle_minutes * 60
+    cycle_s = TOY_CYCLE_S if args.toy else args.cycle_minutes * 60
     patience_s = TOY_PATIENCE_S if args.toy else PATIENCE_S
     cycles = 1 if args.toy else max(2, round(args.minutes / args.cycle_minutes))
     result: dict[str, Any] = {"benchmark": "soak", "cycles": cycles, "cycle_s": cycle_s}

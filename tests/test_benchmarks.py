@@ -28,7 +28,10 @@ NOT_IN_A_BARE_PROCESS = (
     *("aiohttp", "fastapi", "httpx", "jinja2", "matplotlib", "msgspec", "numba", "prometheus_client"),
     *("psutil", "ray", "rich", "typer", "uvicorn", "zmq"),
 )
-TOY_ARGUMENTS = {"routing": ["--rates", "20", "--kernels", "mbgmv"]}
+TOY_ARGUMENTS = {
+    "routing": ["--rates", "20", "--kernels", "mbgmv"],
+    "soak": ["--faults", "registry"],  # tests/hostile has the others
+}
 
 Result = dict[str, Any]
 
@@ -53,7 +56,24 @@ def check_router_proxy(result: Result) -> None:
         assert (figures["routed_pieces"] > 1) >= (pattern == "paced")  # passed on one by one
 
 
+def check_soak(result: Result) -> None:
+    requests = result["requests"]
+    ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"]
+    assert requests["sent"] == ended > 0
+    assert len(result["recovery_s"]["registry locked"]) == 1
+    assert result["usage"]["start"]["num_processes"] == result["usage"]["at_cycle_ends"][-1]["num_processes"]
+
+
+def check_fuzz(result: Result) -> None:
+    requests, adapters = result["requests"], result["adapters"]
+    assert requests["sent"] == sum(requests["statuses"].values()) + requests["never_whole"]
+    assert adapters["kinds"] == adapters["refused"] + adapters["served"] > 0
+    assert result["serves_afterwards"]
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "fuzz": check_fuzz,
+    "soak": check_soak,
     "ipc": check_ipc,
     "cpu_lora": check_cpu_lora,
     "router_proxy": check_router_proxy,

@@ -35,8 +35,10 @@ def _damaged() -> Iterator[Kind]:
         },
     }.items():
         yield Kind(
-            f"weights {name}", lambda shop, path, content=content: shop.write_weights(path, content), WEIGHTS
-        )  # type: ignore[misc]
+            f"weights {name}",
+            lambda shop, path, content=content: shop.write_weights(path, content),  # type: ignore[misc]
+            WEIGHTS,
+        )
     for share in (0.01, 0.3, 0.5, 0.999):
 
         def cut(shop: Workshop, path: Path, share: float = share) -> None:
@@ -80,8 +82,9 @@ def _headers() -> Iterator[Kind]:
 
     for length in (0, 1, 2**31, 2**63, 2**64 - 1):
         yield kind(
-            f"said to be of {length} bytes", lambda shop, n=length: shop.file(shop.header(), shop.data(), n)
-        )  # type: ignore[misc]
+            f"said to be of {length} bytes",
+            lambda shop, n=length: shop.file(shop.header(), shop.data(), n),  # type: ignore[misc]
+        )
     for name, text in {
         **{
             "that is no JSON": b"{nonsense",
@@ -99,7 +102,7 @@ def _headers() -> Iterator[Kind]:
         },
     }.items():
         yield kind(name, lambda shop, text=text: shop.file(text, shop.data()))  # type: ignore[misc]
-    for name, change in {
+    changes: dict[str, dict[str, object]] = {
         "with an unknown type": {"dtype": "F99"},
         "without a type": {"dtype": None},
         "with a negative size": {"shape": [-4, 32]},
@@ -114,7 +117,8 @@ def _headers() -> Iterator[Kind]:
         "with one offset": {"data_offsets": [0]},
         "with offsets above 2^64": {"data_offsets": [0, 2**64 + 1]},
         "with offsets that overlap": {"data_offsets": [4, 516]},
-    }.items():
+    }
+    for name, change in changes.items():
 
         def changed(shop: Workshop, change: dict[str, object] = change) -> bytes:
             header = shop.header()
@@ -167,7 +171,7 @@ def _replaced() -> Iterator[Kind]:
     }.items():
         for file in (CONFIG, WEIGHTS):
 
-            def make(shop: Workshop, path: Path, file: str = file, put: Callable[[Path], None] = put) -> None:  # type: ignore[assignment]
+            def make(shop: Workshop, path: Path, file: str = file, put: Callable[[Path], None] = put) -> None:
                 shop.write(path)
                 (path / file).unlink()
                 put(path / file)
@@ -200,19 +204,17 @@ def _folders() -> Iterator[Kind]:
         path.mkdir(parents=True)
         (path / name).write_text("# A model card")
 
-    yield Kind("an empty folder", lambda shop, path: path.mkdir(parents=True), CONFIG)
+    def empty(shop: Workshop, path: Path) -> None:
+        path.mkdir()
+
+    def loop(shop: Workshop, path: Path) -> None:
+        path.symlink_to(path.name)
+
+    yield Kind("an empty folder", empty, CONFIG)
     yield Kind("a folder with a model card alone", lambda shop, path: other(path, "README.md"), CONFIG)
     yield Kind("a folder of folders", lambda shop, path: shop.write(path / "inner"), CONFIG)
-    yield Kind(
-        "a file",
-        lambda shop, path: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text("x")),
-        "adapter|directory",
-    )
-    yield Kind(
-        "a folder that links to itself",
-        lambda shop, path: (path.parent.mkdir(parents=True, exist_ok=True), path.symlink_to(path.name)),
-        "adapter|directory|path",
-    )
+    yield Kind("a file", lambda shop, path: path.write_text("x"), "adapter|directory")
+    yield Kind("a folder that links to itself", loop, "adapter|directory|path")
     yield Kind("nothing", lambda shop, path: None, "adapter|directory")
 
     def extra(shop: Workshop, path: Path) -> None:

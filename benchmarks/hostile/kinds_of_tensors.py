@@ -36,21 +36,21 @@ def _types() -> Iterator[Kind]:
     for dtype in (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64):
         yield _kind(
             f"a tensor of {dtype}",
-            lambda t, k, s, d=dtype: t.update({k: t[k].to(d)}),
+            lambda t, k, s, d=dtype: t.update({k: t[k].to(d)}),  # type: ignore[misc]
             "q_proj.*type|type.*q_proj",
-        )  # type: ignore[misc]
+        )
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         yield _kind(
             f"tensors of {dtype}",
-            lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}),
+            lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}),  # type: ignore[misc]
             "_proj.*type|type.*_proj",
-        )  # type: ignore[misc]
+        )
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         yield _kind(
             f"tensors of {dtype}",
-            lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}),
+            lambda t, k, s, d=dtype: t.update({n: x.to(d) for n, x in t.items()}),  # type: ignore[misc]
             must_serve=True,
-        )  # type: ignore[misc]
+        )
     yield _kind(
         "tensors of two types", lambda t, k, s: t.update({k: t[k].to(torch.bfloat16)}), must_serve=True
     )
@@ -70,10 +70,10 @@ def _shapes() -> Iterator[Kind]:
         }.items():
             yield _kind(
                 f"{half} is {name}",
-                lambda t, k, s, c=change: t.update({k: c(t[k])}),
+                lambda t, k, s, c=change: t.update({k: c(t[k])}),  # type: ignore[misc]
                 "q_proj.*shape",
                 half=half,
-            )  # type: ignore[misc]
+            )
     yield _kind("rank 513", lambda t, k, s: None, r"\br\b.*513", rank=513)
 
 
@@ -151,8 +151,10 @@ def _names() -> Iterator[Kind]:
         *(("of another family", "self_attn.q_proj", "attention.query_key_value"),),
     ):
         yield _kind(
-            f"all keys {name}", _rename_all(lambda key, o=old, n=new: key.replace(o, n, 1)), "key|weights"
-        )  # type: ignore[misc]
+            f"all keys {name}",
+            _rename_all(lambda key, o=old, n=new: key.replace(o, n, 1)),  # type: ignore[misc]
+            "key|weights",
+        )
     yield _kind(
         "keys with the adapter's name",
         _rename_all(lambda key: key.replace(".weight", ".default.weight")),

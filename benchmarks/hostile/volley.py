@@ -115,7 +115,7 @@ def parse(data: bytes) -> Reply:
 
 
 def _dechunked(body: bytes) -> bytes:
-    pieces = []
+    pieces: list[bytes] = []
     while True:
         length, _, rest = body.partition(b"\r\n")
         size = int(length or b"", 16)

@@ -17,11 +17,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hostile.faults import ENGINE, WORKER, SmallDisk, kill, locked_registry, served_again, stopped, wait_for
 from hostile.fuzzing import demo_workshop
 from hostile.load import BASE, Client
 from hostile.served import Served
 from hostile.tally import Tally
+
+from tests.assist.world import PROFILE
+from toppings.config import EngineConfig
+from toppings.engine.assist import profile_path
 
 ANY_MACHINE_S = 60.0
 MODELS = ["pirate", "haiku", BASE]
@@ -60,13 +65,23 @@ def state_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk |
     disk.close()
 
 
+def write_profile(state_dir: Path) -> None:
+    """What a cold start costs, so that the server need not measure it."""
+    config = EngineConfig(mode="cpu_assisted", num_threads=1, assist_workers=1)
+    path = profile_path(config, state_dir)
+    here, there = (f"threads{number}-" for number in (torch.get_num_threads(), config.num_threads))
+    path.parent.mkdir()
+    path.with_name(path.name.replace(here, there)).write_text(PROFILE.to_json())
+
+
 @pytest.fixture(scope="module")
 def served(
     roots: Path, full_logs: Path, state_disk: SmallDisk | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """One server for all: whatever happens to it, it is to serve on. Its log's disk is full all the time."""
     folder = tmp_path_factory.mktemp("server")
-    state = None if state_disk is None else state_disk.path / "server"
+    state = (folder if state_disk is None else state_disk.path) / "server"
+    write_profile(state)
     options = (*OPTIONS, "--adapter-roots", str(roots))
     with Served(folder, *options, log_dir=full_logs, state_dir=state) as served:
         for model in MODELS:

@@ -71,7 +71,8 @@ def test_odd_requests_leave_no_memory_behind(volley: dict[str, Any]) -> None:
 def test_every_place_in_the_queue_is_free_after_odd_requests(served: Served) -> None:
     stats = served.wait_until_idle()
     assert (stats["num_open"], stats["num_pending"]) == (0, 0)
-    status, content = served.complete(prompt=["Hello."] * stats["max_queue"], max_tokens=1)
+    body = {"prompt": ["Hello."] * stats["max_queue"], "max_tokens": 1}
+    status, content = served.ask("/v1/completions", body, timeout_s=100)
     assert (status, len(content.get("choices", ()))) == (200, stats["max_queue"])
 
 
