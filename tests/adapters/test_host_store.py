@@ -341,3 +341,25 @@ def test_overlapping_move_keeps_the_content() -> None:
     arena.move(1000, 900, 20000)
     assert (arena.view[900:20900] == content).all()
     arena.close()
+
+
+def test_an_adapter_that_cannot_be_read_is_told_once_until_it_can(
+    make_store: Callable[[float], HostStore],
+    source: SlowSource,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = make_store(2)
+
+    def fail() -> None:
+        store.prefetch(1)
+        eventually(lambda: (entry := store.find(1)) is not None and entry.error is not None)
+
+    Path(source.registry.get("1").packed_path).unlink()
+    (tmp_path / "1").rename(tmp_path / "away")
+    for _ in range(3):
+        fail()
+    assert caplog.text.count("adapter 1 cannot be read") == 1
+    (tmp_path / "away").rename(tmp_path / "1")
+    store.prefetch(1)
+    eventually(lambda: (entry := store.find(1)) is not None and entry.is_ready)

@@ -494,3 +494,18 @@ def test_random_requests_over_small_stores_all_end_and_leave_nothing(
     counters = manager.counters()
     assert counters["device_hits"] + counters["device_misses"] == 120
     assert all(status.num_running == 0 for status in manager.status({}))
+
+
+def test_nobody_is_evicted_for_an_adapter_that_the_host_does_not_let_go(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while the store moves it: the idle one would be gone for nothing."""
+    manager = make(device=1)
+    use(manager, 1)
+    eventually(lambda: manager.host.request(2).is_ready)
+    monkeypatch.setattr(manager.host, "try_pin", lambda entry: False)
+    assert manager.try_acquire(2, 0.0) is Admission.NO_ROOM
+    assert manager.holds(1)
+    monkeypatch.undo()
+    use(manager, 2)
+    assert not manager.holds(1)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FakeEngineClient
-from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, open_node_registry
 from toppings.config import Config
-from toppings.engine.build import open_registry
+from toppings.engine.build import hold_state, open_registry
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 
@@ -190,3 +190,23 @@ def test_processes_of_one_machine_pack_the_start_up_directory_once(model: Path, 
 def test_the_demo_brings_its_adapters(tmp_path: Path) -> None:
     registry = open_node_registry(Config.from_settings({"state_dir": str(tmp_path)}), is_front=True)
     assert "pirate" in [record.name for record in registry.list()]
+
+
+def test_a_replica_that_starts_late_does_not_bring_back_what_was_unloaded(model: Path, sources: Path) -> None:
+    settings = {"model": str(model), "state_dir": str(sources.parent / "state"), "adapters": str(sources)}
+    config = Config.from_settings(settings)
+    front = open_node_registry(config, is_front=True)
+    front.remove("adapter-00000")
+    replica = open_node_registry(config, is_front=False)
+    assert [record.name for record in replica.list()] == ["adapter-00001"]
+
+
+def test_two_fronts_do_not_share_a_directory(model: Path, tmp_path: Path) -> None:
+    config = Config.from_settings({"model": str(model), "state_dir": str(tmp_path / "state")})
+    front = open_node_registry(config, is_front=True)
+    with pytest.raises(StateHeldError, match="another `toppings up`"):
+        open_node_registry(config, is_front=True)
+    with pytest.raises(StateHeldError, match=r"\(toppings up\)"):
+        hold_state(config.engine, "toppings serve")
+    front.close()
+    hold_state(config.engine, "toppings serve").close()
