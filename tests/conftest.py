@@ -4,5 +4,7 @@ import os
 
 import torch
 
+pytest_plugins = ["pytester", "tests.gate"]
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

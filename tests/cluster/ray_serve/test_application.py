@@ -21,8 +21,6 @@ import pytest
 
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed")
-
 START_LIMIT_S = 90.0
 LIMIT_S = 30.0
 SETTINGS = {
