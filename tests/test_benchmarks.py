@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from toppings.ops import dispatch
+from tests.ops.gpu_world import needs_triton
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -169,7 +169,7 @@ def test_a_toy_run_on_the_cpu_ends_in_one_json_line(
         check(result)
 
 
-@pytest.mark.skipif(not dispatch.HAS_TRITON, reason=dispatch.TRITON_REASON)
+@needs_triton
 def test_kernels_are_right_at_toy_size() -> None:
     """In a process of its own: Triton's interpreter is chosen when it is imported."""
     command = [sys.executable, str(GPU_BENCHMARKS / "kernel_speed.py"), "--toy", "--device", "cpu"]

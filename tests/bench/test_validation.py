@@ -207,7 +207,6 @@ def test_a_stopped_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tiny_model_is_validated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     spec = ValidationSpec(
         preset="tiny", num_adapters=4, num_requests=6, replays=1, num_batches=8, num_threads=1
     )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
+from tests.gate import ONE_GPU
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import SamplingParams
 from toppings.engine.build import build_engine, open_registry
@@ -60,7 +61,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 
 
 HAS_TWO_GPUS = torch.cuda.device_count() >= 2
-ON_GPUS = pytest.param("cuda", marks=pytest.mark.skipif(not HAS_TWO_GPUS, reason="needs two GPUs"))
+ON_GPUS = pytest.param("cuda", marks=pytest.mark.skipif(not HAS_TWO_GPUS, reason=ONE_GPU))
 
 
 @pytest.fixture(scope="module", params=["cpu", ON_GPUS])

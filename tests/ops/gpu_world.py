@@ -6,8 +6,9 @@ The interpreter cuts fp32 to bfloat16 where a GPU rounds: exact equality is aske
 import pytest
 import torch
 
+from tests.gate import NO_TRITON
 from toppings.ops import dispatch
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
-needs_triton = pytest.mark.skipif(not dispatch.HAS_TRITON, reason=dispatch.TRITON_REASON)
+needs_triton = pytest.mark.skipif(not dispatch.HAS_TRITON, reason=NO_TRITON)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.gate import NO_BF16_PRODUCTS, OTHER_PACKING
 from tests.ops.lora_world import POPULARITIES, Pool, adapter_of_rows, offsets_of, segments_of
 from tests.tolerances import assert_close
 from toppings.core import GROUPS
@@ -12,7 +13,7 @@ from toppings.ops import dispatch, linear
 from toppings.ops.linear import MAX_FEW_ROWS, Linear
 from toppings.ops.lora import LoraSegments, add_lora_, add_lora_reference_
 
-pytestmark = pytest.mark.skipif(not dispatch.has_bf16(), reason="this CPU does not multiply bfloat16")
+pytestmark = pytest.mark.skipif(not dispatch.has_bf16(), reason=NO_BF16_PRODUCTS)
 
 BF16 = torch.bfloat16
 HIDDEN, KV, INTER = 224, 32, 96
@@ -95,7 +96,7 @@ def test_few_rows_agree_with_fp32(num_out: int, num_in: int, num_rows: int, has_
     bias = torch.randn(num_out).to(BF16) if has_bias else None
     product = Linear(weight / 8, bias)
     if product._blocks is None:
-        pytest.skip("torch packs weights in another layout here")
+        pytest.skip(OTHER_PACKING)
     expected = functional.linear(x.float(), weight.float() / 8, None if bias is None else bias.float())
     assert_close(product(x), expected, scale=4)
     many = x.repeat(MAX_FEW_ROWS + 1, 1)

@@ -15,7 +15,7 @@ if dispatch.HAS_TRITON:
     from toppings.ops import gpu_attention
     from toppings.ops.gpu_attention import num_splits
 
-pytestmark = [needs_triton, pytest.mark.usefixtures("triton_kernels")]
+pytestmark = [needs_triton, pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16), (6, 2, 24), (8, 1, 64)], ids=str)

@@ -9,7 +9,7 @@ from toppings.ops.activation import silu_mul, silu_mul_reference
 from toppings.ops.norm import add_rms_norm_, rms_norm, rms_norm_reference
 from toppings.ops.rope import HeadNorm, Rope, rotate_and_store_, rotate_and_store_reference_
 
-pytestmark = [needs_triton, pytest.mark.usefixtures("triton_kernels")]
+pytestmark = [needs_triton, pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
 NUM_ROWS = (1, 3, 33)
 

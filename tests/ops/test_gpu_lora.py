@@ -18,7 +18,7 @@ if dispatch.HAS_TRITON:
     from toppings.ops.gpu_lora import check_aligned
     from toppings.ops.gpu_plan import LoraBatch
 
-pytestmark = [needs_triton, pytest.mark.usefixtures("triton_kernels")]
+pytestmark = [needs_triton, pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
 HIDDEN, KV, INTER = 48, 24, 56
 SIZES = [

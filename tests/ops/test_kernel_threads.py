@@ -1,17 +1,15 @@
 import pytest
 import torch
 
-from toppings.ops import dispatch
+from tests.gate import NO_TEAM
 from toppings.ops.norm import rms_norm
-
-pytestmark = pytest.mark.skipif(not dispatch.HAS_NUMBA, reason=dispatch.NUMBA_REASON)
 
 
 def test_one_thread_and_torchs_team_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     from toppings.ops import cpu_kernel
 
     if not cpu_kernel.USE_TEAM:
-        pytest.skip(cpu_kernel.TEAM_REASON)
+        pytest.skip(NO_TEAM)
     x, weight = torch.randn(500, 256), torch.rand(256)
     with_team = rms_norm(x, weight, 1e-6)
     monkeypatch.setattr(cpu_kernel, "USE_TEAM", False)

@@ -15,7 +15,6 @@ from toppings.bench import modes as bench_modes
 from toppings.reproduce.cli import VERBS, reproduce_app
 from toppings.synth import PRESETS, write_model
 
-pytest.importorskip("matplotlib")
 NUM_ADAPTERS = 4
 OUTCOMES = {
     "modes": "Fig. 13, 14",

@@ -26,7 +26,6 @@ from toppings.reproduce.modes import write_modes, write_steps
 from toppings.reproduce.popularity import top_tenth, write_popularity
 from toppings.sim.runs import run_jobs
 
-pytest.importorskip("matplotlib")
 TINY = FleetSpec(num_instances=2, rates=(8.0,), policies=("random",), duration_s=2.0, seeds=1, num_adapters=9)
 
 

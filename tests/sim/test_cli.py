@@ -66,14 +66,12 @@ def test_what_a_user_did_wrong_is_said(arguments: tuple[str, ...], reason: str) 
 
 
 def test_figures_are_written_with_the_numbers_behind_them(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     run("simulate", *SMALL, "--policies", "random", "--figures", str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"attainment.pdf", "attainment.png", "tpt.pdf", "tpt.png", "simulation.json"}
 
 
 def test_a_figure_of_a_trace_is_written(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     run("trace", "synth", str(tmp_path / "t.csv"), "--duration", "30")
     run("trace", "describe", str(tmp_path / "t.csv"), "--figures", str(tmp_path / "figures"))
     assert (tmp_path / "figures" / "trace.png").stat().st_size > 1000

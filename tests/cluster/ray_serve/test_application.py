@@ -22,8 +22,6 @@ import pytest
 from toppings.cluster.ray_serve.network import is_loopback
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed")
-
 START_LIMIT_S = 180.0
 LIMIT_S = 30.0
 SETTINGS = {

@@ -11,7 +11,6 @@ from packaging.requirements import Requirement
 
 from toppings.cluster.ray_serve.settings import UpConfig
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword:DeprecationWarning")  # of Ray itself
 
 ROOT = Path(__file__).parents[3]
