@@ -230,8 +230,9 @@ def test_a_replacement_character_of_the_text_is_itself(text: TextModel) -> None:
 def test_held_text_costs_no_more_the_longer_it_is() -> None:
     """Each character is looked at once or twice for each stop string, however much is held back."""
     matcher = StopMatcher(["a" * 1023 + chr(0x100 + i) for i in range(4)])
+    calls: list[int] = []
     for begun in matcher._begun:
-        begun._border = _counted(begun._border, calls := [])  # type: ignore[method-assign]
+        begun._border = _counted(begun._border, calls)  # type: ignore[method-assign]
     for _ in range(4000):
         matcher.push("a")
     assert len(calls) < 2 * 4 * 4000

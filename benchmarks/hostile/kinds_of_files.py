@@ -139,7 +139,7 @@ def _headers() -> Iterator[Kind]:
         lambda shop: shop.file(
             {f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
         ),
-        f"{WEIGHTS}|key",
+        f"{WEIGHTS}|key|target_modules",
     )
     yield kind("twice", lambda shop: struct.pack("<Q", 2) + shop.file(shop.header(), shop.data()))
 

@@ -4,8 +4,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def _read(path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None)
         config_bytes = _read_config(path / CONFIG_FILE)
         config = PeftConfig.read(config_bytes)
         digest = hashlib.sha256(len(config_bytes).to_bytes(8, "little") + config_bytes)
-        with open(path / WEIGHTS_FILE, "rb") as file:
+        with _naming(WEIGHTS_FILE), open(path / WEIGHTS_FILE, "rb") as file:
             stored = StoredTensors(file)
             plan = _Plan(stored.by_key, config, shapes)
             digest.update(stored.head)
@@ -143,11 +143,20 @@ def _read(path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None)
 
 
 def _read_config(file: Path) -> bytes:
-    with open(file, "rb") as stream:
+    with _naming(CONFIG_FILE), open(file, "rb") as stream:
         data = stream.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
     return data
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What the system says of a failed read does not name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 def _check_files(path: Path) -> None:
@@ -169,7 +178,7 @@ class _Plan:
         self._halves: dict[tuple[int, int], tuple[str, str]] = {}
         _check_outside(self._matches, config)
         ignored = [key for key in stored if _is_ignored(key)]
-        halves = _by_place([key for key in stored if key not in set(ignored)], shapes)
+        halves = _by_place([key for key in stored if not _is_ignored(key)], shapes)
         for place, name in zip(places, names, strict=True):
             keys = [halves.get((*place, half)) for half in "AB"]
             _check_presence(name, keys, self._matches)

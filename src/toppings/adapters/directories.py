@@ -2,9 +2,9 @@
 
 import os
 
-from toppings.adapters.checkpoint import WEIGHTS_FILE
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.peft_config import CONFIG_FILE
+from toppings.adapters.stored_tensors import WEIGHTS_FILE
 
 
 def find_adapters(directory: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, AdapterError]]:

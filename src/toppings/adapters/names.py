@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from toppings.adapters.errors import AdapterError, AdapterNameReserved
+from toppings.core import shown
 
 BASE_ALIASES = ("__base_model__",)
 """By these a request may ask for the base model, besides its own name."""
@@ -18,8 +19,8 @@ def check_name(name: str, base_model: str) -> None:
     one by which the base model is asked for, in whatever case."""
     if _NAME.fullmatch(name) is None or name != name.strip():
         raise AdapterError(
-            f"adapter name {name!r} is not allowed: 1 to 256 characters, no comma, no control characters, no "
-            "blank at either end"
+            f"adapter name {shown(name, 256)!r} is not allowed: 1 to 256 characters, no comma, no control "
+            "characters, no blank at either end"
         )
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or (len(parts) > 1 and parts[-1] in _ROUTE_ENDS):

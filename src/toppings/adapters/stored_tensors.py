@@ -83,7 +83,8 @@ class StoredTensors:
 def _parse(text: bytes, num_bytes: int) -> dict[str, StoredTensor]:
     try:
         header = json.loads(text)
-        fields = {key: value for key, value in header.items() if key != "__metadata__"}
+        _check_metadata(header.pop("__metadata__", {}))
+        fields = header
         tensors = {key: _entry(key, value) for key, value in fields.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _corrupt(f"its header is not valid: {error}") from error
@@ -91,6 +92,12 @@ def _parse(text: bytes, num_bytes: int) -> dict[str, StoredTensor]:
         raise AdapterError(f"{WEIGHTS_FILE} holds no tensors")
     _check_places(list(tensors.values()), num_bytes)
     return tensors
+
+
+def _check_metadata(metadata: Any) -> None:
+    """As the format has it: texts by name."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must hold texts by name")
 
 
 def _entry(key: str, value: Any) -> StoredTensor:

@@ -1,6 +1,7 @@
 """Bounds in bytes and time on what a request brings, before any route looks at it."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +18,8 @@ BODY_BYTES_PER_TOKEN = 64
 BODIES_AT_ONCE = 8
 """Bodies of the largest size that may be on their way together; more are told to come back."""
 MAX_DISCARDED_BYTES = 64 * 2**20
+DISCARD_PAUSE_S = 0.5
+"""A client that has sent nothing for so long waits for its answer."""
 BODY_TIMEOUT_FACTOR = 10
 """A whole body may take so many times as long as one pause in it."""
 MAX_URL_BYTES = 16 * 2**10
@@ -95,15 +98,15 @@ class BoundsMiddleware:
             return
         with suppress(ApiError):
             while num_bytes < MAX_DISCARDED_BYTES:
-                message = await self._in_time(receive, started_at)
+                message = await self._in_time(receive, started_at, DISCARD_PAUSE_S)
                 num_bytes += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return
 
-    async def _in_time(self, receive: Receive, started_at: float) -> Message:
+    async def _in_time(self, receive: Receive, started_at: float, max_pause_s: float = math.inf) -> Message:
         left_s = started_at + BODY_TIMEOUT_FACTOR * self._timeout_s - time.monotonic()
         try:
-            async with asyncio.timeout(min(self._timeout_s, left_s)):
+            async with asyncio.timeout(min(self._timeout_s, max_pause_s, left_s)):
                 return await receive()
         except TimeoutError:
             raise ApiError(
