@@ -99,7 +99,8 @@ def _check_magnitudes(
     if not largest_a * largest_b <= min(limit, MAX_EFFECT):
         raise AdapterError(
             f"{place} gives products of {largest_a * largest_b:.3g} with its scale of {weights.scale:.3g} "
-            f"(lora_alpha or alpha_pattern); above {min(limit, MAX_EFFECT):.3g} the model's arithmetic in {dtype} overflows"
+            f"(lora_alpha or alpha_pattern); above {min(limit, MAX_EFFECT):.3g} the model's arithmetic in "
+            f"{dtype} overflows"
         )
 
 

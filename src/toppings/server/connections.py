@@ -118,6 +118,7 @@ class Bounded(_Base):
         super().__init__(*args, **kwargs)
         self._all = connections
         self._num_head_bytes = 0
+        self._is_refused = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -126,6 +127,7 @@ class Bounded(_Base):
             self._all.silent[self] = time.monotonic()
         else:
             self._refuse(503, "Service Unavailable", "the server has as many connections as it can hold")
+            self._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.num_open -= 1
@@ -133,6 +135,8 @@ class Bounded(_Base):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         if self._all.idle.pop(self, None) is not None:
             self._all.silent[self] = time.monotonic()
         super().data_received(data)
@@ -165,7 +169,7 @@ class Bounded(_Base):
 
     def time_out(self) -> None:
         """A head that was begun is told so; one that never was is just closed."""
-        if self._num_head_bytes:
+        if self._num_head_bytes and not self._is_refused:
             self._refuse(408, "Request Timeout", "the request's head did not come in time")
         else:
             self.drop()
@@ -188,7 +192,15 @@ class Bounded(_Base):
             f"HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
         )
         self.transport.write(f"{head}content-length: {len(message)}\r\n\r\n{message}".encode())
-        self._close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """A connection that is closed with bytes unread is reset, and its last answer lost: what still comes
+        is thrown away until the client closes, or is dropped as one that has been silent."""
+        self._is_refused = True
+        self._all.forget(self)
+        self._all.silent[self] = time.monotonic()
+        self.transport.write_eof()
 
     def _close(self) -> None:
         """Closing waits until all has been written, which the client may never let happen."""
