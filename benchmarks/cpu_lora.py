@@ -1,4 +1,4 @@
-"""LoRA on CPU cores, one process a core against torch's own threads (toppings.bench.cpu_lora).
+"""LoRA on CPU cores, one process a core against torch's own threads (toppings.lab.cpu.lora).
 
     python benchmarks/cpu_lora.py                  # h 4096, q, k and v, rank 64, bf16: a minute
     python benchmarks/cpu_lora.py --toy            # small and short: does the script still work?
@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 from toppings.adapters.peft_config import MAX_RANK
-from toppings.bench import cpu_lora
-from toppings.bench.figures import check_files
-from toppings.reproduce.output import new_figure
+from toppings.lab.cpu import lora as cpu_lora
+from toppings.lab.reproduce.output import new_figure
+from toppings.lab.results import check_files
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Handing rows to several processes: shared memory against UNIX and TCP sockets (toppings.bench.ipc).
+"""Handing rows to several processes: shared memory against UNIX and TCP sockets (toppings.lab.cpu.ipc).
 
     python benchmarks/ipc.py                       # 1, 3 and 5 receivers; 64 and 256 rows of 4096 bf16
     python benchmarks/ipc.py --toy                 # small and short: does the script still work?
@@ -12,9 +12,9 @@ import json
 import os
 from pathlib import Path
 
-from toppings.bench import ipc
-from toppings.bench.figures import check_files
-from toppings.reproduce.output import new_figure
+from toppings.lab.cpu import ipc
+from toppings.lab.reproduce.output import new_figure
+from toppings.lab.results import check_files
 
 
 def main() -> None:

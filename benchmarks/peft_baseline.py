@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from toppings import LLM, SamplingParams
-from toppings.bench.transformers_side import generate
+from toppings.lab.transformers_side import generate
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 NUM_ADAPTERS = 8

@@ -32,9 +32,9 @@ from stand_in.load import Lengths, Load, poisson_load, trace_load
 from stand_in.results import Observed, Row, compare, draw, make_row, results_table
 from stand_in.server import Server
 
-from toppings.bench.figures import check_figure_file
 from toppings.cluster.perf_model import PerfModel, load_perf_model
 from toppings.cluster.policies import POLICIES, PolicySettings, make_policy
+from toppings.lab.figures import check_figure_file
 from toppings.sim.readers import load_trace
 from toppings.sim.trace import Trace
 

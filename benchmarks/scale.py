@@ -24,8 +24,8 @@ import numpy as np
 from routing_decision import make_fleet, make_request, time_us
 
 from toppings.cluster.policies import PolicySettings, make_policy
-from toppings.reproduce.fleet_runs import FleetSpec
-from toppings.sim.metrics import summarize
+from toppings.lab.reproduce.fleet_runs import FleetSpec
+from toppings.lab.simulation.metrics import summarize
 from toppings.sim.simulator import Simulator
 
 if TYPE_CHECKING:

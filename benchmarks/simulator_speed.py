@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from toppings.cluster.policies import POLICIES
-from toppings.reproduce import published
-from toppings.reproduce.fleet_runs import FleetSpec
+from toppings.lab.reproduce import published
+from toppings.lab.reproduce.fleet_runs import FleetSpec
 from toppings.sim.assign import TraceOptions
 from toppings.sim.readers import load_trace
 from toppings.sim.readers.azure_functions_2019 import NAMES

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from toppings.adapters.registry import AdapterRecord
-from toppings.bench.machine import describe_machine
-from toppings.bench.random_adapters import register_random
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, RequestOutput, SamplingParams
 from toppings.engine.build import build_engine, model_config, open_registry
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
+from toppings.lab.machine import describe_machine
+from toppings.lab.random_adapters import register_random
 from toppings.model.config import ModelConfig
 from toppings.model.weights import weight_shapes
 from toppings.synth import AdapterShape

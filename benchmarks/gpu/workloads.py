@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from common import Aim, Bench, at_most, finish, make_parser, noted, open_bench, progress
 
-from toppings.bench.validation.play import Step, Timings, WallClock, play, preload_host
 from toppings.engine.engine import Engine
+from toppings.lab.validation.play import Step, Timings, WallClock, play, preload_host
 from toppings.sim.synth.workload import Workload
 from toppings.sim.trace import Trace
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from stand_in.server import Job
-from toppings.bench.load import published_weights
 from toppings.cluster.snapshot import RequestSnapshot
+from toppings.lab.workload import published_weights
 from toppings.sim.trace import Trace
 
 RANKS = (8, 16, 32, 64)

@@ -20,13 +20,13 @@ from stand_in.app import HttpServer
 from stand_in.load import Load
 from stand_in.results import Observed
 from stand_in.server import Server
-from toppings.bench.apis import CompletionsApi
-from toppings.bench.client import LoadClient
-from toppings.bench.load import run_load
-from toppings.bench.outcome import Call, Outcome
 from toppings.cluster.perf_model import LinearModel, PerfModel
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.lab.http.apis import CompletionsApi
+from toppings.lab.http.client import LoadClient
+from toppings.lab.outcome import Call, Outcome
+from toppings.lab.workload import run_load
 
 PROMPT_ID = 7
 TIMEOUT_S = 600.0

@@ -4,9 +4,9 @@ import socket
 import pytest
 
 from tests.bench.fake_server import Script, serving
-from toppings.bench.apis import APIS, CompletionsApi
-from toppings.bench.client import LoadClient
-from toppings.bench.outcome import Call, Outcome
+from toppings.lab.http.apis import APIS, CompletionsApi
+from toppings.lab.http.client import LoadClient
+from toppings.lab.outcome import Call, Outcome
 
 
 async def _send(url: str, call: Call, *, api: str = "completions", timeout_s: float = 30.0) -> Outcome:

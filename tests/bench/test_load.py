@@ -8,10 +8,10 @@ from statistics import mean
 import pytest
 
 from tests.bench.fake_server import Script, serving
-from toppings.bench.apis import CompletionsApi
-from toppings.bench.client import LoadClient
-from toppings.bench.load import LoadShape, make_calls, poisson_arrivals, published_weights, run_load
-from toppings.bench.outcome import Outcome
+from toppings.lab.http.apis import CompletionsApi
+from toppings.lab.http.client import LoadClient
+from toppings.lab.outcome import Outcome
+from toppings.lab.workload import LoadShape, make_calls, poisson_arrivals, published_weights, run_load
 
 NAMES = [f"adapter-{i}" for i in range(10)]
 

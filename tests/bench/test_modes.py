@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from tests.bench import fake_server
-from toppings.bench import modes
-from toppings.bench.comparison import Comparison, ModeResult, ModesSpec, Survey
-from toppings.bench.load import LoadShape
-from toppings.bench.modes import compare_modes
-from toppings.bench.outcome import Outcome
-from toppings.bench.report import read_report
-from toppings.bench.server import ServerStartError, free_port, running_server
-from toppings.bench.summary import summarize
 from toppings.config import Config
+from toppings.lab.http.server import ServerStartError, free_port, running_server
+from toppings.lab.modes import compare as modes
+from toppings.lab.modes.compare import compare_modes
+from toppings.lab.modes.comparison import Comparison, ModeResult, ModesSpec, Survey
+from toppings.lab.modes.report import read_report
+from toppings.lab.outcome import Outcome
+from toppings.lab.summary import summarize
+from toppings.lab.workload import LoadShape
 
 NUM_ADAPTERS = 8
 MODES = ("cached", "on_demand", "pipelined")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from toppings.bench.report import Step, read_report, summarize_steps
+from toppings.lab.modes.report import Step, read_report, summarize_steps
 
 
 def _write(logs: Path, mode: str, records: list[dict[str, Any]], link_gbps: float | None = None) -> Path:

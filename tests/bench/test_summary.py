@@ -1,7 +1,7 @@
 import pytest
 
-from toppings.bench.outcome import Outcome
-from toppings.bench.summary import percentile, summarize
+from toppings.lab.outcome import Outcome
+from toppings.lab.summary import percentile, summarize
 
 GOOD = [Outcome("a", float(i), 100.0 * (i + 1), 10.0 * (i + 1), 10, 64) for i in range(4)]
 BAD = Outcome("b", 10.0, 500.0, error="broken")

@@ -12,17 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.sim.builders import EXTENDED, make_config
-from toppings.bench.batch_plan import Rows
-from toppings.bench.validation import calibration
-from toppings.bench.validation.calibration import Batches, StepBench, Timed, drift, fit, simulated_batches
-from toppings.bench.validation.command import run_validation
-from toppings.bench.validation.comparison import AIMS, LoadResult, Replay, measures, misses
-from toppings.bench.validation.loads import LOADS
-from toppings.bench.validation.play import Step, Timings, WallClock
-from toppings.bench.validation.report import verdict
-from toppings.bench.validation.validate import ValidationSpec
 from toppings.cluster.batch_row import BatchRow
-from toppings.sim.cli import app
+from toppings.lab.batches.plan import Rows
+from toppings.lab.simulation.cli import app
+from toppings.lab.validation import calibration
+from toppings.lab.validation.calibration import Batches, StepBench, Timed, drift, fit, simulated_batches
+from toppings.lab.validation.command import run_validation
+from toppings.lab.validation.comparison import AIMS, LoadResult, Replay, measures, misses
+from toppings.lab.validation.loads import LOADS
+from toppings.lab.validation.play import Step, Timings, WallClock
+from toppings.lab.validation.report import verdict
+from toppings.lab.validation.validate import ValidationSpec
 from toppings.sim.trace import Trace
 
 RANKS = np.array([8, 16, 32, 64], dtype=np.int32)
@@ -193,7 +193,7 @@ def test_the_models_error_is_of_the_steps_that_were_run() -> None:
 
 def test_a_stopped_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 5.0
-    monkeypatch.setattr("toppings.bench.validation.play.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("toppings.lab.validation.play.time", SimpleNamespace(perf_counter=lambda: now))
     clock = WallClock()
     assert clock.now() == 5.0
     with clock.stopped():

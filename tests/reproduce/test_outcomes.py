@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toppings.bench.batch_steps import BatchProfile
-from toppings.bench.comparison import Comparison, ModeResult, ModesSpec, Survey
-from toppings.bench.load import LoadShape
-from toppings.bench.outcome import Outcome as Answer
-from toppings.bench.report import Report, Step, summarize_steps
-from toppings.bench.summary import summarize
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_perf_model
 from toppings.cluster.perf_model import load_perf_model
 from toppings.config import Config
-from toppings.reproduce import fleet_runs
-from toppings.reproduce.cpu import write_cpu, write_ipc
-from toppings.reproduce.fleet_runs import FleetSpec, RunRecord, load_that_breaks, run_fleet
-from toppings.reproduce.models import write_models
-from toppings.reproduce.modes import write_modes, write_steps
-from toppings.reproduce.popularity import top_tenth, write_popularity
+from toppings.lab.batches.steps import BatchProfile
+from toppings.lab.modes.comparison import Comparison, ModeResult, ModesSpec, Survey
+from toppings.lab.modes.report import Report, Step, summarize_steps
+from toppings.lab.outcome import Outcome as Answer
+from toppings.lab.reproduce import fleet_runs
+from toppings.lab.reproduce.cpu import write_cpu, write_ipc
+from toppings.lab.reproduce.fleet_runs import FleetSpec, RunRecord, load_that_breaks, run_fleet
+from toppings.lab.reproduce.models import write_models
+from toppings.lab.reproduce.modes import write_modes, write_steps
+from toppings.lab.reproduce.popularity import top_tenth, write_popularity
+from toppings.lab.summary import summarize
+from toppings.lab.workload import LoadShape
 from toppings.sim.runs import run_jobs
 
 pytest.importorskip("matplotlib")

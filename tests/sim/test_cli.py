@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.sim.builders import make_config
-from toppings.sim.cli import app
+from toppings.lab.simulation.cli import app
 from toppings.sim.runs import Job, run_jobs
 from toppings.sim.synth.workload import Workload
 

@@ -15,8 +15,8 @@ import pytest
 from tests.sim.builders import EXTENDED, make_config, make_trace, simulate
 from tests.sim.virtual_engine import BYTES_PER_RANK, NUM_LAYERS, make_registry, play_virtually
 from toppings.adapters.registry import AdapterRegistry
-from toppings.bench.validation.play import Step
 from toppings.cluster.perf_model import PerfModel, batch_features
+from toppings.lab.validation.play import Step
 from toppings.sim.records import InstanceTotals
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.synth.workload import Workload

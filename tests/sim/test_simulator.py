@@ -19,8 +19,8 @@ from tests.sim.builders import (
 )
 from toppings.cluster.policies import POLICIES
 from toppings.config import ConfigError
+from toppings.lab.simulation.metrics import summarize, tpt_ms
 from toppings.sim.loading import MODES
-from toppings.sim.metrics import summarize, tpt_ms
 from toppings.sim.records import NEVER, SimResult
 from toppings.sim.settings import NS_PER_MS, SimConfig
 from toppings.sim.simulator import Simulator

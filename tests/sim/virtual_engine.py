@@ -17,7 +17,6 @@ from toppings.adapters.loader import LoadHandle, LoadSource
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
-from toppings.bench.validation.play import Step, Timings, play, preload_host
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.config import EngineConfig
@@ -29,6 +28,7 @@ from toppings.engine.model_runner import StepInFlight
 from toppings.engine.pages import PageAllocator
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.step_log import StepLog
+from toppings.lab.validation.play import Step, Timings, play, preload_host
 from toppings.ops.sampling import SampleOutput
 from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 from toppings.sim.trace import Trace

@@ -1,0 +1,1 @@
+"""What a machine does by itself, without an engine."""
