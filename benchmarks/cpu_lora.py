@@ -13,7 +13,7 @@ from pathlib import Path
 
 from toppings.adapters.peft_config import MAX_RANK
 from toppings.lab.cpu import lora as cpu_lora
-from toppings.lab.reproduce.output import new_figure
+from toppings.lab.figures import new_figure
 from toppings.lab.results import check_files
 
 

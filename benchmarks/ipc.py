@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from toppings.lab.cpu import ipc
-from toppings.lab.reproduce.output import new_figure
+from toppings.lab.figures import new_figure
 from toppings.lab.results import check_files
 
 

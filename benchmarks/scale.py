@@ -25,7 +25,7 @@ from routing_decision import make_fleet, make_request, time_us
 
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.lab.reproduce.fleet_runs import FleetSpec
-from toppings.lab.simulation.metrics import summarize
+from toppings.lab.simulation.metrics import summarize_run
 from toppings.sim.simulator import Simulator
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def simulate(
     for seed in range(seeds):
         config = replace(spec.config(FORM, policy, seed), **settings)
         trace = replace(spec.workload(load * num_instances), **(workload or {})).make_trace(seed)
-        summaries.append(summarize(Simulator(config, trace).run()))
+        summaries.append(summarize_run(Simulator(config, trace).run()))
     attainments = [summary.slo_attainment for summary in summaries]
     row = {
         **{"policy": policy, "servers": num_instances, "load": load, **settings, **(workload or {})},

@@ -19,7 +19,7 @@ from common import Bench, at_least, finish, greedy, make_parser, median, open_be
 
 from toppings.core import AddRequest
 from toppings.engine.engine import Engine
-from toppings.lab.validation.play import preload_host
+from toppings.lab.players.engine import preload_host
 
 RANKS = (8, 16, 32, 64)
 FEW = 5

@@ -40,7 +40,7 @@ from toppings.core import AddRequest
 from toppings.engine.assist import profile_path
 from toppings.engine.build import open_registry, state_dir
 from toppings.engine.engine import Engine
-from toppings.lab.validation.play import preload_host
+from toppings.lab.players.engine import preload_host
 
 FILLER = "filler"
 MISS = 0.15

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from stand_in.server import Job
 from toppings.cluster.snapshot import RequestSnapshot
-from toppings.lab.workload import published_weights
+from toppings.sim.synth.popularity import published
 from toppings.sim.trace import Trace
 
 RANKS = (8, 16, 32, 64)
@@ -44,7 +44,7 @@ def poisson_load(rate: float, duration_s: float, seed: int, lengths: Lengths) ->
     """Poisson arrivals at `rate` requests/s; the adapters' ranks are dealt at random, the seed's own deal."""
     generator = random.Random(seed)
     ranks = {f"a{i}": generator.choice(RANKS) for i in range(NUM_ADAPTERS)}
-    names, weights = list(ranks), list(accumulate(published_weights(NUM_ADAPTERS)))
+    names, weights = list(ranks), list(accumulate(published(NUM_ADAPTERS).tolist()))
     arrivals: list[tuple[RequestSnapshot, int, float]] = []
     now = 0.0
     while (now := now + generator.expovariate(rate)) < duration_s:

@@ -25,8 +25,8 @@ from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.lab.http.apis import CompletionsApi
 from toppings.lab.http.client import LoadClient
-from toppings.lab.outcome import Call, Outcome
-from toppings.lab.workload import run_load
+from toppings.lab.outcome import Outcome, PlannedCall
+from toppings.lab.players.http import run_load
 
 PROMPT_ID = 7
 TIMEOUT_S = 600.0
@@ -113,7 +113,9 @@ def _check(
 
 async def _send(load: Load, url: str, slowdown: float) -> list[Outcome]:
     calls = [
-        Call(str(request.adapter), [PROMPT_ID] * request.prompt_tokens, num_tokens, at * slowdown / 1e3)
+        PlannedCall(
+            str(request.adapter), [PROMPT_ID] * request.prompt_tokens, num_tokens, at * slowdown / 1e3
+        )
         for request, num_tokens, at in load.arrivals
     ]
     async with LoadClient(url, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S) as client:

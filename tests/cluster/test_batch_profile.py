@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from toppings.command import app
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_linear
 from toppings.cluster.measured import is_of_base, perf_model_path
@@ -19,6 +18,7 @@ from toppings.cluster.perf_model import (
     batch_features,
     load_perf_model,
 )
+from toppings.command import app
 from toppings.config import EngineConfig
 from toppings.core import Batch
 from toppings.engine.build import open_registry

@@ -8,10 +8,19 @@ import typer
 from rich.console import Console
 
 from toppings.config import MODES, Config
-from toppings.lab import figures, tables
+from toppings.lab import tables
+from toppings.lab.figures import save
 from toppings.lab.http.apis import APIS
-from toppings.lab.modes.comparison import DEFAULT_LOAD_RATIO, HOMES, REFERENCE_MODE, Comparison, ModesSpec
+from toppings.lab.modes.comparison import (
+    DEFAULT_LOAD_RATIO,
+    HOMES,
+    REFERENCE_MODE,
+    ModesComparison,
+    ModesSpec,
+)
+from toppings.lab.modes.figures import draw_comparison, draw_report
 from toppings.lab.modes.report import read_report
+from toppings.lab.modes.tables import comparison_table, report_table
 from toppings.lab.options import ConfigFile, FigureFile, JsonFile, parse_names, verb
 from toppings.lab.progress import progress_bar, run_to_end
 from toppings.lab.results import check_files, write_json
@@ -187,25 +196,25 @@ def report(
     """Mean prefill, decode and load times of each mode, from the servers' step logs."""
     check_files(json_file, figure)
     result = read_report(logs)
-    Console().print(tables.report_table(result))
+    Console().print(report_table(result))
     write_json(json_file, {"benchmark": "report", "logs": str(logs), **result.to_json()})
     if figure is not None:
-        figures.draw_report(result, figure)
+        save(draw_report(result), figure)
 
 
 def _show_requests(result: "RequestsResult", json_file: Path | None, options: dict[str, Any]) -> None:
-    console, note = Console(), tables.link_note([result.link_gbps])
+    console = Console()
     kind = f"Poisson arrivals, {result.shape.rps:g}/s" if result.shape.rps else "one after another"
     title = f"{result.shape.num_requests} requests, {kind}, {result.num_adapters} adapters"
-    console.print(tables.summary_table(result.summary, title + (f" ({note})" if note else "")))
+    console.print(tables.summary_table(result.summary, tables.with_link_note(title, [result.link_gbps])))
     for reason, count in result.summary.errors.items():
         console.print(f"{count} failed: {reason}", markup=False)
     write_json(json_file, {"benchmark": "requests", **options, **result.to_json()})
 
 
-def _show_comparison(comparison: Comparison, json_file: Path | None, figure: Path | None) -> None:
+def _show_comparison(comparison: ModesComparison, json_file: Path | None, figure: Path | None) -> None:
     console = Console()
-    console.print(tables.comparison_table(comparison))
+    console.print(comparison_table(comparison))
     for result in comparison.results:
         for kind, summary in result.loads.items():
             for reason, count in summary.errors.items():
@@ -215,4 +224,4 @@ def _show_comparison(comparison: Comparison, json_file: Path | None, figure: Pat
                 console.print(f"{result.mode}, {kind}: {warm} requests were not cold; use more adapters")
     write_json(json_file, {"benchmark": "modes", **comparison.to_json()})
     if figure is not None:
-        figures.draw_comparison(comparison, figure)
+        save(draw_comparison(comparison), figure)

@@ -1,10 +1,10 @@
-"""A request to send, and what became of it."""
+"""A request to send, and what became of it, whoever played it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class PlannedCall:
     """A request to send, `send_at` seconds after its load has begun (0: as soon as it is its turn)."""
 
     adapter: str
@@ -17,7 +17,7 @@ class Call:
 class Outcome:
     """What became of a call: with `error`, its times only say when that was known.
 
-    `sent_at`: `time.perf_counter`. `ttft_ms`: until the first token; `e2e_ms`: until the stream's end.
+    `sent_at`: seconds on the player's clock. `ttft_ms`: until the first token; `e2e_ms`: until the end.
     """
 
     adapter: str

@@ -1,19 +1,16 @@
-"""What is sent and when: prompts, adapters, arrivals. The same seed gives the same load."""
+"""What is sent and when. The same seed gives the same load; as calls, with prompts, or as a trace without."""
 
-import asyncio
 import math
-import random
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from toppings.core import RequestError
-from toppings.lab.outcome import Call, Outcome
-
-if TYPE_CHECKING:
-    from toppings.lab.http.client import LoadClient
+from toppings.lab.outcome import PlannedCall
+from toppings.sim.seeds import generator
+from toppings.sim.synth.popularity import popularity
+from toppings.sim.trace import FloatArray, IntArray, Trace
 
 POPULARITIES = ("in_turn", "uniform", "published")
 PROMPT_FORMS = ("ids", "text")
@@ -27,8 +24,7 @@ class LoadShape:
     """`rps` 0: one request after another, else Poisson arrivals at this rate (requests a second).
 
     `popularity`: which adapter a request names: `in_turn` (each once before any comes again), `uniform`, or
-    `published`, where the i-th of N adapters has weight exp(-8.6 x^0.58), x = (i - 0.5) / N: the curve that
-    fits the published LoRA traces.
+    `published`, the curve that fits the published LoRA traces.
     `prompt_form` `ids` sends exactly `prompt_tokens` token ids, `text` as many words.
 
     Raises RequestError for a value out of range.
@@ -55,61 +51,60 @@ class LoadShape:
     def one_after_another(self, num_requests: int) -> "LoadShape":
         return replace(self, num_requests=num_requests, rps=0.0)
 
+    def make_trace(self, adapters: Sequence[str], *, first: int = 0) -> Trace:
+        """Taken in turn, adapters begin with number `first` modulo all; their ranks are not known: 0."""
+        rng, num = generator(abs(self.seed), f"load {self.seed} {first}"), self.num_requests
+        arrivals_s = poisson_arrivals(num, self.rps, rng) if self.rps else np.zeros(num)
+        return Trace(
+            arrivals_s,
+            self._choose_adapters(len(adapters), first, rng),
+            np.full(num, self.prompt_tokens, dtype=np.int32),
+            np.full(num, self.max_tokens, dtype=np.int32),
+            np.zeros(len(adapters), dtype=np.int32),
+            duration_s=max(float(arrivals_s[-1]), 1e-9),
+            origin="load",
+            names=tuple(adapters),
+        )
 
-def make_calls(shape: LoadShape, adapters: Sequence[str], *, first: int = 0) -> list[Call]:
+    def _choose_adapters(self, num_adapters: int, first: int, rng: np.random.Generator) -> IntArray:
+        if self.popularity == "in_turn":
+            chosen = (first + np.arange(self.num_requests)) % num_adapters
+        else:
+            chosen = rng.choice(num_adapters, self.num_requests, p=popularity(self.popularity, num_adapters))
+        return chosen.astype(np.int32)
+
+
+def poisson_arrivals(num: int, rps: float, rng: np.random.Generator) -> FloatArray:
+    """Exactly `num` instants in seconds: independent exponential gaps of mean 1 / rps, the first included."""
+    return np.cumsum(rng.exponential(1 / rps, num))
+
+
+def make_calls(shape: LoadShape, adapters: Sequence[str], *, first: int = 0) -> list[PlannedCall]:
     """The load's calls in order of sending; taken in turn, adapters begin with number `first` modulo all."""
     if not adapters:
         raise RequestError("there is no adapter to send requests to; name at least one")
-    chance = random.Random(f"{shape.seed} {first}")
-    names = _choose_adapters(shape, adapters, first, chance)
-    arrivals = poisson_arrivals(shape.num_requests, shape.rps, chance) if shape.rps else [0.0] * len(names)
+    trace = shape.make_trace(adapters, first=first)
+    return calls_of(trace, prompt_form=shape.prompt_form, purpose=f"prompts {shape.seed} {first}")
+
+
+def calls_of(trace: Trace, *, prompt_form: str = "ids", purpose: str = "prompts") -> list[PlannedCall]:
+    """The requests of a trace with random prompts, the same ones for the same `purpose`."""
+    rng = generator(0, purpose)
+    rows = zip(
+        trace.adapters.tolist(),
+        trace.prompt_tokens.tolist(),
+        trace.response_tokens.tolist(),
+        trace.arrivals_s.tolist(),
+    )
+    names = trace.adapter_names
     return [
-        Call(name, _prompt(shape, chance), shape.max_tokens, send_at)
-        for name, send_at in zip(names, arrivals, strict=True)
+        PlannedCall(names[adapter], _prompt(prompt_form, num_tokens, rng), max_tokens, send_at)
+        for adapter, num_tokens, max_tokens, send_at in rows
     ]
 
 
-def poisson_arrivals(num: int, rps: float, chance: random.Random) -> list[float]:
-    """Instants in seconds, with independent exponential gaps of mean 1 / rps, the first one included."""
-    return list(accumulate(chance.expovariate(rps) for _ in range(num)))
-
-
-def published_weights(num: int) -> list[float]:
-    """Popularity of `num` adapters, most popular first, not normalised."""
-    return [math.exp(-8.6 * ((i + 0.5) / num) ** 0.58) for i in range(num)]
-
-
-def _choose_adapters(
-    shape: LoadShape, adapters: Sequence[str], first: int, chance: random.Random
-) -> list[str]:
-    if shape.popularity == "in_turn":
-        return [adapters[(first + i) % len(adapters)] for i in range(shape.num_requests)]
-    weights = published_weights(len(adapters)) if shape.popularity == "published" else None
-    return chance.choices(adapters, weights, k=shape.num_requests)
-
-
-def _prompt(shape: LoadShape, chance: random.Random) -> list[int] | str:
-    if shape.prompt_form == "ids":
-        return chance.choices(PROMPT_IDS, k=shape.prompt_tokens)
-    return " ".join(chance.choices(WORDS, k=shape.prompt_tokens))
-
-
-async def run_load(
-    client: "LoadClient",
-    calls: Iterable[Call],
-    *,
-    is_sequential: bool,
-    on_done: Callable[[], None] = lambda: None,
-) -> list[Outcome]:
-    """One outcome per call, in their order. Arrivals do not wait for answers unless `is_sequential`."""
-    started_at = time.perf_counter()
-
-    async def send(call: Call) -> Outcome:
-        await asyncio.sleep(max(0.0, started_at + call.send_at - time.perf_counter()))
-        outcome = await client.send(call)
-        on_done()
-        return outcome
-
-    if is_sequential:
-        return [await send(call) for call in calls]
-    return list(await asyncio.gather(*(send(call) for call in calls)))
+def _prompt(form: str, num_tokens: int, rng: np.random.Generator) -> list[int] | str:
+    if form == "ids":
+        ids: list[int] = rng.integers(PROMPT_IDS.start, PROMPT_IDS.stop, num_tokens).tolist()
+        return ids
+    return " ".join(rng.choice(WORDS, num_tokens))

@@ -8,8 +8,10 @@ from rich.console import Console
 
 from toppings.config import Config
 from toppings.core import parse_targets
-from toppings.lab import figures, tables
+from toppings.lab.batches.figures import draw_batch_profile
 from toppings.lab.batches.steps import MAX_SECONDS, BatchSpec
+from toppings.lab.batches.tables import perf_model_table
+from toppings.lab.figures import save
 from toppings.lab.options import FigureFile, JsonFile, parse_ranks
 from toppings.lab.progress import progress_bar
 from toppings.lab.results import check_files, this_command, write_json
@@ -40,8 +42,8 @@ def batches(
 
     with progress_bar() as bar:
         profile, path = profile_batches(engine, spec, command=this_command(), on_progress=bar.reach)
-    Console().print(tables.perf_model_table(profile.model))
+    Console().print(perf_model_table(profile.model))
     Console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     write_json(json_file, profile.to_json())
     if figure is not None:
-        figures.draw_batch_profile(profile, figure)
+        save(draw_batch_profile(profile), figure)

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from toppings.lab.figures import draw_groups
+
 WIDTH, ITEM_BYTES = 4096, 2
 LINE_WORDS = 8
 STOP = -1
@@ -233,11 +235,10 @@ def time_all_ways(payload: bytes, cores: Sequence[int], num_rounds: int) -> dict
 
 def draw(axes: Any, times: RoundTimes) -> None:
     """Groups of bars on matplotlib axes."""
-    for i, name in enumerate(next(iter(times.values()))):
-        places = [x + 0.27 * i for x in range(len(times))]
-        axes.bar(places, [row[name] for row in times.values()], 0.27, label=name)
-    labels = [label.replace(", ", "\n") for label in times]
-    axes.set_xticks([x + 0.27 for x in range(len(times))], labels, fontsize=8)
+    ways = next(iter(times.values()))
+    series = {way: [row[way] for row in times.values()] for way in ways}
+    draw_groups(axes, series, [label.replace(", ", "\n") for label in times])
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yscale("log")
     axes.set_ylabel("time of a round, us")
     axes.legend()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from toppings.lab.outcome import Call
+from toppings.lab.outcome import PlannedCall
 
 
 class RefusedError(Exception):
@@ -11,7 +11,7 @@ class RefusedError(Exception):
 
 
 @dataclass(slots=True)
-class Answer:
+class StreamedAnswer:
     """What a stream has told so far; token counts of `usage` go before the number of events."""
 
     num_events: int = 0
@@ -25,9 +25,9 @@ class Api(Protocol):
 
     route: str
 
-    def body(self, call: Call) -> dict[str, Any]: ...
+    def body(self, call: PlannedCall) -> dict[str, Any]: ...
 
-    def read(self, event: dict[str, Any], answer: Answer) -> bool: ...
+    def read(self, event: dict[str, Any], answer: StreamedAnswer) -> bool: ...
 
 
 class CompletionsApi:
@@ -38,7 +38,7 @@ class CompletionsApi:
     def __init__(self, *, ignores_eos: bool) -> None:
         self._extra = {"ignore_eos": True} if ignores_eos else {}
 
-    def body(self, call: Call) -> dict[str, Any]:
+    def body(self, call: PlannedCall) -> dict[str, Any]:
         return {
             "model": call.adapter,
             "prompt": call.prompt,
@@ -49,7 +49,7 @@ class CompletionsApi:
             **self._extra,
         }
 
-    def read(self, event: dict[str, Any], answer: Answer) -> bool:
+    def read(self, event: dict[str, Any], answer: StreamedAnswer) -> bool:
         if "error" in event:
             raise RefusedError(reason_of(event))
         if usage := event.get("usage"):
@@ -68,11 +68,11 @@ class GenerateApi:
     def __init__(self, *, ignores_eos: bool) -> None:
         self._ignores_eos = ignores_eos
 
-    def body(self, call: Call) -> dict[str, Any]:
+    def body(self, call: PlannedCall) -> dict[str, Any]:
         parameters = {"max_new_tokens": call.max_tokens, "ignore_eos": self._ignores_eos}
         return {"inputs": call.prompt, "lora_dir": call.adapter, "parameters": parameters}
 
-    def read(self, event: dict[str, Any], answer: Answer) -> bool:
+    def read(self, event: dict[str, Any], answer: StreamedAnswer) -> bool:
         if "token" not in event:
             raise RefusedError(reason_of(event))
         answer.is_finished = event["finished"] is True

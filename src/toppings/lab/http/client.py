@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import aiohttp
 
-from toppings.lab.http.apis import Answer, Api, RefusedError, reason_of
-from toppings.lab.outcome import Call, Outcome
+from toppings.lab.http.apis import Api, RefusedError, StreamedAnswer, reason_of
+from toppings.lab.outcome import Outcome, PlannedCall
 
 MAX_REASON_CHARS = 300
 IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
@@ -50,7 +50,7 @@ class LoadClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ValueError(f"cannot reach {self.url}{route}: {error or type(error).__name__}") from error
 
-    async def send(self, call: Call) -> Outcome:
+    async def send(self, call: PlannedCall) -> Outcome:
         """Whatever goes wrong stands in the outcome; only cancellation is raised."""
         sent_at = time.perf_counter()
         try:
@@ -63,8 +63,8 @@ class LoadClient:
             reason = f"an event that is not understood: {error!r}"
         return Outcome(call.adapter, sent_at, _ms_since(sent_at), error=reason[:MAX_REASON_CHARS])
 
-    async def _send(self, call: Call, sent_at: float) -> Outcome:
-        answer, ttft_ms = Answer(), None
+    async def _send(self, call: PlannedCall, sent_at: float) -> Outcome:
+        answer, ttft_ms = StreamedAnswer(), None
         async with self._session.post(self.url + self._api.route, json=self._api.body(call)) as response:
             if response.status != 200:
                 raise RefusedError(f"HTTP {response.status}: {await _text(response)}")

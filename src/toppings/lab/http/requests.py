@@ -6,8 +6,9 @@ from typing import Any
 
 from toppings.lab.http.client import LoadClient
 from toppings.lab.outcome import Outcome
+from toppings.lab.players.http import run_load
 from toppings.lab.summary import LoadSummary, summarize
-from toppings.lab.workload import LoadShape, make_calls, run_load
+from toppings.lab.workload import LoadShape, make_calls
 
 
 @dataclass(frozen=True)

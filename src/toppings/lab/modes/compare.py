@@ -24,12 +24,20 @@ from toppings.lab.http.server import (
     serve_command,
 )
 from toppings.lab.machine import available_memory_bytes
-from toppings.lab.modes.comparison import LOADS, REFERENCE_MODE, Comparison, ModeResult, ModesSpec, Survey
+from toppings.lab.modes.comparison import (
+    LOADS,
+    REFERENCE_MODE,
+    ModeResult,
+    ModesComparison,
+    ModesSpec,
+    Survey,
+)
 from toppings.lab.modes.report import is_prompt_step, read_steps
 from toppings.lab.outcome import Outcome
+from toppings.lab.players.http import run_load
 from toppings.lab.progress import progress_bar, run_to_end
 from toppings.lab.summary import LoadSummary, span_s, summarize
-from toppings.lab.workload import LoadShape, make_calls, run_load
+from toppings.lab.workload import LoadShape, make_calls
 
 NUM_SURVEY_WARMUP = 10
 NUM_SURVEY = 15
@@ -47,7 +55,7 @@ OnProgress = Callable[[str, int], None]
 
 async def compare_modes(
     spec: ModesSpec, work_dir: Path, on_progress: OnProgress, command: Command = serve_command
-) -> Comparison:
+) -> ModesComparison:
     """Runs everything; adapters that are made, and the servers' registry, go to the empty `work_dir`.
 
     Raises ValueError where a server does not start or its requests fail before anything is measured.
@@ -68,10 +76,10 @@ async def compare_modes(
     results = []
     for group in groups:
         results += await _run_modes(spec, group, survey, on_progress, command)
-    return Comparison(spec, survey, link_gbps, rps, results, is_interleaved)
+    return ModesComparison(spec, survey, link_gbps, rps, results, is_interleaved)
 
 
-def compare_with_progress(spec: ModesSpec, work_dir: Path | None) -> Comparison:
+def compare_with_progress(spec: ModesSpec, work_dir: Path | None) -> ModesComparison:
     """As `compare_modes`, with a bar; adapters are made in a new directory within `work_dir`."""
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ class ModeResult:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModesComparison:
     """`link_gbps`: of the emulated link, 0 where there was none. `is_interleaved`: all servers ran, and each
     request (or short round of Poisson arrivals) went to one mode after another; else mode after mode."""
 
@@ -152,7 +152,7 @@ class Comparison:
     def best_fixed(self, kind: str, metric: str) -> ModeResult | None:
         """The fixed mode with cold starts whose median is the least; None where none was measured."""
         medians = {
-            result.mode: (latency.p50_ms, result)
+            result.mode: (latency.p50, result)
             for result in self.results
             if result.mode not in (REFERENCE_MODE, ADAPTIVE_MODE)
             and (latency := result.loads[kind].latencies()[metric])

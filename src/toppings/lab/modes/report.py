@@ -17,7 +17,7 @@ NEVER_ON_CPU = ("cached", "on_demand", "pipelined")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LoggedStep:
     """One record; `load_ms` is the part of `ms` that waited for adapter weights. None: not in the record."""
 
     kind: str
@@ -48,7 +48,7 @@ class ModeSteps:
 
 
 @dataclass(frozen=True)
-class Report:
+class StepReport:
     """`link_gbps`: speeds of the emulated links in the runs' configurations; empty where there were none."""
 
     modes: list[ModeSteps]
@@ -63,20 +63,20 @@ class Report:
         }
 
 
-def is_prompt_step(step: Step) -> bool:
+def is_prompt_step(step: LoggedStep) -> bool:
     return step.kind != "decode"
 
 
-def read_report(logs: Path) -> Report:
+def read_report(logs: Path) -> StepReport:
     """Of each mode with a step log below `logs`. Raises ValueError if none is, or for a malformed line."""
     files = sorted(logs.glob("*/steps.jsonl"), key=lambda file: _place(file.parent.name))
     if not files:
         raise ValueError(f"no step log below {logs}; there must be at least one {logs}/<mode>/steps.jsonl")
     links = {gbps for file in files if (gbps := _link_gbps(file.parent / "config.yaml"))}
-    return Report([summarize_steps(file.parent.name, read_steps(file)) for file in files], sorted(links))
+    return StepReport([summarize_steps(file.parent.name, read_steps(file)) for file in files], sorted(links))
 
 
-def read_steps(file: Path) -> list[Step]:
+def read_steps(file: Path) -> list[LoggedStep]:
     """Raises ValueError naming file and line where one is no record of a step."""
     steps = []
     for number, line in enumerate(file.read_text().splitlines(), start=1):
@@ -88,7 +88,7 @@ def read_steps(file: Path) -> list[Step]:
     return steps
 
 
-def summarize_steps(mode: str, steps: Sequence[Step]) -> ModeSteps:
+def summarize_steps(mode: str, steps: Sequence[LoggedStep]) -> ModeSteps:
     prompts = [step for step in steps if is_prompt_step(step)]
     decodes = [step for step in steps if not is_prompt_step(step)]
     return ModeSteps(
@@ -103,7 +103,7 @@ def summarize_steps(mode: str, steps: Sequence[Step]) -> ModeSteps:
     )
 
 
-def _mean_overlap(mode: str, steps: Sequence[Step]) -> float | None:
+def _mean_overlap(mode: str, steps: Sequence[LoggedStep]) -> float | None:
     """A missing field is zero only in modes where nothing is computed while a load travels."""
     if mode in NEVER_OVERLAPS:
         return _mean(step.overlapped_load_ms or 0.0 for step in steps)
@@ -111,7 +111,7 @@ def _mean_overlap(mode: str, steps: Sequence[Step]) -> float | None:
     return _mean(known) if len(known) == len(steps) else None
 
 
-def _cpu_share(mode: str, steps: Sequence[Step]) -> float | None:
+def _cpu_share(mode: str, steps: Sequence[LoggedStep]) -> float | None:
     """A missing field is zero only in modes that leave no layer to the CPU."""
     known = [(step.cpu_layers, step.num_layers) for step in steps if step.cpu_layers is not None]
     num_layers = sum(total or 0.0 for _, total in known)
@@ -125,14 +125,14 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _parse(line: str) -> Step:
+def _parse(line: str) -> LoggedStep:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"{line[:40]!r} is no JSON object")
     if record["kind"] not in KINDS:
         raise ValueError(f"kind is {record['kind']!r}; it must be one of {', '.join(KINDS)}")
     optional = ("overlapped_load_ms", "cpu_layers", "num_layers")
-    return Step(
+    return LoggedStep(
         record["kind"],
         _number(record, "ms"),
         _number(record, "load_ms"),

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from toppings.lab.cpu import ipc
+from toppings.lab.figures import new_figure
 from toppings.lab.reproduce import published
-from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Outcome, new_figure, saving, write
+from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Reproduction, write
 
 
 def write_ipc(times: ipc.RoundTimes, floors_us: dict[str, float], out: Path) -> None:
     figure, axes = new_figure(1, width=6.5)
     ipc.draw(axes[0, 0], times)
-    outcome = Outcome(
+    outcome = Reproduction(
         name="ipc",
         published="Fig. 12, right",
         claims=_ipc_claims(times),
@@ -22,7 +23,7 @@ def write_ipc(times: ipc.RoundTimes, floors_us: dict[str, float], out: Path) -> 
         ],
         data={"us": times, "floor_us": floors_us},
     )
-    write(out, outcome, saving(figure))
+    write(out, outcome, figure)
 
 
 def _ipc_claims(times: ipc.RoundTimes) -> list[Claim]:
@@ -48,7 +49,7 @@ def write_cpu(measured: dict[str, Any], out: Path) -> None:
 
     figure, axes = new_figure(1, width=6.5)
     cpu_lora.draw(axes[0, 0], measured["times"])
-    outcome = Outcome(
+    outcome = Reproduction(
         name="cpu",
         published="Fig. 17",
         claims=_cpu_claims(measured),
@@ -58,7 +59,7 @@ def write_cpu(measured: dict[str, Any], out: Path) -> None:
         ],
         data=measured,
     )
-    write(out, outcome, saving(figure))
+    write(out, outcome, figure)
 
 
 def _cpu_claims(measured: dict[str, Any]) -> list[Claim]:

@@ -12,7 +12,7 @@ import numpy as np
 from toppings import __version__
 from toppings.cluster.perf_model import PerfModel, load_perf_model
 from toppings.lab.reproduce import published
-from toppings.lab.simulation.metrics import Summary, summarize, tpt_ms
+from toppings.lab.simulation.metrics import RunSummary, latencies_of, summarize_run
 from toppings.sim.assign import TraceOptions
 from toppings.sim.readers import load_trace
 from toppings.sim.records import SimResult
@@ -106,7 +106,7 @@ class RunRecord:
     rate: float
     seed: int
     slo_ms: float
-    summary: Summary
+    summary: RunSummary
     tpt_quantiles: list[float] = field(default_factory=list)
 
     @property
@@ -167,8 +167,8 @@ def _key(spec: FleetSpec, case: Case) -> str:
 
 def _record(key: str, case: Case, result: SimResult) -> RunRecord:
     form, policy, rate, seed = case
-    summary = replace(summarize(result), rank_mix=[])
-    tpt = tpt_ms(result)
+    summary = replace(summarize_run(result), rank_mix=[])
+    tpt = latencies_of(result).tpt
     quantiles = [round(float(q), 3) for q in np.quantile(tpt, QUANTILES)] if len(tpt) else []
     return RunRecord(key, form, policy, rate, seed, result.config.slo_tpt_ms, summary, quantiles)
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from toppings.lab.batches.figures import draw_batch_profile
 from toppings.lab.batches.steps import BatchProfile
-from toppings.lab.figures import draw_batch_profile
 from toppings.lab.reproduce import published
-from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Outcome, write
+from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Reproduction, write
 
 
 def write_models(profile: BatchProfile, out: Path) -> None:
     """The model itself is kept beside it, for `--perf-model`."""
-    outcome = Outcome(
+    outcome = Reproduction(
         name="models",
         published="Fig. 11",
         claims=_claims(profile),
@@ -22,7 +22,7 @@ def write_models(profile: BatchProfile, out: Path) -> None:
         ],
         data=profile.to_json(),
     )
-    write(out, outcome, lambda path: draw_batch_profile(profile, path))
+    write(out, outcome, draw_batch_profile(profile))
     (out / "perf-model.json").write_text(profile.model.to_json())
 
 

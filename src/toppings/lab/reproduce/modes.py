@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toppings.lab.figures import draw_report
-from toppings.lab.modes.comparison import Comparison
-from toppings.lab.modes.report import ModeSteps, Report
+from toppings.lab.figures import draw_groups, new_figure
+from toppings.lab.modes.comparison import ModesComparison
+from toppings.lab.modes.figures import draw_report
+from toppings.lab.modes.report import ModeSteps, StepReport
 from toppings.lab.reproduce import published
-from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Outcome, new_figure, saving, write
+from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Reproduction, write
 from toppings.lab.summary import METRICS
-from toppings.lab.tables import link_note
+from toppings.lab.tables import link_note, with_link_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,26 +20,25 @@ LOAD_NAMES = {"sequential": "one after another", "poisson": "Poisson arrivals"}
 EXPECTED_ORDER = ("cached", "cpu_assisted", "on_demand")
 
 
-def write_modes(comparison: Comparison, out: Path) -> None:
+def write_modes(comparison: ModesComparison, out: Path) -> None:
     """A panel per load, a group of bars per metric: mean latencies over those of `cached`."""
     figure, axes = new_figure(len(LOAD_NAMES), width=6.0)
     for kind, panel in zip(LOAD_NAMES, axes[0]):
         _draw_ratios(panel, comparison, kind)
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    note = link_note([comparison.link_gbps])
-    figure.suptitle("Mean latency of cold requests over cached" + (f" ({note})" if note else ""))
-    outcome = Outcome(
+    figure.suptitle(with_link_note("Mean latency of cold requests over cached", [comparison.link_gbps]))
+    outcome = Reproduction(
         name="modes",
         published="Fig. 13, 14",
         claims=_mode_claims(comparison),
         differs=_mode_differences(comparison),
         data=_without_requests(comparison.to_json()),
     )
-    write(out, outcome, saving(figure))
+    write(out, outcome, figure)
 
 
-def ratios_of(comparison: Comparison, kind: str) -> dict[str, dict[str, float]]:
+def ratios_of(comparison: ModesComparison, kind: str) -> dict[str, dict[str, float]]:
     """Mode to metric to mean over that of `cached`."""
     return {
         result.mode: {metric: each["mean"] for metric, each in comparison.ratios(result, kind).items()}
@@ -46,7 +46,7 @@ def ratios_of(comparison: Comparison, kind: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _mode_claims(comparison: Comparison) -> list[Claim]:
+def _mode_claims(comparison: ModesComparison) -> list[Claim]:
     claims = []
     for mode, ratios in ratios_of(comparison, "poisson").items():
         if mode != "cached" and ratios:
@@ -60,7 +60,7 @@ def _joined(values: Any) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
-def _mode_differences(comparison: Comparison) -> list[str]:
+def _mode_differences(comparison: ModesComparison) -> list[str]:
     spec = comparison.spec
     return [
         "published: Llama-2-7B on an A100 at 9 requests/s, rank 64; here: this machine and "
@@ -75,7 +75,7 @@ def _mode_differences(comparison: Comparison) -> list[str]:
     ]
 
 
-def _link_difference(comparison: Comparison) -> str:
+def _link_difference(comparison: ModesComparison) -> str:
     spec, note = comparison.spec, link_note([comparison.link_gbps])
     if note:
         return note + (f": a load takes {spec.load_ratio:g} cached prefills" if spec.load_ratio else "")
@@ -93,25 +93,22 @@ def _without_requests(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _draw_ratios(axes: "Axes", comparison: Comparison, kind: str) -> None:
+def _draw_ratios(axes: "Axes", comparison: ModesComparison, kind: str) -> None:
     ratios = ratios_of(comparison, kind)
-    width = 0.8 / len(ratios)
-    for i, (mode, own) in enumerate(ratios.items()):
-        places = [m + (i - (len(ratios) - 1) / 2) * width for m in range(len(METRICS))]
-        bars = axes.bar(places, [own.get(metric, 0.0) for metric in METRICS], width, label=mode)
-        axes.bar_label(bars, fmt="%.2f", fontsize=6)
-        if kind == "poisson" and mode in published.MODE_RATIOS:
-            there = [published.MODE_RATIOS[mode][metric] for metric in METRICS]
-            label = "published" if mode == "on_demand" else None
-            axes.plot(places, there, "kD", mfc="none", ms=5, label=label)
+    series = {mode: [own.get(metric, 0.0) for metric in METRICS] for mode, own in ratios.items()}
+    draw_groups(axes, series, [metric.upper() for metric in METRICS], label_size=6)
+    for bars in axes.containers if kind == "poisson" else ():
+        if (there := published.MODE_RATIOS.get(str(bars.get_label()))) is not None:
+            places = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+            label = "published" if bars.get_label() == "on_demand" else None
+            axes.plot(places, [there[metric] for metric in METRICS], "kD", mfc="none", ms=5, label=label)
     axes.axhline(1.0, color="gray", lw=0.8, ls=":")
-    axes.set_xticks(range(len(METRICS)), [metric.upper() for metric in METRICS])
     axes.set(ylabel="mean over cached", title=LOAD_NAMES[kind])
     axes.margins(y=0.12)
 
 
-def write_steps(report: Report, out: Path) -> None:
-    outcome = Outcome(
+def write_steps(report: StepReport, out: Path) -> None:
+    outcome = Reproduction(
         name="steps",
         published="Fig. 15",
         claims=_step_claims(report.modes),
@@ -121,7 +118,7 @@ def write_steps(report: Report, out: Path) -> None:
         ],
         data=report.to_json(),
     )
-    write(out, outcome, lambda path: draw_report(report, path))
+    write(out, outcome, draw_report(report))
 
 
 def _step_claims(modes: Sequence[ModeSteps]) -> list[Claim]:

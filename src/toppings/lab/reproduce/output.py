@@ -1,7 +1,7 @@
 """What a verb leaves: a figure as PDF and PNG, the JSON behind it, and the table over all of them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from toppings.lab.figures import save_all
 from toppings.lab.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "comparison.md"
 NOT_PUBLISHED = "—"
-
-Draw = Callable[[Path], None]
-"""Writes a figure to a file whose suffix is its format."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Reproduction:
     """`published` names the figure or table; `differs` says in what ours is another experiment; `data` is
     what the figure shows.
     """
@@ -48,27 +46,9 @@ class Outcome:
         return json.dumps({**content, "machine": describe_machine()}, indent=1) + "\n"
 
 
-def new_figure(num_columns: int, num_rows: int = 1, *, width: float = 4.2, height: float = 3.2) -> Any:
-    """A figure and its axes [rows, columns]; without pyplot, which would keep state. ValueError where
-    matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'toppings[figures]'") from error
-    figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
-    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
-
-
-def saving(figure: "Figure") -> Draw:
-    return lambda path: figure.savefig(path, dpi=100)
-
-
-def write(out: Path, outcome: Outcome, draw: Draw) -> None:
+def write(out: Path, outcome: Reproduction, figure: "Figure") -> None:
     """Into the directory `out`, whose `comparison.md` then holds all that were ever written there."""
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "png"):
-        draw(out / f"{outcome.name}.{suffix}")
+    save_all(figure, out, outcome.name)
     (out / f"{outcome.name}.json").write_text(outcome.to_json())
     (out / TABLE_FILE).write_text(comparison_table(out))
     _show(outcome)
@@ -94,7 +74,7 @@ def _outcomes_in(file: Path) -> list[dict[str, Any]]:
     return [content] if isinstance(content, dict) and "reproduces" in content else []
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: Reproduction) -> None:
     table = Table("quantity", "published", "here", box=box.SIMPLE_HEAD, title_justify="left")
     table.title = f"{outcome.name} ({outcome.published})"
     for claim in outcome.claims:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from toppings.lab.figures import new_figure
 from toppings.lab.reproduce import published
-from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Outcome, new_figure, saving, write
+from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Reproduction, write
 from toppings.lab.simulation.describe import popularity_counts
 from toppings.sim.synth.popularity import POPULARITIES, popularity
 from toppings.sim.trace import FloatArray, Trace
@@ -32,7 +33,7 @@ def write_popularity(traces: list[Trace], out: Path) -> None:
     axes[0, 0].plot([0.1, 0.1], [low, high], "k", lw=4, label="published, top 10 %")
     axes[0, 0].set(xlabel="share of adapters, most popular first", ylabel="share of requests")
     axes[0, 0].legend(fontsize=8)
-    outcome = Outcome(
+    outcome = Reproduction(
         name="popularity",
         published="Fig. 12, left",
         claims=claims,
@@ -42,7 +43,7 @@ def write_popularity(traces: list[Trace], out: Path) -> None:
         ],
         data={"shares": {label: [round(float(s), 6) for s in share] for label, share in shares.items()}},
     )
-    write(out, outcome, saving(figure))
+    write(out, outcome, figure)
 
 
 def top_tenth(shares: FloatArray) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from toppings.lab.figures import draw_means, new_figure
 from toppings.lab.reproduce import published
 from toppings.lab.reproduce.fleet_runs import (
     FORMS,
@@ -18,7 +19,7 @@ from toppings.lab.reproduce.fleet_runs import (
     mean_tpt_ms,
     select,
 )
-from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Outcome, new_figure, saving, write
+from toppings.lab.reproduce.output import NOT_PUBLISHED, Claim, Reproduction, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def write_simulation(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -
     """A figure per kernel form: attainment and TPT at the first rate, and attainment at all rates."""
     for form in FORMS:
         own = select(records, form=form)
-        outcome = Outcome(
+        outcome = Reproduction(
             name=f"simulation-{form}",
             published="Fig. 19",
             claims=_simulation_claims(spec, own, form),
@@ -44,7 +45,7 @@ def write_simulation(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -
         _draw_cdf(axes[0, 1], main)
         if len(spec.rates) > 1:
             draw_loads(axes[0, 2], own)
-        write(out, outcome, saving(figure))
+        write(out, outcome, figure)
 
 
 def write_testbed(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -> None:
@@ -53,14 +54,14 @@ def write_testbed(spec: FleetSpec, records: Sequence[RunRecord], out: Path) -> N
     for panel, form in zip(axes[0], FORMS):
         draw_loads(panel, select(records, form=form))
         panel.set_title(f"{FORM_NAMES[form]}, {spec.num_instances} instances")
-    outcome = Outcome(
+    outcome = Reproduction(
         name="testbed",
         published="Fig. 18",
         claims=_testbed_claims(spec, records),
         differs=["simulated, not run on eight GPUs", *differences(spec)],
         data=data_of(spec, records),
     )
-    write(out, outcome, saving(figure))
+    write(out, outcome, figure)
 
 
 def differences(spec: FleetSpec) -> list[str]:
@@ -156,13 +157,8 @@ def _policies(records: Sequence[RunRecord]) -> list[str]:
 
 def _draw_bars(axes: "Axes", records: Sequence[RunRecord], title: str) -> None:
     """Means over the seeds, with the extremes; the axis begins at zero."""
-    for i, policy in enumerate(_policies(records)):
-        values = [100 * record.attainment for record in select(records, policy=policy)]
-        mean = float(np.mean(values))
-        bar = axes.bar(i, mean, yerr=[[mean - min(values)], [max(values) - mean]], capsize=4)
-        axes.bar_label(bar, fmt="%.1f", fontsize=8)
-    axes.set_xticks(range(len(_policies(records))), [p.replace("_", "\n") for p in _policies(records)])
-    axes.tick_params(axis="x", labelsize=8)
+    policies = _policies(records)
+    draw_means(axes, {p: [100 * r.attainment for r in select(records, policy=p)] for p in policies})
     axes.set(ylabel="SLO attainment, %", ylim=(0, 112), title=title)
 
 

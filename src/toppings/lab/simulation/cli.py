@@ -12,12 +12,13 @@ import typer
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
 from toppings.config import parse_bytes
+from toppings.lab.figures import save_all
 from toppings.lab.options import FiguresDir, PrintJson, parse_ranks, verb
 from toppings.lab.progress import progress_bar
 from toppings.lab.simulation import tables
 from toppings.lab.simulation.describe import describe
 from toppings.lab.simulation.figures import draw_attainment, draw_tpt, draw_trace
-from toppings.lab.simulation.metrics import Summary, summarize
+from toppings.lab.simulation.metrics import RunSummary, summarize_run
 from toppings.sim.assign import TraceOptions
 from toppings.sim.loading import MODES
 from toppings.sim.readers import FORMATS, load_trace
@@ -123,9 +124,7 @@ def describe_trace(options: DescribeOptions) -> None:
     trace = options.load(options.path, options.seed)
     description = describe(trace)
     if options.figures is not None:
-        options.figures.mkdir(parents=True, exist_ok=True)
-        for suffix in ("pdf", "png"):
-            draw_trace(trace, options.figures / f"trace.{suffix}")
+        save_all(draw_trace(trace), options.figures, "trace")
     if options.json_output:
         typer.echo(json.dumps(asdict(description), indent=2))
     else:
@@ -232,7 +231,7 @@ def simulate(options: SimulateOptions) -> None:
         for seed, source in zip(seeds, sources)
     ]
     results = run_with_progress(jobs, options.processes)
-    summaries = [summarize(result) for result in results]
+    summaries = [summarize_run(result) for result in results]
     if options.figures is not None:
         write_figures(results, summaries, options.figures)
     if options.json_output:
@@ -271,16 +270,14 @@ def run_with_progress(jobs: Sequence[Job], num_processes: int) -> list[SimResult
         return run_jobs(jobs, num_processes=num_processes, on_progress=update)
 
 
-def results_json(config: SimConfig, summaries: Sequence[Summary]) -> str:
+def results_json(config: SimConfig, summaries: Sequence[RunSummary]) -> str:
     """The resolved configuration and the summaries; what is infinite or not a number becomes null."""
     encoded = msgspec.json.encode({"config": config, "runs": list(summaries)})
     return msgspec.json.format(encoded, indent=2).decode()
 
 
-def write_figures(results: Sequence[SimResult], summaries: Sequence[Summary], directory: Path) -> None:
+def write_figures(results: Sequence[SimResult], summaries: Sequence[RunSummary], directory: Path) -> None:
     """Figures as PDF and PNG, and the JSON behind them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "png"):
-        draw_attainment(summaries, directory / f"attainment.{suffix}")
-        draw_tpt(results, directory / f"tpt.{suffix}")
+    save_all(draw_attainment(summaries), directory, "attainment")
+    save_all(draw_tpt(results), directory, "tpt")
     (directory / "simulation.json").write_text(results_json(results[0].config, summaries))

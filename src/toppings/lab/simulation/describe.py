@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from toppings.lab.summary import percentiles
 from toppings.sim.trace import FloatArray, Trace
 
 WINDOWS_S = (1, 10, 60)
@@ -21,7 +22,7 @@ class Lengths:
 
     @classmethod
     def of(cls, tokens: NDArray[np.int32]) -> "Lengths":
-        return cls(float(tokens.mean()), *(float(q) for q in np.percentile(tokens, QUANTILES)))
+        return cls(float(tokens.mean()), *percentiles(tokens, QUANTILES))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,29 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from toppings.lab.summary import Latencies, Stats
 from toppings.sim.records import SimResult
 from toppings.sim.settings import NS_PER_MS, NS_PER_S
-from toppings.sim.trace import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    """Of a latency, ms; NaN where nothing ended."""
-
-    mean: float
-    p50: float
-    p99: float
-
-    @classmethod
-    def of(cls, ms: FloatArray) -> "Stats":
-        if not len(ms):
-            return cls(float("nan"), float("nan"), float("nan"))
-        p50, p99 = np.percentile(ms, [50, 99])
-        return cls(float(ms.mean()), float(p50), float(p99))
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
+class RunSummary:
     """Of one run. `slo_attainment`: share of those that ended or were rejected whose TPT is within
     the SLO.
 
@@ -57,18 +41,19 @@ class Summary:
     rank_mix: Sequence[Sequence[int]]
 
 
-def tpt_ms(result: SimResult) -> FloatArray:
-    """E2E latency / generated tokens of each request that ended."""
+def latencies_of(result: SimResult) -> Latencies:
+    """Of the requests that ended."""
     ended = result.has_ended
     e2e = (result.ended_at - result.arrived_at)[ended] / NS_PER_MS
-    times: FloatArray = e2e / result.num_tokens[ended]
-    return times
+    ttft = (result.first_token_at - result.arrived_at)[ended] / NS_PER_MS
+    return Latencies(ttft, e2e / result.num_tokens[ended], e2e)
 
 
-def summarize(result: SimResult) -> Summary:
+def summarize_run(result: SimResult) -> RunSummary:
     config, ended, totals = result.config, result.has_ended, result.instances
     num_ended, num_rejected = int(ended.sum()), int(result.is_rejected.sum())
-    tpt = tpt_ms(result)
+    latencies = latencies_of(result)
+    stats = latencies.stats()
     first = int(result.arrived_at[0]) if len(result.arrived_at) else 0
     span_s = max(1, int(result.ended_at.max(initial=first)) - first) / NS_PER_S
     busy_s = sum(t.busy_s for t in totals)
@@ -77,7 +62,7 @@ def summarize(result: SimResult) -> Summary:
     mix = np.zeros((config.num_instances, len(ranks)), dtype=np.int64)
     is_sent = result.rows >= 0
     np.add.at(mix, (result.rows[is_sent], kinds[is_sent]), 1)
-    return Summary(
+    return RunSummary(
         policy=config.policy,
         seed=config.seed,
         num_arrived=len(result.arrived_at),
@@ -86,10 +71,10 @@ def summarize(result: SimResult) -> Summary:
         num_present=result.num_present,
         num_breaking=result.num_breaking,
         slo_tpt_ms=config.slo_tpt_ms,
-        slo_attainment=_share(int((tpt <= config.slo_tpt_ms).sum()), num_ended + num_rejected),
-        ttft_ms=Stats.of((result.first_token_at - result.arrived_at)[ended] / NS_PER_MS),
-        tpt_ms=Stats.of(tpt),
-        e2e_ms=Stats.of((result.ended_at - result.arrived_at)[ended] / NS_PER_MS),
+        slo_attainment=_share(int((latencies.tpt <= config.slo_tpt_ms).sum()), num_ended + num_rejected),
+        ttft_ms=stats["ttft"],
+        tpt_ms=stats["tpt"],
+        e2e_ms=stats["e2e"],
         requests_per_s=num_ended / span_s,
         tokens_per_s=float(result.num_tokens[ended].sum() / span_s),
         busy_share=busy_s / (max(result.wall_s, 1e-9) * len(totals)),

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toppings.lab.simulation.describe import Description
-from toppings.lab.simulation.metrics import Summary
+from toppings.lab.simulation.metrics import RunSummary
 
 MIN_TABLE_WIDTH = 110
 LATENCIES = {"TTFT": "ttft_ms", "TPT": "tpt_ms", "E2E": "e2e_ms"}
@@ -32,7 +32,7 @@ def print_description(description: Description) -> None:
     Console().print(table)
 
 
-def print_summaries(summaries: Sequence[Summary]) -> None:
+def print_summaries(summaries: Sequence[RunSummary]) -> None:
     """One row per policy: means over its seeds, and the attainment's range."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
@@ -51,7 +51,7 @@ def print_summaries(summaries: Sequence[Summary]) -> None:
     )
 
 
-def _cells(runs: Sequence[Summary]) -> list[str]:
+def _cells(runs: Sequence[RunSummary]) -> list[str]:
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 

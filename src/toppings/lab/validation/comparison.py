@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
-
 from toppings.cluster.perf_model import PerfModel, batch_features
-from toppings.lab.simulation.metrics import Stats
-from toppings.lab.validation.loads import Load
-from toppings.lab.validation.play import Step, Timings
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.engine import PlayedStep
+from toppings.lab.summary import Latencies, summarize
+from toppings.lab.validation.loads import ValidationLoad
 from toppings.sim.settings import SimConfig
 from toppings.sim.trace import Trace
 
@@ -27,9 +26,9 @@ class Replay:
     `drift`: by how much the machine was slower in the second half of it than in the first.
     """
 
-    engine: Timings
-    simulated: Timings
-    steps: list[Step]
+    engine: list[Outcome]
+    simulated: list[Outcome]
+    steps: list[PlayedStep]
     model: PerfModel
     drift: float
 
@@ -42,7 +41,7 @@ class Replay:
         predicted = sum(self._predict(step) for step in steps)
         return predicted / sum(step.ms for step in steps) - 1
 
-    def _predict(self, step: Step) -> float:
+    def _predict(self, step: PlayedStep) -> float:
         return self.model.step_ms(decode=batch_features(step.decode), prefill=batch_features(step.prefill))
 
     def errors(self) -> dict[str, float]:
@@ -52,7 +51,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MeasureError:
     """One measure, as medians over the replays. `spread`: how far the engine's own replays are apart, over
     their median.
     """
@@ -71,14 +70,14 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class LoadResult:
-    load: Load
+    load: ValidationLoad
     rate: float
     link_gbps: float  # of the emulated link; 0: none
     config: SimConfig
     trace: Trace
     replays: list[Replay]
 
-    def comparisons(self) -> list[Comparison]:
+    def comparisons(self) -> list[MeasureError]:
         engine = [measures(replay.engine) for replay in self.replays]
         simulated = [measures(replay.simulated) for replay in self.replays]
         errors = [replay.errors() for replay in self.replays]
@@ -86,7 +85,7 @@ class LoadResult:
         for name in engine[0]:
             values = [measured[name] for measured in engine]
             rows.append(
-                Comparison(
+                MeasureError(
                     name,
                     median(values),
                     median(s[name] for s in simulated),
@@ -98,23 +97,14 @@ class LoadResult:
         return rows
 
 
-def measures(timings: Timings) -> dict[str, float]:
+def measures(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Generated tokens per second from the first arrival to the last token; latencies in ms."""
-    span_s = float(timings.ended_at.max() - timings.arrived_at.min())
-    named = {THROUGHPUT: float(timings.num_tokens.sum()) / span_s}
-    for name, ms in latencies_ms(timings).items():
-        stats = Stats.of(ms)
-        named |= {f"{name} {kind}": getattr(stats, kind) for kind in ("mean", "p50", "p99")}
+    named = {THROUGHPUT: summarize(outcomes).tokens_per_s}
+    for name, stats in Latencies.of(outcomes).stats().items():
+        named |= {f"{name.upper()} {kind}": value for kind, value in stats.named().items()}
     return named
 
 
-def latencies_ms(timings: Timings) -> "dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]":
-    """Of each request [N]; TPT is E2E over generated tokens."""
-    e2e = (timings.ended_at - timings.arrived_at) * 1e3
-    ttft = (timings.first_token_at - timings.arrived_at) * 1e3
-    return {"TTFT": ttft, "TPT": e2e / timings.num_tokens, "E2E": e2e}
-
-
-def misses(results: Sequence[LoadResult]) -> list[tuple[str, Comparison]]:
+def misses(results: Sequence[LoadResult]) -> list[tuple[str, MeasureError]]:
     """What is not within its aim, with the name of its load."""
     return [(r.load.name, c) for r in results for c in r.comparisons() if not c.is_within]

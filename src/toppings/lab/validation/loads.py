@@ -5,7 +5,7 @@ from typing import Any
 
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel
-from toppings.lab.simulation.metrics import summarize
+from toppings.lab.simulation.metrics import summarize_run
 from toppings.lab.validation.world import World
 from toppings.sim.seeds import generator
 from toppings.sim.settings import SimConfig
@@ -22,7 +22,7 @@ AT_ONCE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class ValidationLoad:
     """`utilization`: the rate of arrivals over the rate at which the server saturates; `pool_share`: what
     part of all adapters the device has room for; `chunk`: tokens of one step.
 
@@ -87,11 +87,11 @@ class Load:
     def saturation_rate(self, num_requests: int, config: SimConfig, ranks: IntArray, seed: int) -> float:
         """Requests a second that the simulated server ends when they are all there at once."""
         trace = self.make_trace(num_requests, AT_ONCE, ranks, seed)
-        return summarize(Simulator(config, trace).run()).requests_per_s
+        return summarize_run(Simulator(config, trace).run()).requests_per_s
 
 
 LOADS = (
-    Load(
+    ValidationLoad(
         name="steady, warm adapters",
         arrivals="poisson",
         popularity="published",
@@ -99,7 +99,7 @@ LOADS = (
         utilization=0.5,
         chunk=512,
     ),
-    Load(
+    ValidationLoad(
         name="bursts, prefill in chunks",
         arrivals="gamma:3",
         popularity="published",
@@ -107,7 +107,7 @@ LOADS = (
         utilization=0.85,
         chunk=96,
     ),
-    Load(
+    ValidationLoad(
         name="cold adapters",
         arrivals="poisson",
         popularity="uniform",

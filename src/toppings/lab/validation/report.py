@@ -1,28 +1,32 @@
 """A validation as a table, as JSON and as a figure."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from toppings.lab.figures import draw_cumulative, new_figure
 from toppings.lab.machine import describe_machine
+from toppings.lab.outcome import Outcome
+from toppings.lab.summary import Latencies
 from toppings.lab.tables import link_note
 from toppings.lab.validation.comparison import (
     THROUGHPUT,
-    Comparison,
     LoadResult,
+    MeasureError,
     Replay,
-    latencies_ms,
     misses,
 )
-from toppings.lab.validation.play import Timings
 from toppings.lab.validation.validate import ValidationSpec
 
-DRAWN = ("TTFT", "TPT")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DRAWN = ("ttft", "tpt")
 COLUMNS = ("", "engine", "simulator", "error", "aim", "", "engine's own spread")
 
 
@@ -55,7 +59,7 @@ def _title(result: LoadResult, *, separator: str = "; ") -> str:
     return separator.join(part for part in parts if part)
 
 
-def _cells(comparison: Comparison) -> tuple[str, ...]:
+def _cells(comparison: MeasureError) -> tuple[str, ...]:
     unit = "" if comparison.measure == THROUGHPUT else " ms"
     aim = "" if comparison.aim is None else f"{comparison.aim:.0%}"
     is_within = "" if comparison.aim is None else "yes" if comparison.is_within else "NO"
@@ -112,32 +116,27 @@ def _replay_json(replay: Replay) -> dict[str, Any]:
     }
 
 
-def _rounded(timings: Timings) -> dict[str, list[float]]:
-    return {name: np.round(ms, 2).tolist() for name, ms in latencies_ms(timings).items()}
+def _rounded(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    return {name.upper(): np.round(ms, 2).tolist() for name, ms in Latencies.of(outcomes).named().items()}
 
 
-def draw(results: Sequence[LoadResult], path: Path) -> None:
+def draw(results: Sequence[LoadResult]) -> "Figure":
     """Cumulative distributions of the engine's replays and of their simulations, one column per load."""
-    from matplotlib.figure import Figure
-
-    size = (4.2 * len(results), 3.2 * len(DRAWN))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(DRAWN), len(results), squeeze=False)
+    figure, axes = new_figure(len(results), len(DRAWN))
     for column, result in enumerate(results):
         for row, name in enumerate(DRAWN):
             _draw_panel(axes[row][column], result, name)
         axes[0][column].set_title(_title(result, separator="\n"), fontsize=9)
     axes[0][0].legend()
-    figure.savefig(path, dpi=90)
+    return figure
 
 
-def _draw_panel(panel: Any, result: LoadResult, name: str) -> None:
-    shares = np.arange(1, len(result.trace) + 1) / len(result.trace)
+def _draw_panel(panel: "Axes", result: LoadResult, name: str) -> None:
     for number, replay in enumerate(result.replays):
-        for timings, label, style in (
+        for outcomes, label, style in (
             (replay.engine, "engine", {"color": "tab:gray", "lw": 1.5}),
             (replay.simulated, "simulator", {"color": "tab:red", "lw": 1, "ls": "--"}),
         ):
-            ms = np.sort(latencies_ms(timings)[name])
-            panel.step(ms, shares, where="post", label=None if number else label, **style)
-    panel.set(xlabel=f"{name}, ms", ylabel="share of requests", ylim=(0, 1), xlim=(0, None))
+            ms = getattr(Latencies.of(outcomes), name)
+            draw_cumulative(panel, ms, None if number else label, drawstyle="steps-post", **style)
+    panel.set(xlabel=f"{name.upper()}, ms", xlim=(0, None))

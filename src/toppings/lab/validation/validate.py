@@ -12,6 +12,8 @@ from toppings.engine.engine import Engine
 from toppings.lab.batches.driver import BatchDriver
 from toppings.lab.batches.plan import decode_batches, prefill_batches
 from toppings.lab.batches.steps import OnProgress
+from toppings.lab.players.engine import EnginePlayer, PlayedStep, WallClock
+from toppings.lab.players.simulator import SimulatorPlayer
 from toppings.lab.validation.calibration import (
     Batches,
     StepBench,
@@ -22,12 +24,9 @@ from toppings.lab.validation.calibration import (
     simulated_batches,
 )
 from toppings.lab.validation.comparison import LoadResult, Replay
-from toppings.lab.validation.loads import LOADS, MEAN_PROMPT, Load
-from toppings.lab.validation.play import Step, Timings, WallClock, play
+from toppings.lab.validation.loads import LOADS, MEAN_PROMPT, ValidationLoad
 from toppings.lab.validation.world import World, make_world
-from toppings.sim.records import SimResult
-from toppings.sim.settings import NS_PER_S, SimConfig
-from toppings.sim.simulator import Simulator
+from toppings.sim.settings import SimConfig
 from toppings.sim.trace import Trace
 from toppings.synth import AdapterShape
 
@@ -77,7 +76,7 @@ def validate(spec: ValidationSpec, on_progress: OnProgress = lambda *_: None) ->
 class _Prepared:
     """A load that can be played; `bench` times batches of another trace of the same kind."""
 
-    load: Load
+    load: ValidationLoad
     settings: dict[str, Any]
     config: SimConfig
     engine: Engine | None  # None: each replay needs a fresh one, whose device is empty
@@ -131,7 +130,7 @@ class _Validation:
         )
         return fit(StepBench(self._driver, batches, self._rng).time_all(), ORIGIN)
 
-    def _prepare(self, load: Load, rough: PerfModel) -> _Prepared:
+    def _prepare(self, load: ValidationLoad, rough: PerfModel) -> _Prepared:
         self._on_progress(f"an engine for {load.name}", 0.0)
         num, seed, world = self._spec.num_requests, self._spec.seed, self._world
         settings = load.settings(world, rough)
@@ -163,17 +162,18 @@ class _Validation:
         """Batches are timed all the while, for a machine's speed changes within seconds; the load's clock
         stands still for that.
         """
-        steps: list[Step] = []
+        steps: list[PlayedStep] = []
         timed: list[Timed] = []
 
-        def note(step: Step) -> None:
+        def note(step: PlayedStep) -> None:
             steps.append(step)
             timed.extend(prepared.bench.time_beside(step.ms))
 
-        timings = play(engine, prepared.trace, self._world.adapter_ids, WallClock(), on_step=note)
+        player = EnginePlayer(engine, self._world.adapter_ids, WallClock(), on_step=note)
+        outcomes = player.play(prepared.trace)
         model = replace(fit(timed, ORIGIN), link_gbps=prepared.config.perf_model.link_gbps)
-        result = Simulator(replace(prepared.config, perf_model=model), prepared.trace).run()
-        return Replay(timings, _timings_of(result), steps, model, drift(timed, model))
+        simulated = SimulatorPlayer(replace(prepared.config, perf_model=model)).play(prepared.trace)
+        return Replay(outcomes, simulated, steps, model, drift(timed, model))
 
 
 @contextmanager
@@ -184,14 +184,3 @@ def _engine(world: World, settings: dict[str, Any]) -> Iterator[Engine]:
         engine.check_integrity()
     finally:
         engine.close()
-
-
-def _timings_of(result: SimResult) -> Timings:
-    """Raises AssertionError where a request was rejected or is still there."""
-    assert result.has_ended.all(), "a simulated request has not ended"
-    return Timings(
-        result.arrived_at / NS_PER_S,
-        result.first_token_at / NS_PER_S,
-        result.ended_at / NS_PER_S,
-        result.num_tokens,
-    )

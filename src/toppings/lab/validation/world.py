@@ -15,7 +15,7 @@ from toppings.config import EngineConfig
 from toppings.core import AddRequest, SamplingParams
 from toppings.engine.build import build_engine, open_registry
 from toppings.engine.engine import Engine
-from toppings.lab.validation.play import preload_host
+from toppings.lab.players.engine import preload_host
 from toppings.sim.settings import SimConfig
 from toppings.sim.trace import IntArray
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model

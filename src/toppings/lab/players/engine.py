@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from toppings.adapters.link import sleep_until
 from toppings.adapters.manager import PRELOAD_POLL_S, AdapterManager
@@ -15,10 +14,9 @@ from toppings.cluster.batch_row import BatchRow
 from toppings.core import AddRequest, FinishReason, Request, RequestOutput, SamplingParams
 from toppings.engine.engine import Engine
 from toppings.engine.loop import LOADING_POLL_S
-from toppings.lab.workload import PROMPT_IDS
+from toppings.lab.outcome import Outcome
+from toppings.lab.workload import calls_of
 from toppings.sim.trace import Trace
-
-Instants = NDArray[np.float64]
 
 PRELOAD_TIMEOUT_S = 60.0
 
@@ -55,26 +53,13 @@ class WallClock:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PlayedStep:
     """What one step of the engine computed, and how long it took. `is_cold`: a load began with it."""
 
     decode: tuple[BatchRow, ...]
     prefill: tuple[BatchRow, ...]
     ms: float
     is_cold: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Timings:
-    """Of N requests that were all served: seconds since the load began [N], and generated tokens [N]."""
-
-    arrived_at: Instants
-    first_token_at: Instants
-    ended_at: Instants
-    num_tokens: NDArray[np.int32]
-
-    def __post_init__(self) -> None:
-        assert np.isfinite(self.ended_at).all(), "a request has not ended"
 
 
 def preload_host(adapters: AdapterManager, adapter_ids: Sequence[int]) -> None:
@@ -90,61 +75,67 @@ def preload_host(adapters: AdapterManager, adapter_ids: Sequence[int]) -> None:
         time.sleep(PRELOAD_POLL_S)
 
 
-def play(
-    engine: Engine,
-    trace: Trace,
-    adapter_ids: Sequence[int],
-    clock: Clock,
-    *,
-    on_step: Callable[[Step], None] = lambda _: None,
-) -> Timings:
-    """Adapter i of the trace is `adapter_ids[i]`. To be called by the thread that made the engine, which has
-    nothing else to do; returns when all requests have ended.
+class EnginePlayer:
+    """Adapter i of a trace is `adapter_ids[i]`. To be used by the thread that made the engine, which has
+    nothing else to do.
 
     Between steps it does what the engine's loop does, except for messages, and calls `on_step` while the
-    clock stands still. A request that arrives during a step is known after it. Raises RuntimeError where one
-    is not served.
+    clock stands still. A request that arrives during a step is known after it.
     """
-    return _Player(engine, trace, adapter_ids, clock, on_step).run()
 
-
-class _Player:
     def __init__(
         self,
         engine: Engine,
-        trace: Trace,
         adapter_ids: Sequence[int],
         clock: Clock,
-        on_step: Callable[[Step], None],
+        *,
+        on_step: Callable[[PlayedStep], None] = lambda _: None,
     ) -> None:
-        self._engine, self._clock, self._on_step = engine, clock, on_step
-        self._requests = _make_requests(trace, adapter_ids)
-        self._arrivals = trace.arrivals_s
-        self._first_token_at = np.full(len(trace), np.nan)
-        self._ended_at = np.full(len(trace), np.nan)
-        self._num_tokens = np.zeros(len(trace), dtype=np.int32)
-        self._num_added = 0
+        self._engine, self._adapter_ids, self._clock, self._on_step = engine, adapter_ids, clock, on_step
 
-    def run(self) -> Timings:
+    def play(self, trace: Trace) -> list[Outcome]:
+        """Instants are seconds since the trace began. Raises RuntimeError where a request is not served."""
+        self._requests = self._make_requests(trace)
+        self._arrivals = trace.arrivals_s.tolist()
+        self._first_token_at = [np.nan] * len(trace)
+        self._ended_at = [np.nan] * len(trace)
+        self._num_tokens = [0] * len(trace)
+        self._num_added = 0
         begin_at = self._clock.now()
         while self._num_added < len(self._requests) or self._engine.has_requests:
             self._add_arrived(self._clock.now() - begin_at)
-            with self._clock.stopped():
-                before, num_loads = self._computed(), self._num_loads()
-            started_at = self._clock.now()
-            outputs = self._engine.step()
-            ended_at = self._clock.now()
-            now = ended_at - begin_at
-            for output in outputs:
-                self._note(output, now)
-            self._engine.poll()
-            with self._clock.stopped():
-                step = self._step(before, ended_at - started_at, self._num_loads() > num_loads)
-                if step.decode or step.prefill:
-                    self._on_step(step)
+            outputs, now = self._step(begin_at)
             if not outputs and not self._engine.has_running:
                 self._clock.sleep_until(begin_at + self._next_look(now))
-        return Timings(self._arrivals, self._first_token_at, self._ended_at, self._num_tokens)
+        return self._outcomes(trace)
+
+    def _make_requests(self, trace: Trace) -> list[AddRequest]:
+        """Made beforehand, so that no time goes by for it; the i-th has the request id i."""
+        return [
+            AddRequest(
+                str(index),
+                list(map(int, call.prompt)),
+                SamplingParams(max_tokens=call.max_tokens, temperature=0.0, ignore_eos=True),
+                self._adapter_ids[adapter],
+            )
+            for index, (adapter, call) in enumerate(zip(trace.adapters.tolist(), calls_of(trace)))
+        ]
+
+    def _step(self, begin_at: float) -> tuple[list[RequestOutput], float]:
+        """What a step of the engine gave, and when that was."""
+        with self._clock.stopped():
+            before, num_loads = self._computed(), self._num_loads()
+        started_at = self._clock.now()
+        outputs = self._engine.step()
+        ended_at = self._clock.now()
+        for output in outputs:
+            self._note(output, ended_at - begin_at)
+        self._engine.poll()
+        with self._clock.stopped():
+            step = self._played(before, ended_at - started_at, self._num_loads() > num_loads)
+            if step.decode or step.prefill:
+                self._on_step(step)
+        return outputs, ended_at - begin_at
 
     def _add_arrived(self, now: float) -> None:
         while self._num_added < len(self._requests) and self._arrivals[self._num_added] <= now:
@@ -170,7 +161,7 @@ class _Player:
         """All requests, with their tokens in the cache."""
         return [(request, request.num_computed_tokens) for request in self._engine.scheduler.requests()]
 
-    def _step(self, before: list[tuple[Request, int]], seconds: float, is_cold: bool) -> Step:
+    def _played(self, before: list[tuple[Request, int]], seconds: float, is_cold: bool) -> PlayedStep:
         decode: list[BatchRow] = []
         prefill: list[BatchRow] = []
         for request, num_context in before:
@@ -180,26 +171,26 @@ class _Player:
             name, rank = str(request.adapter_id), self._engine.adapters.rank_of(request.adapter_id)
             is_decode = num_tokens == 1 and num_context > 0
             (decode if is_decode else prefill).append(BatchRow(rank, name, num_tokens, num_context))
-        return Step(tuple(decode), tuple(prefill), seconds * 1e3, is_cold)
+        return PlayedStep(tuple(decode), tuple(prefill), seconds * 1e3, is_cold)
 
     def _next_look(self, now: float) -> float:
         """When to look again if nothing runs; at the end of the last request: at once."""
         look_at = now + LOADING_POLL_S if self._engine.has_requests else np.inf
         if self._num_added < len(self._requests):
-            look_at = min(look_at, float(self._arrivals[self._num_added]))
+            look_at = min(look_at, self._arrivals[self._num_added])
         return look_at if np.isfinite(look_at) else now
 
-
-def _make_requests(trace: Trace, adapter_ids: Sequence[int]) -> list[AddRequest]:
-    """Made beforehand, so that no time goes by for it; the i-th has the request id i."""
-    rng = np.random.default_rng(0)
-    rows = zip(trace.adapters.tolist(), trace.prompt_tokens.tolist(), trace.response_tokens.tolist())
-    return [
-        AddRequest(
-            str(index),
-            rng.integers(PROMPT_IDS.start, PROMPT_IDS.stop, prompt).tolist(),
-            SamplingParams(max_tokens=response, temperature=0.0, ignore_eos=True),
-            adapter_ids[adapter],
-        )
-        for index, (adapter, prompt, response) in enumerate(rows)
-    ]
+    def _outcomes(self, trace: Trace) -> list[Outcome]:
+        assert np.isfinite(self._ended_at).all(), "a request has not ended"
+        names, rows = trace.adapter_names, zip(trace.adapters.tolist(), trace.prompt_tokens.tolist())
+        return [
+            Outcome(
+                names[adapter],
+                self._arrivals[i],
+                (self._ended_at[i] - self._arrivals[i]) * 1e3,
+                (self._first_token_at[i] - self._arrivals[i]) * 1e3,
+                self._num_tokens[i],
+                num_prompt,
+            )
+            for i, (adapter, num_prompt) in enumerate(rows)
+        ]
