@@ -9,8 +9,6 @@ decode step is the bytes it reads (each weight once) over the read bandwidth mea
 Ends in one JSON line.
 """
 
-import argparse
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -25,6 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from toppings import LLM, SamplingParams
+from toppings.lab.script import finish, make_parser, parse
 from toppings.lab.transformers_side import generate
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
@@ -35,21 +34,15 @@ READ_BYTES = 512 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="a tiny model and few tokens")
+    parser = make_parser(__doc__, "a tiny model and few tokens")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.toy:
         args.rounds, args.tokens = 1, 4
     with tempfile.TemporaryDirectory() as directory:
         result = run(Path(directory), "tiny" if args.toy else "small-211m", args.rounds, args.tokens)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+    finish(args, "peft_baseline", **result)
 
 
 def run(directory: Path, preset: str, num_rounds: int, num_tokens: int) -> dict[str, Any]:
@@ -181,7 +174,7 @@ def report(times: Times, num_tokens: int, weight_bytes: int) -> dict[str, Any]:
 
     gbps = read_gbps()
     floor_ms = weight_bytes / gbps / 1e6
-    result: dict[str, Any] = {"benchmark": "peft_baseline", "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"threads": torch.get_num_threads()}
     for side in ("ours", "peft"):
         result[side] = {
             "one_ttft_ms": times[side, "one", 1] * 1e3,

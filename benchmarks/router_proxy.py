@@ -11,7 +11,6 @@ its rate was measured: where it is well below 1, something else was the limit. `
 processor time per request, which does not depend on what else the machine does. Ends in one JSON line.
 """
 
-import argparse
 import asyncio
 import json
 import multiprocessing
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,6 +27,7 @@ from aiohttp import web
 
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.lab.script import finish, make_parser, parse
 
 NUM_EVENTS = 16
 EVENT = (
@@ -192,17 +191,14 @@ def cpu_s(process: Connection) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="few requests: checks that it runs")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    args = parser.parse_args()
+    args = parse(make_parser(__doc__, "few requests"))
     count = 80 if args.toy else 4000
     cores = sorted(os.sched_getaffinity(0))
     router_cores, other_cores = {cores[0]}, set(cores[1:]) or {cores[0]}
     os.sched_setaffinity(0, other_cores)
     server = start(other_cores, serve_stand_in)
     router = start(router_cores, serve_router, server[2])
-    result: dict[str, Any] = {"benchmark": "router_proxy", "cores": len(cores)}
+    result: dict[str, Any] = {"cores": len(cores)}
     for pattern in PATTERNS:
         figures = asyncio.run(measure(pattern, server[2], router[2], router[1], count))
         result[pattern.name] = figures
@@ -212,9 +208,7 @@ def main() -> None:
     for process, pipe, _ in (router, server):
         pipe.send("stop")
         process.join(timeout=10)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(args, "router_proxy", **result)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.lab.http.apis import CompletionsApi
 from toppings.lab.http.client import LoadClient
-from toppings.lab.outcome import Outcome, PlannedCall
-from toppings.lab.players.http import run_load
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.http import HttpPlayer
 
-PROMPT_ID = 7
 TIMEOUT_S = 600.0
 ENDS = ("answered", "refused", "cut", "client_gone")
 
@@ -80,23 +79,25 @@ def observe(
             log_level="warning",
         )
         with _running(_serve_router, config) as (router, url):
-            outcomes = asyncio.run(_send(load, url, time.slowdown))
+            client = LoadClient(url, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S)
+            stretched = load.trace.scaled_to(load.trace.rate / time.slowdown)
+            outcomes = HttpPlayer(client).play(stretched)
             ends = _ask(router)
         told = _ask(servers)
     answered = [outcome for outcome in outcomes if outcome.error is None]
-    counts = {"sent": len(load.arrivals), "answered": len(answered), "refused": ends["refused"]}
+    counts = {"sent": len(load.trace), "answered": len(answered), "refused": ends["refused"]}
     _check(load, outcomes, counts, ends, told)
-    return Observed(
-        arrived_at=[at for _, _, at in load.arrivals],
-        tpt_ms=[_real(outcome.tpt_ms, outcome, time) for outcome in outcomes],
-        ttft_ms=[_real(outcome.ttft_ms, outcome, time) for outcome in outcomes],
-        rank_counts=told["rank_counts"],
-        details={"requests": counts, "moved": ends["moved"], "late": told["late"]},
-    )
-
-
-def _real(ms: float | None, outcome: Outcome, time: Stretched) -> float | None:
-    return None if ms is None or outcome.error is not None else ms / time.slowdown
+    real = [
+        replace(
+            outcome,
+            sent_at=at,
+            e2e_ms=outcome.e2e_ms / time.slowdown,
+            ttft_ms=outcome.ttft_ms and outcome.ttft_ms / time.slowdown,
+        )
+        for outcome, at in zip(outcomes, load.trace.arrivals_s.tolist())
+    ]
+    details = {"requests": counts, "moved": ends["moved"], "late": told["late"]}
+    return Observed(real, told["rank_counts"], details)
 
 
 def _check(
@@ -107,19 +108,8 @@ def _check(
     assert counts["sent"] == counts["answered"] + counts["refused"], f"{counts} {ends} {errors[:3]}"
     assert ends["received"] == counts["sent"], f"the router received {ends['received']} of {counts['sent']}"
     assert ends["answered"] == counts["answered"] == told["num_answered"], f"{counts} {ends} {told}"
-    for (_, num_tokens, _), outcome in zip(load.arrivals, outcomes):
+    for num_tokens, outcome in zip(load.trace.response_tokens.tolist(), outcomes):
         assert outcome.error is not None or outcome.num_tokens == num_tokens, outcome
-
-
-async def _send(load: Load, url: str, slowdown: float) -> list[Outcome]:
-    calls = [
-        PlannedCall(
-            str(request.adapter), [PROMPT_ID] * request.prompt_tokens, num_tokens, at * slowdown / 1e3
-        )
-        for request, num_tokens, at in load.arrivals
-    ]
-    async with LoadClient(url, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S) as client:
-        return await run_load(client, calls, is_sequential=False)
 
 
 # --- processes; each tells where it serves, and when asked, what it counted, and ends ---

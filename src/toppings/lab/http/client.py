@@ -79,7 +79,7 @@ class LoadClient:
         return Outcome(call.adapter, sent_at, e2e_ms, ttft_ms, num_tokens, answer.num_prompt_tokens)
 
 
-async def wait_until_ready(client: LoadClient, poll_s: float = 0.1) -> None:
+async def wait_until_ready(client: LoadClient, poll_s: float = 0.01) -> None:
     """Returns when `/ready` answers 200; for ever otherwise, so give it a timeout."""
     while True:
         try:
