@@ -36,23 +36,30 @@ app = typer.Typer(no_args_is_help=True)
 bench_app = typer.Typer(no_args_is_help=True, help="Latencies of cold requests, here or on a running server.")
 app.add_typer(bench_app, name="bench")
 
-PromptTokens = Annotated[int, typer.Option(help="tokens of a prompt")]
-MaxTokens = Annotated[int, typer.Option(help="tokens to generate")]
-Seed = Annotated[int, typer.Option(help="seed of prompts and arrivals")]
-Warmup = Annotated[int, typer.Option(min=0, help="how many come first and are not counted")]
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    requests: int = LoadShape.num_requests
+    warmup: Annotated[int, typer.Option(min=0, help="how many come first and are not counted")] = 3
+    rps: float = LoadShape.rps
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = LoadShape.prompt_tokens
+    max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = LoadShape.max_tokens
+    seed: Annotated[int, typer.Option(help="seed of prompts and arrivals")] = LoadShape.seed
+
+    def load(self, **more: str) -> LoadShape:
+        """Raises ValueError for what is out of range."""
+        same = {name: getattr(self, name) for name in ("rps", "prompt_tokens", "max_tokens", "seed")}
+        return LoadShape(num_requests=self.requests, **same, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestsOptions:
+class RequestsOptions(LoadOptions):
     url: Annotated[str, typer.Option(help="the server: ours, or any OpenAI-compatible one")]
     adapters: Annotated[
         str, typer.Option(help="names with commas between; auto: all that the server lists")
     ] = "auto"
     requests: Annotated[int, typer.Option(help="how many, after the warm-up")] = 60
-    warmup: Warmup = 3
     rps: Annotated[float, typer.Option(help="Poisson arrivals a second (0: one request after another)")] = 0.0
-    prompt_tokens: PromptTokens = 64
-    max_tokens: MaxTokens = 16
     popularity: Annotated[str, typer.Option(help=f"of the adapters: {', '.join(POPULARITIES)}")] = "in_turn"
     prompt: Annotated[str, typer.Option(help=f"sent as {' or '.join(PROMPT_FORMS)} (so many words)")] = ""
     api: Annotated[str, typer.Option(help=f"one of {', '.join(APIS)}")] = "completions"
@@ -61,35 +68,26 @@ class RequestsOptions:
     ] = True
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a request may take")] = 300.0
     api_key: Annotated[str, typer.Option(envvar="TOPPINGS_API_KEY", help="the server's key")] = ""
-    seed: Seed = 0
     json_file: JsonFile = None
 
     def shape(self) -> LoadShape:
         """Raises ValueError for what is out of range, or not to be sent to such a server."""
         if self.api not in APIS:
             raise ValueError(f"api is {self.api!r}; choose one of {', '.join(APIS)}")
-        shape = LoadShape(
-            num_requests=self.requests,
-            rps=self.rps,
-            prompt_tokens=self.prompt_tokens,
-            max_tokens=self.max_tokens,
-            popularity=self.popularity,
-            prompt_form=self.prompt or ("text" if self.api == "generate" else "ids"),
-            seed=self.seed,
-        )
+        prompt_form = self.prompt or ("text" if self.api == "generate" else "ids")
+        shape = self.load(popularity=self.popularity, prompt_form=prompt_form)
         if self.api == "generate" and shape.prompt_form == "ids":
             raise ValueError("prompt is 'ids'; the generate API takes 'text' only")
         return shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModesOptions:
+class ModesOptions(LoadOptions):
     config: ConfigFile = None
     modes: Annotated[str, typer.Option(help="with commas between")] = ",".join(MODES)
     requests: Annotated[int, typer.Option(help="how many one after another, and again as many at random")] = (
         60
     )
-    warmup: Warmup = 3
     rps: Annotated[
         float, typer.Option(help="Poisson arrivals a second (0: half of what one at a time allows)")
     ] = 0.0
@@ -109,9 +107,6 @@ class ModesOptions:
             f"(default: {DEFAULT_LOAD_RATIO}, where neither settings nor --link-gbps say anything)"
         ),
     ] = None
-    prompt_tokens: PromptTokens = 64
-    max_tokens: MaxTokens = 16
-    seed: Seed = 0
     one_at_a_time: Annotated[
         bool, typer.Option("--one-at-a-time", help="one server after another, not all of them taking turns")
     ] = False
@@ -133,17 +128,10 @@ class ModesOptions:
         elif load_ratio is None and self.config is None:
             load_ratio = DEFAULT_LOAD_RATIO
         base = Config.from_yaml(self.config) if self.config else Config()
-        load = LoadShape(
-            num_requests=self.requests,
-            rps=self.rps,
-            prompt_tokens=self.prompt_tokens,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-        )
         return ModesSpec(
             base=Config.from_settings(settings, base),
             modes=parse_names(self.modes),
-            load=load,
+            load=self.load(),
             num_warmup=self.warmup,
             num_adapters=self.adapters,
             ranks=self.ranks,

@@ -12,10 +12,8 @@ import mmap
 import multiprocessing
 import os
 import socket
-import statistics
 import struct
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from toppings.lab.cpu import median_s
 from toppings.lab.figures import draw_groups
 
 WIDTH, ITEM_BYTES = 4096, 2
@@ -79,7 +78,7 @@ def time_sockets(family: int, payload: bytes, cores: Sequence[int], num_rounds: 
             for connection in connections:
                 connection.recv(1)
 
-        median = median_us(one_round, num_rounds)
+        median = median_s(one_round, num_rounds) * 1e6
         for connection in connections:
             connection.close()
         join(receivers)
@@ -131,7 +130,7 @@ def time_shared_memory(payload: bytes, cores: Sequence[int], num_rounds: int) ->
         words[0] = number
         wait_for(lambda: all(words[word] == number for word in answers))
 
-    median = median_us(one_round, num_rounds)
+    median = median_s(one_round, num_rounds) * 1e6
     words[0] = STOP
     join(receivers)
     os.close(fd)
@@ -178,22 +177,13 @@ def join(processes: list[BaseProcess]) -> None:
         assert process.exitcode == 0, process
 
 
-def median_us(action: Callable[[], None], num_rounds: int) -> float:
-    times = []
-    for _ in range(num_rounds + 3):
-        started_at = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started_at)
-    return statistics.median(times[3:]) * 1e6
-
-
 def copy_floor_us(payload: bytes, num_rounds: int) -> float:
     target = memoryview(bytearray(len(payload)))
 
     def copy() -> None:
         target[:] = payload
 
-    return median_us(copy, num_rounds)
+    return median_s(copy, num_rounds) * 1e6
 
 
 def run(

@@ -6,8 +6,6 @@ threads. `of_peak` compares the arithmetic rate of all cores with a large square
 dtype.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from toppings.assist.coordinator import split_rows
 from toppings.assist.cores import WorkerCores, available_cores
 from toppings.assist.pool import PoolSettings, Worker, WorkerPool
 from toppings.assist.product import Form, GroupWeights, compute
+from toppings.lab.cpu import median_s
 
 NUM_MODULES = 3
 
@@ -44,15 +43,6 @@ def on_workers(workers: list[Worker], weights: GroupWeights, x: torch.Tensor) ->
         assert ticket.worker.wait(ticket.number)
 
 
-def median_ms(action: Callable[[], None], num_rounds: int) -> float:
-    times = []
-    for _ in range(num_rounds + 2):
-        started_at = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started_at)
-    return statistics.median(times[2:]) * 1e3
-
-
 def peak_gflops(dtype: torch.dtype, size: int) -> float:
     a = torch.ones(size, size, dtype=dtype)
     product = torch.empty_like(a)
@@ -60,7 +50,7 @@ def peak_gflops(dtype: torch.dtype, size: int) -> float:
     def multiply() -> None:
         torch.mm(a, a, out=product)
 
-    return 2 * size**3 / median_ms(multiply, 5) * 1e-6
+    return 2 * size**3 / median_s(multiply, 5) * 1e-9
 
 
 def run(
@@ -114,10 +104,10 @@ def time_both(
     x = torch.ones(num_tokens, weights.num_in, dtype=arena.dtype)
     out = torch.empty(num_tokens, sum(weights.num_outs), dtype=arena.dtype)
     torch.set_num_threads(num_cores)
-    torch_ms = median_ms(lambda: compute(Form.FULL, weights, x, out, arena), num_rounds)
+    torch_ms = 1e3 * median_s(lambda: compute(Form.FULL, weights, x, out, arena), num_rounds)
     torch.set_num_threads(1)
     with pool.session() as workers:
-        workers_ms = median_ms(lambda: on_workers(workers[:num_cores], weights, x), num_rounds)
+        workers_ms = 1e3 * median_s(lambda: on_workers(workers[:num_cores], weights, x), num_rounds)
     gflop = 2e-9 * num_tokens * sum(weights.ranks) * 2 * weights.num_in
     row = {"workers_ms": workers_ms, "torch_ms": torch_ms, "workers_gflops": gflop / workers_ms * 1e3}
     times_text = f"workers {workers_ms:8.3f} ms, torch {torch_ms:8.3f} ms"

@@ -89,7 +89,7 @@ def cpu(options: QuickOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModesOptions(QuickOptions):
+class ServersOptions(QuickOptions):
     config: ConfigFile = None
     requests: Annotated[int, typer.Option(help="one after another, and again as many at random")] = 60
 
@@ -107,7 +107,7 @@ class ModesOptions(QuickOptions):
 
 
 @verb
-def modes(options: ModesOptions) -> None:
+def modes(options: ServersOptions) -> None:
     """Fig. 13 and 14: latencies of cold requests by loading mode, on servers started here."""
     from toppings.lab.modes.compare import compare_with_progress
     from toppings.lab.reproduce.modes import write_modes

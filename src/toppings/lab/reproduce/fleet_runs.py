@@ -16,7 +16,7 @@ from toppings.lab.simulation.metrics import RunSummary, latencies_of, summarize_
 from toppings.sim.assign import TraceOptions
 from toppings.sim.readers import load_trace
 from toppings.sim.records import SimResult
-from toppings.sim.runs import Job, run_jobs
+from toppings.sim.runs import SimJob, run_jobs
 from toppings.sim.settings import SimConfig, parse_slo_ms
 from toppings.sim.synth.workload import Workload
 
@@ -84,14 +84,14 @@ class FleetSpec:
             ranks=published.RANKS,
         )
 
-    def job(self, form: str, policy: str, rate: float, seed: int) -> Job:
+    def job(self, form: str, policy: str, rate: float, seed: int) -> SimJob:
         config = self.config(form, policy, seed)
         if not self.trace:
-            return Job(config, self.workload(rate))
+            return SimJob(config, self.workload(rate))
         options = TraceOptions(
             ranks=published.RANKS, lengths="instruct", rate=rate, duration_s=self.duration_s, seed=seed
         )
-        return Job(config, load_trace(Path(self.trace), options))
+        return SimJob(config, load_trace(Path(self.trace), options))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from toppings.sim.assign import TraceOptions
 from toppings.sim.loading import MODES
 from toppings.sim.readers import FORMATS, load_trace
 from toppings.sim.records import SimResult
-from toppings.sim.runs import Job, run_jobs
+from toppings.sim.runs import SimJob, run_jobs
 from toppings.sim.settings import SimConfig, parse_slo_ms
 from toppings.sim.synth.arrivals import ARRIVALS
 from toppings.sim.synth.lengths import PARAMETERS as LENGTHS
@@ -226,7 +226,7 @@ def simulate(options: SimulateOptions) -> None:
     config, seeds = options.config(), range(options.seed, options.seed + options.seeds)
     sources = options.sources(seeds)
     jobs = [
-        Job(replace(config, policy=policy, seed=seed), source)
+        SimJob(replace(config, policy=policy, seed=seed), source)
         for policy in options.policies.split(",")
         for seed, source in zip(seeds, sources)
     ]
@@ -258,7 +258,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def run_with_progress(jobs: Sequence[Job], num_processes: int) -> list[SimResult]:
+def run_with_progress(jobs: Sequence[SimJob], num_processes: int) -> list[SimResult]:
     """As `run_jobs`, with a bar on standard error."""
     shares = [0.0] * len(jobs)
     with progress_bar() as bar:

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, SamplingParams
 from toppings.engine.build import build_engine, open_registry
 from toppings.engine.engine import Engine
 from toppings.lab.players.engine import preload_host
+from toppings.lab.random_adapters import register_random
 from toppings.sim.settings import SimConfig
 from toppings.sim.trace import IntArray
-from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
+from toppings.synth import PRESETS, AdapterShape, write_model
 
 MAX_MODEL_LEN = 512
 WARM_UP_TOKENS = 16
@@ -84,19 +85,15 @@ def make_world(
         if not model:
             write_model(work / "model", PRESETS[preset])
         path = Path(model) if model else work / "model"
-        write_adapters(work / "adapters", path, adapters, count=num_adapters)
         config = EngineConfig(model=str(path), state_dir=str(work / "state"), **settings)
         registry = open_registry(config)
         try:
-            for error in registry.register_directory(work / "adapters").failures.values():
-                raise error
-            yield _world(config, registry)
+            yield _world(config, register_random(registry, adapters, num_adapters))
         finally:
             registry.close()
 
 
-def _world(config: EngineConfig, registry: AdapterRegistry) -> World:
-    records = [registry.get_by_id(adapter_id) for adapter_id in registry.live_ids()]
+def _world(config: EngineConfig, records: Sequence[AdapterRecord]) -> World:
     sizes = {record.num_bytes / record.rank for record in records}
     assert len(sizes) == 1, f"bytes per rank differ: {sizes}"
     needed = sum(record.num_bytes for record in records)
