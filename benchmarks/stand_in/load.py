@@ -78,9 +78,16 @@ def poisson_load(rate: float, duration_s: float, seed: int, lengths: Lengths) ->
         num_tokens = _draw_length(generator, lengths.mean_response, lengths.max_response)
         rows.append((adapter, prompt_tokens, num_tokens, now))
     adapters, prompts, responses, arrivals = np.array(rows).reshape(-1, 4).T
-    counts = (column.astype(np.int32) for column in (adapters, prompts, responses))
-    names = tuple(f"a{i}" for i in range(NUM_ADAPTERS))
-    trace = Trace(arrivals, *counts, np.array(ranks, dtype=np.int32), duration_s, "Poisson", names)
+    trace = Trace(
+        arrivals,
+        adapters.astype(np.int32),
+        prompts.astype(np.int32),
+        responses.astype(np.int32),
+        np.array(ranks, dtype=np.int32),
+        duration_s,
+        origin="Poisson",
+        names=tuple(f"a{i}" for i in range(NUM_ADAPTERS)),
+    )
     return Load(trace, float(lengths.mean_response))
 
 

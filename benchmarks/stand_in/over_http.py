@@ -5,13 +5,10 @@ what is observed is divided by it again.
 """
 
 import asyncio
-import multiprocessing
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from statistics import fmean, quantiles
 from typing import Any
 
 from aiohttp import web
@@ -23,15 +20,15 @@ from stand_in.server import Server
 from toppings.cluster.perf_model import LinearModel, PerfModel
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.lab.child import child
 from toppings.lab.http.apis import CompletionsApi
 from toppings.lab.http.client import LoadClient
 from toppings.lab.outcome import Outcome
 from toppings.lab.players.http import HttpPlayer
+from toppings.lab.summary import Stats
 
 TIMEOUT_S = 600.0
 ENDS = ("answered", "refused", "cut", "client_gone")
-
-Serve = Callable[..., Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,9 @@ def observe(
     load: Load, policy: str, time: Stretched, *, num_servers: int, device_adapters: int, seed: int
 ) -> Observed:
     """Raises RuntimeError where a process ends early; AssertionError where requests do not add up."""
-    with _running(_serve_stand_ins, time.model, load.ranks, num_servers, device_adapters) as (servers, urls):
+    with child(_serve_stand_ins, time.model, load.ranks, num_servers, device_adapters) as servers:
         config = RouterConfig(
-            instances=tuple(InstanceConfig(url=url) for url in urls),
+            instances=tuple(InstanceConfig(url=url) for url in servers.told),
             port=0,
             policy=policy,
             slo_tpt_ms=time.slo_ms,
@@ -78,12 +75,11 @@ def observe(
             first_token_timeout_s=TIMEOUT_S,
             log_level="warning",
         )
-        with _running(_serve_router, config) as (router, url):
-            client = LoadClient(url, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S)
-            stretched = load.trace.scaled_to(load.trace.rate / time.slowdown)
-            outcomes = HttpPlayer(client).play(stretched)
-            ends = _ask(router)
-        told = _ask(servers)
+        with child(_serve_router, config) as router:
+            client = LoadClient(router.told, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S)
+            outcomes = HttpPlayer(client).play(load.trace.scaled_to(load.trace.rate / time.slowdown))
+            ends = router.ask("counts")
+        told = servers.ask("counts")
     answered = [outcome for outcome in outcomes if outcome.error is None]
     counts = {"sent": len(load.trace), "answered": len(answered), "refused": ends["refused"]}
     _check(load, outcomes, counts, ends, told)
@@ -136,11 +132,12 @@ async def _serve_stand_ins(
                 step.result()  # a fault of ours: it is raised here
             step.cancel()
         late = [ms for server in servers for ms in server.lateness_ms]
+        stats = Stats.of(late)
         pipe.send(
             {
                 "rank_counts": [server.server.rank_counts for server in servers],
                 "num_answered": sum(server.num_answered for server in servers),
-                "late": {"mean_ms": fmean(late), "p99_ms": quantiles(late, n=100)[98], "steps": len(late)},
+                "late": {"mean_ms": stats.mean, "p99_ms": stats.p99, "steps": len(late)},
             }
         )
 
@@ -155,35 +152,3 @@ async def _serve_router(pipe: Connection, config: RouterConfig) -> None:
         counts["received"] = int(registry.get_sample_value(f"{name}received_total") or 0)
         counts["moved"] = int(registry.get_sample_value(f"{name}moves_total") or 0)
         pipe.send(counts)
-
-
-@contextmanager
-def _running(serve: Serve, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
-    """A process that serves, its pipe, and the first that it said."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_run, args=(serve, theirs, *arguments), daemon=True
-    )
-    process.start()
-    theirs.close()
-    try:
-        yield ours, _receive(ours)
-    finally:
-        process.join(timeout=10)
-        process.kill()
-
-
-def _run(serve: Callable[..., Any], *arguments: Any) -> None:
-    asyncio.run(serve(*arguments))
-
-
-def _ask(pipe: Connection) -> Any:
-    pipe.send("counts")
-    return _receive(pipe)
-
-
-def _receive(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise RuntimeError("a process of the benchmark ended early; its error stands above") from None

@@ -46,7 +46,7 @@ class LoadOptions:
     max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = LoadShape.max_tokens
     seed: Annotated[int, typer.Option(help="seed of prompts and arrivals")] = LoadShape.seed
 
-    def load(self, **more: str) -> LoadShape:
+    def load(self, **more: Any) -> LoadShape:
         """Raises ValueError for what is out of range."""
         same = {name: getattr(self, name) for name in ("rps", "prompt_tokens", "max_tokens", "seed")}
         return LoadShape(num_requests=self.requests, **same, **more)
