@@ -13,7 +13,6 @@ from toppings.lab.figures import save
 from toppings.lab.http.apis import APIS
 from toppings.lab.modes.comparison import (
     DEFAULT_LOAD_RATIO,
-    HOMES,
     REFERENCE_MODE,
     ModesComparison,
     ModesSpec,
@@ -21,16 +20,20 @@ from toppings.lab.modes.comparison import (
 from toppings.lab.modes.figures import draw_comparison, draw_report
 from toppings.lab.modes.report import read_report
 from toppings.lab.modes.tables import comparison_table, report_table
-from toppings.lab.options import ConfigFile, FigureFile, JsonFile, parse_names, verb
+from toppings.lab.options import ConfigFile, FigureFile, JsonFile, SettingsOf, parse_names, verb
 from toppings.lab.progress import progress_bar, run_to_end
 from toppings.lab.results import check_files, write_json
-from toppings.lab.workload import POPULARITIES, PROMPT_FORMS, LoadShape
+from toppings.lab.workload import PROMPT_FORMS, LoadShape
 
 if TYPE_CHECKING:
     from toppings.lab.http.requests import RequestsResult
 
 DEFAULT_LOGS = "logs/bench"
 FAILED = 1
+MODES_HELPS = {
+    "num_requests": "how many one after another, and again as many at random",
+    "rps": "Poisson arrivals a second (0: half of what one at a time allows)",
+}
 
 app = typer.Typer(no_args_is_help=True)
 bench_app = typer.Typer(no_args_is_help=True, help="Latencies of cold requests, here or on a running server.")
@@ -38,29 +41,13 @@ app.add_typer(bench_app, name="bench")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    requests: int = LoadShape.num_requests
-    warmup: Annotated[int, typer.Option(min=0, help="how many come first and are not counted")] = 3
-    rps: float = LoadShape.rps
-    prompt_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = LoadShape.prompt_tokens
-    max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = LoadShape.max_tokens
-    seed: Annotated[int, typer.Option(help="seed of prompts and arrivals")] = LoadShape.seed
-
-    def load(self, **more: Any) -> LoadShape:
-        """Raises ValueError for what is out of range."""
-        same = {name: getattr(self, name) for name in ("rps", "prompt_tokens", "max_tokens", "seed")}
-        return LoadShape(num_requests=self.requests, **same, **more)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestsOptions(LoadOptions):
+class RequestsOptions:
     url: Annotated[str, typer.Option(help="the server: ours, or any OpenAI-compatible one")]
     adapters: Annotated[
         str, typer.Option(help="names with commas between; auto: all that the server lists")
     ] = "auto"
-    requests: Annotated[int, typer.Option(help="how many, after the warm-up")] = 60
-    rps: Annotated[float, typer.Option(help="Poisson arrivals a second (0: one request after another)")] = 0.0
-    popularity: Annotated[str, typer.Option(help=f"of the adapters: {', '.join(POPULARITIES)}")] = "in_turn"
+    load: Annotated[dict[str, Any], SettingsOf(LoadShape)]
+    warmup: Annotated[int, typer.Option(min=0, help="how many come first and are not counted")] = 3
     prompt: Annotated[str, typer.Option(help=f"sent as {' or '.join(PROMPT_FORMS)} (so many words)")] = ""
     api: Annotated[str, typer.Option(help=f"one of {', '.join(APIS)}")] = "completions"
     ignore_eos: Annotated[
@@ -75,28 +62,18 @@ class RequestsOptions(LoadOptions):
         if self.api not in APIS:
             raise ValueError(f"api is {self.api!r}; choose one of {', '.join(APIS)}")
         prompt_form = self.prompt or ("text" if self.api == "generate" else "ids")
-        shape = self.load(popularity=self.popularity, prompt_form=prompt_form)
+        shape = LoadShape(**self.load, prompt_form=prompt_form)
         if self.api == "generate" and shape.prompt_form == "ids":
             raise ValueError("prompt is 'ids'; the generate API takes 'text' only")
         return shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModesOptions(LoadOptions):
+class ModesOptions:
     config: ConfigFile = None
     modes: Annotated[str, typer.Option(help="with commas between")] = ",".join(MODES)
-    requests: Annotated[int, typer.Option(help="how many one after another, and again as many at random")] = (
-        60
-    )
-    rps: Annotated[
-        float, typer.Option(help="Poisson arrivals a second (0: half of what one at a time allows)")
-    ] = 0.0
-    adapters: Annotated[int, typer.Option(help="distinct adapters; made, if the settings name none")] = 60
-    ranks: Annotated[str, typer.Option(help="of adapters that are made, taken in turn")] = "64"
-    targets: Annotated[str, typer.Option(help="projections of adapters that are made, or all")] = (
-        "q_proj,k_proj,v_proj"
-    )
-    home: Annotated[str, typer.Option(help=f"where cold adapters are: {' or '.join(HOMES)}")] = "host"
+    load: Annotated[dict[str, Any], SettingsOf(LoadShape, without=("popularity",), helps=MODES_HELPS)]
+    settings: Annotated[dict[str, Any], SettingsOf(ModesSpec)]
     link_gbps: Annotated[
         float | None, typer.Option(help="emulate a link of this speed, in GB/s (0: none)")
     ] = None
@@ -107,9 +84,6 @@ class ModesOptions(LoadOptions):
             f"(default: {DEFAULT_LOAD_RATIO}, where neither settings nor --link-gbps say anything)"
         ),
     ] = None
-    one_at_a_time: Annotated[
-        bool, typer.Option("--one-at-a-time", help="one server after another, not all of them taking turns")
-    ] = False
     log_dir: Annotated[str, typer.Option(help="the servers' logs, and what `toppings report` reads")] = (
         DEFAULT_LOGS
     )
@@ -131,14 +105,9 @@ class ModesOptions(LoadOptions):
         return ModesSpec(
             base=Config.from_settings(settings, base),
             modes=parse_names(self.modes),
-            load=self.load(),
-            num_warmup=self.warmup,
-            num_adapters=self.adapters,
-            ranks=self.ranks,
-            targets=self.targets,
-            home=self.home,
+            load=LoadShape(**self.load),
             load_ratio=load_ratio or 0.0,
-            one_at_a_time=self.one_at_a_time,
+            **self.settings,
         )
 
 
@@ -154,7 +123,7 @@ def bench_requests(options: RequestsOptions) -> None:
     api = APIS[options.api](ignores_eos=options.ignore_eos)
     client = LoadClient(options.url, api, api_key=options.api_key, timeout_s=options.timeout)
     names = None if options.adapters == "auto" else parse_names(options.adapters)
-    with progress_bar("requests", options.warmup + options.requests) as bar:
+    with progress_bar("requests", options.warmup + shape.num_requests) as bar:
         result = run_to_end(send_requests(client, shape, names, options.warmup, bar.advance))
     asked = {name: getattr(options, name) for name in ("url", "api", "warmup", "ignore_eos")}
     _show_requests(result, options.json_file, asked)

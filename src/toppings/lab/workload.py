@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from toppings.config import setting
 from toppings.core import RequestError
 from toppings.lab.outcome import PlannedCall
 from toppings.sim.seeds import generator
@@ -30,13 +31,13 @@ class LoadShape:
     Raises RequestError for a value out of range.
     """
 
-    num_requests: int = 60
-    rps: float = 0.0
-    prompt_tokens: int = 64
-    max_tokens: int = 16
-    popularity: str = "in_turn"
+    num_requests: int = setting(60, "how many, after the warm-up")
+    rps: float = setting(0.0, "Poisson arrivals a second (0: one request after another)")
+    prompt_tokens: int = setting(64, "tokens of a prompt")
+    max_tokens: int = setting(16, "tokens to generate")
+    popularity: str = setting("in_turn", "of the adapters", choices=POPULARITIES)
     prompt_form: str = "ids"
-    seed: int = 0
+    seed: int = setting(0, "seed of prompts and arrivals")
 
     def __post_init__(self) -> None:
         for name in ("num_requests", "prompt_tokens", "max_tokens"):

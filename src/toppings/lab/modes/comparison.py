@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from toppings.config import MODES, Config, ConfigError
+from toppings.config import MODES, Config, ConfigError, setting
 from toppings.lab.outcome import Outcome
 from toppings.lab.summary import METRICS, LoadSummary
 from toppings.lab.workload import LoadShape
@@ -36,13 +36,13 @@ class ModesSpec:
     base: Config
     modes: tuple[str, ...]
     load: LoadShape
-    num_warmup: int = 3
-    num_adapters: int = 60
-    ranks: str = "64"
-    targets: str = "q_proj,k_proj,v_proj"
-    home: str = "host"
+    num_warmup: int = setting(3, "how many come first and are not counted")
+    num_adapters: int = setting(60, "distinct adapters; made, if the settings name none")
+    ranks: str = setting("64", "of adapters that are made, taken in turn")
+    targets: str = setting("q_proj,k_proj,v_proj", "projections of adapters that are made, or all")
+    home: str = setting("host", "where cold adapters are", choices=HOMES)
     load_ratio: float = 0.0
-    one_at_a_time: bool = False
+    one_at_a_time: bool = setting(False, "one server after another, not all of them taking turns")
 
     def __post_init__(self) -> None:
         for mode in self.modes:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,19 +11,27 @@ from toppings.config import MODES, Config
 from toppings.lab.batches.steps import BatchSpec
 from toppings.lab.modes.comparison import DEFAULT_LOAD_RATIO, ModesSpec
 from toppings.lab.modes.report import read_report
-from toppings.lab.options import ConfigFile, parse_names, verb
+from toppings.lab.options import ConfigFile, SettingsOf, parse_names, verb
 from toppings.lab.progress import progress_bar
 from toppings.lab.reproduce import published
-from toppings.lab.reproduce.fleet_runs import POLICIES, FleetSpec, RunRecord, run_fleet
+from toppings.lab.reproduce.fleet_runs import FleetSpec, RunRecord, run_fleet
 from toppings.lab.reproduce.popularity import write_popularity
 from toppings.lab.reproduce.simulation import write_simulation, write_testbed
 from toppings.lab.results import this_command
 from toppings.lab.workload import LoadShape
 from toppings.sim.assign import TraceOptions
-from toppings.sim.loading import MODES as SIMULATED_MODES
 from toppings.sim.readers import load_trace
 
 QUICK_REQUESTS, QUICK_MODES = 4, "cached,on_demand,cpu_assisted"
+TESTBED = {
+    "num_instances": published.TESTBED_INSTANCES,
+    "rates": published.TESTBED_RATES,
+    "num_adapters": published.TESTBED_ADAPTERS,
+}
+SIMULATION_HELPS = {
+    "rates": "requests/s; bars and CDF are of the first, more of them make a curve",
+    "num_adapters": "how many, where no trace says so",
+}
 QUICK_PROFILE_S, QUICK_FLEET_S = 2.0, 8.0
 
 PerfModelFile = Annotated[
@@ -155,9 +163,6 @@ def models(options: ModelsOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetOptions(QuickOptions):
-    rates: Annotated[str, typer.Option(help="requests/s")]
-    instances: Annotated[int, typer.Option(help="servers")]
-    policies: Annotated[str, typer.Option(help="with commas between")] = ",".join(POLICIES)
     perf_model: PerfModelFile = FleetSpec.perf_model
     prefill_interrupts: Annotated[
         bool | None,
@@ -167,29 +172,15 @@ class FleetOptions(QuickOptions):
             "published model only)",
         ),
     ] = None
-    duration: Annotated[float, typer.Option(help="seconds of simulated arrivals")] = FleetSpec.duration_s
-    seeds: Annotated[int, typer.Option(min=1, help="repetitions of each run")] = FleetSpec.seeds
-    adapters: Annotated[int, typer.Option(help="how many")]
-    mode: Annotated[str, typer.Option(help=f"cold adapters: {', '.join(SIMULATED_MODES)}")] = FleetSpec.mode
     processes: Processes = 1
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the runs that an earlier call left in OUT")
     ] = False
 
-    def spec(self, **quick: object) -> FleetSpec:
+    def spec(self, settings: dict[str, Any], **quick: Any) -> FleetSpec:
         """`quick`: what is otherwise where it has to be quick."""
-        given = {
-            "num_instances": self.instances,
-            "rates": parse_rates(self.rates),
-            "policies": tuple(self.policies.split(",")),
-            "perf_model": self.perf_model,
-            "prefill_interrupts": self.prefill_interrupts,
-            "duration_s": self.duration,
-            "seeds": self.seeds,
-            "num_adapters": self.adapters,
-            "mode": self.mode,
-        }
-        return FleetSpec(**{**given, **(quick if self.quick else {})})  # type: ignore[arg-type]
+        given = {"perf_model": self.perf_model, "prefill_interrupts": self.prefill_interrupts, **settings}
+        return FleetSpec(**{**given, **(quick if self.quick else {})})
 
     def run(self, spec: FleetSpec, name: str) -> list[RunRecord]:
         """All runs, which are kept in `name`-runs.jsonl."""
@@ -207,11 +198,7 @@ class FleetOptions(QuickOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationOptions(FleetOptions):
-    rates: Annotated[
-        str, typer.Option(help="requests/s; bars and CDF are of the first, more of them make a curve")
-    ] = f"{published.SIMULATION_RPS:g}"
-    instances: Annotated[int, typer.Option(help="servers")] = published.SIMULATION_INSTANCES
-    adapters: Annotated[int, typer.Option(help="how many, where no trace says so")] = FleetSpec.num_adapters
+    settings: Annotated[dict[str, Any], SettingsOf(FleetSpec, helps=SIMULATION_HELPS)]
     trace: Annotated[
         str, typer.Option(help="take arrivals and adapters from this file, scaled to the rates")
     ] = ""
@@ -220,34 +207,24 @@ class SimulationOptions(FleetOptions):
 @verb
 def simulation(options: SimulationOptions) -> None:
     """Fig. 19: SLO attainment and TPT of 60 simulated servers, a figure per kernel form."""
-    rates = tuple(float(f"{rate * 4 / 60:g}") for rate in parse_rates(options.rates))
-    spec = options.spec(num_instances=4, duration_s=QUICK_FLEET_S, seeds=2, num_adapters=500, rates=rates)
-    spec = replace(spec, trace=options.trace)
+    settings = options.settings
+    rates = tuple(float(f"{rate * 4 / 60:g}") for rate in settings["rates"])
+    quick = {"num_instances": 4, "duration_s": QUICK_FLEET_S, "seeds": 2, "num_adapters": 500, "rates": rates}
+    spec = replace(options.spec(settings, **quick), trace=options.trace)
     write_simulation(spec, options.run(spec, "simulation"), options.out)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestbedOptions(FleetOptions):
-    rates: Annotated[str, typer.Option(help="requests/s")] = "30,40,50"
-    instances: Annotated[int, typer.Option(help="servers")] = published.TESTBED_INSTANCES
-    adapters: Annotated[int, typer.Option(help="how many")] = 512
+    settings: Annotated[dict[str, Any], SettingsOf(FleetSpec, defaults=TESTBED)]
 
 
 @verb
 def testbed(options: TestbedOptions) -> None:
     """Fig. 18: SLO attainment of 8 servers, simulated, by load."""
-    spec = options.spec(num_instances=3, duration_s=QUICK_FLEET_S, seeds=1, rates=(15.0,))
+    quick = {"num_instances": 3, "duration_s": QUICK_FLEET_S, "seeds": 1, "rates": (15.0,)}
+    spec = options.spec(options.settings, **quick)
     write_testbed(spec, options.run(spec, "testbed"), options.out)
-
-
-def parse_rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(rate) for rate in text.split(","))
-    except ValueError:
-        rates = ()
-    if not rates or any(not 0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"rates are {text!r}; write requests/s with commas between, e.g. 340,400")
-    return rates
 
 
 # --- all of them ---

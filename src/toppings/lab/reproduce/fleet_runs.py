@@ -11,9 +11,11 @@ import numpy as np
 
 from toppings import __version__
 from toppings.cluster.perf_model import PerfModel, load_perf_model
+from toppings.config import setting
 from toppings.lab.reproduce import published
 from toppings.lab.simulation.metrics import RunSummary, latencies_of, summarize_run
 from toppings.sim.assign import TraceOptions
+from toppings.sim.loading import MODES
 from toppings.sim.readers import load_trace
 from toppings.sim.records import SimResult
 from toppings.sim.runs import SimJob, run_jobs
@@ -34,15 +36,15 @@ class FleetSpec:
     shared steps for any other.
     """
 
-    num_instances: int = published.SIMULATION_INSTANCES
-    rates: tuple[float, ...] = (published.SIMULATION_RPS,)
-    policies: tuple[str, ...] = POLICIES
+    num_instances: int = setting(published.SIMULATION_INSTANCES, "servers")
+    rates: tuple[float, ...] = setting((published.SIMULATION_RPS,), "requests/s")
+    policies: tuple[str, ...] = setting(POLICIES, "with commas between")
     perf_model: str = SHIPPED_MODEL
     prefill_interrupts: bool | None = None
-    duration_s: float = 600.0
-    seeds: int = 5
-    num_adapters: int = published.SIMULATION_FUNCTIONS
-    mode: str = "pipelined"
+    duration_s: float = setting(600.0, "seconds of simulated arrivals")
+    seeds: int = setting(5, "repetitions of each run")
+    num_adapters: int = setting(published.SIMULATION_FUNCTIONS, "how many")
+    mode: str = setting("pipelined", "cold adapters", choices=tuple(MODES))
     trace: str = ""
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class FleetSpec:
             raise ValueError(f"seeds is {self.seeds}; it must be at least 1")
         if not self.rates:
             raise ValueError("there are no rates; give at least one")
+        if not all(0 < rate < float("inf") for rate in self.rates):
+            raise ValueError(f"rates are '{','.join(f'{r:g}' for r in self.rates)}'; each must be above 0")
 
     @property
     def interrupts(self) -> bool:

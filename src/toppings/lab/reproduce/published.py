@@ -14,7 +14,8 @@ SIMULATION_ATTAINMENT = 0.99
 SIMULATION_TPT_CUT = {"dlora": 0.22, "random": 0.23, "first_fit": 0.57}
 """By how much mean TPT of the published scheduler is below each policy's (Fig. 19)."""
 
-TESTBED_INSTANCES = 8
+TESTBED_INSTANCES, TESTBED_ADAPTERS = 8, 512
+TESTBED_RATES = (30.0, 40.0, 50.0)
 TESTBED_GAIN = {40.0: 0.21, 50.0: 0.26}
 """SLO attainment above that of the other policies, by requests/s (Fig. 18)."""
 

@@ -11,16 +11,14 @@ import typer
 
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
-from toppings.config import parse_bytes
 from toppings.lab.figures import save_all
-from toppings.lab.options import FiguresDir, PrintJson, parse_ranks, verb
+from toppings.lab.options import FiguresDir, PrintJson, SettingsOf, parse_ranks, verb
 from toppings.lab.progress import progress_bar
 from toppings.lab.simulation import tables
 from toppings.lab.simulation.describe import describe
 from toppings.lab.simulation.figures import draw_attainment, draw_tpt, draw_trace
 from toppings.lab.simulation.metrics import RunSummary, summarize_run
 from toppings.sim.assign import TraceOptions
-from toppings.sim.loading import MODES
 from toppings.sim.readers import FORMATS, load_trace
 from toppings.sim.records import SimResult
 from toppings.sim.runs import SimJob, run_jobs
@@ -139,35 +137,12 @@ class SimulateOptions(_FromFile, _FromPreset):
     context: typer.Context
     trace: Annotated[Path | None, typer.Option(help="a trace file")] = None
     synth: Annotated[str | None, typer.Option(help=f"or a workload: {', '.join(PRESETS)}")] = None
-    instances: Annotated[int, typer.Option(help="servers behind the router")] = SimConfig.num_instances
+    server: Annotated[dict[str, Any], SettingsOf(SimConfig)]
     policies: Annotated[str, typer.Option(help=f"some of {', '.join(POLICIES)}")] = DEFAULT_POLICIES
     perf_model: Annotated[str, typer.Option(help="JSON file, or a shipped one[:form]")] = "published"
-    mode: Annotated[str, typer.Option(help=f"cold adapters: {', '.join(MODES)}")] = SimConfig.mode
     slo: Annotated[str, typer.Option(help="ms per token, a multiple of the base model's, or none")] = "1.5x"
     seeds: Annotated[int, typer.Option(min=1, help="repetitions, each with its own seed")] = 1
     seed: Annotated[int, typer.Option(min=0, help="the first of them")] = 0
-    max_num_seqs: Annotated[int, typer.Option(help="requests at once on a server")] = SimConfig.max_num_seqs
-    max_num_batched_tokens: Annotated[int, typer.Option(help="tokens of one step")] = (
-        SimConfig.max_num_batched_tokens
-    )
-    kv_cache_tokens: Annotated[int, typer.Option(help="of a server")] = SimConfig.kv_cache_tokens
-    device_pool_bytes: Annotated[str, typer.Option(help="of a server (default: 8GiB)")] = "8GiB"
-    host_store_bytes: Annotated[str, typer.Option(help="of a server (0: holds every adapter)")] = "0"
-    bytes_per_rank: Annotated[int, typer.Option(help="of an adapter")] = SimConfig.bytes_per_rank
-    layers: Annotated[int, typer.Option(help="of the base model")] = SimConfig.num_layers
-    cpu_gflops: Annotated[float, typer.Option(help="of a server's CPU workers together")] = 0.0
-    report_interval: Annotated[float, typer.Option(help="s between a server's reports to the router")] = (
-        SimConfig.report_interval_s
-    )
-    candidates: Annotated[
-        int, typer.Option(help="servers drawn for each request to choose from (0: all)")
-    ] = SimConfig.candidates
-    routers: Annotated[int, typer.Option(help="that take requests in turn and share no state")] = (
-        SimConfig.num_routers
-    )
-    snapshot_interval: Annotated[
-        float, typer.Option(help="s between copies of its accounts that a router decides on (0: no copies)")
-    ] = SimConfig.snapshot_interval_s
     processes: Annotated[int, typer.Option(min=0, help="at a time (0: one per core)")] = 0
     validate: Annotated[
         bool, typer.Option("--validate", help="instead: an engine on this machine against its simulation")
@@ -182,19 +157,11 @@ class SimulateOptions(_FromFile, _FromPreset):
     def config(self) -> SimConfig:
         """But for policy and seed. Raises ValueError for what is out of range."""
         model = load_perf_model(self.perf_model)
-        same = ("mode", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens", "bytes_per_rank")
         return SimConfig(
             perf_model=model,
-            num_instances=self.instances,
             slo_tpt_ms=parse_slo_ms(self.slo, model),
-            max_model_len=min(SimConfig.max_model_len, self.kv_cache_tokens),
-            device_pool_bytes=parse_bytes(self.device_pool_bytes),
-            host_store_bytes=parse_bytes(self.host_store_bytes),
-            num_layers=self.layers,
-            report_interval_s=self.report_interval,
-            num_routers=self.routers,
-            snapshot_interval_s=self.snapshot_interval,
-            **{name: getattr(self, name) for name in (*same, "cpu_gflops", "candidates")},
+            max_model_len=min(SimConfig.max_model_len, self.server["kv_cache_tokens"]),
+            **self.server,
         )
 
     def sources(self, seeds: Sequence[int]) -> Sequence[Trace | Workload]:
