@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import toppings
 from toppings import command
@@ -57,6 +58,12 @@ def test_the_list_of_verbs_imports_none_of_them() -> None:
 @pytest.mark.parametrize("name", command.VERBS)
 def test_a_verb_says_what_the_list_of_verbs_says_of_it(name: str) -> None:
     assert command.load_verb(command.VERBS, name).get_short_help_str(200) == command.VERBS[name][1]
+
+
+def test_a_misspelt_verb_is_told_what_was_meant() -> None:
+    result = CliRunner().invoke(command.app, ["simulat"])
+    assert result.exit_code == 2
+    assert "Did you mean 'simulate'?" in result.output
 
 
 def test_profile_has_a_verb_of_either_kind() -> None:

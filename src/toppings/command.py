@@ -50,7 +50,7 @@ class LazyGroup(TyperGroup):
     verbs: ClassVar[Verbs] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *self.verbs]
+        return list(dict.fromkeys([*super().list_commands(ctx), *self.verbs]))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """None for a verb that there is not."""
@@ -59,9 +59,8 @@ class LazyGroup(TyperGroup):
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """All verbs are known to the suggestions for one that is misspelt, which read `commands`."""
-        if args[0] not in self.verbs:
-            self.commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        """`commands` gets the names of all: a misspelt verb is compared with them."""
+        self.commands = {**dict.fromkeys(self.verbs), **self.commands}  # type: ignore[dict-item]
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
