@@ -1,4 +1,4 @@
-"""Where a result was measured, to be written beside it."""
+"""The machine: what stands beside a result, how much memory is left, files that are to be read anew."""
 
 import os
 import platform
@@ -35,6 +35,15 @@ def available_memory_bytes() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def drop_page_cache(directory: Path) -> None:
+    """Asks the kernel to forget the files below `directory`: the next read of them comes from the disk."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _cpu_info() -> dict[str, str]:

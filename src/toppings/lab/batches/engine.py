@@ -11,10 +11,11 @@ from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.assist.profile import LinkProbe
 from toppings.config import EngineConfig
 from toppings.core import MODULES
-from toppings.engine.build import build_engine, model_path, open_registry, state_dir
+from toppings.engine.build import model_path, open_registry, state_dir
 from toppings.engine.engine import Engine
 from toppings.lab.batches.steps import OnProgress
-from toppings.lab.http.server import drop_page_cache
+from toppings.lab.engines import running_engine
+from toppings.lab.machine import drop_page_cache
 from toppings.synth import AdapterShape, write_adapters
 
 MAX_ADAPTERS, MAX_ADAPTER_BYTES = 64, 2**30
@@ -58,11 +59,8 @@ def engine_with_adapters(
             _make_adapters(config, shape, registry, Path(work), on_progress)
             on_progress("building the engine", 0.0)
             own = _all_on_device(config, registry)
-            engine = build_engine(own)
-            try:
+            with running_engine(own) as engine:
                 yield AdapterEngine(engine, registry, own, registry.list())
-            finally:
-                engine.close()
         finally:
             registry.close()
 

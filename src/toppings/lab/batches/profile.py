@@ -35,7 +35,6 @@ def profile_batches(
         rng = np.random.default_rng(config.seed)
         kinds = _plan(own, spec, rng)
         num_rounds = take_rounds(kinds, spec.seconds, rng, on_progress)
-        own.engine.check_integrity()
         decode, prefill = (kind.observations() for kind in kinds)
         model = replace(
             fit_perf_model(decode, prefill, origin=_origin(config), seed=config.seed),

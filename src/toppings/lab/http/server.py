@@ -1,7 +1,6 @@
 """`toppings serve` as a subprocess, from its start to its orderly end."""
 
 import asyncio
-import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -92,12 +91,3 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
-
-
-def drop_page_cache(directory: Path) -> None:
-    """Asks the kernel to forget the files below `directory`: the next read of them comes from the disk."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

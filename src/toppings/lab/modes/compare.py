@@ -17,13 +17,12 @@ from toppings.config import Config, ConfigError
 from toppings.lab.http.client import LoadClient
 from toppings.lab.http.server import (
     Command,
-    drop_page_cache,
     free_port,
     run_dir,
     running_server,
     serve_command,
 )
-from toppings.lab.machine import available_memory_bytes
+from toppings.lab.machine import available_memory_bytes, drop_page_cache
 from toppings.lab.modes.comparison import (
     LOADS,
     REFERENCE_MODE,

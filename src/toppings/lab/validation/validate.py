@@ -1,7 +1,6 @@
 """Calibrate, play, simulate, compare: all in one run, since a machine's speed drifts."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +114,7 @@ class _Validation:
         self._on_progress("building engines", 0.0)
         max_num_seqs = 2 * max(load.max_num_seqs for load in LOADS)
         settings = {"mode": "cached", "max_num_seqs": max_num_seqs, "max_num_batched_tokens": self._chunk}
-        engine = self._engines.enter_context(_engine(self._world, settings))
+        engine = self._engines.enter_context(self._world.engine(**settings))
         return BatchDriver(engine, dict(zip(self._world.adapter_names, self._world.adapter_ids)))
 
     def _rough_model(self) -> PerfModel:
@@ -136,13 +135,13 @@ class _Validation:
         settings = load.settings(world, rough)
         kept = None
         if load.is_cold:
-            with _engine(world, settings) as engine:
+            with world.engine(**settings) as engine:
                 config = world.sim_config(engine, rough, **settings)
                 link = measure_loads(engine, world, MEAN_PROMPT)
             linked = replace(rough, link_gbps=link.gbps)
             config = replace(config, load_latency_ms=link.latency_ms, perf_model=linked)
         else:
-            kept = self._engines.enter_context(_engine(world, settings))
+            kept = self._engines.enter_context(world.engine(**settings))
             config = world.sim_config(kept, rough, **settings)
         rate = load.utilization * load.saturation_rate(num, config, world.ranks, seed)
         trace, other = (load.make_trace(num, rate, world.ranks, s) for s in (seed, seed + 1))
@@ -155,7 +154,7 @@ class _Validation:
     def _replay(self, prepared: _Prepared) -> Replay:
         if prepared.engine is not None:
             return self._play(prepared, prepared.engine)
-        with _engine(self._world, prepared.settings) as engine:
+        with self._world.engine(**prepared.settings) as engine:
             return self._play(prepared, engine)
 
     def _play(self, prepared: _Prepared, engine: Engine) -> Replay:
@@ -174,13 +173,3 @@ class _Validation:
         model = replace(fit(timed, ORIGIN), link_gbps=prepared.config.perf_model.link_gbps)
         simulated = SimulatorPlayer(replace(prepared.config, perf_model=model)).play(prepared.trace)
         return Replay(outcomes, simulated, steps, model, drift(timed, model))
-
-
-@contextmanager
-def _engine(world: World, settings: dict[str, Any]) -> Iterator[Engine]:
-    engine = world.build(**settings)
-    try:
-        yield engine
-        engine.check_integrity()
-    finally:
-        engine.close()

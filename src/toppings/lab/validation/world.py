@@ -13,8 +13,9 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, SamplingParams
-from toppings.engine.build import build_engine, open_registry
+from toppings.engine.build import open_registry
 from toppings.engine.engine import Engine
+from toppings.lab.engines import running_engine
 from toppings.lab.players.engine import preload_host
 from toppings.lab.random_adapters import register_random
 from toppings.sim.settings import SimConfig
@@ -46,12 +47,13 @@ class World:
         """Of all adapters."""
         return int(self.ranks.sum()) * self.bytes_per_rank
 
-    def build(self, **settings: Any) -> Engine:
-        """An engine that has run, with all adapters in host memory; on the device only in mode `cached`."""
-        engine = build_engine(replace(self.config, **settings))
-        preload_host(engine.adapters, self.adapter_ids)
-        warm_up(engine)
-        return engine
+    @contextmanager
+    def engine(self, **settings: Any) -> Iterator[Engine]:
+        """One that has run, with all adapters in host memory; on the device only in mode `cached`."""
+        with running_engine(replace(self.config, **settings)) as engine:
+            preload_host(engine.adapters, self.adapter_ids)
+            warm_up(engine)
+            yield engine
 
     def sim_config(self, engine: Engine, model: PerfModel, **settings: Any) -> SimConfig:
         """The simulated server that is like `engine`, which was built with `settings`."""
