@@ -9,8 +9,6 @@ whichever takes longer; a CPU core's rates are those of one AMX core through tor
 at rank 256). `toppings profile cold-start` replaces all of it by measurements. Ends in one JSON line.
 """
 
-import argparse
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from typing import Any
 from toppings.adapters.layout import AdapterLayout, BaseShapes
 from toppings.assist.cost import CostProfile, CpuCost
 from toppings.assist.plan import Comparison, compare
+from toppings.lab.figures import new_figure, save
+from toppings.lab.script import finish, make_parser, parse
 
 RANKS = (8, 16, 32, 64, 128, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024)
@@ -97,11 +97,8 @@ def run(devices: tuple[Device, ...], num_workers: int) -> list[dict[str, Any]]:
 
 def draw(maps: list[dict[str, Any]], path: Path) -> None:
     """One panel per device and targets; colour: what `auto` saves of the pipelined prefill's overhead."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(TARGETS), len(maps) // len(TARGETS), figsize=(13, 7), layout="constrained", squeeze=False
-    )
+    num_columns = len(maps) // len(TARGETS)
+    figure, axes = new_figure(num_columns, len(TARGETS), width=13 / num_columns, height=3.5)
     for number, each in enumerate(maps):
         panel = axes[number % len(TARGETS)][number // len(TARGETS)]
         at = {(p["rank"], p["tokens"]): p["over_cached"] for p in each["points"]}
@@ -123,26 +120,17 @@ def draw(maps: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle(
         "Llama-2-7B, a cold prefill over a cached one: pipelined → auto (where the CPU helps); computed"
     )
-    figure.savefig(path, dpi=75)
-    pyplot.close(figure)
+    save(figure, path, dpi=75)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="one device only")
+    parser = make_parser(__doc__, "one device only", figure="the map")
     parser.add_argument("--workers", type=int, default=8, help="CPU cores that assist")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--figure", type=Path, help="draw the map to this file")
-    args = parser.parse_args()
+    args = parse(parser)
     maps = run(DEVICES[:1] if args.toy else DEVICES, args.workers)
-    result = {"benchmark": "cold_start_map", "workers": args.workers, "maps": maps}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.figure:
         draw(maps, args.figure)
-    print(json.dumps(result))
+    finish(args, "cold_start_map", workers=args.workers, maps=maps)
 
 
 if __name__ == "__main__":

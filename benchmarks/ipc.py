@@ -1,4 +1,4 @@
-"""Handing rows to several processes: shared memory against UNIX and TCP sockets (toppings.bench.ipc).
+"""Handing rows to several processes: shared memory against UNIX and TCP sockets (toppings.lab.cpu.ipc).
 
     python benchmarks/ipc.py                       # 1, 3 and 5 receivers; 64 and 256 rows of 4096 bf16
     python benchmarks/ipc.py --toy                 # small and short: does the script still work?
@@ -7,39 +7,23 @@
 Ends in one JSON line, whose `floor_us` is the time of one plain copy of the payload within this process.
 """
 
-import argparse
-import json
 import os
-from pathlib import Path
 
-from toppings.bench import ipc
-from toppings.bench.figures import check_files
-from toppings.reproduce.output import new_figure
+from toppings.lab.cpu import ipc
+from toppings.lab.figures import new_figure, save
+from toppings.lab.script import finish, make_parser, parse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="small and short: checks that it runs")
-    parser.add_argument("--json", type=Path, help="write the result there too")
-    parser.add_argument("--figure", type=Path, help="draw bars there (needs matplotlib)")
-    options = parser.parse_args()
-    try:
-        check_files(options.json, options.figure)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    options = parse(make_parser(__doc__, "small and short", figure="bars"))
     rows, receivers, num_rounds = ([2], [1, 2], 3) if options.toy else ([64, 256], [1, 3, 5], 200)
     num_repeats = 1 if options.toy else 3
     times, floors = ipc.run(rows, receivers, num_rounds, num_repeats=num_repeats, on_line=print)
     if options.figure:
         figure, axes = new_figure(1, width=7)
         ipc.draw(axes[0, 0], times)
-        figure.savefig(options.figure)
-    result = {"benchmark": "ipc", "num_cores": os.cpu_count(), "us": times, "floor_us": floors}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
-    print(json.dumps(result))
+        save(figure, options.figure)
+    finish(options, "ipc", num_cores=os.cpu_count(), us=times, floor_us=floors)
 
 
 if __name__ == "__main__":

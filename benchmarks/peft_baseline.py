@@ -9,14 +9,12 @@ decode step is the bytes it reads (each weight once) over the read bandwidth mea
 Ends in one JSON line.
 """
 
-import argparse
-import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from toppings import LLM, SamplingParams
-from toppings.bench.transformers_side import generate
+from toppings.lab.child import Child, child
+from toppings.lab.script import finish, make_parser, parse
+from toppings.lab.transformers_side import generate
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 NUM_ADAPTERS = 8
@@ -35,21 +35,15 @@ READ_BYTES = 512 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="a tiny model and few tokens")
+    parser = make_parser(__doc__, "a tiny model and few tokens")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.toy:
         args.rounds, args.tokens = 1, 4
     with tempfile.TemporaryDirectory() as directory:
         result = run(Path(directory), "tiny" if args.toy else "small-211m", args.rounds, args.tokens)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+    finish(args, "peft_baseline", **result)
 
 
 def run(directory: Path, preset: str, num_rounds: int, num_tokens: int) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def run(directory: Path, preset: str, num_rounds: int, num_tokens: int) -> dict[
     paths = sorted(adapters.iterdir())
     with ExitStack() as stack:
         sides = {
-            name: stack.enter_context(Remote(make, model, paths))
+            name: stack.enter_context(child(serve, make, model, paths))
             for name, make in (("ours", ours), ("peft", peft))
         }
         times = measure(sides, num_rounds, num_tokens)
@@ -70,32 +64,11 @@ Side = dict[str, Callable[[int], object]]
 """What to time, by case: each takes the number of tokens to generate."""
 
 
-class Remote:
-    """A side in a process of its own: two teams of OpenMP threads in one process slow each other down."""
-
-    def __init__(self, make: Callable[[Path, list[Path]], Side], model: Path, paths: list[Path]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(make, model, paths, theirs), daemon=True)
-
-    def __enter__(self) -> "Remote":
-        self._process.start()
-        self._pipe.recv()  # it is ready
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.send(None)
-        self._process.join()
-
-    def time_s(self, case: str, num_tokens: int) -> float:
-        self._pipe.send((case, num_tokens))
-        return float(self._pipe.recv())
-
-
-def serve(make: Callable[[Path, list[Path]], Side], model: Path, paths: list[Path], pipe: Any) -> None:
-    """Times what the pipe asks for, until it sends None."""
+def serve(pipe: Connection, make: Callable[[Path, list[Path]], Side], model: Path, paths: list[Path]) -> None:
+    """Times what the pipe asks for, until that is None. In a process of its own: two teams of OpenMP threads
+    in one process slow each other down."""
     calls = make(model, paths)
-    pipe.send(None)
+    pipe.send("ready")
     while (request := pipe.recv()) is not None:
         case, num_tokens = request
         started_at = time.perf_counter()
@@ -149,13 +122,13 @@ Times = dict[tuple[str, str, int], float]
 """Median seconds by side, case and number of tokens."""
 
 
-def measure(sides: dict[str, Remote], num_rounds: int, num_tokens: int) -> Times:
+def measure(sides: dict[str, Child], num_rounds: int, num_tokens: int) -> Times:
     samples: dict[tuple[str, str, int], list[float]] = {}
     for number in range(num_rounds + 1):  # the first round warms up
         for case in ("one", "eight", "eight_adapters", "long"):
             for num in (1, num_tokens) if case != "long" else (1,):
                 for name, side in sides.items():
-                    elapsed = side.time_s(case, num)
+                    elapsed = side.ask((case, num))
                     if number:
                         samples.setdefault((name, case, num), []).append(elapsed)
     return {key: statistics.median(values) for key, values in samples.items()}
@@ -181,7 +154,7 @@ def report(times: Times, num_tokens: int, weight_bytes: int) -> dict[str, Any]:
 
     gbps = read_gbps()
     floor_ms = weight_bytes / gbps / 1e6
-    result: dict[str, Any] = {"benchmark": "peft_baseline", "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"threads": torch.get_num_threads()}
     for side in ("ours", "peft"):
         result[side] = {
             "one_ttft_ms": times[side, "one", 1] * 1e3,

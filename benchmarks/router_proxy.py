@@ -11,16 +11,12 @@ its rate was measured: where it is well below 1, something else was the limit. `
 processor time per request, which does not depend on what else the machine does. Ends in one JSON line.
 """
 
-import argparse
 import asyncio
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,6 +25,8 @@ from aiohttp import web
 
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.lab.child import Child, child
+from toppings.lab.script import finish, make_parser, parse
 
 NUM_EVENTS = 16
 EVENT = (
@@ -56,7 +54,7 @@ class Pattern:
 PATTERNS = (Pattern("burst", 0.0, 32), Pattern("paced", 2.0, 64))
 
 
-# --- processes; each tells its URL, answers "cpu" with the processor time it has used, and ends at "stop" ---
+# --- processes; each tells its URL, and answers "cpu" with the processor time it has used ---
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
@@ -106,21 +104,6 @@ async def tell(pipe: Connection, url: str) -> None:
         pipe.send(time.process_time())
 
 
-def run_process(cores: set[int], serve: Callable[..., Any], *arguments: Any) -> None:
-    os.sched_setaffinity(0, cores)
-    asyncio.run(serve(*arguments))
-
-
-def start(cores: set[int], serve: Callable[..., Any], *arguments: str) -> tuple[Any, Connection, str]:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=run_process, args=(cores, serve, theirs, *arguments), daemon=True
-    )
-    process.start()
-    theirs.close()
-    return process, ours, ours.recv()
-
-
 # --- measurements ---
 
 
@@ -168,16 +151,14 @@ async def measure_rate(session: aiohttp.ClientSession, url: str, pattern: Patter
     return count / (time.perf_counter() - started_at)
 
 
-async def measure(
-    pattern: Pattern, direct: str, routed: str, router: Connection, count: int
-) -> dict[str, float]:
+async def measure(pattern: Pattern, direct: str, routed: str, router: Child, count: int) -> dict[str, float]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await measure_rate(session, routed, pattern, max(pattern.concurrency, count // 10))
         result = await measure_latency(session, direct, routed, pattern.body, count // 4)
         result["direct_requests_per_s"] = await measure_rate(session, direct, pattern, count)
-        before = cpu_s(router)
+        before = router.ask("cpu")
         rate = await measure_rate(session, routed, pattern, count)
-        used = (cpu_s(router) - before) / count
+        used = (router.ask("cpu") - before) / count
     return {
         **result,
         "routed_requests_per_s": rate,
@@ -186,35 +167,24 @@ async def measure(
     }
 
 
-def cpu_s(process: Connection) -> float:
-    process.send("cpu")
-    return float(process.recv())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="few requests: checks that it runs")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    args = parser.parse_args()
+    args = parse(make_parser(__doc__, "few requests"))
     count = 80 if args.toy else 4000
     cores = sorted(os.sched_getaffinity(0))
     router_cores, other_cores = {cores[0]}, set(cores[1:]) or {cores[0]}
     os.sched_setaffinity(0, other_cores)
-    server = start(other_cores, serve_stand_in)
-    router = start(router_cores, serve_router, server[2])
-    result: dict[str, Any] = {"benchmark": "router_proxy", "cores": len(cores)}
-    for pattern in PATTERNS:
-        figures = asyncio.run(measure(pattern, server[2], router[2], router[1], count))
-        result[pattern.name] = figures
-        print(pattern.name)
-        for name, value in figures.items():
-            print(f"  {name:24s} {value:10.3f}")
-    for process, pipe, _ in (router, server):
-        pipe.send("stop")
-        process.join(timeout=10)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    result: dict[str, Any] = {"cores": len(cores)}
+    with (
+        child(serve_stand_in, cores=other_cores) as server,
+        child(serve_router, server.told, cores=router_cores) as router,
+    ):
+        for pattern in PATTERNS:
+            figures = asyncio.run(measure(pattern, server.told, router.told, router, count))
+            result[pattern.name] = figures
+            print(pattern.name)
+            for name, value in figures.items():
+                print(f"  {name:24s} {value:10.3f}")
+    finish(args, "router_proxy", **result)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ in one JSON line.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
@@ -32,9 +31,9 @@ from stand_in.load import Lengths, Load, poisson_load, trace_load
 from stand_in.results import Observed, Row, compare, draw, make_row, results_table
 from stand_in.server import Server
 
-from toppings.bench.figures import check_figure_file
 from toppings.cluster.perf_model import PerfModel, load_perf_model
 from toppings.cluster.policies import POLICIES, PolicySettings, make_policy
+from toppings.lab.script import finish, make_parser, parse
 from toppings.sim.readers import load_trace
 from toppings.sim.trace import Trace
 
@@ -197,13 +196,12 @@ def main() -> None:
     given = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
     plans = {clock: replace(default, **given) for clock, default in defaults.items()}
     try:
-        check_figure_file(args.figure)
         trace = load_trace(args.trace, format_name="toppings") if args.trace else None
         for plan in plans.values():
             plan.check(trace)
     except (ValueError, OSError) as error:
         raise SystemExit(f"routing.py: {error}") from error
-    result: dict[str, Any] = {"benchmark": "routing"}
+    result: dict[str, Any] = {}
     rows: list[Row] = []
     for clock, plan in plans.items():
         rows += (mine := run(plan, trace, is_http=clock == "http"))
@@ -212,27 +210,20 @@ def main() -> None:
         Console(width=110).print(results_table(mine, title))
     if args.figure:
         draw(rows, title, args.figure)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(args, "routing", **result)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="a few seconds of both: checks that they run")
+    parser = make_parser(__doc__, "a few seconds of both", figure="attainment and TPT")
     parser.add_argument("--http", action="store_true", help="in real time, through the real router")
     parser.add_argument("--trace", type=Path, help="a trace of our own format, beside Poisson arrivals")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--figure", type=Path, help="draw attainment and TPT to this file")
     for each in fields(Plan):
         default, over_http = getattr(VIRTUAL, each.name), getattr(HTTP, each.name)
         text = f"{each.metadata['help']} ({default}" + (
             f"; --http: {over_http})" if over_http != default else ")"
         )
         parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(default), help=text)
-    return parser.parse_args()
+    return parse(parser)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ what one account costs: enqueue, start, finish.
 The aim is 50 us at 60 instances and 1 ms at 1,000 for rank_aware. Ends in one JSON line.
 """
 
-import argparse
-import json
 import random
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.perf_model import DECODE_FORMS, PREFILL_FORMS, LinearModel, PerfModel
 from toppings.cluster.policies import POLICIES, PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
+from toppings.lab.script import finish, make_parser, parse
 
 RANKS = (8, 16, 32, 64)
 NUM_ADAPTERS = 512
@@ -80,10 +78,7 @@ def account_life(fleet: Fleet, request: RequestSnapshot) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--toy", action="store_true", help="few instances and calls: checks that it runs")
-    parser.add_argument("--json", type=Path, help="write the result there too")
-    options = parser.parse_args()
+    options = parse(make_parser(__doc__, "few instances and calls"))
     is_toy = options.toy
     results: dict[str, dict[str, float]] = {}
     for num_instances in (4, 8) if is_toy else (60, 1000, 10_000):
@@ -101,10 +96,7 @@ def main() -> None:
         row["account"] = time_us(partial(account_life, fleet, request), num_calls)
         for name, cost_us in row.items():
             print(f"{num_instances:5d} instances  {name:22s} {cost_us:9.1f} us")
-    result = {"benchmark": "routing_decision", "us": results}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    finish(options, "routing_decision", us=results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ at stated loads per server. `attainment` is a mean over the seeds, `loss` what i
 row of the same policy and load. Ends in one JSON line.
 """
 
-import argparse
 import io
 import json
 import time
@@ -24,8 +23,10 @@ import numpy as np
 from routing_decision import make_fleet, make_request, time_us
 
 from toppings.cluster.policies import PolicySettings, make_policy
-from toppings.reproduce.fleet_runs import FleetSpec
-from toppings.sim.metrics import summarize
+from toppings.lab.figures import new_figure
+from toppings.lab.reproduce.fleet_runs import FleetSpec
+from toppings.lab.script import make_parser, parse
+from toppings.lab.simulation.metrics import summarize_run
 from toppings.sim.simulator import Simulator
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def simulate(
     for seed in range(seeds):
         config = replace(spec.config(FORM, policy, seed), **settings)
         trace = replace(spec.workload(load * num_instances), **(workload or {})).make_trace(seed)
-        summaries.append(summarize(Simulator(config, trace).run()))
+        summaries.append(summarize_run(Simulator(config, trace).run()))
     attainments = [summary.slo_attainment for summary in summaries]
     row = {
         **{"policy": policy, "servers": num_instances, "load": load, **settings, **(workload or {})},
@@ -218,15 +219,11 @@ def with_losses(study: str, rows: list[Row]) -> list[Row]:
 
 def draw(results: dict[str, list[Row]], path: Path) -> None:
     """All studies but `adapters`, as a PNG of few colours, which is small."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from PIL import Image
 
     studies = [name for name in STUDIES if name in results and name != "adapters"]
     num_rows = -(-len(studies) // 3)
-    figure, axes = pyplot.subplots(num_rows, 3, figsize=(13.5, 3.9 * num_rows), squeeze=False)
+    figure, axes = new_figure(3, num_rows, width=4.5, height=3.9)
     for panel in axes.flat[len(studies) :]:
         panel.set_axis_off()
     for panel, study in zip(axes.flat, studies):
@@ -234,7 +231,6 @@ def draw(results: dict[str, list[Row]], path: Path) -> None:
             _draw_decision(panel, results[study])
         else:
             _draw_attainment(panel, study, results[study])
-    figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=75)
     Image.open(buffer).convert("RGB").quantize(PNG_COLOURS).save(path, optimize=True)
@@ -274,16 +270,9 @@ def _draw_attainment(axes: "Axes", study: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="a few servers and seconds: checks that it runs")
+    parser = make_parser(__doc__, "a few servers and seconds", figure="what there is")
     parser.add_argument("--studies", default=",".join(STUDIES), help="with commas between")
-    parser.add_argument(
-        "--json", type=Path, help="write results there; other studies' that it holds are kept"
-    )
-    parser.add_argument("--figure", type=Path, help="draw what there is")
-    options = parser.parse_args()
+    options = parse(parser)
     sizes = TOY if options.toy else FULL
     results: dict[str, list[Row]] = {}
     if options.json and options.json.exists():

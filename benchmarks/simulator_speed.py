@@ -13,8 +13,6 @@ popular functions and many that are hardly called; a process of its own loads it
 requests. The aim is 60 s and 4 GiB. Ends in one JSON line.
 """
 
-import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -27,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from toppings.cluster.policies import POLICIES
-from toppings.reproduce import published
-from toppings.reproduce.fleet_runs import FleetSpec
+from toppings.lab.reproduce import published
+from toppings.lab.reproduce.fleet_runs import FleetSpec
+from toppings.lab.script import finish, make_parser, parse
 from toppings.sim.assign import TraceOptions
 from toppings.sim.readers import load_trace
 from toppings.sim.readers.azure_functions_2019 import NAMES
@@ -131,28 +130,22 @@ def day_load(scale: Scale) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--toy", action="store_true", help="a few servers and seconds: checks that it runs")
+    parser = make_parser(__doc__, "a few servers and seconds")
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--duration", type=float, default=FULL.duration_s, help="simulated seconds")
     parser.add_argument("--mode", default=FleetSpec.mode, help="what a cold adapter's prefill does")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the fastest counts")
-    parser.add_argument("--json", type=Path, help="write the result there too")
-    options = parser.parse_args()
+    options = parse(parser)
     scale = TOY if options.toy else replace(FULL, duration_s=options.duration)
-    result = {
-        "benchmark": "simulator_speed",
-        "num_instances": scale.num_instances,
-        "rate": fleet_rate(scale),
-        "repeats": options.repeats,
-        "x": speeds(scale, options.policies.split(","), options.mode, options.repeats),
-        "day": day_load(scale),
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    finish(
+        options,
+        "simulator_speed",
+        num_instances=scale.num_instances,
+        rate=fleet_rate(scale),
+        repeats=options.repeats,
+        x=speeds(scale, options.policies.split(","), options.mode, options.repeats),
+        day=day_load(scale),
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import toppings
-from toppings import cli
+from toppings import command
 from toppings.config import MODES, Config
 from toppings.core import MODULES
 from toppings.synth import PRESETS, AdapterShape, write_adapters
@@ -19,7 +19,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     """The exit code of `toppings ARGS`."""
     monkeypatch.setattr(sys, "argv", ["toppings", *args])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        command.main()
     return int(ended.value.code or 0)
 
 
@@ -57,7 +57,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def test_version_is_printed() -> None:
-    assert CliRunner().invoke(cli.app, ["version"]).output == f"toppings {toppings.__version__}\n"
+    assert CliRunner().invoke(command.app, ["version"]).output == f"toppings {toppings.__version__}\n"
 
 
 def test_help_needs_no_torch() -> None:
@@ -67,7 +67,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_serve_has_an_option_for_every_setting() -> None:
-    shown = CliRunner().invoke(cli.app, ["serve", "--help"], env={"COLUMNS": "300"}).output
+    shown = CliRunner().invoke(command.app, ["serve", "--help"], env={"COLUMNS": "300"}).output
     missing = [n for n in Config().to_settings() if f"--{n.replace('_', '-')}" not in shown]
     assert missing == []
 

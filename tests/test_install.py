@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from toppings import cli
+from toppings.command import main
 from toppings.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_an_image_serves_as_a_user_without_rights_on_the_port_that_is_checked(
     [entry_point] = all_of(file, "ENTRYPOINT")
     monkeypatch.setattr(sys, "argv", [*json.loads(entry_point), "--adapters", "/adapters"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 0
     [config] = configs
     assert config.server.host == "0.0.0.0"

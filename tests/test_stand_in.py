@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ from stand_in.results import Observed, compare, make_row, results_table
 from stand_in.server import Job, Server
 from stand_in.virtual import observe
 
+from tests.sim.builders import make_trace
 from toppings.cluster.instances import Instances
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import Policy, PolicySettings, make_policy
 from toppings.cluster.router.reports import parse_toppings_stats
 from toppings.cluster.snapshot import Choice, RequestSnapshot
+from toppings.lab.outcome import Outcome
 from toppings.sim.readers import load_trace
 from toppings.sim.trace import Trace, write_trace
 
@@ -129,8 +132,8 @@ async def test_a_stand_in_streams_as_many_tokens_as_were_asked_for() -> None:
 def test_every_request_is_served_by_one_server() -> None:
     load = poisson_load(30.0, 4.0, 0, Lengths(20, 60))
     observed = observe(load, make_policy("dlora"), [Server(f"s{i}", MODEL) for i in range(3)])
-    assert sum(counts.total() for counts in observed.rank_counts) == len(load.arrivals)
-    assert min(value for value in observed.tpt_ms if value is not None) > 28.7
+    assert sum(counts.total() for counts in observed.rank_counts) == len(load.trace)
+    assert min(outcome.tpt_ms for outcome in observed.outcomes if outcome.tpt_ms is not None) > 28.7
 
 
 class Watching(Policy):
@@ -148,10 +151,13 @@ class Watching(Policy):
 
 def test_on_the_virtual_clock_a_request_waits_until_its_first_token() -> None:
     """Arrivals before, during and after the first one's prefill of some 40 ms, while it decodes."""
-    jobs = [job(i, name, num_tokens=9) for i, name in enumerate(("large", "small", "small", "small"))]
-    arrivals = [(job.snapshot, job.num_tokens, at) for job, at in zip(jobs, (0.0, 1.0, 20.0, 100.0))]
+    arrivals = (0.0, 0.001, 0.02, 0.1)
+    trace = replace(
+        make_trace(arrivals, adapters=(1, 0, 0, 0), prompt=100, response=9, ranks=tuple(RANKS.values())),
+        names=tuple(RANKS),
+    )
     policy = Watching()
-    observed = observe(Load(arrivals, RANKS, 10.0), policy, [Server("s0", MODEL)])
+    observed = observe(Load(trace, 10.0), policy, [Server("s0", MODEL)])
     held = {"small", "large"}
     assert policy.seen == [(0, 0, set()), (1, 1, {"large"}), (2, 2, held), (0, 3, held)]
     assert observed.rank_counts == [{8: 3, 64: 1}]
@@ -190,16 +196,23 @@ def test_a_trace_keeps_its_adapters_and_lengths_at_the_rate_asked_for(tmp_path: 
     write_trace(trace, tmp_path / "made.csv")
     read = load_trace(tmp_path / "made.csv", format_name="toppings")
     load = trace_load(read, 4.0, 5.0, 1)  # the second five seconds at four times the speed
-    assert [at for _, _, at in load.arrivals] == pytest.approx([250.0 * i for i in range(20)])
-    assert [tokens for _, tokens, _ in load.arrivals] == list(range(20, 40))
-    assert {(r.adapter, r.rank) for r, _, _ in load.arrivals} == {("small", 8), ("large", 64)}
+    jobs = load.jobs()
+    assert [job.arrived_at for job in jobs] == pytest.approx([250.0 * i for i in range(20)])
+    assert [job.num_tokens for job in jobs] == list(range(20, 40))
+    assert {(job.snapshot.adapter, job.snapshot.rank) for job in jobs} == {("small", 8), ("large", 64)}
     with pytest.raises(ValueError, match=r"lasts 10\.0 s at 4 requests/s; 3 seeds of 5 s need 15 s"):
         trace_load(read, 4.0, 5.0, 2)
 
 
 def test_a_refused_request_does_not_attain_and_gains_are_by_seed() -> None:
+    def outcome(tpt_ms: float | None) -> Outcome:
+        if tpt_ms is None:
+            return Outcome("a", 0.5, 0.0, error="refused")
+        return Outcome("a", 0.5, tpt_ms, tpt_ms, num_tokens=1)
+
     def row(policy: str, *tpts: list[float | None]) -> dict[str, object]:
-        trials = [Observed([500.0] * 2, tpt, tpt, [Counter({8: 1}), Counter({64: 1})]) for tpt in tpts]
+        counts = [Counter({8: 1}), Counter({64: 1})]
+        trials = [Observed([outcome(each) for each in tpt], counts) for tpt in tpts]
         setting = {"clock": "virtual", "arrivals": "Poisson", "kernel": "bgmv", "pool": "64@24", "rate": 1.0}
         return make_row({**setting, "policy": policy}, trials, 1.0, 40.0)
 

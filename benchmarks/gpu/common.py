@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from toppings.adapters.registry import AdapterRecord
-from toppings.bench.machine import describe_machine
-from toppings.bench.random_adapters import register_random
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, RequestOutput, SamplingParams
-from toppings.engine.build import build_engine, model_config, open_registry
+from toppings.engine.build import model_config, open_registry
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
+from toppings.lab.engines import running_engine
+from toppings.lab.machine import describe_machine
+from toppings.lab.random_adapters import register_random
 from toppings.model.config import ModelConfig
 from toppings.model.weights import weight_shapes
 from toppings.synth import AdapterShape
@@ -235,13 +236,9 @@ class Bench:
             **{"device_pool_bytes": room, "host_store_bytes": room, **settings},
         )
         started_at = time.perf_counter()
-        engine = build_engine(config, graphs=graphs)
-        progress(f"{mode}: the engine is there after {time.perf_counter() - started_at:.1f} s")
-        try:
+        with running_engine(config, graphs=graphs) as engine:
+            progress(f"{mode}: the engine is there after {time.perf_counter() - started_at:.1f} s")
             yield engine
-            engine.check_integrity()
-        finally:
-            engine.close()
 
 
 def free_device(device: str) -> None:

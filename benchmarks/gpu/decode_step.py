@@ -20,10 +20,10 @@ from typing import Any
 from common import Aim, Bench, at_most, copy_gbps, finish, make_parser, median, open_bench, step_bytes
 
 from toppings.adapters.registry import AdapterRecord
-from toppings.bench.batch_driver import BatchDriver
-from toppings.bench.batch_plan import Rows
 from toppings.cluster.batch_row import BatchRow
 from toppings.config import DECODE_LORA_FORMS
+from toppings.lab.batches.driver import BatchDriver
+from toppings.lab.batches.plan import Rows
 
 
 @dataclass(frozen=True)

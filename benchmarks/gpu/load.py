@@ -24,7 +24,7 @@ from common import (
     open_bench,
 )
 
-from toppings.bench.validation.play import preload_host
+from toppings.lab.players.engine import preload_host
 
 KINDS = {"qkv": QKV, "all": ALL_LINEAR}
 RANK = 64

@@ -22,8 +22,8 @@ from common import (
     open_bench,
 )
 
-from toppings.bench.batch_driver import BatchDriver
 from toppings.cluster.batch_row import BatchRow
+from toppings.lab.batches.driver import BatchDriver
 from toppings.model.config import ModelConfig
 
 RANK = 64

@@ -11,6 +11,8 @@ from typing import Any
 
 from common import read_json
 
+from toppings.lab.figures import draw_groups, new_figure, save
+
 
 def print_line(name: str, result: dict[str, Any] | None) -> bool:
     """True where the script ended with all aims met."""
@@ -30,17 +32,14 @@ def print_line(name: str, result: dict[str, Any] | None) -> bool:
 def draw(folder: Path, results: dict[str, dict[str, Any]]) -> None:
     """aims.png: each aim's figure over its limit; cold_start.png and workloads.png: times by mode."""
     try:
-        import matplotlib
-    except ImportError:
-        print("no figures: matplotlib is not installed")
+        new_figure()
+    except ValueError as error:
+        print(f"no figures: {error}")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plots
-
     aims = [(name, aim) for name, result in results.items() for aim in result["aims"]]
     bounded = [(name, aim) for name, aim in aims if float(aim["limit"].split()[1])]
     if bounded:
-        figure, axes = plots.subplots(figsize=(9, 1 + 0.25 * len(bounded)), layout="constrained")
+        figure, [[axes]] = new_figure(width=9, height=1 + 0.25 * len(bounded))
         shares = [aim["value"] / float(aim["limit"].split()[1]) for _, aim in bounded]
         colors = ["tab:green" if aim["is_met"] else "tab:red" for _, aim in bounded]
         axes.barh([f"{name}: {aim['what']} {aim['limit']}" for name, aim in bounded], shares, color=colors)
@@ -48,30 +47,27 @@ def draw(folder: Path, results: dict[str, dict[str, Any]]) -> None:
         axes.set(xlabel="figure over its limit")
         axes.tick_params(axis="y", labelsize=7)
         axes.invert_yaxis()
-        figure.savefig(folder / "aims.png", dpi=150)
+        save(figure, folder / "aims.png")
     if (cold := results.get("cold_start")) is not None:
-        draw_modes(plots, cold["ttft_ms"], "first token, ms", folder / "cold_start.png")
+        draw_modes(cold["ttft_ms"], "first token, ms", folder / "cold_start.png")
     if (workloads := results.get("workloads")) is not None:
         over = {
             mode: {f"{case}: {m}": ratio for case, each in by_case.items() for m, ratio in each.items()}
             for mode, by_case in workloads["over_cached"].items()
         }
-        draw_modes(plots, over, "mean over cached", folder / "workloads.png")
+        draw_modes(over, "mean over cached", folder / "workloads.png")
 
 
-def draw_modes(plots: Any, values: dict[str, dict[str, float]], label: str, file: Path) -> None:
+def draw_modes(values: dict[str, dict[str, float]], label: str, file: Path) -> None:
     """A group of bars a case, a bar a mode."""
     cases = list(next(iter(values.values())))
-    figure, axes = plots.subplots(figsize=(2 + 1.4 * len(cases), 4), layout="constrained")
-    width = 0.8 / len(values)
-    for i, (mode, by_case) in enumerate(values.items()):
-        axes.bar(
-            [c + i * width for c in range(len(cases))], [by_case[case] for case in cases], width, label=mode
-        )
-    axes.set_xticks([c + 0.4 for c in range(len(cases))], cases, rotation=20, ha="right", fontsize=7)
-    axes.set(ylabel=label)
-    axes.legend(fontsize=7)
-    figure.savefig(file, dpi=150)
+    figure, axes = new_figure(width=2 + 1.4 * len(cases), height=4.0)
+    series = {mode: [by_case[case] for case in cases] for mode, by_case in values.items()}
+    draw_groups(axes[0, 0], series, cases)
+    axes[0, 0].tick_params(axis="x", labelrotation=20, labelsize=7)
+    axes[0, 0].set(ylabel=label)
+    axes[0, 0].legend(fontsize=7)
+    save(figure, file)
 
 
 def main() -> int:

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 from common import Aim, Bench, at_most, finish, make_parser, noted, open_bench, progress
 
-from toppings.bench.validation.play import Step, Timings, WallClock, play, preload_host
 from toppings.engine.engine import Engine
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.engine import EnginePlayer, PlayedStep, WallClock, preload_host
+from toppings.lab.summary import Latencies
 from toppings.sim.synth.workload import Workload
 from toppings.sim.trace import Trace
 
@@ -69,16 +71,16 @@ def make_trace(scenario: Scenario, seconds: float, longest: tuple[int, int], *, 
     return replace(trace, prompt_tokens=prompt, response_tokens=response)
 
 
-class Player:
+class Scenarios:
     """Plays traces of one kind of adapters into one engine. `ids`: by kind and number of the adapter."""
 
     def __init__(self, engine: Engine, ids: Mapping[str, Mapping[int, int]]) -> None:
         self._engine, self._ids = engine, ids
 
-    def play(self, scenario: Scenario, trace: Trace, steps: list[Step] | None = None) -> Timings:
+    def play(self, scenario: Scenario, trace: Trace, steps: list[PlayedStep] | None = None) -> list[Outcome]:
         ids = [self._ids[scenario.kind].get(i, -1) for i in range(NUM_ADAPTERS)]
         on_step = (lambda _: None) if steps is None else steps.append
-        return play(self._engine, trace, ids, WallClock(), on_step=on_step)
+        return EnginePlayer(self._engine, ids, WallClock(), on_step=on_step).play(trace)
 
     def warm_up(self, scenario: Scenario, trace: Trace) -> None:
         """A few short requests at once; in an engine's first steps kernels are compiled."""
@@ -96,7 +98,7 @@ class Player:
             prompt_tokens=trace.prompt_tokens[order],
             response_tokens=trace.response_tokens[order],
         )
-        steps: list[Step] = []
+        steps: list[PlayedStep] = []
         self.play(scenario, burst, steps)
         most = max(len(step.decode) for step in steps)
         full = [step for step in steps if len(step.decode) >= FULL_SHARE * most]
@@ -104,14 +106,8 @@ class Player:
         return num_tokens / sum(step.ms for step in full) * 1e3 / float(burst.response_tokens.mean())
 
 
-def means(timings: Timings) -> Means:
-    e2e = timings.ended_at - timings.arrived_at
-    arrays = {
-        "ttft": timings.first_token_at - timings.arrived_at,
-        "tpt": e2e / timings.num_tokens,
-        "e2e": e2e,
-    }
-    return {name: float(values.mean()) * 1e3 for name, values in arrays.items()}
+def means(outcomes: Sequence[Outcome]) -> Means:
+    return {name: stats.mean for name, stats in Latencies.of(outcomes).stats().items()}
 
 
 def register(bench: Bench, traces: Iterable[tuple[Scenario, Trace]]) -> dict[str, dict[int, int]]:
@@ -202,7 +198,7 @@ def run_mode(
     found: dict[str, Means] = {}
     with bench.engine(mode, **settings) as engine:
         preload_host(engine.adapters, [record.adapter_id for record in bench.records])
-        player = Player(engine, ids)
+        player = Scenarios(engine, ids)
         for name, trace in traces.items():
             scenario = SCENARIOS[name]
             player.warm_up(scenario, trace)

@@ -1,13 +1,15 @@
-"""What is asked of the servers: arrivals, adapters with their ranks, lengths. One seed gives one load."""
+"""What is asked of the servers: a trace, each seed with its own. Arrivals, adapters with ranks, lengths."""
 
 import math
 import random
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from stand_in.server import Job
-from toppings.bench.load import published_weights
 from toppings.cluster.snapshot import RequestSnapshot
+from toppings.sim.synth.popularity import published
 from toppings.sim.trace import Trace
 
 RANKS = (8, 16, 32, 64)
@@ -27,33 +29,66 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Load:
-    """`arrivals`: each request, its tokens and its instant in ms; `ranks` of every adapter that there is;
-    `mean_response` is how many tokens policies expect.
-    """
+    """`mean_response` is how many tokens policies expect."""
 
-    arrivals: list[tuple[RequestSnapshot, int, float]]
-    ranks: dict[str, int]
+    trace: Trace
     mean_response: float
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of every adapter that there is."""
+        return dict(zip(self.trace.adapter_names, self.trace.ranks.tolist()))
+
     def jobs(self) -> list[Job]:
-        """The load as jobs that nobody has seen yet."""
-        return [Job(*arrival) for arrival in self.arrivals]
+        """The load as jobs that nobody has seen yet; instants in ms."""
+        names, ranks = self.trace.adapter_names, self.trace.ranks.tolist()
+        rows = zip(
+            self.trace.adapters.tolist(),
+            self.trace.prompt_tokens.tolist(),
+            self.trace.response_tokens.tolist(),
+            self.trace.arrivals_s.tolist(),
+        )
+        return [
+            Job(
+                RequestSnapshot(
+                    request_id=str(number),
+                    adapter=names[adapter],
+                    rank=ranks[adapter],
+                    prompt_tokens=prompt_tokens,
+                    response_tokens=self.mean_response,
+                    adapter_bytes=adapter_bytes(ranks[adapter]),
+                ),
+                num_tokens,
+                at * 1e3,
+            )
+            for number, (adapter, prompt_tokens, num_tokens, at) in enumerate(rows)
+        ]
 
 
 def poisson_load(rate: float, duration_s: float, seed: int, lengths: Lengths) -> Load:
     """Poisson arrivals at `rate` requests/s; the adapters' ranks are dealt at random, the seed's own deal."""
     generator = random.Random(seed)
-    ranks = {f"a{i}": generator.choice(RANKS) for i in range(NUM_ADAPTERS)}
-    names, weights = list(ranks), list(accumulate(published_weights(NUM_ADAPTERS)))
-    arrivals: list[tuple[RequestSnapshot, int, float]] = []
+    ranks = [generator.choice(RANKS) for _ in range(NUM_ADAPTERS)]
+    weights = list(accumulate(published(NUM_ADAPTERS).tolist()))
+    rows: list[tuple[int, int, int, float]] = []
     now = 0.0
     while (now := now + generator.expovariate(rate)) < duration_s:
-        name = generator.choices(names, cum_weights=weights)[0]
+        [adapter] = generator.choices(range(NUM_ADAPTERS), cum_weights=weights)
         prompt_tokens = _draw_length(generator, MEAN_PROMPT, MAX_PROMPT)
-        request = _request(len(arrivals), name, ranks[name], prompt_tokens, lengths.mean_response)
         num_tokens = _draw_length(generator, lengths.mean_response, lengths.max_response)
-        arrivals.append((request, num_tokens, now * 1e3))
-    return Load(arrivals, ranks, lengths.mean_response)
+        rows.append((adapter, prompt_tokens, num_tokens, now))
+    adapters, prompts, responses, arrivals = np.array(rows).reshape(-1, 4).T
+    trace = Trace(
+        arrivals,
+        adapters.astype(np.int32),
+        prompts.astype(np.int32),
+        responses.astype(np.int32),
+        np.array(ranks, dtype=np.int32),
+        duration_s,
+        origin="Poisson",
+        names=tuple(f"a{i}" for i in range(NUM_ADAPTERS)),
+    )
+    return Load(trace, float(lengths.mean_response))
 
 
 def trace_load(trace: Trace, rate: float, duration_s: float, seed: int) -> Load:
@@ -67,35 +102,11 @@ def trace_load(trace: Trace, rate: float, duration_s: float, seed: int) -> Load:
             f"{trace.origin} lasts {scaled.duration_s:.1f} s at {rate:g} requests/s; {seed + 1} seeds of "
             f"{duration_s:g} s need {stop_s:g} s: take fewer seeds or a shorter duration"
         )
-    window = scaled.between(seed * duration_s, stop_s)
-    ranks = dict(zip(trace.adapter_names, trace.ranks.tolist()))
-    mean_response = float(trace.response_tokens.mean())
-    rows = zip(
-        (trace.adapter_names[i] for i in window.adapters.tolist()),
-        window.prompt_tokens.tolist(),
-        window.response_tokens.tolist(),
-        window.arrivals_s.tolist(),
-    )
-    arrivals = [
-        (_request(i, name, ranks[name], prompt, mean_response), response, at * 1e3)
-        for i, (name, prompt, response, at) in enumerate(rows)
-    ]
-    return Load(arrivals, ranks, mean_response)
+    return Load(scaled.between(seed * duration_s, stop_s), float(trace.response_tokens.mean()))
 
 
 def adapter_bytes(rank: int) -> int:
     return round(rank * BYTES_PER_RANK)
-
-
-def _request(number: int, name: str, rank: int, prompt_tokens: int, mean_response: float) -> RequestSnapshot:
-    return RequestSnapshot(
-        request_id=str(number),
-        adapter=name,
-        rank=rank,
-        prompt_tokens=prompt_tokens,
-        response_tokens=float(mean_response),
-        adapter_bytes=adapter_bytes(rank),
-    )
 
 
 def _draw_length(generator: random.Random, mean_tokens: int, max_tokens: int) -> int:

@@ -5,13 +5,10 @@ what is observed is divided by it again.
 """
 
 import asyncio
-import multiprocessing
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from statistics import fmean, quantiles
 from typing import Any
 
 from aiohttp import web
@@ -20,19 +17,18 @@ from stand_in.app import HttpServer
 from stand_in.load import Load
 from stand_in.results import Observed
 from stand_in.server import Server
-from toppings.bench.apis import CompletionsApi
-from toppings.bench.client import LoadClient
-from toppings.bench.load import run_load
-from toppings.bench.outcome import Call, Outcome
 from toppings.cluster.perf_model import LinearModel, PerfModel
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.lab.child import child
+from toppings.lab.http.apis import CompletionsApi
+from toppings.lab.http.client import LoadClient
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.http import HttpPlayer
+from toppings.lab.summary import Stats
 
-PROMPT_ID = 7
 TIMEOUT_S = 600.0
 ENDS = ("answered", "refused", "cut", "client_gone")
-
-Serve = Callable[..., Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,9 @@ def observe(
     load: Load, policy: str, time: Stretched, *, num_servers: int, device_adapters: int, seed: int
 ) -> Observed:
     """Raises RuntimeError where a process ends early; AssertionError where requests do not add up."""
-    with _running(_serve_stand_ins, time.model, load.ranks, num_servers, device_adapters) as (servers, urls):
+    with child(_serve_stand_ins, time.model, load.ranks, num_servers, device_adapters) as servers:
         config = RouterConfig(
-            instances=tuple(InstanceConfig(url=url) for url in urls),
+            instances=tuple(InstanceConfig(url=url) for url in servers.told),
             port=0,
             policy=policy,
             slo_tpt_ms=time.slo_ms,
@@ -79,24 +75,25 @@ def observe(
             first_token_timeout_s=TIMEOUT_S,
             log_level="warning",
         )
-        with _running(_serve_router, config) as (router, url):
-            outcomes = asyncio.run(_send(load, url, time.slowdown))
-            ends = _ask(router)
-        told = _ask(servers)
+        with child(_serve_router, config) as router:
+            client = LoadClient(router.told, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S)
+            outcomes = HttpPlayer(client).play(load.trace.scaled_to(load.trace.rate / time.slowdown))
+            ends = router.ask("counts")
+        told = servers.ask("counts")
     answered = [outcome for outcome in outcomes if outcome.error is None]
-    counts = {"sent": len(load.arrivals), "answered": len(answered), "refused": ends["refused"]}
+    counts = {"sent": len(load.trace), "answered": len(answered), "refused": ends["refused"]}
     _check(load, outcomes, counts, ends, told)
-    return Observed(
-        arrived_at=[at for _, _, at in load.arrivals],
-        tpt_ms=[_real(outcome.tpt_ms, outcome, time) for outcome in outcomes],
-        ttft_ms=[_real(outcome.ttft_ms, outcome, time) for outcome in outcomes],
-        rank_counts=told["rank_counts"],
-        details={"requests": counts, "moved": ends["moved"], "late": told["late"]},
-    )
-
-
-def _real(ms: float | None, outcome: Outcome, time: Stretched) -> float | None:
-    return None if ms is None or outcome.error is not None else ms / time.slowdown
+    real = [
+        replace(
+            outcome,
+            sent_at=at,
+            e2e_ms=outcome.e2e_ms / time.slowdown,
+            ttft_ms=outcome.ttft_ms and outcome.ttft_ms / time.slowdown,
+        )
+        for outcome, at in zip(outcomes, load.trace.arrivals_s.tolist())
+    ]
+    details = {"requests": counts, "moved": ends["moved"], "late": told["late"]}
+    return Observed(real, told["rank_counts"], details)
 
 
 def _check(
@@ -107,17 +104,8 @@ def _check(
     assert counts["sent"] == counts["answered"] + counts["refused"], f"{counts} {ends} {errors[:3]}"
     assert ends["received"] == counts["sent"], f"the router received {ends['received']} of {counts['sent']}"
     assert ends["answered"] == counts["answered"] == told["num_answered"], f"{counts} {ends} {told}"
-    for (_, num_tokens, _), outcome in zip(load.arrivals, outcomes):
+    for num_tokens, outcome in zip(load.trace.response_tokens.tolist(), outcomes):
         assert outcome.error is not None or outcome.num_tokens == num_tokens, outcome
-
-
-async def _send(load: Load, url: str, slowdown: float) -> list[Outcome]:
-    calls = [
-        Call(str(request.adapter), [PROMPT_ID] * request.prompt_tokens, num_tokens, at * slowdown / 1e3)
-        for request, num_tokens, at in load.arrivals
-    ]
-    async with LoadClient(url, CompletionsApi(ignores_eos=True), timeout_s=TIMEOUT_S) as client:
-        return await run_load(client, calls, is_sequential=False)
 
 
 # --- processes; each tells where it serves, and when asked, what it counted, and ends ---
@@ -144,11 +132,12 @@ async def _serve_stand_ins(
                 step.result()  # a fault of ours: it is raised here
             step.cancel()
         late = [ms for server in servers for ms in server.lateness_ms]
+        stats = Stats.of(late)
         pipe.send(
             {
                 "rank_counts": [server.server.rank_counts for server in servers],
                 "num_answered": sum(server.num_answered for server in servers),
-                "late": {"mean_ms": fmean(late), "p99_ms": quantiles(late, n=100)[98], "steps": len(late)},
+                "late": {"mean_ms": stats.mean, "p99_ms": stats.p99, "steps": len(late)},
             }
         )
 
@@ -163,35 +152,3 @@ async def _serve_router(pipe: Connection, config: RouterConfig) -> None:
         counts["received"] = int(registry.get_sample_value(f"{name}received_total") or 0)
         counts["moved"] = int(registry.get_sample_value(f"{name}moves_total") or 0)
         pipe.send(counts)
-
-
-@contextmanager
-def _running(serve: Serve, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
-    """A process that serves, its pipe, and the first that it said."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_run, args=(serve, theirs, *arguments), daemon=True
-    )
-    process.start()
-    theirs.close()
-    try:
-        yield ours, _receive(ours)
-    finally:
-        process.join(timeout=10)
-        process.kill()
-
-
-def _run(serve: Callable[..., Any], *arguments: Any) -> None:
-    asyncio.run(serve(*arguments))
-
-
-def _ask(pipe: Connection) -> Any:
-    pipe.send("counts")
-    return _receive(pipe)
-
-
-def _receive(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise RuntimeError("a process of the benchmark ended early; its error stands above") from None

@@ -4,11 +4,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, pstdev, quantiles, stdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from toppings.lab.figures import draw_groups, new_figure, save
+from toppings.lab.outcome import Outcome
+from toppings.lab.summary import Latencies
 
 WARM_UP_SHARE = 0.15
 REFERENCE = "rank_aware"
@@ -18,11 +22,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Observed:
-    """Of the requests in order of arrival, ms; a refused one has no times. `rank_counts` are per server."""
+    """The requests in order of arrival, on the servers' clock. `rank_counts` are per server."""
 
-    arrived_at: Sequence[float]
-    tpt_ms: Sequence[float | None]
-    ttft_ms: Sequence[float | None]
+    outcomes: Sequence[Outcome]
     rank_counts: Sequence[Counter[int]]
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -30,20 +32,19 @@ class Observed:
         """Of the requests after the warm-up; a refused one does not attain the SLO. Raises ValueError where
         none was answered.
         """
-        warm_ms = WARM_UP_SHARE * duration_s * 1e3
-        counted = [i for i, at in enumerate(self.arrived_at) if at >= warm_ms]
-        tpt = [value for i in counted if (value := self.tpt_ms[i]) is not None]
-        ttft = [value for i in counted if (value := self.ttft_ms[i]) is not None]
-        if not tpt:
+        counted = [outcome for outcome in self.outcomes if outcome.sent_at >= WARM_UP_SHARE * duration_s]
+        latencies = Latencies.of(counted)
+        stats = latencies.stats()
+        if not latencies.tpt.size:
             raise ValueError(
                 f"none of {len(counted)} requests was answered; take a higher rate or a longer time"
             )
         mean_ranks = [mean_rank(counts) for counts in self.rank_counts if counts]
         return {
-            "attainment": sum(value <= slo_ms for value in tpt) / len(counted),
-            "tpt_ms": fmean(tpt),
-            "tpt_p99_ms": quantiles(tpt, n=100)[98] if len(tpt) > 1 else tpt[0],
-            "ttft_ms": fmean(ttft),
+            "attainment": int((latencies.tpt <= slo_ms).sum()) / len(counted),
+            "tpt_ms": stats["tpt"].mean,
+            "tpt_p99_ms": stats["tpt"].p99,
+            "ttft_ms": stats["ttft"].mean,
             "mean_rank_stdev": pstdev(mean_ranks),
         }
 
@@ -132,17 +133,9 @@ def _cells(row: Row) -> list[str]:
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Per clock, arrivals, kernel and pool a line of panels: attainment and TPT, a group of bars per rate.
-    Raises ValueError without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'toppings[figures]'") from error
+    """Per clock, arrivals, kernel and pool a line of panels: attainment and TPT, a group of bars per rate."""
     lines = list(dict.fromkeys(_setting(row)[:-1] for row in rows))
-    colors = {policy: f"C{i}" for i, policy in enumerate(dict.fromkeys(row["policy"] for row in rows))}
-    figure = Figure(figsize=(12, 3.2 * len(lines) + 0.8), layout="constrained")
-    panels = figure.subplots(len(lines), 2, squeeze=False)
+    figure, panels = new_figure(2, len(lines), width=6.0, height=3.4)
     for line, (attainment, tpt) in zip(lines, panels):
         shown = [row for row in rows if _setting(row)[:-1] == line]
         clock, arrivals, kernel, pool = line
@@ -150,27 +143,23 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         where = f"{kernel} form, {arrivals}, pool of {adapters} at {gbps} GB/s"
         where += ", over HTTP" if clock == "http" else ""
         slo_ms = shown[0]["slo_ms"]
-        _draw_bars(attainment, shown, "attainment", 100.0, colors)
+        _draw_bars(attainment, shown, "attainment", 100.0)
         attainment.set(ylabel="requests within the SLO, %", title=where, ylim=(0, 105))
-        _draw_bars(tpt, shown, "tpt_ms", 1.0, colors)
+        _draw_bars(tpt, shown, "tpt_ms", 1.0)
         tpt.axhline(slo_ms, color="black", lw=0.8, ls=":")
         tpt.set(ylabel="mean time per token, ms", title=f"{where} (dotted: SLO {slo_ms:.1f} ms)")
     figure.suptitle(title)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=64)
+    save(figure, path, dpi=64)
 
 
-def _draw_bars(panel: Any, rows: Sequence[Row], key: str, scale: float, colors: dict[str, str]) -> None:
+def _draw_bars(panel: Any, rows: Sequence[Row], key: str, scale: float) -> None:
     rates = list(dict.fromkeys(row["rate"] for row in rows))
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    width = 0.8 / len(policies)
-    for number, policy in enumerate(policies):
-        shown = [row for row in rows if row["policy"] == policy]
-        places = [rates.index(row["rate"]) + (number - (len(policies) - 1) / 2) * width for row in shown]
-        heights = [scale * row[key] for row in shown]
-        spreads = [scale * row[f"{key}_stdev"] for row in shown]
-        errors = {"lw": 0.8, "capsize": 1.5}
-        panel.bar(places, heights, width, yerr=spreads, label=policy, color=colors[policy], error_kw=errors)
-    panel.set_xticks(range(len(rates)), [f"{rate:g} requests/s" for rate in rates])
+    by_rate = {(row["policy"], row["rate"]): row for row in rows}
+    policies = dict.fromkeys(row["policy"] for row in rows)
+    values, spreads = (
+        {policy: [scale * by_rate[policy, rate][name] for rate in rates] for policy in policies}
+        for name in (key, f"{key}_stdev")
+    )
+    draw_groups(panel, values, [f"{rate:g} requests/s" for rate in rates], spreads=spreads)

@@ -14,6 +14,7 @@ from toppings.cluster.fleet import Fleet
 from toppings.cluster.perf_model import CONTEXT_TOKENS
 from toppings.cluster.policies import Policy
 from toppings.cluster.snapshot import InstanceSnapshot
+from toppings.lab.outcome import Outcome
 
 MIGRATION_INTERVAL_MS = 100.0
 
@@ -23,12 +24,17 @@ def observe(load: Load, policy: Policy, servers: Sequence[Server]) -> Observed:
     jobs = load.jobs()
     trial = Trial(jobs, set(load.ranks), policy, servers)
     trial.run()
-    return Observed(
-        arrived_at=[job.arrived_at for job in jobs],
-        tpt_ms=[(job.ended_at - job.arrived_at) / job.num_tokens for job in jobs],
-        ttft_ms=[job.first_token_at - job.arrived_at for job in jobs],
-        rank_counts=[server.rank_counts for server in trial.servers.values()],
-    )
+    outcomes = [
+        Outcome(
+            str(job.snapshot.adapter),
+            job.arrived_at / 1e3,
+            job.ended_at - job.arrived_at,
+            job.first_token_at - job.arrived_at,
+            job.num_tokens,
+        )
+        for job in jobs
+    ]
+    return Observed(outcomes, [server.rank_counts for server in trial.servers.values()])
 
 
 class Trial:

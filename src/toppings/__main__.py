@@ -1,3 +1,3 @@
-from toppings.cli import main
+from toppings.command import main
 
 main()

@@ -1,4 +1,4 @@
-"""The command `toppings`: a few lines per verb; what needs torch is imported where it is used."""
+"""The verbs that serve and administer: a few lines each; what needs torch is imported where it is used."""
 
 import os
 from collections.abc import Iterator
@@ -14,36 +14,34 @@ from rich.table import Table
 
 from toppings import __version__
 from toppings.access import read_api_key
-from toppings.bench.cli import bench_app, profile_batches, report
 from toppings.cluster.ray_serve.network import bind_ray, listeners
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.cluster.router.settings import RouterConfig
+from toppings.command import lazy_group
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
 from toppings.options import with_settings
 from toppings.remote import RemoteServer
-from toppings.reproduce.cli import reproduce_app
-from toppings.sim.cli import simulate, trace_app
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
 if TYPE_CHECKING:
     from toppings.adapters.registry import AdapterRegistry
 
-USER_ERROR = 2
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="""
-Toppings: serve many LoRA adapters of one base model.""")  # fmt: skip
+BATCHES = {
+    "batches": (
+        "toppings.lab.batches.cli",
+        "Time steps of many batches and fit what they cost; a server with the same settings tells routers.",
+    )
+}
+app = typer.Typer(no_args_is_help=True)
 adapters_app = typer.Typer(no_args_is_help=True, help="The adapters of a model, or of a running server.")
 synth_app = typer.Typer(no_args_is_help=True, help="Random-weight checkpoints, for benchmarks.")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(synth_app, name="synth")
-profile_app = typer.Typer(no_args_is_help=True, help="Measure what decisions rest on.")
+profile_app = typer.Typer(
+    cls=lazy_group(BATCHES), no_args_is_help=True, help="Measure what decisions rest on."
+)
 app.add_typer(profile_app, name="profile")
-app.add_typer(bench_app, name="bench")
-app.command("report")(report)
-app.add_typer(trace_app, name="trace")
-app.command("simulate")(simulate)
-app.add_typer(reproduce_app, name="reproduce")
 
 Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: the model's below ~/.cache)")]
@@ -51,15 +49,6 @@ Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the 
 Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
 ApiKey = Annotated[str, typer.Option(help="the server's key (better: api-key-file, or TOPPINGS_API_KEY)")]
 ApiKeyFile = Annotated[str, typer.Option(help="file that holds the server's key")]
-
-
-def main() -> None:
-    """What a user did wrong is told in one line, with exit code 2."""
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(USER_ERROR) from None
 
 
 @app.command()
@@ -147,9 +136,6 @@ def profile_cold_start(
     resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
     profile, path = measure_profile(resolved.engine)
     typer.echo(f"{profile.to_json()}\nwrote {path}")
-
-
-profile_app.command("batches")(with_settings(profile_batches))
 
 
 @app.command(name="plan")

@@ -6,7 +6,7 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from tests.bench.fake_server import Script, serving
-from toppings.bench.cli import bench_app, report
+from toppings.lab.cli import bench_app, report
 
 app = Typer(pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")

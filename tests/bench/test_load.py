@@ -1,17 +1,19 @@
 import asyncio
-import random
 import time
 from collections import Counter
 from dataclasses import replace
 from statistics import mean
 
+import numpy as np
 import pytest
 
 from tests.bench.fake_server import Script, serving
-from toppings.bench.apis import CompletionsApi
-from toppings.bench.client import LoadClient
-from toppings.bench.load import LoadShape, make_calls, poisson_arrivals, published_weights, run_load
-from toppings.bench.outcome import Outcome
+from toppings.lab.http.apis import CompletionsApi
+from toppings.lab.http.client import LoadClient
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.http import run_load
+from toppings.lab.workload import LoadShape, make_calls, poisson_arrivals
+from toppings.sim.synth.popularity import published
 
 NAMES = [f"adapter-{i}" for i in range(10)]
 
@@ -53,23 +55,20 @@ def test_prompts_have_the_length_that_was_asked_for() -> None:
 
 def test_poisson_gaps_have_mean_and_deviation_of_one_over_the_rate() -> None:
     """With a fixed seed; another one would fail with probability below 1e-4 (5 % is 5 standard errors)."""
-    arrivals = poisson_arrivals(10_000, 4.0, random.Random(0))
+    arrivals = poisson_arrivals(10_000, 4.0, np.random.default_rng(0)).tolist()
     gaps = [b - a for a, b in zip([0.0, *arrivals], arrivals)]
     assert mean(gaps) == pytest.approx(0.25, rel=0.05)
     assert mean((gap - 0.25) ** 2 for gap in gaps) ** 0.5 == pytest.approx(0.25, rel=0.05)
 
 
 def test_published_popularity_gives_a_tenth_of_the_adapters_about_70_percent() -> None:
-    weights = published_weights(512)
-    assert 0.69 <= sum(weights[:51]) / sum(weights) <= 0.74
+    assert 0.69 <= published(512)[:51].sum() <= 0.74
 
 
 def test_published_popularity_is_drawn() -> None:
     calls = make_calls(LoadShape(num_requests=2000, popularity="published"), NAMES)
     counts = Counter(call.adapter for call in calls)
-    assert counts[NAMES[0]] / 2000 == pytest.approx(
-        published_weights(10)[0] / sum(published_weights(10)), abs=0.05
-    )
+    assert counts[NAMES[0]] / 2000 == pytest.approx(published(10)[0], abs=0.05)
 
 
 def test_one_after_another_never_has_two_requests_open() -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from tests.bench import fake_server
-from toppings.bench import modes
-from toppings.bench.comparison import Comparison, ModeResult, ModesSpec, Survey
-from toppings.bench.load import LoadShape
-from toppings.bench.modes import compare_modes
-from toppings.bench.outcome import Outcome
-from toppings.bench.report import read_report
-from toppings.bench.server import ServerStartError, free_port, running_server
-from toppings.bench.summary import summarize
 from toppings.config import Config
+from toppings.lab.http.server import ServerStartError, free_port, running_server
+from toppings.lab.modes import compare as modes
+from toppings.lab.modes.compare import compare_modes
+from toppings.lab.modes.comparison import ModeResult, ModesComparison, ModesSpec, Survey
+from toppings.lab.modes.report import read_report
+from toppings.lab.outcome import Outcome
+from toppings.lab.summary import summarize
+from toppings.lab.workload import LoadShape
 
 NUM_ADAPTERS = 8
 MODES = ("cached", "on_demand", "pipelined")
@@ -40,7 +40,7 @@ def _spec(directory: Path, **more: Any) -> ModesSpec:
     return ModesSpec(base=Config.from_settings(settings), **given)
 
 
-def _compare(directory: Path, spec: ModesSpec, calls: list[tuple[str, int]] | None = None) -> Comparison:
+def _compare(directory: Path, spec: ModesSpec, calls: list[tuple[str, int]] | None = None) -> ModesComparison:
     progress = [] if calls is None else calls
     (directory / "work").mkdir()
     work = compare_modes(spec, directory / "work", lambda what, n: progress.append((what, n)), _command)
@@ -48,7 +48,7 @@ def _compare(directory: Path, spec: ModesSpec, calls: list[tuple[str, int]] | No
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, list[tuple[str, int]]]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModesComparison, Path, list[tuple[str, int]]]:
     directory = tmp_path_factory.mktemp("modes")
     calls: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, lis
         return _compare(directory, _spec(directory), calls), directory, calls
 
 
-Ran = tuple[Comparison, Path, list[tuple[str, int]]]
+Ran = tuple[ModesComparison, Path, list[tuple[str, int]]]
 
 
 def test_every_mode_gets_both_loads_without_errors(ran: Ran) -> None:
@@ -149,7 +149,7 @@ def test_paired_ratios_are_medians_over_the_requests() -> None:
         _result("auto", [11.0, 30.0, 48.0]),
     ]
     spec = ModesSpec(base=Config(), modes=("cached",), load=LoadShape())
-    comparison = Comparison(spec, Survey({}, 0, 1.0, 1.0), 0.0, 1.0, results)
+    comparison = ModesComparison(spec, Survey({}, 0, 1.0, 1.0), 0.0, 1.0, results)
     best = comparison.best_fixed("sequential", "ttft")
     assert best is not None
     assert best.mode == "pipelined"
@@ -162,7 +162,7 @@ def test_requests_that_fail_in_one_mode_are_in_no_pair() -> None:
     cached, pipelined = _result("cached", [10.0, 10.0]), _result("pipelined", [20.0, 50.0])
     pipelined.outcomes["sequential"][1] = Outcome("a", 0.0, 50.0, 50.0, error="gone")
     spec = ModesSpec(base=Config(), modes=("cached",), load=LoadShape())
-    comparison = Comparison(spec, Survey({}, 0, 1.0, 1.0), 0.0, 1.0, [cached, pipelined])
+    comparison = ModesComparison(spec, Survey({}, 0, 1.0, 1.0), 0.0, 1.0, [cached, pipelined])
     assert comparison.paired_ratios(pipelined, "sequential")["ttft"]["cached"] == 2.0
 
 
@@ -181,7 +181,7 @@ def test_ratios_are_over_cached(ran: Ran) -> None:
     mine, reference = on_demand.loads["poisson"].ttft, cached.loads["poisson"].ttft
     assert mine is not None
     assert reference is not None
-    assert comparison.ratios(on_demand, "poisson")["ttft"]["p50"] == mine.p50_ms / reference.p50_ms
+    assert comparison.ratios(on_demand, "poisson")["ttft"]["p50"] == mine.p50 / reference.p50
 
 
 def test_cold_requests_are_counted_by_the_server(ran: Ran) -> None:

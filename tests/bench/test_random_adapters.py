@@ -8,7 +8,7 @@ from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import check_packed
 from toppings.adapters.registry import AdapterExists, AdapterRegistry
-from toppings.bench.random_adapters import register_random
+from toppings.lab.random_adapters import register_random
 from toppings.synth import AdapterShape
 
 SHAPES = BaseShapes(3, ((64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from toppings.bench.report import Step, read_report, summarize_steps
+from toppings.lab.modes.report import LoggedStep, read_report, summarize_steps
 
 
 def _write(logs: Path, mode: str, records: list[dict[str, Any]], link_gbps: float | None = None) -> Path:
@@ -22,8 +22,8 @@ def _record(kind: str, ms: float, load_ms: float = 0.0, **more: float) -> dict[s
     return {"kind": kind, **shape, "ms": ms, "load_ms": load_ms, **more}
 
 
-def _step(kind: str = "prefill", overlap: float | None = None, cpu: float | None = None) -> Step:
-    return Step(kind, 1.0, 0.0, overlap, cpu, None if cpu is None else 16.0)
+def _step(kind: str = "prefill", overlap: float | None = None, cpu: float | None = None) -> LoggedStep:
+    return LoggedStep(kind, 1.0, 0.0, overlap, cpu, None if cpu is None else 16.0)
 
 
 def test_means_are_taken_over_steps_of_their_kind(tmp_path: Path) -> None:

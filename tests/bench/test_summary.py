@@ -1,16 +1,16 @@
 import pytest
 
-from toppings.bench.outcome import Outcome
-from toppings.bench.summary import percentile, summarize
+from toppings.lab.outcome import Outcome
+from toppings.lab.summary import Stats, summarize
 
 GOOD = [Outcome("a", float(i), 100.0 * (i + 1), 10.0 * (i + 1), 10, 64) for i in range(4)]
 BAD = Outcome("b", 10.0, 500.0, error="broken")
 
 
 def test_percentiles_are_interpolated_between_neighbours() -> None:
-    assert percentile([0.0, 10.0, 20.0], 50) == 10.0
-    assert percentile([0.0, 10.0], 99) == pytest.approx(9.9)
-    assert percentile([7.0], 99) == 7.0
+    assert Stats.of([0.0, 20.0, 10.0]).p50 == 10.0
+    assert Stats.of([0.0, 10.0]).p99 == pytest.approx(9.9)
+    assert Stats.of([7.0]).p99 == 7.0
 
 
 def test_latencies_are_of_requests_that_succeeded() -> None:
@@ -49,3 +49,9 @@ def test_ratios_are_taken_latency_by_latency() -> None:
 def test_nothing_to_summarize_is_an_error() -> None:
     with pytest.raises(ValueError, match="no outcomes"):
         summarize([])
+
+
+def test_the_json_names_the_unit_of_latencies() -> None:
+    content = summarize(GOOD).to_json()
+    assert content["ttft"] == pytest.approx({"mean_ms": 25.0, "p50_ms": 25.0, "p99_ms": 39.7})
+    assert summarize([BAD]).to_json()["ttft"] is None

@@ -12,17 +12,18 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.sim.builders import EXTENDED, make_config
-from toppings.bench.batch_plan import Rows
-from toppings.bench.validation import calibration
-from toppings.bench.validation.calibration import Batches, StepBench, Timed, drift, fit, simulated_batches
-from toppings.bench.validation.command import run_validation
-from toppings.bench.validation.comparison import AIMS, LoadResult, Replay, measures, misses
-from toppings.bench.validation.loads import LOADS
-from toppings.bench.validation.play import Step, Timings, WallClock
-from toppings.bench.validation.report import verdict
-from toppings.bench.validation.validate import ValidationSpec
 from toppings.cluster.batch_row import BatchRow
-from toppings.sim.cli import app
+from toppings.lab.batches.plan import Rows
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.engine import PlayedStep, WallClock
+from toppings.lab.simulation.cli import app
+from toppings.lab.validation import calibration
+from toppings.lab.validation.calibration import Batches, StepBench, Timed, drift, fit, simulated_batches
+from toppings.lab.validation.command import run_validation
+from toppings.lab.validation.comparison import AIMS, LoadResult, Replay, measures, misses
+from toppings.lab.validation.loads import LOADS
+from toppings.lab.validation.report import verdict
+from toppings.lab.validation.validate import ValidationSpec
 from toppings.sim.trace import Trace
 
 RANKS = np.array([8, 16, 32, 64], dtype=np.int32)
@@ -145,22 +146,19 @@ def test_a_links_speed_and_latency_are_found(
 # --- comparison ---
 
 
-def make_timings(slowness: float = 1.0, num: int = 10) -> Timings:
-    arrived_at = np.arange(num, dtype=np.float64)
-    return Timings(
-        arrived_at, arrived_at + 0.1 * slowness, arrived_at + 0.5 * slowness, np.full(num, 5, np.int32)
-    )
+def make_outcomes(slowness: float = 1.0, num: int = 10) -> list[Outcome]:
+    return [Outcome("a", float(i), 500.0 * slowness, 100.0 * slowness, 5) for i in range(num)]
 
 
 def make_result(*pairs: tuple[float, float]) -> LoadResult:
     """A replay for each (slowness of the engine, slowness of the simulator)."""
-    step = Step((BatchRow(8, "a", 1, 10),), (), ms=10.0, is_cold=False)
-    replays = [Replay(make_timings(e), make_timings(s), [step], EXTENDED, 0.0) for e, s in pairs]
+    step = PlayedStep((BatchRow(8, "a", 1, 10),), (), ms=10.0, is_cold=False)
+    replays = [Replay(make_outcomes(e), make_outcomes(s), [step], EXTENDED, 0.0) for e, s in pairs]
     return LoadResult(LOADS[0], 5.0, 0.0, make_config(EXTENDED), make_load_trace(), replays)
 
 
 def test_measures_are_the_latencies_and_the_throughput() -> None:
-    measured = measures(make_timings())
+    measured = measures(make_outcomes())
     assert measured["tokens/s"] == pytest.approx(50 / 9.5)
     assert [measured[f"{name} mean"] for name in ("TTFT", "TPT", "E2E")] == pytest.approx([100, 100, 500])
     assert measured["TTFT p99"] == pytest.approx(100)
@@ -193,7 +191,7 @@ def test_the_models_error_is_of_the_steps_that_were_run() -> None:
 
 def test_a_stopped_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 5.0
-    monkeypatch.setattr("toppings.bench.validation.play.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("toppings.lab.players.engine.time", SimpleNamespace(perf_counter=lambda: now))
     clock = WallClock()
     assert clock.now() == 5.0
     with clock.stopped():

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toppings.bench.batch_plan import Rows, StepLimits, decode_batches, prefill_batches
-from toppings.bench.batch_steps import (
+from toppings.cluster.fitting import MIN_OBSERVATIONS, fit_perf_model
+from toppings.cluster.perf_model import DECODE_FORMS, FEATURES, LinearModel, PerfModel, batch_features
+from toppings.config import ConfigError
+from toppings.lab.batches.plan import Rows, StepLimits, decode_batches, prefill_batches
+from toppings.lab.batches.steps import (
     MAX_ROUNDS,
     MAX_SECONDS,
     BatchProfile,
@@ -17,9 +20,6 @@ from toppings.bench.batch_steps import (
     StepTimes,
     take_rounds,
 )
-from toppings.cluster.fitting import MIN_OBSERVATIONS, fit_perf_model
-from toppings.cluster.perf_model import DECODE_FORMS, FEATURES, LinearModel, PerfModel, batch_features
-from toppings.config import ConfigError
 
 ADAPTERS = {f"a{i}": (8, 16, 32, 64)[i % 4] for i in range(32)}
 LIMITS = StepLimits(64, 2048, 4096, 20_000)

@@ -8,11 +8,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from toppings.bench.batch_driver import NUM_DECODE_STEPS, BatchDriver
-from toppings.bench.batch_engine import AdapterEngine, engine_with_adapters
-from toppings.bench.batch_plan import Rows, decode_batches, prefill_batches
-from toppings.bench.batch_steps import StepTimes
-from toppings.cli import app
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_linear
 from toppings.cluster.measured import is_of_base, perf_model_path
@@ -23,10 +18,15 @@ from toppings.cluster.perf_model import (
     batch_features,
     load_perf_model,
 )
+from toppings.command import app
 from toppings.config import EngineConfig
 from toppings.core import Batch
 from toppings.engine.build import open_registry
 from toppings.engine.model_runner import ModelRunner, StepInFlight
+from toppings.lab.batches.driver import NUM_DECODE_STEPS, BatchDriver
+from toppings.lab.batches.engine import AdapterEngine, engine_with_adapters
+from toppings.lab.batches.plan import Rows, decode_batches, prefill_batches
+from toppings.lab.batches.steps import StepTimes
 from toppings.synth import PRESETS, AdapterShape, write_model
 
 SETTINGS = {"num_threads": 1, "kv_cache_bytes": 8 * 2**20, "max_num_seqs": 8, "max_num_batched_tokens": 64}

@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tests.bench import fake_server
-from toppings.bench import modes as bench_modes
-from toppings.reproduce.cli import VERBS, reproduce_app
+from toppings.lab.modes import compare as bench_modes
+from toppings.lab.reproduce.cli import VERBS, reproduce_app
 from toppings.synth import PRESETS, write_model
 
 NUM_ADAPTERS = 4

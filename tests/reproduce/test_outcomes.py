@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toppings.bench.batch_steps import BatchProfile
-from toppings.bench.comparison import Comparison, ModeResult, ModesSpec, Survey
-from toppings.bench.load import LoadShape
-from toppings.bench.outcome import Outcome as Answer
-from toppings.bench.report import Report, Step, summarize_steps
-from toppings.bench.summary import summarize
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import Observation, fit_perf_model
 from toppings.cluster.perf_model import load_perf_model
 from toppings.config import Config
-from toppings.reproduce import fleet_runs
-from toppings.reproduce.cpu import write_cpu, write_ipc
-from toppings.reproduce.fleet_runs import FleetSpec, RunRecord, load_that_breaks, run_fleet
-from toppings.reproduce.models import write_models
-from toppings.reproduce.modes import write_modes, write_steps
-from toppings.reproduce.popularity import top_tenth, write_popularity
+from toppings.lab.batches.steps import BatchProfile
+from toppings.lab.modes.comparison import ModeResult, ModesComparison, ModesSpec, Survey
+from toppings.lab.modes.report import LoggedStep, StepReport, summarize_steps
+from toppings.lab.outcome import Outcome as Answer
+from toppings.lab.reproduce import fleet_runs
+from toppings.lab.reproduce.cpu import write_cpu, write_ipc
+from toppings.lab.reproduce.fleet_runs import FleetSpec, RunRecord, load_that_breaks, run_fleet
+from toppings.lab.reproduce.models import write_models
+from toppings.lab.reproduce.modes import write_modes, write_steps
+from toppings.lab.reproduce.popularity import top_tenth, write_popularity
+from toppings.lab.summary import summarize
+from toppings.lab.workload import LoadShape
 from toppings.sim.runs import run_jobs
 
 TINY = FleetSpec(num_instances=2, rates=(8.0,), policies=("random",), duration_s=2.0, seeds=1, num_adapters=9)
@@ -126,7 +126,7 @@ def answers(ttft_ms: float, tpt_ms: float) -> list[Answer]:
     return [Answer("a", 0.1 * i, 4 * tpt_ms, ttft_ms, num_tokens=4) for i in range(3)]
 
 
-def make_comparison() -> Comparison:
+def make_comparison() -> ModesComparison:
     latencies = {"cached": (10.0, 5.0), "on_demand": (20.0, 8.0), "cpu_assisted": (11.0, 5.5)}
     results = []
     for mode, (ttft_ms, tpt_ms) in latencies.items():
@@ -134,7 +134,7 @@ def make_comparison() -> Comparison:
         loads = {kind: summarize(each) for kind, each in outcomes.items()}
         results.append(ModeResult(mode, {"mode": mode}, loads, outcomes))
     spec = ModesSpec(base=Config(), modes=tuple(latencies), load=LoadShape(num_requests=3), load_ratio=1.5)
-    return Comparison(spec, Survey({"a": 100}, 100, 10.0, 20.0), 0.5, 3.0, results)
+    return ModesComparison(spec, Survey({"a": 100}, 100, 10.0, 20.0), 0.5, 3.0, results)
 
 
 def test_modes_stand_beside_the_published_ratios_and_say_that_the_link_is_emulated(tmp_path: Path) -> None:
@@ -156,11 +156,12 @@ def test_steps_say_whether_the_published_order_holds(tmp_path: Path, cpu_ms: flo
     prefill_ms = {"cached": 10.0, "on_demand": 20.0, "cpu_assisted": cpu_ms}
     modes = [
         summarize_steps(
-            mode, [Step("prefill", ms, 0.0, 0.0, 0.0, 4.0), Step("decode", 2.0, 0.0, 0.0, 0.0, 4.0)]
+            mode,
+            [LoggedStep("prefill", ms, 0.0, 0.0, 0.0, 4.0), LoggedStep("decode", 2.0, 0.0, 0.0, 0.0, 4.0)],
         )
         for mode, ms in prefill_ms.items()
     ]
-    write_steps(Report(modes, [1.5]), tmp_path)
+    write_steps(StepReport(modes, [1.5]), tmp_path)
     _, claims = read(tmp_path, "steps")
     assert claims["mean prefill, ms"] == (
         "cached < cpu_assisted < on_demand",

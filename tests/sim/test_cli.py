@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.sim.builders import make_config
-from toppings.sim.cli import app
-from toppings.sim.runs import Job, run_jobs
+from toppings.lab.simulation.cli import app
+from toppings.sim.runs import SimJob, run_jobs
 from toppings.sim.synth.workload import Workload
 
 SMALL = ("--synth", "poisson-chat", "--rate", "10", "--duration", "5", "--adapters", "20")
@@ -80,9 +80,9 @@ def test_a_figure_of_a_trace_is_written(tmp_path: Path) -> None:
 # --- processes ---
 
 
-def make_job(policy: str = "random", seed: int = 0) -> Job:
+def make_job(policy: str = "random", seed: int = 0) -> SimJob:
     config = make_config(policy=policy, seed=seed, max_model_len=4200)
-    return Job(config, Workload(rate=5.0, duration_s=4.0))
+    return SimJob(config, Workload(rate=5.0, duration_s=4.0))
 
 
 def test_processes_give_the_results_of_one_process_in_the_jobs_order() -> None:
@@ -95,6 +95,6 @@ def test_processes_give_the_results_of_one_process_in_the_jobs_order() -> None:
 
 
 def test_a_job_that_is_wrong_in_its_process_says_why() -> None:
-    bad = Job(make_config(), Workload(lengths="short"))
+    bad = SimJob(make_config(), Workload(lengths="short"))
     with pytest.raises(ValueError, match="unknown lengths 'short'"):
         run_jobs([bad, bad], num_processes=2)

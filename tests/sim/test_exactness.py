@@ -15,8 +15,8 @@ import pytest
 from tests.sim.builders import EXTENDED, make_config, make_trace, simulate
 from tests.sim.virtual_engine import BYTES_PER_RANK, NUM_LAYERS, make_registry, play_virtually
 from toppings.adapters.registry import AdapterRegistry
-from toppings.bench.validation.play import Step
 from toppings.cluster.perf_model import PerfModel, batch_features
+from toppings.lab.players.engine import PlayedStep
 from toppings.sim.records import InstanceTotals
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.synth.workload import Workload
@@ -61,14 +61,15 @@ def trace_of(seed: int = 0, **workload: Any) -> Trace:
 
 def assert_agree(registry: AdapterRegistry, config: SimConfig, trace: Trace) -> InstanceTotals:
     """The simulator's totals. Time is whole nanoseconds in both; rounding may differ once per load."""
-    timings, steps, counters = play_virtually(registry, config, trace)
+    outcomes, steps, counters = play_virtually(registry, config, trace)
     assert counters["fragmented"] == 0, "the simulator's pool has no fragments: take another case"
     result = simulate(config, trace)
     totals = result.instances[0]
     assert _counts_of(totals) == {name: counters[name] for name in _counts_of(totals)}
-    assert timings.num_tokens.tolist() == result.num_tokens.tolist()
-    for name in ("first_token_at", "ended_at"):
-        engine_ns = np.rint(getattr(timings, name) * NS_PER_S).astype(np.int64)
+    assert [outcome.num_tokens for outcome in outcomes] == result.num_tokens.tolist()
+    for name, after in (("first_token_at", "ttft_ms"), ("ended_at", "e2e_ms")):
+        instants_s = [outcome.sent_at + getattr(outcome, after) / 1e3 for outcome in outcomes]
+        engine_ns = np.rint(np.array(instants_s) * NS_PER_S).astype(np.int64)
         difference = np.abs(engine_ns - getattr(result, name))
         first = int((difference > totals.num_adapter_loads).argmax())
         assert difference[first] <= totals.num_adapter_loads, (
@@ -78,7 +79,7 @@ def assert_agree(registry: AdapterRegistry, config: SimConfig, trace: Trace) -> 
     return totals
 
 
-def assert_steps_are_the_models(steps: list[Step], model: PerfModel) -> None:
+def assert_steps_are_the_models(steps: list[PlayedStep], model: PerfModel) -> None:
     """What a player notes of the engine's steps is what they computed: the model gives the same times."""
     for step in steps:
         features = [batch_features(rows) for rows in (step.decode, step.prefill)]

@@ -4,7 +4,7 @@ import pytest
 
 from tests.sim.builders import EXTENDED, make_config
 from toppings.core import Admission
-from toppings.sim.loading import MODES, ColdStep, Load, auto, cpu_assisted, on_demand, pipelined
+from toppings.sim.loading import MODES, ColdStep, LinkLoad, auto, cpu_assisted, on_demand, pipelined
 from toppings.sim.placement import Pool
 
 LAYERS = 10
@@ -16,8 +16,8 @@ def make_step(
     return ColdStep(at, compute, LAYERS, cpu_gflops, round_trip)
 
 
-def make_load(time: int, *, begin_at: int = 0, num_bytes: int = 1000, num_tokens: int = 10) -> Load:
-    return Load(1, begin_at, begin_at + time, num_bytes, num_tokens)
+def make_load(time: int, *, begin_at: int = 0, num_bytes: int = 1000, num_tokens: int = 10) -> LinkLoad:
+    return LinkLoad(1, begin_at, begin_at + time, num_bytes, num_tokens)
 
 
 def test_on_demand_waits_for_the_whole_adapter() -> None:
@@ -36,7 +36,7 @@ def test_a_pipelined_load_that_is_slower_costs_what_computing_cannot_hide() -> N
     assert pipelined([make_load(3000)], make_step(1000)) == 3000 - (LAYERS - 1) * 100
 
 
-def walk(load: Load, step: ColdStep) -> float:
+def walk(load: LinkLoad, step: ColdStep) -> float:
     """The step's time, layer by layer."""
     now = 0.0
     for layer in range(LAYERS):

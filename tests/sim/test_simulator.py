@@ -19,8 +19,8 @@ from tests.sim.builders import (
 )
 from toppings.cluster.policies import POLICIES
 from toppings.config import ConfigError
+from toppings.lab.simulation.metrics import latencies_of, summarize_run
 from toppings.sim.loading import MODES
-from toppings.sim.metrics import summarize, tpt_ms
 from toppings.sim.records import NEVER, SimResult
 from toppings.sim.settings import NS_PER_MS, SimConfig
 from toppings.sim.simulator import Simulator
@@ -92,7 +92,7 @@ def test_generation_ends_at_the_models_length() -> None:
 def test_a_prompt_that_can_never_fit_is_rejected_and_the_others_are_served() -> None:
     result = simulate(make_config(max_model_len=16), make_trace([0.0, 0.0], prompt=[16, 8]))
     assert result.is_rejected.tolist() == [True, False]
-    assert summarize(result).num_rejected == 1
+    assert summarize_run(result).num_rejected == 1
 
 
 def test_an_adapter_that_no_pool_can_hold_is_rejected() -> None:
@@ -126,8 +126,8 @@ def test_an_adapter_on_disk_is_read_while_its_request_waits() -> None:
 
 def test_tpt_is_end_to_end_latency_over_generated_tokens() -> None:
     result = simulate(make_config(slo_tpt_ms=10.0), make_trace([0.0, 0.001], response=[4, 8]))
-    assert tpt_ms(result).tolist() == [10.0, (9 + 8 * 10) / 8]
-    assert summarize(result).slo_attainment == 0.5
+    assert latencies_of(result).tpt.tolist() == [10.0, (9 + 8 * 10) / 8]
+    assert summarize_run(result).slo_attainment == 0.5
 
 
 # --- the jump ---
@@ -228,7 +228,7 @@ def test_every_policy_and_mode_serves_all_that_arrive(policy: str, mode: str) ->
         PUBLISHED, policy=policy, mode=mode, num_instances=4, slo_tpt_ms=50.0, max_model_len=4200,
         cpu_gflops=1000.0, device_pool_bytes=10**9,
     )  # fmt: skip
-    summary = summarize(simulate(config, trace))
+    summary = summarize_run(simulate(config, trace))
     assert (summary.num_arrived, summary.num_ended) == (len(trace), len(trace))
     assert sum(map(sum, summary.rank_mix)) == len(trace)
 
@@ -280,7 +280,7 @@ def test_time_that_does_not_exist_is_noticed() -> None:
 
 def test_an_empty_trace_gives_an_empty_result() -> None:
     trace = make_trace([0.0]).between(0.5, 1.0)
-    summary = summarize(simulate(make_config(), trace))
+    summary = summarize_run(simulate(make_config(), trace))
     assert (summary.num_arrived, np.isnan(summary.slo_attainment)) == (0, True)
 
 

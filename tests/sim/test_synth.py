@@ -7,7 +7,7 @@ seeds: a right generator would fail with about one seed in 150,000 (were the sta
 import numpy as np
 import pytest
 
-from toppings.sim.describe import describe, dispersion
+from toppings.lab.simulation.describe import describe, dispersion
 from toppings.sim.seeds import generator
 from toppings.sim.synth.arrivals import make_arrivals
 from toppings.sim.synth.lengths import draw_lengths

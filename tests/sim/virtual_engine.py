@@ -17,7 +17,6 @@ from toppings.adapters.loader import LoadHandle, LoadSource
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, make_mode
 from toppings.adapters.registry import AdapterRegistry
-from toppings.bench.validation.play import Step, Timings, play, preload_host
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.config import EngineConfig
@@ -29,6 +28,8 @@ from toppings.engine.model_runner import StepInFlight
 from toppings.engine.pages import PageAllocator
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.step_log import StepLog
+from toppings.lab.outcome import Outcome
+from toppings.lab.players.engine import EnginePlayer, PlayedStep, preload_host
 from toppings.ops.sampling import SampleOutput
 from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
@@ -225,16 +226,16 @@ def virtual_engine(registry: AdapterRegistry, config: SimConfig, clock: VirtualC
 
 def play_virtually(
     registry: AdapterRegistry, config: SimConfig, trace: Trace
-) -> tuple[Timings, list[Step], dict[str, float]]:
+) -> tuple[list[Outcome], list[PlayedStep], dict[str, float]]:
     """What became of the requests, the steps, and by how much the engine's counters grew."""
     clock = VirtualClock()
-    steps: list[Step] = []
+    steps: list[PlayedStep] = []
     with virtual_engine(registry, config, clock) as engine:
         before = engine.stats(0).counters
         adapter_ids = [a + 1 for a in range(len(trace.ranks))]
-        timings = play(engine, trace, adapter_ids, clock, on_step=steps.append)
+        outcomes = EnginePlayer(engine, adapter_ids, clock, on_step=steps.append).play(trace)
         engine.check_integrity()
         grown = {name: value - before[name] for name, value in engine.stats(0).counters.items()}
         pool = engine.adapters.pool
         assert isinstance(pool, CountingPool)
-        return timings, steps, {**grown, "fragmented": pool.num_fragmented}
+        return outcomes, steps, {**grown, "fragmented": pool.num_fragmented}

@@ -2,8 +2,7 @@
 
 trace.py, readers/  requests as arrays, read from the formats of published traces
 synth/              generators: arrivals, popularity, lengths, and workloads made of them
-describe.py         what a trace is like
 simulator.py        the event loop
 instance.py         one server on virtual time; cohort.py: its jump over decode steps
-runs.py, metrics.py many simulations, and what they say
+runs.py             many simulations, each in a process of its own
 """

@@ -8,7 +8,7 @@ from toppings.core import Batch
 from toppings.engine.scheduler import SchedulerLimits
 from toppings.sim.cohort import ClaimedPages, CohortScheduler
 from toppings.sim.costs import DecodeSums, StepCosts, to_ns
-from toppings.sim.loading import MODES, ColdStep, Load
+from toppings.sim.loading import MODES, ColdStep, LinkLoad
 from toppings.sim.placement import make_placement
 from toppings.sim.request import SimRequest
 from toppings.sim.run import Run
@@ -129,7 +129,7 @@ class Instance:
             step_time += self._exposed_time(loads, batch, now, step_time)
         return Run(now, 1, step_time, batch)
 
-    def _exposed_time(self, loads: list[Load], batch: Batch, now: int, compute_time: int) -> int:
+    def _exposed_time(self, loads: list[LinkLoad], batch: Batch, now: int, compute_time: int) -> int:
         nums: dict[int | None, int] = {}
         for item in batch.items:
             adapter_id = item.request.adapter_id

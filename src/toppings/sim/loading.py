@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Load:
+class LinkLoad:
     """A copy to the device. `num_tokens`: what the step prefills with this adapter."""
 
     adapter: int
@@ -31,21 +31,21 @@ class ColdStep:
     round_trip_time: float
 
 
-Exposed = Callable[[Sequence[Load], ColdStep], int]
+Exposed = Callable[[Sequence[LinkLoad], ColdStep], int]
 """How much longer the step takes for its loads."""
 
 
-def cached(loads: Sequence[Load], step: ColdStep) -> int:
+def cached(loads: Sequence[LinkLoad], step: ColdStep) -> int:
     assert not loads
     return 0
 
 
-def on_demand(loads: Sequence[Load], step: ColdStep) -> int:
+def on_demand(loads: Sequence[LinkLoad], step: ColdStep) -> int:
     """The step waits for all of them before it begins."""
     return max(0, max(load.end_at for load in loads) - step.start_at)
 
 
-def pipelined(loads: Sequence[Load], step: ColdStep) -> int:
+def pipelined(loads: Sequence[LinkLoad], step: ColdStep) -> int:
     """Each layer waits for its own weights.
 
     The last one to be computed on time decides: with arrivals linear in the layer that is the first or the
@@ -61,7 +61,7 @@ def pipelined(loads: Sequence[Load], step: ColdStep) -> int:
     return round(late)
 
 
-def cpu_assisted(loads: Sequence[Load], step: ColdStep) -> int:
+def cpu_assisted(loads: Sequence[LinkLoad], step: ColdStep) -> int:
     """A layer that is not there when it is reached is computed on the CPU, which takes its round trip and
     what the device's own work on the layer does not hide.
 
@@ -78,12 +78,12 @@ def cpu_assisted(loads: Sequence[Load], step: ColdStep) -> int:
     return round(elapsed - step.compute_time)
 
 
-def _landed_at(load: Load, layer: int, step: ColdStep) -> float:
+def _landed_at(load: LinkLoad, layer: int, step: ColdStep) -> float:
     layer_load = (load.end_at - load.begin_at) / step.num_layers
     return load.begin_at + (layer + 1) * layer_load - step.start_at
 
 
-def auto(loads: Sequence[Load], step: ColdStep) -> int:
+def auto(loads: Sequence[LinkLoad], step: ColdStep) -> int:
     """Whichever of `pipelined` and `cpu_assisted` is predicted to take less."""
     waiting = pipelined(loads, step)
     return min(waiting, cpu_assisted(loads, step)) if step.cpu_gflops else waiting

@@ -12,7 +12,7 @@ from typing import Protocol
 from toppings.adapters.eviction import least_valuable, make_policy
 from toppings.core import Admission
 from toppings.sim.host_tier import HostTier
-from toppings.sim.loading import Load
+from toppings.sim.loading import LinkLoad
 from toppings.sim.settings import NS_PER_MS, SimConfig
 
 
@@ -33,7 +33,7 @@ class SimPlacement(Protocol):
     def release(self, adapter_id: int) -> None: ...
     def victims_for(self, adapter_id: int) -> list[int]: ...
 
-    def pop_loads(self) -> list[Load]: ...
+    def pop_loads(self) -> list[LinkLoad]: ...
     def end_loads(self) -> None: ...
 
     def next_ready_ns(self) -> int | None:
@@ -75,7 +75,7 @@ class AllResident:
     def victims_for(self, adapter_id: int) -> list[int]:
         return []
 
-    def pop_loads(self) -> list[Load]:
+    def pop_loads(self) -> list[LinkLoad]:
         return []
 
     def end_loads(self) -> None:
@@ -115,7 +115,7 @@ class Pool:
         self._leaving: list[tuple[float, int, int]] = []  # heap: worth, value in `_idle`, adapter
         self._used_bytes = self._idle_bytes = 0
         self._link_free_ns = 0
-        self._loads: list[Load] = []
+        self._loads: list[LinkLoad] = []
         self._changed: list[int] = []
 
     # --- for the scheduler ---
@@ -210,7 +210,7 @@ class Pool:
             load_ns = self._load_ns[num_bytes] = round(load_ms * NS_PER_MS)
         begin_at = max(self.now_ns, self._link_free_ns)
         self._link_free_ns = begin_at + load_ns
-        self._loads.append(Load(adapter_id, begin_at, self._link_free_ns, num_bytes))
+        self._loads.append(LinkLoad(adapter_id, begin_at, self._link_free_ns, num_bytes))
         self._loading[adapter_id] = None
         self._policy.touch(adapter_id, num_bytes)
         self._changed.append(adapter_id)
@@ -222,7 +222,7 @@ class Pool:
     def num_reads(self) -> int:
         return 0 if self._host is None else self._host.num_reads
 
-    def pop_loads(self) -> list[Load]:
+    def pop_loads(self) -> list[LinkLoad]:
         if not self._loads:
             return []
         loads, self._loads = self._loads, []

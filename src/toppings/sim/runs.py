@@ -20,7 +20,7 @@ class SimulationError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Job:
+class SimJob:
     """One simulation. A workload makes its trace from the configuration's seed, in the job's own process."""
 
     config: SimConfig
@@ -39,7 +39,7 @@ class Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[SimJob],
     *,
     num_processes: int = 0,
     on_progress: Callable[[int, float], None] | None = None,
@@ -68,7 +68,7 @@ def run_jobs(
     return [results[i] for i in range(len(jobs))]
 
 
-def _take(waiting: "Iterator[tuple[int, Job]]", num: int) -> "list[tuple[int, Job]]":
+def _take(waiting: "Iterator[tuple[int, SimJob]]", num: int) -> "list[tuple[int, SimJob]]":
     return [taken for _, taken in zip(range(num), waiting)]
 
 
@@ -93,7 +93,7 @@ class _Processes:
             process.terminate()
             process.join()
 
-    def start(self, index: int, job: Job) -> None:
+    def start(self, index: int, job: SimJob) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(job, theirs), daemon=True)
@@ -119,7 +119,7 @@ class _Processes:
             yield index, kind, value
 
 
-def _work(job: Job, connection: Connection) -> None:
+def _work(job: SimJob, connection: Connection) -> None:
     try:
         result = job.run(lambda share: connection.send(("progress", share)))
         connection.send(("result", result))

@@ -7,7 +7,7 @@ from toppings.adapters.eviction import POLICIES as EVICTION_POLICIES
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.policies import POLICIES
-from toppings.config import ConfigError, EngineConfig
+from toppings.config import ConfigError, EngineConfig, setting
 from toppings.sim.loading import MODES
 
 NS_PER_S = 1_000_000_000
@@ -19,48 +19,44 @@ LLAMA_7B_QKV_BYTES_PER_RANK = 2 * 32 * 24_576
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
-    """`num_instances` equal servers behind one router. Sizes in bytes or tokens, times in seconds unless
-    named.
+    """Equal servers behind one router, or several. Sizes in bytes or tokens, times in seconds unless named.
 
-    `bytes_per_rank`: size of an adapter of rank 1, `num_layers` equal layers together. `host_store_bytes`:
-    0 where every adapter is in host memory from the start. `eviction`: which adapter leaves the device first.
-    `load_latency_ms`: what a load takes beside the time of its bytes.
-    `cpu_gflops`: what all CPU workers of a server compute in 10^9 FLOP/s (0: none; `auto` is then
-    `pipelined`), `round_trip_ms` what one layer's visit there costs. `report_interval_s`: how often the
-    router hears what a server holds. `candidates`: servers drawn for each request to choose from (0: all).
-    `num_routers`: requests go to them in turn, and none knows what the others sent. `snapshot_interval_s`: a
-    router decides on a copy of its accounts that is renewed so often, and forgets in between what it sent
-    itself (0: on the accounts as they are). `slo_tpt_ms`: objective (inf: none). `is_stepwise` runs every
-    decode step on its own: the same result, slower.
+    `bytes_per_rank`: size of an adapter of rank 1, `num_layers` equal layers together. `eviction`: which
+    adapter leaves the device first. `load_latency_ms`: what a load takes beside the time of its bytes.
+    `cpu_gflops`: 10^9 FLOP/s (0: no workers; `auto` is then `pipelined`), `round_trip_ms` what one layer's
+    visit there costs. Between two copies of its accounts a router forgets what it sent itself. `slo_tpt_ms`:
+    objective (inf: none). `is_stepwise` runs every decode step on its own: the same result, slower.
 
     Raises ConfigError for a value out of its range.
     """
 
     perf_model: PerfModel
     policy: str = "rank_aware"
-    num_instances: int = 1
-    mode: str = "pipelined"
+    num_instances: int = setting(1, "servers behind the router")
+    mode: str = setting("pipelined", "cold adapters", choices=tuple(MODES))
     slo_tpt_ms: float = math.inf
     seed: int = 0
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens
+    max_num_seqs: int = setting(256, "requests at once on a server")
+    max_num_batched_tokens: int = setting(EngineConfig.max_num_batched_tokens, "tokens of one step")
     max_model_len: int = 32768
     page_size: int = EngineConfig.page_size
-    kv_cache_tokens: int = 65536
+    kv_cache_tokens: int = setting(65536, "of a server")
     max_adapter_wait_s: float = EngineConfig.max_adapter_wait_s
-    device_pool_bytes: int = 8 * 2**30
-    host_store_bytes: int = 0
+    device_pool_bytes: int = setting(8 * 2**30, "of a server")
+    host_store_bytes: int = setting(0, "of a server (0: holds every adapter)")
     eviction: str = EngineConfig.eviction
     load_latency_ms: float = 0.0
-    bytes_per_rank: int = LLAMA_7B_QKV_BYTES_PER_RANK
-    num_layers: int = 32
-    cpu_gflops: float = 0.0
+    bytes_per_rank: int = setting(LLAMA_7B_QKV_BYTES_PER_RANK, "of an adapter")
+    num_layers: int = setting(32, "of the base model")
+    cpu_gflops: float = setting(0.0, "of a server's CPU workers together")
     round_trip_ms: float = 0.05
     response_tokens: float = 128.0
-    report_interval_s: float = 1.0
-    candidates: int = 0
-    num_routers: int = 1
-    snapshot_interval_s: float = 0.0
+    report_interval_s: float = setting(1.0, "s between a server's reports to the router")
+    candidates: int = setting(0, "servers drawn for each request to choose from (0: all)")
+    num_routers: int = setting(1, "that take requests in turn and share no state")
+    snapshot_interval_s: float = setting(
+        0.0, "s between copies of its accounts that a router decides on (0: no copies)"
+    )
     migration_interval_s: float = 0.1
     is_stepwise: bool = False
 

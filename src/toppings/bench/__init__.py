@@ -1,1 +1,0 @@
-"""Loads for running servers, comparisons of the loading modes, reports on step logs; speaks HTTP only."""

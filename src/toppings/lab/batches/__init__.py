@@ -1,0 +1,1 @@
+"""Timed steps of an engine in this process, on batches made to order."""

@@ -1,0 +1,1 @@
+"""Loading modes compared, and what step logs say of them."""

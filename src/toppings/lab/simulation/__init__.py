@@ -1,0 +1,1 @@
+"""Simulated fleets: what they say, and the verbs that ask them."""

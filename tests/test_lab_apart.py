@@ -1,0 +1,109 @@
+"""What measures stands apart: nothing that serves imports it, and a verb is imported when it is asked for."""
+
+import ast
+import json
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import toppings
+from toppings import command
+from toppings.cli import BATCHES
+
+SERVING = (
+    *("toppings.cli", "toppings.llm", "toppings.server.app", "toppings.server.lifecycle"),
+    *("toppings.cluster.router.app", "toppings.engine.process", "toppings.assist.worker"),
+)
+REPLICAS = ("toppings.cluster.ray_serve.replica", "toppings.cluster.ray_serve.app")
+LAB = ("toppings.lab", "toppings.sim", "matplotlib")
+SOURCE = Path(toppings.__file__).parent
+
+
+def imported_by(code: str) -> set[str]:
+    """Modules that a new process has then."""
+    code += "; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def lab_modules(modules: set[str]) -> list[str]:
+    return sorted(name for name in modules if any(f"{name}.".startswith(f"{room}.") for room in LAB))
+
+
+def test_what_serves_imports_nothing_that_measures() -> None:
+    assert lab_modules(imported_by(f"import {', '.join(SERVING)}")) == []
+
+
+def test_replicas_on_ray_import_nothing_that_measures() -> None:
+    pytest.importorskip("ray")
+    assert lab_modules(imported_by(f"import {', '.join(REPLICAS)}")) == []
+
+
+def test_the_simulator_imports_nothing_that_measures() -> None:
+    modules = imported_by("import toppings.sim.runs, toppings.sim.readers")
+    assert not any(name.startswith("toppings.lab") for name in modules)
+
+
+def test_the_list_of_verbs_imports_none_of_them() -> None:
+    code = "from typer.testing import CliRunner; from toppings.command import app; CliRunner().invoke(app)"
+    own = {name for name in imported_by(code) if name.split(".")[0] in ("toppings", "numpy", "rich", "yaml")}
+    assert own == {"toppings", "toppings.command"}
+
+
+@pytest.mark.parametrize("name", command.VERBS)
+def test_a_verb_says_what_the_list_of_verbs_says_of_it(name: str) -> None:
+    assert command.load_verb(command.VERBS, name).get_short_help_str(200) == command.VERBS[name][1]
+
+
+def test_a_misspelt_verb_is_told_what_was_meant() -> None:
+    result = CliRunner().invoke(command.app, ["simulat"])
+    assert result.exit_code == 2
+    assert "Did you mean 'simulate'?" in result.output
+
+
+def test_profile_has_a_verb_of_either_kind() -> None:
+    group = command.load_verb(command.VERBS, "profile")
+    context = typer.Context(group)
+    assert group.list_commands(context) == ["cold-start", "batches"]
+    assert group.get_command(context, "batches").get_short_help_str(200) == BATCHES["batches"][1]
+
+
+# --- imports as they are written, wherever in a module ---
+
+
+def imports() -> dict[str, set[str]]:
+    """Of every module of the package, the names that it imports from the package."""
+    files = {path.relative_to(SOURCE.parent).with_suffix(""): path for path in SOURCE.rglob("*.py")}
+    modules = {".".join(place.parts).removesuffix(".__init__"): path for place, path in files.items()}
+    return {name: _imported(path) & set(modules) - {name} for name, path in modules.items()}
+
+
+def _imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_only_what_measures_imports_what_measures() -> None:
+    found = [
+        (name, other)
+        for name, others in imports().items()
+        for other in others
+        if lab_modules({other}) and not lab_modules({name})
+    ]
+    assert found == []
+
+
+def test_what_measures_has_no_import_circle() -> None:
+    graph = {name: others for name, others in imports().items() if lab_modules({name})}
+    own = {name: {other for other in others if other in graph} for name, others in graph.items()}
+    TopologicalSorter(own).prepare()  # raises CycleError, which names the circle
