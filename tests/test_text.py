@@ -232,7 +232,7 @@ def test_held_text_costs_no_more_the_longer_it_is() -> None:
     matcher = StopMatcher(["a" * 1023 + chr(0x100 + i) for i in range(4)])
     calls: list[int] = []
     for begun in matcher._begun:
-        begun._border = _counted(begun._border, calls)  # type: ignore[method-assign]
+        begun._border = _counted(begun._border, calls)  # type: ignore[method-assign, assignment]
     for _ in range(4000):
         matcher.push("a")
     assert len(calls) < 2 * 4 * 4000
