@@ -96,7 +96,8 @@ async def test_a_server_does_not_start_with_a_file_that_is_none(
             return engine
 
     monkeypatch.setattr(lifecycle, "EngineClient", Client)
-    monkeypatch.setattr(lifecycle, "_registry", lambda config: registry)
+    monkeypatch.setattr(lifecycle, "_hold_state", lambda config: None)
+    monkeypatch.setattr(lifecycle, "_registry", lambda config, lock: registry)
     file = tmp_path / "model.json"
     file.write_text('{"origin": 3}')
     config = replace(config, server=replace(config.server, perf_model_file=str(file)))

@@ -12,7 +12,7 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.server.state import ServerState
 
 T = TypeVar("T")
-SLICE = 128
+SLICE = 64
 """Items between two turns of the event loop; each takes some microseconds."""
 
 
@@ -29,11 +29,15 @@ class Catalogue:
         version = self._state.registry.version()
         if self._listed[0] != version:
             records = await records_of(self._state)
-            self._cards = {r.adapter_id: c for r in records if (c := self._cards.get(r.adapter_id))}
-            base = msgspec.json.encode(base_card(self._state))
-            cards = b",".join([base, *await encode_all(records, self._card)])
-            self._listed = version, b'{"object":"list","data":[' + cards + b"]}"
+            cards = await encode_all(records, self._card)
+            self._listed = version, await asyncio.to_thread(self._list, records, cards)
         return self._listed[1]
+
+    def _list(self, records: list[AdapterRecord], cards: list[bytes]) -> bytes:
+        """Beside the event loop: the whole answer, and no cards kept but those in it."""
+        self._cards = {record.adapter_id: card for record, card in zip(records, cards, strict=True)}
+        base = msgspec.json.encode(base_card(self._state))
+        return b'{"object":"list","data":[' + b",".join([base, *cards]) + b"]}"
 
     def _card(self, record: AdapterRecord) -> bytes:
         card = self._cards.get(record.adapter_id)
