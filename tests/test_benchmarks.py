@@ -8,8 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +79,6 @@ CHECKS: dict[str, Callable[[Result], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def toy_runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Path, Future[Result]]]:
-    """Runs of the scripts that were chosen, two at a time: they start processes, and wait for them."""
-    folder = tmp_path_factory.mktemp("results")
-    specs = (getattr(item, "callspec", None) for item in request.session.items)
-    scripts = [spec.params["script"] for spec in specs if spec and "script" in spec.params]
-    with ThreadPoolExecutor(2) as pool:
-        yield {script: pool.submit(run_toy, script, folder) for script in scripts}
-
-
 def run_toy(script: Path, folder: Path) -> Result:
     written = folder / f"{script.stem}.json"
     more = TOY_ARGUMENTS.get(script.stem, [])
@@ -105,8 +92,8 @@ def run_toy(script: Path, folder: Path) -> Result:
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_toy_run_ends_in_one_json_line(script: Path, toy_runs: dict[Path, Future[Result]]) -> None:
-    result = toy_runs[script].result()
+def test_a_toy_run_ends_in_one_json_line(script: Path, tmp_path: Path) -> None:
+    result = run_toy(script, tmp_path)
     assert result["benchmark"] == script.stem
     if (check := CHECKS.get(script.stem)) is not None:
         check(result)

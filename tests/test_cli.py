@@ -193,7 +193,7 @@ def test_a_server_whose_state_cannot_be_used_says_so_before_it_starts_an_engine(
     def spawn(*_: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr("toppings.engine.client.spawn_engine", spawn)
+    monkeypatch.setattr("toppings.engine.spawn.Spawner.spawn", spawn)
     state, lock = tmp_path / "state", None
     if damage == "held":
         lock = StateLock.take(state, "another server")

@@ -8,26 +8,32 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from typer import Context
+from typer.core import TyperGroup
 
-from toppings import cli
+from toppings import command
 from toppings.cluster.router.settings import RouterConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_OTHER_COMMANDS = {"--help", "--http", "--build-arg", "--shm-size"}  # benchmarks', Docker's
+OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 
 def _options(command: Any) -> dict[tuple[str, ...], set[str]]:
     """Every verb with its options, those of verbs below it as well."""
-    groups = getattr(command, "commands", None)
-    if groups is None:
+    if not isinstance(command, TyperGroup):
         return {(): {name for param in command.params for name in param.opts}}
+    context = Context(command)
+    groups = {name: command.get_command(context, name) for name in command.list_commands(context)}
     below = {(name, *verb): opts for name, sub in groups.items() for verb, opts in _options(sub).items()}
     return {(): set().union(*below.values()), **below}
 
 
-VERBS = _options(typer.main.get_command(cli.app))
+SCRIPTS = {
+    option for file in (ROOT / "benchmarks").rglob("*.py") for option in OPTION.findall(file.read_text())
+}
+VERBS = _options(typer.main.get_command(command.app))
 
 
 def _code(text: str) -> list[str]:
@@ -66,7 +72,7 @@ def test_every_option_in_a_documents_command_is_one_of_its_verb(document: Path) 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_option_named_by_itself_is_one_of_some_verb(document: Path) -> None:
     alone = {code.split()[0] for code in _code(document.read_text()) if OPTION.match(code)}
-    assert alone - VERBS[()] - OF_OTHER_COMMANDS == set()
+    assert alone - VERBS[()] - SCRIPTS - OF_OTHER_COMMANDS == set()
 
 
 def test_route_has_an_option_for_every_setting() -> None:

@@ -356,7 +356,8 @@ class AdapterManager:
         """Every adapter that is on host or device or has waiting requests (`num_waiting`, by adapter id)."""
         self.poll()
         ids = {*self.host.ready_ids(), *self._tier.residents, *num_waiting}
-        return [self._status(adapter_id, num_waiting) for adapter_id in sorted(ids)]
+        statuses = (self._status(adapter_id, num_waiting) for adapter_id in sorted(ids))
+        return [status for status in statuses if status.is_anywhere]  # not where nothing has landed yet
 
     def changes(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
         """Of `status` what may have changed since the last call, and adapters that have left it: what it
