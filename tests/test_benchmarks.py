@@ -60,7 +60,8 @@ def check_soak(result: Result) -> None:
     ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"]
     assert requests["sent"] == ended > 0
     assert len(result["recovery_s"]["registry locked"]) == 1
-    assert result["usage"]["start"]["num_processes"] == result["usage"]["at_cycle_ends"][-1]["num_processes"]
+    start, end = result["usage"]["start"], result["usage"]["at_cycle_ends"][-1]
+    assert 0 < start["num_processes"] <= end["num_processes"]  # those for chats begin when they are needed
 
 
 def check_fuzz(result: Result) -> None:
@@ -157,12 +158,13 @@ def test_a_toy_run_on_the_cpu_ends_in_one_json_line(
 
 
 @needs_triton
+@pytest.mark.timeout(420)
 def test_kernels_are_right_at_toy_size() -> None:
     """In a process of its own: Triton's interpreter is chosen when it is imported."""
     command = [sys.executable, str(GPU_BENCHMARKS / "kernel_speed.py"), "--toy", "--device", "cpu"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=environment
+        command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT, env=environment
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
