@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from toppings.access import KEY_VARIABLE, read_api_key
+from toppings.access import KEY_VARIABLE, read_api_key, with_api_key
 from toppings.config import Config, ConfigError
-from toppings.server.lifecycle import with_api_key, with_run_files
+from toppings.server.lifecycle import with_run_files
 
 
 @pytest.fixture

@@ -57,11 +57,12 @@ def check_router_proxy(result: Result) -> None:
 
 def check_soak(result: Result) -> None:
     requests = result["requests"]
-    ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"]
+    ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"] + requests["cut"]
     assert requests["sent"] == ended > 0
     assert len(result["recovery_s"]["registry locked"]) == 1
-    start, end = result["usage"]["start"], result["usage"]["at_cycle_ends"][-1]
-    assert 0 < start["num_processes"] <= end["num_processes"]  # those for chats begin when they are needed
+    start, [end] = result["usage"]["start"], result["usage"]["after_phases"]
+    assert start["num_processes"] == end["num_processes"] == 5
+    assert set(end["rss_by_part"]) == {"server", "forker", "engine", "worker", "sandbox"}
 
 
 def check_fuzz(result: Result) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from hostile.served import Served
+from hostile.served import Program
 
-ENGINE, WORKER = "toppings.engine.process", "toppings.assist.worker"
 _MNT_DETACH = 2
 
 
@@ -81,7 +80,7 @@ def wait_for(is_so: object, timeout_s: float, what: str) -> float:
     return time.perf_counter() - started_at
 
 
-def served_again(served: Served, model: str, timeout_s: float) -> float:
+def served_again(served: Program, model: str, timeout_s: float) -> float:
     """Seconds until a request for `model` is answered."""
 
     def is_answered() -> bool:

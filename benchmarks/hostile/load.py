@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -23,7 +23,7 @@ Operation = Callable[["Client", random.Random], Coroutine[Any, Any, None]]
 
 
 class Client:
-    """Sends requests of every kind to one server, and counts in `tally` what became of them."""
+    """Sends requests of every kind to one server, and counts in `tally` what became of them; a context."""
 
     def __init__(
         self,
@@ -44,10 +44,13 @@ class Client:
         self.rng = random.Random(seed)
         self.host, port = url.removeprefix("http://").split(":")
         self.port = int(port)
+
+    async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=self.hang_s)
         self._http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        return self
 
-    async def close(self) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self._http.close()
 
     async def run(self, stop: asyncio.Event, num_clients: int, pause_s: float) -> None:
@@ -150,7 +153,7 @@ async def leave_unread(client: Client, rng: random.Random) -> None:
 
 async def long_prompt(client: Client, rng: random.Random) -> None:
     async with client.tally.request("long prompt"):
-        await client.ask("POST", "/v1/completions", client.body(rng, prompt="word " * rng.randint(200, 900)))
+        await client.ask("POST", "/v1/completions", client.body(rng, prompt="word " * rng.randint(100, 400)))
 
 
 async def several_prompts(client: Client, rng: random.Random) -> None:
@@ -204,6 +207,8 @@ async def slow_sender(client: Client, rng: random.Random) -> None:
                 raise Left
             async with asyncio.timeout(client.hang_s):
                 answer = await reader.read()
+            if not answer:
+                raise EOFError("closed without an answer")
             status = int(answer.split(maxsplit=2)[1])
             if status != 200:
                 raise Refused(status, answer[-200:].decode(errors="replace"))

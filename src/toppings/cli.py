@@ -1,6 +1,5 @@
 """The verbs that serve and administer: a few lines each; what needs torch is imported where it is used."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -20,7 +19,7 @@ from toppings.cluster.router.settings import RouterConfig
 from toppings.command import lazy_group
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
-from toppings.options import with_settings
+from toppings.options import ApiKey, ApiKeyFile, with_settings
 from toppings.remote import RemoteServer
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
@@ -47,8 +46,6 @@ Model = Annotated[str, typer.Option(help="base model directory (default: the bui
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: the model's below ~/.cache)")]
 Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the checkpoint's)")]
 Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
-ApiKey = Annotated[str, typer.Option(help="the server's key (better: api-key-file, or TOPPINGS_API_KEY)")]
-ApiKeyFile = Annotated[str, typer.Option(help="file that holds the server's key")]
 
 
 @app.command()
@@ -86,7 +83,7 @@ def route(
     if instances:
         settings["instances"] = instances.split(",")
     base = RouterConfig.from_yaml(config) if config else None
-    run_router(RouterConfig.from_settings(settings, base).with_keys(os.environ))
+    run_router(RouterConfig.from_settings(settings, base).with_keys())
 
 
 app.command(name="route")(with_settings(route, base=(RouterConfig,)))

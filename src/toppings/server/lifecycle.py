@@ -15,7 +15,7 @@ import uvicorn
 import yaml
 from fastapi import FastAPI
 
-from toppings.access import read_api_key
+from toppings.access import with_api_key
 from toppings.adapters.registry import AdapterRegistry
 from toppings.adapters.state_lock import StateLock
 from toppings.cluster.measured import read_perf_model
@@ -76,12 +76,6 @@ def with_run_files(config: Config) -> Config:
     except OSError as error:
         logger.warning("the configuration is not kept in %s: %s", directory, error)
     return config
-
-
-def with_api_key(config: Config) -> Config:
-    """`config` with the key read from where it stands; it is kept out of every file and message."""
-    key = read_api_key(config.server.api_key, config.server.api_key_file)
-    return replace(config, server=replace(config.server, api_key=key))
 
 
 def start_logging(config: Config) -> None:

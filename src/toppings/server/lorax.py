@@ -1,4 +1,8 @@
-"""LoRAX's `/generate`: the adapter is `parameters.adapter_id`, a registered name; none is the base model."""
+"""LoRAX's `/generate`: the adapter is `parameters.adapter_id`, a registered name; none is the base model.
+
+Defaults are the protocol's own, as in LoRAX and TGI: greedy unless a request asks for something else,
+whatever the model's `generation_config.json` says of sampling.
+"""
 
 import time
 from collections.abc import AsyncGenerator

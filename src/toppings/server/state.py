@@ -18,7 +18,7 @@ from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
 from toppings.demo import demo_model_dir
-from toppings.sampling_defaults import read_sampling_defaults
+from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
 from toppings.text import TextModel, TokenSource
@@ -104,6 +104,7 @@ class ServerState:
         is_asked = config.engine.generation_config == "auto"
         self.defaults = read_sampling_defaults(Path(self.model_path)) if is_asked else {}
         """The model's own sampling defaults, by the names of `SamplingParams`."""
+        self.is_sampled_by_default = is_asked and read_do_sample(Path(self.model_path))
         self.is_draining = False
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len

@@ -12,8 +12,8 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from toppings.access import is_key, why_not_changed
 from toppings.cluster.router import replies
-from toppings.cluster.router.access import has_key, why_not_changed
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
 from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, NO_JSON, Call, not_json, parse_call
@@ -85,7 +85,8 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        if not has_key(request.headers.get("Authorization", ""), key):
+        given = request.headers.get("Authorization", "")
+        if not is_key(given.encode("utf-8", "surrogateescape"), key):
             raise Unauthorized
 
     # --- inference ---

@@ -2,20 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from toppings.access import KEY_VARIABLE, UPSTREAM_KEY_VARIABLE, read_api_key
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
 from toppings.config import LOG_LEVELS, ConfigError, check_choices, coerce, read_yaml, setting
 
 _ID = re.compile(r"[A-Za-z0-9._:@\[\]~+=-]{1,128}")
-_KEY = re.compile(r"[!-~]+")
 _URL = re.compile(r"[!-~]{1,2000}")
-API_KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "TOPPINGS_API_KEY", "TOPPINGS_UPSTREAM_API_KEY"
 
 POSITIVE = (
     *("slo_tpt_ms", "connect_timeout_s", "first_token_timeout_s", "response_timeout_s", "idle_timeout_s"),
@@ -82,7 +80,7 @@ class RouterConfig:
         "published:mbgmv", "model of servers that report none: a file or a shipped name"
     )
     api_key: str = setting(
-        "", f"bearer token asked of every route but health (empty: api_key_file, or ${API_KEY_VARIABLE})"
+        "", f"bearer token asked of every route but health (empty: api_key_file, or ${KEY_VARIABLE})"
     )
     api_key_file: str = setting("", "file that holds it")
     upstream_api_key: str = setting(
@@ -153,29 +151,14 @@ class RouterConfig:
         }
         return replace(base, **values)
 
-    def with_keys(self, environ: Mapping[str, str]) -> "RouterConfig":
-        """With the keys resolved: a setting, else its file, else the environment. Raises ConfigError."""
-        sources = (("api_key", API_KEY_VARIABLE), ("upstream_api_key", UPSTREAM_KEY_VARIABLE))
-        keys: dict[str, Any] = {
-            name: self._resolve_key(name, environ.get(variable, "")) for name, variable in sources
-        }
-        return replace(self, **keys)
-
-    def _resolve_key(self, name: str, from_environment: str) -> str:
-        key, file = getattr(self, name), getattr(self, f"{name}_file")
-        if key and file:
-            raise ConfigError(f"both {name} and {name}_file are set; choose one")
-        if file:
-            try:
-                key = Path(file).read_text().strip()
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"cannot read {name}_file {file}: {error}") from error
-            if not key:
-                raise ConfigError(f"{name}_file {file} is empty; it must hold the key")
-        key = key or from_environment.strip()
-        if key and not _KEY.fullmatch(key):
-            raise ConfigError(f"{name} must be printable ASCII without blanks")
-        return str(key)
+    def with_keys(self) -> "RouterConfig":
+        """With the keys read from where they stand. Raises ConfigError."""
+        upstream = {"name": "upstream_api_key", "variable": UPSTREAM_KEY_VARIABLE}
+        return replace(
+            self,
+            api_key=read_api_key(self.api_key, self.api_key_file),
+            upstream_api_key=read_api_key(self.upstream_api_key, self.upstream_api_key_file, **upstream),
+        )
 
     @classmethod
     def from_yaml(cls, path: Path) -> "RouterConfig":
