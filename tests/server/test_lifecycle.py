@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 from tests.server.conftest import Server
 from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
+from toppings.server import lifecycle
 from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, with_run_files
 
 
@@ -134,6 +136,26 @@ async def test_the_log_says_where_it_runs(
             await asyncio.sleep(0.01)
         running.stop.set()
         await running.task
+
+
+async def test_collections_of_garbage_pass_over_what_has_started(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full one would hold the event loop for as long as it takes to look at all that was imported."""
+
+    async def client(*_: object, **__: object) -> object:
+        return server.engine
+
+    monkeypatch.setattr(lifecycle, "_hold_state", lambda _: None)
+    monkeypatch.setattr(lifecycle, "_registry", lambda *_: server.state.registry)
+    monkeypatch.setattr(lifecycle, "_text_model", lambda _: server.state.text)
+    monkeypatch.setattr(EngineClient, "start", client)
+    num_before = len(gc.get_objects())
+    try:
+        await lifecycle._start(server.state.config)
+        assert len(gc.get_objects()) < num_before / 20
+    finally:
+        gc.unfreeze()
 
 
 def test_a_taken_port_is_a_configuration_error() -> None:
