@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from toppings.ops.dispatch import bf16_kernels, gpu_kernels, has_matrix_unit, kernels
+from toppings.ops.products import is_widened
 
 if TYPE_CHECKING:
     from toppings.ops.gpu_plan import LoraBatch
@@ -102,7 +103,10 @@ class LoraSegments:
 
 
 def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
-    """x Aᵀ: x [n, in], a [r, in]; summed in fp32, rounded to x's dtype; [n, r]."""
+    """x Aᵀ: x [n, in], a [r, in]; summed in fp32 and rounded to x's dtype, or fp32 where the CPU is slow in
+    that; [n, r]."""
+    if is_widened(x):
+        return torch.mm(x.float(), a.float().t())
     if a.shape[0] == 1 and x.dtype == torch.float32:
         # As a matrix-vector product a row's last bits would depend on how many rows there are.
         return torch.mm(x, a.expand(2, -1).t())[:, :1]
@@ -110,8 +114,8 @@ def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
 
 
 def lora_expand(h: Tensor, b: Tensor) -> Tensor:
-    """h B: h [n, r], b [r, out] with the scale folded in; [n, out] of h's dtype."""
-    return torch.mm(h, b)
+    """h B: h [n, r], b [r, out] with the scale folded in; [n, out] of h's dtype, or fp32 as `lora_shrink`."""
+    return torch.mm(h.float(), b.float()) if is_widened(b) else torch.mm(h, b)
 
 
 def lora_expand_add_(y: Tensor, h: Tensor, b: Tensor) -> None:
@@ -120,8 +124,8 @@ def lora_expand_add_(y: Tensor, h: Tensor, b: Tensor) -> None:
     In fp32 the product is complete before y is added, so that one computed elsewhere and added gives the same
     bits.
     """
-    if y.dtype == torch.float32:
-        y += torch.mm(h, b)
+    if y.dtype == torch.float32 or is_widened(y):
+        y += lora_expand(h, b)
     else:
         y.addmm_(h, b)
 
@@ -146,7 +150,7 @@ def add_lora_(
     none.
 
     Sums are fp32. A row's result does not depend on the other rows, except that long segments round the
-    shrunk row to x's dtype (where there is a bfloat16 kernel, all do).
+    shrunk row to x's dtype where the CPU has products of that (where there is a bfloat16 kernel, all do).
     """
     if (gpu := gpu_kernels("lora", x)) is not None:
         gpu.add_lora(y, x, arena, table[:, layer, group[0] :], out_offsets, segments)
