@@ -1,7 +1,7 @@
-"""A GGUF file, made once into an ordinary checkpoint: transformers reads it, dequantised, and writes safetensors.
+"""A GGUF file, made once into an ordinary checkpoint: transformers dequantises it and writes safetensors.
 
-That happens in a process of its own (`python -m toppings.model.gguf FILE DIRECTORY`), which takes its memory with it
-and whose progress bars show on a terminal.
+That happens in a process of its own (`python -m toppings.model.gguf FILE DIRECTORY`), which takes its memory
+with it and whose progress bars show on a terminal.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ class GgufError(ValueError):
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
-    """Writes `file` as a checkpoint to the new `directory`, all of it or nothing; safetensors in the file's own
-    float type, in bfloat16 where it is quantised.
+    """Writes `file` as a checkpoint to the new `directory`, all of it or nothing; safetensors in the file's
+    own float type, in bfloat16 where it is quantised. One process at a time may do that.
 
     Raises GgufError for a file that is none, or of a kind that cannot be served, OSError.
     """
     check_magic(file)
-    part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -85,8 +86,8 @@ def _flush(file: Path) -> None:
 
 
 def rope_parameters(factors: Sequence[float], theta: float, head_dim: int) -> dict[str, Any]:
-    """What `factors` (one per pair of a head's dimensions), by which a file divides the rotary frequencies, are
-    in config.json: Llama 3.1's scaling. Raises GgufError for others.
+    """What `factors` (one per pair of a head's dimensions), by which a file divides the rotary frequencies,
+    are in config.json: Llama 3.1's scaling. Raises GgufError for others.
     """
     factor = max(factors)
     found = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
@@ -102,7 +103,8 @@ def _llama3_factor(wave: float, factor: float) -> float:
     """`wave`: the wavelength in positions over 2π. The formula is that of transformers' `llama3` rope."""
     wavelength = 2 * math.pi * wave
     length, low, high = (
-        LLAMA3_ROPE[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        LLAMA3_ROPE[key]
+        for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )
     if wavelength < length / high:
         return 1.0
@@ -112,37 +114,44 @@ def _llama3_factor(wave: float, factor: float) -> float:
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-def _check(file: Path) -> tuple[Any, str]:
-    """The file's reader and the name of the type its weights become. Raises GgufError."""
+def _read(file: Path) -> tuple[dict[str, Any], str, list[float]]:
+    """The file's metadata, the type that its weights become, and the factors of its rotary frequencies.
+
+    Raises GgufError for what could not be served, and what the readers raise for a file that is damaged.
+    """
     try:
-        from gguf import GGUFReader
+        from gguf import GGMLQuantizationType
     except ModuleNotFoundError as error:
         raise GgufError("it needs the package gguf; install it with: pip install 'toppings[gguf]'") from error
-    reader = GGUFReader(file)
-    family = reader.get_field("general.architecture")
-    name = "" if family is None else str(family.contents())
-    if name not in FAMILIES:
-        raise GgufError(f"its architecture is {name!r}; served are {', '.join(FAMILIES)}")
-    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(str(file))
+    if (family := metadata["general.architecture"]) not in FAMILIES:
+        raise GgufError(f"its architecture is {family!r}; served are {', '.join(FAMILIES)}")
+    header = GgufHeader.from_file(str(file))
+    kinds = {GGMLQuantizationType(number).name for number in header.ggml_types.values()}
     if unknown := sorted(kinds - set(TYPES)):
         raise GgufError(f"it holds tensors of type {unknown[0]}; served are {', '.join(TYPES)}")
-    tokens = reader.get_field("tokenizer.ggml.model")
-    if tokens is None:
-        raise GgufError("it holds no tokeniser (tokenizer.ggml.model)")
-    if tokens.contents() == "gpt2":
-        _check_pre_tokeniser(reader)
-    floats = kinds & set(DTYPES)
-    halves = floats - {"F32"}
+    _check_tokeniser(metadata)
+    factors: list[float] = []
+    with file.open("rb") as stream:
+        for tensor in header.tensors:
+            if tensor.name == ROPE_FACTORS:
+                stream.seek(header.data_start + tensor.offset)
+                factors = list(array("f", stream.read(tensor.nbytes)))
+    halves = kinds - {"F32"}
     is_plain = kinds <= set(DTYPES)
-    return reader, (DTYPES[max(halves or floats)] if is_plain else QUANTISED_DTYPE)
+    return metadata, (DTYPES[max(halves or kinds)] if is_plain else QUANTISED_DTYPE), factors
 
 
-def _check_pre_tokeniser(reader: Any) -> None:
+def _check_tokeniser(metadata: dict[str, Any]) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    field = reader.get_field("tokenizer.ggml.pre")
-    name = "" if field is None else str(field.contents())
-    if name not in {DIGITS_APART, "gpt-2", *GGUF_PRE_TOKENIZER_SPLITS}:
+    if "tokenizer.ggml.model" not in metadata:
+        raise GgufError("it holds no tokeniser (tokenizer.ggml.model)")
+    name = metadata.get("tokenizer.ggml.pre", "")
+    known = {DIGITS_APART, "gpt-2", *GGUF_PRE_TOKENIZER_SPLITS}
+    if metadata["tokenizer.ggml.model"] == "gpt2" and name not in known:
         raise GgufError(f"its pre-tokeniser is {name!r}, which is not known: texts would get other tokens")
 
 
@@ -150,7 +159,7 @@ def _write(file: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    reader, dtype = _check(file)
+    metadata, dtype, factors = _read(file)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -159,16 +168,15 @@ def _write(file: Path, directory: Path) -> None:
         local_files_only=True,
     )
     config = model.config
-    for tensor in reader.tensors:
-        if tensor.name == ROPE_FACTORS:
-            factors = [float(value) for value in tensor.data.flatten()]
-            theta = float(config.rope_parameters["rope_theta"])
-            config.rope_parameters = rope_parameters(factors, theta, config.head_dim)
-    _set_end_tokens(reader, model)
+    if factors:
+        theta = float(config.rope_parameters["rope_theta"])
+        config.rope_parameters = rope_parameters(factors, theta, config.head_dim)
+    ends = _end_tokens(metadata)
+    if ends:
+        config.eos_token_id = model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    pre = reader.get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() == DIGITS_APART:
+    if metadata.get("tokenizer.ggml.pre") == DIGITS_APART:
         from tokenizers import pre_tokenizers
 
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -177,15 +185,10 @@ def _write(file: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _set_end_tokens(reader: Any, model: Any) -> None:
+def _end_tokens(metadata: dict[str, Any]) -> list[int]:
     """A chat model's file may name the end of a turn beside that of the text."""
-    ids = []
-    for key in ("eos_token_id", "eot_token_id"):
-        field = reader.get_field(f"tokenizer.ggml.{key}")
-        if field is not None and int(field.contents()) not in ids:
-            ids.append(int(field.contents()))
-    if ids:
-        model.config.eos_token_id = model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    ids = (metadata.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id"))
+    return list(dict.fromkeys(int(each) for each in ids if each is not None))
 
 
 def main(file: str, directory: str) -> int:
