@@ -21,6 +21,7 @@ from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
 from toppings.options import ApiKey, ApiKeyFile, with_settings
 from toppings.remote import RemoteServer
+from toppings.sources.models import find_model
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ profile_app = typer.Typer(
 )
 app.add_typer(profile_app, name="profile")
 
-Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
+Model = Annotated[str, typer.Option(help="base model, as `toppings serve` takes it")]
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: the model's below ~/.cache)")]
 Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the checkpoint's)")]
 Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
@@ -60,7 +61,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
-    """Serve a base model and its adapters over HTTP (without --model: the built-in demo)."""
+    """Serve a base model and its adapters over HTTP (without --model: the built-in one)."""
     base = Config.from_yaml(config) if config else None
     resolved = Config.from_settings(settings, base)
     from toppings.engine.client import EngineStartError
@@ -93,7 +94,7 @@ def up(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
-    """Serve a base model from many engines with Ray Serve (without --model: the built-in demo)."""
+    """Serve a base model from many engines with Ray Serve (without --model: the built-in one)."""
     resolved = UpConfig.from_settings(settings, UpConfig.from_yaml(config) if config else None)
     if not resolved.fleet.ray_address:
         bind_ray(resolved.fleet.ray_host)
@@ -273,7 +274,7 @@ def synth_model(
 def synth_adapters(
     path: Path,
     *,
-    model: Annotated[Path, typer.Option(help="the model they are for")],
+    model: Annotated[str, typer.Option(help="the model they are for")],
     count: Annotated[int, typer.Option(min=1, help="how many")] = 8,
     ranks: Annotated[str, typer.Option(help="ranks, taken in turn")] = "8,16,32,64",
     targets: Annotated[str, typer.Option(help="projections, or all")] = "q_proj,k_proj,v_proj",
@@ -289,7 +290,12 @@ def synth_adapters(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("adapters", total=count)
         write_adapters(
-            path, model, shape, count=count, seed=seed, on_written=lambda n: progress.advance(task, n)
+            path,
+            find_model(model).path,
+            shape,
+            count=count,
+            seed=seed,
+            on_written=lambda n: progress.advance(task, n),
         )
     typer.echo(f"wrote {count} adapters to {path}")
 

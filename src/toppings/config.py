@@ -61,8 +61,12 @@ def setting(
 class EngineConfig:
     """What an engine needs, with or without a server around it. Sizes in bytes, times in seconds."""
 
-    model: str = setting("", "Hugging Face checkpoint directory of the base model (empty: the built-in demo)")
-    served_model_name: str = setting("", "name of the base model in the API (empty: the directory's name)")
+    model: str = setting(
+        "",
+        "base model: directory of a Hugging Face checkpoint, a .gguf file, or demo, the small built-in one"
+        " (empty: the real one that is installed, else the demo)",
+    )
+    served_model_name: str = setting("", "name of the base model in the API (empty: the model's own)")
     load_format: str = setting(
         "auto",
         "base weights: read from the checkpoint, or drawn at random (dummy; an engine by itself, which needs"

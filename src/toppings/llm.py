@@ -19,6 +19,7 @@ from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine.build import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.sampling_defaults import read_sampling_defaults
+from toppings.sources.models import with_model
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
-        config = Config.from_settings({"model": str(model), **settings}).engine
+        config = with_model(Config.from_settings({"model": str(model), **settings}).engine)
         path = model_path(config)
         self.text_model = TextModel.load(path)
         defaults = read_sampling_defaults(path) if config.generation_config == "auto" else {}

@@ -24,7 +24,6 @@ from toppings.assist.cuda_stream_ops import unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
-from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
 from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.drawing import DeviceSampler, draw_on_host
@@ -46,19 +45,20 @@ from toppings.model.parts import Part
 from toppings.ops import dispatch, warm_up
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import LoraForm
+from toppings.sources.models import cache_dir, find_model
 
 if TYPE_CHECKING:
     from toppings.engine.parallel import Followers
 
 logger = logging.getLogger(__name__)
 
-DEMO_NAME = "toppings-demo"
 IDENTITY_CHARS = 12  # of a base model's identity in the name of its default state directory
 MAX_DEFAULT_CACHE_BYTES = 4 * 2**30
 
 
 def model_path(config: EngineConfig) -> Path:
-    return Path(config.model) if config.model else demo_model_dir()
+    """Raises ValueError for a model that cannot be found or made."""
+    return find_model(config.model, config.state_dir).path
 
 
 def model_config(config: EngineConfig) -> ModelConfig:
@@ -135,8 +135,13 @@ def set_threads(config: EngineConfig) -> None:
 
 
 def served_model_name(config: EngineConfig) -> str:
-    directory = DEMO_NAME if not config.model else Path(config.model).resolve().name
-    return config.served_model_name or directory
+    return config.served_model_name or _model_name(config)
+
+
+def _model_name(config: EngineConfig) -> str:
+    if config.load_format == "dummy" and config.model in NAMED_MODELS:
+        return config.model
+    return find_model(config.model, config.state_dir).name
 
 
 def base_identity(config: EngineConfig) -> str:
@@ -169,10 +174,8 @@ def state_dir(config: EngineConfig) -> Path:
     """
     if config.state_dir:
         return Path(config.state_dir)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = DEMO_NAME if not config.model else Path(config.model).resolve().name
-    parts = [directory, base_identity(config)[:IDENTITY_CHARS]]
-    return cache / "toppings" / "-".join(parts if config.dtype == "auto" else [*parts, config.dtype])
+    parts = [_model_name(config).rpartition("/")[2], base_identity(config)[:IDENTITY_CHARS]]
+    return cache_dir() / "-".join(parts if config.dtype == "auto" else [*parts, config.dtype])
 
 
 def hold_state(config: EngineConfig, purpose: str, *, is_shared: bool = False) -> StateLock:

@@ -18,11 +18,11 @@ from toppings.adapters.errors import (
 )
 from toppings.adapters.registry import AdapterRecord, Origin
 from toppings.core import RequestError
-from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
 from toppings.server.paths import AdapterRoots
 from toppings.server.state import ServerState
+from toppings.sources.models import find_model
 from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
@@ -158,13 +158,14 @@ class AdapterAdmin:
 
 
 def adapter_roots(state: ServerState) -> list[Path]:
-    """Where adapters may be loaded from: the configured roots, the start-up directory, else the demo's."""
+    """Where adapters may be loaded from: the configured roots, the start-up directory, the built-in ones."""
     server = state.config.server
     roots = [Path(root) for root in server.adapter_roots]
     if server.adapters:
         roots.append(Path(server.adapters))
-    if not state.config.engine.model:
-        roots.append(demo_adapters_dir())
+    engine = state.config.engine
+    if (builtin := find_model(engine.model, engine.state_dir).adapters) is not None:
+        roots.append(builtin)
     return roots
 
 

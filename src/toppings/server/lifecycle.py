@@ -23,7 +23,6 @@ from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
 from toppings.core import shown
-from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.log_files import LOG_FORMAT, log_handlers
@@ -31,6 +30,7 @@ from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_file_limit
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.state import ServerState
+from toppings.sources.models import find_model, with_model
 from toppings.text import TextModel
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,12 @@ def log_file(config: Config) -> Path:
 
 
 def with_run_files(config: Config) -> Config:
-    """`config` with its step log and demo adapters resolved, written beside the logs (without the key), or
-    said why it is not: nobody is kept from serving by a full disk."""
+    """`config` with its model, built-in adapters and step log resolved, written beside the logs (without the
+    key), or said why it is not: nobody is kept from serving by a full disk."""
     directory = run_dir(config)
-    engine = replace(config.engine, step_log=config.engine.step_log or str(directory / "steps.jsonl"))
-    adapters = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
+    engine = with_model(config.engine)
+    engine = replace(engine, step_log=engine.step_log or str(directory / "steps.jsonl"))
+    adapters = config.server.adapters or str(find_model(engine.model).adapters or "")
     config = Config(engine=engine, server=replace(config.server, adapters=adapters))
     settings = {name: value for name, value in config.to_settings().items() if name != "api_key"}
     try:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
@@ -17,10 +16,10 @@ from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
-from toppings.demo import demo_model_dir
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
+from toppings.sources.models import find_model
 from toppings.text import TextModel, TokenSource
 
 T = TypeVar("T")
@@ -102,9 +101,10 @@ class ServerState:
         self.metrics = metrics
         self.perf_model = perf_model
         is_asked = config.engine.generation_config == "auto"
-        self.defaults = read_sampling_defaults(Path(self.model_path)) if is_asked else {}
+        self.model_path = find_model(config.engine.model, config.engine.state_dir).path
+        self.defaults = read_sampling_defaults(self.model_path) if is_asked else {}
         """The model's own sampling defaults, by the names of `SamplingParams`."""
-        self.is_sampled_by_default = is_asked and read_do_sample(Path(self.model_path))
+        self.is_sampled_by_default = is_asked and read_do_sample(self.model_path)
         self.is_draining = False
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
@@ -116,10 +116,6 @@ class ServerState:
     @property
     def base_name(self) -> str:
         return self.client.info.model_name
-
-    @property
-    def model_path(self) -> str:
-        return self.config.engine.model or str(demo_model_dir())
 
     @property
     def num_open(self) -> int:

@@ -17,7 +17,7 @@ from toppings.adapters.state_lock import StateLock
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.config import Config
 from toppings.core import RequestError
-from toppings.demo import demo_adapters_dir
+from toppings.sources.models import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ def open_node_registry(config: Config, *, is_front: bool) -> AdapterRegistry:
 
     lock = hold_state(config.engine, "toppings up", is_shared=True)
     registry = open_registry(config.engine, lock)
-    directory = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
+    engine = config.engine
+    directory = config.server.adapters or find_model(engine.model, engine.state_dir).adapters
     with _registering(registry):
         front = _front_lock(registry)
         if front is None and is_front:

@@ -19,10 +19,10 @@ from ray import serve
 from toppings.cluster.ray_serve.app import FRONT_CPUS, make_app, serve_logging
 from toppings.cluster.ray_serve.settings import UpConfig
 from toppings.config import OFF, Config, ConfigError
-from toppings.demo import demo_model_dir
 from toppings.log_files import LOG_FORMAT
 from toppings.model.config import read_json
 from toppings.server.lifecycle import listening_socket, run_dir
+from toppings.sources.models import with_model
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ def _init(**options: object) -> None:
 
 def _on_this_machine(config: UpConfig) -> UpConfig:
     """With whole paths, since replicas work elsewhere, and a free port; writes `config.yaml`."""
-    engine, server = config.server.engine, config.server.server
-    read_json(Path(engine.model or demo_model_dir()) / "config.json")
+    engine, server = with_model(config.server.engine), config.server.server
+    read_json(Path(engine.model) / "config.json")
     with listening_socket(config.server) as listener:
         port = listener.getsockname()[1]
     names = ["model", "state_dir", *(["step_log"] if engine.step_log != OFF else [])]
