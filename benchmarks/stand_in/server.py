@@ -7,12 +7,14 @@ overtaken.
 
 import heapq
 from collections import Counter, OrderedDict, deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.report import ServerReport
 from toppings.cluster.snapshot import RequestSnapshot
 
 MAX_NUM_SEQS = 64
@@ -55,6 +57,22 @@ class Server:
     @property
     def kv_tokens_used(self) -> int:
         return int(self._sums.context_tokens)
+
+    def report(self, on_host: Set[str]) -> ServerReport:
+        """What it tells a router; `on_host` are the adapters in its host memory."""
+        running, waiting = self.running.values(), {*self.batch, *self.waiting} - {*self.running.values()}
+        return ServerReport(
+            num_running=len(running),
+            num_waiting=len(waiting),
+            running_ranks=[job.snapshot.rank for job in running],
+            waiting_ranks=[job.snapshot.rank for job in waiting],
+            kv_tokens_total=KV_TOKENS,
+            kv_tokens_used=self.kv_tokens_used,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_adapters=self.device_adapters,
+            on_device=set(self.held),
+            on_host=on_host,
+        )
 
     def start_step(self) -> float | None:
         """The ms that the next step takes; None where there is nothing to do."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.core import Batch
 from toppings.engine.scheduler import SchedulerLimits
 from toppings.sim.cohort import ClaimedPages, CohortScheduler
@@ -22,20 +23,20 @@ batch, in which the engine ends them too."""
 class Instance:
     """Idle while `run` is None. Instants and times are ns."""
 
-    def __init__(self, config: SimConfig, adapter_bytes: list[int]) -> None:
+    def __init__(self, config: SimConfig, adapter_names: list[str], adapter_bytes: list[int]) -> None:
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             max_adapter_wait_s=config.max_adapter_wait_s,
         )
-        self.placement = make_placement(config, adapter_bytes)
+        self.placement = make_placement(config, adapter_names, adapter_bytes)
         pages = ClaimedPages(config.num_pages, config.page_size)
         self.scheduler = CohortScheduler(limits, pages, self.placement, may_jump=not config.is_stepwise)
         self.run: Run | None = None
         self.busy_time = self.exposed_time = 0
         self.num_steps = self.num_tokens = 0
-        self._config = config
+        self._config, self._names = config, adapter_names
         self._costs = StepCosts(config.perf_model)
         self._exposed = MODES[config.mode]
 
@@ -175,6 +176,31 @@ class Instance:
         for request in self.scheduler.running:
             assert isinstance(request, SimRequest)
             yield request, self.scheduler.num_computed(request) + num_done * self.scheduler.is_member(request)
+
+    def report(self, now: int) -> ServerReport:
+        """What it tells routers: the cache in use, the adapters that it holds, and, where the performance
+        model looks at contexts, what each running request has generated.
+        """
+        scheduler, config, placement = self.scheduler, self._config, self.placement
+        return ServerReport(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            running_ranks=None,
+            waiting_ranks=None,
+            kv_tokens_total=config.num_pages * config.page_size,
+            kv_tokens_used=self.kv_tokens_used(now),
+            max_num_seqs=config.max_num_seqs,
+            on_device=placement.on_device,
+            on_host=placement.on_host(),
+            requests=list(self._progress(now)) if self._costs.decode_context_ms else [],
+        )
+
+    def _progress(self, now: int) -> Iterator[RequestEntry]:
+        for request, num_computed in self.running(now):
+            assert request.adapter_id is not None
+            num_prompt = len(request.prompt_token_ids)
+            name, num_generated = self._names[request.adapter_id], num_computed - num_prompt + 1
+            yield RequestEntry(request.request_id, name, request.rank, num_prompt, num_generated)
 
     def kv_tokens_used(self, now: int) -> int:
         """Tokens in the cache."""

@@ -239,7 +239,7 @@ class Router:
             "kind": upstream.kind,
             "is_alive": upstream.is_alive,
             "is_draining": upstream.is_draining,
-            "num_in_flight": len(upstream.flights),
+            "num_in_flight": len(self.state.flights.on(upstream.instance_id)),
             "num_running": len(snapshot.running),
             "num_waiting": len(snapshot.waiting),
             "ranks": sorted(request.rank for request in requests),
