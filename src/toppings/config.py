@@ -212,6 +212,19 @@ class ServerConfig:
     allow_credentials: str = setting("off", "let these pages send cookies", choices=SWITCH)
     adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
     adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
+    adapter_source: tuple[str, ...] = setting(
+        (),
+        "where adapters come from that a request names and nobody has registered: dir:PATH, hub:PATTERN,"
+        " s3://..., gs://... or https://...; after a comma patterns of the names it may be asked for",
+    )
+    source_max_bytes: int = setting(2 * 2**30, "largest adapter that is fetched from a source")
+    source_timeout_s: float = setting(120.0, "longest time that fetching an adapter may take")
+    source_refresh_s: float = setting(
+        60.0, "how often a source is asked at most whether an adapter of it has a new revision"
+    )
+    source_cache_bytes: int = setting(
+        10 * 2**30, "bound of all adapters from sources; the least recently asked for leaves first"
+    )
     max_body_bytes: int = setting(
         0, "largest body of a request (0: 64 bytes for each token of the model's context, at least 4MiB)"
     )
@@ -236,7 +249,9 @@ class ServerConfig:
         _require(self, "max_queue", self.max_queue >= 1, "at least 1")
         _require(self, "max_engine_restarts", self.max_engine_restarts >= 0, "at least 0")
         _require(self, "max_body_bytes", self.max_body_bytes >= 0, "at least 0")
-        for name in ("receive_timeout_s", "send_timeout_s"):
+        for name in ("source_max_bytes", "source_cache_bytes"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("receive_timeout_s", "send_timeout_s", "source_timeout_s", "source_refresh_s"):
             _require(self, name, getattr(self, name) > 0, "above 0")
         _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
 

@@ -108,9 +108,7 @@ class Linear:
         self.bias = bias
         is_on_host = weight.device.type == "cpu"
         self.forms = forms_for(weight.dtype, self.num_in) if is_on_host else Forms(is_packed=False)
-        self.is_packed = (
-            is_on_host and USE_PACKED and self.forms.is_packed and packed_reason(weight.dtype)[0]
-        )
+        self.is_packed = is_on_host and USE_PACKED and self.forms.is_packed and packed_reason(weight.dtype)[0]
         self._weight: Any = _pack(weight) if self.is_packed else weight
         self._blocks = _find_blocks(weight, self._weight) if self.is_packed else None
         self._stream = None if self.is_packed else kernels("stream", weight)
