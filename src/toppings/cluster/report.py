@@ -57,7 +57,7 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
                 raise ValueError(f"it tells of a request of rank {rank}")
         limits = self.kv_tokens_total, self.max_num_seqs, self.max_adapters
         if not all(limit is None or limit > 0 for limit in limits):
-            raise ValueError(f"it tells of {limits} tokens, sequences, adapters at most; they must be above 0")
+            raise ValueError(f"it tells of limits {limits}; they must be above 0")
         if not 0 <= self.kv_tokens_used < math.inf:
             raise ValueError(f"it tells of {self.kv_tokens_used} tokens in use")
 
