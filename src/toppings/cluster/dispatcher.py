@@ -182,8 +182,8 @@ class Dispatcher:
             self.lengths.note(num_tokens)
 
     def moves(self) -> list[Move]:
-        """What should wait elsewhere, by the policy; whoever moves a request tells by `sent`."""
-        return self.policy.migrations(self.fleet)
+        """What of ours should wait elsewhere, by the policy; whoever moves a request tells by `sent`."""
+        return [move for move in self.policy.migrations(self.fleet) if move.request_id in self._places]
 
     # --- what servers tell ---
 
