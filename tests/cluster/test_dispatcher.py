@@ -27,7 +27,11 @@ def make_request(number: int, rank: int = 8, adapter: str | None = None) -> Requ
 
 def make_report(ranks: list[int] | None = None, **told: Any) -> ServerReport:
     counts: dict[str, Any] = {"num_running": len(ranks or ()), "num_waiting": 0, "running_ranks": ranks}
-    rest = {"waiting_ranks": None if ranks is None else [], "kv_tokens_total": None, "kv_tokens_used": 0.0}
+    rest: dict[str, Any] = {
+        "waiting_ranks": None if ranks is None else [],
+        "kv_tokens_total": None,
+        "kv_tokens_used": 0.0,
+    }
     return ServerReport(**{**counts, **rest, "on_device": set(), "on_host": set(), **told})
 
 
@@ -82,7 +86,8 @@ def test_an_adapter_is_held_where_it_is_told_or_on_its_way() -> None:
     dispatcher.ended("1")
     dispatcher.report("a", make_report([8, 64], on_device={"told"}, on_host={"host"}))
     snapshot = dispatcher.fleet.instance("a")
-    assert (snapshot.on_device, snapshot.on_host) == ({"told", "rank8"}, {"host"})
+    assert snapshot.on_device == {"told", "rank8"}
+    assert snapshot.on_host == {"host"}
 
 
 def test_a_server_that_does_not_tell_is_believed_to_hold_what_was_used_last() -> None:
