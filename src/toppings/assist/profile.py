@@ -95,7 +95,7 @@ def _fit_link(probes: Probes) -> tuple[float, float]:
 
 
 def _fit_slices(probes: Probes, shapes: BaseShapes) -> list[float]:
-    """Coefficients of `cpu_features`, in ms, over the widest and the narrowest projection, by relative errors."""
+    """Coefficients of `cpu_features`, in ms, of the widest and the narrowest projection, by relative errors."""
     sizes = sorted(set(shapes.sizes), key=sum)
     cases = list(product(SLICE_ROWS, SLICE_RANKS, {sizes[0], sizes[-1]}))
     features = np.array([cpu_features(rows, rank, *size) for rows, rank, size in cases])
