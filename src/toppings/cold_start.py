@@ -1,6 +1,9 @@
-"""The verbs `profile cold-start` and `plan`: what a cold start costs here, and what `auto` makes of it."""
+"""The verbs `profile cold-start`, `profile products` and `plan`: what a cold start costs here, and the model's
+products, and what `auto` makes of it."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +14,9 @@ from toppings.assist.cost import CostProfile
 from toppings.assist.plan import compare
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
+
+if TYPE_CHECKING:
+    from toppings.ops.product_profile import ProductProfile
 
 
 def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
@@ -26,6 +32,23 @@ def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
     path.unlink(missing_ok=True)
     build_engine(replace(config, mode="cpu_assisted")).close()
     return CostProfile.read(path), str(path)
+
+
+def measure_products(config: EngineConfig) -> tuple["ProductProfile", Path]:
+    """Measures anew how the CPU multiplies the model's weights; also where the result is kept.
+
+    Raises ConfigError for a GPU; ValueError, OSError.
+    """
+    import torch
+
+    from toppings.engine.build import dtype_name, model_config, set_threads, state_dir
+    from toppings.engine.products import measure_anew
+
+    if config.device != "cpu":
+        raise ConfigError(f"device is {config.device}; products are measured on the CPU")
+    set_threads(config)
+    model = model_config(config)
+    return measure_anew(model, getattr(torch, dtype_name(config, model)), state_dir(config))
 
 
 def read_or_measure_profile(config: EngineConfig) -> CostProfile:

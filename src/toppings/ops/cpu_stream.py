@@ -1,4 +1,4 @@
-"""numba kernel for products of few rows with a weight as the checkpoint stores it; `linear.py` says when it runs.
+"""numba kernel for products of few rows with a weight as it is stored; `linear.py` says when it runs.
 
 The weight is read once, in order, and widened to float32 in registers: what a product costs is the reading.
 """
@@ -64,8 +64,8 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int)
 
 @Kernel
 def few_rows_linear(block: Any) -> None:
-    """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out], dense, for all rows of x [rows, in], dense;
-    w [out, in] as it is stored; `bias` is 0 or an address. Tiles that reach beyond the last row or column
+    """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out] for all rows of x [rows, in], both dense;
+    w: [out, in] as it is stored; `bias` is 0 or an address. Tiles that reach beyond the last row or column
     repeat it."""
     y, x, w, bias = elements(block, 0), elements(block, 1), elements(block, 2), elements(block, 3)
     has_bias = integer(block, 3) != 0

@@ -23,6 +23,9 @@ PANEL_ELEMENTS = 2**19
 MAX_STREAM_ROWS = 16
 """Rows up to which a weight is widened in registers, where nothing was measured."""
 
+MANY_ROWS = 128
+"""Rows with which a product costs its arithmetic anywhere."""
+
 
 @dataclass(frozen=True)
 class Forms:
