@@ -146,8 +146,8 @@ def profile_products(
     from toppings.cold_start import measure_products
 
     resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
-    profile, path = measure_products(resolved.engine)
-    typer.echo("\n".join([*profile.table(), f"wrote {path}"]))
+    profile, outcome = measure_products(resolved.engine)
+    typer.echo("\n".join([*profile.table(), outcome]))
 
 
 @app.command(name="plan")

@@ -1,8 +1,7 @@
-"""The verbs `profile cold-start`, `profile products` and `plan`: what a cold start costs here, and the model's
-products, and what `auto` makes of it."""
+"""The verbs `profile cold-start`, `profile products` and `plan`: what a cold start and a product cost here, and
+what `auto` makes of it."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,21 +33,22 @@ def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
     return CostProfile.read(path), str(path)
 
 
-def measure_products(config: EngineConfig) -> tuple["ProductProfile", Path]:
-    """Measures anew how the CPU multiplies the model's weights; also where the result is kept.
+def measure_products(config: EngineConfig) -> tuple["ProductProfile", str]:
+    """Measures anew how the CPU multiplies the model's weights; also what became of the result.
 
     Raises ConfigError for a GPU; ValueError, OSError.
     """
     import torch
 
     from toppings.engine.build import dtype_name, model_config, set_threads, state_dir
-    from toppings.engine.products import measure_anew
+    from toppings.engine.products import disturbed, measure_anew
 
     if config.device != "cpu":
         raise ConfigError(f"device is {config.device}; products are measured on the CPU")
     set_threads(config)
     model = model_config(config)
-    return measure_anew(model, getattr(torch, dtype_name(config, model)), state_dir(config))
+    profile, path = measure_anew(model, getattr(torch, dtype_name(config, model)), state_dir(config))
+    return profile, disturbed(profile) if path is None else f"wrote {path}"
 
 
 def read_or_measure_profile(config: EngineConfig) -> CostProfile:

@@ -14,11 +14,7 @@ from toppings.ops.product_profile import ProductProfile, ProductTime, this_cpu
 from toppings.ops.products import MANY_ROWS, MAX_STREAM_ROWS, Forms, forms_for, use_measured
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-STREAM, PANELS, PACKED = (
-    Forms(is_packed=False, max_stream_rows=64),
-    Forms(is_packed=False),
-    Forms(is_packed=True),
-)
+STREAM, PANELS = Forms(is_packed=False, max_stream_rows=64), Forms(is_packed=False)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +96,7 @@ def test_without_numba_all_rows_go_through_panels(monkeypatch: pytest.MonkeyPatc
 def profile_of(times: dict[tuple[str, int], float], dtype: str = "bfloat16") -> ProductProfile:
     """Of one width; `times` in ms by form and number of rows."""
     rows = tuple(ProductTime(64, 256, num_rows, form, ms) for (form, num_rows), ms in times.items())
-    return ProductProfile(this_cpu(), torch.get_num_threads(), dtype, 20.0, 80.0, rows)
+    return ProductProfile(this_cpu(), torch.get_num_threads(), dtype, 20.0, 80.0, 0.0, rows)
 
 
 AVX2 = {
@@ -175,3 +171,13 @@ def test_measuring_times_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == {"stream": few, "panels": many, "packed": many if linear.packed_reason(BF16)[0] else []}
     assert set(profile.forms()) == {32, 64}
     assert len(profile.table()) == 2 + 2 * len(product_profile.ROWS)
+
+
+def test_a_measurement_that_other_work_disturbed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = iter(range(100)), iter([0.0, 0.5])
+    monkeypatch.setattr(product_profile.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(product_profile, "_waited_s", lambda: next(waited))
+    watch = product_profile._Watch()
+    assert watch.waited == 0.5  # half a second of one
+    assert dataclasses.replace(profile_of(AVX2), waited=watch._waited_s + 0.5).is_disturbed
+    assert not profile_of(AVX2).is_disturbed

@@ -36,6 +36,9 @@ def choose_products(
         started_at = time.monotonic()
         profile = product_profile.measure(dtype, widths)
         logger.info("measured products with the model's weights in %.1f s", time.monotonic() - started_at)
+        if profile.is_disturbed:
+            logger.warning(disturbed(profile))
+            return None
         _keep(profile, path)
     use_measured(dtype, profile.forms())
     for line in profile.table():
@@ -48,10 +51,22 @@ def products_path(state_dir: Path, dtype: torch.dtype) -> Path:
     return state_dir / f"products-{name}-threads{torch.get_num_threads()}.json"
 
 
-def measure_anew(model: ModelConfig, dtype: torch.dtype, state_dir: Path) -> tuple[ProductProfile, Path]:
-    """For a model of any size; a server with as many threads reads the result. Raises OSError."""
+def disturbed(profile: ProductProfile) -> str:
+    return (
+        f"other work had the core for {profile.waited:.0%} of the time while products were measured: what"
+        " serves is what this CPU's instructions suggest, and the next start measures again"
+    )
+
+
+def measure_anew(
+    model: ModelConfig, dtype: torch.dtype, state_dir: Path
+) -> tuple[ProductProfile, Path | None]:
+    """For a model of any size; also where it is kept for a server with as many threads, None where other work
+    disturbed it. Raises OSError."""
     path = products_path(state_dir, dtype)
     profile = product_profile.measure(dtype, _widths(model))
+    if profile.is_disturbed:
+        return profile, None
     state_dir.mkdir(parents=True, exist_ok=True)
     profile.write(path)
     return profile, path

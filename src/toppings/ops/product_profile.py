@@ -1,7 +1,7 @@
 """What products with a model's weights take on this CPU, form by form, and which form serves therefore.
 
-Measured with the products that serve (`linear.Linear`), on random weights of the model's shapes, where rows are
-few on so many that they lie beyond the caches. The limits that times are held against are measured beside
+Measured with the products that serve (`linear.Linear`), on random weights of the model's shapes, where rows
+are few on so many that they lie beyond the caches. The limits that times are held against are measured beside
 them: the weight's bytes over the read bandwidth, operations over the rate of the library's float32 product.
 """
 
@@ -23,13 +23,17 @@ from toppings.ops.products import MANY_ROWS, Forms, is_native, rule_for
 ROWS = (1, 4, 8, 16, 32, MANY_ROWS)
 _MAX_WEIGHT = 2**22
 """Elements of a measured weight: of a wider one, the first columns."""
-_READ_BYTES = 96 * 2**20
-"""Of weights that a product of few rows goes through."""
+_READ_BYTES = 64 * 2**20
+"""Of weights that a product of few rows goes through; with more rows, two weights are enough."""
+_READING_ROWS = 8
 _READ_ELEMENTS = 2**25
 _SGEMM = (512, 1024, 1024)
 _REPEATS = 3
 _HOPELESS = 4.0
-"""A form that is so much slower than the best is not tried with more rows."""
+"""A form that is so much slower than the best is not tried with more rows (panels gain with them)."""
+_MAX_WAITED = 0.1
+_BUDGET_S = 1.5
+"""After this nothing is timed more than once."""
 _MARGIN = 1.25
 """So much faster is another way to keep weights than the expected one, before it takes its place."""
 
@@ -48,14 +52,21 @@ class ProductTime:
 @dataclass(frozen=True)
 class ProductProfile:
     """`cpu`: what the times hold for, `this_cpu()`; `read_gbps` in 10^9 bytes, `sgemm_gflops` in 10^9
-    operations a second, on `num_threads` threads."""
+    operations a second, on `num_threads` threads; `waited`: the share of the time in which other work had the
+    core."""
 
     cpu: str
     num_threads: int
     dtype: str
     read_gbps: float
     sgemm_gflops: float
+    waited: float
     times: tuple[ProductTime, ...]
+
+    @property
+    def is_disturbed(self) -> bool:
+        """The times say more about other work than about the products."""
+        return self.waited > _MAX_WAITED
 
     def forms(self) -> dict[int, Forms]:
         """The choice, by input width."""
@@ -146,17 +157,18 @@ def this_cpu() -> str:
 
 
 def measure(dtype: torch.dtype, widths: Mapping[int, int]) -> ProductProfile:
-    """`widths`: by each input width of the model's weights, the widest output. Takes a second or two."""
-    torch.manual_seed(0)
+    """`widths`: by each input width of the model's weights, the widest output. Takes a second or two; has no
+    times where it is disturbed from the start."""
     times: list[ProductTime] = []
-    for num_in, num_out in widths.items():
-        times += _times(dtype, num_in, max(1, min(num_out, _MAX_WEIGHT // num_in)))
-    return ProductProfile(
-        this_cpu(), torch.get_num_threads(), _name(dtype), _read_gbps(), _sgemm_gflops(), tuple(times)
-    )
+    watch = _Watch()
+    read_gbps, sgemm_gflops = _read_gbps(watch), _sgemm_gflops(watch)
+    for num_in, num_out in widths.items() if watch.waited <= _MAX_WAITED else ():
+        times += _times(watch, dtype, num_in, max(1, min(num_out, _MAX_WEIGHT // num_in)))
+    here = (this_cpu(), torch.get_num_threads(), _name(dtype))
+    return ProductProfile(*here, read_gbps, sgemm_gflops, watch.waited, tuple(times))
 
 
-def _times(dtype: torch.dtype, num_in: int, num_out: int) -> list[ProductTime]:
+def _times(watch: "_Watch", dtype: torch.dtype, num_in: int, num_out: int) -> list[ProductTime]:
     num_weights = -(-_READ_BYTES // (num_in * num_out * dtype.itemsize))
     weight = torch.randn(num_out, num_in).to(dtype)
     weights = [weight.clone() for _ in range(num_weights)]
@@ -173,36 +185,59 @@ def _times(dtype: torch.dtype, num_in: int, num_out: int) -> list[ProductTime]:
             if forms.name(rows) != name:
                 break
             x = torch.randn(rows, num_in).to(dtype)
-            used = products if rows < MANY_ROWS else products[:1]
-            ms = _best_s(lambda used=used, x=x: [each(x) for each in used]) / len(used) * 1e3  # type: ignore[misc]
+            used = products if rows <= _READING_ROWS else products[:2]
+            ms = watch.best_s(lambda used=used, x=x: [each(x) for each in used]) / len(used) * 1e3  # type: ignore[misc]
             times.append(ProductTime(num_in, num_out, rows, name, ms))
             best[rows] = min(ms, best.get(rows, math.inf))
-            if ms > _HOPELESS * best[rows]:
+            if name != "panels" and ms > _HOPELESS * best[rows]:
                 break
         del products
     return times
 
 
-def _read_gbps() -> float:
+def _read_gbps(watch: "_Watch") -> float:
     data = torch.ones(_READ_ELEMENTS)
-    return data.nbytes / _best_s(data.sum) / 1e9
+    return data.nbytes / watch.best_s(data.sum) / 1e9
 
 
-def _sgemm_gflops() -> float:
+def _sgemm_gflops(watch: "_Watch") -> float:
     m, n, k = _SGEMM
     a, b = torch.randn(m, k), torch.randn(n, k)
-    return 2 * m * n * k / _best_s(lambda: torch.mm(a, b.t())) / 1e9
+    return 2 * m * n * k / watch.best_s(lambda: torch.mm(a, b.t())) / 1e9
 
 
-def _best_s(action: Callable[[], list[Tensor] | Tensor]) -> float:
-    """After one call that is not counted: beside other work the fastest is the one least disturbed."""
-    action()
-    times = []
-    for _ in range(_REPEATS):
-        started_at = time.perf_counter()
+class _Watch:
+    """Times actions, and sees how long this thread waited for its core meanwhile."""
+
+    def __init__(self) -> None:
+        self._started_at, self._waited_s = time.perf_counter(), _waited_s()
+
+    def best_s(self, action: Callable[[], list[Tensor] | Tensor]) -> float:
+        """After one call that is not counted: the fastest is the one least disturbed."""
         action()
-        times.append(time.perf_counter() - started_at)
-    return min(times)
+        times: list[float] = []
+        while not times or (len(times) < _REPEATS and self._elapsed_s < _BUDGET_S):
+            started_at = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - started_at)
+        return min(times)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._started_at
+
+    @property
+    def waited(self) -> float:
+        """Share of the time since it was made."""
+        return (_waited_s() - self._waited_s) / self._elapsed_s
+
+
+def _waited_s() -> float:
+    """Seconds that this thread has been ready to run and did not; 0 where the kernel does not tell."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _name(dtype: torch.dtype) -> str:
