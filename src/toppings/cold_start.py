@@ -1,4 +1,4 @@
-"""The verbs `profile cold-start`, `profile products` and `plan`: what a cold start and a product cost here, and
+"""The verbs `profile cold-start`, `profile products` and `plan`: what cold starts and products cost here, and
 what `auto` makes of it."""
 
 from dataclasses import replace
