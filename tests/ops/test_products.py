@@ -163,6 +163,7 @@ def test_measuring_times_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_profile, "_READ_ELEMENTS", 2**12)
     monkeypatch.setattr(product_profile, "_SGEMM", (8, 8, 8))
     monkeypatch.setattr(product_profile, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(product_profile, "_waited_s", lambda: 0.0)
     profile = product_profile.measure(BF16, {32: 48, 64: 40})
     assert {(t.num_in, t.num_out) for t in profile.times} == {(32, 48), (64, 40)}
     counts = {form: [t.num_rows for t in profile.times if t.form == form and t.num_in == 32] for form in
