@@ -202,8 +202,8 @@ def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: f
     """Attention of one sequence's last rows q [n, H, D] to its keys k, v [m, Hkv, D] into out [n, H, D].
 
     Queries go in blocks, each with only the keys that one of its queries may see. Scores are rounded to q's
-    dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which shifts all scores of a query
-    alike.
+    dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which
+    shifts all scores of a query alike.
     """
     if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()
