@@ -21,7 +21,7 @@ from toppings.cluster.ray_serve.settings import UpConfig
 from toppings.config import OFF, Config, ConfigError
 from toppings.demo import demo_model_dir
 from toppings.log_files import LOG_FORMAT
-from toppings.model.config import read_json
+from toppings.model.files import read_json
 from toppings.server.lifecycle import listening_socket, run_dir
 
 logger = logging.getLogger(__name__)
