@@ -49,10 +49,10 @@ def _imports(node: ast.AST, *, is_for_types: bool) -> Iterator[tuple[str, bool]]
         assert not node.level, "an import says the whole name"
         yield from ((f"{node.module}.{alias.name}", is_for_types) for alias in node.names)
     elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-        for child in node.body:
-            yield from _imports(child, is_for_types=True)
-        for child in node.orelse:
-            yield from _imports(child, is_for_types=is_for_types)
+        for statement in node.body:
+            yield from _imports(statement, is_for_types=True)
+        for statement in node.orelse:
+            yield from _imports(statement, is_for_types=is_for_types)
     else:
         for child in ast.iter_child_nodes(node):
             yield from _imports(child, is_for_types=is_for_types)
