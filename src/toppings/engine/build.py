@@ -37,9 +37,10 @@ from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
 from toppings.engine.step_log import StepLog
-from toppings.model.config import ModelConfig, read_json
+from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
+from toppings.model.files import read_json
 from toppings.model.identity import checkpoint_identity
 from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
