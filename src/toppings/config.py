@@ -96,7 +96,9 @@ class EngineConfig:
         300.0, "a step that takes longer ends the engine, which is taken to hang (0: no bound)"
     )
     heartbeat_timeout_s: float = setting(
-        5.0, "an engine whose process gives no sign of life for so long is ended (0: no bound)"
+        5.0,
+        "an engine whose process gives no sign of life for so long is ended, and after a second where the system"
+        " says that it is stopped (0: never)",
     )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
