@@ -97,8 +97,8 @@ class EngineConfig:
     )
     heartbeat_timeout_s: float = setting(
         5.0,
-        "an engine whose process gives no sign of life for so long is ended, and after a second where the system"
-        " says that it is stopped (0: never)",
+        "an engine whose process gives no sign of life for so long is ended; one that is stopped, as the"
+        " kernel says, after a second (0: neither)",
     )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
