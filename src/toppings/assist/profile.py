@@ -113,7 +113,7 @@ def fit_non_negative(features: np.ndarray, times: np.ndarray) -> list[float]:
             break
         contributions = solution * scaled.mean(axis=0)
         del kept[int(contributions.argmin())]
-    coefficients = dict(zip(kept, solution.tolist()))
+    coefficients = dict(zip(kept, solution.tolist(), strict=True))
     return [max(0.0, coefficients.get(i, 0.0)) for i in range(features.shape[1])]
 
 
@@ -154,7 +154,7 @@ class EventLora:
     @property
     def gemm_s(self) -> float:
         """Once the forward is over."""
-        pairs = zip(self._events[::2], self._events[1::2])
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
         return sum(float(start.elapsed_time(stop)) for start, stop in pairs) / 1e3
 
 
