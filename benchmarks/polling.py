@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hostile.faults import ENGINE
 from hostile.results import aim, finish
-from hostile.served import Served
+from hostile.served import ENGINE, Served
 
 from toppings.demo import demo_model_dir
 from toppings.lab.script import make_parser, parse
@@ -61,7 +60,7 @@ def measure(served: Served, num_resident: int, num_polls: int) -> dict[str, Any]
     with ThreadPoolExecutor(NUM_CLIENTS) as clients:
         names = [f"adapter-{number:05}" for number in range(num_resident)]
         statuses = list(clients.map(lambda name: served.complete(name, max_tokens=1)[0], names))
-    assert statuses == [200] * num_resident, statuses
+    assert statuses == [200] * num_resident, (set(statuses), served.tail())
     engine, stats = served.find(ENGINE), served.wait_until_idle()
     assert engine is not None
     places = [adapter["device_layers"] == adapter["num_layers"] for adapter in stats["adapters"]]
