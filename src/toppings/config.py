@@ -172,7 +172,10 @@ class EngineConfig(Settings):
         300.0, "a step that takes longer ends the engine, which is taken to hang (0: no bound)", at_least=0
     )
     heartbeat_timeout_s: float = setting(
-        5.0, "an engine whose process gives no sign of life for so long is ended (0: no bound)", at_least=0
+        5.0,
+        "an engine whose process gives no sign of life for so long is ended; one that is stopped, as the"
+        " kernel says, after a second (0: neither)",
+        at_least=0,
     )
     num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)", at_least=0)
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)

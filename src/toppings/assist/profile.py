@@ -95,7 +95,7 @@ def _fit_link(probes: Probes) -> tuple[float, float]:
 
 
 def _fit_slices(probes: Probes, shapes: BaseShapes) -> list[float]:
-    """Coefficients of `cpu_features`, in ms, of the widest and the narrowest projection, by relative errors."""
+    """Coefficients of `cpu_features`, in ms, of the widest and narrowest projection, by relative errors."""
     sizes = sorted(set(shapes.sizes), key=sum)
     cases = list(product(SLICE_ROWS, SLICE_RANKS, {sizes[0], sizes[-1]}))
     features = np.array([cpu_features(rows, rank, *size) for rows, rank, size in cases])
@@ -140,7 +140,7 @@ class EventLora:
     @property
     def gemm_s(self) -> float:
         """Once the forward is over."""
-        pairs = zip(self._events[::2], self._events[1::2])
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
         return sum(float(start.elapsed_time(stop)) for start, stop in pairs) / 1e3
 
 
