@@ -28,7 +28,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(state_dir=str(tmp_path_factory.mktemp("state")), kv_cache_bytes="32MiB", num_threads=1) as llm:
+    with LLM(
+        "demo", state_dir=str(tmp_path_factory.mktemp("state")), kv_cache_bytes="32MiB", num_threads=1
+    ) as llm:
         for path in demo_adapters_dir().iterdir():
             llm.load_adapter(path.name, path)
         yield llm
@@ -131,7 +133,7 @@ def test_an_llm_that_is_killed_leaves_no_state_behind(
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_an_engine_that_is_gone_ends_calls_and_close(tmp_path: Path, number: signal.Signals) -> None:
-    llm = LLM(state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=1.0)
+    llm = LLM("demo", state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=1.0)
     endless = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
     failures: list[BaseException] = []
 
@@ -173,7 +175,7 @@ def test_two_of_one_model_keep_their_adapters_apart(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("toppings.llm.EngineClient", Engine)
     pirate = demo_adapters_dir() / "pirate"
-    with LLM() as one, LLM() as other:
+    with LLM("demo") as one, LLM("demo") as other:
         one.load_adapter("a", pirate)
         other.load_adapter("b", pirate)
         assert [[record.name for record in each.adapters()] for each in (one, other)] == [["a"], ["b"]]
@@ -181,7 +183,7 @@ def test_two_of_one_model_keep_their_adapters_apart(tmp_path: Path, monkeypatch:
     assert not Path(started[1]).exists()
     with (
         pytest.raises(StateHeldError),
-        LLM(state_dir=str(tmp_path / "s")),
-        LLM(state_dir=str(tmp_path / "s")),
+        LLM("demo", state_dir=str(tmp_path / "s")),
+        LLM("demo", state_dir=str(tmp_path / "s")),
     ):
         pass

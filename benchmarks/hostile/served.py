@@ -18,6 +18,8 @@ from typing import Any, Self
 
 import psutil
 
+from toppings.sources.models import DEMO
+
 START_TIMEOUT_S = 300.0
 ENGINE, WORKER = "toppings.engine.process", "toppings.assist.worker"
 PARTS = {WORKER: "worker", "serve": "server", "route": "router"}
@@ -150,7 +152,9 @@ class Served(Program):
         port = free_port()
         self.state_dir = state_dir or folder / "state"
         directories = ("--log-dir", str(log_dir or folder / "logs"), "--state-dir", str(self.state_dir))
-        super().__init__(folder, port, ("serve", "--port", str(port), *directories, *options))
+        super().__init__(
+            folder, port, ("serve", "--model", DEMO, "--port", str(port), *directories, *options)
+        )
 
     def load(self, name: str, path: Path, **fields: object) -> tuple[int, Any]:
         return self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **fields})

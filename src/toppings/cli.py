@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -220,6 +221,38 @@ def add_adapter(
     typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes")
     if doubt is not None:
         typer.echo(f"warning: {doubt}", err=True)
+
+
+@adapters_app.command("pull")
+def pull_adapter(
+    name: str,
+    place: str,
+    *,
+    replace: Annotated[bool, typer.Option("--replace", help="load a registered name anew")] = False,
+    model: Model = "",
+    state_dir: StateDir = "",
+    dtype: Dtype = "auto",
+    url: Url = "",
+    api_key: ApiKey = "",
+    api_key_file: ApiKeyFile = "",
+) -> None:
+    """Fetch the adapter at PLACE (hub:org/name[@revision], s3://..., https://...) and register it as NAME."""
+    if url:
+        typer.echo(RemoteServer(url, read_api_key(api_key, api_key_file)).load(name, place, in_place=replace))
+        return
+    from toppings.adapters.registry import Origin
+    from toppings.config import ServerConfig
+    from toppings.sources.adapters import any_place, find_reference
+    from toppings.sources.fetch import Room
+
+    found = find_reference([any_place(place)], place)
+    if found is None:
+        raise ConfigError(f"{place!r} is no place of an adapter; write hub:org/name, s3://..., https://...")
+    limits = ServerConfig()
+    with _held_registry(model, state_dir, dtype) as registry, TemporaryDirectory() as work:
+        path = found.bring(Path(work) / "adapter", Room(limits.source_max_bytes, limits.source_timeout_s))
+        record = registry.register(name, path, replace=replace, origin=Origin.CLI, source=found.where)
+    typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes, from {found.where}")
 
 
 @adapters_app.command("remove")

@@ -277,6 +277,21 @@ class ServerConfig(Settings):
     allow_credentials: str = setting("off", "let these pages send cookies", choices=SWITCH)
     adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
     adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
+    adapter_source: tuple[str, ...] = setting(
+        (),
+        "where adapters come from that a request names and nobody has registered: dir:PATH, hub:PATTERN,"
+        " s3://..., gs://... or https://...; after a comma patterns of the names it may be asked for",
+    )
+    source_max_bytes: int = setting(2 * 2**30, "largest adapter that is fetched from a source", at_least=1)
+    source_timeout_s: float = setting(120.0, "longest time that fetching an adapter may take", above=0)
+    source_refresh_s: float = setting(
+        60.0, "how often a source is asked at most whether an adapter of it has a new revision", above=0
+    )
+    source_cache_bytes: int = setting(
+        10 * 2**30,
+        "bound of all adapters from sources; the least recently asked for leaves first",
+        at_least=1,
+    )
     max_body_bytes: int = setting(
         0,
         "largest body of a request (0: 64 bytes for each token of the model's context, at least 4MiB)",

@@ -167,7 +167,9 @@ def test_a_taken_port_is_a_configuration_error() -> None:
 
 
 def test_the_resolved_configuration_is_written_without_the_key(tmp_path: Path) -> None:
-    config = Config.from_settings({"log_dir": str(tmp_path), "mode": "on_demand", "api_key": "secret"})
+    config = Config.from_settings(
+        {"model": "demo", "log_dir": str(tmp_path), "mode": "on_demand", "api_key": "secret"}
+    )
     resolved = with_run_files(config)
     written = tmp_path / "on_demand" / "config.yaml"
     assert "secret" not in written.read_text()
@@ -178,7 +180,8 @@ def test_the_resolved_configuration_is_written_without_the_key(tmp_path: Path) -
 
 def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
     """The whole of it: a process, its engine, the demo's model and adapters, a signal."""
-    command = [sys.executable, "-m", "toppings", "serve", "--port", "0", "--num-threads", "1"]
+    command = [sys.executable, "-m", "toppings", "serve", "--model", "demo"]
+    command += ["--port", "0", "--num-threads", "1"]
     options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
     process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
     try:

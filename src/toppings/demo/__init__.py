@@ -20,4 +20,4 @@ def demo_adapters_dir() -> Path:
 def real_adapters_dir() -> Path | None:
     """The same of the real model; None where there are none. In the sources a link to examples/adapters."""
     directory = Path(__file__).parent / "real_adapters"
-    return directory if directory.is_dir() else None
+    return directory if any(directory.glob("*/adapter_config.json")) else None

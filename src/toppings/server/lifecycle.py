@@ -29,6 +29,7 @@ from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_file_limit
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
+from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
 from toppings.sources.models import find_model, with_model
 from toppings.text import TextModel
@@ -164,6 +165,7 @@ def _registry(config: Config, lock: StateLock) -> AdapterRegistry:
 
     registry = open_registry(config.engine, lock)
     registry.register_directory(config.server.adapters or None).log()
+    drop_unconfigured(registry, config.server)
     registry.clean_up()
     logger.info("%d adapters are registered in %s", registry.count(), registry.state_dir)
     return registry

@@ -91,7 +91,7 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
 async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
     return Job(
         state=state,
-        target=_target(state, body),
+        target=await _target(state, body),
         prompts=await tokens_of(state, [body.inputs]),
         sampling=body.parameters.sampling(state, has_logprobs=has_logprobs),
     )
@@ -102,17 +102,18 @@ def error_response(error: Exception) -> Response:
     return json_response({"message": described.message}, described.status, headers=described.headers)
 
 
-def _target(state: ServerState, body: Body) -> Target:
+async def _target(state: ServerState, body: Body) -> Target:
     """`lora_id` is the registry's id; `lora_dir` an adapter's name, or the directory it was loaded from."""
     if body.lora_id is not None:
         try:
-            return state.target(state.registry.get_by_id(body.lora_id).name)
+            name = state.registry.get_by_id(body.lora_id).name
         except AdapterNotFound as error:
             raise ApiError(404, f"no adapter has lora_id {body.lora_id}; GET /adapters lists them") from error
+        return await state.find_target(name)
     if body.lora_dir is None:
         return state.target(None)
     record = state.registry.find_from(os.path.normpath(body.lora_dir))
-    return state.target(body.lora_dir if record is None else record.name)
+    return await state.find_target(body.lora_dir if record is None else record.name)
 
 
 def _whole(choice: Choice, *, has_details: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakSet
 
 from fastapi import Request
@@ -22,6 +22,9 @@ from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
 from toppings.text import TextModel, TokenSource
+
+if TYPE_CHECKING:
+    from toppings.server.resolver import Resolver
 
 T = TypeVar("T")
 
@@ -106,6 +109,8 @@ class ServerState:
         self.defaults = read_sampling_defaults(self.model_path) if is_asked else {}
         """The model's own sampling defaults, by the names of `SamplingParams`."""
         self.is_sampled_by_default = is_asked and read_do_sample(self.model_path)
+        self.resolver: Resolver | None = None
+        """Asks the adapter sources, where there are any."""
         self.is_draining = False
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
@@ -126,6 +131,17 @@ class ServerState:
     @property
     def num_waiting(self) -> int:
         return max(self.client.num_pending, sum(lease.num_waiting for lease in self._leases))
+
+    async def find_target(
+        self, model: str | None, *, kind: str | None = None, token: str | None = None
+    ) -> Target:
+        """As `target`, but an adapter may have to come from a source first, of `kind`, with `token`.
+
+        Raises ApiError.
+        """
+        if model and model != self.base_name and self.resolver is not None:
+            await self.resolver.resolve(model, kind=kind, token=token)
+        return self.target(model)
 
     def target(self, model: str | None) -> Target:
         """Raises ApiError 404 for a model that is not served; no name means the base model."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from toppings.config import EngineConfig
 from toppings.demo import BASE_NAME, demo_adapters_dir, demo_model_dir, real_adapters_dir
 from toppings.model.gguf import SUFFIX, check_magic, convert_gguf
+from toppings.sources import hub, remote
+from toppings.sources.remote import scheme_of
 
 DEMO = "demo"
 """The built-in model, as `--model` has it."""
@@ -38,7 +40,7 @@ class FoundModel:
 
 def find_model(reference: str = "", state_dir: str = "") -> FoundModel:
     """The checkpoint that `reference` means: "" the real model that is installed, else the demo; "demo"; a
-    directory; a `.gguf` file.
+    directory; a `.gguf` file; an address (s3://, https://); a hub id `org/name[/file.gguf][@revision]`.
 
     What has to be made is kept below ~/.cache/toppings, or `state_dir` where one is named, and found there
     from then on. A directory that does not exist is nobody's error here: whoever reads it says so.
@@ -51,8 +53,27 @@ def find_model(reference: str = "", state_dir: str = "") -> FoundModel:
     if reference == DEMO or path == demo_model_dir():
         return FoundModel(demo_model_dir(), BASE_NAME, demo_adapters_dir())
     if path.suffix == SUFFIX and not path.is_dir():
-        return _converted(path, path.stem, state_dir)
-    return _directory(path)
+        fetched = None if path.exists() else _fetched(reference, state_dir)
+        return _converted(fetched or path, path.stem, state_dir)
+    if path.is_dir() or (fetched := _fetched(reference, state_dir)) is None:
+        return _directory(path)
+    if fetched.suffix == SUFFIX:
+        return _converted(fetched, fetched.stem, state_dir)
+    return _directory(fetched)
+
+
+def _fetched(reference: str, state_dir: str) -> Path | None:
+    """What is elsewhere, on this machine; None for a path."""
+    if scheme_of(reference):
+        place = _place(state_dir)
+        with _alone(place, hashlib.sha256(reference.encode()).hexdigest()[:IDENTITY_CHARS]):
+            return remote.fetch_model(reference, place)
+    return hub.fetch_model(reference)
+
+
+def _place(state_dir: str) -> Path:
+    """Where models are kept that are made here."""
+    return (Path(state_dir).absolute() if state_dir else cache_dir()) / MODELS
 
 
 def with_model(config: EngineConfig) -> EngineConfig:
@@ -112,10 +133,9 @@ def _is_packaged(path: Path) -> bool:
 def _converted(file: Path, name: str, state_dir: str) -> FoundModel:
     check_magic(file)
     key = file_identity(file)
-    places = [cache_dir() / MODELS, *([Path(state_dir).absolute() / MODELS] if state_dir else [])]
-    made = next((place for place in places if (place / key / name).is_dir()), None)
-    if made is None:
-        made = places[-1]
+    made = _place("")
+    if not (made / key / name).is_dir():
+        made = _place(state_dir)
         with _alone(made, key):
             if not (made / key / name).is_dir():
                 print(f"{file.name} becomes a checkpoint in {made / key}, once", file=sys.stderr, flush=True)

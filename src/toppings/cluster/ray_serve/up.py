@@ -49,6 +49,8 @@ def run_up(config: UpConfig, *, on_ready: Callable[[str], None]) -> None:
 
     Raises ConfigError, or UpError where Ray, an engine or the front did not start.
     """
+    if config.server.server.adapter_source:
+        raise ConfigError("adapter_source is for `toppings serve`; `toppings up` takes --adapters")
     level = config.server.server.log_level.upper()
     logging.basicConfig(level=level, format=LOG_FORMAT)
     with suppress(KeyboardInterrupt), _cluster(config) as resolved:
