@@ -1,0 +1,93 @@
+"""What a task is: texts with the one right answer, made from a seed, and a score for what a model says.
+
+Every list of words and templates is shared out once: each fourth entry is held out, the others are for training.
+So a held-out item has words, and a sentence around them, that no training item has.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, TypeVar
+
+Split = Literal["train", "held_out"]
+T = TypeVar("T")
+
+HELD_OUT_SHARE = 4  # of every so many entries, one is held out
+MAX_REPEATS = 50  # draws in a row that gave nothing new; then the task has too few different items
+
+
+class Draw:
+    """Random choices within one split."""
+
+    def __init__(self, seed: int, split: Split) -> None:
+        self.rng = Random(f"{seed} {split}")
+        self.split = split
+
+    def has(self, index: int) -> bool:
+        """Whether the entry of this number belongs to the split."""
+        return (index % HELD_OUT_SHARE == HELD_OUT_SHARE - 1) == (self.split == "held_out")
+
+    def one(self, entries: Sequence[T]) -> T:
+        """One of the split's own entries."""
+        return self.rng.choice([entry for index, entry in enumerate(entries) if self.has(index)])
+
+    def any(self, entries: Sequence[T]) -> T:
+        """One of all entries: for what both splits share, such as labels and units."""
+        return self.rng.choice(entries)
+
+    def number(self, low: int, high: int) -> int:
+        """A number of [low, high] that belongs to the split."""
+        while not self.has(number := self.rng.randint(low, high)):
+            pass
+        return number
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the user says, and the answer that is right."""
+
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """`score(item, answer)` is 1 for a right answer and 0 for a wrong one; `max_tokens` has room for any right one."""
+
+    name: str
+    system: str
+    draw: Callable[[Draw], Item]
+    score: Callable[[Item, str], float]
+    max_tokens: int
+
+    def make(self, seed: int, split: Split, num_items: int) -> list[Item]:
+        """Different items of one split, the same for the same seed; ValueError where there are not so many."""
+        draw, items, num_repeats = Draw(seed, split), dict[str, Item](), 0
+        while len(items) < num_items:
+            item = self.draw(draw)
+            num_repeats = num_repeats + 1 if item.text in items else 0
+            if num_repeats > MAX_REPEATS:
+                raise ValueError(
+                    f"{self.name} has about {len(items)} items for {split}, fewer than {num_items}"
+                )
+            items[item.text] = item
+        return list(items.values())
+
+    def messages(self, item: Item) -> list[dict[str, str]]:
+        """The chat that asks for the item's answer, of base and adapter alike."""
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": item.text}]
+
+
+def tidied(answer: str) -> str:
+    """An answer without what no reader minds: outer space, quotes, code marks and a last full stop."""
+    return answer.strip().strip("`\"'").removesuffix(".").strip()
+
+
+def exact(item: Item, answer: str) -> float:
+    """The answer and nothing else."""
+    return float(tidied(answer) == tidied(item.answer))
+
+
+def one_word(item: Item, answer: str) -> float:
+    """The right label, in whatever case."""
+    return float(tidied(answer).lower() == item.answer)
