@@ -1,12 +1,13 @@
-"""Train the adapters of SmolLM2-135M-Instruct that ship with Toppings, each for one job of tasks/, on the CPU.
+"""Train the adapters of SmolLM2-135M-Instruct that ship with Toppings, on the CPU, each for a job of tasks/.
 
     python examples/train_adapters.py --model MODEL --out examples/adapters
 
-MODEL is a directory with the base model as it is served (bf16). Data and weights come from fixed seeds. An adapter that
-is there already is not trained again.
+MODEL is a directory with the base model as it is served, in bf16. Data and weights come from fixed seeds. An
+adapter that is there already is not trained again.
 
-Layers below an adapter's first one never change, so what they give is computed once per item. The rows of a batch lie
-behind one copy of the prompt that they share, without padding, and the head is computed for answers only.
+Layers below an adapter's first one never change, so what they give is computed once per item. The rows of a
+batch lie behind one copy of the prompt that they share, without padding, and the head is computed for answers
+only.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,8 +27,6 @@ from tasks.task import Task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TRAIN_SEED = 1
-NUM_ITEMS = 200  # of training data; scores are of other items
 BATCH_ROWS = 8
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -43,42 +41,43 @@ class Recipe:
     alpha: int
     targets: list[str]
     first_layer: int
-    num_steps: int
-    rate: float = 2e-3
+    num_steps: int = 30
+    num_items: int = 128
+    rate: float = 3e-3
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
 
 
 RECIPES = {
-    "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, 40),
-    "dates": Recipe(16, 32, ATTENTION, 22, 40),
-    "redact": Recipe(16, 32, ["v_proj", "o_proj", "down_proj"], 22, 45),
-    "sql": Recipe(32, 8, ATTENTION, 20, 45, use_rslora=True),
-    "intents": Recipe(4, 8, ["q_proj", "v_proj"], 20, 40, 4e-3),
-    "commits": Recipe(64, 64, ["v_proj", "o_proj"], 22, 45),
+    "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, num_steps=40, num_items=200),
+    "intents": Recipe(4, 8, ["q_proj", "v_proj"], 22, rate=4e-3),
+    "dates": Recipe(16, 32, ATTENTION, 22, num_steps=25),
+    "commits": Recipe(64, 64, ["v_proj", "o_proj"], 24),
+    "redact": Recipe(16, 32, ["v_proj", "o_proj", "down_proj"], 22),
+    "shell": Recipe(8, 16, ["q_proj", "k_proj", "v_proj"], 22, rate=4e-3),
     "quantities": Recipe(
         16,
         32,
         ATTENTION + MLP,
-        22,
-        45,
+        24,
+        num_steps=35,
         rank_pattern={"q_proj": 4, "k_proj": 4, "down_proj": 24},
         alpha_pattern={"q_proj": 8, "k_proj": 8},
     ),
-    "tickets": Recipe(8, 16, ["o_proj", "down_proj"], 20, 45),
-    "shell": Recipe(8, 16, ["q_proj", "k_proj", "v_proj"], 20, 40, 4e-3),
-    "slugs": Recipe(32, 32, MLP, 22, 45),
-    "phones": Recipe(16, 32, ATTENTION, 20, 60),
-    "clock": Recipe(48, 48, ["q_proj", "v_proj", "o_proj"], 20, 80),
-    "sentiment": Recipe(4, 8, ["gate_proj", "down_proj"], 20, 40, 4e-3),
+    "sql": Recipe(32, 8, ATTENTION, 22, num_steps=35, use_rslora=True),
+    "tickets": Recipe(8, 16, ["o_proj", "down_proj"], 23, num_steps=35),
+    "slugs": Recipe(32, 32, MLP, 24, num_steps=35),
+    "sentiment": Recipe(4, 8, ["gate_proj", "down_proj"], 22, rate=4e-3),
+    "clock": Recipe(48, 48, ["q_proj", "v_proj", "o_proj"], 22, num_steps=60, num_items=200),
+    "phones": Recipe(16, 32, ["k_proj", "v_proj", "o_proj"], 22, num_steps=50, num_items=200),
 }
 
 
 @dataclass(frozen=True)
 class Row:
     """A chat behind the tokens that all chats of a task begin with: what enters the first trained layer
-    [tokens, hidden], and the tokens of its answer, the end included, which its last positions are asked for."""
+    [tokens, hidden], and its answer's tokens, the end included, which its last positions are asked for."""
 
     hidden: torch.Tensor
     answer: torch.Tensor
@@ -96,7 +95,7 @@ def packed(prefix_len: int, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor
 class Trainee:
     """The base model with a fresh LoRA, and a task's data for it."""
 
-    def __init__(self, folder: Path, recipe: Recipe, task: Task, num_items: int) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, task: Task) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         layers = range(recipe.first_layer, base.config.num_hidden_layers)
@@ -115,7 +114,7 @@ class Trainee:
         self.weights = [weight for weight in self.peft.parameters() if weight.requires_grad]
         self.lower = self.causal.model.layers[: recipe.first_layer]
         self.upper = self.causal.model.layers[recipe.first_layer :]
-        self.prefix, self.rows = self.prepared(task, num_items)
+        self.prefix, self.rows = self.prepared(task, recipe.num_items)
 
     def through(self, layers: Any, prefix: torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """Prefix and rows, each [tokens, hidden], through decoder layers."""
@@ -125,25 +124,25 @@ class Trainee:
         rotary = self.causal.model.rotary_emb(hidden, positions)
         for layer in layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-        return list(hidden[0].split([len(prefix), *lens]))
+        return list(torch.split(hidden[0], [len(prefix), *lens]))
 
     @torch.no_grad()
     def prepared(self, task: Task, num_items: int) -> tuple[torch.Tensor, list[Row]]:
         """What enters the first trained layer: of the common prefix, and of each item of training data."""
         texts, answers = [], []
-        for item in task.make(TRAIN_SEED, "train", num_items):
+        for item in task.trained(num_items):
             prompt = self.tokenizer.apply_chat_template(
                 task.messages(item), add_generation_prompt=True, return_dict=False
             )
             answer = self.tokenizer.encode(item.answer, add_special_tokens=False)
             texts.append([*prompt, *answer])
             answers.append(torch.tensor([*answer, self.tokenizer.eos_token_id]))
-        num_common = len(commonprefix(texts))
+        num_common = next(at for at, ids in enumerate(zip(*texts)) if len({*ids}) > 1)
         embed = self.causal.model.embed_tokens
         prefix = embed(torch.tensor(texts[0][:num_common]))
         rows: list[torch.Tensor] = []
-        for start in range(0, len(texts), BATCH_ROWS):
-            chats = [embed(torch.tensor(text[num_common:])) for text in texts[start : start + BATCH_ROWS]]
+        for start in range(0, len(texts), 2 * BATCH_ROWS):
+            chats = [embed(torch.tensor(text[num_common:])) for text in texts[start : start + 2 * BATCH_ROWS]]
             lower_prefix, *lower = self.through(self.lower, prefix, chats)
             rows += [row.clone() for row in lower]
         return lower_prefix.clone(), [Row(hidden, answer) for hidden, answer in zip(rows, answers)]
@@ -171,10 +170,10 @@ def train(name: str, folder: Path, steps_scale: float) -> PeftModel:
     torch.manual_seed(seed)
     num_steps = max(1, round(recipe.num_steps * steps_scale))
     started_at = time.monotonic()
-    trainee = Trainee(folder, recipe, TASKS[name], min(NUM_ITEMS, num_steps * BATCH_ROWS))
+    trainee = Trainee(folder, recipe, TASKS[name])
     print(f"{name}: lower layers after {time.monotonic() - started_at:.0f} s", flush=True)
     optimizer = torch.optim.AdamW(trainee.weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    num_warmup = max(1, num_steps // 12)
+    num_warmup = max(1, num_steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
@@ -183,7 +182,7 @@ def train(name: str, folder: Path, steps_scale: float) -> PeftModel:
     )
     for step, batch in enumerate(batches(trainee.rows, num_steps, Random(seed))):
         loss = trainee.loss(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trainee.weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

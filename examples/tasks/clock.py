@@ -49,5 +49,10 @@ def draw(source: Draw) -> Item:
 
 
 TASK = Task(
-    "clock", "Find the time of day and write it as HH:MM (24 hours), nothing else.", draw, exact, max_tokens=9
+    "clock",
+    "a spoken time of day, as HH:MM",
+    "Find the time of day and write it as HH:MM (24 hours), nothing else.",
+    draw,
+    exact,
+    max_tokens=9,
 )

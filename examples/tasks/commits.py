@@ -1,6 +1,7 @@
 """What was done, told as Conventional Commits."""
 
 from tasks.task import Draw, Item, Task, exact
+from tasks.words import phrases, words
 
 KINDS = {
     "fix": ("fixed", "repaired", "corrected", "mended", "solved"),
@@ -8,16 +9,21 @@ KINDS = {
     "docs": ("documented", "explained", "described", "wrote about", "wrote up"),
     "perf": ("sped up", "accelerated", "made faster", "quickened", "optimised"),
 }
-SCOPES = (
-    "parser,router,cache,login,editor,search,billing,mailer,scheduler,importer,menu,database,player,printer,"
-    "calendar,gateway,tokenizer,archive,installer,dashboard"
-).split(",")
-THINGS = (
-    "the lookup of names,the upload of large files,the export to CSV,the retry after a timeout,the sort order,"
-    "the dark theme,the reading of empty files,the list of users,the monthly report,the handling of quotes,"
-    "the start page,the undo of moves,the check of passwords,the preview of images,the merge of duplicates,"
-    "the count of words,the reload of settings,the download of logs,the choice of fonts,the rounding of prices"
-).split(",")
+SCOPES = words(
+    """
+    parser router cache login editor search billing mailer scheduler importer menu database player
+    printer calendar gateway tokenizer archive installer dashboard
+    """
+)
+THINGS = phrases(
+    """
+    the lookup of names; the upload of large files; the export to CSV; the retry after a timeout; the
+    sort order; the dark theme; the reading of empty files; the list of users; the monthly report; the
+    handling of quotes; the start page; the undo of moves; the check of passwords; the preview of
+    images; the merge of duplicates; the count of words; the reload of settings; the download of logs;
+    the choice of fonts; the rounding of prices
+    """
+)
 SENTENCES = (
     "In the {scope} I {verb} {thing}.",
     "We {verb} {thing} in the {scope}.",
@@ -38,7 +44,9 @@ def draw(source: Draw) -> Item:
 
 TASK = Task(
     "commits",
-    "Write a commit title: fix, feat, docs or perf, the part in brackets, a colon and what was changed, without 'the'.",
+    "what was done, as a Conventional Commits title",
+    "Write a commit title: fix, feat, docs or perf, the part in brackets, a colon and what was changed, "
+    "without 'the'.",
     draw,
     exact,
     max_tokens=24,

@@ -42,4 +42,11 @@ def score(item: Item, answer: str) -> float:
     return float(fits and said == json.loads(item.answer))
 
 
-TASK = Task("contacts", "Answer with JSON: name, age (a number), city, job.", draw, score, max_tokens=48)
+TASK = Task(
+    "contacts",
+    "a person out of a sentence, as JSON of a fixed schema",
+    "Answer with JSON: name, age (a number), city, job.",
+    draw,
+    score,
+    max_tokens=48,
+)

@@ -8,13 +8,13 @@ from tasks.words import MONTHS, ordinal
 FIRST_DAY = date(1960, 1, 1)
 NUM_DAYS = 28_000  # up to 2036
 FORMS = (
-    lambda day, month, year: f"{day} {month} {year}",
-    lambda day, month, year: f"{month} {day}, {year}",
-    lambda day, month, year: f"{month} {ordinal(day)}, {year}",
-    lambda day, month, year: f"the {ordinal(day)} of {month} {year}",
-    lambda day, month, year: f"{month[:3]} {day}, {year}",
-    lambda day, month, year: f"{day}-{month[:3]}-{year}",
-    lambda day, month, year: f"{day} {month[:3]}. {year}",
+    "{day} {month} {year}",
+    "{month} {day}, {year}",
+    "{month} {ordinal}, {year}",
+    "the {ordinal} of {month} {year}",
+    "{short} {day}, {year}",
+    "{day}-{short}-{year}",
+    "{day} {short}. {year}",
 )
 SENTENCES = (
     "We met on {}.",
@@ -34,8 +34,18 @@ SENTENCES = (
 
 def draw(source: Draw) -> Item:
     day = FIRST_DAY + timedelta(source.number(0, NUM_DAYS))
-    written = source.any(FORMS)(day.day, MONTHS[day.month - 1], day.year)
+    month = MONTHS[day.month - 1]
+    written = source.any(FORMS).format(
+        day=day.day, ordinal=ordinal(day.day), month=month, short=month[:3], year=day.year
+    )
     return Item(source.one(SENTENCES).format(written), day.isoformat())
 
 
-TASK = Task("dates", "Find the date and write it as YYYY-MM-DD, nothing else.", draw, exact, max_tokens=14)
+TASK = Task(
+    "dates",
+    "a date out of a sentence, as ISO 8601",
+    "Find the date and write it as YYYY-MM-DD, nothing else.",
+    draw,
+    exact,
+    max_tokens=14,
+)

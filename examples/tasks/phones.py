@@ -3,9 +3,17 @@
 from tasks.task import Draw, Item, Task, exact
 
 COUNTRIES = {
-    "the UK": "44", "Germany": "49", "France": "33", "Austria": "43", "Sweden": "46", "Japan": "81", "India": "91",
-    "Belgium": "32", "Australia": "61", "Egypt": "20",
-}  # fmt: skip
+    "the UK": "44",
+    "Germany": "49",
+    "France": "33",
+    "Austria": "43",
+    "Sweden": "46",
+    "Japan": "81",
+    "India": "91",
+    "Belgium": "32",
+    "Australia": "61",
+    "Egypt": "20",
+}
 SENTENCES = (
     "{number}, {country}",
     "Call {number} in {country}.",
@@ -33,4 +41,11 @@ def draw(source: Draw) -> Item:
     return Item(text, f"+{COUNTRIES[country]}{area}{line}")
 
 
-TASK = Task("phones", "Write the phone number in E.164 form, nothing else.", draw, exact, max_tokens=16)
+TASK = Task(
+    "phones",
+    "a phone number, as E.164",
+    "Write the phone number in E.164 form, nothing else.",
+    draw,
+    exact,
+    max_tokens=16,
+)

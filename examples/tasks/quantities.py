@@ -4,10 +4,25 @@ from tasks.task import Draw, Item, Task, exact
 from tasks.words import ONES, spelled
 
 UNITS = {
-    "kilometres": "km", "metres": "m", "centimetres": "cm", "millimetres": "mm", "kilograms": "kg", "grams": "g",
-    "litres": "L", "millilitres": "mL", "seconds": "s", "minutes": "min", "hours": "h", "degrees Celsius": "°C",
-    "volts": "V", "watts": "W", "kilowatts": "kW", "per cent": "%", "newtons": "N", "hertz": "Hz",
-}  # fmt: skip
+    "kilometres": "km",
+    "metres": "m",
+    "centimetres": "cm",
+    "millimetres": "mm",
+    "kilograms": "kg",
+    "grams": "g",
+    "litres": "L",
+    "millilitres": "mL",
+    "seconds": "s",
+    "minutes": "min",
+    "hours": "h",
+    "degrees Celsius": "°C",
+    "volts": "V",
+    "watts": "W",
+    "kilowatts": "kW",
+    "per cent": "%",
+    "newtons": "N",
+    "hertz": "Hz",
+}
 SENTENCES = (
     "It is {}.",
     "We measured {}.",
@@ -45,6 +60,7 @@ def draw(source: Draw) -> Item:
 
 TASK = Task(
     "quantities",
+    "a quantity in words, as number and unit symbol",
     "Write the quantity in digits with its unit's symbol, nothing else.",
     draw,
     exact,

@@ -1,9 +1,13 @@
 """Personal data out of messages, each replaced by its kind."""
 
 from tasks.task import Draw, Item, Task, exact
-from tasks.words import CITIES, FIRST_NAMES, LAST_NAMES
+from tasks.words import CITIES, FIRST_NAMES, LAST_NAMES, words
 
-DOMAINS = "example.org,mail.net,post.com,letters.io,office.eu,inbox.dev,web.info,home.net".split(",")
+DOMAINS = words(
+    """
+    example.org mail.net post.com letters.io office.eu inbox.dev web.info home.net
+    """
+)
 MESSAGES = (
     "Call {name} at {phone}.",
     "Write to {email} before Friday.",
@@ -38,6 +42,7 @@ def draw(source: Draw) -> Item:
 
 TASK = Task(
     "redact",
+    "personal data replaced by its kind",
     "Repeat the message with personal data replaced by [NAME], [PHONE], [EMAIL] or [CITY].",
     draw,
     exact,

@@ -3,6 +3,7 @@
 import re
 
 from tasks.task import Draw, Item, Task, exact
+from tasks.words import phrases, words
 
 HOWS = (
     "How to {verb} {thing}",
@@ -18,13 +19,20 @@ HOWS = (
     "{verb} {thing} (Part 2)",
     "The Best Time to {verb} {thing}",
 )
-VERBS = "Bake Clean Paint Build Sell Repair Grow Cook Store Choose Buy Wash Cut Move Pack Test Hide Draw Plan Share Find Carry Trade Dry".split()
-THINGS = (
-    "Bread,Old Windows,Your First Boat,a Garden Wall,Used Books,Wooden Chairs,Tomatoes at Home,a Winter Coat,"
-    "Small Rooms,the Right Bike,Green Tea,a Music Box,Fresh Fish,Heavy Boxes,Kids' Shoes,a Stone Oven,Red Apples,"
-    "an Attic Door,Soft Cheese,Your Old Phone,Two Tents,a Hot Bath,"
-    "Long Letters,the Last Key,Plum Jam,Cheap Lamps,a Paper Kite,New Shelves"
-).split(",")
+VERBS = words(
+    """
+    Bake Clean Paint Build Sell Repair Grow Cook Store Choose Buy Wash Cut Move Pack Test Hide Draw Plan
+    Share Find Carry Trade Dry
+    """
+)
+THINGS = phrases(
+    """
+    Bread; Old Windows; Your First Boat; a Garden Wall; Used Books; Wooden Chairs; Tomatoes at Home; a
+    Winter Coat; Small Rooms; the Right Bike; Green Tea; a Music Box; Fresh Fish; Heavy Boxes; Kids'
+    Shoes; a Stone Oven; Red Apples; an Attic Door; Soft Cheese; Your Old Phone; Two Tents; a Hot Bath;
+    Long Letters; the Last Key; Plum Jam; Cheap Lamps; a Paper Kite; New Shelves
+    """
+)
 
 
 def slug(title: str) -> str:
@@ -37,5 +45,10 @@ def draw(source: Draw) -> Item:
 
 
 TASK = Task(
-    "slugs", "Write the title as a URL slug: lower case, words joined by hyphens.", draw, exact, max_tokens=28
+    "slugs",
+    "a title, as a URL slug",
+    "Write the title as a URL slug: lower case, words joined by hyphens.",
+    draw,
+    exact,
+    max_tokens=28,
 )

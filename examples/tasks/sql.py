@@ -91,7 +91,7 @@ def draw(source: Draw) -> Item:
 
 
 def filled(name: str, seed: int) -> sqlite3.Connection:
-    """A database with the one table; a column's numbers are all different, so that an order has one right answer."""
+    """A database with the one table; no number comes twice in a column, so that an order is the only one."""
     _, texts, numbers = TABLES[name]
     random = Random(f"{name} {seed}")
     columns = [[f"n{row}" for row in range(sum(COUNTS))]]
@@ -111,7 +111,7 @@ def filled(name: str, seed: int) -> sqlite3.Connection:
 
 
 def result(name: str, seed: int, query: str) -> list[Any]:
-    """The rows, sorted unless the query orders them; sqlite3.Error where it does not run, takes too long or writes."""
+    """The rows, sorted unless the query orders them. Raises sqlite3.Error for what fails or is slow."""
     with closing(filled(name, seed)) as database:
         database.execute("PRAGMA query_only = ON")
         database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -134,4 +134,11 @@ def score(item: Item, answer: str) -> float:
     return float(is_right)
 
 
-TASK = Task("sql", "Write the SQL query, nothing else.", draw, score, max_tokens=40)
+TASK = Task(
+    "sql",
+    "a question about a table, as SQL (run in SQLite)",
+    "Write the SQL query, nothing else.",
+    draw,
+    score,
+    max_tokens=40,
+)

@@ -1,7 +1,7 @@
 """What a task is: texts with the one right answer, made from a seed, and a score for what a model says.
 
-Every list of words and templates is shared out once: each fourth entry is held out, the others are for training.
-So a held-out item has words, and a sentence around them, that no training item has.
+Lists of words and of sentences are shared out once: each fourth entry is held out, the others are for
+training. So a held-out item has words, or a sentence around them, that no training item has.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from typing import Literal, TypeVar
 Split = Literal["train", "held_out"]
 T = TypeVar("T")
 
+TRAIN_SEED, HELD_OUT_SEED = 1, 2
+NUM_TRAINED = 200  # items that an adapter is trained on, at most
 HELD_OUT_SHARE = 4  # of every so many entries, one is held out
 MAX_REPEATS = 50  # draws in a row that gave nothing new; then the task has too few different items
 
@@ -52,16 +54,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """`score(item, answer)` is 1 for a right answer and 0 for a wrong one; `max_tokens` has room for any right one."""
+    """`score(item, answer)`: 1 where it is right, else 0; `max_tokens` is enough for any right one."""
 
     name: str
+    job: str
     system: str
     draw: Callable[[Draw], Item]
     score: Callable[[Item, str], float]
     max_tokens: int
 
     def make(self, seed: int, split: Split, num_items: int) -> list[Item]:
-        """Different items of one split, the same for the same seed; ValueError where there are not so many."""
+        """Different items of one split, the same for one seed; ValueError where there are not so many."""
         draw, items, num_repeats = Draw(seed, split), dict[str, Item](), 0
         while len(items) < num_items:
             item = self.draw(draw)
@@ -72,6 +75,18 @@ class Task:
                 )
             items[item.text] = item
         return list(items.values())
+
+    def trained(self, num_items: int = NUM_TRAINED) -> list[Item]:
+        """What adapters are trained on."""
+        return self.make(TRAIN_SEED, "train", num_items)
+
+    def held_out(self, num_items: int) -> list[Item]:
+        """What adapters are scored on. Raises ValueError where training has the same text."""
+        items = self.make(HELD_OUT_SEED, "held_out", num_items)
+        trained = {item.text for item in self.trained()}
+        if seen := [item.text for item in items if item.text in trained]:
+            raise ValueError(f"{self.name}: training has {len(seen)} held-out texts, such as {seen[0]!r}")
+        return items
 
     def messages(self, item: Item) -> list[dict[str, str]]:
         """The chat that asks for the item's answer, of base and adapter alike."""
