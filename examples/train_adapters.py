@@ -50,7 +50,7 @@ class Recipe:
 
 
 RECIPES = {
-    "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, num_steps=40, num_items=200),
+    "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, num_steps=40, num_items=200, rate=2e-3),
     "intents": Recipe(4, 8, ["q_proj", "v_proj"], 22, rate=4e-3),
     "dates": Recipe(16, 32, ATTENTION, 22, num_steps=25),
     "commits": Recipe(64, 64, ["v_proj", "o_proj"], 24),
@@ -173,7 +173,7 @@ def train(name: str, folder: Path, steps_scale: float) -> PeftModel:
     trainee = Trainee(folder, recipe, TASKS[name])
     print(f"{name}: lower layers after {time.monotonic() - started_at:.0f} s", flush=True)
     optimizer = torch.optim.AdamW(trainee.weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    num_warmup = max(1, num_steps // 10)
+    num_warmup = max(1, num_steps // 12)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
