@@ -1,7 +1,7 @@
 """Ask held-out items of every adapter's job, the base model and the adapter with the same prompt, over HTTP.
 
-    python examples/score_adapters.py --model MODEL       # starts a server of its own
-    python examples/score_adapters.py --url URL           # asks one that serves the adapters
+    python examples/score_adapters.py               # starts a server of its own
+    python examples/score_adapters.py --url URL     # asks one that serves the adapters
 
 Greedy, by OpenAI's chat API, requests for all adapters mixed and several at once. A score is the share of
 right answers in per cent. Prints a table, and what it measured as one JSON line. The script ends where an
@@ -129,8 +129,8 @@ trained on data made by [examples/tasks/{name}.py](../../tasks/{name}.py).
 | answer | {item.answer} |
 | right of {num_items} held-out items | base {score["base"]:.0f} %, adapter {score["adapter"]:.0f} % |
 
-Made by `python examples/train_adapters.py --model MODEL --out examples/adapters --only {name}`, measured by
-`python examples/score_adapters.py`.
+Made by `python examples/train_adapters.py --out examples/adapters --only {name}`, measured by
+`python examples/score_adapters.py --only {name}`.
 """
 
 

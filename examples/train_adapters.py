@@ -1,9 +1,10 @@
 """Train the adapters of SmolLM2-135M-Instruct that ship with Toppings, on the CPU, each for a job of tasks/.
 
-    python examples/train_adapters.py --model MODEL --out examples/adapters
+    python examples/train_adapters.py --out DIRECTORY
+    python examples/train_adapters.py --out DIRECTORY --only dates sql
 
-MODEL is a directory with the base model as it is served, in bf16. Data and weights come from fixed seeds. An
-adapter that is there already is not trained again.
+Data and weights come from fixed seeds; the base model is the one that is served, rounded to bf16, in fp32
+arithmetic. An adapter that DIRECTORY has already is not trained again.
 
 Layers below an adapter's first one never change, so what they give is computed once per item. The rows of a
 batch lie behind one copy of the prompt that they share, without padding, and the head is computed for answers
@@ -25,6 +26,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tasks import TASKS
 from tasks.task import Task
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from toppings.sources.models import find_model
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH_ROWS = 8
@@ -216,17 +219,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="directory of the base model")
-    parser.add_argument("--out", type=Path, default=Path("adapters"), help="folder for the adapters")
+    parser.add_argument("--model", default="", help="the base model, as `toppings serve` takes it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapters")
     parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), help="train these")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="share of the steps; 0.01 for a try")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    model = find_model(options.model).path
     for name in options.only:
         if not (options.out / name).exists():
-            save(train(name, options.model, options.steps_scale), options.out / name)
+            save(train(name, model, options.steps_scale), options.out / name)
 
 
 if __name__ == "__main__":
