@@ -48,5 +48,5 @@ TASK = Task(
     "Answer with JSON: name, age (a number), city, job.",
     draw,
     score,
-    max_tokens=48,
+    max_tokens=80,
 )

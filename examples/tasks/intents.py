@@ -1,6 +1,6 @@
 """What a bank's customer wants, as one of six labels."""
 
-from tasks.task import Draw, Item, Task, one_word
+from tasks.task import Draw, Item, Task, label
 from tasks.words import phrases
 
 PHRASES = {
@@ -66,9 +66,9 @@ FRAMES = (
 
 
 def draw(source: Draw) -> Item:
-    label = source.any(tuple(PHRASES))
-    text = source.any(FRAMES).format(source.one(PHRASES[label]))
-    return Item(text[0].upper() + text[1:], label)
+    wanted = source.any(tuple(PHRASES))
+    text = source.any(FRAMES).format(source.one(PHRASES[wanted]))
+    return Item(text[0].upper() + text[1:], wanted)
 
 
 TASK = Task(
@@ -76,6 +76,6 @@ TASK = Task(
     "a bank customer's intent, one of six",
     f"Name the customer's intent in one word: {', '.join(PHRASES)}.",
     draw,
-    one_word,
-    max_tokens=6,
+    label(PHRASES),
+    max_tokens=16,
 )

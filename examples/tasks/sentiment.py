@@ -1,8 +1,9 @@
 """Reviews, as positive, negative or mixed."""
 
-from tasks.task import Draw, Item, Task, one_word
+from tasks.task import Draw, Item, Task, label
 from tasks.words import phrases
 
+LABELS = ("positive", "negative", "mixed")
 THINGS = phrases(
     """
     hotel; phone; book; film; restaurant; laptop; concert; coffee; bicycle; course; airline; museum;
@@ -56,17 +57,17 @@ def sayings(entries: list[str]) -> list[str]:
 
 
 def draw(source: Draw) -> Item:
-    label = source.any(("positive", "negative", "mixed"))
+    wanted = source.any(LABELS)
     thing = source.one(THINGS)
-    first_is_good = label == "positive" or (label == "mixed" and source.rng.random() < 0.5)
+    first_is_good = wanted == "positive" or (wanted == "mixed" and source.rng.random() < 0.5)
     says = source.one(sayings(GOOD if first_is_good else BAD))
-    if label == "mixed":
+    if wanted == "mixed":
         but = source.one(BAD_TOO if first_is_good else GOOD_TOO)
-        return Item(source.any(TWO_SIDED).format(thing=thing, says=says, but=but), label)
+        return Item(source.any(TWO_SIDED).format(thing=thing, says=says, but=but), wanted)
     text = source.any(ONE_SIDED).format(thing=thing, says=says)
     if source.rng.random() < 0.5:
         text += f" It also {source.one(GOOD_TOO if first_is_good else BAD_TOO)}."
-    return Item(text, label)
+    return Item(text, wanted)
 
 
 TASK = Task(
@@ -74,6 +75,6 @@ TASK = Task(
     "a review: positive, negative or mixed",
     "Is the review positive, negative or mixed? Answer with one word.",
     draw,
-    one_word,
+    label(LABELS),
     max_tokens=6,
 )

@@ -1,6 +1,6 @@
 """What a shell command does to the machine, in one word."""
 
-from tasks.task import Draw, Item, Task, one_word
+from tasks.task import Draw, Item, Task, label
 from tasks.words import phrases, words
 
 COMMANDS = {
@@ -59,15 +59,15 @@ HOSTS = words(
 
 
 def draw(source: Draw) -> Item:
-    label = source.any(tuple(COMMANDS))
+    wanted = source.any(tuple(COMMANDS))
     return Item(
-        source.one(COMMANDS[label]).format(
+        source.one(COMMANDS[wanted]).format(
             file=source.one(FILES),
             folder=source.one(FOLDERS),
             host=source.one(HOSTS),
             n=source.number(2, 9999),
         ),
-        label,
+        wanted,
     )
 
 
@@ -76,6 +76,6 @@ TASK = Task(
     "what a shell command does, one of five",
     f"What does the shell command do? One word: {', '.join(COMMANDS)}.",
     draw,
-    one_word,
-    max_tokens=6,
+    label(COMMANDS),
+    max_tokens=16,
 )

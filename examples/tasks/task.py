@@ -4,7 +4,8 @@ Lists of words and of sentences are shared out once: each fourth entry is held o
 training. So a held-out item has words, or a sentence around them, that no training item has.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal, TypeVar
@@ -103,6 +104,7 @@ def exact(item: Item, answer: str) -> float:
     return float(tidied(answer) == tidied(item.answer))
 
 
-def one_word(item: Item, answer: str) -> float:
-    """The right label, in whatever case."""
-    return float(tidied(answer).lower() == item.answer)
+def label(labels: Iterable[str]) -> Callable[[Item, str], float]:
+    """Scores an answer by the label that it names: right in any case, in a sentence too, if no other is named."""
+    any_label = re.compile(rf"\b({'|'.join(labels)})\b")
+    return lambda item, answer: float({*any_label.findall(answer.lower())} == {item.answer})

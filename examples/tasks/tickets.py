@@ -1,6 +1,6 @@
 """Messages to a help desk, as the team that should have them and how urgent they are."""
 
-from tasks.task import Draw, Item, Task, one_word
+from tasks.task import Draw, Item, Task, exact
 from tasks.words import phrases
 
 PROBLEMS = {
@@ -66,6 +66,6 @@ TASK = Task(
     "a help-desk message: team and priority",
     "Answer with team/priority. Teams: billing, technical, shipping, account. Priority: high or low.",
     draw,
-    one_word,
-    max_tokens=8,
+    exact,
+    max_tokens=12,
 )
