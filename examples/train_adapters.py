@@ -15,9 +15,11 @@ import argparse
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from threading import Lock
 from typing import Any
 from zlib import crc32
 
@@ -31,6 +33,7 @@ from toppings.sources.models import find_model
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH_ROWS = 8
+SEEDING = Lock()  # the seed is that of all threads
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -98,7 +101,7 @@ def packed(prefix_len: int, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor
 class Trainee:
     """The base model with a fresh LoRA, and a task's data for it."""
 
-    def __init__(self, folder: Path, recipe: Recipe, task: Task) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, task: Task, seed: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         layers = range(recipe.first_layer, base.config.num_hidden_layers)
@@ -112,7 +115,9 @@ class Trainee:
             alpha_pattern=recipe.alpha_pattern,
             task_type="CAUSAL_LM",
         )
-        self.peft = get_peft_model(base, config)
+        with SEEDING:
+            torch.manual_seed(seed)
+            self.peft = get_peft_model(base, config)
         self.causal = self.peft.get_base_model()
         self.weights = [weight for weight in self.peft.parameters() if weight.requires_grad]
         self.lower = self.causal.model.layers[: recipe.first_layer]
@@ -170,10 +175,10 @@ def train(name: str, folder: Path, steps_scale: float) -> PeftModel:
     """AdamW under a short warm-up and a cosine."""
     recipe = RECIPES[name]
     seed = crc32(name.encode())
-    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # of this thread
     num_steps = max(1, round(recipe.num_steps * steps_scale))
     started_at = time.monotonic()
-    trainee = Trainee(folder, recipe, TASKS[name])
+    trainee = Trainee(folder, recipe, TASKS[name], seed)
     print(f"{name}: lower layers after {time.monotonic() - started_at:.0f} s", flush=True)
     optimizer = torch.optim.AdamW(trainee.weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
     num_warmup = max(1, num_steps // 12)
@@ -223,14 +228,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapters")
     parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), help="train these")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="share of the steps; 0.01 for a try")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="adapters at a time, each on one thread")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     model = find_model(options.model).path
-    for name in options.only:
-        if not (options.out / name).exists():
-            save(train(name, model, options.steps_scale), options.out / name)
+
+    def make(name: str) -> None:
+        save(train(name, model, options.steps_scale), options.out / name)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(make, [name for name in options.only if not (options.out / name).exists()]):
+            pass  # raises what a job raised
 
 
 if __name__ == "__main__":

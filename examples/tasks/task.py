@@ -105,6 +105,6 @@ def exact(item: Item, answer: str) -> float:
 
 
 def label(labels: Iterable[str]) -> Callable[[Item, str], float]:
-    """Scores an answer by the label that it names: right in any case, in a sentence too, if no other is named."""
+    """Scores an answer by the label that it names: right in a sentence too, if no other is named."""
     any_label = re.compile(rf"\b({'|'.join(labels)})\b")
     return lambda item, answer: float({*any_label.findall(answer.lower())} == {item.answer})
