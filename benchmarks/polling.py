@@ -45,7 +45,8 @@ def main() -> int:
         write_adapters(
             Path(name) / "adapters", demo_model_dir(), AdapterShape(ranks=(8,)), count=args.adapters
         )
-        served = Served(Path(name) / "server", *OPTIONS, "--adapters", str(Path(name) / "adapters"))
+        chosen = ("--model", str(demo_model_dir()), "--adapters", str(Path(name) / "adapters"))
+        served = Served(Path(name) / "server", *OPTIONS, *chosen)
         try:
             served.wait_until_ready(START_TIMEOUT_S)
             result = measure(served, args.resident, args.polls)
