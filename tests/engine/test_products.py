@@ -79,6 +79,7 @@ def test_a_disturbed_measurement_is_neither_used_nor_kept(
     assert forms_for(BF16, 4096) == rule_for(BF16)
     assert not list(tmp_path.iterdir())
     assert "50%" in caplog.text
+    assert str(rule_for(BF16)) in caplog.text
 
 
 def test_what_cannot_be_kept_serves_all_the_same(

@@ -111,6 +111,9 @@ def test_the_faster_form_serves_up_to_where_it_is_faster(monkeypatch: pytest.Mon
     has_instructions(monkeypatch, bf16=False, f16=False)
     forms = profile_of(AVX2).forms()
     assert forms == {64: Forms(is_packed=False, max_stream_rows=16)}
+    assert [str(each) for each in (forms[64], PANELS, Forms(is_packed=True))] == [
+        "stream up to 16 rows, then panels", "panels", "packed",
+    ]  # fmt: skip
     use_measured(BF16, forms)
     assert [forms_for(BF16, width).max_stream_rows for width in (64, 4096)] == [16, 16]
     assert forms_for(F16, 64).max_stream_rows == MAX_STREAM_ROWS

@@ -11,7 +11,7 @@ from toppings.config import EngineConfig
 from toppings.model.config import ModelConfig
 from toppings.ops import product_profile
 from toppings.ops.product_profile import ProductProfile
-from toppings.ops.products import use_measured
+from toppings.ops.products import rule_for, use_measured
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ def choose_products(
         return None
     _tell_of_slow_dtype(config, model, dtype)
     if _num_parameters(model) < MIN_MEASURED_PARAMETERS:
+        logger.info("products in %s, by what this CPU has: %s", dtype, rule_for(dtype))
         return None
     widths, path = _widths(model), products_path(state_dir, dtype)
     profile = ProductProfile.read(path)
@@ -37,7 +38,7 @@ def choose_products(
         profile = product_profile.measure(dtype, widths)
         logger.info("measured products with the model's weights in %.1f s", time.monotonic() - started_at)
         if profile.is_disturbed:
-            logger.warning(disturbed(profile))
+            logger.warning("%s: %s", disturbed(profile), rule_for(dtype))
             return None
         _keep(profile, path)
     use_measured(dtype, profile.forms())

@@ -38,6 +38,10 @@ class Forms:
     is_packed: bool
     max_stream_rows: int = 0
 
+    def __str__(self) -> str:
+        few = f"stream up to {self.max_stream_rows} rows, then " if self.max_stream_rows else ""
+        return "packed" if self.is_packed else f"{few}panels"
+
     def name(self, num_rows: int) -> str:
         """Of the form for so many rows."""
         if self.is_packed:
