@@ -179,7 +179,7 @@ def test_measuring_times_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_measurement_that_other_work_disturbed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, waited = iter(range(100)), iter([0.0, 0.5])
-    monkeypatch.setattr(product_profile.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("toppings.ops.product_profile.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(product_profile, "_waited_s", lambda: next(waited))
     watch = product_profile._Watch()
     assert watch.waited == 0.5  # half a second of one
