@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from tests import warm
+
+warm.install()
+
 pytest_plugins = ["pytester", "tests.gate"]
 
 if not torch.cuda.is_available():

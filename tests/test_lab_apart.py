@@ -1,17 +1,14 @@
-"""What measures stands apart: nothing that serves imports it, and a verb is imported when it is asked for."""
+"""What measures stands apart: nothing that serves has imported it, and a verb is imported when it is asked
+for. (test_rooms.py looks at imports as they are written.)"""
 
-import ast
 import json
 import subprocess
 import sys
-from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-import toppings
 from toppings import command
 from toppings.cli import BATCHES
 
@@ -21,7 +18,6 @@ SERVING = (
 )
 REPLICAS = ("toppings.cluster.ray_serve.replica", "toppings.cluster.ray_serve.app")
 LAB = ("toppings.lab", "toppings.sim", "matplotlib")
-SOURCE = Path(toppings.__file__).parent
 
 
 def imported_by(code: str) -> set[str]:
@@ -69,41 +65,5 @@ def test_a_misspelt_verb_is_told_what_was_meant() -> None:
 def test_profile_has_a_verb_of_either_kind() -> None:
     group = command.load_verb(command.VERBS, "profile")
     context = typer.Context(group)
-    assert group.list_commands(context) == ["cold-start", "batches"]
+    assert group.list_commands(context) == ["cold-start", "products", "batches"]
     assert group.get_command(context, "batches").get_short_help_str(200) == BATCHES["batches"][1]
-
-
-# --- imports as they are written, wherever in a module ---
-
-
-def imports() -> dict[str, set[str]]:
-    """Of every module of the package, the names that it imports from the package."""
-    files = {path.relative_to(SOURCE.parent).with_suffix(""): path for path in SOURCE.rglob("*.py")}
-    modules = {".".join(place.parts).removesuffix(".__init__"): path for place, path in files.items()}
-    return {name: _imported(path) & set(modules) - {name} for name, path in modules.items()}
-
-
-def _imported(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def test_only_what_measures_imports_what_measures() -> None:
-    found = [
-        (name, other)
-        for name, others in imports().items()
-        for other in others
-        if lab_modules({other}) and not lab_modules({name})
-    ]
-    assert found == []
-
-
-def test_what_measures_has_no_import_circle() -> None:
-    graph = {name: others for name, others in imports().items() if lab_modules({name})}
-    own = {name: {other for other in others if other in graph} for name, others in graph.items()}
-    TopologicalSorter(own).prepare()  # raises CycleError, which names the circle

@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason, RequestError
 from toppings.demo import demo_adapters_dir
+from toppings.engine.build import hold_state
 from toppings.engine.client import EngineDeadError
+from toppings.engine.meeting_place import MeetingPlace
 from toppings.text import GenerationError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -95,6 +100,35 @@ def test_tokens_outside_the_vocabulary_are_named_and_hurt_nobody(llm: LLM) -> No
     with pytest.raises(GenerationError, match="token id 1000000"):
         llm.generate([[5, 1_000_000]], GREEDY)
     assert llm.generate("Tell me about the sea.", GREEDY)[0].text
+
+
+DYING = """
+import os
+from toppings import LLM
+from toppings.engine.client import EngineClient
+
+EngineClient.start = lambda config: os.kill(os.getpid(), 9)
+LLM(num_threads=1)
+"""
+
+
+def test_an_llm_that_is_killed_leaves_no_state_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its state in the temporary folder where the default one is held."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with closing(hold_state(EngineConfig(num_threads=1), "another")):
+        died = subprocess.run(
+            [sys.executable, "-c", DYING], env=environment, capture_output=True, check=False
+        )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    (left,) = (tmp_path / "tmp").iterdir()
+    assert list(left.glob("registry*"))
+    MeetingPlace.make("any").close()  # the next start of a server or an LLM
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

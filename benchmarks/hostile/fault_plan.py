@@ -17,7 +17,7 @@ from hostile.faults import (
     stopped,
     wait_for,
 )
-from hostile.served import ENGINE, WORKER, Program, Served
+from hostile.served import ENGINE, START_TIMEOUT_S, WORKER, Program, Served
 
 MODEL, OTHERS = "pirate", ("cook", "haiku")
 ENGINE_START_S = 80.0
@@ -140,7 +140,7 @@ def server_killed(served: Served, *, timeout_s: float) -> float:
     others = served.kill()
     wait_for(lambda: all(_has_ended(each) for each in others), timeout_s, "its other processes end")
     served.start()
-    return served.wait_until_ready(timeout_s + ENGINE_START_S) + served_again(served, MODEL, timeout_s)
+    return served.wait_until_ready(START_TIMEOUT_S) + served_again(served, MODEL, timeout_s)
 
 
 def registry_locked(served: Served, *, timeout_s: float) -> float:
@@ -161,7 +161,7 @@ def disk_full(served: Served, *, disk: SmallDisk, timeout_s: float) -> float:
     return seconds
 
 
-def half_open(served: Served, *, timeout_s: float) -> float:
+def half_open(served: Program, *, timeout_s: float) -> float:
     with ExitStack() as stack:
         for _ in range(NUM_HALF_OPEN):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 10))

@@ -5,7 +5,7 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -22,14 +22,19 @@ def kill(process: psutil.Process) -> None:
 
 
 @contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
-    """It hangs, as one does that waits for a device for ever."""
-    process.send_signal(signal.SIGSTOP)
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """They hang, as one does that waits for a device for ever."""
+    _signal_all(processes, signal.SIGSTOP)
     try:
         yield
     finally:
+        _signal_all(processes, signal.SIGCONT)
+
+
+def _signal_all(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGCONT)
+            process.send_signal(number)
 
 
 @contextmanager

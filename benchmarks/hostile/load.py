@@ -7,7 +7,7 @@ adapters meanwhile.
 import asyncio
 import json
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,14 +33,19 @@ class Client:
         models: list[str],
         folders: list[Path],
         shots: Iterator[Shot] | None = None,
+        without: Collection[Operation] = (),
+        looks: Sequence[str] = ("/stats", "/metrics", "/adapters", "/v1/models"),
         seed: int = 0,
     ) -> None:
+        """`without`: operations of `MIX` that it is not to do; `looks`: what `look` asks for."""
         self.hang_s = 2 * tally.limit_s  # then a client gives up: the request is lost
         self.url = url
         self.tally = tally
         self.models = models
         self.folders = folders
         self.shots = shots
+        self.looks = looks
+        self._without = without
         self.rng = random.Random(seed)
         self.host, port = url.removeprefix("http://").split(":")
         self.port = int(port)
@@ -55,11 +60,12 @@ class Client:
 
     async def run(self, stop: asyncio.Event, num_clients: int, pause_s: float) -> None:
         """`num_clients` at once until `stop` is set, each with a random pause of `pause_s` on average."""
-        operations = [each for each, weight in MIX.items() for _ in range(weight)]
-        if not self.folders:
-            operations = [each for each in operations if each not in (load, unload, pin, reload)]
-        if self.shots is None:
-            operations = [each for each in operations if each is not nonsense]
+        without = {
+            *self._without,
+            *(() if self.folders else (load, unload, pin, reload)),
+            *(() if self.shots else (nonsense,)),
+        }
+        operations = [each for each, weight in MIX.items() if each not in without for _ in range(weight)]
 
         async def one(number: int) -> None:
             rng = random.Random(self.rng.random() + number)
@@ -218,7 +224,7 @@ async def slow_sender(client: Client, rng: random.Random) -> None:
 
 async def look(client: Client, rng: random.Random) -> None:
     async with client.tally.request("administration"):
-        await client.ask("GET", rng.choice(("/stats", "/metrics", "/adapters", "/v1/models")))
+        await client.ask("GET", rng.choice(client.looks))
 
 
 async def load(client: Client, rng: random.Random) -> None:

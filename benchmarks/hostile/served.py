@@ -175,7 +175,7 @@ class Served(Program):
 @dataclass(frozen=True)
 class Usage:
     """Of processes together. `rss_bytes` counts pages that several share in each of them (`rss_by_part`: by
-    what the process is), `shared_bytes` once: what their nameless shared files take."""
+    what the process is), `shared_bytes` once: the sizes of their nameless shared files."""
 
     rss_bytes: int
     shared_bytes: int
@@ -233,7 +233,7 @@ def _memfds(pid: int) -> dict[int, int]:
         with suppress(OSError):
             if os.readlink(entry).startswith("/memfd:"):
                 status = entry.stat()
-                found[status.st_ino] = status.st_blocks * 512
+                found[status.st_ino] = status.st_size
     return found
 
 

@@ -1,6 +1,7 @@
 """A steady load with faults, in phases; what became of the requests, and what the processes hold then."""
 
 import asyncio
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from hostile.load import Client
 from hostile.probe import HealthProbe
 from hostile.results import aim, write
 from hostile.served import Program, Usage
-from hostile.tally import Tally
+from hostile.tally import REASONS_OF_5XX, Tally
 
 NUM_CLIENTS = 8
 PAUSE_S = 0.6
@@ -35,15 +36,17 @@ class Soak:
         *,
         seed: int,
         patience_s: float,
+        allowed_5xx: tuple[int, ...] = REASONS_OF_5XX,
     ) -> None:
-        self.tally = Tally(patience_s)
+        self.tally = Tally(patience_s, allowed_5xx)
         self.recoveries: dict[str, list[float]] = defaultdict(list)
         self.problems: list[str] = []
         self.usages: list[Usage] = []
         self.health: list[dict[str, float]] = []
+        self.load_averages: list[float] = []
         self._front = front
         self._make_client = make_client
-        self._settle = settle
+        self.settle = settle
         self._seed = seed
         self._started_at = time.time()
 
@@ -53,8 +56,9 @@ class Soak:
             with HealthProbe(self._front.port) as probe:
                 await self._phase(number, seconds, faults)
             self.health.append(probe.summary())
+            self.load_averages.append(os.getloadavg()[1])
             try:
-                self.usages.append(await asyncio.to_thread(self._settle))
+                self.usages.append(await asyncio.to_thread(self.settle))
             except (OSError, TimeoutError, KeyError) as error:
                 self.problems.append(f"after phase {number}: {error!r}")
             write({"benchmark": "soak", **self.result(), "is_partial": True}, path)
@@ -96,6 +100,7 @@ class Soak:
             "recovery_s": dict(self.recoveries),
             "problems": self.problems,
             "health_ms": self.health,
+            "load_averages": self.load_averages,
             "usage": {"after_phases": [usage.as_dict() for usage in self.usages]},
         }
 

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 MAX_EXAMPLES = 40
+REASONS_OF_5XX = (503, 507)
 CUT = (ConnectionError, EOFError, aiohttp.ClientError)
 """How a connection ends that nobody serves any more, as its client sees that."""
 
@@ -29,10 +30,11 @@ class Left(Exception):
 
 @dataclass
 class Tally:
-    """`lost`: no answer, half an answer, or one that came after `limit_s`. `faults`: answers that no server
-    may give, such as a 5xx that is not 503 or 507."""
+    """`lost`: no answer, or half an answer. `faults`: answers that no server may give: after more than
+    `limit_s`, a 5xx that is none of `allowed_5xx`, a refusal without a reason."""
 
     limit_s: float = 10.0
+    allowed_5xx: tuple[int, ...] = REASONS_OF_5XX
     sent: int = 0
     answered: int = 0
     left: int = 0
@@ -79,7 +81,7 @@ class Tally:
             self.refused[refusal.status] += 1
             if refusal.status >= 500:
                 self.reasons[f"{refusal.status} {refusal.reason[:160]}"] += 1
-            if (refusal.status >= 500 and refusal.status not in (503, 507)) or not refusal.reason:
+            if (refusal.status >= 500 and refusal.status not in self.allowed_5xx) or not refusal.reason:
                 self.faults += 1
                 self._note(f"{kind}: {refusal}")
         except Left:

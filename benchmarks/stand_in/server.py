@@ -82,7 +82,7 @@ class Server:
             sums = BatchSums()
             for job in self.batch:
                 tokens = job.snapshot.prompt_tokens
-                sums.add(job.snapshot, tokens=tokens, context=tokens * (tokens + 1) / 2)
+                sums.add(job.snapshot.rank, job.snapshot.adapter, tokens, tokens * (tokens + 1) / 2)
             loads = sum(self._load_ms(job.snapshot) for job in self.batch)
             return float(self.model.prefill.predict(np.array(sums.features()))) + loads
         if self.running:
@@ -119,7 +119,7 @@ class Server:
     def _admit(self, job: Job) -> None:
         request = job.snapshot
         self.running[request.request_id] = job
-        self._sums.add(request, tokens=1, context=request.prompt_tokens + 1)
+        self._sums.add(request.rank, request.adapter, 1, request.prompt_tokens + 1)
         job.last_step = self._num_decodes + job.num_tokens - 1
         heapq.heappush(self._ends, (job.last_step, request.request_id, job))
 
@@ -127,7 +127,7 @@ class Server:
         request = job.snapshot
         del self.running[request.request_id]
         num_done = self._num_decodes - job.last_step + job.num_tokens
-        self._sums.remove(request, tokens=1, context=request.prompt_tokens + num_done)
+        self._sums.remove(request.rank, request.adapter, 1, request.prompt_tokens + num_done)
 
     def _take_waiting(self) -> list[Job]:
         """The oldest requests for which there are sequences and room for their adapters."""

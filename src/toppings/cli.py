@@ -137,6 +137,20 @@ def profile_cold_start(
     typer.echo(f"{profile.to_json()}\nwrote {path}")
 
 
+@profile_app.command("products")
+@with_settings
+def profile_products(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Measure anew how this CPU multiplies the model's weights; a server with as many threads reads it."""
+    from toppings.cold_start import measure_products
+
+    resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
+    profile, outcome = measure_products(resolved.engine)
+    typer.echo("\n".join([*profile.table(), outcome]))
+
+
 @app.command(name="plan")
 @with_settings
 def plan(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from toppings.core import RequestError, SamplingParams
-from toppings.model.config import read_generation_config
+from toppings.model.files import read_generation_config
 
 FIELDS = {
     "temperature": float,

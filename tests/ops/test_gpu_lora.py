@@ -15,7 +15,7 @@ from toppings.ops import dispatch
 from toppings.ops.lora import MAX_RANK, LoraForm, LoraSegments, add_lora_, add_lora_reference_
 
 if dispatch.HAS_TRITON:
-    from toppings.ops.gpu_lora import check_aligned
+    from toppings.ops.gpu_launch import check_aligned
     from toppings.ops.gpu_plan import LoraBatch
 
 pytestmark = [needs_triton, pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]

@@ -73,12 +73,12 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Its step log is a full disk; an engine that is silent for 2 s is ended."""
+    """Its step log is a full disk; an engine that is silent for 5 s is ended."""
     root = tmp_path_factory.mktemp("serving")
     (root / "logs" / "auto").mkdir(parents=True)
     (root / "logs" / "auto" / "server.log").symlink_to("/dev/full")
     (root / "logs" / "auto" / "config.yaml").symlink_to("/dev/full")
-    serving = Serving(root, "--step-log", "/dev/full", "--heartbeat-timeout-s", "2")
+    serving = Serving(root, "--step-log", "/dev/full", "--heartbeat-timeout-s", "5")
     yield serving
     serving.close()
 

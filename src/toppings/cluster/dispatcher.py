@@ -43,20 +43,20 @@ class ResponseLengths:
 
     def expected(self, max_tokens: float = math.inf) -> float:
         """Of a response that has at most so many."""
-        return max(1.0, min(max_tokens, self.mean))
+        tokens = self.mean if self.mean < max_tokens else max_tokens
+        return tokens if tokens > 1.0 else 1.0
 
 
 @dataclass(slots=True)
 class _Knowledge:
-    """Of one server: `others` are the ranks of requests that came another way, by id. `recent` are the
-    adapters sent there last, the latest at the end; None for a server that tells all it holds. `model` is
-    the performance model that it told last.
+    """Of one server: `others` are the ranks of requests that came another way, by id; `limits` and `model`
+    (its performance model) what it told last.
     """
 
     keeps_model: bool = False
     model: Any = None
+    limits: tuple[float | None, ...] = ()
     others: dict[str, int] = field(default_factory=dict)
-    recent: dict[str, None] | None = None
 
 
 class Dispatcher:
@@ -79,6 +79,7 @@ class Dispatcher:
         self._is_own = is_own
         self._places: dict[str, str] = {}  # of each request on its way, the instance
         self._known = {instance_id: _Knowledge() for instance_id in self.fleet.ids}
+        self._recent: dict[str, dict[str, None]] = {}  # of servers that do not tell: adapters sent there last
         self._avoided: dict[str, float] = {}
         self._snapshot_interval, self._snapshot_due_at = snapshot_interval, -math.inf
         self._snapshot: Instances = self.fleet
@@ -98,6 +99,7 @@ class Dispatcher:
             self._places.pop(request_id, None)
         self.fleet.remove_instance(instance_id)
         del self._known[instance_id]
+        self._recent.pop(instance_id, None)
         self._avoided.pop(instance_id, None)
 
     def avoid(self, instance_id: str, until: float) -> None:
@@ -153,8 +155,7 @@ class Dispatcher:
         if adapter is None:
             return
         self.fleet.add_adapter(instance_id, adapter)
-        recent = self._known[instance_id].recent
-        if recent is not None:
+        if self._recent and (recent := self._recent.get(instance_id)) is not None:
             recent.pop(adapter, None)
             recent[adapter] = None
             if len(recent) > MAX_RECENT_ADAPTERS:
@@ -181,8 +182,8 @@ class Dispatcher:
             self.lengths.note(num_tokens)
 
     def moves(self) -> list[Move]:
-        """What should wait elsewhere, by the policy; whoever moves a request tells by `sent`."""
-        return self.policy.migrations(self.fleet)
+        """What of ours should wait elsewhere, by the policy; whoever moves a request tells by `sent`."""
+        return [move for move in self.policy.migrations(self.fleet) if move.request_id in self._places]
 
     # --- what servers tell ---
 
@@ -202,42 +203,43 @@ class Dispatcher:
 
         `own_then` is `own_ranks` of when it was asked; `other_rank` that of others whose rank is not told.
         """
-        self.fleet.set_limits(
-            instance_id,
-            kv_tokens_total=report.kv_tokens_total or math.inf,
-            kv_tokens_used=report.kv_tokens_used,
-            max_num_seqs=report.max_num_seqs or math.inf,
-            max_adapters=report.max_adapters or math.inf,
-        )
-        self._note_model(instance_id, report)
+        known = self._known[instance_id]
+        self._note_limits(instance_id, report)
         if report.requests is None:
             others = self._others(instance_id, report, own_then, other_rank)
         else:
             others = self._note_requests(instance_id, report.requests)
-        self._set_others(instance_id, others)
+        if others or known.others:
+            self._set_others(instance_id, others)
         self._note_adapters(instance_id, report)
 
-    def _note_model(self, instance_id: str, report: ServerReport) -> None:
+    def _note_limits(self, instance_id: str, report: ServerReport) -> None:
         known = self._known[instance_id]
-        if report.perf_model == known.model or known.keeps_model:
-            return
-        known.model, model = report.perf_model, report.read_perf_model()
-        if model is not None:
-            self.fleet.set_perf_model(instance_id, model)
+        self.fleet.set_limits(instance_id, kv_tokens_used=report.kv_tokens_used)
+        limits = report.kv_tokens_total, report.max_num_seqs, report.max_adapters
+        if limits != known.limits:
+            known.limits = limits
+            total, max_num_seqs, max_adapters = (math.inf if limit is None else limit for limit in limits)
+            self.fleet.set_limits(
+                instance_id, kv_tokens_total=total, max_num_seqs=max_num_seqs, max_adapters=max_adapters
+            )
+        if report.perf_model != known.model and not known.keeps_model:
+            known.model, model = report.perf_model, report.read_perf_model()
+            if model is not None:
+                self.fleet.set_perf_model(instance_id, model)
 
     def _note_adapters(self, instance_id: str, report: ServerReport) -> None:
         """It holds what it says, and soon what requests that are there need."""
-        known = self._known[instance_id]
         if report.on_host is not None:
             self.fleet.set_on_host(instance_id, report.on_host)
         if report.on_device is None:
             return
-        on_device = {*report.on_device, *self.fleet.adapters(instance_id)}
+        on_device = set(report.on_device)
+        on_device.update(self.fleet.adapters(instance_id))
         if report.requests is None:
-            on_device.difference_update(map(_nameless, known.others.values()))
+            on_device.difference_update(map(_nameless, self._known[instance_id].others.values()))
             if report.running_ranks is None:
-                known.recent = known.recent or {}
-                on_device.update(known.recent)
+                on_device.update(self._recent.setdefault(instance_id, {}))
         self.fleet.set_on_device(instance_id, on_device)
 
     def _note_requests(self, instance_id: str, told: list[RequestEntry]) -> dict[str, RequestEntry]:

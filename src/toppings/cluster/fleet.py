@@ -148,8 +148,8 @@ class Fleet(Instances):
             raise ValueError(f"request {request.request_id!r} is on instance {instance_id!r} already")
         waiting[request.request_id] = request
         tokens = request.prompt_tokens
-        account.waiting.add(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
-        account.active.add(request, tokens=1, context=tokens)
+        account.waiting.add(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
+        account.active.add(request.rank, request.adapter, 1, tokens)
         self._changed[DECODE].add(row)
         self._changed[PREFILL].add(row)
 
@@ -159,7 +159,7 @@ class Fleet(Instances):
         account, request = self._accounts[row], self.queued[row].pop(request_id)
         account.running[request_id] = request
         tokens = request.prompt_tokens
-        account.waiting.remove(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
+        account.waiting.remove(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
         self._changed[PREFILL].add(row)
 
     def grow(self, instance_id: str, request_id: str, num_tokens: int) -> None:
@@ -187,7 +187,7 @@ class Fleet(Instances):
             self.start(instance_id, request_id)
         request = account.running.pop(request_id)
         context = request.prompt_tokens + account.num_generated.pop(request_id, 0)
-        account.active.remove(request, tokens=1, context=context)
+        account.active.remove(request.rank, request.adapter, 1, context)
         self._changed[DECODE].add(row)
 
     # --- looked at ---

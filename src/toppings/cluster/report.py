@@ -55,12 +55,11 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         for rank in (*(self.running_ranks or ()), *(self.waiting_ranks or ())):
             if not 0 <= rank <= MAX_RANK:
                 raise ValueError(f"it tells of a request of rank {rank}")
-        for name in ("kv_tokens_total", "max_num_seqs", "max_adapters"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, not above 0")
+        limits = self.kv_tokens_total, self.max_num_seqs, self.max_adapters
+        if not all(limit is None or limit > 0 for limit in limits):
+            raise ValueError(f"it tells of limits {limits}; they must be above 0")
         if not 0 <= self.kv_tokens_used < math.inf:
-            raise ValueError(f"kv_tokens_used is {self.kv_tokens_used}")
+            raise ValueError(f"it tells of {self.kv_tokens_used} tokens in use")
 
     @property
     def num_requests(self) -> int:

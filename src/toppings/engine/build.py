@@ -32,13 +32,15 @@ from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, Graph
 from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.products import choose_products
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
 from toppings.engine.step_log import StepLog
-from toppings.model.config import ModelConfig, read_json
+from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
+from toppings.model.files import read_json
 from toppings.model.identity import checkpoint_identity
 from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
@@ -70,7 +72,7 @@ def model_config(config: EngineConfig) -> ModelConfig:
 
 def load_decoder(config: EngineConfig, model: ModelConfig, part: Part | None = None) -> Decoder:
     """The model, or one part of it. Raises ValueError where it cannot be read."""
-    dtype = getattr(torch, _dtype_name(config, model))
+    dtype = getattr(torch, dtype_name(config, model))
     if part is not None:
         if config.load_format == "dummy":
             return PartDecoder.dummy_part(part, dtype, config.device, seed=config.seed)
@@ -206,7 +208,7 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
             state_dir(config),
             served_model_name(config),
             BaseShapes(*model.base_shapes()),
-            _dtype_name(config, model),
+            dtype_name(config, model),
             identity=base_identity(config),
             base_names=base_names(config),
             is_strict=config.strict_base == "on",
@@ -265,6 +267,7 @@ def _build_engine(
     model = model_config(config)
     part = None if followers is None else followers.lead_part
     own = model if part is None else part.config  # what this process has of it
+    choose_products(config, own, getattr(torch, dtype_name(config, model)), state_dir(config))
     decoder = load_decoder(config, model, part)
     warm_up(decoder.dtype)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
@@ -326,7 +329,7 @@ def _make_mode(config: EngineConfig) -> LoadingMode:
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
 
 
-def _dtype_name(config: EngineConfig, model: ModelConfig) -> str:
+def dtype_name(config: EngineConfig, model: ModelConfig) -> str:
     return str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
 
 
@@ -348,7 +351,7 @@ def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple
 
     Raises ConfigError where max_model_len is beyond the model's positions or the cache's size.
     """
-    token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[_dtype_name(config, model)]
+    token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[dtype_name(config, model)]
     num_pages = cache_bytes // (token_bytes * config.page_size)
     num_tokens, num_positions = num_pages * config.page_size, model.max_position_embeddings
     max_model_len = config.max_model_len or min(num_positions, num_tokens)

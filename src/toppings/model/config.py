@@ -1,6 +1,5 @@
 """What a checkpoint's config.json says, in the one form that the decoder understands."""
 
-import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 
 from toppings.core import GROUPS
+from toppings.model.files import read_generation_config, read_json, stored_float_dtype
 
 logger = logging.getLogger(__name__)
-
-MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -128,33 +126,8 @@ class ModelConfig:
         }
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError where it is missing, too large, or holds no object."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{file.parent} is not a Hugging Face checkpoint: cannot read {file.name}: {error}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold an object, not {type(content).__name__}")
-    return content
-
-
-def read_generation_config(path: Path) -> dict[str, Any]:
-    """Empty where the checkpoint has none. Raises ValueError as `read_json`."""
-    file = path / "generation_config.json"
-    return read_json(file) if file.exists() else {}
-
-
 def _stored_dtype(path: Path) -> str | None:
     """The type that transformers takes where config.json names none: the first float's among the weights."""
-    from toppings.model.weights import stored_float_dtype  # which needs this module
-
     with suppress(ValueError):  # told by whoever needs the weights
         return stored_float_dtype(path)
     return None

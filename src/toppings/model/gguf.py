@@ -93,7 +93,7 @@ def rope_parameters(factors: Sequence[float], theta: float, head_dim: int) -> di
     found = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
     expected = [_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2)]
     if len(factors) != len(expected) or any(
-        not math.isclose(one, other, rel_tol=1e-3) for one, other in zip(factors, expected)
+        not math.isclose(one, other, rel_tol=1e-3) for one, other in zip(factors, expected, strict=True)
     ):
         raise GgufError("it scales rotary positions (rope_freqs) in a way that is not Llama 3.1's")
     return found

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from toppings.core import MODULES
-from toppings.model.config import ModelConfig, read_json
+from toppings.model.config import ModelConfig
+from toppings.model.files import FLOATS, open_tensors
 from toppings.model.parts import Part
 
 logger = logging.getLogger(__name__)
 
-FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers that old checkpoints carry and that follow from config.json."""
@@ -48,7 +47,7 @@ def read_weights(
     """
     path = Path(path)
     with ExitStack() as stack:
-        places = _open(path, stack)
+        places = open_tensors(path, stack)
         plan = _plan_for(config, places)
         _check(path, plan, places, config)
         pieces = plan if part is None else _plan_for(part.config, places)
@@ -73,15 +72,6 @@ def _drop_copy(path: Path, weights: dict[str, Tensor]) -> None:
             "the stored one is used",
             path,
         )
-
-
-def stored_float_dtype(path: Path) -> str | None:
-    """The name of the type of the first float among the weights; None where there is none."""
-    with ExitStack() as stack:
-        for name, file in _open(path, stack).items():
-            if (kind := file.get_slice(name).get_dtype()) in FLOATS:
-                return FLOATS[kind]
-    return None
 
 
 def _read(file: Any, name: str, part: Part | None) -> Tensor:
@@ -145,40 +135,11 @@ def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple
     }
     for group, (modules, shapes, has_bias) in groups.items():
         start = 0
-        for module, (num_in, num_out) in zip(modules, shapes):
+        for module, (num_in, num_out) in zip(modules, shapes, strict=True):
             yield f"{source}{module}.weight", _Piece(f"{target}{group}.weight", start, (num_out, num_in))
             if has_bias:
                 yield f"{source}{module}.bias", _Piece(f"{target}{group}.bias", start, (num_out,))
             start += num_out
-
-
-def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file of every tensor of the checkpoint, by tensor name."""
-    places: dict[str, Any] = {}
-    for file in _files(path):
-        try:
-            opened = stack.enter_context(safe_open(str(file), framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {file}: {error}") from error
-        places.update(dict.fromkeys(opened.keys(), opened))
-    return places
-
-
-def _files(path: Path) -> list[Path]:
-    """In the order in which a tensor that is in several is taken from the last."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ValueError(f"{index} must have a weight_map of tensors to files")
-        return [path / name for name in sorted(set(weight_map.values()))]
-    if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
-        raise ValueError(
-            f"{path} holds pickled weights, which can run code when read; convert them to safetensors"
-        )
-    raise ValueError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
 
 
 def _check(path: Path, plan: dict[str, _Piece], places: dict[str, Any], config: ModelConfig) -> None:

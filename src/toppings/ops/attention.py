@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from toppings.ops.dispatch import gpu_kernels, kernels
+from toppings.ops.gpu_plan import AttentionTiles
 from toppings.ops.products import is_widened
-
-if TYPE_CHECKING:
-    from toppings.ops.gpu_plan import AttentionTiles
 
 NO_WINDOW = 2**62
 _QUERY_BLOCK = 128
@@ -62,7 +59,7 @@ class AttentionMetadata:
     slot_mapping: Tensor
     page_size: int
     max_context: int = 0
-    brought: "AttentionTiles | None" = None
+    brought: AttentionTiles | None = None
 
     @cached_property
     def decode_context_lens(self) -> Tensor:
@@ -76,10 +73,8 @@ class AttentionMetadata:
         return sum(self.context_lens[: self.num_decodes])
 
     @cached_property
-    def tiles(self) -> "AttentionTiles":
+    def tiles(self) -> AttentionTiles:
         """What the GPU's kernels read, built once per step."""
-        from toppings.ops.gpu_plan import AttentionTiles
-
         return self.brought or AttentionTiles.build(self)
 
     def cache_rows(self, sequence: int) -> Tensor:
@@ -202,8 +197,8 @@ def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: f
     """Attention of one sequence's last rows q [n, H, D] to its keys k, v [m, Hkv, D] into out [n, H, D].
 
     Queries go in blocks, each with only the keys that one of its queries may see. Scores are rounded to q's
-    dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which shifts all scores of a query
-    alike.
+    dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which
+    shifts all scores of a query alike.
     """
     if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()

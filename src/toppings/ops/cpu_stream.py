@@ -1,4 +1,4 @@
-"""numba kernel for products of few rows with a weight as the checkpoint stores it; `linear.py` says when it runs.
+"""numba kernel for products of few rows with a weight as it is stored; `linear.py` says when it runs.
 
 The weight is read once, in order, and widened to float32 in registers: what a product costs is the reading.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, elements, helper, load, store
+from toppings.ops.cpu_bits import Pointer, dot, elements, helper, load, prefetch, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 
 Floats = NDArray[np.float32]
@@ -16,22 +16,27 @@ Indices = NDArray[np.int64]
 
 _ROWS = 4  # of x in a tile, and
 _COLUMNS = 3  # rows of the weight: their sums and elements fill AVX2's registers
-_COLUMNS_OF_ONE = 4  # beside a single row of x
+_LINE = 32  # elements of two bytes in a cache line
+_CHUNK, _AHEAD = 512, 2048  # elements that are asked for together, and how far on
 TASK_COLUMNS = 48
 """Of a product, that a task computes: a multiple of a tile's."""
 
 
 @helper
-def _tile_of_one(sums: Floats, x: Floats, w: Pointer, starts: Indices, n: int) -> None:
-    w0, w1, w2, w3 = load(starts, 0), load(starts, 1), load(starts, 2), load(starts, 3)
-    s0 = s1 = s2 = s3 = np.float32(0)
-    for k in range(n):
-        value = load(x, k)
-        s0 += value * load(w, w0 + k)
-        s1 += value * load(w, w1 + k)
-        s2 += value * load(w, w2 + k)
-        s3 += value * load(w, w3 + k)
-    sums[0], sums[1], sums[2], sums[3] = s0, s1, s2, s3
+def _ask_for(w: Pointer, start: int, n: int) -> None:
+    for k in range(start, start + n, _LINE):
+        prefetch(w, k)
+
+
+@helper
+def _dot_one(x: Floats, w: Pointer, start: int, n: int) -> np.float32:
+    """Σ_k x[k] · w[start + k], chunk by chunk, while a later one travels from memory."""
+    total = np.float32(0)
+    for chunk in range(0, n, _CHUNK):
+        size = min(_CHUNK, n - chunk)
+        _ask_for(w, start + chunk + _AHEAD, size)
+        total += dot(x, chunk, w, start + chunk, size)
+    return total
 
 
 @helper
@@ -62,19 +67,26 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int)
     sums[6], sums[7], sums[8], sums[9], sums[10], sums[11] = s20, s21, s22, s30, s31, s32
 
 
+@helper
+def _one_row(y: Pointer, x: Floats, w: Pointer, bias: Pointer, has_bias: bool, span: Any, n: int) -> None:
+    for j in range(span[0], span[1]):
+        value = _dot_one(x, w, j * n, n)
+        if has_bias:
+            value += load(bias, j)
+        store(y, j, value)
+
+
 @Kernel
 def few_rows_linear(block: Any) -> None:
-    """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out], dense, for all rows of x [rows, in], dense;
-    w [out, in] as it is stored; `bias` is 0 or an address. Tiles that reach beyond the last row or column
+    """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out] for all rows of x [rows, in], both dense;
+    w: [out, in] as it is stored; `bias` is 0 or an address. Tiles that reach beyond the last row or column
     repeat it."""
     y, x, w, bias = elements(block, 0), elements(block, 1), elements(block, 2), elements(block, 3)
     has_bias = integer(block, 3) != 0
     num_rows, num_out, num_in = integer(block, 4), integer(block, 5), integer(block, 6)
-    tile_rows = 1 if num_rows == 1 else _ROWS
-    tile_columns = _COLUMNS_OF_ONE if num_rows == 1 else _COLUMNS
-    padded = (num_rows + tile_rows - 1) // tile_rows * tile_rows
-    xs, sums = np.empty(padded * num_in, np.float32), np.empty(_ROWS * _COLUMNS_OF_ONE, np.float32)
-    starts = np.empty(_COLUMNS_OF_ONE, np.int64)
+    padded = num_rows if num_rows == 1 else (num_rows + _ROWS - 1) // _ROWS * _ROWS
+    xs, sums = np.empty(padded * num_in, np.float32), np.empty(_ROWS * _COLUMNS, np.float32)
+    starts = np.empty(_COLUMNS, np.int64)
     task = claim(block)
     if task >= 0:
         for i in range(padded):
@@ -82,19 +94,20 @@ def few_rows_linear(block: Any) -> None:
             for k in range(num_in):
                 store(xs, i * num_in + k, load(x, row + k))
     while task >= 0:
-        stop = min((task + 1) * TASK_COLUMNS, num_out)
-        for first in range(task * TASK_COLUMNS, stop, tile_columns):
-            for j in range(tile_columns):
+        start, stop = task * TASK_COLUMNS, min((task + 1) * TASK_COLUMNS, num_out)
+        if num_rows == 1:
+            _one_row(y, xs, w, bias, has_bias, (start, stop), num_in)
+            start = stop
+        for first in range(start, stop, _COLUMNS):
+            for j in range(_COLUMNS):
                 starts[j] = min(first + j, stop - 1) * num_in
-            columns = min(tile_columns, stop - first)
-            for row in range(0, num_rows, tile_rows):
-                if num_rows == 1:
-                    _tile_of_one(sums, xs, w, starts, num_in)
-                else:
-                    _tile(sums, xs, row * num_in, w, starts, num_in)
-                for i in range(min(tile_rows, num_rows - row)):
+            _ask_for(w, (first + _COLUMNS) * num_in, _COLUMNS * num_in)
+            columns = min(_COLUMNS, stop - first)
+            for row in range(0, num_rows, _ROWS):
+                _tile(sums, xs, row * num_in, w, starts, num_in)
+                for i in range(min(_ROWS, num_rows - row)):
                     for j in range(columns):
-                        value = load(sums, i * tile_columns + j)
+                        value = load(sums, i * _COLUMNS + j)
                         if has_bias:
                             value += load(bias, first + j)
                         store(y, (row + i) * num_out + first + j, value)

@@ -15,8 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_launch import next_power_of_2
-from toppings.ops.gpu_lora import ALIGNMENT_BYTES, _columns_of, check_aligned, column_tiles
+from toppings.ops.gpu_launch import (
+    ALIGNMENT_BYTES,
+    check_aligned,
+    column_tiles,
+    columns_of,
+    next_power_of_2,
+)
 from toppings.ops.gpu_plan import LoraBatch
 
 
@@ -113,7 +118,7 @@ def _expand_rows_kernel(  # type: ignore[no-untyped-def]
     if slot < 0:
         return
     row = tl.load(chunks + tl.program_id(1) * 3).to(tl.int64)
-    module, low, high, first = _columns_of(tl.program_id(0), end_0, end_1, end_2, COLUMNS)
+    module, low, high, first = columns_of(tl.program_id(0), end_0, end_1, end_2, COLUMNS)
     place = places + slot.to(tl.int64) * places_stride + module * 3
     rank = tl.load(place + 2).to(tl.int32)
     if rank == 0:

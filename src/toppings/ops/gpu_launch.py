@@ -1,14 +1,20 @@
 """What the launches of Triton kernels share."""
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
+from torch import Tensor
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _ELEMENTS_PER_WARP = 512
+ALIGNMENT_BYTES = 16
+"""Every A and B must start on a multiple of this: the sizes of all targeted modules must be multiples of
+it."""
 MULTIPROCESSORS_WITHOUT_GPU = 1
 """So that in the interpreter a program has more than one tile to do."""
 
@@ -38,3 +44,37 @@ def dot_options(dtype: torch.dtype) -> dict[str, Any]:
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "OPERAND": tl.float32 if is_wide else _TRITON_DTYPES[dtype],
     }
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def columns_of(tile, end_0, end_1, end_2, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(module, its first column, its end, the first column of `tile`) of a tile over up to three modules."""
+    tiles_0 = (end_0 + COLUMNS - 1) // COLUMNS
+    tiles_1 = tiles_0 + (end_1 - end_0 + COLUMNS - 1) // COLUMNS
+    module = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
+    low = tl.where(module == 0, 0, tl.where(module == 1, end_0, end_1))
+    high = tl.where(module == 0, end_0, tl.where(module == 1, end_1, end_2))
+    before = tl.where(module == 0, 0, tl.where(module == 1, tiles_0, tiles_1))
+    return module, low, high, low + (tile - before) * COLUMNS
+
+
+def column_tiles(y: Tensor, out_offsets: Sequence[int], columns: int) -> tuple[int, tuple[int, int, int]]:
+    """How many tiles of `columns` cover y's modules, and where each of three modules ends; one that is not
+    there is empty."""
+    assert 1 <= len(out_offsets) <= 3
+    assert y.stride(1) == 1
+    width = y.shape[1]
+    bounds = [*out_offsets, *[width] * (4 - len(out_offsets))]
+    ends = (bounds[1], bounds[2], bounds[3])
+    return sum(triton.cdiv(high - low, columns) for low, high in zip(bounds[:3], ends, strict=True)), ends
+
+
+def check_aligned(dtype: torch.dtype, *sizes: int) -> None:
+    """Raises ValueError for a module size with which blocks would not start on `ALIGNMENT_BYTES`."""
+    multiple = ALIGNMENT_BYTES // dtype.itemsize
+    for size in sizes:
+        if size % multiple:
+            raise ValueError(
+                f"a projection has {size} inputs or outputs; on a GPU they must be"
+                f" a multiple of {multiple} in {dtype}"
+            )

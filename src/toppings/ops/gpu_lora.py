@@ -39,13 +39,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_launch import dot_options, next_power_of_2, num_multiprocessors
+from toppings.ops.gpu_bgmv import expand_rows, shrink_rows
+from toppings.ops.gpu_launch import (
+    ALIGNMENT_BYTES,
+    check_aligned,
+    column_tiles,
+    columns_of,
+    dot_options,
+    next_power_of_2,
+    num_multiprocessors,
+)
 from toppings.ops.gpu_plan import LoraBatch
 from toppings.ops.lora import LoraSegments
-
-ALIGNMENT_BYTES = 16
-"""Every A and B must start on a multiple of this: the sizes of all targeted modules must be multiples of
-it."""
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 
@@ -114,18 +119,6 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, total, mask=(rows < stop)[:, None] & (ranks < total_rank)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _columns_of(tile, end_0, end_1, end_2, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(module, its first column, its end, the first column of `tile`) of a tile over up to three modules."""
-    tiles_0 = (end_0 + COLUMNS - 1) // COLUMNS
-    tiles_1 = tiles_0 + (end_1 - end_0 + COLUMNS - 1) // COLUMNS
-    module = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
-    low = tl.where(module == 0, 0, tl.where(module == 1, end_0, end_1))
-    high = tl.where(module == 0, end_0, tl.where(module == 1, end_1, end_2))
-    before = tl.where(module == 0, 0, tl.where(module == 1, tiles_0, tiles_1))
-    return module, low, high, low + (tile - before) * COLUMNS
-
-
 @triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
 def _expand_kernel(  # type: ignore[no-untyped-def]
     y,
@@ -155,7 +148,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         return
     start = tl.load(chunks + chunk * 3)
     stop = tl.load(chunks + chunk * 3 + 1)
-    module, low, high, first = _columns_of(tl.program_id(0), end_0, end_1, end_2, COLUMNS)
+    module, low, high, first = columns_of(tl.program_id(0), end_0, end_1, end_2, COLUMNS)
     place = places + slot.to(tl.int64) * places_stride
     rank = tl.load(place + module * 3 + 2).to(tl.int32)
     if rank == 0:
@@ -200,8 +193,6 @@ def add_lora(
     if not len(batch.chunks) or not batch.max_rank:
         return
     if batch.form == "bgmv":
-        from toppings.ops.gpu_bgmv import expand_rows, shrink_rows
-
         expand_rows(
             y, shrink_rows(x, arena, places, len(out_offsets), batch), arena, places, out_offsets, batch
         )
@@ -274,25 +265,3 @@ def expand(
         num_warps=tiles.expand_warps,
         num_stages=tiles.stages,
     )
-
-
-def column_tiles(y: Tensor, out_offsets: Sequence[int], columns: int) -> tuple[int, tuple[int, int, int]]:
-    """How many tiles of `columns` cover y's modules, and where each of three modules ends; one that is not
-    there is empty."""
-    assert 1 <= len(out_offsets) <= 3
-    assert y.stride(1) == 1
-    width = y.shape[1]
-    bounds = [*out_offsets, *[width] * (4 - len(out_offsets))]
-    ends = (bounds[1], bounds[2], bounds[3])
-    return sum(triton.cdiv(high - low, columns) for low, high in zip(bounds, ends)), ends
-
-
-def check_aligned(dtype: torch.dtype, *sizes: int) -> None:
-    """Raises ValueError for a module size with which blocks would not start on `ALIGNMENT_BYTES`."""
-    multiple = ALIGNMENT_BYTES // dtype.itemsize
-    for size in sizes:
-        if size % multiple:
-            raise ValueError(
-                f"a projection has {size} inputs or outputs; on a GPU they must be"
-                f" a multiple of {multiple} in {dtype}"
-            )

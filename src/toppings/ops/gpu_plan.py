@@ -7,14 +7,16 @@ No Triton here: whoever brings a step's inputs to the device in one copy (engine
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from toppings.ops.attention import AttentionMetadata
-from toppings.ops.lora import LoraForm, LoraSegments
+if TYPE_CHECKING:
+    from toppings.ops.attention import AttentionMetadata
+    from toppings.ops.lora import LoraForm, LoraSegments
 
 QUERIES = 64
 """Queries of one program of the prefill attention."""
@@ -40,11 +42,11 @@ class AttentionTiles:
     max_decode_context: int
 
     @classmethod
-    def build(cls, meta: AttentionMetadata) -> "AttentionTiles":
+    def build(cls, meta: "AttentionMetadata") -> "AttentionTiles":
         return cls.of(meta, [to_device(array, meta.page_tables.device) for array in attention_arrays(meta)])
 
     @classmethod
-    def of(cls, meta: AttentionMetadata, arrays: Sequence[Tensor]) -> "AttentionTiles":
+    def of(cls, meta: "AttentionMetadata", arrays: Sequence[Tensor]) -> "AttentionTiles":
         """`arrays`: those of `attention_arrays`, on the device."""
         context_lens, tiles, indptr = arrays
         lengths = [stop - start for start, stop in pairwise(meta.query_indptr[meta.num_decodes :])]
@@ -58,7 +60,7 @@ class AttentionTiles:
         )
 
 
-def attention_arrays(meta: AttentionMetadata) -> list[Ints]:
+def attention_arrays(meta: "AttentionMetadata") -> list[Ints]:
     """`context_lens`, `prefill_tiles` and `prefill_indptr` of `AttentionTiles`."""
     tiles: list[tuple[int, int, int, int]] = []
     for s in range(meta.num_decodes, len(meta.context_lens)):
@@ -96,7 +98,7 @@ class Tiles:
         return max(1, min(self.max_splits, num_in // _SPLIT_INPUTS))
 
 
-TILES: dict[LoraForm, Tiles] = {
+TILES: "dict[LoraForm, Tiles]" = {
     "sgmv": Tiles(64, 64, 64, 64, 128, 1, 4, 4, 3),
     "mbgmv": Tiles(16, 16, 32, 128, 128, 8, 4, 4, 4),
     "bgmv": Tiles(1, 16, 16, 256, 128, 8, 4, 4, 3),
@@ -109,7 +111,7 @@ class LoraBatch:
     a graph of C chunks serves fewer. `max_rank` bounds the ranks of all adapters that may ever be named."""
 
     chunks: Tensor
-    form: LoraForm
+    form: "LoraForm"
     max_rank: int
 
     @property
@@ -117,13 +119,15 @@ class LoraBatch:
         return TILES[self.form]
 
     @classmethod
-    def build(cls, segments: LoraSegments, device: torch.device, form: LoraForm | None = None) -> "LoraBatch":
+    def build(
+        cls, segments: "LoraSegments", device: torch.device, form: "LoraForm | None" = None
+    ) -> "LoraBatch":
         """`form`: by default the segments' own."""
         form = form or segments.form
         return cls(to_device(lora_chunks(segments, form), device), form, segments.max_rank)
 
 
-def lora_chunks(segments: LoraSegments, form: LoraForm) -> Ints:
+def lora_chunks(segments: "LoraSegments", form: "LoraForm") -> Ints:
     """int32 [C, 3]: (start, stop, slot) of each chunk of the segments."""
     num_rows = TILES[form].rows
     chunks = [

@@ -101,13 +101,14 @@ def packed_reason(dtype: torch.dtype) -> tuple[bool, str]:
 class Linear:
     """x Wᵀ + b. weight: [out, in]; bias: [out] or None; called with x [T, in], returns [T, out] of x's dtype.
 
-    What multiplies is chosen by `products.forms_for`; a weight that is not packed stays where it is."""
+    What multiplies is chosen by `products.forms_for`, or given; a weight that is not packed stays where it
+    is."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, forms: Forms | None = None) -> None:
         self.num_out, self.num_in = weight.shape
         self.bias = bias
         is_on_host = weight.device.type == "cpu"
-        self.forms = forms_for(weight.dtype, self.num_in) if is_on_host else Forms(is_packed=False)
+        self.forms = forms or forms_for(weight.dtype, self.num_in)
         self.is_packed = is_on_host and USE_PACKED and self.forms.is_packed and packed_reason(weight.dtype)[0]
         self._weight: Any = _pack(weight) if self.is_packed else weight
         self._blocks = _find_blocks(weight, self._weight) if self.is_packed else None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -64,8 +64,8 @@ class LoraSegments:
     @property
     def adapted(self) -> list[tuple[int, int, int]]:
         """(start, stop, slot) of each segment that has an adapter and rows."""
-        segments = zip(self.indptr, self.indptr[1:], self.slots)
-        return [(start, stop, slot) for start, stop, slot in segments if slot >= 0 and stop > start]
+        segments = zip(pairwise(self.indptr), self.slots, strict=True)
+        return [(start, stop, slot) for (start, stop), slot in segments if slot >= 0 and stop > start]
 
     @property
     def form(self) -> LoraForm:
@@ -224,7 +224,9 @@ def _add_long(
     a_start = next(a for a, _, rank in places if rank)
     a = arena[a_start : a_start + sum(ranks) * num_in].view(-1, num_in)  # the group's A lie side by side
     shrunk = lora_shrink(x, a).tensor_split(tuple(accumulate(ranks[:-1])), dim=1)
-    for (_, b_start, rank), h, low, high in zip(places, shrunk, out_offsets, (*out_offsets[1:], y.shape[1])):
+    for (_, b_start, rank), h, low, high in zip(
+        places, shrunk, out_offsets, (*out_offsets[1:], y.shape[1]), strict=True
+    ):
         if rank:
             b = arena[b_start : b_start + rank * (high - low)].view(rank, -1)
             lora_expand_add_(y[:, low:high], h, b)
@@ -244,7 +246,7 @@ def add_lora_reference_(
     """`add_lora_` in fp32, one module at a time, each sum rounded once into y."""
     ends = (*out_offsets[1:], y.shape[1])
     for start, stop, slot in segments.adapted:
-        for module, low, high in zip(group, out_offsets, ends):
+        for module, low, high in zip(group, out_offsets, ends, strict=True):
             a_start, b_start, rank = table[slot, layer, module].tolist()
             a = arena[a_start : a_start + rank * x.shape[1]].view(rank, x.shape[1]).float()
             b = arena[b_start : b_start + rank * (high - low)].view(rank, high - low).float()

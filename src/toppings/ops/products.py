@@ -17,11 +17,16 @@ from torch import Tensor
 
 from toppings.ops import dispatch
 
-PANEL_ELEMENTS = 2**19
-"""Of a weight, that are widened at a time: 2 MiB in float32."""
+PANEL_ELEMENTS = 3 * 2**18
+"""Of a weight, that are widened at a time: 3 MiB in float32."""
+_PANEL_STEP = 64
+"""A panel's rows are a multiple of this: the library computes so many columns at a time."""
 
 MAX_STREAM_ROWS = 16
 """Rows up to which a weight is widened in registers, where nothing was measured."""
+
+MANY_ROWS = 128
+"""Rows with which a product costs its arithmetic anywhere."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Forms:
 
     is_packed: bool
     max_stream_rows: int = 0
+
+    def __str__(self) -> str:
+        few = f"stream up to {self.max_stream_rows} rows, then " if self.max_stream_rows else ""
+        return "packed" if self.is_packed else f"{few}panels"
 
     def name(self, num_rows: int) -> str:
         """Of the form for so many rows."""
@@ -93,7 +102,8 @@ def _panel(num_rows: int, num_columns: int) -> Tensor:
 def mm_widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in float32, rounded once to x's dtype: x [T, in], weight [out, in], bias [out]; [T, out]."""
     (num_out, num_in), wide = weight.shape, x.float()
-    y, step = x.new_empty(x.shape[0], num_out), max(1, PANEL_ELEMENTS // num_in)
+    y = x.new_empty(x.shape[0], num_out)
+    step = max(1, PANEL_ELEMENTS // num_in // _PANEL_STEP) * _PANEL_STEP
     for start in range(0, num_out, step):
         rows = weight[start : start + step]
         part = torch.mm(wide, _panel(*rows.shape).copy_(rows).t())

@@ -75,7 +75,7 @@ async def stats(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     state = state_of(request)
-    text = state.metrics.render(await _stats_or_none(state), state.name_of, state.registry.count())
+    text = await state.metrics.render(await _stats_or_none(state), state.name_of, state.registry.count())
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 

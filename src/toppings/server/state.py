@@ -10,7 +10,8 @@ from weakref import WeakSet
 
 from fastapi import Request
 
-from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRegistry
 from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
@@ -116,7 +117,7 @@ class ServerState:
         self.started_at = int(time.time())
         self._leases: WeakSet[Lease] = WeakSet()
         self._templates: dict[int, ChatTemplate | None] = {}
-        self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
+        self._names = RecentNames(registry)
 
     @property
     def base_name(self) -> str:
@@ -150,17 +151,13 @@ class ServerState:
         if record is None:
             message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}."
             raise ApiError(404, message, "NotFoundError", "model")
-        self._names[record.adapter_id] = model
+        self._names.note(record.adapter_id, model)
         return Target(model, record.adapter_id)
 
     def name_of(self, adapter_id: int) -> str:
         """An adapter's name, also while a removed generation still drains."""
-        if adapter_id not in self._names:
-            try:
-                self._names[adapter_id] = self.registry.get_by_id(adapter_id).name
-            except AdapterNotFound:
-                return f"removed-{adapter_id}"
-        return self._names[adapter_id]
+        name = self._names.of(adapter_id)
+        return f"removed-{adapter_id}" if name is None else name
 
     async def template_of(self, target: Target) -> ChatTemplate | None:
         """The chat template that an adapter has brought along; None where the base model's counts."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
+from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.state_lock import StateLock
 from toppings.cluster.ray_serve.messages import AdapterRef
@@ -84,7 +85,7 @@ class ReplicaAdapters:
         self._registry, self._engine = registry, engine
         self._ids: dict[int, int] = {}
         self._retired: dict[int, int] = {}
-        self._names: dict[int, str] = {}
+        self._names = RecentNames(registry)
         self._resolving = asyncio.Lock()
 
     async def resolve(self, ref: AdapterRef) -> int:
@@ -140,12 +141,7 @@ class ReplicaAdapters:
 
     def name_of(self, adapter_id: int) -> str:
         """Also of a removed generation that still drains; "" where nothing is known of it."""
-        if adapter_id not in self._names:
-            try:
-                self._names[adapter_id] = self._registry.get_by_id(adapter_id).name
-            except AdapterNotFound:
-                return ""
-        return self._names[adapter_id]
+        return self._names.of(adapter_id) or ""
 
     def _look_up(self, ref: AdapterRef) -> int | None:
         """A generation that was never asked for here: on the front's machine its id is the front's."""

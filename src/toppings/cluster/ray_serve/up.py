@@ -20,7 +20,7 @@ from toppings.cluster.ray_serve.app import FRONT_CPUS, make_app, serve_logging
 from toppings.cluster.ray_serve.settings import UpConfig
 from toppings.config import OFF, Config, ConfigError
 from toppings.log_files import LOG_FORMAT
-from toppings.model.config import read_json
+from toppings.model.files import read_json
 from toppings.server.lifecycle import listening_socket, run_dir
 from toppings.sources.models import with_model
 

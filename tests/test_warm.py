@@ -1,0 +1,37 @@
+"""Children of tests that are forked are what `subprocess` would have started."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.warm import COLD, WarmPopen
+
+VERSION = [sys.executable, "-m", "toppings", "version"]
+
+
+def test_output_and_exit_codes_are_those_of_a_cold_start(tmp_path: Path) -> None:
+    warm, cold = (
+        subprocess.run(VERSION, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+        for env in (None, {**os.environ, COLD: "1"})
+    )
+    assert (warm.stdout, warm.stderr, warm.returncode) == (cold.stdout, cold.stderr, cold.returncode)
+    wrong = subprocess.run([*VERSION, "--nonsense"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "--nonsense" in wrong.stderr
+
+
+def test_it_is_a_child_with_its_own_command_line_and_can_be_killed() -> None:
+    assert subprocess.Popen is WarmPopen
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "toppings.engine.process", str(theirs.fileno())]
+    with (
+        mine,
+        theirs,
+        subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as process,
+    ):  # it waits for a start
+        assert f"PPid:\t{os.getpid()}\n" in Path(f"/proc/{process.pid}/status").read_text()
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL

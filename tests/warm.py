@@ -1,0 +1,248 @@
+"""Processes of tests that start warm: `python -m toppings...` is forked from one that has imported all.
+
+Each would take seconds of a core to import torch and the rest. `install()` puts `WarmPopen` in the place of
+`subprocess.Popen`: a child is forked with the arguments, environment, working directory and descriptors that
+it was to get, and is a child of the process that asked. What measures imports goes `COLD`.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+COLD = "TOPPINGS_TESTS_COLD"
+"""A variable of the environment: where a child's has it, the child is started as ever."""
+MODULES = (
+    "toppings",
+    "toppings.engine.process",
+    "toppings.engine.follower_process",
+    "toppings.assist.worker",
+)
+IMPORTED = (
+    *("numpy", "torch", "numba", "zmq", "msgspec", "yaml", "uvicorn", "fastapi", "aiohttp", "transformers"),
+    *("safetensors.torch", "toppings", "toppings.cli", "toppings.engine.build", "toppings.engine.loop"),
+    *("toppings.engine.process", "toppings.assist.worker", "toppings.assist.product", "toppings.remote"),
+    *("toppings.engine.follower_process", "toppings.server.app", "toppings.cluster.router.app"),
+)
+MAX_BYTES = 1 << 17
+_ARGUMENT_ROOM = "-" * 4096
+"""What the warm process was started with; a child's command line, as /proc shows it, is written over it."""
+_FIRST_FREE_FD = 500
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Job:
+    """`targets`: which numbers the descriptors that come with it shall have."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    directory: str
+    targets: list[int]
+
+
+class WarmProcess:
+    """What forks, seen from the process that asks it to."""
+
+    def __init__(self) -> None:
+        self.owner_pid = os.getpid()
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", COLD: "1"}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), _ARGUMENT_ROOM],
+                pass_fds=(theirs.fileno(),),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def fork(self, job: Job, descriptors: list[int]) -> int:
+        """Its process id. Raises OSError where there is nothing left to fork it."""
+        message = json.dumps(asdict(job)).encode()
+        with self._lock:
+            _adopt(True)
+            try:
+                socket.send_fds(self._socket, [message], descriptors)
+                answer = self._socket.recv(MAX_BYTES)
+            finally:
+                _adopt(False)
+        if not answer:
+            raise ConnectionResetError("what forks tests' processes has ended")
+        return int(answer)
+
+
+def _adopt(does: bool) -> None:
+    """Whether orphans among this process's descendants become its children."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(does), 0, 0, 0)
+
+
+_lock = threading.Lock()
+_warm: list[WarmProcess] = []
+
+
+def warm_process() -> WarmProcess:
+    """This process's own, started when it is first needed."""
+    with _lock:
+        if not _warm or _warm[0].owner_pid != os.getpid():
+            _warm[:] = [WarmProcess()]
+        return _warm[0]
+
+
+class WarmPopen(subprocess.Popen[Any]):
+    """`subprocess.Popen`, but for `python -m toppings...`."""
+
+    def _execute_child(
+        self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any,
+        startupinfo: Any, creationflags: Any, shell: Any, *pipes_and_more: Any,
+    ) -> None:  # fmt: skip
+        environment = dict(os.environ if env is None else env)
+        pipes, more = pipes_and_more[:6], pipes_and_more[7:]
+        is_plain = executable is None and preexec_fn is None and not shell and _is_default(more)
+        if not is_plain or not _is_warm(args, environment):
+            super()._execute_child(  # type: ignore[misc]
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env,
+                startupinfo, creationflags, shell, *pipes_and_more,
+            )  # fmt: skip
+            return
+        theirs = (pipes[0], pipes[3], pipes[5])
+        standard = [fd if fd != -1 else number for number, fd in enumerate(theirs)]
+        job = Job(
+            [str(argument) for argument in args[1:]],
+            environment,
+            str(cwd or os.getcwd()),
+            [0, 1, 2, *pass_fds],
+        )
+        self.pid = warm_process().fork(job, [*standard, *pass_fds])
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def _is_default(more: tuple[Any, ...]) -> bool:
+    """gid, gids, uid, umask, start_new_session, process_group."""
+    return all(value in (None, False, -1) for value in more)
+
+
+def _is_warm(args: Any, environment: dict[str, str]) -> bool:
+    is_module = isinstance(args, list) and len(args) > 2 and args[:2] == [sys.executable, "-m"]
+    return is_module and args[2] in MODULES and COLD not in environment
+
+
+def install() -> None:
+    """Where Linux can."""
+    if sys.platform == "linux" and COLD not in os.environ:
+        subprocess.Popen = WarmPopen  # type: ignore[misc]
+
+
+# --- in the process that forks ---
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    room = _argument_room()
+    for name in IMPORTED:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    from toppings.ops import import_kernels
+
+    import_kernels()
+    del os.environ["OPENBLAS_NUM_THREADS"], os.environ[COLD]
+    gc.collect()
+    gc.freeze()
+    job = _serve(control)
+    if job is not None:
+        _write_arguments(room, job)
+        _run(job)
+
+
+def _serve(control: socket.socket) -> Job | None:
+    """None where those who ask have gone; a job in the process that was forked to do it."""
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, MAX_BYTES, 200)
+        if not data:
+            return None
+        job = Job(**json.loads(data))
+        pid = _fork_orphan()
+        if pid == 0:
+            control.close()
+            _place(descriptors, job.targets)
+            return job
+        for descriptor in descriptors:
+            os.close(descriptor)
+        control.send(str(pid).encode())
+
+
+def _fork_orphan() -> int:
+    """Its process id; 0 in it, once it has its new parent."""
+    reading, writing = os.pipe()
+    between = os.fork()
+    if between == 0:
+        between = os.getpid()
+        pid = os.fork()
+        if pid:
+            os.write(writing, str(pid).encode())
+            os._exit(0)
+        while os.getppid() == between:
+            time.sleep(0.0005)
+        return 0
+    os.waitpid(between, 0)
+    pid = int(os.read(reading, 32))
+    os.close(reading)
+    os.close(writing)
+    return pid
+
+
+def _place(descriptors: list[int], targets: list[int]) -> None:
+    """And nothing else is open."""
+    import fcntl
+
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _FIRST_FREE_FD) for descriptor in descriptors]
+    os.closerange(0, _FIRST_FREE_FD)
+    for descriptor, target in zip(moved, targets):
+        os.dup2(descriptor, target)
+    os.closerange(_FIRST_FREE_FD, _FIRST_FREE_FD + 2 * len(moved) + 1)
+
+
+def _argument_room() -> tuple[int, int]:
+    """Where this process's arguments lie (proc_pid_stat(5): arg_start, arg_end)."""
+    fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[45]), int(fields[46])
+
+
+def _write_arguments(room: tuple[int, int], job: Job) -> None:
+    start, end = room
+    line = "\0".join([sys.executable, *job.arguments]).encode()[: end - start - 1]
+    ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
+
+
+def _run(job: Job) -> None:
+    """As `python -m` does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(job.environment)
+    os.chdir(job.directory)
+    paths = [path for path in job.environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [job.directory, *(path for path in paths if path not in sys.path[1:]), *sys.path[1:]]
+    _, module, *arguments = job.arguments
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)
+    with warnings.catch_warnings():
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
