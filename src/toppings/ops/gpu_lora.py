@@ -28,8 +28,8 @@ ranks and a quarter of 4,096 inputs is 32 KiB: 8 distinct adapters of rank 16 on
 rank 64 are 1,536, for 132 multiprocessors. A row's result does not depend on the other rows of its form's
 launch.
 
-Checked with Triton's interpreter and compiled for compute capability 8.0 to 9.0; not yet run on a GPU: the tiles are
-first guesses, to be tuned by measurement.
+Checked with Triton's interpreter and compiled for compute capability 8.0 to 9.0; not yet run on a GPU: the
+tiles are first guesses, to be tuned by measurement.
 """
 
 from collections.abc import Sequence
