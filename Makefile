@@ -12,7 +12,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt scripts/install.sh
-	scripts/install.sh --python $(PYTHON) --venv $(VENV) --extras dev,figures,ray --editable
+	scripts/install.sh --python $(PYTHON) --venv $(VENV) --extras dev,figures,ray --editable --with-model
 	touch $@
 
 serve: setup

@@ -23,6 +23,7 @@ from toppings.lab.http.client import LoadClient
 from toppings.lab.http.server import free_port, running_server
 from toppings.lab.outcome import PlannedCall
 from toppings.lab.script import finish, make_parser, parse
+from toppings.sources.models import DEMO
 from toppings.synth import AdapterShape, write_adapters
 
 NUM_FEW = 10
@@ -74,6 +75,7 @@ async def run(directory: Path, num_adapters: int, num_requests: int, num_rounds:
 def config_of(directory: Path, case: str) -> Config:
     return Config.from_settings(
         {
+            "model": DEMO,
             "port": free_port(),
             "adapters": str(directory / case),
             "state_dir": str(directory / f"{case}.state"),

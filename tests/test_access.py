@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from toppings.access import KEY_VARIABLE, read_api_key
+from toppings.access import KEY_VARIABLE, read_api_key, with_api_key
 from toppings.config import Config, ConfigError
-from toppings.server.lifecycle import with_api_key, with_run_files
+from toppings.server.lifecycle import with_run_files
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_a_file_that_others_can_read_is_warned_of(
 
 
 def test_the_servers_key_is_read_at_start_and_written_nowhere(key_file: Path, tmp_path: Path) -> None:
-    config = Config.from_settings({"api_key_file": str(key_file), "log_dir": str(tmp_path / "logs")})
+    config = Config.from_settings(
+        {"model": "demo", "api_key_file": str(key_file), "log_dir": str(tmp_path / "logs")}
+    )
     running = with_api_key(with_run_files(config))
     assert running.server.api_key == "of-the-file"
     assert "of-the-file" not in repr(running)

@@ -57,11 +57,12 @@ def check_router_proxy(result: Result) -> None:
 
 def check_soak(result: Result) -> None:
     requests = result["requests"]
-    ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"]
+    ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"] + requests["cut"]
     assert requests["sent"] == ended > 0
     assert len(result["recovery_s"]["registry locked"]) == 1
-    start, end = result["usage"]["start"], result["usage"]["at_cycle_ends"][-1]
-    assert 0 < start["num_processes"] <= end["num_processes"]  # those for chats begin when they are needed
+    start, [end] = result["usage"]["start"], result["usage"]["after_phases"]
+    assert start["num_processes"] == end["num_processes"] == 5
+    assert set(end["rss_by_part"]) == {"server", "forker", "engine", "worker", "sandbox"}
 
 
 def check_fuzz(result: Result) -> None:
@@ -80,9 +81,8 @@ CHECKS: dict[str, Callable[[Result], None]] = {
 }
 
 
-def run_toy(script: Path, folder: Path) -> Result:
+def run_toy(script: Path, folder: Path, *more: str) -> Result:
     written = folder / f"{script.stem}.json"
-    more = TOY_ARGUMENTS.get(script.stem, [])
     command = [sys.executable, str(script), "--toy", *more, "--json", str(written)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -94,10 +94,20 @@ def run_toy(script: Path, folder: Path) -> Result:
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)
 def test_a_toy_run_ends_in_one_json_line(script: Path, tmp_path: Path) -> None:
-    result = run_toy(script, tmp_path)
+    result = run_toy(script, tmp_path, *TOY_ARGUMENTS.get(script.stem, []))
     assert result["benchmark"] == script.stem
     if (check := CHECKS.get(script.stem)) is not None:
         check(result)
+
+
+@pytest.mark.timeout(420)
+def test_a_router_killed_under_load_loses_no_request_that_it_answers_for(tmp_path: Path) -> None:
+    result = run_toy(ROOT / "benchmarks" / "soak.py", tmp_path, "--fleet", "--faults", "router killed")
+    requests = result["requests"]
+    ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"] + requests["cut"]
+    assert requests["sent"] == ended > 0
+    assert len(result["recovery_s"]["router killed"]) == 1
+    assert set(result["usage"]["after_phases"][0]["rss_by_part"]) == {"router"}
 
 
 def check_correctness(result: Result) -> None:

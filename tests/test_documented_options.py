@@ -31,7 +31,10 @@ def _options(command: Any) -> dict[tuple[str, ...], set[str]]:
 
 
 SCRIPTS = {
-    option for file in (ROOT / "benchmarks").rglob("*.py") for option in OPTION.findall(file.read_text())
+    option
+    for folder in ("benchmarks", "examples")
+    for file in (ROOT / folder).rglob("*.py")
+    for option in OPTION.findall(file.read_text())
 }
 VERBS = _options(typer.main.get_command(command.app))
 

@@ -1,5 +1,7 @@
 """What a run makes of tests that are skipped."""
 
+from pathlib import Path
+
 import pytest
 
 from tests import gate
@@ -86,9 +88,13 @@ def test_a_module_that_is_skipped_for_a_missing_library_fails_the_run(run: pytes
     result.stdout.fnmatch_lines(["*skipped for a reason that * does not list: could not import*"])
 
 
-def test_a_skip_in_another_process_fails_the_run_too(run: pytest.Pytester) -> None:
+def test_a_skip_in_another_process_fails_the_run_too(
+    run: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(gate.__file__).parents[1]))  # where children find the plugin
     run.makepyfile("import pytest\ndef test_it(): pytest.skip('tired')\ndef test_other(): ...")
-    result = outcome(run, "-n", "1")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    result = run.runpytest_subprocess("-p", "xdist", "-n", "1")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=1, failed=1)
 

@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason, RequestError
 from toppings.demo import demo_adapters_dir
+from toppings.engine.build import hold_state
 from toppings.engine.client import EngineDeadError
+from toppings.engine.meeting_place import MeetingPlace
 from toppings.text import GenerationError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -23,7 +28,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(state_dir=str(tmp_path_factory.mktemp("state")), kv_cache_bytes="32MiB", num_threads=1) as llm:
+    with LLM(
+        "demo", state_dir=str(tmp_path_factory.mktemp("state")), kv_cache_bytes="32MiB", num_threads=1
+    ) as llm:
         for path in demo_adapters_dir().iterdir():
             llm.load_adapter(path.name, path)
         yield llm
@@ -95,9 +102,38 @@ def test_tokens_outside_the_vocabulary_are_named_and_hurt_nobody(llm: LLM) -> No
     assert llm.generate("Tell me about the sea.", GREEDY)[0].text
 
 
+DYING = """
+import os
+from toppings import LLM
+from toppings.engine.client import EngineClient
+
+EngineClient.start = lambda config: os.kill(os.getpid(), 9)
+LLM(num_threads=1)
+"""
+
+
+def test_an_llm_that_is_killed_leaves_no_state_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its state in the temporary folder where the default one is held."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with closing(hold_state(EngineConfig(num_threads=1), "another")):
+        died = subprocess.run(
+            [sys.executable, "-c", DYING], env=environment, capture_output=True, check=False
+        )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    (left,) = (tmp_path / "tmp").iterdir()
+    assert list(left.glob("registry*"))
+    MeetingPlace.make("any").close()  # the next start of a server or an LLM
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_an_engine_that_is_gone_ends_calls_and_close(tmp_path: Path, number: signal.Signals) -> None:
-    llm = LLM(state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=1.0)
+    llm = LLM("demo", state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=1.0)
     endless = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
     failures: list[BaseException] = []
 
@@ -139,7 +175,7 @@ def test_two_of_one_model_keep_their_adapters_apart(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("toppings.llm.EngineClient", Engine)
     pirate = demo_adapters_dir() / "pirate"
-    with LLM() as one, LLM() as other:
+    with LLM("demo") as one, LLM("demo") as other:
         one.load_adapter("a", pirate)
         other.load_adapter("b", pirate)
         assert [[record.name for record in each.adapters()] for each in (one, other)] == [["a"], ["b"]]
@@ -147,7 +183,7 @@ def test_two_of_one_model_keep_their_adapters_apart(tmp_path: Path, monkeypatch:
     assert not Path(started[1]).exists()
     with (
         pytest.raises(StateHeldError),
-        LLM(state_dir=str(tmp_path / "s")),
-        LLM(state_dir=str(tmp_path / "s")),
+        LLM("demo", state_dir=str(tmp_path / "s")),
+        LLM("demo", state_dir=str(tmp_path / "s")),
     ):
         pass

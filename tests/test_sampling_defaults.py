@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from toppings.sampling_defaults import read_sampling_defaults
+from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 
 
 def write(path: Path, **fields: Any) -> Path:
@@ -23,6 +23,16 @@ def test_fields_of_other_ways_to_generate_are_no_defaults(tmp_path: Path) -> Non
 
 def test_top_k_minus_one_is_off(tmp_path: Path) -> None:
     assert read_sampling_defaults(write(tmp_path, top_k=-1)) == {"top_k": 0}
+
+
+@pytest.mark.parametrize(("fields", "is_sampled"), [({}, False), ({"do_sample": True}, True)])
+def test_whether_to_sample_is_told_apart(tmp_path: Path, fields: dict[str, Any], is_sampled: bool) -> None:
+    assert read_do_sample(write(tmp_path, **fields)) is is_sampled
+
+
+def test_do_sample_is_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do_sample is 'yes'; it must be true or false"):
+        read_do_sample(write(tmp_path, do_sample="yes"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.sim.builders import make_trace
 from toppings.cluster.instances import Instances
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import Policy, PolicySettings, make_policy
-from toppings.cluster.router.reports import parse_toppings_stats
+from toppings.cluster.report import read_report
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 from toppings.lab.outcome import Outcome
 from toppings.sim.readers import load_trace
@@ -102,13 +102,13 @@ async def test_the_router_reads_a_stand_in_as_a_toppings_server() -> None:
     stand_in.server.end_step()
     stand_in.server.waiting.append(job(2, "large", num_tokens=5))
     async with TestClient(TestServer(stand_in.app())) as client:
-        report = parse_toppings_stats(await (await client.get("/stats")).read())
+        report = read_report(await (await client.get("/stats")).read())
         cards = (await (await client.get("/v1/models")).json())["data"]
     assert report.ranks == Counter({8: 1, 64: 2})
     assert report.on_device == report.on_host == {"small", "large"}
     assert report.max_num_seqs == 64
-    assert report.kv_tokens_used == 208  # 2 x 101 tokens in pages of 16
-    assert report.perf_model == MODEL
+    assert report.kv_tokens_used == 202
+    assert report.read_perf_model() == MODEL
     assert {card["id"]: card["parent"] for card in cards} == {"base": None, "small": "base", "large": "base"}
 
 

@@ -28,6 +28,7 @@ from toppings.lab.machine import describe_machine
 from toppings.lab.random_adapters import register_random
 from toppings.model.config import ModelConfig
 from toppings.model.weights import weight_shapes
+from toppings.sources.models import DEMO
 from toppings.synth import AdapterShape
 
 CUDA: Any = torch.cuda
@@ -181,7 +182,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, state_dir: str, **settings: Any) -> None:
         model: dict[str, Any] = {"model": options.model, "load_format": "dummy"}
         if options.toy:
-            model = {"kv_cache_bytes": TOY_CACHE_BYTES, "num_threads": 1}
+            model = {"model": DEMO, "kv_cache_bytes": TOY_CACHE_BYTES, "num_threads": 1}
         self.options = options
         self.config = EngineConfig(
             device=options.device,

@@ -5,15 +5,14 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from hostile.served import Served
+from hostile.served import Program
 
-ENGINE, WORKER = "toppings.engine.process", "toppings.assist.worker"
 _MNT_DETACH = 2
 
 
@@ -23,14 +22,19 @@ def kill(process: psutil.Process) -> None:
 
 
 @contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
-    """It hangs, as one does that waits for a device for ever."""
-    process.send_signal(signal.SIGSTOP)
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """They hang, as one does that waits for a device for ever."""
+    _signal_all(processes, signal.SIGSTOP)
     try:
         yield
     finally:
+        _signal_all(processes, signal.SIGCONT)
+
+
+def _signal_all(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGCONT)
+            process.send_signal(number)
 
 
 @contextmanager
@@ -81,7 +85,7 @@ def wait_for(is_so: object, timeout_s: float, what: str) -> float:
     return time.perf_counter() - started_at
 
 
-def served_again(served: Served, model: str, timeout_s: float) -> float:
+def served_again(served: Program, model: str, timeout_s: float) -> float:
     """Seconds until a request for `model` is answered."""
 
     def is_answered() -> bool:

@@ -7,9 +7,9 @@ adapters meanwhile.
 import asyncio
 import json
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -23,7 +23,7 @@ Operation = Callable[["Client", random.Random], Coroutine[Any, Any, None]]
 
 
 class Client:
-    """Sends requests of every kind to one server, and counts in `tally` what became of them."""
+    """Sends requests of every kind to one server, and counts in `tally` what became of them; a context."""
 
     def __init__(
         self,
@@ -33,30 +33,39 @@ class Client:
         models: list[str],
         folders: list[Path],
         shots: Iterator[Shot] | None = None,
+        without: Collection[Operation] = (),
+        looks: Sequence[str] = ("/stats", "/metrics", "/adapters", "/v1/models"),
         seed: int = 0,
     ) -> None:
+        """`without`: operations of `MIX` that it is not to do; `looks`: what `look` asks for."""
         self.hang_s = 2 * tally.limit_s  # then a client gives up: the request is lost
         self.url = url
         self.tally = tally
         self.models = models
         self.folders = folders
         self.shots = shots
+        self.looks = looks
+        self._without = without
         self.rng = random.Random(seed)
         self.host, port = url.removeprefix("http://").split(":")
         self.port = int(port)
+
+    async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=self.hang_s)
         self._http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        return self
 
-    async def close(self) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self._http.close()
 
     async def run(self, stop: asyncio.Event, num_clients: int, pause_s: float) -> None:
         """`num_clients` at once until `stop` is set, each with a random pause of `pause_s` on average."""
-        operations = [each for each, weight in MIX.items() for _ in range(weight)]
-        if not self.folders:
-            operations = [each for each in operations if each not in (load, unload, pin, reload)]
-        if self.shots is None:
-            operations = [each for each in operations if each is not nonsense]
+        without = {
+            *self._without,
+            *(() if self.folders else (load, unload, pin, reload)),
+            *(() if self.shots else (nonsense,)),
+        }
+        operations = [each for each, weight in MIX.items() if each not in without for _ in range(weight)]
 
         async def one(number: int) -> None:
             rng = random.Random(self.rng.random() + number)
@@ -150,7 +159,7 @@ async def leave_unread(client: Client, rng: random.Random) -> None:
 
 async def long_prompt(client: Client, rng: random.Random) -> None:
     async with client.tally.request("long prompt"):
-        await client.ask("POST", "/v1/completions", client.body(rng, prompt="word " * rng.randint(200, 900)))
+        await client.ask("POST", "/v1/completions", client.body(rng, prompt="word " * rng.randint(100, 400)))
 
 
 async def several_prompts(client: Client, rng: random.Random) -> None:
@@ -204,6 +213,8 @@ async def slow_sender(client: Client, rng: random.Random) -> None:
                 raise Left
             async with asyncio.timeout(client.hang_s):
                 answer = await reader.read()
+            if not answer:
+                raise EOFError("closed without an answer")
             status = int(answer.split(maxsplit=2)[1])
             if status != 200:
                 raise Refused(status, answer[-200:].decode(errors="replace"))
@@ -213,7 +224,7 @@ async def slow_sender(client: Client, rng: random.Random) -> None:
 
 async def look(client: Client, rng: random.Random) -> None:
     async with client.tally.request("administration"):
-        await client.ask("GET", rng.choice(("/stats", "/metrics", "/adapters", "/v1/models")))
+        await client.ask("GET", rng.choice(client.looks))
 
 
 async def load(client: Client, rng: random.Random) -> None:

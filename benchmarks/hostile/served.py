@@ -1,4 +1,4 @@
-"""A server of its own for a test or a benchmark, and what is seen of it from outside."""
+"""A server of one's own for a test or a benchmark, and what is seen of it from outside."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,30 +18,32 @@ from typing import Any, Self
 
 import psutil
 
+from toppings.sources.models import DEMO
+
 START_TIMEOUT_S = 300.0
+ENGINE, WORKER = "toppings.engine.process", "toppings.assist.worker"
+PARTS = {WORKER: "worker", "serve": "server", "route": "router"}
+"""Of a program, by a word of the command."""
 STAYS = "--stays"
 """Argument of a process that forks the engines."""
 
 
-class Served:
-    """`toppings serve` as a process; its state, logs and temporary files are below `folder`."""
+class Program:
+    """A process that serves HTTP on `port`; its output and temporary files are below `folder`."""
 
-    def __init__(
-        self, folder: Path, *options: str, log_dir: Path | None = None, state_dir: Path | None = None
-    ):
+    def __init__(self, folder: Path, port: int, command: Sequence[str]) -> None:
         self.folder = folder
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.output = folder / "output.txt"
-        self.state_dir = state_dir or folder / "state"
-        self.command = [
-            *(sys.executable, "-m", "toppings", "serve", "--port", str(self.port)),
-            *("--log-dir", str(log_dir or folder / "logs"), "--state-dir", str(self.state_dir)),
-            *options,
-        ]
-        with open(self.output, "wb") as output:
+        self.command = [sys.executable, "-m", "toppings", *command]
+        self.start()
+
+    def start(self) -> None:
+        """Returns before it is ready; also after it has ended, on the same port."""
+        with open(self.output, "ab") as output:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=output, env={**os.environ, "TMPDIR": str(self.temporary)}
             )
@@ -110,9 +113,6 @@ class Served:
         body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0, **fields}
         return self.ask("/v1/completions", body)
 
-    def load(self, name: str, path: Path, **fields: object) -> tuple[int, Any]:
-        return self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **fields})
-
     def tree(self) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.process.pid)
@@ -135,6 +135,30 @@ class Served:
     def usage(self) -> "Usage":
         return Usage.of(self.tree())
 
+    def kill(self) -> list[psutil.Process]:
+        """SIGKILL, to its first process alone; the others that there were."""
+        _, *others = self.tree()
+        self.process.kill()
+        self.process.wait()
+        return others
+
+
+class Served(Program):
+    """`toppings serve`; its state and logs, too, are below `folder`, unless others are named."""
+
+    def __init__(
+        self, folder: Path, *options: str, log_dir: Path | None = None, state_dir: Path | None = None
+    ) -> None:
+        port = free_port()
+        self.state_dir = state_dir or folder / "state"
+        directories = ("--log-dir", str(log_dir or folder / "logs"), "--state-dir", str(self.state_dir))
+        super().__init__(
+            folder, port, ("serve", "--model", DEMO, "--port", str(port), *directories, *options)
+        )
+
+    def load(self, name: str, path: Path, **fields: object) -> tuple[int, Any]:
+        return self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **fields})
+
     def wait_until_idle(self, timeout_s: float = 20.0) -> dict[str, Any]:
         """/stats once no request is open. Raises TimeoutError with what still is."""
         deadline = time.perf_counter() + timeout_s
@@ -150,7 +174,8 @@ class Served:
 
 @dataclass(frozen=True)
 class Usage:
-    """Of a server's processes together; `rss_bytes` counts shared pages in each, `shared_bytes` is theirs."""
+    """Of processes together. `rss_bytes` counts pages that several share in each of them (`rss_by_part`: by
+    what the process is), `shared_bytes` once: the sizes of their nameless shared files."""
 
     rss_bytes: int
     shared_bytes: int
@@ -158,33 +183,57 @@ class Usage:
     num_memfds: int
     num_threads: int
     num_processes: int
+    rss_by_part: dict[str, int]
 
     @classmethod
     def of(cls, processes: Sequence[psutil.Process]) -> "Usage":
-        total = dict.fromkeys(cls.__dataclass_fields__, 0)
-        memfds: set[int] = set()
+        total: Counter[str] = Counter()
+        parts: Counter[str] = Counter()
+        memfds: dict[int, int] = {}
         for process in processes:
             with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-                memory = process.memory_info()
-                total["rss_bytes"] += memory.rss
-                total["shared_bytes"] += memory.shared
+                rss_bytes = process.memory_info().rss
+                total["rss_bytes"] += rss_bytes
+                parts[_part(process)] += rss_bytes
                 total["num_threads"] += process.num_threads()
                 total["num_fds"] += process.num_fds()
                 total["num_processes"] += 1
                 memfds |= _memfds(process.pid)
-        return cls(**{**total, "num_memfds": len(memfds)})
+        names = set(cls.__dataclass_fields__) - {"shared_bytes", "num_memfds", "rss_by_part"}
+        return cls(
+            **{name: total[name] for name in names},
+            shared_bytes=sum(memfds.values()),
+            num_memfds=len(memfds),
+            rss_by_part=dict(parts),
+        )
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def growth_percent(self, later: "Usage") -> dict[str, float]:
+        before, after = self.as_dict(), later.as_dict()
+        return {
+            name: 100 * (after[name] / value - 1)
+            for name, value in before.items()
+            if name != "rss_by_part" and value
+        }
 
-def _memfds(pid: int) -> set[int]:
-    """Inodes of the nameless shared files that a process holds."""
-    found = set()
+
+def _part(process: psutil.Process) -> str:
+    words = process.cmdline()
+    if ENGINE in words:
+        return "engine" if process.name() == "toppings-engine" else "forker"
+    return next((part for word, part in PARTS.items() if word in words), "sandbox")
+
+
+def _memfds(pid: int) -> dict[int, int]:
+    """The nameless shared files that a process holds: the bytes that each takes, by inode."""
+    found = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
             if os.readlink(entry).startswith("/memfd:"):
-                found.add(entry.stat().st_ino)
+                status = entry.stat()
+                found[status.st_ino] = status.st_size
     return found
 
 

@@ -1,14 +1,19 @@
-"""What became of requests: each that was sent was answered, refused with a reason, left by its own client, or
-lost."""
+"""What became of requests: each that was sent was answered, refused with a reason, left by its own client,
+cut where there was nobody to answer, or lost."""
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
+
 MAX_EXAMPLES = 40
+REASONS_OF_5XX = (503, 507)
+CUT = (ConnectionError, EOFError, aiohttp.ClientError)
+"""How a connection ends that nobody serves any more, as its client sees that."""
 
 
 class Refused(Exception):
@@ -25,25 +30,40 @@ class Left(Exception):
 
 @dataclass
 class Tally:
-    """`lost`: no answer, half an answer, or one that came after `limit_s`. `faults`: answers that no server
-    may give, such as a 5xx that is not 503 or 507."""
+    """`lost`: no answer, or half an answer. `faults`: answers that no server may give: after more than
+    `limit_s`, a 5xx that is none of `allowed_5xx`, a refusal without a reason."""
 
     limit_s: float = 10.0
+    allowed_5xx: tuple[int, ...] = REASONS_OF_5XX
     sent: int = 0
     answered: int = 0
     left: int = 0
     refused: Counter[int] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
     lost: int = 0
     faults: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     longest_s: float = 0.0
     last_answer_at: float = 0.0
+    num_outages: int = 0
+    is_out: bool = False
 
     @property
     def open(self) -> int:
-        return self.sent - self.answered - self.left - self.refused.total() - self.lost
+        return self.sent - self.answered - self.left - self.refused.total() - self.cut - self.lost
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Whoever takes the requests is killed, and begins anew: what it had, and what comes meanwhile, may
+        end with its connection."""
+        self.is_out = True
+        self.num_outages += 1
+        try:
+            yield
+        finally:
+            self.is_out = False
 
     @asynccontextmanager
     async def request(self, kind: str, *, allowed_s: float | None = None) -> AsyncIterator[None]:
@@ -54,20 +74,24 @@ class Tally:
         self.sent += 1
         self.kinds[kind] += 1
         started_at = time.monotonic()
+        outages_over = self.num_outages - self.is_out
         try:
             yield
         except Refused as refusal:
             self.refused[refusal.status] += 1
             if refusal.status >= 500:
                 self.reasons[f"{refusal.status} {refusal.reason[:160]}"] += 1
-            if (refusal.status >= 500 and refusal.status not in (503, 507)) or not refusal.reason:
+            if (refusal.status >= 500 and refusal.status not in self.allowed_5xx) or not refusal.reason:
                 self.faults += 1
                 self._note(f"{kind}: {refusal}")
         except Left:
             self.left += 1
         except Exception as error:
-            self.lost += 1
-            self._note(f"{kind}: lost after {time.monotonic() - started_at:.1f} s: {error!r}")
+            if self.num_outages > outages_over and isinstance(error, CUT):
+                self.cut += 1
+            else:
+                self.lost += 1
+                self._note(f"{kind}: lost after {time.monotonic() - started_at:.1f} s: {error!r}")
         else:
             self.answered += 1
             self.last_answer_at = time.monotonic()
@@ -86,6 +110,11 @@ class Tally:
         by_reason = dict(self.reasons.most_common(MAX_EXAMPLES))
         return {
             **{"sent": self.sent, "answered": self.answered, "refused": refused, "left": self.left},
-            **{"lost": self.lost, "open": self.open, "faults": self.faults, "longest_s": self.longest_s},
-            **{"5xx": by_reason, "kinds": dict(self.kinds), "examples": self.examples},
+            **{"cut": self.cut, "lost": self.lost, "open": self.open, "faults": self.faults},
+            **{
+                "longest_s": self.longest_s,
+                "5xx": by_reason,
+                "kinds": dict(self.kinds),
+                "examples": self.examples,
+            },
         }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hostile.shots import Shot
+from hostile.tally import REASONS_OF_5XX
 
 PARTIAL_WAIT_S = 0.2
 """How long the rest of a request is withheld before its client goes away."""
@@ -18,7 +19,6 @@ MAX_REFUSAL_BYTES = 16_384
 """A refusal names what is wrong; it does not send back a megabyte that it was given."""
 LEFT_HANGING_S = 30.0
 NUM_LOADED = 40
-REASONS_OF_5XX = (503, 507)
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,17 @@
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from stand_in.load import adapter_bytes
-from stand_in.server import KV_TOKENS, MAX_NUM_SEQS, Job, Server
+from stand_in.server import Job, Server
 from toppings.cluster.snapshot import RequestSnapshot
-from toppings.core import AdapterStatus, EngineStats
 
 BASE = "base"
-PAGE_SIZE = 16
-NUM_LAYERS = 32
 
 
 class HttpServer:
@@ -32,7 +27,6 @@ class HttpServer:
         self.server, self.ranks = server, ranks
         self.lateness_ms: list[float] = []
         self.num_answered = self.num_aborted = 0
-        self._numbers = {name: number for number, name in enumerate(ranks)}
         self._tokens: dict[Job, asyncio.Queue[bool]] = {}
         self._work = asyncio.Event()
         self._num_received = 0
@@ -131,55 +125,9 @@ class HttpServer:
         return web.json_response({"status": "ready"})
 
     async def stats(self, request: web.Request) -> web.Response:
-        """What a Toppings server's `/stats` says, of the fields that a stand-in has a value for."""
-        server = self.server
-        running, waiting = list(server.running.values()), [*server.batch, *server.waiting]
-        running_of = Counter(str(job.snapshot.adapter) for job in running)
-        waiting_of = Counter(str(job.snapshot.adapter) for job in waiting if job not in running)
-        engine = EngineStats(
-            call_id=0,
-            num_running=len(running),
-            num_waiting=waiting_of.total(),
-            kv_pages_used=-(-server.kv_tokens_used // PAGE_SIZE),
-            kv_pages_total=KV_TOKENS // PAGE_SIZE,
-            page_size=PAGE_SIZE,
-            host_bytes_used=0,
-            host_bytes_total=0,
-            device_bytes_used=sum(adapter_bytes(self.ranks[name]) for name in server.held),
-            device_bytes_total=server.device_adapters * adapter_bytes(max(self.ranks.values())),
-            adapters=[],
-            running_ranks=[job.snapshot.rank for job in running],
-            waiting_ranks=[self.ranks[name] for name in waiting_of.elements()],
-            waiting_tokens=sum(job.snapshot.prompt_tokens for job in waiting if job not in running),
-            context_tokens=server.kv_tokens_used,
-            counters={},
-        )
-        names = dict.fromkeys((*server.held, *running_of, *waiting_of))
-        adapters = [
-            {"name": name, **asdict(self._status(name, running_of[name], waiting_of[name]))} for name in names
-        ]
-        content = {
-            "model": BASE,
-            "max_lora": server.device_adapters,
-            "max_num_seqs": MAX_NUM_SEQS,
-            "perf_model": self._perf_model,
-            **asdict(engine),
-            "adapters": adapters,
-        }
-        del content["call_id"]
-        return web.json_response(content)
-
-    def _status(self, name: str, num_running: int, num_waiting: int) -> AdapterStatus:
-        return AdapterStatus(
-            adapter_id=self._numbers[name],
-            is_on_host=True,
-            device_layers=NUM_LAYERS if name in self.server.held else 0,
-            num_layers=NUM_LAYERS,
-            num_running=num_running,
-            num_waiting=num_waiting,
-            num_hits=0,
-            is_pinned=False,
-        )
+        """Of what a Toppings server tells here, the part that routers read."""
+        report = msgspec.structs.replace(self.server.report(set(self.ranks)), perf_model=self._perf_model)
+        return web.json_response(msgspec.to_builtins(report))
 
 
 def _events(job: Job) -> tuple[bytes, bytes]:

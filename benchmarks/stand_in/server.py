@@ -7,12 +7,14 @@ overtaken.
 
 import heapq
 from collections import Counter, OrderedDict, deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.report import ServerReport
 from toppings.cluster.snapshot import RequestSnapshot
 
 MAX_NUM_SEQS = 64
@@ -56,6 +58,22 @@ class Server:
     def kv_tokens_used(self) -> int:
         return int(self._sums.context_tokens)
 
+    def report(self, on_host: Set[str]) -> ServerReport:
+        """What it tells a router; `on_host` are the adapters in its host memory."""
+        running, waiting = self.running.values(), {*self.batch, *self.waiting} - {*self.running.values()}
+        return ServerReport(
+            num_running=len(running),
+            num_waiting=len(waiting),
+            running_ranks=[job.snapshot.rank for job in running],
+            waiting_ranks=[job.snapshot.rank for job in waiting],
+            kv_tokens_total=KV_TOKENS,
+            kv_tokens_used=self.kv_tokens_used,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_adapters=self.device_adapters,
+            on_device=set(self.held),
+            on_host=on_host,
+        )
+
     def start_step(self) -> float | None:
         """The ms that the next step takes; None where there is nothing to do."""
         self.batch = self._take_waiting()
@@ -64,7 +82,7 @@ class Server:
             sums = BatchSums()
             for job in self.batch:
                 tokens = job.snapshot.prompt_tokens
-                sums.add(job.snapshot, tokens=tokens, context=tokens * (tokens + 1) / 2)
+                sums.add(job.snapshot.rank, job.snapshot.adapter, tokens, tokens * (tokens + 1) / 2)
             loads = sum(self._load_ms(job.snapshot) for job in self.batch)
             return float(self.model.prefill.predict(np.array(sums.features()))) + loads
         if self.running:
@@ -101,7 +119,7 @@ class Server:
     def _admit(self, job: Job) -> None:
         request = job.snapshot
         self.running[request.request_id] = job
-        self._sums.add(request, tokens=1, context=request.prompt_tokens + 1)
+        self._sums.add(request.rank, request.adapter, 1, request.prompt_tokens + 1)
         job.last_step = self._num_decodes + job.num_tokens - 1
         heapq.heappush(self._ends, (job.last_step, request.request_id, job))
 
@@ -109,7 +127,7 @@ class Server:
         request = job.snapshot
         del self.running[request.request_id]
         num_done = self._num_decodes - job.last_step + job.num_tokens
-        self._sums.remove(request, tokens=1, context=request.prompt_tokens + num_done)
+        self._sums.remove(request.rank, request.adapter, 1, request.prompt_tokens + num_done)
 
     def _take_waiting(self) -> list[Job]:
         """The oldest requests for which there are sequences and room for their adapters."""

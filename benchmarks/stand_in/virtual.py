@@ -1,7 +1,6 @@
-"""The servers, the router's accounts and a policy on a virtual clock.
+"""The servers and the router's dispatcher on a virtual clock.
 
-The accounts learn what the router's would, when they would: a request waits until its first token, and an
-adapter counts as held where a request for it was sent. Only time to carry the news is left out.
+It learns what the router's would, when that would; only time to carry the news is left out.
 """
 
 import heapq
@@ -9,8 +8,8 @@ from collections.abc import Sequence
 
 from stand_in.load import Load
 from stand_in.results import Observed
-from stand_in.server import KV_TOKENS, MAX_NUM_SEQS, Job, Server
-from toppings.cluster.fleet import Fleet
+from stand_in.server import Job, Server
+from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.perf_model import CONTEXT_TOKENS
 from toppings.cluster.policies import Policy
 from toppings.cluster.snapshot import InstanceSnapshot
@@ -43,21 +42,13 @@ class Trial:
     def __init__(
         self, jobs: list[Job], adapters: set[str], policy: Policy, servers: Sequence[Server]
     ) -> None:
-        self.policy = policy
         self._on_host = adapters
         self.servers = {server.name: server for server in servers}
         model = servers[0].model
-        self.fleet = Fleet(
-            InstanceSnapshot(
-                instance_id=name,
-                perf_model=model,
-                kv_tokens_total=KV_TOKENS,
-                max_num_seqs=MAX_NUM_SEQS,
-                max_adapters=servers[0].device_adapters,
-                on_host=frozenset(adapters),
-            )
-            for name in self.servers
-        )
+        snapshots = (InstanceSnapshot(instance_id=name, perf_model=model) for name in self.servers)
+        self.dispatcher = Dispatcher(policy, snapshots)
+        for server in servers:
+            self._report(server)
         self.num_left = len(jobs)
         self.events: list[tuple[float, int, object]] = []
         self._busy: set[str] = set()
@@ -76,22 +67,19 @@ class Trial:
                 self._arrive(now, subject)
             else:
                 self._rebalance(now)
-        self.fleet.check_integrity()
-        assert not self.fleet.num_requests.any()
+        self.dispatcher.fleet.check_integrity()
+        assert not self.dispatcher.fleet.num_requests.any()
 
     def _at(self, time_ms: float, subject: object) -> None:
         self._count += 1
         heapq.heappush(self.events, (time_ms, self._count, subject))
 
     def _arrive(self, now: float, job: Job) -> None:
-        choice = self.policy.choose(job.snapshot, self.fleet)
+        choice = self.dispatcher.place(job.snapshot, now)
         assert choice is not None
-        self._send(now, job, self.servers[choice.instance_id])
+        self._take_in(now, job, self.servers[choice.instance_id])
 
-    def _send(self, now: float, job: Job, server: Server) -> None:
-        assert job.snapshot.adapter is not None
-        self.fleet.enqueue(server.name, job.snapshot)
-        self.fleet.add_adapter(server.name, job.snapshot.adapter)
+    def _take_in(self, now: float, job: Job, server: Server) -> None:
         server.waiting.append(job)
         if server.name not in self._busy:
             self._start_step(now, server)
@@ -104,30 +92,32 @@ class Trial:
         self._busy.add(server.name)
         self._at(now + step_ms, server)
         if server.batch:  # it has loaded adapters, and dropped others
-            sent = {str(job.snapshot.adapter) for job in server.waiting}
-            self.fleet.set_adapters(server.name, on_device={*server.held, *sent}, on_host=self._on_host)
+            self._report(server)
+
+    def _report(self, server: Server) -> None:
+        self.dispatcher.report(server.name, server.report(self._on_host))
 
     def _end_step(self, now: float, server: Server) -> None:
         served, ended = server.end_step()
         for job in server.batch:
             job.first_token_at = now
-            self.fleet.start(server.name, job.snapshot.request_id)
+            self.dispatcher.started(job.snapshot.request_id)
         if self._counts_context:  # else no decision looks at it
             for job in served:
-                self.fleet.grow(server.name, job.snapshot.request_id, 1)
+                self.dispatcher.grown(job.snapshot.request_id, 1)
         for job in ended:
             job.ended_at = now
-            self.fleet.finish(server.name, job.snapshot.request_id)
+            self.dispatcher.ended(job.snapshot.request_id)
         self.num_left -= len(ended)
-        self.fleet.set_limits(server.name, kv_tokens_used=server.kv_tokens_used)
+        self._report(server)
         self._start_step(now, server)
 
     def _rebalance(self, now: float) -> None:
-        for move in self.policy.migrations(self.fleet):
+        for move in self.dispatcher.moves():
             source = self.servers[move.source_id]
             waiting = (*source.waiting, *source.batch)
             job = next(j for j in waiting if j.snapshot.request_id == move.request_id)
             source.abort(job)
-            self.fleet.finish(source.name, move.request_id)
-            self._send(now, job, self.servers[move.target_id])
+            self.dispatcher.sent(job.snapshot, move.target_id)
+            self._take_in(now, job, self.servers[move.target_id])
         self._at(now + MIGRATION_INTERVAL_MS, None)

@@ -1,10 +1,10 @@
 """The verbs that serve and administer: a few lines each; what needs torch is imported where it is used."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,8 +20,9 @@ from toppings.cluster.router.settings import RouterConfig
 from toppings.command import lazy_group
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
-from toppings.options import with_settings
+from toppings.options import ApiKey, ApiKeyFile, with_settings
 from toppings.remote import RemoteServer
+from toppings.sources.models import find_model
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
 if TYPE_CHECKING:
@@ -43,12 +44,10 @@ profile_app = typer.Typer(
 )
 app.add_typer(profile_app, name="profile")
 
-Model = Annotated[str, typer.Option(help="base model directory (default: the built-in demo)")]
+Model = Annotated[str, typer.Option(help="base model, as `toppings serve` takes it")]
 StateDir = Annotated[str, typer.Option(help="where the registry is (default: the model's below ~/.cache)")]
 Dtype = Annotated[str, typer.Option(help="arithmetic of the adapters (auto: the checkpoint's)")]
 Url = Annotated[str, typer.Option(help="a running server, instead of the registry on this machine")]
-ApiKey = Annotated[str, typer.Option(help="the server's key (better: api-key-file, or TOPPINGS_API_KEY)")]
-ApiKeyFile = Annotated[str, typer.Option(help="file that holds the server's key")]
 
 
 @app.command()
@@ -63,7 +62,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
-    """Serve a base model and its adapters over HTTP (without --model: the built-in demo)."""
+    """Serve a base model and its adapters over HTTP (without --model: the built-in one)."""
     base = Config.from_yaml(config) if config else None
     resolved = Config.from_settings(settings, base)
     from toppings.engine.client import EngineStartError
@@ -86,7 +85,7 @@ def route(
     if instances:
         settings["instances"] = instances.split(",")
     base = RouterConfig.from_yaml(config) if config else None
-    run_router(RouterConfig.from_settings(settings, base).with_keys(os.environ))
+    run_router(RouterConfig.from_settings(settings, base).with_keys())
 
 
 app.command(name="route")(with_settings(route, base=(RouterConfig,)))
@@ -96,7 +95,7 @@ def up(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
-    """Serve a base model from many engines with Ray Serve (without --model: the built-in demo)."""
+    """Serve a base model from many engines with Ray Serve (without --model: the built-in one)."""
     resolved = UpConfig.from_settings(settings, UpConfig.from_yaml(config) if config else None)
     if not resolved.fleet.ray_address:
         bind_ray(resolved.fleet.ray_host)
@@ -136,6 +135,20 @@ def profile_cold_start(
     resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
     profile, path = measure_profile(resolved.engine)
     typer.echo(f"{profile.to_json()}\nwrote {path}")
+
+
+@profile_app.command("products")
+@with_settings
+def profile_products(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Measure anew how this CPU multiplies the model's weights; a server with as many threads reads it."""
+    from toppings.cold_start import measure_products
+
+    resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
+    profile, outcome = measure_products(resolved.engine)
+    typer.echo("\n".join([*profile.table(), outcome]))
 
 
 @app.command(name="plan")
@@ -210,6 +223,38 @@ def add_adapter(
         typer.echo(f"warning: {doubt}", err=True)
 
 
+@adapters_app.command("pull")
+def pull_adapter(
+    name: str,
+    place: str,
+    *,
+    replace: Annotated[bool, typer.Option("--replace", help="load a registered name anew")] = False,
+    model: Model = "",
+    state_dir: StateDir = "",
+    dtype: Dtype = "auto",
+    url: Url = "",
+    api_key: ApiKey = "",
+    api_key_file: ApiKeyFile = "",
+) -> None:
+    """Fetch the adapter at PLACE (hub:org/name[@revision], s3://..., https://...) and register it as NAME."""
+    if url:
+        typer.echo(RemoteServer(url, read_api_key(api_key, api_key_file)).load(name, place, in_place=replace))
+        return
+    from toppings.adapters.registry import Origin
+    from toppings.config import ServerConfig
+    from toppings.sources.adapters import any_place, find_reference
+    from toppings.sources.fetch import Room
+
+    found = find_reference([any_place(place)], place)
+    if found is None:
+        raise ConfigError(f"{place!r} is no place of an adapter; write hub:org/name, s3://..., https://...")
+    limits = ServerConfig()
+    with _held_registry(model, state_dir, dtype) as registry, TemporaryDirectory() as work:
+        path = found.bring(Path(work) / "adapter", Room(limits.source_max_bytes, limits.source_timeout_s))
+        record = registry.register(name, path, replace=replace, origin=Origin.CLI, source=found.where)
+    typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes, from {found.where}")
+
+
 @adapters_app.command("remove")
 def remove_adapter(
     name: str,
@@ -276,7 +321,7 @@ def synth_model(
 def synth_adapters(
     path: Path,
     *,
-    model: Annotated[Path, typer.Option(help="the model they are for")],
+    model: Annotated[str, typer.Option(help="the model they are for")],
     count: Annotated[int, typer.Option(min=1, help="how many")] = 8,
     ranks: Annotated[str, typer.Option(help="ranks, taken in turn")] = "8,16,32,64",
     targets: Annotated[str, typer.Option(help="projections, or all")] = "q_proj,k_proj,v_proj",
@@ -292,7 +337,12 @@ def synth_adapters(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("adapters", total=count)
         write_adapters(
-            path, model, shape, count=count, seed=seed, on_written=lambda n: progress.advance(task, n)
+            path,
+            find_model(model).path,
+            shape,
+            count=count,
+            seed=seed,
+            on_written=lambda n: progress.advance(task, n),
         )
     typer.echo(f"wrote {count} adapters to {path}")
 

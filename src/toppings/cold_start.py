@@ -1,6 +1,8 @@
-"""The verbs `profile cold-start` and `plan`: what a cold start costs here, and what `auto` makes of it."""
+"""The verbs `profile cold-start`, `profile products` and `plan`: what cold starts and products cost here, and
+what `auto` makes of it."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +13,9 @@ from toppings.assist.cost import CostProfile
 from toppings.assist.plan import compare
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import MODULES, parse_targets
+
+if TYPE_CHECKING:
+    from toppings.ops.product_profile import ProductProfile
 
 
 def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
@@ -26,6 +31,24 @@ def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
     path.unlink(missing_ok=True)
     build_engine(replace(config, mode="cpu_assisted")).close()
     return CostProfile.read(path), str(path)
+
+
+def measure_products(config: EngineConfig) -> tuple["ProductProfile", str]:
+    """Measures anew how the CPU multiplies the model's weights; also what became of the result.
+
+    Raises ConfigError for a GPU; ValueError, OSError.
+    """
+    import torch
+
+    from toppings.engine.build import dtype_name, model_config, set_threads, state_dir
+    from toppings.engine.products import disturbed, measure_anew
+
+    if config.device != "cpu":
+        raise ConfigError(f"device is {config.device}; products are measured on the CPU")
+    set_threads(config)
+    model = model_config(config)
+    profile, path = measure_anew(model, getattr(torch, dtype_name(config, model)), state_dir(config))
+    return profile, disturbed(profile) if path is None else f"wrote {path}"
 
 
 def read_or_measure_profile(config: EngineConfig) -> CostProfile:

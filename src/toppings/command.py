@@ -13,11 +13,14 @@ Verbs = dict[str, tuple[str, str]]
 
 SERVING, LAB = "toppings.cli", "toppings.lab"
 VERBS: Verbs = {
-    "serve": (SERVING, "Serve a base model and its adapters over HTTP (without --model: the built-in demo)."),
+    "serve": (
+        SERVING,
+        "Serve a base model and its adapters over HTTP (without --model: the built-in one).",
+    ),
     "route": (SERVING, "Place requests on many servers of one base model: a streaming reverse proxy."),
     "up": (
         SERVING,
-        "Serve a base model from many engines with Ray Serve (without --model: the built-in demo).",
+        "Serve a base model from many engines with Ray Serve (without --model: the built-in one).",
     ),
     "adapters": (SERVING, "The adapters of a model, or of a running server."),
     "plan": (

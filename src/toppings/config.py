@@ -1,10 +1,12 @@
 """The frozen settings, their defaults and their YAML; the command line reads both from here."""
 
 import json
+import operator
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import yaml
 
@@ -19,6 +21,7 @@ SWITCH = ("on", OFF)
 DECODE_LORA_FORMS = ("auto", "mbgmv", "bgmv")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+_HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 _UNITS = {
     "": 1,
     "B": 1,
@@ -50,19 +53,96 @@ def parse_bytes(value: int | str) -> int:
 
 
 def setting(
-    default: Any, help_text: str, *, choices: tuple[str, ...] | None = None, is_secret: bool = False
+    default: Any,
+    help_text: str | None = None,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    read: Callable[[Any], Any] | None = None,
+    is_secret: bool = False,
 ) -> Any:
-    """A field of a settings dataclass, with what the command line says of it. A secret is never shown."""
-    metadata = {"help": help_text, "choices": choices}
+    """A field of `Settings`: what the command line says of it (None: it is no option), and what it may be.
+
+    `read` makes its value where its default's type does not say how. A secret is never shown.
+    """
+    rules = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most, "read": read}
+    metadata = rules if help_text is None else {**rules, "help": help_text}
     return field(default=default, metadata=metadata, repr=not is_secret)
 
 
+class Settings:
+    """Base of the frozen dataclasses of settings. A field that is one itself gives its settings to the one
+    flat list of names that YAML and the command line know.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, "Field[Any]"]]
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a setting that is out of its bounds or none of its choices."""
+        for f in fields(self):
+            value, rules = getattr(self, f.name), f.metadata
+            if (choices := rules.get("choices")) is not None and value not in choices:
+                raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
+            bounds = {name: rules[name] for name in _HOLDS if rules.get(name) is not None}
+            if not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+                told = ", ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+                raise ConfigError(f"{f.name} is {value}; it must be {told}")
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], base: Self | None = None) -> Self:
+        """`base` (default: the defaults) with some settings replaced, by their flat names.
+
+        Raises ConfigError for an unknown name or a value of the wrong type or range.
+        """
+        base = base or cls()
+        known = base.to_settings()
+        unknown = sorted(settings.keys() - known.keys())
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return base._with(settings)
+
+    def _with(self, settings: dict[str, Any]) -> Self:
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            if isinstance(mine, Settings):
+                values[f.name] = mine._with(settings)
+            elif f.name in settings:
+                values[f.name] = coerce(f, settings[f.name])
+        return replace(self, **values)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
+        return cls.from_settings(read_yaml(path))
+
+    def to_settings(self) -> dict[str, Any]:
+        """The flat mapping that `from_settings` reads back."""
+        flat: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Settings):
+                flat |= value.to_settings()
+            else:
+                flat[f.name] = list(value) if isinstance(value, tuple) else value
+        return flat
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_settings(), sort_keys=False)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """What an engine needs, with or without a server around it. Sizes in bytes, times in seconds."""
 
-    model: str = setting("", "Hugging Face checkpoint directory of the base model (empty: the built-in demo)")
-    served_model_name: str = setting("", "name of the base model in the API (empty: the directory's name)")
+    model: str = setting(
+        "",
+        "base model: directory of a Hugging Face checkpoint, a .gguf file, or demo, the small built-in one"
+        " (empty: the real one that is installed, else the demo)",
+    )
+    served_model_name: str = setting("", "name of the base model in the API (empty: the model's own)")
     load_format: str = setting(
         "auto",
         "base weights: read from the checkpoint, or drawn at random (dummy; an engine by itself, which needs"
@@ -86,15 +166,18 @@ class EngineConfig:
         choices=("auto", *SWITCH),
     )
     tensor_parallel_size: int = setting(
-        1, "processes, each with a GPU, that the model and its adapters are split over"
+        1, "processes, each with a GPU, that the model and its adapters are split over", at_least=1
     )
     step_timeout_s: float = setting(
-        300.0, "a step that takes longer ends the engine, which is taken to hang (0: no bound)"
+        300.0, "a step that takes longer ends the engine, which is taken to hang (0: no bound)", at_least=0
     )
     heartbeat_timeout_s: float = setting(
-        5.0, "an engine whose process gives no sign of life for so long is ended (0: no bound)"
+        5.0,
+        "an engine whose process gives no sign of life for so long is ended; one that is stopped, as the"
+        " kernel says, after a second (0: neither)",
+        at_least=0,
     )
-    num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)")
+    num_threads: int = setting(0, "threads for the model on the CPU (0: all cores)", at_least=0)
     mode: str = setting("auto", "what a cold adapter's prefill does", choices=MODES)
     state_dir: str = setting(
         "",
@@ -104,29 +187,39 @@ class EngineConfig:
     strict_base: str = setting(
         "off", "refuse adapters whose configuration names another base model", choices=SWITCH
     )
-    max_model_len: int = setting(0, "longest prompt plus output, in tokens (0: the model's)")
-    max_num_seqs: int = setting(64, "requests that may run at once")
-    max_num_batched_tokens: int = setting(2048, "tokens of one step; longer prompts are prefilled in chunks")
-    page_size: int = setting(16, "tokens in one page of the key-value cache")
+    max_model_len: int = setting(0, "longest prompt plus output, in tokens (0: the model's)", at_least=0)
+    max_num_seqs: int = setting(64, "requests that may run at once", at_least=1)
+    max_num_batched_tokens: int = setting(
+        2048, "tokens of one step; longer prompts are prefilled in chunks", at_least=1
+    )
+    page_size: int = setting(16, "tokens in one page of the key-value cache", at_least=1)
     kv_cache_bytes: int = setting(
         0,
         "size of the key-value cache (0: on a GPU what gpu_memory_utilization leaves, else an eighth of the"
         " memory, at most 4 GiB)",
+        at_least=0,
     )
     gpu_memory_utilization: float = setting(
-        0.9, "share of a GPU's memory for weights, adapters, the largest step and the key-value cache"
+        0.9,
+        "share of a GPU's memory for weights, adapters, the largest step and the key-value cache",
+        above=0,
+        at_most=1,
     )
-    host_store_bytes: int = setting(2 * 2**30, "bound of the adapters kept in host memory")
-    device_pool_bytes: int = setting(512 * 2**20, "bound of the adapters kept on the device")
+    host_store_bytes: int = setting(2 * 2**30, "bound of the adapters kept in host memory", at_least=1)
+    device_pool_bytes: int = setting(512 * 2**20, "bound of the adapters kept on the device", at_least=1)
     eviction: str = setting("value", "which adapter leaves first", choices=EVICTION_POLICIES)
     max_adapter_wait_s: float = setting(
-        1.0, "a request waits this long for room for its adapter before running ones are drained for it"
+        1.0,
+        "a request waits this long for room for its adapter before running ones are drained for it",
+        at_least=0,
     )
     assist_workers: int = setting(
-        0, "CPU processes for cold adapters (0: one per core the model leaves free)"
+        0, "CPU processes for cold adapters (0: one per core the model leaves free)", at_least=0
     )
     assist_cores: tuple[str, ...] = setting((), "cores of these processes (default: the last ones)")
-    link_gbps: float = setting(0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)")
+    link_gbps: float = setting(
+        0.0, "emulated host-to-device link on the CPU, in GB/s (0: no emulation)", at_least=0
+    )
     generation_config: str = setting(
         "auto",
         "sampling defaults for what a request leaves out: the model's generation_config.json (auto), or"
@@ -140,41 +233,17 @@ class EngineConfig:
     max_log_bytes: int = setting(
         64 * 2**20,
         "size at which a log (steps.jsonl, server.log) is moved to <name>.1 and begun anew (0: no bound)",
+        at_least=0,
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "tensor_parallel_size",
-            "page_size",
-            "device_pool_bytes",
-            "host_store_bytes",
-        ):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for core in self.assist_cores:
-            _require(self, "assist_cores", core.isdigit(), "core numbers")
-        for name in (
-            "num_threads",
-            "assist_workers",
-            "max_model_len",
-            "kv_cache_bytes",
-            "link_gbps",
-            "max_adapter_wait_s",
-            "step_timeout_s",
-            "heartbeat_timeout_s",
-            "max_log_bytes",
-        ):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
-        utilization = self.gpu_memory_utilization
-        _require(self, "gpu_memory_utilization", 0 < utilization <= 1, "above 0, at most 1")
-        _require(
-            self,
-            "max_num_batched_tokens",
-            self.max_num_batched_tokens >= self.max_num_seqs,
-            "at least max_num_seqs",
-        )
+        super().__post_init__()
+        if not all(core.isdigit() for core in self.assist_cores):
+            raise ConfigError(f"assist_cores is {self.assist_cores}; it must be core numbers")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs"
+            )
         if self.tensor_parallel_size > 1 and self.mode in CPU_MODES:
             raise ConfigError(
                 f"mode is {self.mode!r}, but with a tensor_parallel_size of {self.tensor_parallel_size} "
@@ -188,11 +257,11 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(Settings):
     """What the HTTP server adds around an engine."""
 
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8080, "port to listen on (0: any free one)")
+    port: int = setting(8080, "port to listen on (0: any free one)", at_least=0, at_most=65535)
     api_key: str = setting(
         "",
         "bearer token asked of every route but health (empty: that of api_key_file, else of the variable"
@@ -208,78 +277,52 @@ class ServerConfig:
     allow_credentials: str = setting("off", "let these pages send cookies", choices=SWITCH)
     adapters: str = setting("", "directory whose sub-directories are registered as adapters at start")
     adapter_roots: tuple[str, ...] = setting((), "directories below which adapters may be loaded over HTTP")
+    adapter_source: tuple[str, ...] = setting(
+        (),
+        "where adapters come from that a request names and nobody has registered: dir:PATH, hub:PATTERN,"
+        " s3://..., gs://... or https://...; after a comma patterns of the names it may be asked for",
+    )
+    source_max_bytes: int = setting(2 * 2**30, "largest adapter that is fetched from a source", at_least=1)
+    source_timeout_s: float = setting(120.0, "longest time that fetching an adapter may take", above=0)
+    source_refresh_s: float = setting(
+        60.0, "how often a source is asked at most whether an adapter of it has a new revision", above=0
+    )
+    source_cache_bytes: int = setting(
+        10 * 2**30,
+        "bound of all adapters from sources; the least recently asked for leaves first",
+        at_least=1,
+    )
     max_body_bytes: int = setting(
-        0, "largest body of a request (0: 64 bytes for each token of the model's context, at least 4MiB)"
+        0,
+        "largest body of a request (0: 64 bytes for each token of the model's context, at least 4MiB)",
+        at_least=0,
     )
     receive_timeout_s: float = setting(
-        30.0, "longest wait for a request's head, and for the next part of its body"
+        30.0, "longest wait for a request's head, and for the next part of its body", above=0
     )
-    send_timeout_s: float = setting(60.0, "how long a client may leave an answer unread before it is dropped")
-    max_queue: int = setting(256, "requests that may wait; more are answered 429")
+    send_timeout_s: float = setting(
+        60.0, "how long a client may leave an answer unread before it is dropped", above=0
+    )
+    max_queue: int = setting(256, "requests that may wait; more are answered 429", at_least=1)
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"
     )
     max_engine_restarts: int = setting(
-        5, "engines that are replaced in a row after they died or hung, before the server ends"
+        5, "engines that are replaced in a row after they died or hung, before the server ends", at_least=0
     )
-    shutdown_timeout_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
+    shutdown_timeout_s: float = setting(
+        10.0, "seconds that running requests get to finish after SIGTERM", at_least=0
+    )
     log_dir: str = setting("logs", "logs go to <log-dir>/<mode>/")
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
-    def __post_init__(self) -> None:
-        check_choices(self)
-        _require(self, "port", 0 <= self.port <= 65535, "between 0 and 65535")
-        _require(self, "max_queue", self.max_queue >= 1, "at least 1")
-        _require(self, "max_engine_restarts", self.max_engine_restarts >= 0, "at least 0")
-        _require(self, "max_body_bytes", self.max_body_bytes >= 0, "at least 0")
-        for name in ("receive_timeout_s", "send_timeout_s"):
-            _require(self, name, getattr(self, name) > 0, "above 0")
-        _require(self, "shutdown_timeout_s", self.shutdown_timeout_s >= 0, "at least 0")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Everything `toppings serve` reads: one flat list of settings in YAML, two dataclasses here."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
-
-    @classmethod
-    def from_settings(cls, settings: dict[str, Any], base: "Config | None" = None) -> "Config":
-        """`base` (default: the defaults) with some settings replaced, by their flat names.
-
-        Raises ConfigError for an unknown name or a value of the wrong type or range.
-        """
-        base = base or cls()
-        known = {f.name: part for part in ("engine", "server") for f in fields(getattr(base, part))}
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        parts = {
-            part: replace(
-                getattr(base, part),
-                **{
-                    name: coerce(getattr(base, part), name, v)
-                    for name, v in settings.items()
-                    if known[name] == part
-                },
-            )
-            for part in ("engine", "server")
-        }
-        return cls(**parts)
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> "Config":
-        """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
-        return cls.from_settings(read_yaml(path))
-
-    def to_settings(self) -> dict[str, Any]:
-        """The flat mapping that `from_settings` reads back."""
-        flat = {**asdict(self.engine), **asdict(self.server)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_settings(), sort_keys=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -293,11 +336,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(k).replace("-", "_"): v for k, v in (loaded or {}).items()}
 
 
-def coerce(part: Any, name: str, value: Any) -> Any:
-    """`value` as the type of the default of `part`'s setting `name`. Raises ConfigError where it is none."""
-    default: Any = next(f.default for f in fields(part) if f.name == name)
+def coerce(f: "Field[Any]", value: Any) -> Any:
+    """`value` as the type of the setting's default. Raises ConfigError where it is none."""
+    default: Any = f.default
     try:
-        if name.endswith("_bytes"):
+        if f.metadata["read"] is not None:
+            return f.metadata["read"](value)
+        if f.name.endswith("_bytes"):
             return parse_bytes(value)
         if isinstance(default, tuple):
             return tuple(str(v) for v in _as_list(value))
@@ -308,7 +353,7 @@ def coerce(part: Any, name: str, value: Any) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"setting {name} is {value!r}; it must be of type {type(default).__name__}"
+            f"setting {f.name} is {value!r}; it must be of type {type(default).__name__}"
         ) from error
 
 
@@ -319,16 +364,3 @@ def _as_list(value: Any) -> list[Any]:
         parsed = json.loads(values[0])
         return parsed if isinstance(parsed, list) else values
     return values
-
-
-def check_choices(part: Any) -> None:
-    """Raises ConfigError for a setting that is none of its choices."""
-    for f in fields(part):
-        choices, value = f.metadata["choices"], getattr(part, f.name)
-        if choices is not None and value not in choices:
-            raise ConfigError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")
-
-
-def _require(part: EngineConfig | ServerConfig, name: str, holds: bool, bounds: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {getattr(part, name)}; it must be {bounds}")

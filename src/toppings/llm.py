@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -18,7 +17,9 @@ from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine.build import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
+from toppings.engine.meeting_place import MeetingPlace
 from toppings.sampling_defaults import read_sampling_defaults
+from toppings.sources.models import with_model
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
 
 logger = logging.getLogger(__name__)
@@ -52,30 +53,36 @@ class LLM:
 
     `generate` may be called from any thread; `stream` from any event loop. Close it, or use it in a `with`.
     Adapters are kept in `state_dir`; where none is named and the model's default one is in use by another
-    server or LLM, in a temporary directory that goes with the object.
+    server or LLM, in a temporary directory that goes with the object (of a process that was killed, with the
+    next start of anything here).
 
     Raises ConfigError for a bad setting, EngineStartError where the model cannot be served, StateHeldError
     where another process holds the `state_dir` that is named.
     """
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
-        config = Config.from_settings({"model": str(model), **settings}).engine
+        config = with_model(Config.from_settings({"model": str(model), **settings}).engine)
         path = model_path(config)
         self.text_model = TextModel.load(path)
         defaults = read_sampling_defaults(path) if config.generation_config == "auto" else {}
         self.default_sampling = SamplingParams(**defaults)
         """What prompts are answered with that come without `SamplingParams`: the model's own defaults."""
-        self._private_dir: TemporaryDirectory[str] | None = None
+        self._private_dir: MeetingPlace | None = None
         try:
             lock = hold_state(config, "LLM")
         except StateHeldError as error:
             if config.state_dir:
                 raise
             logger.warning("%s; this LLM keeps its adapters in a temporary one", str(error).partition(";")[0])
-            self._private_dir = TemporaryDirectory(prefix="toppings-state-")
-            config = replace(config, state_dir=self._private_dir.name)
+            self._private_dir = MeetingPlace.make("state")
+            config = replace(config, state_dir=str(self._private_dir.path))
             lock = hold_state(config, "LLM")
-        self._registry = open_registry(config, lock)
+        try:
+            self._registry = open_registry(config, lock)
+        except BaseException:
+            if self._private_dir is not None:
+                self._private_dir.close()
+            raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="toppings-client", daemon=True)
         self._thread.start()
@@ -175,7 +182,7 @@ class LLM:
     def _stop(self) -> None:
         self._registry.close()
         if self._private_dir is not None:
-            self._private_dir.cleanup()
+            self._private_dir.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -9,6 +9,9 @@ import typer
 
 from toppings.config import EngineConfig, ServerConfig
 
+ApiKey = Annotated[str, typer.Option(help="the server's key (better: api-key-file, or TOPPINGS_API_KEY)")]
+ApiKeyFile = Annotated[str, typer.Option(help="file that holds the server's key")]
+
 
 def with_settings(
     command: Callable[..., None], *more: Any, base: tuple[Any, ...] = (EngineConfig, ServerConfig)

@@ -14,7 +14,8 @@ FIELDS = {
     "repetition_penalty": float,
     "max_new_tokens": int,
 }
-"""The fields that count, as in vLLM; `do_sample` is none of them: greedy is a temperature of 0."""
+"""The fields that count, as in vLLM; `do_sample` is none of them: greedy is a temperature of 0. LightLLM's
+`/generate`, which has that field, asks for it by `read_do_sample`; LoRAX's has defaults of its own."""
 
 
 def read_sampling_defaults(path: Path) -> dict[str, Any]:
@@ -37,6 +38,16 @@ def read_sampling_defaults(path: Path) -> dict[str, Any]:
             f"{path / 'generation_config.json'}: {error}; set generation_config to none to do without"
         ) from error
     return defaults
+
+
+def read_do_sample(path: Path) -> bool:
+    """Whether the checkpoint in `path` is to be sampled where a request does not say. Raises ValueError."""
+    value = read_generation_config(path).get("do_sample")
+    if not isinstance(value, bool | None):
+        raise ValueError(
+            f"{path / 'generation_config.json'}: do_sample is {value!r}; it must be true or false"
+        )
+    return bool(value)
 
 
 def _number(path: Path, name: str, value: Any) -> int | float:

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.adapters.fixtures import HIDDEN, KV, NUM_LAYERS, SHAPES
-from toppings.adapters.layout import AdapterLayout
+from toppings.adapters.layout import AdapterLayout, LayerLayout
 from toppings.core import MODULES
 
 MIXED = [[4, 0, 8, 0, 0, 0, 1], [0] * 7, [512, 1, 2, 3, 4, 5, 6]]
@@ -10,6 +10,23 @@ MIXED = [[4, 0, 8, 0, 0, 0, 1], [0] * 7, [512, 1, 2, 3, 4, 5, 6]]
 def test_layout_survives_a_json_round_trip() -> None:
     layout = AdapterLayout.build(MIXED, SHAPES, "bfloat16")
     assert AdapterLayout.from_json(layout.to_json()) == layout
+
+
+def test_a_layout_is_hashed_once_and_alike_where_it_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every cold prefill prices and plans are looked up by it."""
+    layout, same = (AdapterLayout.build(MIXED, SHAPES, "bfloat16") for _ in range(2))
+    other = AdapterLayout.build(MIXED[::-1], SHAPES, "bfloat16")
+    hashed: list[LayerLayout] = []
+
+    def note(layer: LayerLayout) -> int:
+        hashed.append(layer)
+        return hash(layer.ranks)
+
+    monkeypatch.setattr(LayerLayout, "__hash__", note)
+    assert len({layout: 1, same: 2, other: 3}) == 2
+    assert len(hashed) == 3 * len(MIXED)
+    assert {layout: 1}[same] == 1
+    assert len(hashed) == 3 * len(MIXED)
 
 
 def test_block_holds_all_a_halves_then_all_b_halves() -> None:

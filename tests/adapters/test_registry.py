@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters.fixtures import SHAPES, make_tensors, open_registry, tensor_key, write_adapter
+from toppings.adapters import recent_names
 from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import check_packed
@@ -30,6 +31,20 @@ def test_registered_adapter_is_found_by_name_and_id(registry: AdapterRegistry, t
     assert (record.rank, record.targets, record.base_model) == (5, ("k_proj", "up_proj"), "tiny")
     assert record.num_bytes == check_packed(record.packed_path).layout.num_bytes
     assert (registry.list(), registry.count()) == ([record], 1)
+
+
+def test_names_of_ids_outlive_their_adapters_but_not_for_ever(
+    registry: AdapterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recent_names, "MAX_NAMES", 3)
+    names = recent_names.RecentNames(registry)
+    first = registry.register("a", write_adapter(tmp_path / "a")).adapter_id
+    assert names.of(first) == "a"
+    registry.purge(registry.remove("a").adapter_id)
+    assert (names.of(first), names.of(first + 1)) == ("a", None)
+    for number in range(3):
+        names.note(first + number + 1, "b")
+    assert names.of(first) is None
 
 
 def test_registered_adapter_survives_reopening(registry: AdapterRegistry, tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from tests.assist.world import NUM_LAYERS, World, assert_same, cold, expected, forward
+from toppings.adapters.layout import AdapterLayout
 from toppings.assist.coordinator import ColdAdapter, Coordinator, split_rows
+from toppings.assist.cost import CostProfile
 from toppings.assist.plan import Choice
+from toppings.assist.pricing import LayerCosts, price_layers
 from toppings.assist.product import MIN_SLICE_ROWS
 from toppings.ops.lora import LoraSegments
 
@@ -49,6 +52,39 @@ def test_any_subset_of_projections_may_be_targeted(
         got = forward(lora, segments, world.dtype)
     assert load.num_waits == 0
     assert_same(got, expected(world, [load], segments), world.dtype)
+
+
+def test_a_cold_prefill_is_priced_once(
+    world: World, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by layer and projection group."""
+    load = world.add_adapter(ranks_of(16))
+    segments = LoraSegments([0, 40], [load.slot])
+    asked: list[tuple[AdapterLayout, int]] = []
+
+    def price(profile: CostProfile, layout: AdapterLayout, num_tokens: int) -> tuple[LayerCosts, ...]:
+        asked.append((layout, num_tokens))
+        return price_layers(profile, layout, num_tokens)
+
+    monkeypatch.setattr("toppings.assist.coordinator.price_layers", price)
+    with coordinator.step(segments, [cold(load)]) as lora:
+        forward(lora, segments, world.dtype)
+    assert lora.stats.num_cpu_products == 4 * NUM_LAYERS
+    assert [layout for layout, _ in asked] == [load.entry.layout]
+    num_priced = price_layers.cache_info().misses
+    with coordinator.step(segments, [cold(load)]) as lora:
+        forward(lora, segments, world.dtype)
+    assert price_layers.cache_info().misses == num_priced, "the next prefill is priced anew"
+
+
+def test_a_result_of_another_width_than_its_modules_is_no_part_of_the_sum(
+    world: World, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = world.add_adapter(ranks_of(16))
+    segments = LoraSegments([0, 40], [load.slot])
+    monkeypatch.setattr(torch, "split", lambda result, widths, dim: result.split(widths, dim)[:-1])
+    with coordinator.step(segments, [cold(load)]) as lora, pytest.raises(ValueError, match="shorter"):
+        forward(lora, segments, world.dtype)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,7 @@ from tests.streams import Device
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.loader import CpuLoader
 from toppings.assist.cost import CostProfile, CpuCost
-from toppings.assist.profile import EngineProbes, LinkProbe, ProbeLora, fit_non_negative, measure
+from toppings.assist.profile import EngineProbes, LinkProbe, ProbeLora, measure
 from toppings.config import EngineConfig
 from toppings.engine import assist
 
@@ -115,15 +114,6 @@ def test_values_out_of_range_are_refused(field: str, value: object) -> None:
     fields = {**json.loads(PROFILE.to_json()), field: value}
     with pytest.raises(ValueError, match=field):
         CostProfile.from_json(json.dumps(fields))
-
-
-def test_a_fit_has_no_negative_coefficients() -> None:
-    generator = np.random.default_rng(0)
-    features = generator.uniform(0.1, 1.0, (40, 3))
-    times = features @ [2.0, -0.1, 0.5] + 0.2 * generator.uniform(size=40)
-    found = fit_non_negative(features, times)
-    assert min(found) >= 0
-    assert found[0] == pytest.approx(2.0, rel=0.2)
 
 
 def test_a_real_pool_and_a_real_loader_can_be_measured() -> None:

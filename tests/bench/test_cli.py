@@ -47,6 +47,17 @@ def test_named_adapters_are_used() -> None:
     assert {body["model"] for body in script.bodies} == {"b", "c"}
 
 
+def test_the_key_may_stand_in_a_file(tmp_path: Path) -> None:
+    script, key_file = Script(), tmp_path / "key"
+    key_file.write_text("of-the-file\n")
+    with serving(script) as url:
+        _requests(url, "--api-key-file", str(key_file))
+        _requests(url, "--api-key", "of-the-option", "--api-key-file", str(key_file))
+        refused = _requests(url, "--api-key-file", str(tmp_path / "none"))
+    assert set(script.keys) == {"Bearer of-the-file", "Bearer of-the-option"}
+    assert "cannot read api_key_file" in str(refused.exception)
+
+
 def test_a_server_without_adapters_is_an_error_that_names_the_way_out() -> None:
     with serving(Script(adapters=())) as url:
         result = _requests(url)

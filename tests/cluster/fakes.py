@@ -206,8 +206,9 @@ class FakeToppings(FakeServer):
             context_tokens=len(ranks) * 8,
             counters={},
         )
-        content = {"model": self.base, "max_lora": 8, **asdict(stats), "adapters": statuses}
-        content |= self.extra_stats
+        content = {"model": self.base, **asdict(stats), "adapters": statuses}
+        content |= {"kv_tokens_total": 16384.0, "kv_tokens_used": 16.0 * len(ranks), "max_lora": 8}
+        content |= {"on_device": [*self.adapters], "on_host": [*self.adapters], **self.extra_stats}
         del content["call_id"]
         return JSONResponse(content)
 

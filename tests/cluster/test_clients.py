@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.conftest import Start
 from tests.cluster.fakes import FakeVllm, serving
-from toppings.cluster.router.access import has_key, why_not_changed
+from toppings.access import is_key, why_not_changed
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import ConfigError
 
@@ -70,9 +70,9 @@ async def test_a_compressed_body_is_refused_clearly(start_router: Start) -> None
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_schemes_are_taken_in_any_case(scheme: str) -> None:
-    assert has_key(f"{scheme} secret", "secret")
-    assert not has_key(f"{scheme} Secret", "secret")
-    assert not has_key("Basic secret", "secret")
+    assert is_key(f"{scheme} secret".encode(), "secret")
+    assert not is_key(f"{scheme} Secret".encode(), "secret")
+    assert not is_key(b"Basic secret", "secret")
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,18 @@ async def test_a_rebound_name_may_not_change_the_fleet(start_router: Start) -> N
                     assert response.status == 403
 
 
-def test_keys_come_from_settings_files_or_the_environment(tmp_path: Path) -> None:
+def test_keys_come_from_settings_files_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "key").write_text("from-file\n")
-    environ = {"TOPPINGS_API_KEY": "from-environment", "TOPPINGS_UPSTREAM_API_KEY": "theirs"}
-    config = RouterConfig(api_key_file=str(tmp_path / "key")).with_keys(environ)
+    monkeypatch.setenv("TOPPINGS_API_KEY", "from-environment")
+    monkeypatch.setenv("TOPPINGS_UPSTREAM_API_KEY", "theirs")
+    config = RouterConfig(api_key_file=str(tmp_path / "key")).with_keys()
     assert (config.api_key, config.upstream_api_key) == ("from-file", "theirs")
-    assert RouterConfig().with_keys(environ).api_key == "from-environment"
-    assert RouterConfig(api_key="given").with_keys(environ).api_key == "given"
-    with pytest.raises(ConfigError, match="cannot read api_key_file"):
-        RouterConfig(api_key_file=str(tmp_path / "none")).with_keys({})
+    assert RouterConfig().with_keys().api_key == "from-environment"
+    assert RouterConfig(api_key="given").with_keys().api_key == "given"
+    with pytest.raises(ConfigError, match="cannot read upstream_api_key_file"):
+        RouterConfig(upstream_api_key_file=str(tmp_path / "none")).with_keys()
 
 
 @pytest.mark.parametrize(

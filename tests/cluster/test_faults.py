@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -71,6 +72,34 @@ async def test_killed_server_every_request_ends_once(start_router: Start) -> Non
     assert len(errors) == on_doomed[0] > 0
     assert client.outcomes() == {"answered": 16 - len(errors), "cut": len(errors)}
     assert client.num_received() == 16
+
+
+async def test_stopped_server_keeps_nobody_waiting_and_serves_again_when_it_goes_on(
+    start_router: Start,
+) -> None:
+    """SIGSTOP: its connections stay open, and nothing comes. Every request ends, whole or with an error."""
+    with server_process("vllm", "0.2", "0.1") as (process, doomed), serving(FakeVllm()) as healthy:
+        async with start_router(doomed, healthy, policy="least_loaded", health_timeout_s=0.3) as client:
+            state = client.router.state
+            streams = asyncio.create_task(statuses(client, 8, stream=True))
+            await until(lambda: state.fleet.instance("s0").running)
+            process.send_signal(signal.SIGSTOP)
+            try:
+                later = [
+                    asyncio.create_task(statuses(client, 8, stream=is_stream)) for is_stream in (True, False)
+                ]
+                ended = await asyncio.wait_for(asyncio.gather(streams, *later), 10)
+                assert not state.upstreams["s0"].is_alive
+                assert await statuses(client, 4) == [200] * 4
+            finally:
+                process.send_signal(signal.SIGCONT)
+            await until(lambda: state.upstreams["s0"].is_alive)
+            assert await statuses(client, 4) == [200] * 4
+        outcomes = client.outcomes()
+    assert [len(each) for each in ended] == [8, 8, 8]
+    assert set(ended[1]) == set(ended[2]) == {200}
+    assert set(outcomes) == {"answered", "cut"}
+    assert outcomes["answered"] + outcomes["cut"] == client.num_received() == 32
 
 
 async def test_cut_stream_ends_with_one_error_event(start_router: Start) -> None:

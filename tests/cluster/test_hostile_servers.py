@@ -100,10 +100,11 @@ async def test_reports_without_sense_do_not_end_the_watch(start_router: Start) -
     senseless: list[dict[str, Any]] = [
         {"running_ranks": [-1]},
         {"running_ranks": [2**40]},
-        {"kv_pages_total": 0},
-        {"kv_pages_total": -5},
+        {"kv_tokens_total": 0},
+        {"kv_tokens_total": -5},
+        {"kv_tokens_used": -1},
         {"num_running": -3},
-        {"adapters": [1]},
+        {"on_device": [1]},
         {"perf_model": {"a": [[[]]]}},
     ]
     server = FakeToppings()

@@ -110,12 +110,6 @@ def test_non_negative_fit_is_no_worse_than_any_other_non_negative_one() -> None:
     assert gradient[model.vector > 0] == pytest.approx(0, abs=1e-8)
 
 
-def test_unconstrained_fit_may_be_negative() -> None:
-    features = np.eye(6, len(FEATURES))
-    model = fit_linear(features, np.array([1.0, -2.0, 0, 0, 0, 0]), FEATURES[:6], non_negative=False)
-    assert model.coefficients["tokens"] == pytest.approx(-2.0)
-
-
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="7 decode steps to fit; at least 8"):
         fit_perf_model(make_steps(7, is_prefill=False), make_steps(8, is_prefill=True), origin="made up")

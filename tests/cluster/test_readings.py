@@ -1,17 +1,17 @@
 """What the router reads: settings, request bodies, servers' reports, adapter files."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.fakes import vllm_metrics
+from toppings.cluster.report import read_report
 from toppings.cluster.router.calls import parse_call
 from toppings.cluster.router.directory import AdapterDirectory, AdapterInfo, read_adapter_info
+from toppings.cluster.router.metrics_text import translate_metrics
 from toppings.cluster.router.replies import ApiError
-from toppings.cluster.router.reports import parse_prometheus, parse_toppings_stats
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import ConfigError
 
@@ -57,68 +57,54 @@ def test_body_that_is_no_json_is_refused() -> None:
 
 
 def test_vllm_metrics_are_read() -> None:
-    report = parse_prometheus(vllm_metrics(3, ["a", "b"], ("c",)))
+    report = translate_metrics(vllm_metrics(3, ["a", "b"], ("c",)))
     assert report is not None
     assert report.num_requests == 3
     assert (report.kv_tokens_total, report.kv_tokens_used) == (6400.0, 1600.0)
     assert report.max_adapters == 4
     assert report.on_device == {"a", "b"}  # of the newest series only
-    assert report.adapters_in_use == {"a", "b", "c"}
+    assert report.in_use == {"a", "b", "c"}
     assert report.ranks is None
 
 
 def test_metrics_of_another_kind_are_no_report() -> None:
-    assert parse_prometheus('# HELP up x\nprocess_cpu_seconds_total 3\nvllm:other{a="b"} 1\n') is None
+    assert translate_metrics('# HELP up x\nprocess_cpu_seconds_total 3\nvllm:other{a="b"} 1\n') is None
 
 
 def test_broken_metric_lines_are_passed_over() -> None:
-    report = parse_prometheus(
+    report = translate_metrics(
         "vllm:num_requests_running NaN\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_p"
     )
     assert report is not None
     assert report.num_requests == 2
-    assert report.kv_tokens_total == math.inf
+    assert report.kv_tokens_total is None
 
 
 STATS = {
     **{"num_running": 2, "num_waiting": 1, "running_ranks": [8, 64], "waiting_ranks": [64]},
-    **{"kv_pages_used": 10, "kv_pages_total": 100, "page_size": 16},
+    **{"kv_tokens_total": 1600.0, "kv_tokens_used": 160.0, "kv_pages_total": 100, "page_size": 16},
     **{"max_lora": 4, "model": "base", "mode": "pipelined", "num_open": 3},
-    "adapters": [
-        {
-            "adapter_id": 1,
-            "name": "a",
-            "is_on_host": True,
-            "device_layers": 2,
-            "num_layers": 2,
-            "num_running": 1,
-        },
-        {"adapter_id": 2, "name": "b", "is_on_host": True, "device_layers": 1, "num_layers": 2},
-    ],
+    **{"on_device": ["a"], "on_host": ["a", "b"]},
 }
 
 
 def test_toppings_stats_are_read() -> None:
-    report = parse_toppings_stats(json.dumps(STATS).encode())
+    report = read_report(json.dumps(STATS).encode())
     assert report.ranks == {8: 1, 64: 2}
     assert (report.kv_tokens_total, report.kv_tokens_used) == (1600.0, 160.0)
-    assert (report.on_device, report.on_host, report.adapters_in_use) == (
-        frozenset("a"),
-        frozenset("ab"),
-        frozenset("a"),
-    )
+    assert (report.on_device, report.on_host) == ({"a"}, {"a", "b"})
     assert report.max_adapters == 4
-    assert report.perf_model is None
+    assert report.read_perf_model() is None
 
 
 def test_perf_model_of_another_version_costs_no_report() -> None:
-    report = parse_toppings_stats(json.dumps({**STATS, "perf_model": {"version": 99}}).encode())
-    assert (report.perf_model, report.num_requests) == (None, 3)
+    report = read_report(json.dumps({**STATS, "perf_model": {"version": 99}}).encode())
+    assert (report.read_perf_model(), report.num_requests) == (None, 3)
 
 
 def test_other_stats_are_refused() -> None:
     with pytest.raises(ValueError, match="num_running"):
-        parse_toppings_stats(b'{"requests": 3}')
+        read_report(b'{"num_requests": 3}')
 
 
 def test_rank_is_the_largest_of_the_adapters_pattern(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -55,6 +57,40 @@ def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> Non
             reply = httpx.post(f"{again}/v1/completions", json=body(2), timeout=LIMIT_S)
             assert reply.text.endswith("data: [DONE]\n\n")
     assert server.seen == ["small", "small"]
+
+
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_killed_router_cuts_what_it_had_at_once_and_the_next_one_serves() -> None:
+    """SIGKILL: each client sees its connection end, no server goes on for nobody, none waits."""
+    server = FakeVllm()
+    server.behaviour.token_s = 0.1
+    with serving(server) as url, ThreadPoolExecutor(4) as pool:
+        with router(url) as (process, routed):
+            ends = [pool.submit(_outcome, routed, body(10_000)) for _ in range(4)]
+            _until(lambda: len(server.seen) == 4)
+            process.kill()
+            killed_at = time.monotonic()
+            assert [end.result(LIMIT_S) for end in ends] == ["cut"] * 4
+            assert time.monotonic() - killed_at < LIMIT_S / 3
+            _until(lambda: server.num_aborted == 4)
+        with router(url, int(routed.rpartition(":")[2])) as (_, again):
+            assert again == routed
+            assert _outcome(again, body(2)) == "whole"
+
+
+def _outcome(url: str, request: dict[str, object]) -> str:
+    try:
+        reply = httpx.post(f"{url}/v1/completions", json=request, timeout=LIMIT_S)
+    except httpx.TransportError as error:
+        return "lost" if isinstance(error, httpx.TimeoutException) else "cut"
+    return "whole" if reply.text.endswith("data: [DONE]\n\n") else reply.text
+
+
+def _until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

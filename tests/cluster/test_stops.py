@@ -48,7 +48,7 @@ async def test_requests_on_a_stopped_server_are_answered_by_another(start_router
     with server_process("vllm", "0.5", "0") as (process, doomed), serving(FakeVllm()) as healthy:
         async with start_router(doomed, healthy, policy="first_fit", **DEFAULTS) as client:
             waiting = [asyncio.create_task(_ask(client, is_stream=i % 2 == 0)) for i in range(6)]
-            await until(lambda: len(client.router.state.upstreams["s0"].flights) == 6)
+            await until(lambda: len(client.router.state.flights.on("s0")) == 6)
             with stopped(process.pid):
                 async with asyncio.timeout(NOBODY_WAITS_LONGER_S):
                     answers = await asyncio.gather(*waiting)

@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         kv_cache_bytes=16 * 2**20,
         device_pool_bytes=2**20,
         host_store_bytes=2**20,
-        heartbeat_timeout_s=3.0,
+        heartbeat_timeout_s=60.0,  # that it is stopped is seen sooner
     )
     registry = open_registry(config)
     registry.register("pinned", make_adapter(root / "pinned", model, rank=8))
@@ -126,10 +126,13 @@ async def test_an_adapter_that_is_removed_while_the_engine_dies_is_removed(clien
         await removal
 
 
-async def test_the_process_that_forks_engines_may_go_too(client: EngineClient) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_the_process_that_forks_engines_may_go_too(
+    client: EngineClient, number: signal.Signals
+) -> None:
     forker = client._spawner._process
     assert forker is not None
-    forker.kill()
+    forker.send_signal(number)
     assert await collect(client)
     os.kill(pid_of(client), signal.SIGKILL)
     while client.is_alive:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.core import AdapterStatus, AddRequest, Batch, Request, SamplingParams
 from toppings.engine.engine import MAX_FAILURES
 from toppings.engine.faults import is_sticky
-from toppings.engine.model_runner import StepInFlight
+from toppings.engine.model_runner import StepInFlight, StepResult
 from toppings.vital import EngineLostError
 
 
@@ -54,6 +55,24 @@ def runner(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> FailingRunner:
 
 def ask(driver: Driver, name: str) -> None:
     driver.add(name, make_prompt(0, 9), 3)
+
+
+@pytest.mark.parametrize("name", ["items", "token_ids", "logprobs"])
+def test_a_step_that_draws_too_few_tokens_loses_no_request_silently(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    take = StepInFlight.result
+
+    def too_few(flight: StepInFlight) -> StepResult:
+        result = take(flight)
+        return replace(result, **{name: getattr(result, name)[:-1]})
+
+    for i in range(2):
+        ask(driver, f"short-{name}-{i}")
+    monkeypatch.setattr(StepInFlight, "result", too_few)
+    with pytest.raises(ValueError, match=r"zip\(\) argument"):
+        driver.run()
+    driver.engine.abort_all("the test is over")
 
 
 def test_steps_that_fail_now_and_then_end_their_requests_alone(driver: Driver, runner: FailingRunner) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from hostile.faults import ENGINE, WORKER, SmallDisk, kill, locked_registry, served_again, stopped, wait_for
+from hostile.faults import SmallDisk, kill, locked_registry, served_again, stopped, wait_for
 from hostile.fuzzing import demo_workshop
 from hostile.load import BASE, Client
-from hostile.served import Served
+from hostile.served import ENGINE, WORKER, Served
 from hostile.tally import Tally
 
 from tests.assist.world import PROFILE
@@ -97,14 +97,13 @@ def loaded(served: Served, num_clients: int = 6) -> Iterator[Tally]:
     stop = threading.Event()
 
     async def run() -> None:
-        client = Client(served.url, tally, models=MODELS, folders=[])
         ended = asyncio.Event()
-        load = asyncio.create_task(client.run(ended, num_clients, 0.1))
-        while not stop.is_set():
-            await asyncio.sleep(0.02)
-        ended.set()
-        await load
-        await client.close()
+        async with Client(served.url, tally, models=MODELS, folders=[]) as client:
+            load = asyncio.create_task(client.run(ended, num_clients, 0.1))
+            while not stop.is_set():
+                await asyncio.sleep(0.02)
+            ended.set()
+            await load
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,33 @@ def test_a_process_that_was_killed_between_jobs_is_replaced(sandbox: Sandbox) ->
     render(sandbox, "x")
     os.kill(pid_of(sandbox), signal.SIGKILL)
     assert render(sandbox, "{{ messages[0].content }}") == "hi"
+
+
+def test_a_process_that_was_stopped_between_jobs_goes_on(sandbox: Sandbox) -> None:
+    render(sandbox, "x")
+    old = pid_of(sandbox)
+    os.kill(old, signal.SIGSTOP)
+    assert render(sandbox, "{{ messages[0].content }}") == "hi"
+    assert pid_of(sandbox) == old
+
+
+def test_a_process_that_is_stopped_in_a_job_is_replaced_and_the_job_done_again(sandbox: Sandbox) -> None:
+    render(sandbox, "x")
+    old, took_s = pid_of(sandbox), []
+
+    def ask() -> None:
+        started_at = time.monotonic()
+        with pytest.raises(SandboxError, match=r"longer than 1 s"):
+            render(sandbox, ENDLESS, cpu_s=1.0)
+        took_s.append(time.monotonic() - started_at)
+
+    caller = threading.Thread(target=ask)
+    caller.start()
+    time.sleep(0.3)
+    os.kill(old, signal.SIGSTOP)
+    caller.join(GENEROUS_S)
+    assert took_s, "the job was not done again"
+    assert took_s[0] >= 1.2  # the second try had its whole second, too
 
 
 def test_processes_end_with_their_sandbox() -> None:

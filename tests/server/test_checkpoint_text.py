@@ -127,6 +127,27 @@ class TestDefaults:
         sampling = server.engine.calls[-1].sampling
         assert (sampling.temperature, sampling.top_k, sampling.max_tokens) == (0, 0, 9)
 
+    async def test_lightllm_requests_leave_them_to_the_model_too(self, server: Server) -> None:
+        is_on = server.state.config.engine.generation_config == "auto"
+        bodies: list[dict[str, object]] = [{}, {"do_sample": True, "top_k": -1}, {"do_sample": False}]
+        for parameters in bodies:
+            reply = await server.post("/generate", inputs="hi", parameters=parameters, lora_dir=None)
+            assert reply.status_code == 200, reply.text
+        told = [
+            (c.sampling.temperature, c.sampling.top_k, c.sampling.max_tokens) for c in server.engine.calls
+        ]
+        assert told == (
+            [(0.6, 20, 16), (0.6, 0, 16), (0, 20, 16)] if is_on else [(0, 0, 16), (1, 0, 16), (0, 0, 16)]
+        )
+
+    async def test_lorax_requests_are_greedy_unless_they_ask_for_more(self, server: Server) -> None:
+        for parameters in ({}, {"do_sample": True}, {"top_p": 0.5}):
+            await server.post("/generate", inputs="hi", parameters=parameters)
+        told = [
+            (c.sampling.temperature, c.sampling.top_k, c.sampling.max_tokens) for c in server.engine.calls
+        ]
+        assert told == [(0, 0, 20), (1, 0, 20), (1, 0, 20)]
+
     async def test_a_chats_length_is_the_models_by_default(self, server: Server) -> None:
         await server.post("/v1/chat/completions", messages=CHAT)
         is_on = server.state.config.engine.generation_config == "auto"

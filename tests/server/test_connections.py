@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.server.conftest import Server
+from toppings.adapters.errors import StateError, StateFullError
 from toppings.server import connections, lifecycle
 
 SOON_S = 20.0
@@ -170,6 +171,42 @@ async def test_requests_under_way_do_not_give_way(listening: Listening, server: 
 
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "stays"),
+    [
+        (StateFullError("the disk of the registry is full"), 507, True),
+        (StateError("the registry is locked"), 503, True),
+        (MemoryError(), 503, True),
+        (KeyError("unforeseen"), 500, False),
+    ],
+)
+async def test_a_connection_stays_open_after_a_refusal_unless_it_says_otherwise(
+    listening: Listening,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: int,
+    stays: bool,
+) -> None:
+    """One that is closed without a word fails the client's next request."""
+
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(server.state.registry, "find_named", fail)
+    body = b'{"model": "a", "prompt": "x"}'
+    reader, writer = await listening.connect(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON_S)).lower()
+    assert head.startswith(b"http/1.1 %d " % status)
+    assert (b"connection: close" not in head) is stays
+    if stays:
+        [length] = [line for line in head.splitlines() if line.startswith(b"content-length")]
+        await reader.readexactly(int(length.partition(b":")[2]))
+        writer.write(OK)
+        assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 200 ")
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,18 @@ READY = re.compile(r"the engine's process (\d+) is ready")
 class Serving:
     def __init__(self, root: Path, *options: str) -> None:
         self.logs = root / "logs"
-        command = [sys.executable, "-m", "toppings", "serve", "--port", "0", "--num-threads", "1"]
-        command += ["--log-dir", str(self.logs), "--state-dir", str(root / "state"), *options]
+        command = [sys.executable, "-m", "toppings", "serve", "--model", "demo"]
+        command += [
+            "--port",
+            "0",
+            "--num-threads",
+            "1",
+            "--log-dir",
+            str(self.logs),
+            "--state-dir",
+            str(root / "state"),
+            *options,
+        ]
         self.stderr = (root / "stderr").open("w+")
         self.process = subprocess.Popen(command, stderr=self.stderr)
         self.url = self._await(r"Uvicorn running on (\S+)")

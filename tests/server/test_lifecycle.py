@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 from tests.server.conftest import Server
 from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
+from toppings.server import lifecycle
 from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, with_run_files
 
 
@@ -136,6 +138,26 @@ async def test_the_log_says_where_it_runs(
         await running.task
 
 
+async def test_collections_of_garbage_pass_over_what_has_started(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full one would hold the event loop for as long as it takes to look at all that was imported."""
+
+    async def client(*_: object, **__: object) -> object:
+        return server.engine
+
+    monkeypatch.setattr(lifecycle, "_hold_state", lambda _: None)
+    monkeypatch.setattr(lifecycle, "_registry", lambda *_: server.state.registry)
+    monkeypatch.setattr(lifecycle, "_text_model", lambda _: server.state.text)
+    monkeypatch.setattr(EngineClient, "start", client)
+    num_before = len(gc.get_objects())
+    try:
+        await lifecycle._start(server.state.config)
+        assert len(gc.get_objects()) < num_before / 20
+    finally:
+        gc.unfreeze()
+
+
 def test_a_taken_port_is_a_configuration_error() -> None:
     with listening_socket(Config.from_settings({"port": 0})) as taken:
         taken.listen()
@@ -145,7 +167,9 @@ def test_a_taken_port_is_a_configuration_error() -> None:
 
 
 def test_the_resolved_configuration_is_written_without_the_key(tmp_path: Path) -> None:
-    config = Config.from_settings({"log_dir": str(tmp_path), "mode": "on_demand", "api_key": "secret"})
+    config = Config.from_settings(
+        {"model": "demo", "log_dir": str(tmp_path), "mode": "on_demand", "api_key": "secret"}
+    )
     resolved = with_run_files(config)
     written = tmp_path / "on_demand" / "config.yaml"
     assert "secret" not in written.read_text()
@@ -156,7 +180,8 @@ def test_the_resolved_configuration_is_written_without_the_key(tmp_path: Path) -
 
 def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
     """The whole of it: a process, its engine, the demo's model and adapters, a signal."""
-    command = [sys.executable, "-m", "toppings", "serve", "--port", "0", "--num-threads", "1"]
+    command = [sys.executable, "-m", "toppings", "serve", "--model", "demo"]
+    command += ["--port", "0", "--num-threads", "1"]
     options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
     process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
     try:

@@ -11,7 +11,7 @@ from tests.server.conftest import Server
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.measured import BASE, describe_base, perf_model_path, read_perf_model
 from toppings.cluster.perf_model import PerfModel, load_perf_model
-from toppings.cluster.router.reports import parse_toppings_stats
+from toppings.cluster.report import read_report
 from toppings.config import Config, EngineConfig
 from toppings.server import lifecycle
 from toppings.server.app import create_app
@@ -75,8 +75,8 @@ async def test_stats_tell_routers_the_costs_and_the_limit(
     server = Server(engine, registry, text, config)
     server.app = create_app(engine, registry, text, config, model)
     server.http = server.client_from("127.0.0.1")
-    report = parse_toppings_stats((await server.http.get("/stats")).content)
-    assert report.perf_model == model
+    report = read_report((await server.http.get("/stats")).content)
+    assert report.read_perf_model() == model
     assert report.max_num_seqs == engine.info.max_num_seqs == 8
     await server.http.aclose()
 

@@ -7,9 +7,10 @@ import pytest
 
 from tests.sim.builders import EXTENDED, PUBLISHED
 from toppings.cluster.batch_row import BatchRow
+from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.core import BatchItem, SamplingParams
-from toppings.sim.costs import DecodeSums, StepCosts, to_ns
+from toppings.sim.costs import StepCosts, to_ns
 from toppings.sim.request import SimRequest
 from toppings.sim.settings import base_tpt_ms, parse_slo_ms
 
@@ -31,9 +32,9 @@ def test_a_step_takes_what_the_performance_model_predicts(
     prefills = [
         (make_request(rng, num_computed=rng.randrange(50)), rng.randrange(1, 90)) for _ in range(num_prefills)
     ]
-    costs, sums = StepCosts(model), DecodeSums()
+    costs, sums = StepCosts(model), BatchSums()
     for request in decodes:
-        sums.add(request)
+        sums.add(request.rank, request.adapter_id, 1, 0)
     context = sum(request.num_computed_tokens + 1 for request in decodes)
     ms = costs.decode_ms(sums) + costs.decode_context_ms * context
     if prefills:
@@ -56,13 +57,13 @@ def _features(rows: list[tuple[SimRequest, int]]) -> "np.ndarray[tuple[int, ...]
 def test_what_is_removed_from_the_sums_leaves_no_trace() -> None:
     rng = random.Random(1)
     requests = [make_request(rng, num_computed=1) for _ in range(20)]
-    sums = DecodeSums()
+    sums = BatchSums()
     for request in requests:
-        sums.add(request)
+        sums.add(request.rank, request.adapter_id, 1, 0)
     rng.shuffle(requests)
     for request in requests:
-        sums.remove(request)
-    assert sums == DecodeSums()
+        sums.remove(request.rank, request.adapter_id, 1, 0)
+    assert sums == BatchSums()
 
 
 def test_no_step_takes_less_than_a_nanosecond() -> None:

@@ -99,7 +99,7 @@ def make_pool(sizes: list[int], capacity: int, *, host: int = 0, eviction: str =
         host_store_bytes=host,
         eviction=eviction,
     )
-    return Pool(config, sizes)
+    return Pool(config, [f"adapter-{i}" for i in range(len(sizes))], sizes)
 
 
 def use(pool: Pool, *adapters: int) -> None:
@@ -180,8 +180,8 @@ def test_host_memory_evicts_what_was_asked_for_least_recently_but_no_read_under_
     pool = make_pool([600, 600, 600], 2000, host=1200)
     for adapter in (0, 1, 2):
         pool.prefetch(adapter)
-    assert pool.host_ids() == {0, 1}  # no room for a third while two are read
+    assert pool.on_host() == {"adapter-0", "adapter-1"}  # no room for a third while two are read
     pool.now_ns = 10_000
     pool.prefetch(0)
     pool.prefetch(2)
-    assert pool.host_ids() == {0, 2}
+    assert pool.on_host() == {"adapter-0", "adapter-2"}

@@ -190,8 +190,8 @@ def test_jumping_is_exact_where_queued_requests_move_between_instances() -> None
     config, trace = crowded(policy="dlora", num_instances=3, max_num_seqs=4)
     moved = Simulator(config, trace)
     moves = []
-    move = moved.dispatchers[0].move
-    moved.dispatchers[0].move = lambda *args: moves.append(args) or move(*args)  # type: ignore[method-assign, func-returns-value]
+    sent = moved.dispatchers[0].sent
+    moved.dispatchers[0].sent = lambda *args: moves.append(args) or sent(*args)  # type: ignore[method-assign, func-returns-value]
     assert_same(moved.run(), simulate(stepwise(config), trace))
     assert moves
 

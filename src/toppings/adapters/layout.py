@@ -51,8 +51,8 @@ def layer_layout(ranks: tuple[int, ...], sizes: tuple[tuple[int, int], ...], ite
     alignment = BLOCK_ALIGNMENT_BYTES // item_bytes
     return LayerLayout(
         ranks=ranks,
-        a_offsets=tuple(start if r else -1 for r, start in zip(ranks, starts_a)),
-        b_offsets=tuple(numel_a + start if r else -1 for r, start in zip(ranks, starts_b)),
+        a_offsets=tuple(start if r else -1 for r, start in zip(ranks, starts_a[:-1], strict=True)),
+        b_offsets=tuple(numel_a + start if r else -1 for r, start in zip(ranks, starts_b[:-1], strict=True)),
         numel=-(-(numel_a + starts_b[-1]) // alignment) * alignment,
         numel_a=numel_a,
     )
@@ -72,6 +72,14 @@ class AdapterLayout:
         assert len(ranks) == shapes.num_layers
         item_bytes = DTYPE_BYTES[dtype]
         return cls(dtype, shapes, tuple(layer_layout(tuple(r), shapes.sizes, item_bytes) for r in ranks))
+
+    def __hash__(self) -> int:
+        """Caches of prices and plans ask for it with every cold prefill."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype, self.shapes, self.layers))
 
     @cached_property
     def max_rank(self) -> int:

@@ -57,7 +57,7 @@ class AdapterParts:
         pieces = []
         for half in (0, 1):  # A [r, in] of all modules, then B [r, out]
             starts = (whole.a_offsets, whole.b_offsets)[half]
-            for module, (rank, start) in enumerate(zip(whole.ranks, starts)):
+            for module, (rank, start) in enumerate(zip(whole.ranks, starts, strict=True)):
                 if rank:
                     size = sizes.sizes[module][half]
                     matrix = source[start : start + rank * size].reshape(rank, size)

@@ -3,12 +3,12 @@
 Which modules its patterns match is decided in `peft_matches.py`.
 """
 
-import json
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
 from toppings.core import MODULES
 
@@ -81,7 +81,7 @@ class PeftConfig:
     def read(cls, text: bytes) -> "PeftConfig":
         """Raises AdapterError for malformed values and for every option that would change the result."""
         try:
-            fields = json.loads(text)
+            fields = parse_bounded(text)
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"{CONFIG_FILE} is not JSON: {error}") from error
         if not isinstance(fields, dict):

@@ -15,6 +15,8 @@ class Origin(StrEnum):
     HTTP = "http"
     CLI = "cli"
     LIBRARY = "library"
+    SOURCE = "source"
+    """A request that named it, from a configured source: until its room is needed, or the source is gone."""
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,14 @@ class AdapterRegistry:
         replace: bool = False,
         digest: str = "",
         origin: Origin = Origin.LIBRARY,
+        source: str = "",
     ) -> AdapterRecord:
         """Validates and packs the PEFT checkpoint in `path`; on any failure nothing is left behind.
 
         With `replace`, an adapter of this name becomes a removed one as the new one takes its name and pin.
-        With `digest`, only this content will do. Raises AdapterExists, AdapterNotFound (no directory at
-        `path`), AdapterError (the reason).
+        With `digest`, only this content will do. `source` says where the files came from that are in `path`
+        for now; the record says it too, and an adapter of another base model is refused then. Raises
+        AdapterExists, AdapterNotFound (no directory at `path`), AdapterError (the reason).
         """
         check_name(name, self.base_model)
         if not replace and self.find_named(name) is not None:
@@ -172,11 +174,16 @@ class AdapterRegistry:
                 raise AdapterError(
                     f"the adapter at {path} has changed since {name!r} was registered; load it again"
                 )
-            self._check(name, candidate.header.layout.num_bytes, candidate.checkpoint.base_model)
+            self._check(
+                name,
+                candidate.header.layout.num_bytes,
+                candidate.checkpoint.base_model,
+                is_strict=bool(source),
+            )
         except BaseException:
             candidate.discard()
             raise
-        [record] = self._commit([(name, candidate)], replace=replace, origin=origin)
+        [record] = self._commit([(name, candidate)], replace=replace, origin=origin, source=source)
         if (doubt := self.doubt_of(record)) is not None:
             logger.warning("%s", doubt)
         return record
@@ -200,11 +207,12 @@ class AdapterRegistry:
             return None
         return _of_another_base(record.name, record.trained_on, self.base_model)
 
-    def _check(self, name: str, num_bytes: int, trained_on: str) -> None:
+    def _check(self, name: str, num_bytes: int, trained_on: str, *, is_strict: bool = False) -> None:
         """Raises AdapterError for what today's settings do not allow."""
         check_name(name, self.base_model)
-        if self._is_strict and not is_same_base(trained_on, self.base_names):
-            raise AdapterError(f"{_of_another_base(name, trained_on, self.base_model)} (strict_base)")
+        if (is_strict or self._is_strict) and not is_same_base(trained_on, self.base_names):
+            why = "" if is_strict else " (strict_base)"
+            raise AdapterError(f"{_of_another_base(name, trained_on, self.base_model)}{why}")
         if self.capacity is not None:
             self.capacity.check(name, num_bytes, [r for r in self._rows.pinned() if r.name != name])
 
@@ -282,7 +290,7 @@ class AdapterRegistry:
             with self._rows.change() as change:
                 change.set("origin", Origin.STARTUP, [record.adapter_id for record in records])
 
-    def _commit(self, candidates: Candidates, *, replace: bool, origin: Origin) -> Records:
+    def _commit(self, candidates: Candidates, *, replace: bool, origin: Origin, source: str = "") -> Records:
         """Rows and final file names in one transaction.
 
         A crash between the two leaves at most files without a row, under ids that the next adapters take.
@@ -291,7 +299,10 @@ class AdapterRegistry:
             return []
         try:
             with self._rows.change() as change:
-                new = [self._insert(change, *each, replace=replace, origin=origin) for each in candidates]
+                new = [
+                    self._insert(change, *each, replace=replace, origin=origin, source=source)
+                    for each in candidates
+                ]
         except BaseException:
             for _, candidate in candidates:
                 candidate.discard()
@@ -299,12 +310,19 @@ class AdapterRegistry:
         return [self.get_by_id(adapter_id) for adapter_id in new]
 
     def _insert(
-        self, change: RowChange, name: str, candidate: PackedCandidate, *, replace: bool, origin: Origin
+        self,
+        change: RowChange,
+        name: str,
+        candidate: PackedCandidate,
+        *,
+        replace: bool,
+        origin: Origin,
+        source: str,
     ) -> int:
         header, layout = candidate.header, candidate.header.layout
         fields = {
             "name": name,
-            "path": str(candidate.checkpoint.path),
+            "path": source or str(candidate.checkpoint.path),
             "base_model": self.base_model,
             "rank": layout.max_rank,
             "targets": ",".join(layout.targets),
@@ -375,6 +393,11 @@ class AdapterRegistry:
     def rebuild(self, adapter_id: int) -> None:
         """Makes the packed file again. Raises AdapterError where the source is gone or has changed."""
         record = self.get_by_id(adapter_id)
+        if not record.path.startswith("/"):
+            raise AdapterError(
+                f"the packed file of adapter {record.name!r} is damaged; unload it, and load it again from "
+                f"{record.path}"
+            )
         candidate = self._packed_dir.pack(record.path, is_synced=True)
         if candidate.header.digest != record.digest:
             candidate.discard()

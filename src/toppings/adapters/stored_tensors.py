@@ -4,7 +4,6 @@ The library's own reader needs the whole file in memory or maps it, and a mapped
 meanwhile ends the process. The layout: header length (uint64), header (JSON), then the tensors without gaps.
 """
 
-import json
 import math
 import os
 import struct
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -82,7 +82,7 @@ class StoredTensors:
 
 def _parse(text: bytes, num_bytes: int) -> dict[str, StoredTensor]:
     try:
-        header = json.loads(text)
+        header = parse_bounded(text)
         _check_metadata(header.pop("__metadata__", {}))
         fields = header
         tensors = {key: _entry(key, value) for key, value in fields.items()}

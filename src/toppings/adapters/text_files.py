@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toppings.adapters.bounded_json import MAX_VALUES, parse_bounded
+
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -68,7 +70,7 @@ def _read_bounded(file: Path, max_bytes: int, warnings: list[str]) -> str | None
 def _read_config(file: Path, warnings: list[str]) -> dict[str, Any]:
     text = _read_bounded(file, MAX_CONFIG_BYTES, warnings)
     try:
-        config = json.loads(text or "{}")
+        config = parse_bounded(text or "{}")
     except (ValueError, RecursionError):
         config = None
     if isinstance(config, dict):
@@ -115,7 +117,7 @@ def _listed_tokens(file: Path) -> list[Any]:
         return []
     start = head.find('"added_tokens"')
     start = head.find("[", start) if start >= 0 else -1
-    if start < 0:
+    if start < 0 or head.count("[") + head.count("{") > MAX_VALUES:
         return []
     try:
         listed = json.JSONDecoder().raw_decode(head, start)[0]

@@ -218,7 +218,11 @@ class AssistLora:
         is_full = piece.form is Form.FULL
         widths = piece.weights.num_outs if is_full else piece.weights.ranks
         for module, low, high, part in zip(
-            GROUPS[group], lows, (*lows[1:], y.shape[1]), torch.split(result, list(widths), dim=1)
+            GROUPS[group],
+            lows,
+            (*lows[1:], y.shape[1]),
+            torch.split(result, list(widths), dim=1),
+            strict=True,
         ):
             if not part.shape[1]:
                 continue

@@ -22,7 +22,9 @@ class CpuCost:
     def ms(self, num_rows: int, rank: int, num_in: int, num_out: int) -> float:
         """x [rows, in] times A [rank, in], then B [rank, out]; `num_out` 0: the shrink alone."""
         coefficients = (self.fixed_ms, self.per_gflop_ms, self.per_mweights_ms, self.per_mvalues_ms)
-        return sum(c * f for c, f in zip(coefficients, cpu_features(num_rows, rank, num_in, num_out)))
+        return sum(
+            c * f for c, f in zip(coefficients, cpu_features(num_rows, rank, num_in, num_out), strict=True)
+        )
 
 
 def cpu_features(num_rows: int, rank: int, num_in: int, num_out: int) -> tuple[float, ...]:

@@ -178,7 +178,7 @@ def predict(
     a_at, b_at = _arrivals_ms(layers, order)
     now_ms = delay_ms = 0.0
     has_used_cpu = False
-    for layer, costs, choice in zip(range(len(layers)), layers, choices):
+    for layer, costs, choice in zip(range(len(layers)), layers, choices, strict=True):
         landed_ms = max(a_at[layer], b_at[layer]) + delay_ms
         if choice is Choice.DEVICE or landed_ms <= now_ms:
             now_ms = max(now_ms, landed_ms) + costs.device_ms

@@ -18,6 +18,7 @@ from toppings.assist.channel import Channel
 from toppings.assist.cores import WorkerCores
 from toppings.assist.product import Form, GroupWeights, Slice
 from toppings.assist.worker import WorkerSettings, rows_at
+from toppings.process_state import is_stopped
 
 NUM_SLOTS = 64
 NUDGE_AFTER_S = 0.0005
@@ -106,8 +107,10 @@ class Worker:
 
     @property
     def is_lost(self) -> bool:
-        """It is gone, or hangs in its start."""
-        return not self.is_alive or (not self.channel.is_ready and time.monotonic() > self._start_by)
+        """It is gone, or hangs in its start; one that hangs later lets a deadline pass (`wait`)."""
+        if not self.is_alive:
+            return True
+        return not self.channel.is_ready and (time.monotonic() > self._start_by or is_stopped(self.pid))
 
     def how_it_ended(self) -> str:
         """Of one that is lost."""

@@ -82,7 +82,7 @@ class Slice:
 def compute(form: Form, weights: GroupWeights, x: Tensor, out: Tensor, arena: Tensor) -> None:
     """out = (x Aᵀ) B, targeted modules side by side, or x Aᵀ. x [n, in] and out [n, columns] are dense."""
     if form is Form.SHRINK:
-        a_start = next(a for a, rank in zip(weights.a_offsets, weights.ranks) if rank)
+        a_start = next(a for a, rank in zip(weights.a_offsets, weights.ranks, strict=True) if rank)
         a = arena[a_start : a_start + sum(weights.ranks) * weights.num_in].view(-1, weights.num_in)
         out.copy_(lora_shrink(x, a))
         return

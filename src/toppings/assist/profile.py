@@ -23,6 +23,7 @@ from toppings.assist.cost import CostProfile, CpuCost, cpu_features
 from toppings.assist.pool import Worker, WorkerPool
 from toppings.assist.product import Form, GroupWeights
 from toppings.core import MODULES
+from toppings.least_squares import fit_non_negative
 
 SLICE_ROWS = (16, 64, 256)
 SLICE_RANKS = (8, 64, 192)
@@ -94,27 +95,12 @@ def _fit_link(probes: Probes) -> tuple[float, float]:
 
 
 def _fit_slices(probes: Probes, shapes: BaseShapes) -> list[float]:
-    """Coefficients of `cpu_features`, in ms, over the widest and the narrowest projection."""
+    """Coefficients of `cpu_features`, in ms, of the widest and narrowest projection, by relative errors."""
     sizes = sorted(set(shapes.sizes), key=sum)
     cases = list(product(SLICE_ROWS, SLICE_RANKS, {sizes[0], sizes[-1]}))
     features = np.array([cpu_features(rows, rank, *size) for rows, rank, size in cases])
     times_ms = np.array([probes.slice_s(rows, rank, *size) * 1e3 for rows, rank, size in cases])
-    return fit_non_negative(features, times_ms)
-
-
-def fit_non_negative(features: np.ndarray, times: np.ndarray) -> list[float]:
-    """Least squares of relative errors; features whose coefficient would be negative are left out, worst
-    first."""
-    kept = list(range(features.shape[1]))
-    while True:
-        scaled = features[:, kept] / times[:, None]
-        solution = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
-        if solution.min() >= 0 or len(kept) == 1:
-            break
-        contributions = solution * scaled.mean(axis=0)
-        del kept[int(contributions.argmin())]
-    coefficients = dict(zip(kept, solution.tolist()))
-    return [max(0.0, coefficients.get(i, 0.0)) for i in range(features.shape[1])]
+    return list(map(float, fit_non_negative(features / times_ms[:, None], np.ones(len(cases)))))
 
 
 # --- the real thing ---
@@ -154,7 +140,7 @@ class EventLora:
     @property
     def gemm_s(self) -> float:
         """Once the forward is over."""
-        pairs = zip(self._events[::2], self._events[1::2])
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
         return sum(float(start.elapsed_time(stop)) for start, stop in pairs) / 1e3
 
 

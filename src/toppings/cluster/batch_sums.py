@@ -1,26 +1,26 @@
 """The features of one batch as running sums: plain numbers, which change faster than elements of an array."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-
-from toppings.cluster.snapshot import RequestSnapshot
+from typing import Any
 
 
 @dataclass(slots=True)
 class BatchSums:
-    """`ranks` and `adapters` count the requests of each rank and of each adapter."""
+    """`ranks` and `adapters` count the requests of each rank and of each adapter, by name or by number."""
 
     sequences: int = 0
     tokens: float = 0.0
     rank_sum: float = 0.0
     distinct_rank_sum: float = 0.0
     context_tokens: float = 0.0
+    gathered_tokens: float = 0.0
     max_rank: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
-    adapters: dict[str, int] = field(default_factory=dict)
+    adapters: dict[Any, int] = field(default_factory=dict)
 
-    def add(self, request: RequestSnapshot, *, tokens: int, context: float) -> None:
+    def add(self, rank: int, adapter: Hashable, tokens: int, context: float) -> None:
         """A request of which so many tokens are in the batch, attending to `context` keys."""
-        rank, adapter = request.rank, request.adapter
         self.sequences += 1
         self.tokens += tokens
         self.rank_sum += tokens * rank
@@ -33,9 +33,8 @@ class BatchSums:
             if not count:
                 self.distinct_rank_sum += rank
 
-    def remove(self, request: RequestSnapshot, *, tokens: int, context: float) -> None:
+    def remove(self, rank: int, adapter: Hashable, tokens: int, context: float) -> None:
         """The request leaves; what it counts for by now."""
-        rank, adapter = request.rank, request.adapter
         self.sequences -= 1
         self.tokens -= tokens
         self.rank_sum -= tokens * rank
@@ -53,9 +52,7 @@ class BatchSums:
                 self.distinct_rank_sum -= rank
 
     def features(self) -> tuple[float, ...]:
-        """In the order of `perf_model.FEATURES`; all zero for an empty batch. No waiting request has anything
-        cached, so `gathered_tokens` is 0.
-        """
+        """In the order of `perf_model.FEATURES`; all zero for an empty batch."""
         return (
             1.0 if self.sequences else 0.0,
             self.tokens,
@@ -64,5 +61,5 @@ class BatchSums:
             self.distinct_rank_sum,
             self.context_tokens,
             self.sequences,
-            0.0,
+            self.gathered_tokens,
         )

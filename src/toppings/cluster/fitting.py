@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from toppings.cluster.perf_model import (
     PerfModel,
     batch_features,
 )
+from toppings.least_squares import fit_non_negative
 
 MIN_OBSERVATIONS = 8
 HELD_OUT_SHARE = 0.3
@@ -82,36 +82,10 @@ def hold_out(num: int, share: float = HELD_OUT_SHARE, seed: int = 0) -> tuple[In
     return order[num_held_out:], order[:num_held_out]
 
 
-def fit_linear(
-    features: FloatArray, ms: FloatArray, names: Sequence[str], *, non_negative: bool = True
-) -> LinearModel:
-    """Least squares of `ms` [N] on the named columns of `features` [N, F].
-
-    With `non_negative` no coefficient is below zero: of the unconstrained solutions over subsets of the
-    columns, the best that happens to be non-negative, which is the exact optimum (all are tried, being few).
-    """
-    columns = [FEATURES.index(name) for name in names]
-    subsets = (
-        subset
-        for size in range(len(columns), 0, -1)
-        for subset in combinations(columns, size)
-        if non_negative or size == len(columns)
-    )
-    best: tuple[float, dict[str, float]] = (float(ms @ ms), {})
-    for subset in subsets:
-        solution = _solve(features[:, subset], ms)
-        if non_negative and (solution < 0).any():
-            continue
-        residual = ms - features[:, subset] @ solution
-        coefficients = {FEATURES[i]: float(c) for i, c in zip(subset, solution, strict=True)}
-        best = min(best, (float(residual @ residual), coefficients), key=lambda fit: fit[0])
-    return LinearModel(best[1])
-
-
-def _solve(columns: FloatArray, ms: FloatArray) -> FloatArray:
-    scale = np.maximum(np.abs(columns).max(axis=0), 1e-12)  # token counts dwarf the constant column
-    solution: FloatArray = np.linalg.lstsq(columns / scale, ms, rcond=None)[0] / scale
-    return solution
+def fit_linear(features: FloatArray, ms: FloatArray, names: Sequence[str]) -> LinearModel:
+    """Least squares of `ms` [N] on the named columns of `features` [N, F]; no coefficient is below zero."""
+    found = fit_non_negative(features[:, [FEATURES.index(name) for name in names]], ms).tolist()
+    return LinearModel({name: value for name, value in zip(names, found, strict=True) if value})
 
 
 def evaluate(model: LinearModel, features: FloatArray, ms: FloatArray, *, num_fitted: int) -> FitReport:

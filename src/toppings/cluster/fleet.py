@@ -4,13 +4,13 @@ The router and the simulator both keep one; every change costs a few scalar oper
 walks over requests. Knows nothing of HTTP and has no clock.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Container, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from toppings.cluster.batch_sums import BatchSums
-from toppings.cluster.instances import COLUMNS, DECODE, LISTS, PREFILL, Instances
+from toppings.cluster.instances import COLUMNS, DECODE, LISTS, PREFILL, BoolArray, Instances
 from toppings.cluster.perf_model import CONTEXT_TOKENS, DISTINCT_RANK_SUM, STEPS, PerfModel
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
 
@@ -128,9 +128,11 @@ class Fleet(Instances):
         for name, value in limits.items():
             getattr(self, name)[row] = value
 
-    def set_adapters(self, instance_id: str, *, on_device: set[str], on_host: Set[str]) -> None:
-        row = self._rows[instance_id]
-        self.on_device[row], self.on_host[row] = on_device, on_host
+    def set_on_device(self, instance_id: str, adapters: set[str]) -> None:
+        self.on_device[self._rows[instance_id]] = adapters
+
+    def set_on_host(self, instance_id: str, adapters: Set[str]) -> None:
+        self.on_host[self._rows[instance_id]] = adapters
 
     def add_adapter(self, instance_id: str, adapter: str) -> None:
         """A request brought the adapter onto the device."""
@@ -146,8 +148,8 @@ class Fleet(Instances):
             raise ValueError(f"request {request.request_id!r} is on instance {instance_id!r} already")
         waiting[request.request_id] = request
         tokens = request.prompt_tokens
-        account.waiting.add(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
-        account.active.add(request, tokens=1, context=tokens)
+        account.waiting.add(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
+        account.active.add(request.rank, request.adapter, 1, tokens)
         self._changed[DECODE].add(row)
         self._changed[PREFILL].add(row)
 
@@ -157,7 +159,7 @@ class Fleet(Instances):
         account, request = self._accounts[row], self.queued[row].pop(request_id)
         account.running[request_id] = request
         tokens = request.prompt_tokens
-        account.waiting.remove(request, tokens=tokens, context=tokens * (tokens + 1) / 2)
+        account.waiting.remove(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
         self._changed[PREFILL].add(row)
 
     def grow(self, instance_id: str, request_id: str, num_tokens: int) -> None:
@@ -168,6 +170,15 @@ class Fleet(Instances):
         account.active.context_tokens += num_tokens
         self._changed[DECODE].add(row)
 
+    def grow_to(self, instance_id: str, request_id: str, num_generated: int) -> None:
+        """The request has generated so many by now; told of fewer than are known, nothing changes."""
+        row = self._rows[instance_id]
+        if num_generated > 0 and request_id in self.queued[row]:
+            self.start(instance_id, request_id)
+        num_new = num_generated - self._accounts[row].num_generated.get(request_id, 0)
+        if num_new > 0:
+            self.grow(instance_id, request_id, num_new)
+
     def finish(self, instance_id: str, request_id: str) -> None:
         """The request ended there, or left: whatever it counted for is taken back."""
         row = self._rows[instance_id]
@@ -176,8 +187,30 @@ class Fleet(Instances):
             self.start(instance_id, request_id)
         request = account.running.pop(request_id)
         context = request.prompt_tokens + account.num_generated.pop(request_id, 0)
-        account.active.remove(request, tokens=1, context=context)
+        account.active.remove(request.rank, request.adapter, 1, context)
         self._changed[DECODE].add(row)
+
+    # --- looked at ---
+
+    def rows_in(self, instance_ids: Container[str]) -> BoolArray:
+        """Which rows are of these instances [N]."""
+        return np.array([instance_id in instance_ids for instance_id in self.ids], dtype=np.bool_)
+
+    def request_ids(self, instance_id: str) -> list[str]:
+        row = self._rows[instance_id]
+        return [*self._accounts[row].running, *self.queued[row]]
+
+    def request(self, instance_id: str, request_id: str) -> RequestSnapshot:
+        row = self._rows[instance_id]
+        return self.queued[row].get(request_id) or self._accounts[row].running[request_id]
+
+    def ranks(self, instance_id: str) -> Mapping[int, int]:
+        """How many of the requests there are of each rank."""
+        return self._accounts[self._rows[instance_id]].active.ranks
+
+    def adapters(self, instance_id: str) -> Mapping[str, int]:
+        """How many of the requests there are of each adapter."""
+        return self.active[self._rows[instance_id]]
 
     def instance(self, instance_id: str) -> InstanceSnapshot:
         """One instance as a frozen snapshot."""

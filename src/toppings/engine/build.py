@@ -24,7 +24,6 @@ from toppings.assist.cuda_stream_ops import unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import EngineReady
-from toppings.demo import demo_model_dir
 from toppings.engine.assist import Assist
 from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.drawing import DeviceSampler, draw_on_host
@@ -33,6 +32,7 @@ from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, Graph
 from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.products import choose_products
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
@@ -47,19 +47,20 @@ from toppings.model.parts import Part
 from toppings.ops import dispatch, warm_up
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import LoraForm
+from toppings.sources.models import cache_dir, find_model
 
 if TYPE_CHECKING:
     from toppings.engine.parallel import Followers
 
 logger = logging.getLogger(__name__)
 
-DEMO_NAME = "toppings-demo"
 IDENTITY_CHARS = 12  # of a base model's identity in the name of its default state directory
 MAX_DEFAULT_CACHE_BYTES = 4 * 2**30
 
 
 def model_path(config: EngineConfig) -> Path:
-    return Path(config.model) if config.model else demo_model_dir()
+    """Raises ValueError for a model that cannot be found or made."""
+    return find_model(config.model, config.state_dir).path
 
 
 def model_config(config: EngineConfig) -> ModelConfig:
@@ -71,7 +72,7 @@ def model_config(config: EngineConfig) -> ModelConfig:
 
 def load_decoder(config: EngineConfig, model: ModelConfig, part: Part | None = None) -> Decoder:
     """The model, or one part of it. Raises ValueError where it cannot be read."""
-    dtype = getattr(torch, _dtype_name(config, model))
+    dtype = getattr(torch, dtype_name(config, model))
     if part is not None:
         if config.load_format == "dummy":
             return PartDecoder.dummy_part(part, dtype, config.device, seed=config.seed)
@@ -136,8 +137,13 @@ def set_threads(config: EngineConfig) -> None:
 
 
 def served_model_name(config: EngineConfig) -> str:
-    directory = DEMO_NAME if not config.model else Path(config.model).resolve().name
-    return config.served_model_name or directory
+    return config.served_model_name or _model_name(config)
+
+
+def _model_name(config: EngineConfig) -> str:
+    if config.load_format == "dummy" and config.model in NAMED_MODELS:
+        return config.model
+    return find_model(config.model, config.state_dir).name
 
 
 def base_identity(config: EngineConfig) -> str:
@@ -170,10 +176,8 @@ def state_dir(config: EngineConfig) -> Path:
     """
     if config.state_dir:
         return Path(config.state_dir)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = DEMO_NAME if not config.model else Path(config.model).resolve().name
-    parts = [directory, base_identity(config)[:IDENTITY_CHARS]]
-    return cache / "toppings" / "-".join(parts if config.dtype == "auto" else [*parts, config.dtype])
+    parts = [_model_name(config).rpartition("/")[2], base_identity(config)[:IDENTITY_CHARS]]
+    return cache_dir() / "-".join(parts if config.dtype == "auto" else [*parts, config.dtype])
 
 
 def hold_state(config: EngineConfig, purpose: str, *, is_shared: bool = False) -> StateLock:
@@ -204,7 +208,7 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
             state_dir(config),
             served_model_name(config),
             BaseShapes(*model.base_shapes()),
-            _dtype_name(config, model),
+            dtype_name(config, model),
             identity=base_identity(config),
             base_names=base_names(config),
             is_strict=config.strict_base == "on",
@@ -263,6 +267,7 @@ def _build_engine(
     model = model_config(config)
     part = None if followers is None else followers.lead_part
     own = model if part is None else part.config  # what this process has of it
+    choose_products(config, own, getattr(torch, dtype_name(config, model)), state_dir(config))
     decoder = load_decoder(config, model, part)
     warm_up(decoder.dtype)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
@@ -324,7 +329,7 @@ def _make_mode(config: EngineConfig) -> LoadingMode:
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
 
 
-def _dtype_name(config: EngineConfig, model: ModelConfig) -> str:
+def dtype_name(config: EngineConfig, model: ModelConfig) -> str:
     return str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
 
 
@@ -346,7 +351,7 @@ def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple
 
     Raises ConfigError where max_model_len is beyond the model's positions or the cache's size.
     """
-    token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[_dtype_name(config, model)]
+    token_bytes = 2 * model.num_layers * model.kv_size * DTYPE_BYTES[dtype_name(config, model)]
     num_pages = cache_bytes // (token_bytes * config.page_size)
     num_tokens, num_positions = num_pages * config.page_size, model.max_position_embeddings
     max_model_len = config.max_model_len or min(num_positions, num_tokens)

@@ -8,17 +8,23 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
+from toppings.engine.heartbeat import Heartbeat
 
-def main(fd: int) -> None:
-    """`fd`: of the socket that leads to the lead."""
+
+def main(fd: int, lifeline_fd: int) -> None:
+    """Of the sockets that lead to the lead: for messages, and for beats (heartbeat.py)."""
     # Ctrl-C reaches the whole process group; the lead decides when its followers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_lead, args=(fd,), daemon=True).start()
+    lifeline = socket.socket(fileno=lifeline_fd)
+    lifeline.setblocking(False)
+    Heartbeat(lifeline)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logger = logging.getLogger("toppings.follower")
     from toppings.engine.follower import Follower  # torch: slow to import, and the lead may end meanwhile
@@ -54,4 +60,4 @@ def _exit(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:3]))

@@ -1,8 +1,12 @@
-"""The lifeline between an engine's process and whoever started it: a socket that says "I get on".
+"""The lifeline between an engine's process, or a follower's, and whoever started it: a socket that says "I
+get on".
 
-The engine's end sends its process id, then a beat every `BEAT_S`, with the number of beats since its loop
-last turned. When either process ends, the other finds the socket closed. Both sides count beats and looks,
-not the clock: a machine that was suspended, or a process that was stopped and goes on, has missed nothing.
+The process's end sends its id, then a beat every `BEAT_S`, with the number of beats since its loop last
+turned. When either process ends, the other finds the socket closed. Both sides count beats and looks, not the
+clock: a machine that was suspended, or a process that was stopped and goes on, has missed nothing.
+
+Silence alone says little on a busy machine, so that it has to last. Where the kernel says that the process is
+stopped, waiting longer helps nobody.
 """
 
 import os
@@ -11,11 +15,15 @@ import struct
 import threading
 import time
 
+from toppings.process_state import is_stopped
+
 BEAT_S = 0.5
 LOOK_S = 0.1
 """How often the client looks at the lifeline."""
+STOPPED_S = 1.0
+"""A process that has missed beats for so long and is stopped is not waited for any longer."""
 ORPHAN_GRACE_S = 15.0
-"""An engine whose client has gone and that does not end by itself, as in a step that hangs, is ended then."""
+"""A process whose starter has gone and that does not end by itself, as in a step that hangs, ends then."""
 
 _BEAT = struct.Struct("<q")
 
@@ -29,7 +37,7 @@ def open_lifeline() -> tuple[socket.socket, socket.socket]:
 
 
 class Heartbeat:
-    """The engine's end, served by a thread."""
+    """The process's end, served by a thread."""
 
     def __init__(self, lifeline: socket.socket) -> None:
         self.is_orphaned = False
@@ -39,7 +47,7 @@ class Heartbeat:
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def turn(self) -> None:
-        """To be called by the engine's loop each time round."""
+        """To be called by its loop each time round."""
         self._num_turns += 1
 
     def _run(self) -> None:
@@ -62,7 +70,7 @@ class Heartbeat:
 
 
 class Pulse:
-    """The client's end: `look` takes note of what has come. `pid`: None until the process has begun.
+    """The starter's end: `look` takes note of what has come. `pid`: None until the process has begun.
 
     `silent_s`: since its last beat, `stuck_s`: since its loop last turned; no longer than was looked for.
     """
@@ -90,6 +98,14 @@ class Pulse:
                 self._note(_BEAT.unpack(data)[0])
             else:
                 self.has_ended = True
+
+    def why_given_up(self, silence_bound_s: float) -> str | None:
+        """What is said of a process that is not waited for any longer, after its name."""
+        if self.silent_s > STOPPED_S and self.pid is not None and is_stopped(self.pid):
+            return "was stopped, by a signal or a debugger"
+        if self.silent_s > silence_bound_s:
+            return f"gave no sign of life for {silence_bound_s:g} s"
+        return None
 
     def _note(self, value: int) -> None:
         self.silent_s = 0.0

@@ -98,22 +98,29 @@ class EngineLife:
             return f"{name} did not end when it was told to, and was killed"
         if receiving.done():
             return f"{name} sent what cannot be read ({receiving.exception()!r}), and was killed"
-        if pulse.silent_s > (bound_s := self._silence_bound_s()):
-            return f"{name} gave no sign of life for {bound_s:g} s, and was killed"
+        if (reason := self._why_given_up()) is not None:
+            return f"{name} {reason}, and was killed"
         bound_s = self._config.step_timeout_s or math.inf
         if self.ready and pulse.stuck_s > bound_s + PARTS_GRACE_S * (self._config.tensor_parallel_size > 1):
             return f"{name} hangs in a step, for more than {bound_s:g} s (step_timeout_s), and was killed"
         return None
 
+    def _why_given_up(self) -> str | None:
+        pulse, waits_for_fork = self._process.pulse, self._waits_for_fork
+        if waits_for_fork or self._config.heartbeat_timeout_s:
+            return pulse.why_given_up(FORK_TIMEOUT_S if waits_for_fork else self._silence_bound_s())
+        return None
+
+    @property
+    def _waits_for_fork(self) -> bool:
+        return self._process.pulse.pid is None and self._process.is_of_warm
+
     def _silence_bound_s(self) -> float:
         """None at all for a first start, whose imports and compilations may take long."""
-        bound_s = self._config.heartbeat_timeout_s or math.inf
+        bound_s = self._config.heartbeat_timeout_s
         if self.ready is not None:
             return bound_s
-        if self._is_first:
-            return math.inf
-        waits_for_fork = self._process.pulse.pid is None and self._process.is_of_warm
-        return FORK_TIMEOUT_S if waits_for_fork else max(bound_s, START_SILENCE_S)
+        return math.inf if self._is_first else max(bound_s, START_SILENCE_S)
 
     async def _kill(self) -> None:
         self._process.kill()

@@ -1,4 +1,5 @@
-"""Folders in the temporary directory where processes meet, and which outlive none of their owners."""
+"""Folders in the temporary directory where the processes of one owner meet, by sockets or by a state
+directory of their own, and which outlive none of their owners."""
 
 import fcntl
 import os
@@ -30,7 +31,7 @@ class MeetingPlace:
                 return cls(path, lock)
 
     def close(self) -> None:
-        """To be called as soon as those who meet there have met, or not at all."""
+        """To be called as soon as nobody needs it, or not at all."""
         if self._lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)

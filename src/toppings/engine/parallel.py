@@ -4,10 +4,12 @@ The lead is the engine's own process. It alone schedules, places adapters and sa
 each other part of the model, repeat its steps and what it does to its device pool, in the same order. The
 processes talk to one another twice per layer, to sum, and once per step, to gather logits: through
 torch.distributed, NCCL between GPUs, gloo between CPUs. A follower that ends takes the engine with it; one
-that hangs in a step for longer than `step_timeout_s` is ended.
+that is stopped, gives no sign of life (heartbeat.py) or hangs in a step for longer than `step_timeout_s` is
+ended.
 """
 
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -18,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from toppings.adapters.parts import AdapterParts
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import Batch, Request
 from toppings.engine.engine import FollowerLostError
+from toppings.engine.heartbeat import LOOK_S, Pulse, open_lifeline
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.engine.model_runner import ModelRunner, StepInFlight
 from toppings.engine.part_messages import (
@@ -46,6 +48,7 @@ from toppings.engine.part_messages import (
 )
 from toppings.model.config import ModelConfig
 from toppings.model.parts import Part, split_model
+from toppings.process_state import is_stopped
 from toppings.vital import VitalThread
 
 logger = logging.getLogger(__name__)
@@ -57,8 +60,6 @@ BLAME_S = 1.0
 HANG_S = 5.0
 """What a follower's end has not broken off by then never ends (NCCL waits on the device)."""
 MEETING_TIMEOUT = timedelta(minutes=10)
-HANG_POLLS = 20
-"""So often within `step_timeout_s` it is asked whether a step is over."""
 
 
 def _check(config: EngineConfig) -> None:
@@ -85,6 +86,10 @@ def meet(config: EngineConfig, store_path: str, index: int) -> None:
     )
 
 
+_Hung = tuple[list[tuple[int, "subprocess.Popen[bytes]"]], str]
+"""Parts by number, and what is said of them."""
+
+
 class Followers:
     """The processes of parts 1, 2, …; used by the engine's thread, but for `send`, which any may call."""
 
@@ -106,11 +111,13 @@ class Followers:
         self._step_began_at: float | None = None  # time.monotonic
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._pulses: list[Pulse] = []
+        self._has_begun = False
         self._watchers: list[threading.Thread] = []
         for index in range(1, config.tensor_parallel_size):
             self._spawn(index)
         self._hang_watch = VitalThread(self._end_hung, "follower-watch")
-        if config.step_timeout_s:
+        if config.heartbeat_timeout_s or config.step_timeout_s:
             self._hang_watch.start()
 
     @classmethod
@@ -125,11 +132,13 @@ class Followers:
 
     def _spawn(self, index: int) -> None:
         mine, theirs = socket.socketpair()
+        my_lifeline, lifeline = open_lifeline()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        with theirs:
+        with theirs, lifeline:
+            fds = (theirs.fileno(), lifeline.fileno())
             process = subprocess.Popen(
-                [sys.executable, "-m", "toppings.engine.follower_process", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-m", "toppings.engine.follower_process", *map(str, fds)],
+                pass_fds=fds,
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
@@ -137,6 +146,7 @@ class Followers:
         watcher = threading.Thread(target=self._watch, args=(process, index), daemon=True)
         self._connections.append(Connection(mine.detach()))
         self._processes.append(process)
+        self._pulses.append(Pulse(my_lifeline))
         self._watchers.append(watcher)
         watcher.start()
         with suppress(OSError):  # its watcher notices that it ended
@@ -156,29 +166,39 @@ class Followers:
             os._exit(1)
 
     def _end_hung(self) -> None:
-        """Ends the followers when a step takes too long: what waits for them then breaks off, or never will
-        (see `_watch`)."""
-        bound_s = self._config.step_timeout_s
+        """Ends followers that are not waited for any longer: what waits for them then breaks off, or never
+        will (see `_watch`)."""
         while not (self._is_closing or self._lost.is_set()):
-            time.sleep(bound_s / HANG_POLLS)
-            began_at = self._step_began_at
-            if began_at is None or time.monotonic() - began_at < bound_s:
+            time.sleep(LOOK_S)
+            hung, why = self._silent() or self._late() or ([], "")
+            if not hung:
                 continue
-            hung = self._hung()
             names = ", ".join(f"{index} (pid {process.pid})" for index, process in hung)
-            self._reason = (
-                f"the process of part {names} of the model hangs: a step takes more than {bound_s:g} s"
-                " (step_timeout_s)"
-            )
+            self._reason = f"the process of part {names} of the model {why}"
             logger.error("%s; it is ended", self._reason)
             for _, process in hung:
                 process.kill()
             return
 
-    def _hung(self) -> list[tuple[int, "subprocess.Popen[bytes]"]]:
-        """Those whose process is stopped, by number; all, where none is: they cannot be told apart."""
+    def _silent(self) -> _Hung | None:
+        """One that gives no sign of life; imports and compilers may, before all have begun."""
+        timeout_s = self._config.heartbeat_timeout_s
+        for index, pulse in enumerate(self._pulses, 1):
+            pulse.look()
+            why = pulse.why_given_up(timeout_s if self._has_begun else math.inf) if timeout_s else None
+            if why is not None:
+                return [(index, self._processes[index - 1])], why
+        return None
+
+    def _late(self) -> _Hung | None:
+        """When a step takes too long, those that are stopped; all, where none is: they cannot be told
+        apart."""
+        bound_s, began_at = self._config.step_timeout_s, self._step_began_at
+        if not bound_s or began_at is None or time.monotonic() - began_at < bound_s:
+            return None
         numbered = list(enumerate(self._processes, 1))
-        return [each for each in numbered if _is_stopped(each[1].pid)] or numbered
+        hung = [each for each in numbered if is_stopped(each[1].pid)] or numbered
+        return hung, f"hangs: a step takes more than {bound_s:g} s (step_timeout_s)"
 
     # --- start ---
 
@@ -209,6 +229,7 @@ class Followers:
         for connection in self._connections:
             with socket.socket(fileno=os.dup(connection.fileno())) as end:
                 socket.send_fds(end, [b"\0"], [arena.fd])
+        self._has_begun = True
 
     def lead(self) -> Lead:
         return Lead(self._adapter_parts, self.send, self.take_landed)
@@ -286,16 +307,12 @@ class Followers:
             watcher.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             watcher.join()
-        for connection in self._connections:
+        if self._hang_watch.is_alive():
+            self._hang_watch.join()
+        for connection, pulse in zip(self._connections, self._pulses, strict=True):
             connection.close()
+            pulse.close()
         self._place.close()
-
-
-def _is_stopped(pid: int) -> bool:
-    """By a signal or a debugger, as the kernel says where it does."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
-    return False
 
 
 class LeadRunner:

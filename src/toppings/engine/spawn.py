@@ -12,6 +12,7 @@ import msgspec
 from toppings.config import EngineConfig
 from toppings.engine.heartbeat import Pulse, open_lifeline
 from toppings.engine.process import MAX_START_BYTES, STAYS, Ended, EngineLog, Start
+from toppings.process_state import go_on
 
 EXIT_TIMEOUT_S = 2.0
 """How long a process that was killed may take to go."""
@@ -62,6 +63,8 @@ class Spawner:
             self._renew()
         assert self._control is not None
         mine, theirs = open_lifeline()
+        if is_warm and self._process is not None:
+            go_on(self._process.pid)  # nobody hears whether it is stopped while it has nothing to do
         with theirs, suppress(OSError):  # one that has ended is noticed by its lifeline
             message = msgspec.msgpack.encode(Start(config, address, log))
             socket.send_fds(self._control, [message], [theirs.fileno()])

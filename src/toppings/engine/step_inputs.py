@@ -36,7 +36,7 @@ class StepRows:
         """`num_pages`: columns of the page tables, by default as many as the longest needs."""
         tables = [item.request.page_table for item in items]
         page_tables = np.zeros((len(items), num_pages or max(map(len, tables))), np.int32)
-        for row, table in zip(page_tables, tables):
+        for row, table in zip(page_tables, tables, strict=True):
             row[: len(table)] = table
         counts = np.array([item.num_tokens for item in items])
         starts = np.array([item.request.num_computed_tokens for item in items])

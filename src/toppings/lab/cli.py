@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from toppings.access import read_api_key
 from toppings.config import MODES, Config
 from toppings.lab import tables
 from toppings.lab.figures import save
@@ -24,6 +25,7 @@ from toppings.lab.options import ConfigFile, FigureFile, JsonFile, SettingsOf, p
 from toppings.lab.progress import progress_bar, run_to_end
 from toppings.lab.results import check_files, write_json
 from toppings.lab.workload import PROMPT_FORMS, LoadShape
+from toppings.options import ApiKey, ApiKeyFile
 
 if TYPE_CHECKING:
     from toppings.lab.http.requests import RequestsResult
@@ -54,7 +56,8 @@ class RequestsOptions:
         bool, typer.Option(help="generate all tokens; needs a server that knows ignore_eos")
     ] = True
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a request may take")] = 300.0
-    api_key: Annotated[str, typer.Option(envvar="TOPPINGS_API_KEY", help="the server's key")] = ""
+    api_key: ApiKey = ""
+    api_key_file: ApiKeyFile = ""
     json_file: JsonFile = None
 
     def shape(self) -> LoadShape:
@@ -121,7 +124,8 @@ def bench_requests(options: RequestsOptions) -> None:
     from toppings.lab.http.requests import send_requests
 
     api = APIS[options.api](ignores_eos=options.ignore_eos)
-    client = LoadClient(options.url, api, api_key=options.api_key, timeout_s=options.timeout)
+    key = read_api_key(options.api_key, options.api_key_file)
+    client = LoadClient(options.url, api, api_key=key, timeout_s=options.timeout)
     names = None if options.adapters == "auto" else parse_names(options.adapters)
     with progress_bar("requests", options.warmup + shape.num_requests) as bar:
         result = run_to_end(send_requests(client, shape, names, options.warmup, bar.advance))

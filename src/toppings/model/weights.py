@@ -135,7 +135,7 @@ def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple
     }
     for group, (modules, shapes, has_bias) in groups.items():
         start = 0
-        for module, (num_in, num_out) in zip(modules, shapes):
+        for module, (num_in, num_out) in zip(modules, shapes, strict=True):
             yield f"{source}{module}.weight", _Piece(f"{target}{group}.weight", start, (num_out, num_in))
             if has_bias:
                 yield f"{source}{module}.bias", _Piece(f"{target}{group}.bias", start, (num_out,))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from toppings.ops.dispatch import gpu_kernels, kernels
 from toppings.ops.gpu_plan import AttentionTiles
+from toppings.ops.products import is_widened
 
 NO_WINDOW = 2**62
 _QUERY_BLOCK = 128
@@ -196,10 +197,10 @@ def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: f
     """Attention of one sequence's last rows q [n, H, D] to its keys k, v [m, Hkv, D] into out [n, H, D].
 
     Queries go in blocks, each with only the keys that one of its queries may see. Scores are rounded to q's
-    dtype; so that this costs least, the keys' mean is taken off first, which shifts all scores of a query
-    alike.
+    dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which
+    shifts all scores of a query alike.
     """
-    if q.dtype == torch.float16:  # CPUs without half-precision products emulate them slowly
+    if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[:2]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from numba import types
+from numba.core import cgutils
 from numba.core.cgutils import ir
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -134,6 +135,22 @@ def copy(typing_context: Any, target: Any, to: Any, source: Any, start: Any) -> 
         return context.get_dummy_value()
 
     return types.void(target, types.intp, source, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing_context: Any, source: Any, index: Any) -> Any:
+    """Asks for the cache line of `source[index]`, which need not exist."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        is_write, locality, is_data = number(0), number(3), number(1)
+        builder.call(instruction, [place, is_write, locality, is_data])
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp), codegen
 
 
 @helper

@@ -104,7 +104,7 @@ def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[T
     if plan.drawn.size:
         temperature, top_p, min_p = parameters
         probs = (adjusted[drawn] / temperature[:, None]).softmax(-1)
-        for kind, members in zip(("uncut", "few", "many"), kinds):
+        for kind, members in zip(("uncut", "few", "many"), kinds, strict=True):
             if len(members):
                 limits = top_k[members], top_p[members], min_p[members]
                 weights, ids = _weights(kind, probs[members], *limits)
@@ -137,9 +137,9 @@ def to_output(plan: SamplingPlan, rows: Sequence[SamplingRow], drawn: Sequence[T
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     if len(drawn) > 1:
         for i, value, rank, ids, values in zip(
-            plan.reported.tolist(), *(part.tolist() for part in drawn[1:])
+            plan.reported.tolist(), *(part.tolist() for part in drawn[1:]), strict=True
         ):
-            top = list(zip(ids, values))[: rows[i].params.logprobs]
+            top = list(zip(ids, values, strict=True))[: rows[i].params.logprobs]
             logprobs[i] = TokenLogprobs(token_ids[i], value, rank, top)
     return SampleOutput(token_ids, logprobs)
 

@@ -67,7 +67,7 @@ def column_tiles(y: Tensor, out_offsets: Sequence[int], columns: int) -> tuple[i
     width = y.shape[1]
     bounds = [*out_offsets, *[width] * (4 - len(out_offsets))]
     ends = (bounds[1], bounds[2], bounds[3])
-    return sum(triton.cdiv(high - low, columns) for low, high in zip(bounds, ends)), ends
+    return sum(triton.cdiv(high - low, columns) for low, high in zip(bounds[:3], ends, strict=True)), ends
 
 
 def check_aligned(dtype: torch.dtype, *sizes: int) -> None:

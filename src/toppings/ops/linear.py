@@ -1,4 +1,4 @@
-"""Products with a fixed weight; on the CPU the weight is packed once for oneDNN.
+"""Products with a fixed weight; on the CPU it is packed once for oneDNN where that multiplies its type fast.
 
 A packed weight reads at memory speed for few rows, where the plain product repacks as it goes. The operators
 are the ones that torch's own compiler emits; they are private, so they are tried out first and the plain
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toppings.ops.dispatch import bf16_kernels
+from toppings.ops.dispatch import bf16_kernels, kernels
+from toppings.ops.products import Forms, forms_for, is_widened, mm_widened
 
 USE_PACKED = True
 """Pack weights where the operators work (`packed_reason` says whether and why)."""
@@ -98,18 +99,40 @@ def packed_reason(dtype: torch.dtype) -> tuple[bool, str]:
 
 
 class Linear:
-    """x Wᵀ + b. weight: [out, in]; bias: [out] or None; called with x [T, in], returns [T, out]."""
+    """x Wᵀ + b. weight: [out, in]; bias: [out] or None; called with x [T, in], returns [T, out] of x's dtype.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    What multiplies is chosen by `products.forms_for`, or given; a weight that is not packed stays where it
+    is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, forms: Forms | None = None) -> None:
         self.num_out, self.num_in = weight.shape
         self.bias = bias
-        self.is_packed = USE_PACKED and weight.device.type == "cpu" and packed_reason(weight.dtype)[0]
+        is_on_host = weight.device.type == "cpu"
+        self.forms = forms or forms_for(weight.dtype, self.num_in)
+        self.is_packed = is_on_host and USE_PACKED and self.forms.is_packed and packed_reason(weight.dtype)[0]
         self._weight: Any = _pack(weight) if self.is_packed else weight
         self._blocks = _find_blocks(weight, self._weight) if self.is_packed else None
+        self._stream = None if self.is_packed else kernels("stream", weight)
+        self._is_widened = is_widened(weight) and not self.is_packed
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._blocks is not None and x.shape[0] <= MAX_FEW_ROWS:
+        num_rows = x.shape[0]
+        if self._blocks is not None and num_rows <= MAX_FEW_ROWS:
             return self._blocks.linear(x.contiguous(), self.num_out, self.bias)
         if self.is_packed:
             return _packed_linear(x, self._weight, self.bias)
+        if self._stream is not None and num_rows <= self.forms.max_stream_rows:
+            return self._streamed(self._stream, x.contiguous())
+        if self._is_widened:
+            return mm_widened(x, self._weight, self.bias)
         return functional.linear(x, self._weight, self.bias)
+
+    def _streamed(self, kernel: Any, x: Tensor) -> Tensor:
+        num_rows, num_out, num_in = x.shape[0], self.num_out, self.num_in
+        y = x.new_empty(num_rows, num_out)
+        place = 0 if self.bias is None else self.bias.data_ptr()
+        num_tasks = -(-num_out // kernel.TASK_COLUMNS)
+        kernel.few_rows_linear(
+            x, num_tasks, num_out * num_in, y, x, self._weight, place, num_rows, num_out, num_in
+        )
+        return y

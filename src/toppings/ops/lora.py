@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from toppings.ops.dispatch import bf16_kernels, gpu_kernels, has_matrix_unit, kernels
+from toppings.ops.products import is_widened
 
 if TYPE_CHECKING:
     from toppings.ops.gpu_plan import LoraBatch
@@ -63,8 +64,8 @@ class LoraSegments:
     @property
     def adapted(self) -> list[tuple[int, int, int]]:
         """(start, stop, slot) of each segment that has an adapter and rows."""
-        segments = zip(self.indptr, self.indptr[1:], self.slots)
-        return [(start, stop, slot) for start, stop, slot in segments if slot >= 0 and stop > start]
+        segments = zip(pairwise(self.indptr), self.slots, strict=True)
+        return [(start, stop, slot) for (start, stop), slot in segments if slot >= 0 and stop > start]
 
     @property
     def form(self) -> LoraForm:
@@ -102,7 +103,10 @@ class LoraSegments:
 
 
 def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
-    """x Aᵀ: x [n, in], a [r, in]; summed in fp32, rounded to x's dtype; [n, r]."""
+    """x Aᵀ: x [n, in], a [r, in]; summed in fp32 and rounded to x's dtype, or fp32 where the CPU is slow in
+    that; [n, r]."""
+    if is_widened(x):
+        return torch.mm(x.float(), a.float().t())
     if a.shape[0] == 1 and x.dtype == torch.float32:
         # As a matrix-vector product a row's last bits would depend on how many rows there are.
         return torch.mm(x, a.expand(2, -1).t())[:, :1]
@@ -110,8 +114,8 @@ def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
 
 
 def lora_expand(h: Tensor, b: Tensor) -> Tensor:
-    """h B: h [n, r], b [r, out] with the scale folded in; [n, out] of h's dtype."""
-    return torch.mm(h, b)
+    """h B: h [n, r], b [r, out] with the scale folded in; [n, out] of h's dtype, or fp32 as `lora_shrink`."""
+    return torch.mm(h.float(), b.float()) if is_widened(b) else torch.mm(h, b)
 
 
 def lora_expand_add_(y: Tensor, h: Tensor, b: Tensor) -> None:
@@ -120,8 +124,8 @@ def lora_expand_add_(y: Tensor, h: Tensor, b: Tensor) -> None:
     In fp32 the product is complete before y is added, so that one computed elsewhere and added gives the same
     bits.
     """
-    if y.dtype == torch.float32:
-        y += torch.mm(h, b)
+    if y.dtype == torch.float32 or is_widened(y):
+        y += lora_expand(h, b)
     else:
         y.addmm_(h, b)
 
@@ -146,7 +150,7 @@ def add_lora_(
     none.
 
     Sums are fp32. A row's result does not depend on the other rows, except that long segments round the
-    shrunk row to x's dtype (where there is a bfloat16 kernel, all do).
+    shrunk row to x's dtype where the CPU has products of that (where there is a bfloat16 kernel, all do).
     """
     if (gpu := gpu_kernels("lora", x)) is not None:
         gpu.add_lora(y, x, arena, table[:, layer, group[0] :], out_offsets, segments)
@@ -220,7 +224,9 @@ def _add_long(
     a_start = next(a for a, _, rank in places if rank)
     a = arena[a_start : a_start + sum(ranks) * num_in].view(-1, num_in)  # the group's A lie side by side
     shrunk = lora_shrink(x, a).tensor_split(tuple(accumulate(ranks[:-1])), dim=1)
-    for (_, b_start, rank), h, low, high in zip(places, shrunk, out_offsets, (*out_offsets[1:], y.shape[1])):
+    for (_, b_start, rank), h, low, high in zip(
+        places, shrunk, out_offsets, (*out_offsets[1:], y.shape[1]), strict=True
+    ):
         if rank:
             b = arena[b_start : b_start + rank * (high - low)].view(rank, -1)
             lora_expand_add_(y[:, low:high], h, b)
@@ -240,7 +246,7 @@ def add_lora_reference_(
     """`add_lora_` in fp32, one module at a time, each sum rounded once into y."""
     ends = (*out_offsets[1:], y.shape[1])
     for start, stop, slot in segments.adapted:
-        for module, low, high in zip(group, out_offsets, ends):
+        for module, low, high in zip(group, out_offsets, ends, strict=True):
             a_start, b_start, rank = table[slot, layer, module].tolist()
             a = arena[a_start : a_start + rank * x.shape[1]].view(rank, x.shape[1]).float()
             b = arena[b_start : b_start + rank * (high - low)].view(rank, high - low).float()

@@ -65,7 +65,7 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> SampleOutput:
     token_ids = adjusted.argmax(-1).tolist()
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
     if drawn:
-        for i, token_id in zip(drawn, _draw(adjusted[drawn], [rows[i] for i in drawn])):
+        for i, token_id in zip(drawn, _draw(adjusted[drawn], [rows[i] for i in drawn]), strict=True):
             token_ids[i] = token_id
     return SampleOutput(token_ids, _logprobs(logits, rows, token_ids))
 
@@ -149,8 +149,8 @@ def _logprobs(logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> 
     ranks = ((logprobs > values).sum(-1) + 1).tolist()
     num_top = max(rows[i].params.logprobs or 0 for i in wanted)
     top_values, top_ids = likeliest(logprobs, num_top)
-    tops = zip(top_ids.tolist(), top_values.tolist())
-    for i, value, rank, (ids, alternatives) in zip(wanted, values[:, 0].tolist(), ranks, tops):
-        top = list(zip(ids, alternatives))[: rows[i].params.logprobs]
+    tops = zip(top_ids.tolist(), top_values.tolist(), strict=True)
+    for i, value, rank, (ids, alternatives) in zip(wanted, values[:, 0].tolist(), ranks, tops, strict=True):
+        top = list(zip(ids, alternatives, strict=True))[: rows[i].params.logprobs]
         result[i] = TokenLogprobs(token_ids[i], value, rank, top)
     return result

@@ -9,10 +9,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from toppings.process_state import go_on, is_stopped
 from toppings.sandbox import child
 
 CHILD_FILE = Path(child.__file__)
 LIBRARIES = ("jinja2", "markupsafe")
+LOOK_S = 0.25
+"""How often a process that is waited for is looked at."""
 MAX_WAIT_S = 10.0
 """Beyond a job's processor time: for a machine so busy that the process is not given it."""
 
@@ -34,15 +37,19 @@ class SandboxProcess:
         self._channel: socket.socket | None = None
 
     def ask(self, frame: bytes, cpu_s: float) -> bytes:
-        """The answer to one frame. Raises ProcessEndedError, TimeoutError; the process has ended then."""
+        """The answer to one frame. Raises ProcessEndedError, TimeoutError; the process has ended then, of
+        itself, or by force where somebody has stopped it.
+        """
         channel = self._channel if self._is_running() else self._start()
         assert channel is not None
+        assert self._process is not None
+        go_on(self._process.pid)  # nobody hears whether it is stopped while it has nothing to do
         try:
             channel.settimeout(MAX_WAIT_S)
             channel.sendall(child.PREFIX.pack(len(frame)) + frame)
             deadline = time.monotonic() + cpu_s + MAX_WAIT_S
-            size = child.PREFIX.unpack(_receive(channel, child.PREFIX.size, deadline))[0]
-            return _receive(channel, size, deadline)
+            size = child.PREFIX.unpack(self._receive(child.PREFIX.size, deadline))[0]
+            return self._receive(size, deadline)
         except TimeoutError:
             self.end()
             raise
@@ -63,6 +70,28 @@ class SandboxProcess:
             process.kill()
             return process.wait()
 
+    def _receive(self, size: int, deadline: float) -> bytes:
+        """Raises EOFError where the process has ended or is stopped, TimeoutError."""
+        assert self._channel is not None
+        assert self._process is not None
+        data = bytearray()
+        while len(data) < size:
+            left_s = deadline - time.monotonic()
+            self._channel.settimeout(max(min(left_s, LOOK_S), 0.001))
+            try:
+                part = self._channel.recv(min(size - len(data), 1 << 20))
+            except TimeoutError:
+                if left_s <= LOOK_S:
+                    raise
+                if is_stopped(self._process.pid):
+                    self._process.kill()
+                    raise EOFError from None
+                continue
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
     def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -82,17 +111,6 @@ class SandboxProcess:
             )
         self._channel = mine
         return mine
-
-
-def _receive(channel: socket.socket, size: int, deadline: float) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        channel.settimeout(max(deadline - time.monotonic(), 0.001))
-        part = channel.recv(min(size - len(data), 1 << 20))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)
 
 
 def _library_dirs() -> list[str]:

@@ -18,11 +18,11 @@ from toppings.adapters.errors import (
 )
 from toppings.adapters.registry import AdapterRecord, Origin
 from toppings.core import RequestError
-from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
 from toppings.server.paths import AdapterRoots
 from toppings.server.state import ServerState
+from toppings.sources.models import find_model
 from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,37 @@ class AdapterAdmin:
         self._state.check_open()
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", INVALID)
-        directory = self.roots.locate(name, path)
+        try:
+            directory = self.roots.locate(name, path)
+        except ApiError:
+            record = await self._load_from_source(name, path, in_place=in_place)
+            if record is None:
+                raise
+            return record
         async with self._lock:
             return await self._register(name, directory, in_place=in_place)
+
+    async def register_found(
+        self, name: str, directory: Path, *, in_place: bool, origin: Origin, source: str
+    ) -> AdapterRecord:
+        """What was fetched from `source` into `directory`, which is not needed afterwards."""
+        async with self._lock:
+            return await self._register(name, directory, in_place=in_place, origin=origin, source=source)
+
+    async def _load_from_source(self, name: str, path: str, *, in_place: bool) -> AdapterRecord | None:
+        """None where `path` is none of the configured sources' places."""
+        resolver = self._state.resolver
+        if resolver is None:
+            return None
+        try:
+            found = await resolver.find_place(path)
+        except AdapterNotFound as error:
+            raise ApiError(404, f"Loading lora {name} failed: {error}", "NotFoundError") from error
+        except AdapterError as error:
+            raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
+        if found is None:
+            return None
+        return await resolver.load(name, found, in_place=in_place, origin=Origin.HTTP)
 
     async def unload(self, name: str) -> None:
         """Nobody finds `name` from now on; returns when its requests have ended and its memory is free."""
@@ -94,12 +122,20 @@ class AdapterAdmin:
             raise _not_found(name)
         return record
 
-    async def _register(self, name: str, directory: Path, *, in_place: bool) -> AdapterRecord:
+    async def _register(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        in_place: bool,
+        origin: Origin = Origin.HTTP,
+        source: str = "",
+    ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
         try:
             record = await self._change(
-                registry.register, name, directory, replace=in_place, origin=Origin.HTTP
+                registry.register, name, directory, replace=in_place, origin=origin, source=source
             )
         except AdapterExists as error:
             message = (
@@ -158,13 +194,14 @@ class AdapterAdmin:
 
 
 def adapter_roots(state: ServerState) -> list[Path]:
-    """Where adapters may be loaded from: the configured roots, the start-up directory, else the demo's."""
+    """Where adapters may be loaded from: the configured roots, the start-up directory, the built-in ones."""
     server = state.config.server
     roots = [Path(root) for root in server.adapter_roots]
     if server.adapters:
         roots.append(Path(server.adapters))
-    if not state.config.engine.model:
-        roots.append(demo_adapters_dir())
+    engine = state.config.engine
+    if (builtin := find_model(engine.model, engine.state_dir).adapters) is not None:
+        roots.append(builtin)
     return roots
 
 

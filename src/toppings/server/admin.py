@@ -14,8 +14,9 @@ from toppings.engine.client import EngineDeadError
 from toppings.server.auth import may_change_state
 from toppings.server.catalogue import encode_all, records_of
 from toppings.server.errors import json_response
-from toppings.server.metrics import is_resident, lora_lists, num_slots
+from toppings.server.metrics import is_resident, lora_lists
 from toppings.server.models import admin_of
+from toppings.server.report import make_report
 from toppings.server.state import ServerState, state_of
 
 router = APIRouter()
@@ -51,6 +52,7 @@ async def stats(request: Request) -> Response:
     adapters = zip(content["adapters"], engine.adapters, strict=True)
     content["adapters"] = [{"name": state.name_of(s.adapter_id), **fields} for fields, s in adapters]
     running, waiting = lora_lists(engine)
+    report = make_report(engine, state.client.info, state.name_of, state.perf_model)
     return json_response(
         {
             "model": state.base_name,
@@ -61,12 +63,11 @@ async def stats(request: Request) -> Response:
             "max_queue": state.config.server.max_queue,
             "is_draining": state.is_draining,
             "num_adapters": state.registry.count(),
-            "max_lora": num_slots(engine),
-            "max_num_seqs": state.client.info.max_num_seqs,
-            "perf_model": state.perf_model,
+            "perf_model": None,
             "running_adapters": [state.name_of(i) for i in running],
             "waiting_adapters": [state.name_of(i) for i in waiting],
             **content,
+            **msgspec.to_builtins(report),
         }
     )
 
@@ -74,7 +75,7 @@ async def stats(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     state = state_of(request)
-    text = state.metrics.render(await _stats_or_none(state), state.name_of, state.registry.count())
+    text = await state.metrics.render(await _stats_or_none(state), state.name_of, state.registry.count())
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 

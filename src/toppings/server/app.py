@@ -14,6 +14,7 @@ from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
 from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.metrics import Metrics
+from toppings.server.resolver import Resolver
 from toppings.server.state import Client, ServerState
 from toppings.text import TextModel
 
@@ -31,6 +32,8 @@ def create_app(
     state = ServerState(client, registry, text_model, config, metrics, perf_model)
     app.state.toppings = state
     app.state.admin = AdapterAdmin(state)
+    if config.server.adapter_source:
+        state.resolver = Resolver(state, app.state.admin)
     app.state.catalogue = Catalogue(state)
     # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.
     for router in (admin.router, admin.changing, completions.router, chat.router, generate.router):

@@ -3,8 +3,7 @@
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from toppings.access import is_key, is_loopback, is_named_here, is_own_page
-from toppings.core import shown
+from toppings.access import is_key, why_not_changed
 from toppings.server.errors import ApiError, json_response
 from toppings.server.state import state_of
 
@@ -32,27 +31,13 @@ class KeyMiddleware:
 
 
 def may_change_state(request: Request) -> None:
-    """Dependency of routes that change state. Without a key: this machine only, by a name that no web page
-    can make its own, and no foreign web page.
-
-    Raises ApiError 403. The peer's address counts; forwarding headers are anyone's to write.
-    """
+    """Dependency of routes that change state: where no key is asked for, ApiError 403 but for this machine's
+    own clients."""
     server = state_of(request).config.server
     if server.api_key:
         return
+    peer = request.client.host if request.client else None
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if request.client is None or not is_loopback(request.client.host):
-        raise ApiError(
-            403,
-            "without a configured api_key, routes that change state answer loopback clients only",
-            DENIED,
-        )
-    if not is_named_here(host, server.host):
-        raise ApiError(
-            403,
-            f"the header Host is {shown(host)!r}; without a configured api_key, routes that change state "
-            f"answer to localhost, 127.0.0.1, [::1] and {server.host} only",
-            DENIED,
-        )
-    if not is_own_page(origin, host, server.allowed_origins):
-        raise ApiError(403, f"requests from web pages of {shown(origin or '')} may not change state", DENIED)
+    reason = why_not_changed(peer, host, origin, server.host, server.allowed_origins)
+    if reason is not None:
+        raise ApiError(403, reason, DENIED)

@@ -61,7 +61,9 @@ async def encode_all(items: Iterable[T], encode: Callable[[T], bytes]) -> list[b
 
 
 def base_card(state: ServerState) -> dict[str, Any]:
-    return _card(state.base_name, state.model_path, None, state.started_at, state.client.info.max_model_len)
+    return _card(
+        state.base_name, str(state.model_path), None, state.started_at, state.client.info.max_model_len
+    )
 
 
 def adapter_card(state: ServerState, record: AdapterRecord) -> dict[str, Any]:

@@ -30,7 +30,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 
 async def _job(state: ServerState, body: ChatBody) -> Job:
     started_at = time.perf_counter()
-    target = state.target(body.model)
+    target = await state.find_target(body.model)
     prompt = await _tokens(state, body, target)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:

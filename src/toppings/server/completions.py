@@ -33,7 +33,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
 
 async def _job(state: ServerState, body: CompletionBody, given: list[str | list[int]]) -> Job:
     started_at = time.perf_counter()
-    target = state.target(body.model)
+    target = await state.find_target(body.model)
     prompts = await tokens_of(state, given, add_special_tokens=body.add_special_tokens is not False)
     max_tokens = body.max_tokens
     if max_tokens is None:

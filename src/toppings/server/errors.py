@@ -131,6 +131,12 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         return error_response(describe(error))
 
+    async def handle_unforeseen(request: Request, error: Exception) -> Response:
+        """What comes here goes on to whoever serves the application, which closes the connection."""
+        response = error_response(describe(error))
+        response.headers["Connection"] = "close"
+        return response
+
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code in PLAIN_STATUSES:
@@ -139,6 +145,8 @@ def install_error_handlers(app: FastAPI) -> None:
             )
         return error_response(ApiError(error.status_code, str(error.detail), "Bad Request"))
 
-    for kind in (ApiError, ValueError, RuntimeError, RequestValidationError, Exception):
+    foreseen = (ApiError, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)
+    for kind in (*foreseen, ClientDisconnect):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(Exception, handle_unforeseen)
     app.add_exception_handler(HTTPException, handle_http)

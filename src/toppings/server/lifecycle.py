@@ -2,6 +2,7 @@
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import signal
 import socket
@@ -15,21 +16,22 @@ import uvicorn
 import yaml
 from fastapi import FastAPI
 
-from toppings.access import read_api_key
+from toppings.access import with_api_key
 from toppings.adapters.registry import AdapterRegistry
 from toppings.adapters.state_lock import StateLock
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
 from toppings.core import shown
-from toppings.demo import demo_adapters_dir
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_file_limit
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
+from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
+from toppings.sources.models import find_model, with_model
 from toppings.text import TextModel
 
 logger = logging.getLogger(__name__)
@@ -63,11 +65,12 @@ def log_file(config: Config) -> Path:
 
 
 def with_run_files(config: Config) -> Config:
-    """`config` with its step log and demo adapters resolved, written beside the logs (without the key), or
-    said why it is not: nobody is kept from serving by a full disk."""
+    """`config` with its model, built-in adapters and step log resolved, written beside the logs (without the
+    key), or said why it is not: nobody is kept from serving by a full disk."""
     directory = run_dir(config)
-    engine = replace(config.engine, step_log=config.engine.step_log or str(directory / "steps.jsonl"))
-    adapters = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
+    engine = with_model(config.engine)
+    engine = replace(engine, step_log=engine.step_log or str(directory / "steps.jsonl"))
+    adapters = config.server.adapters or str(find_model(engine.model).adapters or "")
     config = Config(engine=engine, server=replace(config.server, adapters=adapters))
     settings = {name: value for name, value in config.to_settings().items() if name != "api_key"}
     try:
@@ -76,12 +79,6 @@ def with_run_files(config: Config) -> Config:
     except OSError as error:
         logger.warning("the configuration is not kept in %s: %s", directory, error)
     return config
-
-
-def with_api_key(config: Config) -> Config:
-    """`config` with the key read from where it stands; it is kept out of every file and message."""
-    key = read_api_key(config.server.api_key, config.server.api_key_file)
-    return replace(config, server=replace(config.server, api_key=key))
 
 
 def start_logging(config: Config) -> None:
@@ -134,12 +131,21 @@ async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextMod
         registry = await registering  # before the tokeniser: two threads must not import transformers at once
         perf_model = read_perf_model(config.server.perf_model_file, config.engine, registry)
         text = await asyncio.to_thread(_text_model, config)
-        return await client, registry, text, perf_model
+        started = await client, registry, text, perf_model
+        settle_heap()
+        return started
     except BaseException:
         client.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await (await client).shutdown(0.0)
         raise
+
+
+def settle_heap() -> None:
+    """What is there now stays for good, and no collection of garbage looks at it again: one that did would
+    hold the event loop for a fifth of a second, whenever a thread has made enough objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def _text_model(config: Config) -> TextModel:
@@ -159,6 +165,7 @@ def _registry(config: Config, lock: StateLock) -> AdapterRegistry:
 
     registry = open_registry(config.engine, lock)
     registry.register_directory(config.server.adapters or None).log()
+    drop_unconfigured(registry, config.server)
     registry.clean_up()
     logger.info("%d adapters are registered in %s", registry.count(), registry.state_dir)
     return registry

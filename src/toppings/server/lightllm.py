@@ -1,4 +1,7 @@
-"""The LightLLM family's `/generate`: selector `lora_id` (a number) or `lora_dir` (a name or a path)."""
+"""The LightLLM family's `/generate`: selector `lora_id` (a number) or `lora_dir` (a name or a path).
+
+What a request leaves out is the model's `generation_config.json`'s, `do_sample` included, as in LightLLM.
+"""
 
 import os
 from collections.abc import AsyncGenerator
@@ -19,36 +22,42 @@ from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.text import TextLogprob, TextOutput
 
+SAMPLING_FIELDS = (
+    *("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+
 
 class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: Int = -1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     ignore_eos: bool = False
     max_new_tokens: Int = 16
     stop_sequences: str | Texts | None = None
     return_details: bool = False
 
-    def sampling(self, *, has_logprobs: bool) -> SamplingParams:
+    def sampling(self, state: ServerState, *, has_logprobs: bool) -> SamplingParams:
         """Without `do_sample`, greedy. Raises RequestError for a value out of range."""
         stop = self.stop_sequences
+        own = {name: value for name, value in state.defaults.items() if name in SAMPLING_FIELDS}
+        given = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        chosen = {"temperature": 1.0, **own, **given}
+        if not (state.is_sampled_by_default if self.do_sample is None else self.do_sample):
+            chosen["temperature"] = 0.0
+        if chosen.get("top_k") == -1:
+            chosen["top_k"] = 0
         return SamplingParams(
             max_tokens=self.max_new_tokens,
-            temperature=self.temperature if self.do_sample else 0.0,
-            top_p=self.top_p,
-            top_k=0 if self.top_k == -1 else self.top_k,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
             ignore_eos=self.ignore_eos,
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             logprobs=0 if has_logprobs else None,
+            **chosen,
         )
 
 
@@ -82,9 +91,9 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
 async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
     return Job(
         state=state,
-        target=_target(state, body),
+        target=await _target(state, body),
         prompts=await tokens_of(state, [body.inputs]),
-        sampling=body.parameters.sampling(has_logprobs=has_logprobs),
+        sampling=body.parameters.sampling(state, has_logprobs=has_logprobs),
     )
 
 
@@ -93,17 +102,18 @@ def error_response(error: Exception) -> Response:
     return json_response({"message": described.message}, described.status, headers=described.headers)
 
 
-def _target(state: ServerState, body: Body) -> Target:
+async def _target(state: ServerState, body: Body) -> Target:
     """`lora_id` is the registry's id; `lora_dir` an adapter's name, or the directory it was loaded from."""
     if body.lora_id is not None:
         try:
-            return state.target(state.registry.get_by_id(body.lora_id).name)
+            name = state.registry.get_by_id(body.lora_id).name
         except AdapterNotFound as error:
             raise ApiError(404, f"no adapter has lora_id {body.lora_id}; GET /adapters lists them") from error
+        return await state.find_target(name)
     if body.lora_dir is None:
         return state.target(None)
     record = state.registry.find_from(os.path.normpath(body.lora_dir))
-    return state.target(body.lora_dir if record is None else record.name)
+    return await state.find_target(body.lora_dir if record is None else record.name)
 
 
 def _whole(choice: Choice, *, has_details: bool) -> dict[str, Any]:

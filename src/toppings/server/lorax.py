@@ -1,4 +1,8 @@
-"""LoRAX's `/generate`: the adapter is `parameters.adapter_id`, a registered name; none is the base model."""
+"""LoRAX's `/generate`: the adapter is `parameters.adapter_id`, a registered name; none is the base model.
+
+Defaults are the protocol's own, as in LoRAX and TGI: greedy unless a request asks for something else,
+whatever the model's `generation_config.json` says of sampling.
+"""
 
 import time
 from collections.abc import AsyncGenerator
@@ -16,10 +20,12 @@ from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.protocol import Int, Name, Texts
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.sources.adapters import DIR, KINDS
 from toppings.text import TextLogprob
 
 BASE_MODEL = "__base_model__"
-LOCAL_SOURCES = (None, "local")
+SOURCES = {"local": DIR, **{kind: kind for kind in KINDS}}
+"""Kinds of our sources by LoRAX's names; a registered adapter is found whatever is named."""
 DEFAULT_MAX_TOKENS = 20
 ERROR_STATUS = {400: (422, "validation"), 429: (429, "overloaded"), 404: (424, "generation")}
 """Their statuses for ours; the rest is told as it is."""
@@ -30,6 +36,7 @@ class Parameters(BaseModel):
 
     adapter_id: Name | None = None
     adapter_source: Name | None = None
+    api_token: Name | None = None
     do_sample: bool = False
     temperature: float | None = None
     top_k: Int | None = None
@@ -51,15 +58,14 @@ class Parameters(BaseModel):
     watermark: bool = False
     decoder_input_details: bool = False
     merged_adapters: None = None
-    api_token: None = None
     response_format: None = None
     apply_chat_template: bool = False
 
     def check(self) -> None:
         """Raises ApiError for what cannot be done."""
-        if self.adapter_source not in LOCAL_SOURCES:
+        if self.adapter_source not in (None, *SOURCES):
             raise ApiError(
-                400, f"adapter_source is {self.adapter_source!r}; only 'local' adapters are served"
+                400, f"adapter_source is {self.adapter_source!r}; it must be one of {', '.join(SOURCES)}"
             )
         if self.best_of not in (None, 1):
             raise ApiError(400, f"best_of is {self.best_of}; only 1 is supported")
@@ -123,10 +129,15 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
 
 
 async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
-    adapter = body.parameters.adapter_id
+    parameters = body.parameters
+    adapter = parameters.adapter_id
     return Job(
         state=state,
-        target=state.target(None if adapter == BASE_MODEL else adapter),
+        target=await state.find_target(
+            None if adapter == BASE_MODEL else adapter,
+            kind=SOURCES.get(parameters.adapter_source or ""),
+            token=parameters.api_token,
+        ),
         prompts=await tokens_of(state, [body.inputs]),
         sampling=body.parameters.sampling(has_logprobs=has_logprobs),
     )

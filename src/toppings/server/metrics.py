@@ -1,5 +1,6 @@
 """Prometheus metrics: what the server has measured itself, and the engine's latest snapshot."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -107,12 +108,19 @@ class Metrics:
             milliseconds: float = getattr(cold, f"{part}_ms")
             self._cold.labels(part, cold.tier).observe(milliseconds / 1e3)
 
-    def render(self, stats: EngineStats | None, name_of: Callable[[int], str], num_registered: int) -> bytes:
-        """The exposition text; without `stats` (no engine) only what the server itself counted."""
+    async def render(
+        self, stats: EngineStats | None, name_of: Callable[[int], str], num_registered: int
+    ) -> bytes:
+        """The exposition text; without `stats` (no engine) only what the server itself counted. Made beside
+        the event loop: it takes milliseconds."""
+        collector = None if stats is None else EngineCollector(stats, name_of, num_registered)
+        return await asyncio.to_thread(self._text, collector)
+
+    def _text(self, collector: "EngineCollector | None") -> bytes:
         text = generate_latest(self.registry)
-        if stats is not None:
-            snapshot = CollectorRegistry()
-            snapshot.register(EngineCollector(stats, name_of, num_registered))
+        if collector is not None:
+            snapshot = CollectorRegistry(auto_describe=False)
+            snapshot.register(collector)
             text += generate_latest(snapshot)
         return text
 
@@ -122,8 +130,12 @@ class EngineCollector(Collector):
 
     def __init__(self, stats: EngineStats, name_of: Callable[[int], str], num_registered: int) -> None:
         self._stats = stats
-        self._name_of = name_of
+        self._lora_names = [",".join(map(name_of, ids)) for ids in lora_lists(stats)]  # in the loop's thread
         self._num_registered = num_registered
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: a registry would collect all to learn the names, and there is nobody else in it."""
+        return iter(())
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
@@ -147,11 +159,9 @@ class EngineCollector(Collector):
         return family
 
     def _lora_info(self) -> Metric:
-        running, waiting = lora_lists(self._stats)
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters ready and waited for.", labels=labels)
-        names = [",".join(self._name_of(adapter_id) for adapter_id in ids) for ids in (running, waiting)]
-        family.add_metric([str(num_slots(self._stats)), *names], time.time())
+        family.add_metric([str(num_slots(self._stats)), *self._lora_names], time.time())
         return family
 
     def _memory(self) -> Iterator[Metric]:
@@ -202,7 +212,8 @@ def lora_lists(stats: EngineStats) -> tuple[list[int], list[int]]:
         for a in stats.adapters
         if a.num_running or (is_resident(a) and (a.is_pinned or a.num_waiting or not is_full))
     ]
-    waiting = [a.adapter_id for a in stats.adapters if a.num_waiting and a.adapter_id not in set(running)]
+    are_running = set(running)
+    waiting = [a.adapter_id for a in stats.adapters if a.num_waiting and a.adapter_id not in are_running]
     return running, waiting
 
 

@@ -5,23 +5,26 @@ import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakSet
 
 from fastapi import Request
 
-from toppings.adapters.errors import AdapterError, AdapterNotFound
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRegistry
 from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
-from toppings.demo import demo_model_dir
-from toppings.sampling_defaults import read_sampling_defaults
+from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
+from toppings.sources.models import find_model
 from toppings.text import TextModel, TokenSource
+
+if TYPE_CHECKING:
+    from toppings.server.resolver import Resolver
 
 T = TypeVar("T")
 
@@ -102,23 +105,23 @@ class ServerState:
         self.metrics = metrics
         self.perf_model = perf_model
         is_asked = config.engine.generation_config == "auto"
-        self.defaults = read_sampling_defaults(Path(self.model_path)) if is_asked else {}
+        self.model_path = find_model(config.engine.model, config.engine.state_dir).path
+        self.defaults = read_sampling_defaults(self.model_path) if is_asked else {}
         """The model's own sampling defaults, by the names of `SamplingParams`."""
+        self.is_sampled_by_default = is_asked and read_do_sample(self.model_path)
+        self.resolver: Resolver | None = None
+        """Asks the adapter sources, where there are any."""
         self.is_draining = False
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())
         self._leases: WeakSet[Lease] = WeakSet()
         self._templates: dict[int, ChatTemplate | None] = {}
-        self._names: dict[int, str] = {}  # of adapter ids that were asked for; an id never changes its name
+        self._names = RecentNames(registry)
 
     @property
     def base_name(self) -> str:
         return self.client.info.model_name
-
-    @property
-    def model_path(self) -> str:
-        return self.config.engine.model or str(demo_model_dir())
 
     @property
     def num_open(self) -> int:
@@ -129,6 +132,17 @@ class ServerState:
     def num_waiting(self) -> int:
         return max(self.client.num_pending, sum(lease.num_waiting for lease in self._leases))
 
+    async def find_target(
+        self, model: str | None, *, kind: str | None = None, token: str | None = None
+    ) -> Target:
+        """As `target`, but an adapter may have to come from a source first, of `kind`, with `token`.
+
+        Raises ApiError.
+        """
+        if model and model != self.base_name and self.resolver is not None:
+            await self.resolver.resolve(model, kind=kind, token=token)
+        return self.target(model)
+
     def target(self, model: str | None) -> Target:
         """Raises ApiError 404 for a model that is not served; no name means the base model."""
         if not model or model == self.base_name:
@@ -137,17 +151,13 @@ class ServerState:
         if record is None:
             message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}."
             raise ApiError(404, message, "NotFoundError", "model")
-        self._names[record.adapter_id] = model
+        self._names.note(record.adapter_id, model)
         return Target(model, record.adapter_id)
 
     def name_of(self, adapter_id: int) -> str:
         """An adapter's name, also while a removed generation still drains."""
-        if adapter_id not in self._names:
-            try:
-                self._names[adapter_id] = self.registry.get_by_id(adapter_id).name
-            except AdapterNotFound:
-                return f"removed-{adapter_id}"
-        return self._names[adapter_id]
+        name = self._names.of(adapter_id)
+        return f"removed-{adapter_id}" if name is None else name
 
     async def template_of(self, target: Target) -> ChatTemplate | None:
         """The chat template that an adapter has brought along; None where the base model's counts."""

@@ -11,10 +11,10 @@ as ever.
 
 from heapq import heappop, heappush
 
+from toppings.cluster.batch_sums import BatchSums
 from toppings.core import BatchItem, Request
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.scheduler import AdapterPlacement, Scheduler, SchedulerLimits
-from toppings.sim.costs import DecodeSums
 from toppings.sim.request import SimRequest
 
 
@@ -71,7 +71,7 @@ class CohortScheduler(Scheduler):
         self, limits: SchedulerLimits, pages: ClaimedPages, adapters: AdapterPlacement, *, may_jump: bool
     ) -> None:
         super().__init__(limits, pages, adapters)
-        self.sums = DecodeSums()
+        self.sums = BatchSums()
         self.num_steps = 0
         self._may_jump = may_jump
         self._offsets: dict[Request, int] = {}  # member -> its computed tokens less num_steps: constant
@@ -91,7 +91,7 @@ class CohortScheduler(Scheduler):
     @property
     def context_sum(self) -> int:
         """Keys that the next step's decodes attend to, each its own included."""
-        return self._offset_sum + self.sums.num * (self.num_steps + 1)
+        return self._offset_sum + self.sums.sequences * (self.num_steps + 1)
 
     def join(self, request: SimRequest) -> None:
         """The request, which is running, decodes from now on."""
@@ -102,7 +102,7 @@ class CohortScheduler(Scheduler):
         offset = num_computed - self.num_steps
         self._offsets[request] = offset
         self._offset_sum += offset
-        self.sums.add(request)
+        self.sums.add(request.rank, request.adapter_id, 1, 0)
         self._crossings[-offset % self._page_size] += 1
         num_left = request.num_to_generate - num_generated
         heappush(self._ends, (self.num_steps + num_left, request.index, request))
@@ -113,9 +113,9 @@ class CohortScheduler(Scheduler):
     def steps_with_pages(self, num_steps: int) -> int:
         """How many of the next steps have pages, at most `num_steps`."""
         num_free, page_size = self.pages.num_left + self._num_ahead, self._page_size
-        if self.sums.num * (num_steps // page_size + 1) <= num_free:
+        if self.sums.sequences * (num_steps // page_size + 1) <= num_free:
             return num_steps
-        num_possible = min(num_steps, num_free // self.sums.num * page_size)
+        num_possible = min(num_steps, num_free // self.sums.sequences * page_size)
         while num_possible < num_steps and self._pages_of_steps(num_possible + 1) <= num_free:
             num_possible += 1
         return num_possible
@@ -150,7 +150,7 @@ class CohortScheduler(Scheduler):
             return crossings[first]
         num_cycles, rest = divmod(num_steps, page_size)
         last = first + rest
-        num_pages = num_cycles * self.sums.num + sum(crossings[first:last])
+        num_pages = num_cycles * self.sums.sequences + sum(crossings[first:last])
         return num_pages + sum(crossings[: last - page_size]) if last > page_size else num_pages
 
     def _leave(self, request: Request) -> int:
@@ -159,7 +159,7 @@ class CohortScheduler(Scheduler):
         page_size = self._page_size
         offset = self._offsets.pop(request)
         self._offset_sum -= offset
-        self.sums.remove(request)
+        self.sums.remove(request.rank, request.adapter_id, 1, 0)
         self._crossings[-offset % page_size] -= 1
         num_computed: int = offset + self.num_steps
         self.pages.claim(len(request.page_table) + -num_computed // page_size)
@@ -199,13 +199,13 @@ class CohortScheduler(Scheduler):
         if self._is_whole():
             self._num_ahead = self._pages_of_steps(1)
             self.pages.claim(self._num_ahead)
-            return [], self.limits.max_num_batched_tokens - self.sums.num, False
+            return [], self.limits.max_num_batched_tokens - self.sums.sequences, False
         self._dissolve()
         return super()._schedule_running()
 
     def _is_whole(self) -> bool:
         """All that run are members, and the next step has pages for them."""
-        num = self.sums.num
+        num = self.sums.sequences
         if not num or num != len(self.running):
             return False
         num_free = self.pages.num_left
@@ -219,4 +219,4 @@ class CohortScheduler(Scheduler):
         claims = [pages_for(self.num_computed(r), page_size) - len(r.page_table) for r in self._offsets]
         assert self.pages.num_claimed - self._num_ahead == sum(claims), "a claim is lost or made twice"
         assert set(self._offsets) <= set(self.running), "a member does not run"
-        assert self.sums.num == len(self._offsets) == len(self._ends) == sum(self._crossings)
+        assert self.sums.sequences == len(self._offsets) == len(self._ends) == sum(self._crossings)

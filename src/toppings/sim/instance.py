@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from toppings.cluster.batch_sums import BatchSums
+from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.core import Batch
 from toppings.engine.scheduler import SchedulerLimits
 from toppings.sim.cohort import ClaimedPages, CohortScheduler
-from toppings.sim.costs import DecodeSums, StepCosts, to_ns
+from toppings.sim.costs import StepCosts, to_ns
 from toppings.sim.loading import MODES, ColdStep, LinkLoad
 from toppings.sim.placement import make_placement
 from toppings.sim.request import SimRequest
@@ -22,20 +24,20 @@ batch, in which the engine ends them too."""
 class Instance:
     """Idle while `run` is None. Instants and times are ns."""
 
-    def __init__(self, config: SimConfig, adapter_bytes: list[int]) -> None:
+    def __init__(self, config: SimConfig, adapter_names: list[str], adapter_bytes: list[int]) -> None:
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             max_adapter_wait_s=config.max_adapter_wait_s,
         )
-        self.placement = make_placement(config, adapter_bytes)
+        self.placement = make_placement(config, adapter_names, adapter_bytes)
         pages = ClaimedPages(config.num_pages, config.page_size)
         self.scheduler = CohortScheduler(limits, pages, self.placement, may_jump=not config.is_stepwise)
         self.run: Run | None = None
         self.busy_time = self.exposed_time = 0
         self.num_steps = self.num_tokens = 0
-        self._config = config
+        self._config, self._names = config, adapter_names
         self._costs = StepCosts(config.perf_model)
         self._exposed = MODES[config.mode]
 
@@ -64,7 +66,7 @@ class Instance:
         failed = self.scheduler.pop_failed()
         if batch.items:
             self.run = self._single_step(now, batch)
-        elif self.scheduler.sums.num:
+        elif self.scheduler.sums.sequences:
             # A read that began may have taken host memory from another that waits: it asks again next step.
             quiet_until = self._quiet_until() if self.placement.num_reads == num_reads else now
             self.run = self._decode_run(now, self.scheduler.steps_to_next_end(), quiet_until)
@@ -83,7 +85,7 @@ class Instance:
         self.num_steps += num_steps
         started: list[SimRequest] = []
         ended: list[SimRequest] = []
-        if num := scheduler.sums.num:
+        if num := scheduler.sums.sequences:
             self.num_tokens += num * num_steps
             scheduler.advance(num_steps)
             ended = scheduler.pop_ended()
@@ -117,12 +119,12 @@ class Instance:
 
     def _single_step(self, now: int, batch: Batch) -> Run:
         sums, context, prefills = self.scheduler.sums, self.scheduler.context_sum, batch.items
-        if not sums.num:  # beside a cohort there are prefills only
+        if not sums.sequences:  # beside a cohort there are prefills only
             sums, context = _sums_of(batch)
             prefills = [item for item in batch.items if not item.is_decode]
         ms = self._costs.decode_ms(sums) + self._costs.decode_context_ms * context
         if prefills:
-            ms += self._costs.prefill_ms(prefills) - (self._costs.shared_ms if sums.num else 0.0)
+            ms += self._costs.prefill_ms(prefills) - (self._costs.shared_ms if sums.sequences else 0.0)
         step_time = to_ns(ms)
         loads = self.placement.pop_loads()
         if loads:
@@ -152,7 +154,7 @@ class Instance:
         if not costs.decode_context_ms or num_steps == 1:
             run = Run(now, num_steps, to_ns(fixed_ms + costs.decode_context_ms * scheduler.context_sum))
         else:
-            context = scheduler.context_sum + scheduler.sums.num * np.arange(num_steps)
+            context = scheduler.context_sum + scheduler.sums.sequences * np.arange(num_steps)
             times = np.rint((fixed_ms + costs.decode_context_ms * context) * NS_PER_MS).astype(np.int64)
             run = Run(now, num_steps, 0, ends=np.cumsum(np.maximum(times, 1)))
         if quiet_until is not None:
@@ -176,13 +178,38 @@ class Instance:
             assert isinstance(request, SimRequest)
             yield request, self.scheduler.num_computed(request) + num_done * self.scheduler.is_member(request)
 
+    def report(self, now: int) -> ServerReport:
+        """What it tells routers: the cache in use, the adapters that it holds, and, where the performance
+        model looks at contexts, what each running request has generated.
+        """
+        scheduler, config, placement = self.scheduler, self._config, self.placement
+        return ServerReport(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            running_ranks=None,
+            waiting_ranks=None,
+            kv_tokens_total=config.num_pages * config.page_size,
+            kv_tokens_used=self.kv_tokens_used(now),
+            max_num_seqs=config.max_num_seqs,
+            on_device=placement.on_device,
+            on_host=placement.on_host(),
+            requests=list(self._progress(now)) if self._costs.decode_context_ms else [],
+        )
+
+    def _progress(self, now: int) -> Iterator[RequestEntry]:
+        for request, num_computed in self.running(now):
+            assert request.adapter_id is not None
+            num_prompt = len(request.prompt_token_ids)
+            name, num_generated = self._names[request.adapter_id], num_computed - num_prompt + 1
+            yield RequestEntry(request.request_id, name, request.rank, num_prompt, num_generated)
+
     def kv_tokens_used(self, now: int) -> int:
         """Tokens in the cache."""
         scheduler = self.scheduler
-        if scheduler.sums.num < len(scheduler.running):
+        if scheduler.sums.sequences < len(scheduler.running):
             return sum(num_tokens for _, num_tokens in self.running(now))
         num_done = self.run.num_done_by(now) if self.run is not None else 0
-        return scheduler.context_sum + (num_done - 1) * scheduler.sums.num
+        return scheduler.context_sum + (num_done - 1) * scheduler.sums.sequences
 
     def wake_at(self) -> int | None:
         """When an idle instance has to look again at those that wait; None where none waits."""
@@ -203,12 +230,13 @@ def _decode_order(request: SimRequest) -> tuple[int, int]:
     return request.adapter_id, request.index
 
 
-def _sums_of(batch: Batch) -> tuple[DecodeSums, int]:
+def _sums_of(batch: Batch) -> tuple[BatchSums, int]:
     """The decodes of a batch, and the keys they attend to."""
-    sums, context = DecodeSums(), 0
+    sums, context = BatchSums(), 0
     for item in batch.items:
         if item.is_decode:
-            assert isinstance(item.request, SimRequest)
-            sums.add(item.request)
-            context += item.request.num_computed_tokens + 1
+            request = item.request
+            assert isinstance(request, SimRequest)
+            sums.add(request.rank, request.adapter_id, 1, 0)
+            context += request.num_computed_tokens + 1
     return sums, context

@@ -5,7 +5,6 @@ with `pop_loads`; the step waits for them, so that none is under way after it, w
 `end_loads`. Who leaves first is the engine's own policy (adapters/eviction.py), asked as the engine asks it.
 """
 
-from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
@@ -22,6 +21,8 @@ class SimPlacement(Protocol):
     now_ns: int
     num_hits: int
     num_loads: int
+    on_device: set[str] | None
+    """Names of the adapters that have room there, also those that are loading; None: always the same."""
 
     @property
     def num_reads(self) -> int:
@@ -39,18 +40,15 @@ class SimPlacement(Protocol):
     def next_ready_ns(self) -> int | None:
         """When the next read from disk ends; None where none is under way."""
 
-    def pop_changed(self) -> list[int]:
-        """Adapters that came to the device or left it since this was last asked; some of them did both."""
-
-    def host_ids(self) -> Collection[int] | None:
-        """Adapters in host memory; None: all."""
+    def on_host(self) -> set[str] | None:
+        """Names of the adapters in host memory; None: always the same."""
 
     def check_integrity(self) -> None: ...
 
 
-def make_placement(config: SimConfig, adapter_bytes: list[int]) -> SimPlacement:
-    """`adapter_bytes` [A]: the size of each adapter."""
-    return AllResident() if config.mode == "cached" else Pool(config, adapter_bytes)
+def make_placement(config: SimConfig, adapter_names: list[str], adapter_bytes: list[int]) -> SimPlacement:
+    """`adapter_names`, `adapter_bytes` [A]: the name and the size of each adapter."""
+    return AllResident() if config.mode == "cached" else Pool(config, adapter_names, adapter_bytes)
 
 
 class AllResident:
@@ -58,6 +56,7 @@ class AllResident:
 
     def __init__(self) -> None:
         self.now_ns = self.num_hits = self.num_loads = self.num_reads = 0
+        self.on_device: set[str] | None = None
 
     def prefetch(self, adapter_id: int) -> None:
         pass
@@ -84,10 +83,7 @@ class AllResident:
     def next_ready_ns(self) -> int | None:
         return None
 
-    def pop_changed(self) -> list[int]:
-        return []
-
-    def host_ids(self) -> Collection[int] | None:
+    def on_host(self) -> set[str] | None:
         return None
 
     def check_integrity(self) -> None:
@@ -100,9 +96,11 @@ class Pool:
     Any free bytes serve: the engine's fragments are joined by compaction, but for blocks that are loading.
     """
 
-    def __init__(self, config: SimConfig, adapter_bytes: list[int]) -> None:
+    def __init__(self, config: SimConfig, adapter_names: list[str], adapter_bytes: list[int]) -> None:
         self.now_ns = self.num_hits = self.num_loads = 0
-        self._bytes = adapter_bytes
+        self.on_device: set[str] | None = set()
+        self._held = self.on_device
+        self._names, self._bytes = adapter_names, adapter_bytes
         self._capacity_bytes = config.device_pool_bytes
         self._perf_model, self._latency_ms = config.perf_model, config.load_latency_ms
         self._load_ns: dict[int, int] = {}  # by bytes
@@ -116,7 +114,6 @@ class Pool:
         self._used_bytes = self._idle_bytes = 0
         self._link_free_ns = 0
         self._loads: list[LinkLoad] = []
-        self._changed: list[int] = []
 
     # --- for the scheduler ---
 
@@ -189,7 +186,7 @@ class Pool:
             victim = self._pop_least_valuable()
             del self._idle[victim], self._num_users[victim]
             self._policy.forget(victim, was_evicted=True)
-            self._changed.append(victim)
+            self._held.discard(self._names[victim])
             self._used_bytes -= self._bytes[victim]
             self._idle_bytes -= self._bytes[victim]
 
@@ -213,7 +210,7 @@ class Pool:
         self._loads.append(LinkLoad(adapter_id, begin_at, self._link_free_ns, num_bytes))
         self._loading[adapter_id] = None
         self._policy.touch(adapter_id, num_bytes)
-        self._changed.append(adapter_id)
+        self._held.add(self._names[adapter_id])
         self.num_loads += 1
 
     # --- for the instance ---
@@ -240,12 +237,8 @@ class Pool:
     def next_ready_ns(self) -> int | None:
         return None if self._host is None else self._host.next_ready_ns(self.now_ns)
 
-    def pop_changed(self) -> list[int]:
-        changed, self._changed = self._changed, []
-        return changed
-
-    def host_ids(self) -> Collection[int] | None:
-        return None if self._host is None else self._host.ids()
+    def on_host(self) -> set[str] | None:
+        return None if self._host is None else {self._names[a] for a in self._host.ids()}
 
     def check_integrity(self) -> None:
         assert self._used_bytes == sum(self._bytes[a] for a in self._num_users) <= self._capacity_bytes

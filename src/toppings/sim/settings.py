@@ -3,11 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from toppings.adapters.eviction import POLICIES as EVICTION_POLICIES
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.policies import POLICIES
-from toppings.config import ConfigError, EngineConfig, setting
+from toppings.config import EVICTION_POLICIES, ConfigError, EngineConfig, Settings, setting
 from toppings.sim.loading import MODES
 
 NS_PER_S = 1_000_000_000
@@ -18,7 +17,7 @@ LLAMA_7B_QKV_BYTES_PER_RANK = 2 * 32 * 24_576
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimConfig:
+class SimConfig(Settings):
     """Equal servers behind one router, or several. Sizes in bytes or tokens, times in seconds unless named.
 
     `bytes_per_rank`: size of an adapter of rank 1, `num_layers` equal layers together. `eviction`: which
@@ -31,53 +30,39 @@ class SimConfig:
     """
 
     perf_model: PerfModel
-    policy: str = "rank_aware"
-    num_instances: int = setting(1, "servers behind the router")
+    policy: str = setting("rank_aware", choices=tuple(POLICIES))
+    num_instances: int = setting(1, "servers behind the router", at_least=1)
     mode: str = setting("pipelined", "cold adapters", choices=tuple(MODES))
-    slo_tpt_ms: float = math.inf
-    seed: int = 0
-    max_num_seqs: int = setting(256, "requests at once on a server")
-    max_num_batched_tokens: int = setting(EngineConfig.max_num_batched_tokens, "tokens of one step")
-    max_model_len: int = 32768
-    page_size: int = EngineConfig.page_size
-    kv_cache_tokens: int = setting(65536, "of a server")
-    max_adapter_wait_s: float = EngineConfig.max_adapter_wait_s
-    device_pool_bytes: int = setting(8 * 2**30, "of a server")
-    host_store_bytes: int = setting(0, "of a server (0: holds every adapter)")
-    eviction: str = EngineConfig.eviction
-    load_latency_ms: float = 0.0
-    bytes_per_rank: int = setting(LLAMA_7B_QKV_BYTES_PER_RANK, "of an adapter")
-    num_layers: int = setting(32, "of the base model")
-    cpu_gflops: float = setting(0.0, "of a server's CPU workers together")
-    round_trip_ms: float = 0.05
-    response_tokens: float = 128.0
-    report_interval_s: float = setting(1.0, "s between a server's reports to the router")
-    candidates: int = setting(0, "servers drawn for each request to choose from (0: all)")
-    num_routers: int = setting(1, "that take requests in turn and share no state")
-    snapshot_interval_s: float = setting(
-        0.0, "s between copies of its accounts that a router decides on (0: no copies)"
+    slo_tpt_ms: float = setting(math.inf, above=0)
+    seed: int = setting(0, at_least=0)
+    max_num_seqs: int = setting(256, "requests at once on a server", at_least=1)
+    max_num_batched_tokens: int = setting(
+        EngineConfig.max_num_batched_tokens, "tokens of one step", at_least=1
     )
-    migration_interval_s: float = 0.1
+    max_model_len: int = setting(32768, at_least=1)
+    page_size: int = setting(EngineConfig.page_size, at_least=1)
+    kv_cache_tokens: int = setting(65536, "of a server", at_least=1)
+    max_adapter_wait_s: float = setting(EngineConfig.max_adapter_wait_s, at_least=0)
+    device_pool_bytes: int = setting(8 * 2**30, "of a server", at_least=1)
+    host_store_bytes: int = setting(0, "of a server (0: holds every adapter)", at_least=0)
+    eviction: str = setting(EngineConfig.eviction, choices=EVICTION_POLICIES)
+    load_latency_ms: float = setting(0.0, at_least=0)
+    bytes_per_rank: int = setting(LLAMA_7B_QKV_BYTES_PER_RANK, "of an adapter", at_least=1)
+    num_layers: int = setting(32, "of the base model", at_least=1)
+    cpu_gflops: float = setting(0.0, "of a server's CPU workers together", at_least=0)
+    round_trip_ms: float = setting(0.05, at_least=0)
+    response_tokens: float = setting(128.0, at_least=1)
+    report_interval_s: float = setting(1.0, "s between a server's reports to the router", above=0)
+    candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)
+    num_routers: int = setting(1, "that take requests in turn and share no state", at_least=1)
+    snapshot_interval_s: float = setting(
+        0.0, "s between copies of its accounts that a router decides on (0: no copies)", at_least=0
+    )
+    migration_interval_s: float = setting(0.1, above=0)
     is_stepwise: bool = False
 
     def __post_init__(self) -> None:
-        choices = (
-            ("policy", self.policy, POLICIES),
-            ("mode", self.mode, MODES),
-            ("eviction", self.eviction, EVICTION_POLICIES),
-        )
-        for name, value, known in choices:
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-        for name in _AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("report_interval_s", "migration_interval_s", "slo_tpt_ms"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in _AT_LEAST_0:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        super().__post_init__()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; "
@@ -96,31 +81,6 @@ class SimConfig:
 
     def adapter_bytes(self, rank: int) -> int:
         return rank * self.bytes_per_rank
-
-
-_AT_LEAST_0 = (
-    "host_store_bytes",
-    "load_latency_ms",
-    "max_adapter_wait_s",
-    "cpu_gflops",
-    "round_trip_ms",
-    "seed",
-    "candidates",
-    "snapshot_interval_s",
-)
-_AT_LEAST_1 = (
-    "num_instances",
-    "num_routers",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_model_len",
-    "page_size",
-    "kv_cache_tokens",
-    "device_pool_bytes",
-    "bytes_per_rank",
-    "num_layers",
-    "response_tokens",
-)
 
 
 def base_tpt_ms(model: PerfModel) -> float:

@@ -12,8 +12,10 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
+from toppings.cluster.dispatcher import Dispatcher
+from toppings.cluster.policies import PolicySettings, make_policy
+from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
 from toppings.core import RequestError, SamplingParams
-from toppings.sim.dispatch import Dispatcher
 from toppings.sim.instance import Instance
 from toppings.sim.records import InstanceTotals, Records, SimResult
 from toppings.sim.request import SimRequest
@@ -25,7 +27,8 @@ ANY = SamplingParams()
 """The scheduler reads no sampling parameters; how long a request runs stands in `SimRequest`."""
 
 NUM_PROGRESS_CALLS = 100
-
+SEED_STRIDE = 1_000_003
+"""Between the seeds of routers of one run."""
 
 STEP_END, REPORT, REBALANCE, END_OF_TIME = range(4)
 """Kinds of events; at one instant, in this order."""
@@ -59,10 +62,11 @@ class Simulator:
         self._ranks = trace.ranks.tolist()
         bytes_of = {rank: config.adapter_bytes(rank) for rank in set(self._ranks)}  # one number of each size
         adapter_bytes = [bytes_of[rank] for rank in self._ranks]
-        self.instances = [Instance(config, adapter_bytes) for _ in range(config.num_instances)]
-        self.dispatchers = [
-            Dispatcher(config, trace.adapter_names, adapter_bytes, i) for i in range(config.num_routers)
-        ]
+        self._names, self._bytes = trace.adapter_names, adapter_bytes
+        self.instances = [Instance(config, self._names, adapter_bytes) for _ in range(config.num_instances)]
+        self._ids = [f"instance-{i}" for i in range(config.num_instances)]
+        self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
+        self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
         self._arrivals_ns = [round(at * NS_PER_S) for at in trace.arrivals_s.tolist()]
         self._adapters, self._prompts = trace.adapters.tolist(), trace.prompt_tokens.tolist()
         room = config.max_model_len - trace.prompt_tokens
@@ -71,11 +75,33 @@ class Simulator:
         self._versions = [0] * config.num_instances
         self._num_arrived = 0
         self._num_present = 0  # arrived, neither ended nor rejected
+        self._num_breaking = 0
         self._handlers: list[Callable[[Event], Sequence[Event]]] = [
             self._end_step,
             self._report,
             self._rebalance,
         ]
+
+    def _make_dispatcher(self, index: int) -> Dispatcher:
+        """Router `index`. It counts what it sent itself; row i of its fleet is instance i."""
+        config, everything = self.config, frozenset(self._names)
+        seed = config.seed + index * SEED_STRIDE
+        return Dispatcher(
+            make_policy(config.policy, PolicySettings(config.slo_tpt_ms, seed, config.candidates)),
+            (
+                InstanceSnapshot(
+                    instance_id=instance_id,
+                    perf_model=config.perf_model,
+                    kv_tokens_total=config.num_pages * config.page_size,
+                    max_num_seqs=config.max_num_seqs,
+                    on_device=everything if config.mode == "cached" else frozenset(),
+                    on_host=frozenset() if config.host_store_bytes else everything,
+                )
+                for instance_id in self._ids
+            ),
+            response_tokens=config.response_tokens,
+            snapshot_interval=round(config.snapshot_interval_s * NS_PER_S),
+        )
 
     def run(
         self, *, until_s: float = float("inf"), on_progress: Callable[[int], None] | None = None
@@ -127,7 +153,7 @@ class Simulator:
         queue = [(NEVER_NS, END_OF_TIME, 0, 0)]
         if self._arrivals_ns:
             queue += [(0, REPORT, row, 0) for row in range(len(self.instances))]
-            if self.dispatchers[0].moves_requests and len(self.instances) > 1:
+            if self.dispatchers[0].policy.migrates and len(self.instances) > 1:
                 queue.append((0, REBALANCE, 0, 0))
         heapify(queue)
         return queue
@@ -136,10 +162,21 @@ class Simulator:
 
     def _arrive(self, now: int, index: int) -> Sequence[Event]:
         request = self._request(index)
-        row = self.dispatchers[request.router].choose(request, now)
+        dispatcher, adapter_id = self.dispatchers[request.router], self._adapters[index]
+        snapshot = RequestSnapshot(
+            request.request_id,
+            self._names[adapter_id],
+            request.rank,
+            self._prompts[index],
+            dispatcher.lengths.expected(),
+            self._bytes[adapter_id],
+        )
+        choice = dispatcher.place(snapshot, now)
+        assert choice is not None, "all instances are open"
+        self._num_breaking += choice.breaks_slo
         self._num_arrived += 1
         self._num_present += 1
-        return self._send(request, row, now, now)
+        return self._send(request, choice.row, now, now)
 
     def _end_step(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
@@ -148,13 +185,13 @@ class Simulator:
             started, ended = instance.end()
             for request in started:
                 self.records.first_token_at[request.index] = now
-                dispatchers[request.router].started(row, request)
+                dispatchers[request.router].started(request.request_id)
             for request in ended:
                 self.records.ended_at[request.index] = now
-                dispatchers[request.router].ended(row, request)
+                dispatchers[request.router].ended(request.request_id, request.num_to_generate)
             self._num_present -= len(ended)
         for request in instance.begin(now):
-            self._reject(row, request)
+            self._reject(request)
         if instance.run is not None:
             return [self._end_event(row, instance.run)]
         wake_at = instance.wake_at()
@@ -162,10 +199,9 @@ class Simulator:
 
     def _report(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
-        instance = self.instances[row]
-        changed = instance.placement.pop_changed()
+        report = self.instances[row].report(now)
         for dispatcher in self.dispatchers:
-            dispatcher.report(row, instance, changed, now)
+            dispatcher.report(self._ids[row], report)
         return self._again(event, self.config.report_interval_s)
 
     def _rebalance(self, event: Event) -> Sequence[Event]:
@@ -176,11 +212,11 @@ class Simulator:
         now = event[0]
         for dispatcher in self.dispatchers:
             for move in dispatcher.moves():
-                source, target = dispatcher.rows_of(move)
+                source, target = self._rows[move.source_id], self._rows[move.target_id]
                 request = self._waiting(source, move.request_id)
                 if request is not None:
                     self.instances[source].withdraw(request)
-                    dispatcher.move(request, source, target)
+                    dispatcher.sent(dispatcher.fleet.request(move.source_id, move.request_id), move.target_id)
                     events += self._disturb(source, now + 1)
                     events += self._send(request, target, now, now + 1)
         return [*events, *self._again(event, self.config.migration_interval_s)]
@@ -210,7 +246,7 @@ class Simulator:
         try:
             instance.add(request, now)
         except RequestError:
-            self._reject(row, request)
+            self._reject(request)
             return []
         self.records.rows[request.index] = row
         return [self._look_event(row, now)] if instance.run is None else self._disturb(row, before)
@@ -229,10 +265,10 @@ class Simulator:
         version = self._versions[row] = self._versions[row] + 1
         return run.end_at, STEP_END, row, version
 
-    def _reject(self, row: int, request: SimRequest) -> None:
+    def _reject(self, request: SimRequest) -> None:
         self.records.is_rejected[request.index] = True
         self._num_present -= 1
-        self.dispatchers[request.router].rejected(row, request)
+        self.dispatchers[request.router].ended(request.request_id)
 
     def _waiting(self, row: int, request_id: str) -> SimRequest | None:
         for request in self.instances[row].scheduler.waiting:
@@ -263,7 +299,7 @@ class Simulator:
             arrivals_ns=self._arrivals_ns,
             num_arrived=self._num_arrived,
             num_present=present,
-            num_breaking=sum(dispatcher.num_breaking for dispatcher in self.dispatchers),
+            num_breaking=self._num_breaking,
             wall_time=last_at,
             totals=[InstanceTotals.of(instance, last_at) for instance in self.instances],
         )

@@ -1,13 +1,16 @@
 """The request router's accounts, without Ray: reports and placements in, choices out."""
 
 import math
+from typing import Any
 
+import msgspec
 import pytest
 
-from toppings.cluster.perf_model import PerfModel, load_perf_model
+from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
-from toppings.cluster.ray_serve.messages import AdapterRef, Call, RequestEntry, RoutingStats
+from toppings.cluster.ray_serve.messages import AdapterRef, Call
+from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.core import SamplingParams
 
 MODEL = load_perf_model("published:mbgmv")
@@ -18,13 +21,24 @@ def make_accounts(policy: str = "least_loaded", slo_tpt_ms: float = math.inf) ->
     return ReplicaAccounts(make_policy(policy, PolicySettings(slo_tpt_ms)), MODEL)
 
 
+def make_report(**told: Any) -> ServerReport:
+    nothing: dict[str, Any] = {
+        "kv_tokens_total": None,
+        "kv_tokens_used": 0.0,
+        "on_device": set(),
+        "on_host": set(),
+    }
+    counts = {"num_running": 0, "num_waiting": 0, "running_ranks": [], "waiting_ranks": [], "requests": []}
+    return ServerReport(**{**nothing, **counts, **told})
+
+
 def make_call(number: int, rank: int = 0, *, tokens: int = 10, avoid: frozenset[str] = frozenset()) -> Call:
     ref = AdapterRef(rank, f"rank{rank}", "/nowhere", "digest", rank, 1000 * rank) if rank else None
     return Call(f"front-{number}", [1] * tokens, SamplingParams(), ref, 20.0, avoid)
 
 
 def place(accounts: ReplicaAccounts, call: Call, candidates: str = "ab") -> str:
-    choice = accounts.place(call, set(candidates))
+    choice = accounts.place(call, set(candidates), 0.0)
     assert choice is not None
     accounts.fleet.check_integrity()
     return choice.instance_id
@@ -67,10 +81,10 @@ def test_a_report_starts_and_grows_our_requests() -> None:
     accounts.set_replicas(BOTH)
     call = make_call(0, rank=8, tokens=10)
     place(accounts, call)
-    told = RoutingStats(requests=[RequestEntry(call.request_id, "rank8", 8, 10, 5)])
+    told = make_report(requests=[RequestEntry(call.request_id, "rank8", 8, 10, 5)])
     accounts.set_replicas({"a": told, "b": None})
     assert loads(accounts)["a"] == (1, 0)
-    later = RoutingStats(requests=[RequestEntry(call.request_id, "rank8", 8, 10, 7)])
+    later = make_report(requests=[RequestEntry(call.request_id, "rank8", 8, 10, 7)])
     accounts.set_replicas({"a": later, "b": None})
     accounts.fleet.check_integrity()
     accounts.end(call.request_id, "a")
@@ -84,7 +98,7 @@ def test_a_report_older_than_an_end_does_not_bring_the_request_back() -> None:
     call = make_call(0)
     place(accounts, call)
     accounts.end(call.request_id, "a")
-    told = RoutingStats(requests=[RequestEntry(call.request_id, None, 0, 10, 3)])
+    told = make_report(requests=[RequestEntry(call.request_id, None, 0, 10, 3)])
     accounts.set_replicas({"a": told, "b": None})
     assert loads(accounts)["a"] == (0, 0)
 
@@ -92,10 +106,10 @@ def test_a_report_older_than_an_end_does_not_bring_the_request_back() -> None:
 def test_requests_of_another_router_count_until_their_replica_stops_telling_of_them() -> None:
     accounts = make_accounts()
     theirs = [RequestEntry(f"other-{i}", "rank8", 8, 10, i) for i in range(2)]
-    accounts.set_replicas({"a": RoutingStats(requests=theirs), "b": None})
+    accounts.set_replicas({"a": make_report(requests=theirs), "b": None})
     assert loads(accounts)["a"] == (1, 1)
     assert place(accounts, make_call(0)) == "b"
-    accounts.set_replicas({"a": RoutingStats(requests=theirs[:1]), "b": None})
+    accounts.set_replicas({"a": make_report(requests=theirs[:1]), "b": None})
     accounts.fleet.check_integrity()
     assert loads(accounts) == {"a": (0, 1), "b": (0, 1)}
 
@@ -129,7 +143,7 @@ def test_only_candidates_are_chosen() -> None:
     accounts = make_accounts()
     accounts.set_replicas(BOTH)
     assert [place(accounts, make_call(i), "b") for i in range(2)] == ["b", "b"]
-    assert accounts.place(make_call(5), set()) is None
+    assert accounts.place(make_call(5), set(), 0.0) is None
 
 
 def test_a_request_that_serve_sent_elsewhere_is_booked_there() -> None:
@@ -154,9 +168,9 @@ def test_the_published_policy_decides_over_what_replicas_report() -> None:
     chosen = {}
     for form in ("bgmv", "mbgmv"):
         accounts = make_accounts("rank_aware", slo_tpt_ms=36.5 if form == "bgmv" else 36.0)
-        model = load_perf_model(f"published:{form}").to_json()
+        model = msgspec.to_builtins(load_perf_model(f"published:{form}"))
         accounts.set_replicas(
-            {name: RoutingStats(requests=told, perf_model=model) for name, told in entries.items()}
+            {name: make_report(requests=told, perf_model=model) for name, told in entries.items()}
         )
         chosen[form] = place(accounts, make_call(0, rank=64))
     assert chosen == {"bgmv": "b", "mbgmv": "a"}
@@ -164,8 +178,8 @@ def test_the_published_policy_decides_over_what_replicas_report() -> None:
 
 def test_limits_and_residency_come_from_the_report() -> None:
     accounts = make_accounts("lora_affinity")
-    told = RoutingStats(
-        kv_tokens_total=640.0, kv_tokens_used=64.0, max_num_seqs=4.0, max_adapters=3.0, on_device=["rank8"]
+    told = make_report(
+        kv_tokens_total=640.0, kv_tokens_used=64.0, max_num_seqs=4.0, max_adapters=3.0, on_device={"rank8"}
     )
     accounts.set_replicas({"a": None, "b": told})
     snapshot = accounts.fleet.instance("b")
@@ -178,22 +192,22 @@ def test_an_adapter_that_was_just_sent_there_stays_in_the_accounts() -> None:
     accounts = make_accounts()
     accounts.set_replicas(BOTH)
     place(accounts, make_call(0, rank=8), "a")
-    accounts.set_replicas({"a": RoutingStats(kv_tokens_used=1.0), "b": None})
+    accounts.set_replicas({"a": make_report(kv_tokens_used=1.0), "b": None})
     assert accounts.fleet.instance("a").on_device == {"rank8"}
 
 
 def test_a_replicas_own_model_counts_more_than_the_default() -> None:
     accounts = make_accounts()
     own = load_perf_model("published:bgmv")
-    accounts.set_replicas({"a": RoutingStats(perf_model=own.to_json()), "b": None})
+    accounts.set_replicas({"a": make_report(perf_model=msgspec.to_builtins(own)), "b": None})
     models = [accounts.fleet.instance(name).perf_model for name in "ab"]
-    assert models == [PerfModel.from_json(own.to_json()), MODEL]
+    assert models == [own, MODEL]
 
 
 @pytest.mark.parametrize("policy", ["random", "round_robin", "first_fit", "dlora", "rank_aware_residency"])
 def test_every_policy_spreads_equal_requests(policy: str) -> None:
     accounts = make_accounts(policy)
-    told = RoutingStats(kv_tokens_total=4096.0, max_num_seqs=8.0)
+    told = make_report(kv_tokens_total=4096.0, max_num_seqs=8.0)
     accounts.set_replicas({"a": told, "b": told})
     chosen = [place(accounts, make_call(i, rank=8)) for i in range(16)]
     assert set(chosen) == {"a", "b"}

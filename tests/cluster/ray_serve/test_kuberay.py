@@ -46,6 +46,26 @@ def test_its_import_path_builds_the_application_from_its_args(monkeypatch: pytes
     assert server.server.api_key == "secret"
 
 
+def test_the_front_asks_for_the_key_of_a_file_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`toppings up` makes its application in the same way."""
+    monkeypatch.delenv("TOPPINGS_API_KEY", raising=False)
+    (tmp_path / "key").write_text("of-the-file\n")
+    assert _front_key({"api_key_file": str(tmp_path / "key")}) == "of-the-file"
+    assert _front_key({}) == ""
+    monkeypatch.setenv("TOPPINGS_API_KEY", "of-the-variable")
+    assert _front_key({}) == "of-the-variable"
+
+
+def _front_key(settings: dict[str, str]) -> str:
+    from ray.serve._private.build_app import build_app
+
+    from toppings.cluster.ray_serve.app import make_app
+
+    built = build_app(make_app(UpConfig.from_settings(settings)), name="toppings")
+    [front] = [each for each in built.deployments if each.name == "Front"]
+    return str(front.init_args[0].server.api_key)
+
+
 def test_a_pod_of_each_group_has_room_for_what_runs_there() -> None:
     config = UpConfig.from_settings(application().args)
     limits = container(WORKERS)["resources"]["limits"]

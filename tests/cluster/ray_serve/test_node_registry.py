@@ -188,7 +188,9 @@ def test_processes_of_one_machine_pack_the_start_up_directory_once(model: Path, 
 
 
 def test_the_demo_brings_its_adapters(tmp_path: Path) -> None:
-    registry = open_node_registry(Config.from_settings({"state_dir": str(tmp_path)}), is_front=True)
+    registry = open_node_registry(
+        Config.from_settings({"model": "demo", "state_dir": str(tmp_path)}), is_front=True
+    )
     assert "pirate" in [record.name for record in registry.list()]
 
 

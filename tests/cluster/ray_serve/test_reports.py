@@ -2,9 +2,12 @@ from dataclasses import replace
 
 import msgspec
 
-from toppings.cluster.ray_serve.messages import ReplicaReport, RequestEntry, RoutingStats
-from toppings.cluster.ray_serve.reports import describe, merge_stats, routing_stats
+from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.ray_serve.messages import ReplicaReport
+from toppings.cluster.ray_serve.reports import describe, merge_stats
+from toppings.cluster.report import RequestEntry, ServerReport, read_report
 from toppings.core import AdapterStatus, EngineReady, EngineStats
+from toppings.server.report import make_report
 
 INFO = EngineReady(
     model_name="base",
@@ -52,17 +55,20 @@ def status(adapter_id: int, *, layers: int = 2, is_on_host: bool = True, running
 def test_a_replica_tells_its_room_its_adapters_and_its_requests() -> None:
     stats = replace(STATS, adapters=[status(1), status(2, layers=1), status(3, layers=0, is_on_host=False)])
     entry = RequestEntry("front-1", "one", 8, 12, 3)
-    told = routing_stats(stats, INFO, [entry], {1: "one", 2: "two", 3: "three"}.__getitem__, None)
+    told = make_report(stats, INFO, {1: "one", 2: "two", 3: "three"}.__getitem__, None, [entry])
     assert (told.kv_tokens_total, told.kv_tokens_used, told.max_num_seqs) == (512.0, 64.0, 8.0)
-    assert (told.on_device, told.on_host) == (["one"], ["one", "two"])
+    assert (told.on_device, told.on_host) == ({"one"}, {"one", "two"})
     assert told.requests == [entry]
 
 
-def test_what_a_replica_tells_survives_the_way_through_serve() -> None:
-    told = RoutingStats(requests=[RequestEntry("front-1", None, 0, 12, 3)], max_adapters=4.0, perf_model="{}")
+def test_what_is_told_survives_the_way_through_serve_and_through_json() -> None:
+    entry, model = RequestEntry("front-1", None, 0, 12, 3), load_perf_model("published")
+    told = make_report(replace(STATS, adapters=[status(1)]), INFO, str, model, [entry])
     plain = msgspec.to_builtins(told)
     assert isinstance(plain, dict)
-    assert msgspec.convert(plain, RoutingStats) == told
+    for arrived in (msgspec.convert(plain, ServerReport), read_report(msgspec.json.encode(told))):
+        assert msgspec.to_builtins(arrived) == plain
+        assert arrived.read_perf_model() == model
 
 
 def test_all_replicas_are_shown_as_one_engine() -> None:

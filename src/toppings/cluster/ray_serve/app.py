@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from toppings.access import with_api_key
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.ray_serve.client import FleetAdmin, ReplicaClient
 from toppings.cluster.ray_serve.network import keep_replica_on_loopback
@@ -24,7 +25,6 @@ from toppings.server.errors import json_response
 from toppings.text import TextModel
 
 ROUTER = "toppings.cluster.ray_serve.request_router:PolicyRouter"
-API_KEY_VARIABLE = "TOPPINGS_API_KEY"
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 FRONT_CPUS = 1.0
 UNBOUNDED = 1_000_000
@@ -77,20 +77,19 @@ class Front:
 def build(args: dict[str, Any]) -> Application:
     """The application of a Serve configuration's `args`, which are the settings of `toppings up`.
 
-    The API key is read from the environment where it is not among them. Raises ConfigError.
+    The API key is read on the machine that builds it. Raises ConfigError.
     """
     for name in ("host", "port", "ray_address", "app_name", "route_prefix"):
         if name in args:
             raise ConfigError(
                 f"{name} is not for args: it is Serve's own, beside the application's import_path"
             )
-    key = os.environ.get(API_KEY_VARIABLE, "")
-    settings = {"api_key": key, **args} if key else args
-    return make_app(UpConfig.from_settings(settings).with_cores(None))
+    return make_app(UpConfig.from_settings(args).with_cores(None))
 
 
 def make_app(config: UpConfig) -> Application:
-    server, fleet = config.server, config.fleet
+    """Raises ConfigError for a key that cannot be read."""
+    server, fleet = with_api_key(config.server), config.fleet
     stop = {
         "graceful_shutdown_timeout_s": server.server.shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": STOP_POLL_S,

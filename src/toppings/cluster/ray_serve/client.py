@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.cluster.dispatcher import ResponseLengths
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import EngineReady, EngineStats, FinishReason, RequestError, RequestOutput, SamplingParams
@@ -32,10 +33,6 @@ REPORT_TIMEOUT_S = 2.0
 ACCEPT_POLL_S = 0.25
 AVOID_S = 15.0
 """How long a silent replica gets no requests: by then Serve has ended it, or it only slept."""
-RESPONSE_TOKENS = 128.0
-"""Expected response length before any was seen."""
-RESPONSE_MEMORY = 1000
-"""The mean response length weighs about the last so many responses."""
 
 
 class ReplicaGoneError(Exception):
@@ -69,7 +66,7 @@ class ReplicaClient:
         self._silent: dict[str, float] = {}  # replicas not heard of, and until when to avoid them
         self._info: EngineReady | None = None
         self._origin, self._numbers = uuid.uuid4().hex[:12], count()
-        self._mean_tokens, self._num_responses = RESPONSE_TOKENS, 1
+        self._lengths = ResponseLengths()
 
     async def start(self) -> None:
         """Returns when a replica is ready."""
@@ -100,7 +97,7 @@ class ReplicaClient:
         except AdapterNotFound as error:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
-        expected = max(1.0, min(float(sampling.max_tokens), self._mean_tokens))
+        expected = self._lengths.expected(sampling.max_tokens)
         call, num_tokens = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided()), 0
         self.num_pending += 1
         try:
@@ -109,7 +106,7 @@ class ReplicaClient:
                     self.num_pending -= num_tokens == 0 and bool(output.token_ids)
                     num_tokens += len(output.token_ids)
                     yield output
-            self._note_response(num_tokens)
+            self._lengths.note(num_tokens)
         finally:
             self.num_pending -= num_tokens == 0
 
@@ -195,10 +192,6 @@ class ReplicaClient:
             now = asyncio.get_running_loop().time()
             self._silent = {name: until for name, until in self._silent.items() if until > now}
         return frozenset(self._silent)
-
-    def _note_response(self, num_tokens: int) -> None:
-        self._num_responses = min(self._num_responses + 1, RESPONSE_MEMORY)
-        self._mean_tokens += (num_tokens - self._mean_tokens) / self._num_responses
 
     # --- administration ---
 

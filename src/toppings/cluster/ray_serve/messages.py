@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import msgspec
-
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.snapshot import RequestSnapshot
 from toppings.core import AdapterStatus, EngineStats, SamplingParams
@@ -95,26 +93,3 @@ class ReplicaReport:
     node_id: str
     stats: EngineStats
     adapters: list[tuple[str, AdapterStatus]]
-
-
-class RequestEntry(msgspec.Struct, array_like=True):
-    """A request that a replica has; it waits while it has generated nothing."""
-
-    request_id: str
-    adapter: str | None
-    rank: int
-    prompt_tokens: int
-    num_generated: int
-
-
-class RoutingStats(msgspec.Struct):
-    """What a replica tells the request router every `stats_period_s`; limits are None where unknown."""
-
-    requests: list[RequestEntry] = []
-    kv_tokens_total: float | None = None
-    kv_tokens_used: float = 0.0
-    max_num_seqs: float | None = None
-    max_adapters: float | None = None
-    on_device: list[str] = []
-    on_host: list[str] = []
-    perf_model: str | None = None

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
+from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.state_lock import StateLock
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.config import Config
 from toppings.core import RequestError
-from toppings.demo import demo_adapters_dir
+from toppings.sources.models import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def open_node_registry(config: Config, *, is_front: bool) -> AdapterRegistry:
 
     lock = hold_state(config.engine, "toppings up", is_shared=True)
     registry = open_registry(config.engine, lock)
-    directory = config.server.adapters or ("" if config.engine.model else str(demo_adapters_dir()))
+    engine = config.engine
+    directory = config.server.adapters or find_model(engine.model, engine.state_dir).adapters
     with _registering(registry):
         front = _front_lock(registry)
         if front is None and is_front:
@@ -83,7 +85,7 @@ class ReplicaAdapters:
         self._registry, self._engine = registry, engine
         self._ids: dict[int, int] = {}
         self._retired: dict[int, int] = {}
-        self._names: dict[int, str] = {}
+        self._names = RecentNames(registry)
         self._resolving = asyncio.Lock()
 
     async def resolve(self, ref: AdapterRef) -> int:
@@ -139,12 +141,7 @@ class ReplicaAdapters:
 
     def name_of(self, adapter_id: int) -> str:
         """Also of a removed generation that still drains; "" where nothing is known of it."""
-        if adapter_id not in self._names:
-            try:
-                self._names[adapter_id] = self._registry.get_by_id(adapter_id).name
-            except AdapterNotFound:
-                return ""
-        return self._names[adapter_id]
+        return self._names.of(adapter_id) or ""
 
     def _look_up(self, ref: AdapterRef) -> int | None:
         """A generation that was never asked for here: on the front's machine its id is the front's."""

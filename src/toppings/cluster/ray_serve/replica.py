@@ -15,7 +15,7 @@ from ray import serve
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.registry import AdapterRegistry
-from toppings.cluster.measured import is_of_base, perf_model_path
+from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.ray_serve.messages import (
     SIGN_OF_LIFE,
@@ -24,17 +24,17 @@ from toppings.cluster.ray_serve.messages import (
     AdapterRef,
     Call,
     ReplicaReport,
-    RequestEntry,
 )
 from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, open_node_registry
 from toppings.cluster.ray_serve.pacing import paced, with_signs_of_life
-from toppings.cluster.ray_serve.reports import routing_stats
+from toppings.cluster.report import RequestEntry
 from toppings.config import OFF, Config, EngineConfig
 from toppings.core import EngineReady, FinishReason, RequestError, RequestOutput
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.log_files import LOG_FORMAT
+from toppings.server.report import make_report
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +134,14 @@ class EngineReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """For the request router; Serve asks for it every `stats_period_s`."""
-        told = routing_stats(
+        report = make_report(
             await self._client.stats(),
             self._client.info,
-            self._requests.values(),
             self._adapters.name_of,
             self._perf_model,
+            list(self._requests.values()),
         )
-        told_plainly: dict[str, Any] = msgspec.to_builtins(told)
+        told_plainly: dict[str, Any] = msgspec.to_builtins(report)
         return told_plainly
 
     # --- life ---
@@ -187,14 +187,10 @@ def _step_log(config: Config, replica_id: str) -> str:
     return str(Path(config.server.log_dir) / config.engine.mode / replica_id / "steps.jsonl")
 
 
-def _measured_model(config: EngineConfig, registry: AdapterRegistry) -> str | None:
-    """The performance model that was measured on this machine, as JSON; None where none was."""
-    path = perf_model_path(config, registry.state_dir)
+def _measured_model(config: EngineConfig, registry: AdapterRegistry) -> PerfModel | None:
+    """What was measured on this machine; None where nothing was, or nothing that can be read."""
     try:
-        text = path.read_text()
-        return text if is_of_base(PerfModel.from_json(text), registry) else None
-    except FileNotFoundError:
-        return None
+        return read_perf_model("", config, registry)
     except ValueError as error:
-        logger.warning("performance model %s is not read: %s", path, error)
+        logger.warning("%s", error)
         return None

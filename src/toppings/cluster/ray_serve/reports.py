@@ -1,31 +1,11 @@
-"""What replicas tell: for the request router, and put together for the front's `/stats` and `/metrics`."""
+"""What replicas tell, put together for the front's `/stats`, `/metrics` and `/replicas`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from toppings.cluster.ray_serve.messages import ReplicaReport, RequestEntry, RoutingStats
-from toppings.core import AdapterStatus, EngineReady, EngineStats
-from toppings.server.metrics import is_resident, num_slots
-
-
-def routing_stats(
-    stats: EngineStats,
-    info: EngineReady,
-    requests: Iterable[RequestEntry],
-    name_of: Callable[[int], str],
-    perf_model: str | None,
-) -> RoutingStats:
-    """One engine's state as routing needs it; sizes in tokens."""
-    return RoutingStats(
-        requests=list(requests),
-        kv_tokens_total=float(stats.kv_pages_total * stats.page_size),
-        kv_tokens_used=float(stats.kv_pages_used * stats.page_size),
-        max_num_seqs=float(info.max_num_seqs),
-        max_adapters=float(num_slots(stats)),
-        on_device=sorted(name_of(a.adapter_id) for a in stats.adapters if is_resident(a)),
-        on_host=sorted(name_of(a.adapter_id) for a in stats.adapters if a.is_on_host),
-        perf_model=perf_model,
-    )
+from toppings.cluster.ray_serve.messages import ReplicaReport
+from toppings.core import AdapterStatus, EngineStats
+from toppings.server.metrics import is_resident
 
 
 def merge_stats(reports: Sequence[ReplicaReport], id_of: Callable[[str], int | None]) -> EngineStats:

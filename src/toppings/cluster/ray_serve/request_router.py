@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from ray.util import metrics
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
-from toppings.cluster.ray_serve.messages import Call, RoutingStats
+from toppings.cluster.ray_serve.messages import Call
+from toppings.cluster.report import ServerReport
 from toppings.cluster.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         )
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        self._accounts.set_replicas({name_of(r.replica_id): read_stats(r.routing_stats) for r in replicas})
+        reports = {name_of(r.replica_id): read_stats(r.routing_stats) for r in replicas}
+        self._accounts.set_replicas(reports)
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
@@ -50,7 +53,7 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
             return [candidate_replicas]
         by_name = {name_of(replica.replica_id): replica for replica in candidate_replicas}
         try:
-            choice = self._accounts.place(call, by_name.keys())
+            choice = self._accounts.place(call, by_name.keys(), time.monotonic())
         except Exception:  # Serve would ask again at once and for ever
             logger.exception("request %s: the policy failed; the shortest queue gets it", call.request_id)
             choice = None
@@ -85,6 +88,6 @@ def call_of(pending_request: PendingRequest | None) -> Call | None:
     return args[0] if args and isinstance(args[0], Call) else None
 
 
-def read_stats(stats: Mapping[str, Any]) -> RoutingStats | None:
+def read_stats(stats: Mapping[str, Any]) -> ServerReport | None:
     """None where the replica has not reported yet."""
-    return msgspec.convert(stats, RoutingStats) if stats else None
+    return msgspec.convert(stats, ServerReport) if stats else None

@@ -19,10 +19,10 @@ from ray import serve
 from toppings.cluster.ray_serve.app import FRONT_CPUS, make_app, serve_logging
 from toppings.cluster.ray_serve.settings import UpConfig
 from toppings.config import OFF, Config, ConfigError
-from toppings.demo import demo_model_dir
 from toppings.log_files import LOG_FORMAT
 from toppings.model.files import read_json
 from toppings.server.lifecycle import listening_socket, run_dir
+from toppings.sources.models import with_model
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def run_up(config: UpConfig, *, on_ready: Callable[[str], None]) -> None:
 
     Raises ConfigError, or UpError where Ray, an engine or the front did not start.
     """
+    if config.server.server.adapter_source:
+        raise ConfigError("adapter_source is for `toppings serve`; `toppings up` takes --adapters")
     level = config.server.server.log_level.upper()
     logging.basicConfig(level=level, format=LOG_FORMAT)
     with suppress(KeyboardInterrupt), _cluster(config) as resolved:
@@ -111,8 +113,8 @@ def _init(**options: object) -> None:
 
 def _on_this_machine(config: UpConfig) -> UpConfig:
     """With whole paths, since replicas work elsewhere, and a free port; writes `config.yaml`."""
-    engine, server = config.server.engine, config.server.server
-    read_json(Path(engine.model or demo_model_dir()) / "config.json")
+    engine, server = with_model(config.server.engine), config.server.server
+    read_json(Path(engine.model) / "config.json")
     with listening_socket(config.server) as listener:
         port = listener.getsockname()[1]
     names = ["model", "state_dir", *(["step_log"] if engine.step_log != OFF else [])]

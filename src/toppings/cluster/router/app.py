@@ -12,8 +12,8 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from toppings.access import is_key, why_not_changed
 from toppings.cluster.router import replies
-from toppings.cluster.router.access import has_key, why_not_changed
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
 from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, NO_JSON, Call, not_json, parse_call
@@ -85,7 +85,8 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        if not has_key(request.headers.get("Authorization", ""), key):
+        given = request.headers.get("Authorization", "")
+        if not is_key(given.encode("utf-8", "surrogateescape"), key):
             raise Unauthorized
 
     # --- inference ---
@@ -238,7 +239,7 @@ class Router:
             "kind": upstream.kind,
             "is_alive": upstream.is_alive,
             "is_draining": upstream.is_draining,
-            "num_in_flight": len(upstream.flights),
+            "num_in_flight": len(self.state.flights.on(upstream.instance_id)),
             "num_running": len(snapshot.running),
             "num_waiting": len(snapshot.waiting),
             "ranks": sorted(request.rank for request in requests),

@@ -1,17 +1,25 @@
-"""One inference request on its way."""
+"""Inference requests on their way, from a call to its end."""
 
 import asyncio
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from toppings.cluster.dispatcher import Dispatcher
+from toppings.cluster.instances import BoolArray
 from toppings.cluster.router.calls import Call
-from toppings.cluster.snapshot import RequestSnapshot
+from toppings.cluster.router.directory import AdapterInfo
+from toppings.cluster.router.meters import Meters
+from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
     """`deadline` is set while it has no token yet: only then can it go elsewhere. `idle` is set while it
     waits for more of a stream that has begun; `heard_at` is when it began to wait, by the loop's clock.
+    `num_tokens` is the length of its answer once that is whole.
     """
 
     call: Call
@@ -22,6 +30,7 @@ class Flight:
     heard_at: float = 0.0
     move_to: str | None = None
     received_at: float = field(default_factory=time.monotonic)
+    num_tokens: int | None = None
     is_cut: bool = False
 
     def interrupt(self) -> None:
@@ -32,6 +41,81 @@ class Flight:
         """Wait no longer than this for more of the stream: its server has fallen silent."""
         if self.idle is not None:
             end_wait(self.idle, at=self.heard_at + limit_s)
+
+
+class Flights:
+    """All of them: made, placed on a server and ended there, maybe on one after the other."""
+
+    def __init__(self, dispatcher: Dispatcher, meters: Meters) -> None:
+        self._dispatcher, self._meters = dispatcher, meters
+        self._on: dict[str, dict[str, Flight]] = {}  # servers that have any
+        self._num_made = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._on.values()))
+
+    def on(self, instance_id: str) -> list[Flight]:
+        """Those that a server has."""
+        return list(self._on.get(instance_id, {}).values())
+
+    def make(self, call: Call, adapter: AdapterInfo | None) -> Flight:
+        """`adapter` is None where the call is for a base model."""
+        self._num_made += 1
+        request = RequestSnapshot(
+            request_id=str(self._num_made),
+            adapter=call.model if adapter else None,
+            rank=adapter.rank if adapter else 0,
+            prompt_tokens=call.prompt_tokens,
+            response_tokens=self._dispatcher.lengths.expected(call.max_tokens or np.inf),
+            adapter_bytes=adapter.num_bytes if adapter else 0,
+        )
+        return Flight(call, request)
+
+    def place(self, flight: Flight, among: BoolArray) -> Choice | None:
+        """Where it goes now, and counts until `end`. One that does not stream never shows its start: it
+        counts as running. None where no server of these [N] is open.
+        """
+        started_at, request = time.perf_counter(), flight.request
+        flight.move_to = None
+        choice = self._dispatcher.place(request, time.monotonic(), among=among)
+        self._meters.decision_seconds.observe(time.perf_counter() - started_at)
+        if choice is None:
+            return None
+        if choice.breaks_slo:
+            self._meters.slo_at_risk.inc()
+        if not flight.call.is_stream:
+            self._dispatcher.started(request.request_id)
+        flight.instance_id = choice.instance_id
+        self._on.setdefault(choice.instance_id, {})[request.request_id] = flight
+        self._meters.sent.labels(choice.instance_id).inc()
+        self._meters.in_flight.labels(choice.instance_id).inc()
+        return choice
+
+    def start(self, flight: Flight) -> None:
+        """The first bytes of its answer are there."""
+        if flight.call.is_stream:
+            self._dispatcher.started(flight.request.request_id)
+        self._meters.first_byte_seconds.observe(time.monotonic() - flight.received_at)
+
+    def grow(self, flight: Flight, num_tokens: int) -> None:
+        self._dispatcher.grown(flight.request.request_id, num_tokens)
+
+    def end(self, flight: Flight) -> None:
+        """It has left the server, however it went."""
+        there = self._on[flight.instance_id]
+        del there[flight.request.request_id]
+        if not there:
+            del self._on[flight.instance_id]
+        self._dispatcher.ended(flight.request.request_id, flight.num_tokens)
+        self._meters.in_flight.labels(flight.instance_id).dec()
+        flight.instance_id = ""
+
+    def to_move(self) -> Iterator[tuple[Flight, str]]:
+        """Those without a token that should wait on another server by the policy, and which."""
+        for move in self._dispatcher.moves():
+            flight = self._on.get(move.source_id, {}).get(move.request_id)
+            if flight is not None and flight.deadline is not None and flight.call.is_stream:
+                yield flight, move.target_id
 
 
 def end_wait(wait: asyncio.Timeout | None, *, at: float = 0.0) -> None:

@@ -71,8 +71,6 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             choice = state.place(flight, tried)
         if choice is None:
             break
-        if choice.breaks_slo:
-            state.meters.slo_at_risk.inc()
         try:
             return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
@@ -109,7 +107,6 @@ async def _attempt(
 ) -> web.StreamResponse:
     upstream = state.upstreams[choice.instance_id]
     answer: aiohttp.ClientResponse | None = None
-    state.begin(flight, choice.instance_id)
     try:
         answer, start, is_stream = await _open(state, http_request, flight, upstream)
         headers = _response_headers(answer.headers, choice)
@@ -118,7 +115,7 @@ async def _attempt(
         state.note_status(upstream, answer.status)
         return await _stream(state, http_request, flight, answer, chunk=start, headers=headers)
     finally:
-        state.end(flight)
+        state.flights.end(flight)
         if answer is not None:
             answer.close()
 
@@ -191,9 +188,8 @@ def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole:
     if whole.status in RETRIED_STATUSES:
         reason = f"{upstream.instance_id} answered {whole.status}"
         raise AttemptError(reason, Failure.REFUSED, whole=whole)
-    state.note_first_byte(flight)
-    if num_generated:
-        state.note_response(num_generated)
+    state.flights.start(flight)
+    flight.num_tokens = num_generated or None
     return whole.response()
 
 
@@ -207,10 +203,7 @@ async def _stream(
     headers: CIMultiDict[str],
 ) -> web.StreamResponse:
     """Pass chunks on as they come. A client that leaves ends this by an exception, and the answer with it."""
-    request_id, instance_id = flight.request.request_id, flight.instance_id
-    if flight.call.is_stream:
-        state.fleet.start(instance_id, request_id)
-    state.note_first_byte(flight)
+    state.flights.start(flight)
     response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(http_request)
     num_generated, watch = 0, StreamWatch(flight.call.path, answer.status)
@@ -219,7 +212,7 @@ async def _stream(
         await response.write(chunk)
         num_events = chunk.count(b"data:")
         num_generated += num_events
-        state.fleet.grow(instance_id, request_id, num_events)
+        state.flights.grow(flight, num_events)
         watch.note(chunk)
         try:
             chunk = await _next(state, flight, answer, ends_at)
@@ -230,7 +223,7 @@ async def _stream(
                 state, http_request, response, flight, reason, is_between_events=watch.is_between_events
             )
             return response
-    state.note_response(num_generated)
+    flight.num_tokens = num_generated
     await response.write_eof()
     return response
 

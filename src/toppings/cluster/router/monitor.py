@@ -60,8 +60,8 @@ class Monitor:
         if not upstream.is_alive:
             return
         try:
-            own_ranks = upstream.ranks.copy()
-            report = await upstream.read_report()
+            own_ranks = self._state.dispatcher.own_ranks(upstream.instance_id)
+            report = await upstream.ask_report()
             if report is not None:
                 self._state.apply_report(upstream, report, own_ranks)
         except CALL_FAILURES as error:
@@ -92,16 +92,16 @@ class Monitor:
             self._state.note_failure(upstream)
 
     async def _open(self, upstream: Upstream) -> None:
-        report = await upstream.read_report()
+        report = await upstream.ask_report()
         logger.info("%s is up (%s)", upstream.instance_id, upstream.kind)
         upstream.is_alive, upstream.num_failures, upstream.num_errors = True, 0, 0
         self._state.refresh_open(upstream)
         if report is not None:
-            self._state.apply_report(upstream, report, upstream.ranks.copy())
+            self._state.apply_report(upstream, report)
 
     async def _watch(self, upstream: Upstream) -> bool:
         instance_id = upstream.instance_id
-        if not (upstream.is_removed and not upstream.flights):
+        if not upstream.is_removed or self._state.flights.on(instance_id):
             await self.check(upstream)
             return True
         sync = self._syncs.get(instance_id)
@@ -118,10 +118,7 @@ class Monitor:
 
 def rebalance(state: RouterState) -> None:
     """Ask the policy what should wait elsewhere, and send it there."""
-    for move in state.policy.migrations(state.fleet):
-        flight = state.flights.get(move.request_id)
-        if flight is None or flight.deadline is None or flight.instance_id != move.source_id:
-            continue
-        if flight.call.is_stream and state.upstreams[move.target_id].serves(flight.call.model):
-            flight.move_to = move.target_id
+    for flight, target_id in list(state.flights.to_move()):
+        if state.upstreams[target_id].serves(flight.call.model):
+            flight.move_to = target_id
             flight.interrupt()

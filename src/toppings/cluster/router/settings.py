@@ -2,28 +2,17 @@
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from toppings.access import KEY_VARIABLE, UPSTREAM_KEY_VARIABLE, read_api_key
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
-from toppings.config import LOG_LEVELS, ConfigError, check_choices, coerce, read_yaml, setting
+from toppings.config import LOG_LEVELS, ConfigError, Settings, setting
 
 _ID = re.compile(r"[A-Za-z0-9._:@\[\]~+=-]{1,128}")
-_KEY = re.compile(r"[!-~]+")
 _URL = re.compile(r"[!-~]{1,2000}")
-API_KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "TOPPINGS_API_KEY", "TOPPINGS_UPSTREAM_API_KEY"
-
-POSITIVE = (
-    *("slo_tpt_ms", "connect_timeout_s", "first_token_timeout_s", "response_timeout_s", "idle_timeout_s"),
-    *("stream_timeout_s", "head_timeout_s", "body_timeout_s", "write_timeout_s", "health_interval_s"),
-    *("health_timeout_s", "sync_interval_s", "admin_timeout_s", "migration_interval_s", "unhealthy_after"),
-    *("max_attempts", "retry_after_s", "max_body_bytes", "max_buffered_bytes", "max_answer_bytes"),
-    *("response_tokens", "bytes_per_token", "default_rank"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +54,31 @@ class InstanceConfig:
         )
 
 
+def _instances(value: Any) -> tuple[InstanceConfig, ...]:
+    values = value.split(",") if isinstance(value, str) else value
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"setting instances is {value!r}; it must be a list of servers")
+    return tuple(InstanceConfig.of(each) for each in values)
+
+
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Settings):
     """What `toppings route` reads. Times in seconds unless named otherwise, sizes in bytes."""
 
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8090, "port to listen on (0: any free one)")
+    port: int = setting(8090, "port to listen on (0: any free one)", at_least=0, at_most=65535)
     instances: tuple[InstanceConfig, ...] = setting(
-        (), "servers: URLs, or mappings of url, id and perf_model"
+        (), "servers: URLs, or mappings of url, id and perf_model", read=_instances
     )
     policy: str = setting("rank_aware", "how an instance is chosen", choices=tuple(POLICIES))
-    slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)")
+    slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
     seed: int = setting(0, "seed of policies that draw")
-    candidates: int = setting(0, "servers drawn for each request to choose from (0: all)")
+    candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)
     perf_model: str = setting(
         "published:mbgmv", "model of servers that report none: a file or a shipped name"
     )
     api_key: str = setting(
-        "", f"bearer token asked of every route but health (empty: api_key_file, or ${API_KEY_VARIABLE})"
+        "", f"bearer token asked of every route but health (empty: api_key_file, or ${KEY_VARIABLE})"
     )
     api_key_file: str = setting("", "file that holds it")
     upstream_api_key: str = setting(
@@ -91,96 +87,57 @@ class RouterConfig:
         f"${UPSTREAM_KEY_VARIABLE}, or the client's own)",
     )
     upstream_api_key_file: str = setting("", "file that holds it")
-    connect_timeout_s: float = setting(2.0, "to connect to a server")
+    connect_timeout_s: float = setting(2.0, "to connect to a server", above=0)
     first_token_timeout_s: float = setting(
-        120.0, "until a stream's first token, then the request goes elsewhere"
+        120.0, "until a stream's first token, then the request goes elsewhere", above=0
     )
-    response_timeout_s: float = setting(600.0, "until the answer to a request that does not stream")
-    idle_timeout_s: float = setting(60.0, "between two tokens of a stream")
-    stream_timeout_s: float = setting(3600.0, "of a whole stream; a longer one is cut")
-    head_timeout_s: float = setting(10.0, "until a client has sent a request's head")
-    body_timeout_s: float = setting(60.0, "until a client has sent a request's body")
-    write_timeout_s: float = setting(60.0, "that a client takes nothing of its answer; then it is dropped")
-    health_interval_s: float = setting(1.0, "between two checks of a server")
-    health_timeout_s: float = setting(2.0, "until a check counts as failed")
-    unhealthy_after: int = setting(2, "failures in a row after which a server gets no requests")
-    admin_timeout_s: float = setting(60.0, "until a server has loaded or unloaded an adapter; then the next")
-    sync_interval_s: float = setting(30.0, "between two looks at which models a server has")
-    max_attempts: int = setting(3, "servers that a request is tried on")
-    retry_after_s: int = setting(1, "Retry-After when no server can take a request")
-    migration_interval_s: float = setting(0.1, "between two rebalancings of waiting requests")
-    max_body_bytes: int = setting(32 * 2**20, "largest request body")
-    max_buffered_bytes: int = setting(2**30, "bodies of all requests together; more are answered 503")
-    max_answer_bytes: int = setting(64 * 2**20, "largest answer that is no stream; a larger one is no answer")
-    response_tokens: float = setting(128.0, "expected response length before any was seen")
-    bytes_per_token: float = setting(4.0, "to estimate a text prompt's tokens")
-    default_rank: int = setting(16, "rank of adapters whose rank nobody tells")
+    response_timeout_s: float = setting(600.0, "until the answer to a request that does not stream", above=0)
+    idle_timeout_s: float = setting(60.0, "between two tokens of a stream", above=0)
+    stream_timeout_s: float = setting(3600.0, "of a whole stream; a longer one is cut", above=0)
+    head_timeout_s: float = setting(10.0, "until a client has sent a request's head", above=0)
+    body_timeout_s: float = setting(60.0, "until a client has sent a request's body", above=0)
+    write_timeout_s: float = setting(
+        60.0, "that a client takes nothing of its answer; then it is dropped", above=0
+    )
+    health_interval_s: float = setting(1.0, "between two checks of a server", above=0)
+    health_timeout_s: float = setting(2.0, "until a check counts as failed", above=0)
+    unhealthy_after: int = setting(2, "failures in a row after which a server gets no requests", above=0)
+    admin_timeout_s: float = setting(
+        60.0, "until a server has loaded or unloaded an adapter; then the next", above=0
+    )
+    sync_interval_s: float = setting(30.0, "between two looks at which models a server has", above=0)
+    max_attempts: int = setting(3, "servers that a request is tried on", above=0)
+    retry_after_s: int = setting(1, "Retry-After when no server can take a request", above=0)
+    migration_interval_s: float = setting(0.1, "between two rebalancings of waiting requests", above=0)
+    max_body_bytes: int = setting(32 * 2**20, "largest request body", above=0)
+    max_buffered_bytes: int = setting(
+        2**30, "bodies of all requests together; more are answered 503", above=0
+    )
+    max_answer_bytes: int = setting(
+        64 * 2**20, "largest answer that is no stream; a larger one is no answer", above=0
+    )
+    response_tokens: float = setting(128.0, "expected response length before any was seen", above=0)
+    bytes_per_token: float = setting(4.0, "to estimate a text prompt's tokens", above=0)
+    default_rank: int = setting(16, "rank of adapters whose rank nobody tells", above=0)
     state_file: str = setting("", "where adapters loaded through the router are remembered (empty: nowhere)")
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in POSITIVE:
-            self._require_positive(name)
-        if self.candidates < 0:
-            raise ConfigError(f"candidates is {self.candidates}; it must be at least 0 (0: all)")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
+        super().__post_init__()
         ids = [instance.instance_id for instance in self.instances]
         for instance_id in ids:
             if ids.count(instance_id) > 1:
                 raise ConfigError(f"two instances have the id {instance_id!r}; give one of them another id")
         _check_perf_model(self.perf_model)
 
-    def _require_positive(self, name: str) -> None:
-        if not getattr(self, name) > 0:
-            raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-
-    @classmethod
-    def from_settings(cls, settings: dict[str, Any], base: "RouterConfig | None" = None) -> "RouterConfig":
-        """`base` (default: the defaults) with some settings replaced.
-
-        Raises ConfigError for an unknown name or a value of the wrong type or range.
-        """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        base = base or cls()
-        values: dict[str, Any] = {
-            name: _instances(value) if name == "instances" else coerce(base, name, value)
-            for name, value in settings.items()
-        }
-        return replace(base, **values)
-
-    def with_keys(self, environ: Mapping[str, str]) -> "RouterConfig":
-        """With the keys resolved: a setting, else its file, else the environment. Raises ConfigError."""
-        sources = (("api_key", API_KEY_VARIABLE), ("upstream_api_key", UPSTREAM_KEY_VARIABLE))
-        keys: dict[str, Any] = {
-            name: self._resolve_key(name, environ.get(variable, "")) for name, variable in sources
-        }
-        return replace(self, **keys)
-
-    def _resolve_key(self, name: str, from_environment: str) -> str:
-        key, file = getattr(self, name), getattr(self, f"{name}_file")
-        if key and file:
-            raise ConfigError(f"both {name} and {name}_file are set; choose one")
-        if file:
-            try:
-                key = Path(file).read_text().strip()
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"cannot read {name}_file {file}: {error}") from error
-            if not key:
-                raise ConfigError(f"{name}_file {file} is empty; it must hold the key")
-        key = key or from_environment.strip()
-        if key and not _KEY.fullmatch(key):
-            raise ConfigError(f"{name} must be printable ASCII without blanks")
-        return str(key)
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> "RouterConfig":
-        """Settings of a YAML mapping over the defaults. Raises ConfigError as `from_settings`."""
-        return cls.from_settings(read_yaml(path))
+    def with_keys(self) -> "RouterConfig":
+        """With the keys read from where they stand. Raises ConfigError."""
+        upstream = {"name": "upstream_api_key", "variable": UPSTREAM_KEY_VARIABLE}
+        return replace(
+            self,
+            api_key=read_api_key(self.api_key, self.api_key_file),
+            upstream_api_key=read_api_key(self.upstream_api_key, self.upstream_api_key_file, **upstream),
+        )
 
 
 def _host_of(url: str) -> str:
@@ -204,10 +161,3 @@ def _check_perf_model(spec: str) -> None:
         load_perf_model(spec)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _instances(value: Any) -> tuple[InstanceConfig, ...]:
-    values = value.split(",") if isinstance(value, str) else value
-    if not isinstance(values, list | tuple):
-        raise ConfigError(f"setting instances is {value!r}; it must be a list of servers")
-    return tuple(InstanceConfig.of(each) for each in values)

@@ -2,16 +2,15 @@
 
 import asyncio
 import logging
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import aiohttp
 import msgspec
 
+from toppings.cluster.report import ServerReport, read_report
 from toppings.cluster.router.cards import Cards, read_cards
-from toppings.cluster.router.flight import Flight
-from toppings.cluster.router.reports import Report, parse_prometheus, parse_toppings_stats
+from toppings.cluster.router.metrics_text import translate_metrics
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -57,10 +56,9 @@ class Upstream:
     `is_silent` where nothing at all is heard of it.
 
     `cards` are its entries of `/v1/models`, None before they were read: then any model may be there.
-    `applied` are the versions of the adapters that this router loaded there. `cooling_until` is when requests
-    may come again after a row of 5xx answers. `flights` and `ranks` are what this router has there, `foreign`
-    the number of those that came another way, by rank. `changing` is held by whoever changes its
-    adapters, never by a check; `waits` are the calls of such changes, which end when the server goes down.
+    `applied` are the versions of the adapters that this router loaded there. `changing` is held by whoever
+    changes its adapters, never by a check; `waits` are the calls of such changes, which end when the server
+    goes down.
     """
 
     config: InstanceConfig
@@ -73,14 +71,9 @@ class Upstream:
     is_removed: bool = False
     num_failures: int = 0
     num_errors: int = 0
-    cooling_until: float = 0.0
     synced_at: float | None = None
     cards: Cards | None = None
     applied: dict[str, int] = field(default_factory=dict)
-    recent_adapters: dict[str, None] = field(default_factory=dict)
-    flights: dict[str, Flight] = field(default_factory=dict)
-    ranks: Counter[int] = field(default_factory=Counter)
-    foreign: dict[int, int] = field(default_factory=dict)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waits: set[asyncio.Timeout] = field(default_factory=set)
 
@@ -90,13 +83,6 @@ class Upstream:
 
     def serves(self, model: str | None) -> bool:
         return model is None or self.cards is None or model in self.cards
-
-    def touch_adapter(self, name: str, max_adapters: float) -> None:
-        """Remember the adapters used there last, as many as fit: what one that does not tell may hold."""
-        self.recent_adapters.pop(name, None)
-        self.recent_adapters[name] = None
-        while len(self.recent_adapters) > max_adapters:
-            del self.recent_adapters[next(iter(self.recent_adapters))]
 
     # --- calls; all raise one of CALL_FAILURES where the server does not answer ---
 
@@ -136,21 +122,21 @@ class Upstream:
         answer = await self.call("GET", "/stats")
         try:
             if answer.status == 200:
-                parse_toppings_stats(answer.body)
+                read_report(answer.body)
                 self.kind = Kind.TOPPINGS
                 return
         except (ValueError, RecursionError) as error:
             logger.debug("%s: /stats is not of a Toppings server: %s", self.instance_id, error)
         self.kind = Kind.OPENAI
 
-    async def read_report(self) -> Report | None:
+    async def ask_report(self) -> ServerReport | None:
         """None where the server tells nothing that the router can use."""
         path = "/stats" if self.kind is Kind.TOPPINGS else "/metrics"
         answer = await self.call("GET", path)
         if answer.status != 200:
             return None
         try:
-            return parse_toppings_stats(answer.body) if path == "/stats" else parse_prometheus(answer.text)
+            return read_report(answer.body) if path == "/stats" else translate_metrics(answer.text)
         except (ValueError, OverflowError, RecursionError) as error:
             logger.warning("%s: cannot read %s: %s", self.instance_id, path, error)
             return None

@@ -37,6 +37,7 @@ from toppings.lab.players.http import run_load
 from toppings.lab.progress import progress_bar, run_to_end
 from toppings.lab.summary import LoadSummary, span_s, summarize
 from toppings.lab.workload import LoadShape, make_calls
+from toppings.sources.models import DEMO
 
 NUM_SURVEY_WARMUP = 10
 NUM_SURVEY = 15
@@ -103,6 +104,7 @@ async def _with_adapters(spec: ModesSpec, work_dir: Path, on_progress: OnProgres
         "state_dir": str(work_dir / "state"),
         "shutdown_timeout_s": SHUTDOWN_S,
         "max_queue": max(spec.base.server.max_queue, spec.load.num_requests),
+        "model": spec.base.engine.model or DEMO,
     }
     if not spec.base.server.adapters:
         on_progress("making adapters", 0)
@@ -113,7 +115,7 @@ async def _with_adapters(spec: ModesSpec, work_dir: Path, on_progress: OnProgres
 
 async def _make_adapters(spec: ModesSpec, directory: str) -> None:
     """In a process of its own: making them needs torch, which has no place in a load generator."""
-    model = spec.base.engine.model or _demo_model()
+    model = spec.base.engine.model or DEMO
     options = {"model": model, "count": spec.num_adapters, "ranks": spec.ranks, "targets": spec.targets}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     process = await asyncio.create_subprocess_exec(
@@ -129,12 +131,6 @@ async def _make_adapters(spec: ModesSpec, directory: str) -> None:
     if process.returncode:
         lines = errors.decode(errors="replace").strip().splitlines()
         raise ValueError(f"adapters could not be made: {lines[-1] if lines else process.returncode}")
-
-
-def _demo_model() -> str:
-    from toppings.demo import demo_model_dir
-
-    return str(demo_model_dir())
 
 
 def _mode_settings(spec: ModesSpec, mode: str, survey: Survey, link_gbps: float) -> dict[str, Any]:

@@ -1,0 +1,284 @@
+"""Where requests go, and what is known of those on their way: the brain of the router, of Serve's request
+router and of the simulated ones.
+
+    of a request:   place (or sent) -> started -> grown ... -> ended
+    of a server:    report
+
+It does no I/O and has no clock: `now` is an argument, in whatever unit its owner counts time. What a change
+costs does not grow with the number of requests; a report costs what it tells.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from toppings.cluster.fleet import Fleet
+from toppings.cluster.instances import BoolArray, Instances
+from toppings.cluster.policies import Policy
+from toppings.cluster.report import RequestEntry, ServerReport
+from toppings.cluster.snapshot import Choice, InstanceSnapshot, Move, RequestSnapshot
+
+MAX_OTHERS = 1000
+"""Requests of one rank that came another way and are counted at most: more than any server runs at once."""
+MAX_RECENT_ADAPTERS = 64
+"""Adapters that a server which does not tell is believed to hold."""
+RESPONSE_TOKENS = 128.0
+"""Expected response length before any was seen."""
+RESPONSE_MEMORY = 1000
+"""The mean response length weighs about the last so many responses."""
+
+
+@dataclass(slots=True)
+class ResponseLengths:
+    """How many tokens responses have: a running mean."""
+
+    mean: float = RESPONSE_TOKENS
+    num_seen: int = 1
+
+    def note(self, num_tokens: int) -> None:
+        self.num_seen = min(self.num_seen + 1, RESPONSE_MEMORY)
+        self.mean += (num_tokens - self.mean) / self.num_seen
+
+    def expected(self, max_tokens: float = math.inf) -> float:
+        """Of a response that has at most so many."""
+        tokens = self.mean if self.mean < max_tokens else max_tokens
+        return tokens if tokens > 1.0 else 1.0
+
+
+@dataclass(slots=True)
+class _Knowledge:
+    """Of one server: `others` are the ranks of requests that came another way, by id; `limits` and `model`
+    (its performance model) what it told last.
+    """
+
+    keeps_model: bool = False
+    model: Any = None
+    limits: tuple[float | None, ...] = ()
+    others: dict[str, int] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """`is_own` says of a request's id whether requests like it are placed here: others are counted where a
+    server tells of them. With a `snapshot_interval` it decides on copies of its accounts, made at multiples
+    of that, and forgets what it sent since.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        instances: Iterable[InstanceSnapshot] = (),
+        *,
+        response_tokens: float = RESPONSE_TOKENS,
+        snapshot_interval: float = 0,
+        is_own: Callable[[str], bool] = lambda request_id: True,
+    ) -> None:
+        self.policy, self.fleet = policy, Fleet(instances)
+        self.lengths = ResponseLengths(response_tokens)
+        self._is_own = is_own
+        self._places: dict[str, str] = {}  # of each request on its way, the instance
+        self._known = {instance_id: _Knowledge() for instance_id in self.fleet.ids}
+        self._recent: dict[str, dict[str, None]] = {}  # of servers that do not tell: adapters sent there last
+        self._avoided: dict[str, float] = {}
+        self._snapshot_interval, self._snapshot_due_at = snapshot_interval, -math.inf
+        self._snapshot: Instances = self.fleet
+
+    # --- instances ---
+
+    def add_instance(self, snapshot: InstanceSnapshot, *, keeps_model: bool = False) -> None:
+        """`keeps_model`: its own word on its step costs does not count. Raises ValueError where there is one
+        of that id.
+        """
+        self.fleet.add_instance(snapshot)
+        self._known[snapshot.instance_id] = _Knowledge(keeps_model)
+
+    def remove_instance(self, instance_id: str) -> None:
+        """Forget it and the requests that are there."""
+        for request_id in self.fleet.request_ids(instance_id):
+            self._places.pop(request_id, None)
+        self.fleet.remove_instance(instance_id)
+        del self._known[instance_id]
+        self._recent.pop(instance_id, None)
+        self._avoided.pop(instance_id, None)
+
+    def avoid(self, instance_id: str, until: float) -> None:
+        """Until then it gets requests only where there is no other."""
+        self._avoided[instance_id] = until
+
+    # --- requests ---
+
+    def place(
+        self,
+        request: RequestSnapshot,
+        now: float,
+        *,
+        among: BoolArray | None = None,
+        avoiding: Set[str] = frozenset(),
+    ) -> Choice | None:
+        """Where the request goes now, and counts from now on. None where none `among` [N] is open.
+
+        Those in `avoiding` are passed over while there are others.
+        """
+        if request.request_id in self._places:
+            self.ended(request.request_id)
+        instances = self._view(now)
+        if self._avoided:
+            self._avoided = {each: until for each, until in self._avoided.items() if until > now}
+            avoiding = avoiding | self._avoided.keys()
+        if avoiding:
+            others = ~self.fleet.rows_in(avoiding) & (True if among is None else among)
+            among = others if (others & self.fleet.is_open).any() else among
+        choice = self.policy.choose(request, instances if among is None else instances.among(among))
+        if choice is not None:
+            self._book(request, choice.instance_id)
+        return choice
+
+    def _view(self, now: float) -> Instances:
+        """What is decided on: the accounts, or the latest copy of them."""
+        if self._snapshot_interval and now >= self._snapshot_due_at:
+            self._snapshot = self.fleet.frozen()
+            self._snapshot_due_at = (now // self._snapshot_interval + 1) * self._snapshot_interval
+        return self._snapshot
+
+    def sent(self, request: RequestSnapshot, instance_id: str) -> None:
+        """The request is there from now on, wherever it was before."""
+        if self._places.get(request.request_id) != instance_id:
+            self.ended(request.request_id)
+            self._book(request, instance_id)
+
+    def _book(self, request: RequestSnapshot, instance_id: str) -> None:
+        """It waits there, and its adapter is believed to be there soon."""
+        adapter = request.adapter
+        self._places[request.request_id] = instance_id
+        self.fleet.enqueue(instance_id, request)
+        if adapter is None:
+            return
+        self.fleet.add_adapter(instance_id, adapter)
+        if self._recent and (recent := self._recent.get(instance_id)) is not None:
+            recent.pop(adapter, None)
+            recent[adapter] = None
+            if len(recent) > MAX_RECENT_ADAPTERS:
+                del recent[next(iter(recent))]
+
+    def place_of(self, request_id: str) -> str | None:
+        """The instance where it is; None where it is not on its way."""
+        return self._places.get(request_id)
+
+    def started(self, request_id: str) -> None:
+        """It got its first token: it waits no longer."""
+        self.fleet.start(self._places[request_id], request_id)
+
+    def grown(self, request_id: str, num_tokens: int) -> None:
+        """It generated so many more."""
+        self.fleet.grow(self._places[request_id], request_id, num_tokens)
+
+    def ended(self, request_id: str, num_tokens: int | None = None) -> None:
+        """It has left, however; `num_tokens` is the length of a response that is whole."""
+        instance_id = self._places.pop(request_id, None)
+        if instance_id is not None:
+            self.fleet.finish(instance_id, request_id)
+        if num_tokens is not None:
+            self.lengths.note(num_tokens)
+
+    def moves(self) -> list[Move]:
+        """What of ours should wait elsewhere, by the policy; whoever moves a request tells by `sent`."""
+        return [move for move in self.policy.migrations(self.fleet) if move.request_id in self._places]
+
+    # --- what servers tell ---
+
+    def own_ranks(self, instance_id: str) -> Counter[int]:
+        """Of the requests there that were placed here: how many of each rank."""
+        return Counter(self.fleet.ranks(instance_id)) - Counter(self._known[instance_id].others.values())
+
+    def report(
+        self,
+        instance_id: str,
+        report: ServerReport,
+        *,
+        own_then: Counter[int] | None = None,
+        other_rank: int = 0,
+    ) -> None:
+        """Take over what a server told. Requests that it has beyond ours came by another way.
+
+        `own_then` is `own_ranks` of when it was asked; `other_rank` that of others whose rank is not told.
+        """
+        known = self._known[instance_id]
+        self._note_limits(instance_id, report)
+        if report.requests is None:
+            others = self._others(instance_id, report, own_then, other_rank)
+        else:
+            others = self._note_requests(instance_id, report.requests)
+        if others or known.others:
+            self._set_others(instance_id, others)
+        self._note_adapters(instance_id, report)
+
+    def _note_limits(self, instance_id: str, report: ServerReport) -> None:
+        known = self._known[instance_id]
+        self.fleet.set_limits(instance_id, kv_tokens_used=report.kv_tokens_used)
+        limits = report.kv_tokens_total, report.max_num_seqs, report.max_adapters
+        if limits != known.limits:
+            known.limits = limits
+            total, max_num_seqs, max_adapters = (math.inf if limit is None else limit for limit in limits)
+            self.fleet.set_limits(
+                instance_id, kv_tokens_total=total, max_num_seqs=max_num_seqs, max_adapters=max_adapters
+            )
+        if report.perf_model != known.model and not known.keeps_model:
+            known.model, model = report.perf_model, report.read_perf_model()
+            if model is not None:
+                self.fleet.set_perf_model(instance_id, model)
+
+    def _note_adapters(self, instance_id: str, report: ServerReport) -> None:
+        """It holds what it says, and soon what requests that are there need."""
+        if report.on_host is not None:
+            self.fleet.set_on_host(instance_id, report.on_host)
+        if report.on_device is None:
+            return
+        on_device = set(report.on_device)
+        on_device.update(self.fleet.adapters(instance_id))
+        if report.requests is None:
+            on_device.difference_update(map(_nameless, self._known[instance_id].others.values()))
+            if report.running_ranks is None:
+                on_device.update(self._recent.setdefault(instance_id, {}))
+        self.fleet.set_on_device(instance_id, on_device)
+
+    def _note_requests(self, instance_id: str, told: list[RequestEntry]) -> dict[str, RequestEntry]:
+        """What ours have generated; those that are others'."""
+        others: dict[str, RequestEntry] = {}
+        for entry in told:
+            place = self._places.get(entry.request_id)
+            if place == instance_id:
+                self.fleet.grow_to(instance_id, entry.request_id, entry.num_generated)
+            elif place is None and not self._is_own(entry.request_id):
+                others[entry.request_id] = entry
+        return others
+
+    def _others(
+        self, instance_id: str, report: ServerReport, own_then: Counter[int] | None, other_rank: int
+    ) -> dict[str, RequestEntry]:
+        """As many as it tells of beyond ours, made up: they run, for adapters of their rank."""
+        own, ranks = self.own_ranks(instance_id) | (own_then or Counter()), report.ranks
+        counts = Counter({other_rank: report.num_requests - own.total()}) if ranks is None else ranks - own
+        return {
+            f"other {rank} {i}": RequestEntry(f"other {rank} {i}", _nameless(rank), rank, 0, 1)
+            for rank, num in counts.items()
+            for i in range(min(num, MAX_OTHERS))
+        }
+
+    def _set_others(self, instance_id: str, told: dict[str, RequestEntry]) -> None:
+        """Others' requests end when their server tells of them no longer."""
+        known = self._known[instance_id].others
+        for request_id in known.keys() - told.keys():
+            self.fleet.finish(instance_id, request_id)
+            del known[request_id]
+        for request_id, entry in told.items():
+            if request_id not in known:
+                request = RequestSnapshot(request_id, entry.adapter, entry.rank, entry.prompt_tokens, 1.0)
+                self.fleet.enqueue(instance_id, request)
+                known[request_id] = entry.rank
+            self.fleet.grow_to(instance_id, request_id, entry.num_generated)
+
+
+def _nameless(rank: int) -> str | None:
+    """The adapter of a request of which nothing but the rank is known."""
+    return f"other {rank}" if rank else None

@@ -1,0 +1,272 @@
+"""Adapters that come when a request first names them, from the configured sources (`sources/adapters.py`).
+
+A name that is not registered is looked for once, whoever waits for it; what is found is fetched, checked and
+packed in threads, registered and served. Where all such adapters are too large together, the least recently
+asked for leave again.
+"""
+
+import asyncio
+import hashlib
+import logging
+import shutil
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
+from toppings.config import ServerConfig
+from toppings.server.adapters import AdapterAdmin
+from toppings.server.errors import RETRY_AFTER_S, ApiError, describe
+from toppings.server.state import ServerState
+from toppings.sources.adapters import (
+    AdapterSource,
+    Found,
+    find_adapter,
+    find_reference,
+    is_safe_name,
+    parse_source,
+)
+from toppings.sources.fetch import FetchNotFound, Room
+from toppings.vital import log_failure
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Key = tuple[str, str | None, str]
+"""Name, kind of source and token's hash of what is looked for."""
+FETCHES_AT_ONCE = 4
+MAX_PENDING = 64
+"""Names that are looked for at once; more are answered 503."""
+FAILURE_S = 10.0
+"""How long a failure is remembered."""
+MAX_FAILURES = 4096
+FETCHED = "fetching"
+"""Below the state directory: what is under way."""
+PRIVATE = "private "
+"""Begins the path of an adapter that only those may use whose own token may read it."""
+
+
+class Resolver:
+    """Used from the server's event loop only."""
+
+    def __init__(self, state: ServerState, admin: AdapterAdmin) -> None:
+        self._state, self._admin = state, admin
+        self._config = state.config.server
+        self.sources = [parse_source(text) for text in self._config.adapter_source]
+        self._directory = state.registry.state_dir / FETCHED
+        if self.sources:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, "toppings-fetch")
+        self._pending: dict[Key, asyncio.Task[AdapterRecord]] = {}
+        self._failures: OrderedDict[Key, tuple[float, ApiError]] = OrderedDict()
+        self._grants: dict[tuple[str, str], float] = {}
+        self._checked: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        records = state.registry.list() if self.sources else []
+        self._held: OrderedDict[str, int] = OrderedDict(
+            (record.name, record.num_bytes) for record in records if record.origin is Origin.SOURCE
+        )
+        """What came from sources, least recently asked for first, with its bytes."""
+
+    async def resolve(
+        self, name: str, *, kind: str | None = None, token: str | None = None
+    ) -> AdapterRecord | None:
+        """The adapter of this name, fetched where need be; None where no source may be asked for it.
+
+        `kind`: of the only sources that may be asked (dir, hub, s3, ...). Raises ApiError with the reason.
+        """
+        record = self._state.registry.find_named(name)
+        if record is not None and record.origin is not Origin.SOURCE:
+            return record
+        if record is None and not self._may_ask(name, kind):
+            return None
+        key = (name, kind, _mark(token))
+        if record is None:
+            record = await self._once(key, partial(self._bring, name, kind, token))
+        else:
+            self._refresh(name)
+        if record.path.startswith(PRIVATE):
+            await self._check_grant(name, kind, token)
+        if name in self._held:
+            self._held.move_to_end(name)
+        return record
+
+    async def find_place(self, reference: str) -> Found | None:
+        """What a source has at `reference`, its own spelling of a place; None where it is nobody's.
+
+        Raises FetchError.
+        """
+        return await self._in_thread(find_reference, self.sources, reference)
+
+    async def load(
+        self, name: str, found: Found, *, in_place: bool, origin: Origin, is_private: bool = False
+    ) -> AdapterRecord:
+        """Fetches and registers what was found. Raises ApiError."""
+        part = self._directory / uuid.uuid4().hex
+        room = Room(self._config.source_max_bytes, self._config.source_timeout_s)
+        try:
+            path = await self._in_thread(found.bring, part, room)
+            where = f"{PRIVATE}{found.where}" if is_private else found.where
+            return await self._admin.register_found(
+                name, path, in_place=in_place, origin=origin, source=where
+            )
+        except AdapterError as error:
+            raise ApiError(400, f"Loading lora {name} failed: {error}", "InvalidUserInput") from error
+        finally:
+            if found.path is None:
+                await self._in_thread(partial(shutil.rmtree, part, ignore_errors=True))
+
+    def _may_ask(self, name: str, kind: str | None) -> bool:
+        if not is_safe_name(name, self._state.base_name):
+            return False
+        return any(kind in (None, each.kind) and each.allows(name) for each in self.sources)
+
+    async def _once(
+        self, key: Key, bring: Callable[[], Coroutine[None, None, AdapterRecord]]
+    ) -> AdapterRecord:
+        """One look for all who ask; a failure is remembered for a while."""
+        until, failure = self._failures.get(key, (0.0, None))
+        if failure is not None and time.monotonic() < until:
+            raise failure
+        task = self._pending.get(key)
+        if task is None:
+            if len(self._pending) >= MAX_PENDING:
+                message = f"{len(self._pending)} adapters are being fetched; try again later"
+                headers = {"Retry-After": str(RETRY_AFTER_S)}
+                raise ApiError(503, message, "ServiceUnavailableError", headers=headers)
+            task = self._pending[key] = asyncio.create_task(bring())
+            task.add_done_callback(partial(self._note, key))
+        return await asyncio.shield(task)
+
+    def _note(self, key: Key, task: "asyncio.Task[AdapterRecord]") -> None:
+        self._pending.pop(key, None)
+        self._failures.pop(key, None)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = describe(task.exception() or RuntimeError())
+        self._failures[key] = (time.monotonic() + FAILURE_S, error)
+        while len(self._failures) > MAX_FAILURES:
+            self._failures.popitem(last=False)
+
+    async def _bring(self, name: str, kind: str | None, token: str | None) -> AdapterRecord:
+        try:
+            found = await self._in_thread(partial(find_adapter, self.sources, name, kind=kind, token=token))
+        except FetchNotFound as error:
+            message = f"The model `{name}` does not exist: {error}"
+            raise ApiError(404, message, "NotFoundError", "model") from error
+        except AdapterError as error:
+            raise ApiError(
+                502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model"
+            ) from error
+        is_private = token is not None and bool(getattr(found.files, "is_restricted", False))
+        old = self._state.registry.find_named(name)
+        if old is not None and old.origin is not Origin.SOURCE:
+            return old  # somebody loaded one of this name meanwhile
+        record = await self.load(
+            name, found, in_place=old is not None, origin=Origin.SOURCE, is_private=is_private
+        )
+        self._checked[name] = time.monotonic()
+        if is_private:
+            self._grant(name, token)
+        self._keep(record)
+        return record
+
+    # --- who may use what another's token has brought ---
+
+    async def _check_grant(self, name: str, kind: str | None, token: str | None) -> None:
+        if token is None:
+            message = f"adapter {name!r} is restricted: send the api_token of an account that may read it"
+            raise ApiError(403, message, "PermissionDeniedError")
+        if self._grants.get((name, _mark(token)), 0.0) > time.monotonic():
+            return
+        try:
+            await self._in_thread(partial(find_adapter, self.sources, name, kind=kind, token=token))
+        except AdapterError as error:
+            raise ApiError(403, f"adapter {name!r}: {error}", "PermissionDeniedError") from error
+        self._grant(name, token)
+
+    def _grant(self, name: str, token: str | None) -> None:
+        now = time.monotonic()
+        if len(self._grants) >= MAX_FAILURES:
+            self._grants = {key: until for key, until in self._grants.items() if until > now}
+        self._grants[name, _mark(token)] = now + self._config.source_refresh_s
+
+    # --- new revisions ---
+
+    def _refresh(self, name: str) -> None:
+        """In the background, and not too often: requests are served from what is there meanwhile."""
+        now, last = time.monotonic(), self._checked.get(name)
+        if last is not None and now < last + self._config.source_refresh_s:
+            return
+        self._checked[name] = now
+        if self._may_ask(name, None):
+            self._background(self._look_again(name))
+
+    async def _look_again(self, name: str) -> None:
+        """A new revision is a new generation; running requests end on the old one."""
+        try:
+            record = self._state.registry.find_named(name)
+            if record is None or record.path.startswith(PRIVATE):
+                return
+            found = await self._in_thread(find_adapter, self.sources, name)
+            if found.where != record.path:
+                self._keep(await self.load(name, found, in_place=True, origin=Origin.SOURCE))
+        except (AdapterError, ApiError, OSError) as error:
+            logger.warning("adapter %s stays as it is: %s", name, error)
+
+    # --- the bound ---
+
+    def _keep(self, record: AdapterRecord) -> None:
+        """Counts it, and lets the least recently asked for go while all are too many bytes."""
+        self._held.pop(record.name, None)
+        self._held[record.name] = record.num_bytes
+        total = sum(self._held.values())
+        for name in list(self._held):
+            if total <= self._config.source_cache_bytes or name == record.name:
+                return
+            other = self._state.registry.find_named(name)
+            if other is not None and other.is_pinned:
+                continue
+            total -= self._held.pop(name)
+            self._checked.pop(name, None)
+            if other is not None and other.origin is Origin.SOURCE:
+                logger.info("adapter %s leaves: adapters of sources would take more than the bound", name)
+                self._background(self._leave(name))
+
+    async def _leave(self, name: str) -> None:
+        try:
+            await self._admin.unload(name)
+        except (ApiError, OSError) as error:
+            logger.warning("adapter %s did not leave: %s", name, error)
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(log_failure)
+
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args))
+
+
+def drop_unconfigured(registry: AdapterRegistry, config: ServerConfig) -> None:
+    """At start: what came from sources that are not configured any more goes with them."""
+    sources = [parse_source(text) for text in config.adapter_source]
+    for record in registry.list():
+        if record.origin is Origin.SOURCE and not any(_is_of(each, record) for each in sources):
+            logger.info("adapter %s goes: its source is not configured any more", record.name)
+            registry.remove(record.name)
+
+
+def _is_of(source: AdapterSource, record: AdapterRecord) -> bool:
+    kind = record.path.removeprefix(PRIVATE).partition(":")[0]
+    return source.kind == kind and source.allows(record.name)
+
+
+def _mark(token: str | None) -> str:
+    return "" if token is None else hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,197 @@
+"""Where adapters come from when a request first names them: directories, hubs, object stores, web servers.
+
+    dir:PATH[,PATTERN...]     PATH/<name>, a directory that is never listed
+    hub:PATTERN[,PATTERN...]  the repository <name>, `org/name` or `org/name@revision`
+    s3://BUCKET/PREFIX[,PATTERN...]  and gs://, https://: PREFIX/<name>/adapter_config.json and its neighbours
+
+A source is asked only for names that one of its patterns fits (shell's: `*`, `?`, `[...]`; none: all, but for
+a hub's). Of what it has, only the files in `WANTED` are read.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from toppings.adapters.checkpoint import fingerprint
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.names import check_name
+from toppings.adapters.peft_config import CONFIG_FILE
+from toppings.adapters.stored_tensors import WEIGHTS_FILE
+from toppings.adapters.text_files import TEXT_FILES
+from toppings.config import ConfigError
+from toppings.sources.fetch import FetchError, FetchNotFound, Files, Room, fetch
+from toppings.sources.hub import HubFiles, split_id
+from toppings.sources.remote import SCHEMES, RemoteFiles, scheme_of
+
+WANTED = frozenset({CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES})
+DIR, HUB = "dir", "hub"
+KINDS = (DIR, HUB, *SCHEMES)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter in a source. `where` names place and revision, and is another one when the content may be;
+    `path` is its directory where it is on this machine already, `files` what has to be fetched else."""
+
+    where: str
+    path: Path | None = None
+    files: Files | None = None
+
+    def bring(self, directory: Path, room: Room) -> Path:
+        """The directory to read it from: its own, or the new one `directory`.
+
+        Raises FetchError; then the directory may hold a part, which is the caller's to delete.
+        """
+        if self.path is not None:
+            return self.path
+        assert self.files is not None
+        fetch(self.files, directory, room)
+        return directory
+
+
+class AdapterSource(ABC):
+    """One of the configured places. All methods may wait for a disk or a network."""
+
+    def __init__(self, text: str, kind: str, patterns: tuple[str, ...]) -> None:
+        self.text, self.kind, self._patterns = text, kind, patterns
+
+    def allows(self, name: str) -> bool:
+        return not self._patterns or any(fnmatchcase(name, pattern) for pattern in self._patterns)
+
+    @abstractmethod
+    def find(self, name: str, token: str | None = None) -> Found:
+        """What it has by this name. Raises FetchNotFound, FetchError."""
+
+    @abstractmethod
+    def name_of(self, reference: str) -> str | None:
+        """The name by which it knows `reference`, its own spelling of a place; None for another's."""
+
+
+class DirSource(AdapterSource):
+    def __init__(self, text: str, path: str, patterns: tuple[str, ...]) -> None:
+        super().__init__(text, DIR, patterns)
+        self._root = Path(path).resolve()
+
+    def find(self, name: str, token: str | None = None) -> Found:
+        place = self._root / name
+        try:
+            whole = place.resolve()
+            if not (whole / CONFIG_FILE).is_file():
+                raise FetchNotFound(f"no adapter is at {place}")
+            for part in (whole, *(whole / each for each in WANTED)):
+                if not part.resolve().is_relative_to(self._root):
+                    raise FetchError(f"{place} is a link that leads out of {self._root}")
+            return Found(f"{DIR}:{whole}@{fingerprint(whole)}", path=whole)
+        except (OSError, RuntimeError) as error:
+            raise FetchError(f"cannot read adapter {place}: {error}") from error
+
+    def name_of(self, reference: str) -> str | None:
+        return None  # paths are the business of adapter_roots
+
+
+class HubSource(AdapterSource):
+    def __init__(self, text: str, patterns: tuple[str, ...]) -> None:
+        super().__init__(text, HUB, patterns)
+
+    def allows(self, name: str) -> bool:
+        """By the repository, in whatever revision."""
+        parts = split_id(name)
+        return parts is not None and not parts[1] and super().allows(parts[0])
+
+    def find(self, name: str, token: str | None = None) -> Found:
+        files = HubFiles(name, WANTED, token)
+        if CONFIG_FILE not in files.sizes():
+            raise FetchNotFound(f"{files.where} is no adapter: it has no {CONFIG_FILE}")
+        return _fetchable(files)
+
+    def name_of(self, reference: str) -> str | None:
+        name = reference.removeprefix(f"{HUB}:")
+        return name if split_id(name) is not None else None
+
+
+class RemoteSource(AdapterSource):
+    def __init__(self, text: str, prefix: str, patterns: tuple[str, ...]) -> None:
+        super().__init__(text, scheme_of(prefix), patterns)
+        self._prefix = prefix.rstrip("/")
+
+    def find(self, name: str, token: str | None = None) -> Found:
+        if any(character in name for character in "?#%\\"):
+            raise FetchNotFound(f"{name!r} is no name below {self._prefix}")
+        return _fetchable(RemoteFiles(f"{self._prefix}/{name}", WANTED))
+
+    def name_of(self, reference: str) -> str | None:
+        name = reference.removeprefix(f"{self._prefix}/")
+        return name if name != reference else None
+
+
+def _fetchable(files: Files) -> Found:
+    if missing := {CONFIG_FILE, WEIGHTS_FILE} - set(files.sizes()):
+        raise FetchError(
+            f"{files.where} has no {min(missing)}; of an adapter only safetensors are read, never pickles"
+        )
+    return Found(files.where if "@" in files.where else f"{files.where}@{files.version[:16]}", files=files)
+
+
+def parse_source(text: str) -> AdapterSource:
+    """A source as settings have it. Raises ConfigError for what is none."""
+    place, *patterns = (part.strip() for part in text.split(","))
+    allowed = tuple(pattern for pattern in patterns if pattern)
+    if place.startswith(f"{DIR}:"):
+        path = Path(place.removeprefix(f"{DIR}:"))
+        if not path.is_dir():
+            raise ConfigError(f"adapter_source {text!r}: no directory at {path}")
+        return DirSource(text, str(path), allowed)
+    if place.startswith(f"{HUB}:"):
+        first = place.removeprefix(f"{HUB}:")
+        if not first:
+            raise ConfigError(f"adapter_source {text!r} names no repositories; write e.g. hub:my-org/*")
+        return HubSource(text, (first, *allowed))
+    if scheme_of(place) in SCHEMES:
+        return RemoteSource(text, place, allowed)
+    raise ConfigError(
+        f"adapter_source {text!r} is none; one begins with dir:, hub:, s3://, gs:// or https://"
+    )
+
+
+def find_adapter(
+    sources: list[AdapterSource], name: str, *, kind: str | None = None, token: str | None = None
+) -> Found:
+    """What the first of `sources` has that allows `name` and knows it; `kind`: only sources of this one.
+
+    Raises FetchNotFound where none has it, FetchError where one that may have it fails.
+    """
+    allowed = [each for each in sources if kind in (None, each.kind) and each.allows(name)]
+    misses: list[str] = []
+    for source in allowed:
+        try:
+            return source.find(name, token)
+        except FetchNotFound as error:
+            misses.append(str(error))
+    raise FetchNotFound("; ".join(misses) or f"no adapter source may be asked for {name!r}")
+
+
+def is_safe_name(name: str, base_model: str) -> bool:
+    """Whether a source may be asked for it: one that could be registered, and no path."""
+    try:
+        check_name(name, base_model)
+    except AdapterError:
+        return False
+    return not name.startswith(("/", "~", ".")) and "\\" not in name
+
+
+def find_reference(sources: list[AdapterSource], reference: str, token: str | None = None) -> Found | None:
+    """What one of `sources` has at a place in its own spelling (hub:org/name, s3://...), where it allows it;
+    None where it is nobody's. Raises FetchError, FetchNotFound."""
+    for source in sources:
+        name = source.name_of(reference)
+        if name is not None and is_safe_name(name, "") and source.allows(name):
+            return source.find(name, token)
+    return None
+
+
+def any_place(reference: str) -> AdapterSource:
+    """The source of one adapter, whoever may ask for it: the operator's own word, on the command line."""
+    if scheme_of(reference):
+        return RemoteSource(reference, reference.rstrip("/").rpartition("/")[0], ())
+    return HubSource(reference, ("*",))

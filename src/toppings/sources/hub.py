@@ -1,0 +1,143 @@
+"""Repositories of a hub that speaks Hugging Face's protocol; HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE count."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from toppings.sources.fetch import FetchError, FetchNotFound, open_url
+
+HUB_ID = re.compile(
+    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?P<file>(?:/[\w.-]+)+\.gguf)?(?:@(?P<revision>[\w./-]+))?"
+)
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+"""What is fetched of a base model: never code, never a pickle."""
+API_TIMEOUT_S = 10.0
+
+
+def split_id(reference: str) -> tuple[str, str, str] | None:
+    """Repository, file in it ("": none) and revision ("": its default) of `org/name[/file.gguf][@revision]`;
+    None for what is no such id."""
+    match = HUB_ID.fullmatch(reference)
+    if match is None or match["repo"].endswith(".gguf"):
+        return None
+    if ".." in reference or any(p.startswith((".", "-")) for p in reference.split("/")):
+        return None
+    return match["repo"], (match["file"] or "").lstrip("/"), match["revision"] or ""
+
+
+class HubFiles:
+    """A repository in one revision: those of its files whose names are `wanted`."""
+
+    def __init__(self, reference: str, wanted: frozenset[str], token: str | None = None) -> None:
+        """Raises FetchError, FetchNotFound."""
+        from huggingface_hub import HfApi
+
+        parts = split_id(reference)
+        if parts is None or parts[1]:
+            raise FetchError(f"{reference!r} is no id of a hub's repository: org/name or org/name@revision")
+        self._repo, _, revision = parts
+        self._token = token
+        with explained(self._repo):
+            info = HfApi().model_info(
+                self._repo, revision=revision or None, files_metadata=True, timeout=API_TIMEOUT_S, token=token
+            )
+        self.version = str(info.sha or "")
+        if not re.fullmatch(r"[0-9a-f]{7,64}", self.version):
+            raise FetchError(f"the hub names no revision of {self._repo}")
+        self.is_restricted = bool(info.private or info.gated)
+        """Whether the hub lets only some accounts read it."""
+        self.where = f"hub:{self._repo}@{self.version}"
+        self._sizes = {each.rfilename: each.size for each in info.siblings or [] if each.rfilename in wanted}
+
+    def sizes(self) -> Mapping[str, int | None]:
+        return self._sizes
+
+    def open(self, name: str) -> IO[bytes]:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils._headers import build_hf_headers
+
+        url = hf_hub_url(self._repo, name, revision=self.version)
+        stream: IO[bytes] = open_url(url, build_hf_headers(token=self._token), to_other_hosts=True)
+        return stream
+
+
+def fetch_model(reference: str) -> Path | None:
+    """A base model's files in the hub's own cache, whose snapshot they are: its directory, or a `.gguf` file.
+
+    None where `reference` is no hub id. Resumes what was interrupted. Raises FetchError.
+    """
+    parts = split_id(reference)
+    if parts is None:
+        return None
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    repo, file, revision = parts
+    if not (sys.stderr and sys.stderr.isatty()):
+        disable_progress_bars()
+    with explained(repo):
+        if file:
+            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision or None))
+        path = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision or None, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]
+            )
+        )
+        if (path / "config.json").is_file():
+            return path
+        names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision or None)
+        files = sorted(name for name in names if name.endswith(".gguf"))
+        if len(files) == 1:
+            return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision or None))
+    if files:
+        raise FetchError(f"{repo} holds {len(files)} GGUF files; name one, e.g. {repo}/{files[0]}")
+    raise FetchError(f"{repo} is no base model: it has no config.json and no GGUF file")
+
+
+@contextmanager
+def explained(repo: str) -> Iterator[None]:
+    """What the hub's client raises, in one line with what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise FetchError(
+            f"{repo} is gated: ask for access on its page, and set HF_TOKEN to a token that has it"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FetchNotFound(
+            f"the hub has no repository {repo}, or none that this token sees: check the name, or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FetchNotFound(
+            f"{repo} has no such revision: name a branch, a tag or a commit after '@'"
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise FetchError(
+            f"{repo} is not in the hub's cache on this machine, and the hub is not reached: {_cause(error)}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FetchNotFound(f"{repo} has no such file") from error
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        raise FetchError(f"{repo} cannot be fetched: {_cause(error)}") from error
+    except FetchError:
+        raise
+    except Exception as error:  # its HTTP client's own
+        raise FetchError(f"{repo} cannot be fetched: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    reason: Any = error.__cause__ or error
+    return " ".join(str(reason).split())[:300] or type(reason).__name__

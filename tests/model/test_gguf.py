@@ -1,0 +1,172 @@
+"""GGUF files: every type of tensor that is served, against the dequantisation of the format's own library."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter, dequantize, quant_shape_to_byte_shape, quantize
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from toppings.model.config import ModelConfig
+from toppings.model.gguf import GgufError, convert_gguf, rope_parameters
+
+HIDDEN, HEADS, KV_HEADS = 256, 4, 2
+KINDS = {
+    "attn_q": Kind.Q4_0,
+    "attn_k": Kind.Q8_0,
+    "attn_v": Kind.Q4_1,
+    "attn_output": Kind.Q4_K,
+    "ffn_gate": Kind.Q5_K,
+    "ffn_up": Kind.Q6_K,
+    "ffn_down": Kind.BF16,
+}
+PLACES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOKENS = [chr(i) for i in range(33, 127)] + ["Ġ", "ĠĠ", "ab", "<|end|>", "<|turn|>"]
+
+
+def blocks(rng: np.random.Generator, kind: Kind, shape: tuple[int, int]) -> np.ndarray:
+    """Weights as a file stores them; for kinds that the library does not write, random blocks of small
+    scales."""
+    try:
+        stored: np.ndarray = quantize(rng.normal(size=shape).astype(np.float32) / 16, kind)
+        return stored
+    except NotImplementedError:
+        stored = rng.integers(0, 256, quant_shape_to_byte_shape(shape, kind), np.uint8)
+        blocks = stored.reshape(shape[0], shape[1] // 256, -1)
+        scale = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+        if kind is Kind.Q6_K:
+            blocks[..., -2:] = scale
+        else:
+            blocks[..., :2] = blocks[..., 2:4] = scale
+        return stored
+
+
+def write(
+    path: Path, *, architecture: str = "llama", pre: str = "smollm", factors: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
+    """A model of one layer; its projections as floats, in the file's order of rows."""
+    rng = np.random.default_rng(0)
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(512)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * (len(TOKENS) - 2) + [3, 3])
+    writer.add_token_merges(["a b", "Ġ Ġ"])
+    writer.add_eos_token_id(len(TOKENS) - 2)
+    writer.add_eot_token_id(len(TOKENS) - 1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    floats = {}
+    writer.add_tensor("token_embd.weight", rng.normal(size=(len(TOKENS), HIDDEN)).astype(np.float16))
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    for norm in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{norm}.weight", np.ones(HIDDEN, np.float32))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+    for name, kind in KINDS.items():
+        rows = HIDDEN // HEADS * KV_HEADS if name in ("attn_k", "attn_v") else HIDDEN
+        stored = blocks(rng, kind, (rows, HIDDEN))
+        writer.add_tensor(f"blk.0.{name}.weight", stored, raw_dtype=kind)
+        floats[name] = torch.from_numpy(dequantize(stored, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return floats
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    root = tmp_path_factory.mktemp("gguf")
+    floats = write(root / "model.gguf")
+    convert_gguf(root / "model.gguf", root / "made" / "model")
+    return root / "made" / "model", floats
+
+
+@pytest.mark.timeout(400)
+def test_all_kinds_of_tensors_become_what_the_format_says(
+    converted: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    path, floats = converted
+    weights = load_file(path / "model.safetensors")
+    config = ModelConfig.from_checkpoint(path)
+    assert (config.num_layers, config.num_kv_heads, config.dtype) == (1, KV_HEADS, torch.bfloat16)
+    # Rotary pairs lie side by side in the file, half a head apart in a checkpoint.
+    for name, heads in (("attn_q", HEADS), ("attn_k", KV_HEADS)):
+        shape = floats[name].shape
+        floats[name] = floats[name].view(heads, -1, 2, HIDDEN).transpose(1, 2).reshape(shape)
+    for name, expected in floats.items():
+        found = weights[f"model.layers.0.{PLACES[name]}.weight"]
+        assert torch.equal(found, expected.bfloat16()), name
+
+
+def test_tokeniser_template_and_end_tokens_come_along(
+    converted: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    path, _ = converted
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer.encode("a  1ab<|turn|>")
+    assert [TOKENS[i] for i in ids] == ["a", "ĠĠ", "1", "ab", "<|turn|>"]  # blanks are apart from digits
+    assert tokenizer.decode(ids) == "a  1ab<|turn|>"
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert set(ModelConfig.from_checkpoint(path).eos_token_ids) == {len(TOKENS) - 2, len(TOKENS) - 1}
+    assert [each.name for each in path.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [({"architecture": "mamba"}, "'mamba'"), ({"pre": "unheard-of"}, "'unheard-of'")],
+    ids=["architecture", "pre-tokeniser"],
+)
+def test_what_is_not_served_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, str], problem: str
+) -> None:
+    write(tmp_path / "m.gguf", **settings)  # type: ignore[arg-type]
+    with pytest.raises(GgufError, match=problem):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "made" / "m")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_other_files_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(GgufError, match="is no GGUF file"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    with pytest.raises(GgufError, match="No such file"):
+        convert_gguf(tmp_path / "n.gguf", tmp_path / "m")
+
+
+def test_factors_of_rotary_frequencies_are_llama_3s_or_refused() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, head_dim = 500000.0, 128
+    expected = {"rope_type": "llama3", "rope_theta": theta, "factor": 8.0, "low_freq_factor": 1.0}
+    expected |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, rope_parameters=expected)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    factors = (plain / scaled).tolist()
+    assert rope_parameters(factors, theta, head_dim) == pytest.approx(expected)
+    with pytest.raises(GgufError, match="rope_freqs"):
+        rope_parameters([2 * each for each in factors], theta, head_dim)

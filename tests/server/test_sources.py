@@ -1,0 +1,293 @@
+"""Adapters that come when a request first names them, from a directory, a hub and a web server."""
+
+import asyncio
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from tests.server.conftest import Server
+from tests.sources.hub_server import Hub, running_hub
+from toppings.adapters.records import Origin
+from toppings.adapters.registry import AdapterRegistry
+from toppings.config import Config, ConfigError
+from toppings.server import resolver
+from toppings.server.resolver import drop_unconfigured
+from toppings.sources.adapters import parse_source
+
+LOAD = "/v1/load_lora_adapter"
+MAX_BYTES = 1_000_000
+
+
+@pytest.fixture
+def hub(tmp_path: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """`org/one` and `org/two` are adapters."""
+    for number, name in enumerate(("one", "two")):
+        shutil.copytree(adapters_dir / f"adapter-0000{number}", tmp_path / "hub" / "org" / name)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    with running_hub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets when it is imported
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path, adapters_dir: Path) -> Path:
+    return shutil.copytree(adapters_dir, tmp_path / "many")
+
+
+@pytest.fixture
+def settings(hub: Hub, folder: Path) -> dict[str, object]:
+    return {
+        "adapter_source": [f"dir:{folder}", "hub:org/*", f"{hub.url}/org,*-web"],
+        "source_max_bytes": MAX_BYTES,
+        "source_timeout_s": 1.0,
+        "source_refresh_s": 1e-6,
+    }
+
+
+def repository(hub: Hub, name: str, adapters_dir: Path) -> Path:
+    path: Path = shutil.copytree(adapters_dir / "adapter-00000", hub.root / "org" / name)
+    return path
+
+
+def left_behind(server: Server) -> list[Path]:
+    """Files of fetches, and packed files that belong to no adapter."""
+    state = server.registry.state_dir
+    packed = {f"{adapter_id}.pack" for adapter_id in server.registry.live_ids()}
+    fetching = state / resolver.FETCHED
+    parts = list(fetching.rglob("*")) if fetching.exists() else []
+    return [*parts, *(path for path in (state / "packed").iterdir() if path.name not in packed)]
+
+
+async def test_a_directory_is_asked_when_a_request_names_what_it_holds(server: Server, folder: Path) -> None:
+    assert (await server.http.get("/v1/models")).json()["data"][1:] == []
+    for model, status in (("adapter-00001", 200), ("adapter-00001", 200), ("adapter-00009", 404)):
+        assert (await server.complete(model=model)).status_code == status
+    record = server.registry.get("adapter-00001")
+    assert record.origin is Origin.SOURCE
+    assert record.path.startswith(f"dir:{folder}/adapter-00001@")
+    assert server.registry.count() == 1
+    chat = {"model": "adapter-00002", "messages": [{"role": "user", "content": "hello"}]}
+    assert (await server.post("/v1/chat/completions", **chat)).status_code in (200, 400)  # or no template
+    assert server.registry.count() == 2
+    generate = {"inputs": "hello", "lora_dir": "adapter-00000", "parameters": {"max_new_tokens": 2}}
+    assert (await server.post("/generate", **generate)).status_code == 200
+    assert server.registry.count() == 3
+
+
+@pytest.mark.parametrize("name", ["../many/adapter-00000", "/adapter-00000", "a/../adapter-00000", ".hidden"])
+async def test_names_that_are_paths_reach_no_source(server: Server, name: str) -> None:
+    assert (await server.complete(model=name)).status_code == 404
+    assert server.registry.count() == 0
+
+
+async def test_links_out_of_the_directory_are_refused(
+    server: Server, folder: Path, adapters_dir: Path
+) -> None:
+    (folder / "outside").symlink_to(adapters_dir / "adapter-00000")
+    (folder / "inside").symlink_to(folder / "adapter-00000")
+    shutil.copytree(folder / "adapter-00000", folder / "half")
+    (folder / "half" / "adapter_model.safetensors").unlink()
+    (folder / "half" / "adapter_model.safetensors").symlink_to(
+        adapters_dir / "adapter-00000" / "adapter_model.safetensors"
+    )
+    for name in ("outside", "half"):
+        reply = await server.complete(model=name)
+        assert (reply.status_code, "leads out of" in reply.text) == (502, True)
+    assert (await server.complete(model="inside")).status_code == 200
+
+
+async def test_one_fetch_serves_all_who_ask_at_once(server: Server, hub: Hub) -> None:
+    replies = await asyncio.gather(*(server.complete(model="org/one") for _ in range(50)))
+    assert {reply.status_code for reply in replies} == {200}
+    assert hub.num_fetched["org/one/adapter_model.safetensors"] == 1
+    assert server.registry.get("org/one").path == f"hub:org/one@{hub.revision('org/one')}"
+    assert left_behind(server) == []
+
+
+async def test_only_what_an_adapter_needs_is_fetched(server: Server, hub: Hub) -> None:
+    (hub.root / "org/one/train.py").write_text("raise SystemExit")
+    (hub.root / "org/one/adapter_model.bin").write_bytes(pickle.dumps({}))
+    assert (await server.complete(model="org/one")).status_code == 200
+    assert {name.rpartition("/")[2] for name in hub.num_fetched} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+async def test_a_pickle_instead_of_safetensors_is_refused(server: Server, hub: Hub) -> None:
+    weights = hub.root / "org/one/adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    reply = await server.complete(model="org/one")
+    assert (reply.status_code, "never pickles" in reply.text) == (502, True)
+    (hub.root / "org/two/adapter_model.safetensors").write_bytes(pickle.dumps([1] * 100))
+    assert "safetensors is truncated or corrupt" in (await server.complete(model="org/two")).text
+    assert left_behind(server) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("elsewhere", "redirects elsewhere, to http://127.0.0.2:9"),
+        ("short", "were announced"),
+        ("cut", "adapter_model.safetensors"),
+        ("endless", "is larger than"),
+        ("slow", "has not come within 1 s"),
+    ],
+)
+async def test_a_fetch_that_goes_wrong_is_said_and_leaves_nothing(
+    server: Server, hub: Hub, fault: str, problem: str
+) -> None:
+    hub.faults["org/one"] = fault
+    started_at = time.monotonic()
+    reply = await server.complete(model="org/one")
+    assert time.monotonic() - started_at < 30
+    assert reply.status_code in (400, 502)
+    assert problem in reply.text
+    assert left_behind(server) == []
+    again = await server.complete(model="org/one")  # remembered
+    assert again.text == reply.text
+    assert hub.num_fetched["org/one/adapter_model.safetensors"] == 1
+    assert (await server.complete(model="org/two")).status_code == 200
+
+
+async def test_a_failure_is_forgotten_after_a_while(
+    server: Server, hub: Hub, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolver, "FAILURE_S", 0.01)
+    assert (await server.complete(model="org/late")).status_code == 404
+    repository(hub, "late", adapters_dir)
+    await asyncio.sleep(0.02)
+    assert (await server.complete(model="org/late")).status_code == 200
+
+
+async def test_patterns_say_who_may_be_asked_for(server: Server, hub: Hub, adapters_dir: Path) -> None:
+    shutil.copytree(hub.root / "org/one", hub.root / "other/one")
+    reply = await server.complete(model="other/one")
+    assert reply.status_code == 404
+    assert hub.num_fetched == {}
+
+
+async def test_an_adapter_of_another_base_is_refused_by_name(
+    server: Server, hub: Hub, adapters_dir: Path
+) -> None:
+    file = hub.root / "org/one/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "meta/llama-9"}))
+    reply = await server.complete(model="org/one")
+    assert reply.status_code == 400
+    assert "trained on 'meta/llama-9'; the base model here is 'base'" in reply.text
+    assert left_behind(server) == []
+
+
+async def test_a_new_revision_is_a_new_generation(server: Server, hub: Hub, adapters_dir: Path) -> None:
+    await server.complete(model="org/one")
+    old = server.registry.get("org/one")
+    shutil.copy(adapters_dir / "adapter-00001" / "adapter_model.safetensors", hub.root / "org/one")
+    shutil.copy(adapters_dir / "adapter-00001" / "adapter_config.json", hub.root / "org/one")
+    for _ in range(200):
+        assert (await server.complete(model="org/one")).status_code == 200
+        if server.registry.get("org/one").adapter_id != old.adapter_id:
+            break
+        await asyncio.sleep(0.02)
+    new = server.registry.get("org/one")
+    assert (old.rank, new.rank) == (4, 8)
+    assert new.path.endswith(hub.revision("org/one"))
+
+
+async def test_what_a_token_has_brought_is_for_those_whose_token_may_read_it(
+    server: Server, hub: Hub
+) -> None:
+    hub.tokens["org/one"] = "sesame"
+
+    async def ask(**parameters: object) -> int:
+        body = {"adapter_id": "org/one", "adapter_source": "hub", "max_new_tokens": 2, **parameters}
+        reply = await server.post("/generate", inputs="hello", parameters=body)
+        return reply.status_code
+
+    assert await ask() == 424  # as LoRAX says that there is none
+    assert await ask(api_token="sesame") == 200
+    assert await ask(api_token="wrong") == 403
+    assert await ask() == 403
+    assert (await server.complete(model="org/one")).status_code == 403
+    assert await ask(api_token="sesame") == 200
+    assert hub.num_fetched["org/one/adapter_model.safetensors"] == 1
+
+
+async def test_loraxs_sources_are_asked_alone(server: Server, hub: Hub) -> None:
+    async def ask(name: str, source: str) -> int:
+        body = {"adapter_id": name, "adapter_source": source, "max_new_tokens": 2}
+        return (await server.post("/generate", inputs="hello", parameters=body)).status_code
+
+    assert await ask("adapter-00000", "hub") == 424
+    assert await ask("org/two", "local") == 424
+    assert await ask("adapter-00000", "local") == 200
+    assert await ask("org/two", "hub") == 200
+    assert await ask("org/two", "pbase") == 422
+
+
+async def test_adapters_are_loaded_from_sources_by_their_place(server: Server, hub: Hub) -> None:
+    for place, name in (("org/one", "bare"), ("hub:org/one", "spelt"), (f"{hub.url}/org/no-web", "none")):
+        reply = await server.post(LOAD, lora_name=name, lora_path=place)
+        assert reply.status_code == (404 if name == "none" else 200), reply.text
+    record = server.registry.get("bare")
+    assert (record.origin, record.path) == (Origin.HTTP, f"hub:org/one@{hub.revision('org/one')}")
+    assert (await server.post(LOAD, lora_name="x", lora_path="other/one")).status_code == 404
+    assert left_behind(server) == []
+
+
+async def test_a_web_server_is_asked_for_the_files_by_name(
+    server: Server, hub: Hub, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = "main"
+    path = repository(hub, "a-web", adapters_dir)
+    source = parse_source(f"{hub.url}/org/a-web/resolve,{revision}")
+    found = source.find(revision)
+    assert found.where.startswith(f"{hub.url}/org/a-web/resolve/main@")
+    (path / "adapter_config.json").write_text("{}")
+    assert source.find(revision).where != found.where
+
+
+async def test_the_least_recently_asked_for_leaves(
+    server: Server, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = 2 * 4 * 2 * (32 + 32) * 4  # bytes: about two adapters of rank 4 fit
+    await server.complete(model="adapter-00000")
+    num_bytes = server.registry.get("adapter-00000").num_bytes
+    monkeypatch.setattr(server.state.resolver, "_config", _with_bound(server, 3 * num_bytes + one))
+    for name in ("adapter-00002", "adapter-00000", "org/one", "adapter-00000", "org/two"):
+        assert (await server.complete(model=name)).status_code == 200
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        names = {record.name for record in server.registry.list()}
+        if "adapter-00002" not in names:
+            break
+    assert "adapter-00002" not in names
+    assert {"adapter-00000", "org/two"} <= names
+    held = [r for r in server.registry.list() if r.origin is Origin.SOURCE]
+    assert sum(record.num_bytes for record in held) <= 3 * num_bytes + one
+
+
+def _with_bound(server: Server, num_bytes: int) -> object:
+    from dataclasses import replace
+
+    return replace(server.state.config.server, source_cache_bytes=num_bytes)
+
+
+def test_what_is_no_source_is_refused_by_name(tmp_path: Path) -> None:
+    for text in ("ftp://x/y", "hub:", f"dir:{tmp_path}/none", "plain"):
+        with pytest.raises(ConfigError, match="adapter_source"):
+            parse_source(text)
+
+
+async def test_adapters_go_with_their_source(server: Server, registry: AdapterRegistry) -> None:
+    await server.complete(model="adapter-00000")
+    await server.complete(model="org/one")
+    drop_unconfigured(registry, Config.from_settings({"adapter_source": ["hub:org/*"]}).server)
+    assert [record.name for record in registry.list()] == ["org/one"]
