@@ -185,3 +185,8 @@ def test_a_measurement_that_other_work_disturbed_is_known(monkeypatch: pytest.Mo
     assert profile.waited == 0.25
     assert profile.is_disturbed
     assert not profile_of(AVX2).is_disturbed
+
+
+def test_one_disturbed_time_does_not_end_the_use_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_instructions(monkeypatch, bf16=False, f16=False)
+    assert profile_of(AVX2 | {("stream", 1): 6.0}).forms()[64].max_stream_rows == 16
