@@ -207,8 +207,9 @@ class Dispatcher:
         if report.requests is None:
             others = self._others(instance_id, report, own_then, other_rank)
         else:
-            others = self._note_requests(instance_id, report.requests)
-        self._set_others(instance_id, others)
+            others = self._note_requests(instance_id, report.requests) if report.requests else {}
+        if others or self._known[instance_id].others:
+            self._set_others(instance_id, others)
         self._note_adapters(instance_id, report)
 
     def _note_limits(self, instance_id: str, report: ServerReport) -> None:
@@ -266,8 +267,6 @@ class Dispatcher:
     def _set_others(self, instance_id: str, told: dict[str, RequestEntry]) -> None:
         """Others' requests end when their server tells of them no longer."""
         known = self._known[instance_id].others
-        if not (known or told):
-            return
         for request_id in known.keys() - told.keys():
             self.fleet.finish(instance_id, request_id)
             del known[request_id]
