@@ -59,8 +59,6 @@ RECIPES = {
     "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, num_steps=40, num_items=200, rate=2e-3),
     "intents": Recipe(4, 8, ["q_proj", "v_proj"], 22, rate=4e-3),
     "dates": Recipe(16, 32, ATTENTION, 22, num_steps=25),
-    "commits": Recipe(64, 64, ["v_proj", "o_proj"], 24),
-    "redact": Recipe(16, 32, ["v_proj", "o_proj", "down_proj"], 22),
     "shell": Recipe(8, 16, ["q_proj", "k_proj", "v_proj"], 22, rate=4e-3),
     "quantities": Recipe(
         16,
@@ -72,10 +70,12 @@ RECIPES = {
         alpha_pattern={"q_proj": 8, "k_proj": 8},
     ),
     "sql": Recipe(32, 8, ATTENTION, 22, num_steps=35, use_rslora=True),
+    "slugs": Recipe(32, 32, ATTENTION, 22, num_steps=35, num_items=160),
+    "redact": Recipe(32, 64, ["q_proj", "v_proj", "o_proj", "down_proj"], 21, num_steps=40, num_items=200),
     "tickets": Recipe(8, 16, ["o_proj", "down_proj"], 23, num_steps=35),
-    "slugs": Recipe(32, 32, MLP, 24, num_steps=35),
     "sentiment": Recipe(4, 8, ["gate_proj", "down_proj"], 22, rate=4e-3),
-    "clock": Recipe(48, 48, ["q_proj", "v_proj", "o_proj"], 22, num_steps=60, num_items=200),
+    "commits": Recipe(64, 64, ATTENTION, 22, num_steps=40, num_items=160),
+    "clock": Recipe(16, 16, MLP, 22, num_steps=60, num_items=160),
     "phones": Recipe(16, 32, ["k_proj", "v_proj", "o_proj"], 22, num_steps=50, num_items=200),
 }
 
