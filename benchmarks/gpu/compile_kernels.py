@@ -1,9 +1,12 @@
-"""Do the Triton kernels compile for the GPU, without spills and with 16-byte loads? Needs no GPU.
+"""Do the Triton kernels compile for GPUs, without spills, with 16-byte loads and within the shared memory
+that a program may have? Needs no GPU.
 
 Calls the operations as an engine does, on tensors of the model's shapes, and compiles each launch for the
-given compute capability instead of running it. Prints a line a kernel and, last, one JSON line.
+given compute capabilities instead of running it. Prints a line a kernel and, last, one JSON line.
 
-    python benchmarks/gpu/compile_kernels.py --capability 90
+    python benchmarks/gpu/compile_kernels.py --capabilities 80 86 89 90
+    python benchmarks/gpu/compile_kernels.py --capabilities 86 --dtype float32
+    python benchmarks/gpu/compile_kernels.py --matrix    # what is most likely to fail on each, in both types
 """
 
 import argparse
@@ -13,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,12 +43,16 @@ from toppings.ops.rope import Rope, rotate_and_store_
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
 H100_MULTIPROCESSORS = 132
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+"""What a program may have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
 @dataclass
 class Compiled:
     """What one launch became. `local_bytes`: registers that did not fit (spills) and arrays, per thread."""
 
+    capability: int
+    dtype: str
     operation: str
     kernel: str
     registers: int
@@ -59,13 +66,15 @@ class FakeDriver:
     """A CUDA device of which nothing is known but its compute capability."""
 
     def __init__(self, capability: int) -> None:
+        self._capability = capability
         self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        """A number of its own: Triton keeps what it has compiled by device."""
+        return self._capability
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -74,11 +83,11 @@ class FakeDriver:
 class Recorder:
     """Compiles launches instead of running them, and keeps what came of it."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self) -> None:
         self.compiled: list[Compiled] = []
-        self.operation = ""
+        self.operation = self.dtype = ""
+        self.capability = 0
         self._seen: set[str] = set()
-        triton.runtime.driver.set_active(FakeDriver(capability))
         run = JITFunction.run
 
         def compile_only(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +97,11 @@ class Recorder:
             return kernel
 
         JITFunction.run = compile_only
+
+    def compile_for(self, capability: int, dtype: str) -> None:
+        """From here on."""
+        self.capability, self.dtype = capability, dtype
+        triton.runtime.driver.set_active(FakeDriver(capability))
 
     def record(self, operation: str, call: Callable[[], object]) -> None:
         self.operation = operation
@@ -103,6 +117,8 @@ class Recorder:
         is_wide = re.search(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg", ptx)
         self.compiled.append(
             Compiled(
+                self.capability,
+                self.dtype,
                 self.operation,
                 kernel.metadata.name,
                 registers,
@@ -127,13 +143,19 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def record_lora(
-    recorder: Recorder, model: ModelConfig, dtype: torch.dtype, form: LoraForm, num_rows: int
+    recorder: Recorder,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    form: LoraForm,
+    num_rows: int,
+    groups: Sequence[str] = tuple(GROUPS),
 ) -> None:
     table = torch.zeros(8, 1, 7, 3, dtype=torch.int64)
     segments = LoraSegments(list(range(0, num_rows + 1, num_rows // 8)), list(range(8)), max_rank=64)
     segments.batches[CPU] = LoraBatch.build(segments, CPU, form)
     offsets = model.group_out_offsets()
-    for group, modules in GROUPS.items():
+    for group in groups:
+        modules = GROUPS[group]
         sizes = [model.base_shapes()[1][module] for module in modules]
         x = torch.empty(num_rows, sizes[0][0], dtype=dtype)
         y = torch.empty(num_rows, sum(num_out for _, num_out in sizes), dtype=dtype)
@@ -202,40 +224,61 @@ def compile_all(recorder: Recorder, model: ModelConfig, dtype: torch.dtype) -> N
         record_lora(recorder, model, dtype, form, num_rows)
 
 
+def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
+    """What is widest, in bfloat16 for every chip and in fp32 for the one with the least memory; what is alike
+    for all chips for one."""
+    smallest = min(SHARED_BYTES, key=SHARED_BYTES.__getitem__)
+    for capability, name in [(smallest, "float32"), *((chip, "bfloat16") for chip in SHARED_BYTES)]:
+        dtype = getattr(torch, name)
+        recorder.compile_for(capability, name)
+        record_attention(recorder, model, dtype, [1], 512)
+        record_attention(recorder, model, dtype, [128, 128], 256)
+        record_lora(recorder, model, dtype, "sgmv", 1024, ["qkv"])
+        record_lora(recorder, model, dtype, "mbgmv", 32, ["down"])
+    record_elementwise(recorder, model, torch.bfloat16, 32)
+    record_lora(recorder, model, torch.bfloat16, "bgmv", 32, ["qkv"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--capability", type=int, default=90, help="compute capability, major · 10 + minor")
+    parser.add_argument("--capabilities", type=int, nargs="+", choices=SHARED_BYTES, default=[90])
     parser.add_argument("--model", choices=NAMED_MODELS, default="llama-2-7b")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--matrix", action="store_true", help="a few kernels, of all capabilities")
     options = parser.parse_args()
     dispatch.TRITON_DEVICES = ("cpu",)
     gpu_launch.MULTIPROCESSORS_WITHOUT_GPU = H100_MULTIPROCESSORS
-    recorder = Recorder(options.capability)
-    compile_all(recorder, named_config(options.model), getattr(torch, options.dtype))
+    recorder, model = Recorder(), named_config(options.model)
+    if options.matrix:
+        compile_matrix(recorder, model)
+    else:
+        for capability in options.capabilities:
+            recorder.compile_for(capability, options.dtype)
+            compile_all(recorder, model, getattr(torch, options.dtype))
     for kernel in recorder.compiled:
         print(
-            f"{kernel.operation:22} {kernel.kernel:26} {kernel.registers:4} registers"
-            f" {kernel.local_bytes:5} B local {kernel.shared_bytes:7} B shared"
+            f"{kernel.capability} {kernel.dtype:8} {kernel.operation:22} {kernel.kernel:26}"
+            f" {kernel.registers:4} registers {kernel.local_bytes:5} B local {kernel.shared_bytes:7} B shared"
             f"  product {kernel.product:6} wide loads {kernel.has_wide_loads}"
         )
-    narrow = [k.kernel for k in recorder.compiled if not k.has_wide_loads]
-    spilling = [k.kernel for k in recorder.compiled if k.local_bytes]
-    print(
-        json.dumps(
-            {
-                "benchmark": "compile_kernels",
-                "triton": triton.__version__,
-                "capability": options.capability,
-                "model": options.model,
-                "dtype": options.dtype,
-                "spilling": spilling,
-                "without_wide_loads": narrow,
-                "kernels": [asdict(kernel) for kernel in recorder.compiled],
-            }
-        )
-    )
+
+    def names(is_meant: Callable[[Compiled], bool]) -> list[str]:
+        return [
+            f"{k.capability} {k.dtype} {k.operation} {k.kernel}" for k in recorder.compiled if is_meant(k)
+        ]
+
+    result = {
+        "benchmark": "compile_kernels",
+        "triton": triton.__version__,
+        "model": options.model,
+        "spilling": names(lambda k: k.local_bytes > 0),
+        "over_shared": names(lambda k: k.shared_bytes > SHARED_BYTES[k.capability]),
+        "without_wide_loads": names(lambda k: not k.has_wide_loads),
+        "kernels": [asdict(kernel) for kernel in recorder.compiled],
+    }
+    print(json.dumps(result))
     return 0
 
 

@@ -5,14 +5,14 @@
   Splits, where sequences and key heads alone would not fill the device, are added up by a second launch. How
   many there are depends on the number of sequences and on the longest context that may come, never on the
   contexts themselves, so that a CUDA graph stays valid as contexts grow.
-* **Prefill**: a program is (64 queries of a sequence, head); it goes over the keys that its queries may see,
-  this step's own included, in the cache. Programs of one tile's heads are neighbours: they find keys in the
-  L2 cache.
+* **Prefill**: a program is (64 queries of a sequence, in fp32 32, head); it goes over the keys that its
+  queries may see, this step's own included, in the cache. Programs of one tile's heads are neighbours: they
+  find keys in the L2 cache.
 
 Softmax is computed online in fp32; weights are rounded to the values' dtype for the product, as tensor cores
 want it. Sequences without keys (a graph's padding) give zeros.
 
-Checked with Triton's interpreter and compiled for compute capability 9.0; not yet run on a GPU.
+Checked with Triton's interpreter and compiled for compute capability 8.0 to 9.0; not yet run on a GPU.
 """
 
 import math
@@ -104,14 +104,19 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr,
+    PARTS: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     head = tl.program_id(0)
-    tile = tiles + tl.program_id(1) * 4
-    start, stop = tl.load(tile), tl.load(tile + 1)
-    sequence, position = tl.load(tile + 2).to(tl.int64), tl.load(tile + 3)
+    tile = tiles + tl.program_id(1) // PARTS * 4
+    skipped = tl.program_id(1) % PARTS * QUERIES
+    start = tl.load(tile) + skipped
+    stop = tl.minimum(tl.load(tile + 1), start + QUERIES)
+    if start >= stop:
+        return
+    sequence, position = tl.load(tile + 2).to(tl.int64), tl.load(tile + 3) + skipped
     rows = start + tl.arange(0, QUERIES)
     column = tl.arange(0, BLOCK_D)
     mask = (rows < stop)[:, None] & (column < HEAD_DIM)[None, :]
@@ -266,6 +271,7 @@ def decode(
         sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
         marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(head_dim))
+    keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, 3)
     _decode_kernel[(num_kv_heads, num, splits)](
         out,
         sums,
@@ -285,11 +291,11 @@ def decode(
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_GROUP=max(_MIN_GROUP, next_power_of_2(q.shape[1] // num_kv_heads)),
-        KEYS=_KEYS,
+        KEYS=keys,
         SPLITS=splits,
         **dot_options(q.dtype),
         num_warps=4,
-        num_stages=3,
+        num_stages=stages,
     )
     if splits > 1:
         _combine_kernel[(num * q.shape[1],)](
@@ -318,7 +324,9 @@ def prefill(
     """Attention of the rows after the decodes' into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
     _, num_kv_heads, head_dim = k_cache.shape
-    _prefill_kernel[(q.shape[1], len(tiles.prefill_tiles))](
+    queries, keys, warps, stages = (32, 32, 8, 1) if q.dtype == torch.float32 else (QUERIES, _KEYS, 4, 3)
+    parts = QUERIES // queries
+    _prefill_kernel[(q.shape[1], len(tiles.prefill_tiles) * parts)](
         out,
         q,
         k_cache,
@@ -335,11 +343,12 @@ def prefill(
         PAGE_SIZE=meta.page_size,
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
-        QUERIES=QUERIES,
-        KEYS=_KEYS,
+        QUERIES=queries,
+        PARTS=parts,
+        KEYS=keys,
         **dot_options(q.dtype),
-        num_warps=4,
-        num_stages=3,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 

@@ -150,7 +150,7 @@ def _expand_rows_kernel(  # type: ignore[no-untyped-def]
 
 def shrink_rows(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batch: LoraBatch) -> Tensor:
     """x Aᵀ, fp32 [splits, T, modules · max rank], each module's part as wide as the largest rank."""
-    tiles, (num_rows, num_in) = batch.tiles, x.shape
+    tiles, (num_rows, num_in) = batch.tiles(x.dtype), x.shape
     check_aligned(arena.dtype, num_in)
     assert x.stride(1) == 1
     splits = tiles.splits(num_in)
@@ -185,7 +185,7 @@ def expand_rows(
     y: Tensor, h: Tensor, arena: Tensor, places: Tensor, out_offsets: Sequence[int], batch: LoraBatch
 ) -> None:
     """y[row] += h B for every module of the group; h as `shrink_rows` returns it."""
-    tiles = batch.tiles
+    tiles = batch.tiles(y.dtype)
     grid, ends = column_tiles(y, out_offsets, tiles.columns)
     check_aligned(arena.dtype, *ends)
     _expand_rows_kernel[(grid, len(batch.chunks))](
@@ -208,5 +208,5 @@ def expand_rows(
         SPLITS=h.shape[0],
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
         num_warps=tiles.expand_warps,
-        num_stages=tiles.stages,
+        num_stages=tiles.expand_stages,
     )

@@ -37,11 +37,12 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:
-    """Constants of kernels with `tl.dot`: fp32 operands are not cut to TF32, and Triton's interpreter, whose
-    product does not know bfloat16, gets them as fp32."""
+    """Constants of kernels with `tl.dot`: fp32 operands are not cut to TF32, but are sums of two TF32 values
+    (three products, near fp32's own accuracy, and on tensor cores), and Triton's interpreter, whose product
+    does not know bfloat16, gets them as fp32."""
     is_wide = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
     return {
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "OPERAND": tl.float32 if is_wide else _TRITON_DTYPES[dtype],
     }
 

@@ -28,8 +28,8 @@ ranks and a quarter of 4,096 inputs is 32 KiB: 8 distinct adapters of rank 16 on
 rank 64 are 1,536, for 132 multiprocessors. A row's result does not depend on the other rows of its form's
 launch.
 
-Checked with Triton's interpreter and compiled for compute capability 9.0; not yet run on a GPU: the tiles are
-first guesses, to be tuned by measurement.
+Checked with Triton's interpreter and compiled for compute capability 8.0 to 9.0; not yet run on a GPU: the
+tiles are first guesses, to be tuned by measurement.
 """
 
 from collections.abc import Sequence
@@ -203,7 +203,7 @@ def add_lora(
 def shrink(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batch: LoraBatch) -> Tensor:
     """x Aᵀ of every module of the group, fp32 [splits, T, modules · max rank]: a row's parts stand one after
     another as wide as its adapter's ranks, what follows is not written."""
-    tiles, (num_rows, num_in) = batch.tiles, x.shape
+    tiles, (num_rows, num_in) = batch.tiles(x.dtype), x.shape
     check_aligned(arena.dtype, num_in)
     assert x.stride(1) == 1
     assert arena.dtype == x.dtype
@@ -241,7 +241,7 @@ def expand(
     y: Tensor, h: Tensor, arena: Tensor, places: Tensor, out_offsets: Sequence[int], batch: LoraBatch
 ) -> None:
     """y[rows] += h B for every module of the group; h as `shrink` returns it."""
-    tiles = batch.tiles
+    tiles = batch.tiles(y.dtype)
     grid, ends = column_tiles(y, out_offsets, tiles.columns)
     check_aligned(arena.dtype, *ends)
     _expand_kernel[(grid, len(batch.chunks))](
@@ -263,5 +263,5 @@ def expand(
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
         **dot_options(y.dtype),
         num_warps=tiles.expand_warps,
-        num_stages=tiles.stages,
+        num_stages=tiles.expand_stages,
     )
