@@ -26,6 +26,7 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import Answer, Upstream
 from toppings.config import ConfigError
+from toppings.open_files import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +328,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
 
 def run_router(config: RouterConfig) -> None:
     """Serve until SIGINT or SIGTERM: requests in flight then get 30 s to end."""
+    raise_file_limit()
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

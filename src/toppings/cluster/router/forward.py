@@ -27,6 +27,7 @@ from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
+from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,12 @@ def _target(url: str, path: str, http_request: web.Request) -> URL:
 def _explain(
     state: RouterState, flight: Flight, upstream: Upstream, error: BaseException, limit_s: float
 ) -> AttemptError:
+    """What is to be told of an attempt; what it says of the server is noted. Raises ApiError 503 where the router
+    itself could not even try.
+    """
     name = upstream.instance_id
+    if is_out_of_files(error):
+        raise replies.unavailable("the router has too many files open", state.config.retry_after_s)
     if flight.move_to is not None:
         return AttemptError(f"moved to {flight.move_to}", Failure.REFUSED)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):

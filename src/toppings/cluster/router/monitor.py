@@ -8,6 +8,7 @@ from toppings.cluster.router.adapters import AdapterAdmin
 from toppings.cluster.router.background import start_loop, start_once
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Health, Kind, Upstream
+from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Monitor:
     async def check(self, upstream: Upstream) -> None:
         """Is it there, and how busy is it? One that was away is brought up to date before it is opened."""
         health = await upstream.check_health()
+        if health is Health.UNASKED:
+            logger.error("%s is not checked: the router has too many files open", upstream.instance_id)
+            return
         if health is not Health.OK:
             self._state.note_failure(upstream, is_silent=health is Health.SILENT)
             return
@@ -66,7 +70,7 @@ class Monitor:
                 self._state.apply_report(upstream, report, own_ranks)
         except CALL_FAILURES as error:
             logger.info("%s: its report cannot be had: %r", upstream.instance_id, error)
-            self._state.note_failure(upstream)
+            self._note_failure(upstream, error)
 
     def _start_sync(self, upstream: Upstream) -> None:
         """Where it is due, and not going on already."""
@@ -89,6 +93,10 @@ class Monitor:
                 await self._open(upstream)
         except CALL_FAILURES as error:
             logger.info("%s: it cannot be brought up to date: %r", upstream.instance_id, error)
+            self._note_failure(upstream, error)
+
+    def _note_failure(self, upstream: Upstream, error: BaseException) -> None:
+        if not is_out_of_files(error):
             self._state.note_failure(upstream)
 
     async def _open(self, upstream: Upstream) -> None:

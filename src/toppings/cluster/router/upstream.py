@@ -12,6 +12,7 @@ from toppings.cluster.report import ServerReport, read_report
 from toppings.cluster.router.cards import Cards, read_cards
 from toppings.cluster.router.metrics_text import translate_metrics
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,12 @@ class Kind(StrEnum):
 
 
 class Health(StrEnum):
-    """What a check says: it serves, it says that it does not, nothing is heard."""
+    """What a check says: it serves, it says that it does not, nothing is heard; or it could not be made."""
 
     OK = "ok"
     UNREADY = "unready"
     SILENT = "silent"
+    UNASKED = "unasked"
 
 
 @dataclass(slots=True)
@@ -114,8 +116,8 @@ class Upstream:
         path = "/ready" if self.kind is Kind.TOPPINGS else "/health"
         try:
             return Health.OK if (await self.call("GET", path)).status == 200 else Health.UNREADY
-        except CALL_FAILURES:
-            return Health.SILENT
+        except CALL_FAILURES as error:
+            return Health.UNASKED if is_out_of_files(error) else Health.SILENT
 
     async def detect_kind(self) -> None:
         """A server whose `/stats` reads as ours is a Toppings server, any other an OpenAI-compatible one."""
