@@ -10,7 +10,7 @@ OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def raise_file_limit() -> int | None:
-    """Let this process open as many files as it may, and say how many that is; None where nothing limits it."""
+    """Let this process open as many files as it may; returns how many that is, None where nothing limits it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -22,5 +22,5 @@ def raise_file_limit() -> int | None:
 
 
 def is_out_of_files(error: BaseException) -> bool:
-    """Whether a call failed because this process, or its machine, has too many files open: nobody else's fault."""
+    """Whether a call failed because this process, or its machine, has too many files open."""
     return isinstance(error, OSError) and error.errno in OUT_OF_FILES

@@ -51,6 +51,39 @@ async def test_checks_go_on_while_a_server_drains(start_router: Start) -> None:
             assert (await task)[0] == 200
 
 
+async def test_what_is_being_unloaded_is_not_loaded_again_meanwhile(start_router: Start) -> None:
+    """One server is done, the other is not yet: the first one is looked at again before all is done."""
+    draining, other = Draining(), FakeVllm()
+    with serving(draining) as first, serving(other) as second:
+        async with start_router(first, second) as client:
+            assert (await change(client, "load", NEW))[0] == 200
+            upstream = _upstream(client, "s1")
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "new"}))
+            await until(lambda: "new" not in other.adapters and draining.num_waiting)
+            await client.router.admin.sync(upstream)
+            draining.is_open = True
+            assert (await task)[0] == 200
+            assert [call["lora_name"] for call in other.admin_calls] == ["new", "new"]
+            assert "new" not in draining.adapters
+            assert "new" not in other.adapters
+
+
+async def test_a_server_that_a_change_does_not_reach_follows_at_once(start_router: Start) -> None:
+    """It comes up while the change goes on at the other one."""
+    draining, late = Draining(), FakeVllm()
+    late.behaviour.is_healthy = False
+    with serving(draining) as first, serving(late) as second:
+        async with start_router(first, second, sync_interval_s=600.0) as client:
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: draining.num_waiting)
+            late.behaviour.is_healthy = True
+            await until(lambda: _upstream(client, "s1").is_alive)
+            assert "small" in late.adapters
+            draining.is_open = True
+            assert (await task)[0] == 200
+            await until(lambda: "small" not in late.adapters)
+
+
 async def test_a_server_that_hangs_keeps_no_change_from_the_others(start_router: Start) -> None:
     hanging, other = Draining(), FakeVllm()
     with serving(hanging) as first, serving(other) as second:

@@ -2,7 +2,8 @@
 
 A server that refuses (any HTTP error) makes a load fail for all: those that did it undo it. A server that
 cannot be reached, or does not answer in time, keeps nobody else: the answer names it, and `sync` brings it up
-to date. What one change does to one server is done while nobody else changes that server.
+to date. What one change does to one server is done while nobody else changes that server; what `sync` does waits for
+no change: a name that is being changed is left to that, and the servers that it did not reach to the next `sync`.
 """
 
 import asyncio
@@ -97,17 +98,22 @@ class AdapterAdmin:
         """To be held while the name is changed; it is forgotten with the last one who holds or awaits it."""
         return self._names.setdefault(name, asyncio.Lock())
 
+    def _is_changing(self, name: str) -> bool:
+        lock = self._names.get(name)
+        return lock is not None and lock.locked()
+
     # --- one server at a time ---
 
     async def sync(self, upstream: Upstream) -> None:
-        """Read what a server has, and load and unload what it missed. Raises CALL_FAILURES.
+        """Read what a server has, and load and unload what it missed, but for what is just being changed: what
+        the fleet should have of that is not known yet. Raises CALL_FAILURES.
 
         One that does not answer a change in time is left as it is until the next time.
         """
         await upstream.read_cards()
         for name in self._memory.names():
             async with upstream.changing:
-                is_in_time = await self._catch_up(upstream, name)
+                is_in_time = self._is_changing(name) or await self._catch_up(upstream, name)
             if not is_in_time:
                 break
         await self._refresh(upstream)
@@ -169,8 +175,11 @@ class AdapterAdmin:
 
     async def _remember(self, name: str, body: dict[str, Any] | None, reached: list[Upstream]) -> None:
         version = await self._memory.note(name, body)
-        for upstream in reached:
-            upstream.applied[name] = version
+        for upstream in self._state.upstreams.values():
+            if upstream in reached:
+                upstream.applied[name] = version
+            else:
+                upstream.synced_at = None
 
     # --- what servers have ---
 

@@ -161,8 +161,8 @@ def _target(url: str, path: str, http_request: web.Request) -> URL:
 def _explain(
     state: RouterState, flight: Flight, upstream: Upstream, error: BaseException, limit_s: float
 ) -> AttemptError:
-    """What is to be told of an attempt; what it says of the server is noted. Raises ApiError 503 where the router
-    itself could not even try.
+    """What is to be told of an attempt; what it says of the server is noted. Raises ApiError 503 where the
+    router itself could not even try.
     """
     name = upstream.instance_id
     if is_out_of_files(error):

@@ -87,12 +87,13 @@ class Monitor:
             if not upstream.is_alive:
                 upstream.kind = Kind.UNKNOWN
                 await upstream.detect_kind()
+            upstream.synced_at = time.monotonic()  # a change that does not reach it meanwhile takes that back
             await self._admin.sync(upstream)
-            upstream.synced_at = time.monotonic()
             if not upstream.is_alive:
                 await self._open(upstream)
         except CALL_FAILURES as error:
             logger.info("%s: it cannot be brought up to date: %r", upstream.instance_id, error)
+            upstream.synced_at = None
             self._note_failure(upstream, error)
 
     def _note_failure(self, upstream: Upstream, error: BaseException) -> None:
