@@ -30,6 +30,22 @@ class Draining(FakeToppings):
         return await super().health(request)
 
 
+class Listing(FakeVllm):
+    """Holds back the next `num_to_hold` lists of its models, as they were when asked for, until it `is_open`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_to_hold, self.num_held, self.is_open = 0, 0, False
+
+    async def models(self, request: Request) -> Response:
+        answer = await super().models(request)
+        if self.num_held < self.num_to_hold:
+            self.num_held += 1
+            while not self.is_open:
+                await asyncio.sleep(0.01)
+        return answer
+
+
 def _upstream(client: Client, name: str) -> Any:
     return client.router.state.upstreams[name]
 
@@ -141,6 +157,53 @@ async def test_a_change_goes_on_when_its_client_leaves(start_router: Start) -> N
             await asyncio.sleep(0.1)
             draining.is_open = True
             await until(lambda: not client.router.state.is_known("small"))
+
+
+async def test_who_asks_for_a_new_model_while_it_is_looked_for_waits_for_the_look(start_router: Start) -> None:
+    server = Listing()
+    with serving(server) as url:
+        async with start_router(url, sync_interval_s=600.0) as client:
+            server.adapters["new"], server.num_to_hold = 16, 4
+
+            async def ask() -> int:
+                async with client.complete("new") as response:
+                    return int(response.status)
+
+            asked = [asyncio.create_task(ask())]
+            await until(lambda: server.num_held == 1)
+            asked += [asyncio.create_task(ask()) for _ in range(3)]
+            await until(lambda: client.num_received() == 4)
+            server.is_open = True
+            assert await asyncio.gather(*asked) == [200] * 4
+            assert server.num_held == 1
+
+
+async def test_a_late_list_of_models_takes_nothing_back(start_router: Start) -> None:
+    server = Listing()
+    with serving(server) as url:
+        async with start_router(url, sync_interval_s=600.0) as client:
+            upstream = _upstream(client, "s0")
+            server.num_to_hold = 1
+            early = asyncio.create_task(upstream.read_cards())
+            await until(lambda: server.num_held == 1)
+            server.adapters["new"] = 16
+            await upstream.read_cards()
+            server.is_open = True
+            await early
+            assert "new" in upstream.cards
+
+
+async def test_an_added_server_is_watched_though_who_added_it_has_left(start_router: Start) -> None:
+    later = FakeVllm()
+    later.behaviour.mode = "hang"
+    with serving(FakeVllm()) as first, serving(later) as second:
+        async with start_router(first) as client:
+            adding = asyncio.create_task(client.json("POST", "/instances", {"url": second, "id": "later"}))
+            await until(lambda: "later" in client.router.state.upstreams)
+            adding.cancel()
+            await asyncio.gather(adding, return_exceptions=True)
+            later.behaviour.mode = "ok"
+            await until(lambda: _upstream(client, "later").is_alive)
 
 
 async def test_polling_ten_thousand_adapters_does_not_hold_the_loop(start_router: Start) -> None:

@@ -183,9 +183,15 @@ class AdapterAdmin:
 
     # --- what servers have ---
 
+    @property
+    def is_refreshing(self) -> bool:
+        return self._refreshing is not None and not self._refreshing.done()
+
     async def refresh(self) -> None:
-        """Read again which models the servers have; one that takes long is not waited for."""
-        if self._refreshing is None or self._refreshing.done():
+        """Read again which models the servers have; one that takes long is not waited for. Whoever comes while
+        that goes on waits for it, too.
+        """
+        if self._refreshing is None or not self.is_refreshing:
             alive = [upstream for upstream in self._state.upstreams.values() if upstream.is_alive]
             self._refreshing = asyncio.create_task(self._refresh_all(alive))
         await asyncio.wait([self._refreshing], timeout=self._state.config.health_timeout_s)

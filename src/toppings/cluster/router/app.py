@@ -116,8 +116,10 @@ class Router:
         if call.path.startswith("/generate") or call.model is None or self.state.is_known(call.model):
             return
         now = time.monotonic()
-        if now - self._refreshed_at >= UNKNOWN_MODEL_REFRESH_S:
+        is_due = now - self._refreshed_at >= UNKNOWN_MODEL_REFRESH_S
+        if is_due:
             self._refreshed_at = now
+        if is_due or self.admin.is_refreshing:
             await self.admin.refresh()
         if not self.state.is_known(call.model):
             raise replies.unknown_model(call.model, self._base_names())

@@ -34,14 +34,17 @@ class Monitor:
     async def take_in(self, upstream: Upstream) -> None:
         """Watch a server from now on. Returns when it was checked and, where it is up, has the adapters.
 
-        One that takes longer than `health_timeout_s` over them is opened in the background.
+        One that takes longer than `health_timeout_s` over them is opened in the background. It is watched, too,
+        where whoever asked for that leaves before.
         """
-        await self.check(upstream)
-        sync = self._syncs.get(upstream.instance_id)
-        if sync is not None:
-            await asyncio.wait([sync], timeout=self._state.config.health_timeout_s)
-        name, interval_s = f"the watch over {upstream.instance_id}", self._state.config.health_interval_s
-        self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
+        try:
+            await self.check(upstream)
+            sync = self._syncs.get(upstream.instance_id)
+            if sync is not None:
+                await asyncio.wait([sync], timeout=self._state.config.health_timeout_s)
+        finally:
+            name, interval_s = f"the watch over {upstream.instance_id}", self._state.config.health_interval_s
+            self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
 
     async def stop(self) -> None:
         tasks = [*self._watches.values(), *self._syncs.values()]

@@ -57,7 +57,8 @@ class Upstream:
     """State of one server. Open for requests: `is_alive` and not `is_draining`. One that is down
     `is_silent` where nothing at all is heard of it.
 
-    `cards` are its entries of `/v1/models`, None before they were read: then any model may be there.
+    `cards` are its entries of `/v1/models`, None before they were read: then any model may be there. They are
+    what the `last_look` of `num_looks` at them told.
     `applied` are the versions of the adapters that this router loaded there. `changing` is held by whoever
     changes its adapters, never by a check; `waits` are the calls of such changes, which end when the server
     goes down.
@@ -75,6 +76,8 @@ class Upstream:
     num_errors: int = 0
     synced_at: float | None = None
     cards: Cards | None = None
+    num_looks: int = 0
+    last_look: int = 0
     applied: dict[str, int] = field(default_factory=dict)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waits: set[asyncio.Timeout] = field(default_factory=set)
@@ -144,12 +147,18 @@ class Upstream:
             return None
 
     async def read_cards(self) -> None:
-        """Bring `cards` up to date; they stay as they are where the server does not list its models."""
+        """Bring `cards` up to date; they stay as they are where the server does not list its models, or where
+        one who asked later has its answer already.
+        """
+        self.num_looks += 1
+        look = self.num_looks
         listed = await self.call("GET", "/v1/models", timeout_s=10 * self.settings.health_timeout_s)
         if listed.status != 200:
             return
         try:
-            self.cards = await read_cards(listed.body)
+            cards = await read_cards(listed.body)
+            if look > self.last_look:
+                self.cards, self.last_look = cards, look
         except (ValueError, RecursionError) as error:
             logger.warning("%s: cannot read /v1/models: %r", self.instance_id, error)
 
