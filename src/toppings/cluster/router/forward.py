@@ -36,7 +36,6 @@ HOP_BY_HOP = frozenset(
     | {"transfer-encoding", "upgrade", "host", "content-length", "expect"}
 )
 NO_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
-MAX_MOVES = 3
 BAD_GATEWAY = 502
 LARGE_BODY_BYTES = 2**20
 """From here on a body is sent piece by piece, so that it does not hold up the loop."""
@@ -62,27 +61,25 @@ class AttemptError(Exception):
 
 async def forward(state: RouterState, http_request: web.Request, flight: Flight) -> web.StreamResponse:
     """The answer to a request. Raises ApiError 502, 503 or 504 where no server could give one."""
-    tried: set[str] = set()
     last: AttemptError | None = None
-    num_attempts = num_moves = 0
+    num_attempts = 0
     while num_attempts < state.config.max_attempts:
-        choice = state.place(flight, tried)
+        choice = state.place(flight)
         if choice is None and last is not None and last.failure is Failure.CUT:
-            tried.clear()  # a server may just have closed an idle connection: worth a second try there
-            choice = state.place(flight, tried)
+            flight.tried.clear()  # a server may just have closed an idle connection: worth a second try there
+            choice = state.place(flight)
         if choice is None:
             break
         try:
             return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
             logger.info("request %s on %s: %s", flight.request.request_id, choice.instance_id, error)
-            if flight.move_to is not None and num_moves < MAX_MOVES:
-                num_moves += 1
+            if flight.move_to is not None:
+                flight.num_moves += 1
                 state.meters.moves.inc()
                 continue
-            flight.move_to = None
             num_attempts += 1
-            tried.add(choice.instance_id)
+            flight.tried.add(choice.instance_id)
             last = error
             state.meters.retries.labels(choice.instance_id).inc()
     return _give_up(state, last)
