@@ -5,6 +5,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -264,3 +265,18 @@ async def test_a_move_to_a_server_that_has_closed_leaves_the_request_where_it_ca
             state.flights.end(flight)
             assert choice is not None
             assert choice.instance_id == "s0"
+
+
+async def test_a_server_is_not_to_blame_for_the_routers_own_delay(start_router: Start) -> None:
+    """The router itself is held up for longer than a stream may say nothing; what came meanwhile counts."""
+    server = FakeVllm()
+    server.behaviour.token_s = 0.05
+    with serving(server) as url:
+        async with (
+            start_router(url, idle_timeout_s=1.5, health_interval_s=60.0) as client,
+            client.complete(stream=True, max_tokens=20) as response,
+        ):
+            await response.content.readany()
+            time.sleep(2.0)
+            assert (await response.read()).endswith(b"[DONE]\n\n")
+            assert client.router.state.upstreams["s0"].num_failures == 0

@@ -110,7 +110,7 @@ async def _attempt(
         headers = _response_headers(answer.headers, choice)
         if not is_stream:
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
-        state.note_status(upstream, answer.status)
+        upstream.num_failures = 0
         return await _stream(state, http_request, flight, answer, chunk=start, headers=headers)
     finally:
         state.flights.end(flight)
@@ -227,6 +227,7 @@ async def _stream(
             )
             return response
     flight.num_tokens = num_generated
+    state.note_status(state.upstreams[flight.instance_id], answer.status)
     await response.write_eof()
     return response
 
@@ -238,18 +239,30 @@ async def _next(state: RouterState, flight: Flight, answer: aiohttp.ClientRespon
     try:
         async with asyncio.timeout_at(min(flight.heard_at + limit_s, ends_at)) as flight.idle:
             return await answer.content.readany()
+    except TimeoutError:
+        chunk = answer.content.read_nowait()
+        is_there = chunk or answer.content.is_eof()
+        if not is_there or asyncio.get_running_loop().time() >= ends_at:
+            raise
+        return chunk  # it has come: it was the router that was held up
     finally:
         flight.idle = None
 
 
 def _why_cut(state: RouterState, flight: Flight, error: BaseException, ends_at: float) -> str:
+    """What is to be told of a stream that cannot go on; what it says of the server is noted."""
+    upstream = state.upstreams[flight.instance_id]
     if isinstance(error, BadAnswerError):
+        state.note_status(upstream, BAD_GATEWAY)
         return str(error)
-    if not isinstance(error, TimeoutError):
+    is_late = isinstance(error, TimeoutError)
+    if is_late and asyncio.get_running_loop().time() >= ends_at:
+        return f"was not done in {state.config.stream_timeout_s:g} s"  # by our limit: it may be well
+    if upstream.is_alive:
+        state.note_failure(upstream)
+    if not is_late:
         return "broke the connection"
-    if asyncio.get_running_loop().time() >= ends_at:
-        return f"was not done in {state.config.stream_timeout_s:g} s"
-    if state.upstreams[flight.instance_id].is_silent:
+    if upstream.is_silent:
         return "fell silent"
     return f"sent nothing for {state.config.idle_timeout_s:g} s"
 
@@ -263,10 +276,7 @@ async def _cut(
     *,
     is_between_events: bool,
 ) -> None:
-    upstream = state.upstreams[flight.instance_id]
-    if upstream.is_alive:
-        state.note_failure(upstream)
-    message = f"server {upstream.instance_id} {reason} after the first token; the answer is incomplete"
+    message = f"server {flight.instance_id} {reason} after the first token; the answer is incomplete"
     logger.warning("request %s: %s", flight.request.request_id, message)
     if response.content_type == replies.EVENT_STREAM:
         await response.write(
