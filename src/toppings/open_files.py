@@ -10,7 +10,7 @@ OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def raise_file_limit() -> int | None:
-    """Let this process open as many files as it may; returns how many that is, None where nothing limits it."""
+    """Let this process open as many files as it may; returns how many, or None where nothing limits it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

@@ -31,7 +31,7 @@ class Draining(FakeToppings):
 
 
 class Listing(FakeVllm):
-    """Holds back the next `num_to_hold` lists of its models, as they were when asked for, until it `is_open`."""
+    """Holds back the next `num_to_hold` lists of its models, as they were then, until it `is_open`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -159,7 +159,9 @@ async def test_a_change_goes_on_when_its_client_leaves(start_router: Start) -> N
             await until(lambda: not client.router.state.is_known("small"))
 
 
-async def test_who_asks_for_a_new_model_while_it_is_looked_for_waits_for_the_look(start_router: Start) -> None:
+async def test_who_asks_for_a_new_model_while_it_is_looked_for_waits_for_the_look(
+    start_router: Start,
+) -> None:
     server = Listing()
     with serving(server) as url:
         async with start_router(url, sync_interval_s=600.0) as client:

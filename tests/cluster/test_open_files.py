@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def no_further_file() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-async def _ask(client: Client, **fields: object) -> tuple[int, str]:
+async def _ask(client: Client, **fields: Any) -> tuple[int, str]:
     async with client.complete(**fields) as response:
         return response.status, await response.text()
 

@@ -38,7 +38,7 @@ class Flight:
     is_cut: bool = False
 
     def may_move_to(self, instance_id: str) -> bool:
-        """Whether it still waits, not for the whole of its answer, was not moved too often and not there before."""
+        """Whether it waits for its first token, was not moved too often and had no refusal there."""
         is_waiting = self.deadline is not None and self.call.is_stream
         return is_waiting and self.num_moves < MAX_MOVES and instance_id not in self.tried
 

@@ -34,8 +34,8 @@ class Monitor:
     async def take_in(self, upstream: Upstream) -> None:
         """Watch a server from now on. Returns when it was checked and, where it is up, has the adapters.
 
-        One that takes longer than `health_timeout_s` over them is opened in the background. It is watched, too,
-        where whoever asked for that leaves before.
+        One that takes longer than `health_timeout_s` over them is opened in the background. It is watched,
+        too, where whoever asked for that leaves before.
         """
         try:
             await self.check(upstream)

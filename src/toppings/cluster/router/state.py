@@ -129,8 +129,8 @@ class RouterState:
         return any(upstream.serves(model) for upstream in self.upstreams.values()) or not self.upstreams
 
     def place(self, flight: Flight) -> Choice | None:
-        """Where the request goes now, where it is to move to if that is open; None where no open instance that
-        was not tried serves its model.
+        """Where the request goes now: where it is to move to, if that is open; None where no open instance
+        that was not tried serves its model.
         """
         mask = self._serving(flight.call)
         if flight.tried:
