@@ -1,6 +1,7 @@
 """Adapters and instances, administered through the router."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import openai
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.cluster.test_faults import until
+from toppings.cluster.router.memory import AdapterMemory
 
 NEW = {"lora_name": "new", "lora_path": "/adapters/new"}
 
@@ -93,6 +95,39 @@ async def test_server_that_comes_back_gets_what_it_missed(two_servers: Any, star
     assert other.admin_calls == [kept, NEW, {"lora_name": "small"}]
 
 
+async def test_an_unload_is_remembered_until_every_server_has_done_it(
+    two_servers: Any, start_router: Start, tmp_path: Path
+) -> None:
+    (_, first), (other, second) = two_servers
+    file = tmp_path / "adapters.json"
+    async with start_router(first, second, state_file=str(file)) as client:
+        upstreams = client.router.state.upstreams
+        for name in ("new", "newer"):
+            assert (await change(client, "load", {**NEW, "lora_name": name}))[0] == 200
+        assert (await change(client, "unload", {"lora_name": "newer"}))[0] == 200
+        other.behaviour.is_healthy = False
+        await until(lambda: not upstreams["s1"].is_alive)
+        assert (await change(client, "unload", {"lora_name": "new"}))[0] == 200
+        assert list(json.loads(file.read_text())) == ["new"]
+        other.behaviour.is_healthy = True
+        await until(lambda: json.loads(file.read_text()) == {})
+        await until(lambda: upstreams["s1"].is_alive)
+        assert "new" not in other.adapters
+        assert [upstream.applied for upstream in upstreams.values()] == [{}, {}]
+        assert (await change(client, "load", NEW))[0] == 200
+        assert "new" in other.adapters
+
+
+async def test_changes_that_come_together_are_all_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "adapters.json"
+    memory = AdapterMemory(str(file))
+    names = [f"adapter-{i}" for i in range(50)]
+    await asyncio.gather(*(memory.note(name, {"lora_path": name}) for name in names))
+    assert AdapterMemory(str(file)).names() == names
+    await asyncio.gather(*(memory.drop(name) for name in names))
+    assert AdapterMemory(str(file)).names() == []
+
+
 async def test_restarted_router_remembers_what_was_loaded(start_router: Start, tmp_path: Path) -> None:
     state_file = str(tmp_path / "adapters.json")
     with serving(FakeVllm()) as url:
@@ -134,6 +169,8 @@ async def test_removed_server_is_forgotten_when_its_last_request_ended(
             assert "s0" in client.router.state.upstreams
             await response.read()
         await until(lambda: "s0" not in client.router.state.upstreams)
+        async with client.call("GET", "/metrics") as metrics:
+            assert 'instance="s0"' not in await metrics.text()
         assert [i["id"] for i in (await client.json("GET", "/instances"))["instances"]] == ["s1"]
 
 

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
+from toppings.cluster.router.calls import Call
 
 
 @contextlib.contextmanager
@@ -236,3 +238,45 @@ async def test_waiting_request_is_moved_where_it_waits_less(start_router: Start)
             assert await asyncio.wait_for(tasks, 10) == [200] * 6
     assert moved >= 4
     assert client.outcomes() == {"answered": 6}
+
+
+async def test_no_request_is_moved_to_a_server_that_has_refused_it(start_router: Start) -> None:
+    """The first server has no load, since it takes nothing: dlora would move all that waits at the second."""
+    refusing, slow = FakeVllm(), FakeVllm()
+    refusing.behaviour.mode = "busy"
+    slow.behaviour.first_token_s = 0.5
+    with serving(refusing) as first, serving(slow) as second:
+        async with start_router(first, second, policy="dlora", migration_interval_s=0.02) as client:
+            assert await statuses(client, 6, stream=True) == [200] * 6
+            assert len(refusing.seen) <= 6
+            assert client.outcomes() == {"answered": 6}
+
+
+async def test_a_move_to_a_server_that_has_closed_leaves_the_request_where_it_can_be(
+    start_router: Start,
+) -> None:
+    with serving(FakeVllm()) as first, serving(FakeVllm()) as second:
+        async with start_router(first, second) as client:
+            state = client.router.state
+            flight = state.make_flight(Call("/v1/completions", b"{}", "small", is_stream=True))
+            state.fleet.set_open("s1", False)
+            flight.move_to = "s1"
+            choice = state.place(flight)
+            state.flights.end(flight)
+            assert choice is not None
+            assert choice.instance_id == "s0"
+
+
+async def test_a_server_is_not_to_blame_for_the_routers_own_delay(start_router: Start) -> None:
+    """The router itself is held up for longer than a stream may say nothing; what came meanwhile counts."""
+    server = FakeVllm()
+    server.behaviour.token_s = 0.05
+    with serving(server) as url:
+        async with (
+            start_router(url, idle_timeout_s=1.5, health_interval_s=60.0) as client,
+            client.complete(stream=True, max_tokens=20) as response,
+        ):
+            await response.content.readany()
+            time.sleep(2.0)
+            assert (await response.read()).endswith(b"[DONE]\n\n")
+            assert client.router.state.upstreams["s0"].num_failures == 0

@@ -30,6 +30,22 @@ class Draining(FakeToppings):
         return await super().health(request)
 
 
+class Listing(FakeVllm):
+    """Holds back the next `num_to_hold` lists of its models, as they were then, until it `is_open`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_to_hold, self.num_held, self.is_open = 0, 0, False
+
+    async def models(self, request: Request) -> Response:
+        answer = await super().models(request)
+        if self.num_held < self.num_to_hold:
+            self.num_held += 1
+            while not self.is_open:
+                await asyncio.sleep(0.01)
+        return answer
+
+
 def _upstream(client: Client, name: str) -> Any:
     return client.router.state.upstreams[name]
 
@@ -49,6 +65,39 @@ async def test_checks_go_on_while_a_server_drains(start_router: Start) -> None:
             assert not task.done()
             draining.is_open = True
             assert (await task)[0] == 200
+
+
+async def test_what_is_being_unloaded_is_not_loaded_again_meanwhile(start_router: Start) -> None:
+    """One server is done, the other is not yet: the first one is looked at again before all is done."""
+    draining, other = Draining(), FakeVllm()
+    with serving(draining) as first, serving(other) as second:
+        async with start_router(first, second) as client:
+            assert (await change(client, "load", NEW))[0] == 200
+            upstream = _upstream(client, "s1")
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "new"}))
+            await until(lambda: "new" not in other.adapters and draining.num_waiting)
+            await client.router.admin.sync(upstream)
+            draining.is_open = True
+            assert (await task)[0] == 200
+            assert [call["lora_name"] for call in other.admin_calls] == ["new", "new"]
+            assert "new" not in draining.adapters
+            assert "new" not in other.adapters
+
+
+async def test_a_server_that_a_change_does_not_reach_follows_at_once(start_router: Start) -> None:
+    """It comes up while the change goes on at the other one."""
+    draining, late = Draining(), FakeVllm()
+    late.behaviour.is_healthy = False
+    with serving(draining) as first, serving(late) as second:
+        async with start_router(first, second, sync_interval_s=600.0) as client:
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: draining.num_waiting)
+            late.behaviour.is_healthy = True
+            await until(lambda: _upstream(client, "s1").is_alive)
+            assert "small" in late.adapters
+            draining.is_open = True
+            assert (await task)[0] == 200
+            await until(lambda: "small" not in late.adapters)
 
 
 async def test_a_server_that_hangs_keeps_no_change_from_the_others(start_router: Start) -> None:
@@ -108,6 +157,55 @@ async def test_a_change_goes_on_when_its_client_leaves(start_router: Start) -> N
             await asyncio.sleep(0.1)
             draining.is_open = True
             await until(lambda: not client.router.state.is_known("small"))
+
+
+async def test_who_asks_for_a_new_model_while_it_is_looked_for_waits_for_the_look(
+    start_router: Start,
+) -> None:
+    server = Listing()
+    with serving(server) as url:
+        async with start_router(url, sync_interval_s=600.0) as client:
+            server.adapters["new"], server.num_to_hold = 16, 4
+
+            async def ask() -> int:
+                async with client.complete("new") as response:
+                    return int(response.status)
+
+            asked = [asyncio.create_task(ask())]
+            await until(lambda: server.num_held == 1)
+            asked += [asyncio.create_task(ask()) for _ in range(3)]
+            await until(lambda: client.num_received() == 4)
+            server.is_open = True
+            assert await asyncio.gather(*asked) == [200] * 4
+            assert server.num_held == 1
+
+
+async def test_a_late_list_of_models_takes_nothing_back(start_router: Start) -> None:
+    server = Listing()
+    with serving(server) as url:
+        async with start_router(url, sync_interval_s=600.0) as client:
+            upstream = _upstream(client, "s0")
+            server.num_to_hold = 1
+            early = asyncio.create_task(upstream.read_cards())
+            await until(lambda: server.num_held == 1)
+            server.adapters["new"] = 16
+            await upstream.read_cards()
+            server.is_open = True
+            await early
+            assert "new" in upstream.cards
+
+
+async def test_an_added_server_is_watched_though_who_added_it_has_left(start_router: Start) -> None:
+    later = FakeVllm()
+    later.behaviour.mode = "hang"
+    with serving(FakeVllm()) as first, serving(later) as second:
+        async with start_router(first) as client:
+            adding = asyncio.create_task(client.json("POST", "/instances", {"url": second, "id": "later"}))
+            await until(lambda: "later" in client.router.state.upstreams)
+            adding.cancel()
+            await asyncio.gather(adding, return_exceptions=True)
+            later.behaviour.mode = "ok"
+            await until(lambda: _upstream(client, "later").is_alive)
 
 
 async def test_polling_ten_thousand_adapters_does_not_hold_the_loop(start_router: Start) -> None:

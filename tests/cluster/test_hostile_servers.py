@@ -68,22 +68,27 @@ async def test_server_that_never_ends_its_head_is_told_as_504(start_router: Star
 
 
 @pytest.mark.parametrize(
-    ("script", "reason"),
+    ("script", "reason", "num_errors"),
     [
-        (Script([head(EVENTS), EVENT], repeats=True), "was not done in 0.5 s"),
-        (Script([head(EVENTS), EVENT]), "ended the stream without [DONE]"),
+        (Script([head(EVENTS), EVENT], repeats=True), "was not done in 0.5 s", 0),
+        (Script([head(EVENTS), EVENT]), "ended the stream without [DONE]", 2),
     ],
     ids=["without end", "ends too soon"],
 )
 async def test_stream_that_is_none_ends_with_an_error_event(
-    start_router: Start, script: Script, reason: str
+    start_router: Start, script: Script, reason: str, num_errors: int
 ) -> None:
-    async with hostile(script) as url, start_router(url, stream_timeout_s=0.5) as client:
-        async with client.complete(stream=True) as response:
-            *_, last = (await response.content.read()).rstrip().split(b"\n\n")
-        assert b'"code":502' in last
-        assert reason.encode() in last
-        assert client.outcomes() == {"cut": 1}
+    """What is no answer counts as a 5xx, in a row as others do; our own limit counts as nothing."""
+    limits = {"stream_timeout_s": 0.5, "health_interval_s": 60.0}
+    async with hostile(script) as url, start_router(url, **limits) as client:
+        for _ in range(2):
+            async with client.complete(stream=True) as response:
+                *_, last = (await response.content.read()).rstrip().split(b"\n\n")
+            assert b'"code":502' in last
+            assert reason.encode() in last
+        assert client.outcomes() == {"cut": 2}
+        upstream = client.router.state.upstreams["s0"]
+        assert (upstream.num_errors, upstream.num_failures, upstream.is_alive) == (num_errors, 0, True)
 
 
 async def test_noise_after_an_event_counts_as_no_answer(start_router: Start) -> None:

@@ -262,5 +262,5 @@ async def test_a_connection_over_the_limit_of_files_is_not_what_the_limit_is(
     limits = {"soft": 300, "hard": 5000}
     monkeypatch.setattr("resource.getrlimit", lambda _: (limits["soft"], limits["hard"]))
     monkeypatch.setattr("resource.setrlimit", lambda _, pair: limits.update(soft=pair[0]))
-    assert connections.raise_file_limit() == 5000 - connections.RESERVED_FILES
+    assert connections.raise_connection_limit() == 5000 - connections.RESERVED_FILES
     assert limits["soft"] == 5000

@@ -5,12 +5,12 @@ leave an answer unread for ever. Both protocols that it knows are extended in th
 """
 
 import logging
-import resource
 import time
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from toppings.open_files import raise_file_limit
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 
 logger = logging.getLogger(__name__)
@@ -41,17 +41,10 @@ else:
     _Base = object
 
 
-def raise_file_limit() -> int:
+def raise_connection_limit() -> int:
     """Let this process open as many files as it may; returns how many of them connections may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        except (OSError, ValueError) as error:
-            logger.warning("the limit of open files stays at %d: %s", soft, error)
-    unlimited = soft == resource.RLIM_INFINITY
-    return MAX_CONNECTIONS if unlimited else max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
+    num_files = raise_file_limit()
+    return MAX_CONNECTIONS if num_files is None else max(1, min(MAX_CONNECTIONS, num_files - RESERVED_FILES))
 
 
 class Connections:

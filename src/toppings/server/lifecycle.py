@@ -27,7 +27,7 @@ from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
-from toppings.server.connections import Connections, raise_file_limit
+from toppings.server.connections import Connections, raise_connection_limit
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
@@ -241,7 +241,7 @@ class _Server(uvicorn.Server):
 def _make_server(config: Config, app: FastAPI) -> _Server:
     """Forwarding headers are not trusted: a client's address is the one it has connected from."""
     connections = Connections(
-        max_open=raise_file_limit(),
+        max_open=raise_connection_limit(),
         receive_timeout_s=config.server.receive_timeout_s,
         send_timeout_s=config.server.send_timeout_s,
     )

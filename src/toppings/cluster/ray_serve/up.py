@@ -33,6 +33,7 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Tokens are small and pass beside Ray's object store."""
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray tells nobody of its use
+    "RAY_worker_niceness": "0",  # engines and the front serve: they come after nobody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a front without a GPU keeps its environment
 }
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -2,7 +2,8 @@
 
 A server that refuses (any HTTP error) makes a load fail for all: those that did it undo it. A server that
 cannot be reached, or does not answer in time, keeps nobody else: the answer names it, and `sync` brings it up
-to date. What one change does to one server is done while nobody else changes that server.
+to date. What one change does to one server is done while nobody else changes that server. `sync` waits for no
+change: a name that is being changed is left to that, and a server that it did not reach to the next `sync`.
 """
 
 import asyncio
@@ -97,19 +98,25 @@ class AdapterAdmin:
         """To be held while the name is changed; it is forgotten with the last one who holds or awaits it."""
         return self._names.setdefault(name, asyncio.Lock())
 
+    def _is_changing(self, name: str) -> bool:
+        lock = self._names.get(name)
+        return lock is not None and lock.locked()
+
     # --- one server at a time ---
 
     async def sync(self, upstream: Upstream) -> None:
-        """Read what a server has, and load and unload what it missed. Raises CALL_FAILURES.
+        """Read what a server has, and load and unload what it missed, but for names that are just being
+        changed: what the fleet should have of those is not known yet. Raises CALL_FAILURES.
 
         One that does not answer a change in time is left as it is until the next time.
         """
         await upstream.read_cards()
         for name in self._memory.names():
             async with upstream.changing:
-                is_in_time = await self._catch_up(upstream, name)
+                is_in_time = self._is_changing(name) or await self._catch_up(upstream, name)
             if not is_in_time:
                 break
+            await self._drop_if_done(name)
         await self._refresh(upstream)
 
     async def _catch_up(self, upstream: Upstream, name: str) -> bool:
@@ -169,14 +176,35 @@ class AdapterAdmin:
 
     async def _remember(self, name: str, body: dict[str, Any] | None, reached: list[Upstream]) -> None:
         version = await self._memory.note(name, body)
-        for upstream in reached:
-            upstream.applied[name] = version
+        for upstream in self._state.upstreams.values():
+            if upstream in reached:
+                upstream.applied[name] = version
+            else:
+                upstream.synced_at = None
+        await self._drop_if_done(name)
+
+    async def _drop_if_done(self, name: str) -> None:
+        """An unload that every server has done is remembered no longer."""
+        entry, upstreams = self._memory.get(name), self._state.upstreams.values()
+        if entry is None or entry.body is not None:
+            return
+        if all(upstream.applied.get(name) == entry.version for upstream in upstreams):
+            for upstream in upstreams:
+                del upstream.applied[name]
+            await self._memory.drop(name)
 
     # --- what servers have ---
 
+    @property
+    def is_refreshing(self) -> bool:
+        return self._refreshing is not None and not self._refreshing.done()
+
     async def refresh(self) -> None:
-        """Read again which models the servers have; one that takes long is not waited for."""
-        if self._refreshing is None or self._refreshing.done():
+        """Read again which models the servers have; one that takes long is not waited for.
+
+        Whoever comes while that goes on waits for it, too.
+        """
+        if self._refreshing is None or not self.is_refreshing:
             alive = [upstream for upstream in self._state.upstreams.values() if upstream.is_alive]
             self._refreshing = asyncio.create_task(self._refresh_all(alive))
         await asyncio.wait([self._refreshing], timeout=self._state.config.health_timeout_s)

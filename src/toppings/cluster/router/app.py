@@ -26,6 +26,7 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import Answer, Upstream
 from toppings.config import ConfigError
+from toppings.open_files import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +116,10 @@ class Router:
         if call.path.startswith("/generate") or call.model is None or self.state.is_known(call.model):
             return
         now = time.monotonic()
-        if now - self._refreshed_at >= UNKNOWN_MODEL_REFRESH_S:
+        is_due = now - self._refreshed_at >= UNKNOWN_MODEL_REFRESH_S
+        if is_due:
             self._refreshed_at = now
+        if is_due or self.admin.is_refreshing:
             await self.admin.refresh()
         if not self.state.is_known(call.model):
             raise replies.unknown_model(call.model, self._base_names())
@@ -327,6 +330,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
 
 def run_router(config: RouterConfig) -> None:
     """Serve until SIGINT or SIGTERM: requests in flight then get 30 s to end."""
+    raise_file_limit()
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

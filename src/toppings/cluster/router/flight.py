@@ -14,12 +14,14 @@ from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 
+MAX_MOVES = 3
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
     """`deadline` is set while it has no token yet: only then can it go elsewhere. `idle` is set while it
     waits for more of a stream that has begun; `heard_at` is when it began to wait, by the loop's clock.
-    `num_tokens` is the length of its answer once that is whole.
+    `num_tokens` is the length of its answer once that is whole. `tried` are the servers that gave it none.
     """
 
     call: Call
@@ -29,9 +31,16 @@ class Flight:
     idle: asyncio.Timeout | None = None
     heard_at: float = 0.0
     move_to: str | None = None
+    num_moves: int = 0
+    tried: set[str] = field(default_factory=set)
     received_at: float = field(default_factory=time.monotonic)
     num_tokens: int | None = None
     is_cut: bool = False
+
+    def may_move_to(self, instance_id: str) -> bool:
+        """Whether it waits for its first token, was not moved too often and had no refusal there."""
+        is_waiting = self.deadline is not None and self.call.is_stream
+        return is_waiting and self.num_moves < MAX_MOVES and instance_id not in self.tried
 
     def interrupt(self) -> None:
         """End the wait for the first token at once; the request is then tried elsewhere."""
@@ -114,7 +123,7 @@ class Flights:
         """Those without a token that should wait on another server by the policy, and which."""
         for move in self._dispatcher.moves():
             flight = self._on.get(move.source_id, {}).get(move.request_id)
-            if flight is not None and flight.deadline is not None and flight.call.is_stream:
+            if flight is not None and flight.may_move_to(move.target_id):
                 yield flight, move.target_id
 
 

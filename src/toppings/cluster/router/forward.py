@@ -27,6 +27,7 @@ from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
+from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ HOP_BY_HOP = frozenset(
     | {"transfer-encoding", "upgrade", "host", "content-length", "expect"}
 )
 NO_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
-MAX_MOVES = 3
 BAD_GATEWAY = 502
 LARGE_BODY_BYTES = 2**20
 """From here on a body is sent piece by piece, so that it does not hold up the loop."""
@@ -61,27 +61,25 @@ class AttemptError(Exception):
 
 async def forward(state: RouterState, http_request: web.Request, flight: Flight) -> web.StreamResponse:
     """The answer to a request. Raises ApiError 502, 503 or 504 where no server could give one."""
-    tried: set[str] = set()
     last: AttemptError | None = None
-    num_attempts = num_moves = 0
+    num_attempts = 0
     while num_attempts < state.config.max_attempts:
-        choice = state.place(flight, tried)
+        choice = state.place(flight)
         if choice is None and last is not None and last.failure is Failure.CUT:
-            tried.clear()  # a server may just have closed an idle connection: worth a second try there
-            choice = state.place(flight, tried)
+            flight.tried.clear()  # a server may just have closed an idle connection: worth a second try there
+            choice = state.place(flight)
         if choice is None:
             break
         try:
             return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
             logger.info("request %s on %s: %s", flight.request.request_id, choice.instance_id, error)
-            if flight.move_to is not None and num_moves < MAX_MOVES:
-                num_moves += 1
+            if flight.move_to is not None:
+                flight.num_moves += 1
                 state.meters.moves.inc()
                 continue
-            flight.move_to = None
             num_attempts += 1
-            tried.add(choice.instance_id)
+            flight.tried.add(choice.instance_id)
             last = error
             state.meters.retries.labels(choice.instance_id).inc()
     return _give_up(state, last)
@@ -112,7 +110,7 @@ async def _attempt(
         headers = _response_headers(answer.headers, choice)
         if not is_stream:
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
-        state.note_status(upstream, answer.status)
+        upstream.num_failures = 0
         return await _stream(state, http_request, flight, answer, chunk=start, headers=headers)
     finally:
         state.flights.end(flight)
@@ -160,7 +158,12 @@ def _target(url: str, path: str, http_request: web.Request) -> URL:
 def _explain(
     state: RouterState, flight: Flight, upstream: Upstream, error: BaseException, limit_s: float
 ) -> AttemptError:
+    """What is to be told of an attempt; what it says of the server is noted. Raises ApiError 503 where the
+    router itself could not even try.
+    """
     name = upstream.instance_id
+    if is_out_of_files(error):
+        raise replies.unavailable("the router has too many files open", state.config.retry_after_s)
     if flight.move_to is not None:
         return AttemptError(f"moved to {flight.move_to}", Failure.REFUSED)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
@@ -224,6 +227,7 @@ async def _stream(
             )
             return response
     flight.num_tokens = num_generated
+    state.note_status(state.upstreams[flight.instance_id], answer.status)
     await response.write_eof()
     return response
 
@@ -235,18 +239,30 @@ async def _next(state: RouterState, flight: Flight, answer: aiohttp.ClientRespon
     try:
         async with asyncio.timeout_at(min(flight.heard_at + limit_s, ends_at)) as flight.idle:
             return await answer.content.readany()
+    except TimeoutError:
+        chunk = answer.content.read_nowait()
+        is_there = chunk or answer.content.is_eof()
+        if not is_there or asyncio.get_running_loop().time() >= ends_at:
+            raise
+        return chunk  # it has come: it was the router that was held up
     finally:
         flight.idle = None
 
 
 def _why_cut(state: RouterState, flight: Flight, error: BaseException, ends_at: float) -> str:
+    """What is to be told of a stream that cannot go on; what it says of the server is noted."""
+    upstream = state.upstreams[flight.instance_id]
     if isinstance(error, BadAnswerError):
+        state.note_status(upstream, BAD_GATEWAY)
         return str(error)
-    if not isinstance(error, TimeoutError):
+    is_late = isinstance(error, TimeoutError)
+    if is_late and asyncio.get_running_loop().time() >= ends_at:
+        return f"was not done in {state.config.stream_timeout_s:g} s"  # by our limit: it may be well
+    if upstream.is_alive:
+        state.note_failure(upstream)
+    if not is_late:
         return "broke the connection"
-    if asyncio.get_running_loop().time() >= ends_at:
-        return f"was not done in {state.config.stream_timeout_s:g} s"
-    if state.upstreams[flight.instance_id].is_silent:
+    if upstream.is_silent:
         return "fell silent"
     return f"sent nothing for {state.config.idle_timeout_s:g} s"
 
@@ -260,10 +276,7 @@ async def _cut(
     *,
     is_between_events: bool,
 ) -> None:
-    upstream = state.upstreams[flight.instance_id]
-    if upstream.is_alive:
-        state.note_failure(upstream)
-    message = f"server {upstream.instance_id} {reason} after the first token; the answer is incomplete"
+    message = f"server {flight.instance_id} {reason} after the first token; the answer is incomplete"
     logger.warning("request %s: %s", flight.request.request_id, message)
     if response.content_type == replies.EVENT_STREAM:
         await response.write(

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Entry:
-    """What the fleet should have under a name: the load request's body, or None where it was unloaded."""
+    """What the fleet should have under a name: the load request's body, or None where it was unloaded.
+
+    No two entries ever have the same version.
+    """
 
     version: int
     body: dict[str, Any] | None
@@ -31,6 +33,8 @@ class AdapterMemory:
         self._file = Path(state_file) if state_file else None
         self._writing = asyncio.Lock()
         self._entries = self._read()
+        self._last_version = max((entry.version for entry in self._entries.values()), default=0)
+        self._has_changed = False
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -38,21 +42,25 @@ class AdapterMemory:
     def get(self, name: str) -> Entry | None:
         return self._entries.get(name)
 
-    def __iter__(self) -> Iterator[tuple[str, Entry]]:
-        return iter(self._entries.items())
-
     async def note(self, name: str, body: dict[str, Any] | None) -> int:
         """The entry's version. Of a file that cannot be written the log tells: the change is done."""
-        before = self._entries.get(name)
-        version = before.version + 1 if before else 1
-        self._entries[name] = Entry(version, body)
+        self._last_version += 1
+        self._entries[name] = Entry(version := self._last_version, body)
         await self._write()
         return version
 
+    async def drop(self, name: str) -> None:
+        """Nobody needs to be told of this name any more."""
+        del self._entries[name]
+        await self._write()
+
     async def _write(self) -> None:
-        if self._file is None:
-            return
+        """Changes that come while a file is written are written together."""
+        self._has_changed = True
         async with self._writing:  # the last one to write has the last word
+            if self._file is None or not self._has_changed:
+                return
+            self._has_changed = False
             text = msgspec.json.encode(self._entries)
             try:
                 await asyncio.to_thread(_replace, self._file, text)

@@ -48,7 +48,7 @@ class Meters:
         )
 
     def forget(self, instance_id: str) -> None:
-        for metric in (self.in_flight, self.is_up):
+        for metric in (self.sent, self.retries, self.in_flight, self.is_up):
             metric.remove(instance_id)
 
     def render(self) -> bytes:

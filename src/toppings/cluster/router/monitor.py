@@ -8,6 +8,7 @@ from toppings.cluster.router.adapters import AdapterAdmin
 from toppings.cluster.router.background import start_loop, start_once
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Health, Kind, Upstream
+from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,17 @@ class Monitor:
     async def take_in(self, upstream: Upstream) -> None:
         """Watch a server from now on. Returns when it was checked and, where it is up, has the adapters.
 
-        One that takes longer than `health_timeout_s` over them is opened in the background.
+        One that takes longer than `health_timeout_s` over them is opened in the background. It is watched,
+        too, where whoever asked for that leaves before.
         """
-        await self.check(upstream)
-        sync = self._syncs.get(upstream.instance_id)
-        if sync is not None:
-            await asyncio.wait([sync], timeout=self._state.config.health_timeout_s)
-        name, interval_s = f"the watch over {upstream.instance_id}", self._state.config.health_interval_s
-        self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
+        try:
+            await self.check(upstream)
+            sync = self._syncs.get(upstream.instance_id)
+            if sync is not None:
+                await asyncio.wait([sync], timeout=self._state.config.health_timeout_s)
+        finally:
+            name, interval_s = f"the watch over {upstream.instance_id}", self._state.config.health_interval_s
+            self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
 
     async def stop(self) -> None:
         tasks = [*self._watches.values(), *self._syncs.values()]
@@ -52,6 +56,9 @@ class Monitor:
     async def check(self, upstream: Upstream) -> None:
         """Is it there, and how busy is it? One that was away is brought up to date before it is opened."""
         health = await upstream.check_health()
+        if health is Health.UNASKED:
+            logger.error("%s is not checked: the router has too many files open", upstream.instance_id)
+            return
         if health is not Health.OK:
             self._state.note_failure(upstream, is_silent=health is Health.SILENT)
             return
@@ -66,7 +73,7 @@ class Monitor:
                 self._state.apply_report(upstream, report, own_ranks)
         except CALL_FAILURES as error:
             logger.info("%s: its report cannot be had: %r", upstream.instance_id, error)
-            self._state.note_failure(upstream)
+            self._note_failure(upstream, error)
 
     def _start_sync(self, upstream: Upstream) -> None:
         """Where it is due, and not going on already."""
@@ -83,12 +90,17 @@ class Monitor:
             if not upstream.is_alive:
                 upstream.kind = Kind.UNKNOWN
                 await upstream.detect_kind()
+            upstream.synced_at = time.monotonic()  # a change that does not reach it meanwhile takes that back
             await self._admin.sync(upstream)
-            upstream.synced_at = time.monotonic()
             if not upstream.is_alive:
                 await self._open(upstream)
         except CALL_FAILURES as error:
             logger.info("%s: it cannot be brought up to date: %r", upstream.instance_id, error)
+            upstream.synced_at = None
+            self._note_failure(upstream, error)
+
+    def _note_failure(self, upstream: Upstream, error: BaseException) -> None:
+        if not is_out_of_files(error):
             self._state.note_failure(upstream)
 
     async def _open(self, upstream: Upstream) -> None:

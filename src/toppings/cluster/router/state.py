@@ -128,13 +128,16 @@ class RouterState:
     def is_known(self, model: str | None) -> bool:
         return any(upstream.serves(model) for upstream in self.upstreams.values()) or not self.upstreams
 
-    def place(self, flight: Flight, tried: set[str]) -> Choice | None:
-        """Where the request goes now; None where no open instance that was not tried serves its model."""
+    def place(self, flight: Flight) -> Choice | None:
+        """Where the request goes now: where it is to move to, if that is open; None where no open instance
+        that was not tried serves its model.
+        """
         mask = self._serving(flight.call)
-        if tried:
-            mask = mask & ~self.fleet.rows_in(tried)
+        if flight.tried:
+            mask = mask & ~self.fleet.rows_in(flight.tried)
         if flight.move_to in self.upstreams:
-            mask = mask & self.fleet.rows_in({flight.move_to})
+            target = mask & self.fleet.rows_in({flight.move_to})
+            mask = target if (target & self.fleet.is_open).any() else mask
         return self.flights.place(flight, mask)
 
     def _serving(self, call: Call) -> BoolArray:

@@ -12,6 +12,7 @@ from toppings.cluster.report import ServerReport, read_report
 from toppings.cluster.router.cards import Cards, read_cards
 from toppings.cluster.router.metrics_text import translate_metrics
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,12 @@ class Kind(StrEnum):
 
 
 class Health(StrEnum):
-    """What a check says: it serves, it says that it does not, nothing is heard."""
+    """What a check says: it serves, it says that it does not, nothing is heard; or it could not be made."""
 
     OK = "ok"
     UNREADY = "unready"
     SILENT = "silent"
+    UNASKED = "unasked"
 
 
 @dataclass(slots=True)
@@ -55,7 +57,8 @@ class Upstream:
     """State of one server. Open for requests: `is_alive` and not `is_draining`. One that is down
     `is_silent` where nothing at all is heard of it.
 
-    `cards` are its entries of `/v1/models`, None before they were read: then any model may be there.
+    `cards` are its entries of `/v1/models`, None before they were read: then any model may be there. They are
+    what the `last_look` of `num_looks` at them told.
     `applied` are the versions of the adapters that this router loaded there. `changing` is held by whoever
     changes its adapters, never by a check; `waits` are the calls of such changes, which end when the server
     goes down.
@@ -73,6 +76,8 @@ class Upstream:
     num_errors: int = 0
     synced_at: float | None = None
     cards: Cards | None = None
+    num_looks: int = 0
+    last_look: int = 0
     applied: dict[str, int] = field(default_factory=dict)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waits: set[asyncio.Timeout] = field(default_factory=set)
@@ -114,8 +119,8 @@ class Upstream:
         path = "/ready" if self.kind is Kind.TOPPINGS else "/health"
         try:
             return Health.OK if (await self.call("GET", path)).status == 200 else Health.UNREADY
-        except CALL_FAILURES:
-            return Health.SILENT
+        except CALL_FAILURES as error:
+            return Health.UNASKED if is_out_of_files(error) else Health.SILENT
 
     async def detect_kind(self) -> None:
         """A server whose `/stats` reads as ours is a Toppings server, any other an OpenAI-compatible one."""
@@ -142,12 +147,18 @@ class Upstream:
             return None
 
     async def read_cards(self) -> None:
-        """Bring `cards` up to date; they stay as they are where the server does not list its models."""
+        """Bring `cards` up to date; they stay as they are where the server does not list its models, or where
+        one who asked later has its answer already.
+        """
+        self.num_looks += 1
+        look = self.num_looks
         listed = await self.call("GET", "/v1/models", timeout_s=10 * self.settings.health_timeout_s)
         if listed.status != 200:
             return
         try:
-            self.cards = await read_cards(listed.body)
+            cards = await read_cards(listed.body)
+            if look > self.last_look:
+                self.cards, self.last_look = cards, look
         except (ValueError, RecursionError) as error:
             logger.warning("%s: cannot read /v1/models: %r", self.instance_id, error)
 
