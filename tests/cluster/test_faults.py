@@ -5,7 +5,7 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
+from tests.waiting import until
 
 
 @contextlib.contextmanager
@@ -25,12 +26,6 @@ def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str
     finally:
         process.kill()
         process.wait()
-
-
-async def until(is_true: Callable[[], object], limit_s: float = 10.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 async def statuses(client: Client, count: int, **fields: Any) -> list[int]:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeToppings, FakeVllm, serving
 from tests.cluster.test_administration import NEW, change
-from tests.cluster.test_faults import until
+from tests.waiting import until
 
 
 class Draining(FakeToppings):
