@@ -106,11 +106,20 @@ class AdapterAdmin:
         """
         await upstream.read_cards()
         for name in self._memory.names():
-            async with upstream.changing:
-                is_in_time = await self._catch_up(upstream, name)
-            if not is_in_time:
+            if not await self._catch_up_alone(upstream, name):
                 break
         await self._refresh(upstream)
+
+    async def _catch_up_alone(self, upstream: Upstream, name: str) -> bool:
+        """`_catch_up`, while nobody changes the name: what a change has done to some servers is remembered
+        when it has asked all, and would be undone before that."""
+        alone = self._alone(name)
+        while True:
+            async with alone:
+                pass  # not held on: a slow server would keep changes from the others
+            async with upstream.changing:
+                if not alone.locked():
+                    return await self._catch_up(upstream, name)
 
     async def _catch_up(self, upstream: Upstream, name: str) -> bool:
         """Bring one adapter up to date; False where the server gives no answer in time."""
