@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ async def test_killed_server_every_request_ends_once(start_router: Start) -> Non
             await until(lambda: state.meters.received._value.get() == 16)
             on_doomed[0] = len(state.fleet.instance("s0").running)
             process.kill()
-            answers = await asyncio.wait_for(asyncio.gather(*started, *late), 20)
+            answers = await asyncio.wait_for(asyncio.gather(*started, *late), PATIENCE_S)
     whole = "".join(f"t{i} " for i in range(8))
     errors = [answer for answer in answers if answer.startswith("error")]
     assert all(answer == whole for answer in answers if answer not in errors)
@@ -83,7 +83,7 @@ async def test_stopped_server_keeps_nobody_waiting_and_serves_again_when_it_goes
                 later = [
                     asyncio.create_task(statuses(client, 8, stream=is_stream)) for is_stream in (True, False)
                 ]
-                ended = await asyncio.wait_for(asyncio.gather(streams, *later), 10)
+                ended = await asyncio.wait_for(asyncio.gather(streams, *later), PATIENCE_S)
                 assert not state.upstreams["s0"].is_alive
                 assert await statuses(client, 4) == [200] * 4
             finally:
@@ -127,7 +127,7 @@ async def test_server_that_hangs_is_found_by_its_health_check(start_router: Star
     with serving(hanging) as first, serving(healthy) as second:
         async with start_router(first, second, policy="first_fit", health_timeout_s=0.1) as client:
             hanging.behaviour.mode = "hang"
-            assert await asyncio.wait_for(statuses(client, 4, stream=True), 5) == [200] * 4
+            assert await asyncio.wait_for(statuses(client, 4, stream=True), PATIENCE_S) == [200] * 4
             assert not client.router.state.upstreams["s0"].is_alive
 
 
@@ -149,7 +149,7 @@ async def test_request_refused_by_one_server_is_answered_by_another(start_router
     failing.behaviour.mode = mode
     with serving(failing) as first, serving(healthy) as second:
         async with start_router(first, second, policy="first_fit") as client:
-            assert await statuses(client, 10) == [200] * 10
+            assert await statuses(client, PATIENCE_S) == [200] * 10
             assert client.outcomes() == {"answered": 10}
 
 
@@ -228,6 +228,6 @@ async def test_waiting_request_is_moved_where_it_waits_less(start_router: Start)
             moved = len(fast.seen)
             slow.behaviour.mode = "error"
             slow.behaviour.is_healthy = False  # what is still there is set free by the health check
-            assert await asyncio.wait_for(tasks, 10) == [200] * 6
+            assert await asyncio.wait_for(tasks, PATIENCE_S) == [200] * 6
     assert moved >= 4
     assert client.outcomes() == {"answered": 6}
