@@ -116,9 +116,9 @@ def test_a_worker_with_a_core_of_its_own_watches_in_a_session_and_sleeps_after_i
     thread.start()
     engine.set_active(True)
     os.write(nudge_fd, b"!")
-    for number in range(1, 21):
+    for _ in range(20):
         engine.announce(engine.post([0] * SLOT_WORDS))
-        wait_until(lambda number=number: engine.done == number)
+        wait_until(lambda: engine.is_drained)
     engine.set_active(False)
     wait_until(lambda: len(sleeps) == 2)
     os.close(nudge_fd)
