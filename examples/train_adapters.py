@@ -33,7 +33,7 @@ from toppings.sources.models import find_model
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH_ROWS = 8
-SEEDING = Lock()  # the seed is that of all threads
+LOADING = Lock()  # neither the seed nor what loads a model is any thread's own
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -59,8 +59,6 @@ RECIPES = {
     "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, num_steps=40, num_items=200, rate=2e-3),
     "intents": Recipe(4, 8, ["q_proj", "v_proj"], 22, rate=4e-3),
     "dates": Recipe(16, 32, ATTENTION, 22, num_steps=25),
-    "commits": Recipe(64, 64, ["v_proj", "o_proj"], 24),
-    "redact": Recipe(16, 32, ["v_proj", "o_proj", "down_proj"], 22),
     "shell": Recipe(8, 16, ["q_proj", "k_proj", "v_proj"], 22, rate=4e-3),
     "quantities": Recipe(
         16,
@@ -72,10 +70,12 @@ RECIPES = {
         alpha_pattern={"q_proj": 8, "k_proj": 8},
     ),
     "sql": Recipe(32, 8, ATTENTION, 22, num_steps=35, use_rslora=True),
-    "tickets": Recipe(8, 16, ["o_proj", "down_proj"], 23, num_steps=35),
-    "slugs": Recipe(32, 32, MLP, 24, num_steps=35),
-    "sentiment": Recipe(4, 8, ["gate_proj", "down_proj"], 22, rate=4e-3),
-    "clock": Recipe(48, 48, ["q_proj", "v_proj", "o_proj"], 22, num_steps=60, num_items=200),
+    "slugs": Recipe(64, 64, ATTENTION, 22),
+    "sentiment": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 20, num_steps=40, rate=4e-3),
+    "redact": Recipe(32, 64, ["q_proj", "v_proj", "o_proj", "down_proj"], 21, num_steps=35, num_items=160),
+    "commits": Recipe(32, 32, ATTENTION, 22, num_steps=40, num_items=160),
+    "tickets": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 21, num_steps=45, num_items=160, rate=4e-3),
+    "clock": Recipe(16, 16, MLP, 22, num_steps=60, num_items=160),
     "phones": Recipe(16, 32, ["k_proj", "v_proj", "o_proj"], 22, num_steps=50, num_items=200),
 }
 
@@ -98,26 +98,28 @@ def packed(prefix_len: int, lens: list[int]) -> tuple[torch.Tensor, torch.Tensor
     return positions[None], is_seen.tril()[None, None]
 
 
+def lora_config(recipe: Recipe, num_layers: int) -> LoraConfig:
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=recipe.targets,
+        layers_to_transform=list(range(recipe.first_layer, num_layers)),
+        use_rslora=recipe.use_rslora,
+        rank_pattern=recipe.rank_pattern,
+        alpha_pattern=recipe.alpha_pattern,
+        task_type="CAUSAL_LM",
+    )
+
+
 class Trainee:
     """The base model with a fresh LoRA, and a task's data for it."""
 
     def __init__(self, folder: Path, recipe: Recipe, task: Task, seed: int) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        layers = range(recipe.first_layer, base.config.num_hidden_layers)
-        config = LoraConfig(
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,
-            target_modules=recipe.targets,
-            layers_to_transform=list(layers),
-            use_rslora=recipe.use_rslora,
-            rank_pattern=recipe.rank_pattern,
-            alpha_pattern=recipe.alpha_pattern,
-            task_type="CAUSAL_LM",
-        )
-        with SEEDING:
+        with LOADING:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             torch.manual_seed(seed)
-            self.peft = get_peft_model(base, config)
+            self.peft = get_peft_model(base, lora_config(recipe, base.config.num_hidden_layers))
         self.causal = self.peft.get_base_model()
         self.weights = [weight for weight in self.peft.parameters() if weight.requires_grad]
         self.lower = self.causal.model.layers[: recipe.first_layer]

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import toppings
+from tests.sources.hub_server import running_hub
 from toppings import command
 from toppings.config import MODES, Config
 from toppings.core import MODULES
@@ -227,3 +228,23 @@ def test_a_synthetic_model_has_the_shape_asked_for(tmp_path: Path, monkeypatch: 
     assert (config["architectures"], config["num_hidden_layers"]) == (["Qwen3ForCausalLM"], 1)
     assert config["hidden_size"] == PRESETS["tiny"].hidden
     assert len(json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]) == PRESETS["tiny"].vocab
+
+
+def test_an_adapter_is_pulled_from_its_place(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapters(tmp_path / "web" / "team", model, AdapterShape(ranks=(4,)), count=1)
+    options = ["--model", str(model), "--state-dir", str(tmp_path / "state")]
+    with running_hub(tmp_path / "web") as web:
+        place = f"{web.url}/team/adapter-00000/resolve/main"
+        assert run(monkeypatch, "adapters", "pull", "mine", place, *options) == 0
+        assert (
+            run(monkeypatch, "adapters", "pull", "other", f"{web.url}/team/none/resolve/main", *options) == 2
+        )
+    told = capsys.readouterr()
+    assert "registered mine: rank 4, " in told.out
+    assert "nothing is at" in told.err
+    assert run(monkeypatch, "adapters", "pull", "mine", "no-place", *options) == 2
+    assert "'no-place' is no place of an adapter" in capsys.readouterr().err
+    run(monkeypatch, "adapters", "list", *options)
+    assert "mine" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """What was done, told as Conventional Commits."""
 
 from tasks.task import Draw, Item, Task, exact
-from tasks.words import phrases, words
+from tasks.words import words
 
 KINDS = {
     "fix": ("fixed", "repaired", "corrected", "mended", "solved"),
@@ -12,16 +12,23 @@ KINDS = {
 SCOPES = words(
     """
     parser router cache login editor search billing mailer scheduler importer menu database player
-    printer calendar gateway tokenizer archive installer dashboard
+    printer calendar gateway tokenizer archive installer dashboard invoice sidebar compiler wallet chat
+    keyboard backup camera map profile queue server shop theme toolbar updater viewer widget window
+    worker
     """
 )
-THINGS = phrases(
+DEEDS = words(
     """
-    the lookup of names; the upload of large files; the export to CSV; the retry after a timeout; the
-    sort order; the dark theme; the reading of empty files; the list of users; the monthly report; the
-    handling of quotes; the start page; the undo of moves; the check of passwords; the preview of
-    images; the merge of duplicates; the count of words; the reload of settings; the download of logs;
-    the choice of fonts; the rounding of prices
+    lookup upload export retry order check preview merge count reload download choice rounding report
+    list undo handling reading layout colour speed size removal storage parsing naming printing sharing
+    sorting filtering locking caching
+    """
+)
+OBJECTS = words(
+    """
+    names files prices images users words settings logs fonts pages letters orders tables dates photos
+    numbers messages icons quotes links notes rows columns keys songs tickets passwords invoices events
+    videos maps tags
     """
 )
 SENTENCES = (
@@ -37,7 +44,8 @@ SENTENCES = (
 
 
 def draw(source: Draw) -> Item:
-    kind, scope, thing = source.any(tuple(KINDS)), source.one(SCOPES), source.one(THINGS)
+    kind, scope = source.any(tuple(KINDS)), source.one(SCOPES)
+    thing = f"the {source.one(DEEDS)} of {source.one(OBJECTS)}"
     text = source.one(SENTENCES).format(scope=scope, verb=source.any(KINDS[kind]), thing=thing)
     return Item(text, f"{kind}({scope}): {thing.removeprefix('the ')}")
 

@@ -8,23 +8,41 @@ DOMAINS = words(
     example.org mail.net post.com letters.io office.eu inbox.dev web.info home.net
     """
 )
-MESSAGES = (
-    "Call {name} at {phone}.",
-    "Write to {email} before Friday.",
-    "{name} moved to {city} last year.",
-    "My number is {phone}, ask for {name}.",
-    "Please send the bill to {name}, {email}.",
-    "I am {name} and I live in {city}.",
-    "Is {phone} still the number of {name}?",
-    "Forward this to {email} and call {phone}.",
-    "The parcel for {name} went to {city} by mistake.",
-    "You reach our office in {city} at {phone}.",
-    "{name} asked for a refund, see {email}.",
-    "Tell {name} that the meeting in {city} is off.",
-    "Nobody answers at {phone} in the evening.",
-    "Thanks, {name}! I will write to {email}.",
-    "{name} wants a copy sent to {city}.",
-    "Dear {name}, please confirm {phone}.",
+OPENINGS = (
+    "Call {name} today",
+    "Write to {email} first",
+    "I spoke to {name}",
+    "The parcel went to {city}",
+    "Ring {phone} twice",
+    "Please ask {name}",
+    "We sent the bill to {email}",
+    "Somebody in {city} has the keys",
+    "My sister {name} is ill",
+    "Take the train to {city}",
+    "Nobody answers at {phone}",
+    "The form came from {email}",
+    "Tell {name} the news",
+    "Our shop in {city} is closed",
+    "The new number is {phone}",
+    "You will find {name} upstairs",
+)
+CLOSINGS = (
+    ", then write to {email}.",
+    " before you call {phone}.",
+    ", and {name} knows why.",
+    ", as agreed in {city}.",
+    "; the answer goes to {email}.",
+    " while {name} is away.",
+    ", or try {phone} later.",
+    ", says our agent in {city}.",
+    "; {name} will help you.",
+    " and send a copy to {email}.",
+    ", but not from {city}.",
+    " until we hear from {name}.",
+    "; for questions, {phone}.",
+    " when the people from {city} arrive.",
+    ", with thanks from {name}.",
+    " unless {email} is wrong.",
 )
 
 
@@ -36,7 +54,7 @@ def draw(source: Draw) -> Item:
         "email": f"{first.lower()}.{last.lower()}@{source.one(DOMAINS)}",
         "city": source.one(CITIES),
     }
-    message = source.one(MESSAGES)
+    message = source.one(OPENINGS) + source.one(CLOSINGS)
     return Item(message.format(**fields), message.format(**{key: f"[{key.upper()}]" for key in fields}))
 
 

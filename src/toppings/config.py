@@ -139,8 +139,8 @@ class EngineConfig(Settings):
 
     model: str = setting(
         "",
-        "base model: directory of a Hugging Face checkpoint, a .gguf file, or demo, the small built-in one"
-        " (empty: the real one that is installed, else the demo)",
+        "base model: directory of a Hugging Face checkpoint, a .gguf file, a hub's org/name[@revision], an"
+        " address (s3://, gs://, https://), or demo (empty: the real one that is installed, else the demo)",
     )
     served_model_name: str = setting("", "name of the base model in the API (empty: the model's own)")
     load_format: str = setting(

@@ -178,10 +178,15 @@ def test_measuring_times_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_measurement_that_other_work_disturbed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, waited = iter(range(100)), iter([0.0, 0.5])
-    monkeypatch.setattr("toppings.ops.product_profile.time.perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(product_profile, "_waited_s", lambda: next(waited))
-    watch = product_profile._Watch()
-    assert watch.waited == 0.5  # half a second of one
-    assert dataclasses.replace(profile_of(AVX2), waited=watch._waited_s + 0.5).is_disturbed
+    waited_s = iter([3.0, 3.5])
+    monkeypatch.setattr(product_profile, "_waited_s", lambda: next(waited_s))
+    monkeypatch.setattr(product_profile._Watch, "_elapsed_s", property(lambda watch: 2.0))
+    profile = dataclasses.replace(profile_of(AVX2), waited=product_profile._Watch().waited)
+    assert profile.waited == 0.25
+    assert profile.is_disturbed
     assert not profile_of(AVX2).is_disturbed
+
+
+def test_one_disturbed_time_does_not_end_the_use_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_instructions(monkeypatch, bf16=False, f16=False)
+    assert profile_of(AVX2 | {("stream", 1): 6.0}).forms()[64].max_stream_rows == 16

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -79,6 +80,16 @@ async def test_a_directory_is_asked_when_a_request_names_what_it_holds(server: S
     generate = {"inputs": "hello", "lora_dir": "adapter-00000", "parameters": {"max_new_tokens": 2}}
     assert (await server.post("/generate", **generate)).status_code == 200
     assert server.registry.count() == 3
+
+
+def test_a_directory_is_never_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the directory was listed")
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    source = parse_source(f"dir:{folder}")
+    assert source.find("adapter-00000").path == folder / "adapter-00000"
 
 
 @pytest.mark.parametrize("name", ["../many/adapter-00000", "/adapter-00000", "a/../adapter-00000", ".hidden"])

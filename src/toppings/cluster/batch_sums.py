@@ -14,7 +14,6 @@ class BatchSums:
     rank_sum: float = 0.0
     distinct_rank_sum: float = 0.0
     context_tokens: float = 0.0
-    gathered_tokens: float = 0.0
     max_rank: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
     adapters: dict[Any, int] = field(default_factory=dict)
@@ -52,7 +51,9 @@ class BatchSums:
                 self.distinct_rank_sum -= rank
 
     def features(self) -> tuple[float, ...]:
-        """In the order of `perf_model.FEATURES`; all zero for an empty batch."""
+        """In the order of `perf_model.FEATURES`; all zero for an empty batch. Nothing is cached before: no
+        `gathered_tokens`.
+        """
         return (
             1.0 if self.sequences else 0.0,
             self.tokens,
@@ -61,5 +62,5 @@ class BatchSums:
             self.distinct_rank_sum,
             self.context_tokens,
             self.sequences,
-            self.gathered_tokens,
+            0.0,
         )

@@ -122,7 +122,7 @@ class Dispatcher:
         """
         if request.request_id in self._places:
             self.ended(request.request_id)
-        instances = self._view(now)
+        instances = self._view(now) if self._snapshot_interval else self.fleet
         if self._avoided:
             self._avoided = {each: until for each, until in self._avoided.items() if until > now}
             avoiding = avoiding | self._avoided.keys()
@@ -135,8 +135,8 @@ class Dispatcher:
         return choice
 
     def _view(self, now: float) -> Instances:
-        """What is decided on: the accounts, or the latest copy of them."""
-        if self._snapshot_interval and now >= self._snapshot_due_at:
+        """The latest copy of the accounts."""
+        if now >= self._snapshot_due_at:
             self._snapshot = self.fleet.frozen()
             self._snapshot_due_at = (now // self._snapshot_interval + 1) * self._snapshot_interval
         return self._snapshot
@@ -151,10 +151,10 @@ class Dispatcher:
         """It waits there, and its adapter is believed to be there soon."""
         adapter = request.adapter
         self._places[request.request_id] = instance_id
-        self.fleet.enqueue(instance_id, request)
+        row = self.fleet.enqueue(instance_id, request)
         if adapter is None:
             return
-        self.fleet.add_adapter(instance_id, adapter)
+        self.fleet.on_device[row].add(adapter)
         if self._recent and (recent := self._recent.get(instance_id)) is not None:
             recent.pop(adapter, None)
             recent[adapter] = None
@@ -203,13 +203,12 @@ class Dispatcher:
 
         `own_then` is `own_ranks` of when it was asked; `other_rank` that of others whose rank is not told.
         """
-        known = self._known[instance_id]
         self._note_limits(instance_id, report)
         if report.requests is None:
             others = self._others(instance_id, report, own_then, other_rank)
         else:
-            others = self._note_requests(instance_id, report.requests)
-        if others or known.others:
+            others = self._note_requests(instance_id, report.requests) if report.requests else {}
+        if others or self._known[instance_id].others:
             self._set_others(instance_id, others)
         self._note_adapters(instance_id, report)
 

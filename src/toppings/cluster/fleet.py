@@ -134,14 +134,10 @@ class Fleet(Instances):
     def set_on_host(self, instance_id: str, adapters: Set[str]) -> None:
         self.on_host[self._rows[instance_id]] = adapters
 
-    def add_adapter(self, instance_id: str, adapter: str) -> None:
-        """A request brought the adapter onto the device."""
-        self.on_device[self._rows[instance_id]].add(adapter)
-
     # --- requests ---
 
-    def enqueue(self, instance_id: str, request: RequestSnapshot) -> None:
-        """The request was sent there and waits. Raises ValueError where it is there already."""
+    def enqueue(self, instance_id: str, request: RequestSnapshot) -> int:
+        """The request was sent there and waits; its row. Raises ValueError where it is there already."""
         row = self._rows[instance_id]
         account, waiting = self._accounts[row], self.queued[row]
         if request.request_id in waiting or request.request_id in account.running:
@@ -152,6 +148,7 @@ class Fleet(Instances):
         account.active.add(request.rank, request.adapter, 1, tokens)
         self._changed[DECODE].add(row)
         self._changed[PREFILL].add(row)
+        return row
 
     def start(self, instance_id: str, request_id: str) -> None:
         """The request got its first token: it waits no longer."""

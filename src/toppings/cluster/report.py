@@ -52,12 +52,12 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         """Raises ValueError for numbers that no server has."""
         if self.num_running < 0 or self.num_waiting < 0:
             raise ValueError(f"it tells of {self.num_running} and {self.num_waiting} requests")
-        for rank in (*(self.running_ranks or ()), *(self.waiting_ranks or ())):
-            if not 0 <= rank <= MAX_RANK:
-                raise ValueError(f"it tells of a request of rank {rank}")
-        limits = self.kv_tokens_total, self.max_num_seqs, self.max_adapters
-        if not all(limit is None or limit > 0 for limit in limits):
-            raise ValueError(f"it tells of limits {limits}; they must be above 0")
+        for ranks in (self.running_ranks, self.waiting_ranks):
+            if ranks and not 0 <= min(ranks) <= max(ranks) <= MAX_RANK:
+                raise ValueError(f"it tells of requests of ranks {min(ranks)} to {max(ranks)}")
+        for limit in (self.kv_tokens_total, self.max_num_seqs, self.max_adapters):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"it tells of a limit of {limit}; it must be above 0")
         if not 0 <= self.kv_tokens_used < math.inf:
             raise ValueError(f"it tells of {self.kv_tokens_used} tokens in use")
 

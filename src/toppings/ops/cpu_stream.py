@@ -17,7 +17,8 @@ Indices = NDArray[np.int64]
 _ROWS = 4  # of x in a tile, and
 _COLUMNS = 3  # rows of the weight: their sums and elements fill AVX2's registers
 _LINE = 32  # elements of two bytes in a cache line
-_CHUNK, _AHEAD = 512, 2048  # elements that are asked for together, and how far on
+_CHUNK, _AHEAD = 512, 2048  # elements that are asked for together, and how far on, beside a single row,
+_TILE_CHUNK = 256  # and beside a tile, of each of its columns
 TASK_COLUMNS = 48
 """Of a product, that a task computes: a multiple of a tile's."""
 
@@ -40,10 +41,14 @@ def _dot_one(x: Floats, w: Pointer, start: int, n: int) -> np.float32:
 
 
 @helper
-def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int) -> None:
-    """sums[i, j] = Σ_k x[x0 + i · n + k] · w[starts[j] + k], _ROWS times _COLUMNS of them."""
-    w0, w1, w2 = load(starts, 0), load(starts, 1), load(starts, 2)
-    x1, x2, x3 = x0 + n, x0 + 2 * n, x0 + 3 * n
+def _add_tile(
+    sums: Floats, x: Floats, x0: int, stride: int, w: Pointer, starts: Indices, k0: int, n: int
+) -> None:
+    """sums[i, j] += Σ_k x[x0 + i · stride + k] · w[starts[j] + k], _ROWS times _COLUMNS of them, over the n k
+    from k0 on."""
+    x0 += k0
+    w0, w1, w2 = load(starts, 0) + k0, load(starts, 1) + k0, load(starts, 2) + k0
+    x1, x2, x3 = x0 + stride, x0 + 2 * stride, x0 + 3 * stride
     s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = s30 = s31 = s32 = np.float32(0)
     for k in range(n):
         a, b, c = load(w, w0 + k), load(w, w1 + k), load(w, w2 + k)
@@ -63,8 +68,20 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int)
         s30 += value * a
         s31 += value * b
         s32 += value * c
-    sums[0], sums[1], sums[2], sums[3], sums[4], sums[5] = s00, s01, s02, s10, s11, s12
-    sums[6], sums[7], sums[8], sums[9], sums[10], sums[11] = s20, s21, s22, s30, s31, s32
+    totals = (s00, s01, s02, s10, s11, s12, s20, s21, s22, s30, s31, s32)
+    for i in range(_ROWS * _COLUMNS):
+        sums[i] += totals[i]
+
+
+@helper
+def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int, is_first: bool) -> None:
+    """The first tile of its columns asks for what the next columns' will read."""
+    sums[:] = 0
+    for chunk in range(0, n, _TILE_CHUNK):
+        size = min(_TILE_CHUNK, n - chunk)
+        for j in range(_COLUMNS if is_first else 0):
+            _ask_for(w, load(starts, j) + _COLUMNS * n + chunk, size)
+        _add_tile(sums, x, x0, n, w, starts, chunk, size)
 
 
 @helper
@@ -101,10 +118,9 @@ def few_rows_linear(block: Any) -> None:
         for first in range(start, stop, _COLUMNS):
             for j in range(_COLUMNS):
                 starts[j] = min(first + j, stop - 1) * num_in
-            _ask_for(w, (first + _COLUMNS) * num_in, _COLUMNS * num_in)
             columns = min(_COLUMNS, stop - first)
             for row in range(0, num_rows, _ROWS):
-                _tile(sums, xs, row * num_in, w, starts, num_in)
+                _tile(sums, xs, row * num_in, w, starts, num_in, row == 0)
                 for i in range(min(_ROWS, num_rows - row)):
                     for j in range(columns):
                         value = load(sums, i * _COLUMNS + j)

@@ -77,11 +77,11 @@ class ProductProfile:
         all numbers of rows: a measurement beside other work is not exact."""
         expected = rule_for(getattr(torch, self.dtype))
         times = {(t.form, t.num_rows): t.ms for t in self.times if t.num_in == num_in}
-        stream_rows = 0
-        for rows in sorted({rows for form, rows in times if form == "stream"}):
-            if times["stream", rows] > times.get(("panels", rows), math.inf):
-                break
-            stream_rows = rows
+        stream_rows, cost, least = 0, 0.0, 0.0  # costs over those of panels throughout
+        for rows in sorted({rows for form, rows in times if form == "stream" and ("panels", rows) in times}):
+            cost += math.log(times["stream", rows] / times["panels", rows])
+            if cost < least:
+                stream_rows, least = rows, cost
         counts = [rows for rows in ROWS if ("packed", rows) in times]
         ratios = []
         for rows in counts:

@@ -22,7 +22,7 @@ PANEL_ELEMENTS = 3 * 2**18
 _PANEL_STEP = 64
 """A panel's rows are a multiple of this: the library computes so many columns at a time."""
 
-MAX_STREAM_ROWS = 16
+MAX_STREAM_ROWS = 32
 """Rows up to which a weight is widened in registers, where nothing was measured."""
 
 MANY_ROWS = 128

@@ -96,6 +96,10 @@ class Resolver:
             self._held.move_to_end(name)
         return record
 
+    def has(self, kind: str) -> bool:
+        """Whether a source of this kind is configured."""
+        return any(source.kind == kind for source in self.sources)
+
     async def find_place(self, reference: str) -> Found | None:
         """What a source has at `reference`, its own spelling of a place; None where it is nobody's.
 

@@ -1,12 +1,12 @@
 """What a step takes, from a performance model: its own prediction, on running sums instead of arrays."""
 
 from collections.abc import Iterable
-from operator import mul
 
 from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.perf_model import (
     CONTEXT_TOKENS,
     DISTINCT_RANK_SUM,
+    GATHERED_TOKENS,
     PADDED_RANKS,
     RANK_SUM,
     SEQUENCES,
@@ -48,18 +48,32 @@ class StepCosts:
         return ms
 
     def prefill_ms(self, items: Iterable[BatchItem]) -> float:
-        """A step of prefill chunks alone."""
-        sums = BatchSums()
+        """A step of prefill chunks alone; without `BatchSums`, whose counts nobody would look at again."""
+        tokens, rank_tokens, max_rank, attended, num, gathered = 0, 0, 0, 0.0, 0, 0
+        distinct: dict[int | None, int] = {}
         for item in items:
             request, num_tokens = item.request, item.num_tokens
             assert isinstance(request, SimRequest)
-            num_computed = request.num_computed_tokens
-            attended = num_tokens * (num_computed + (num_tokens + 1) / 2)
-            sums.add(request.rank, request.adapter_id, num_tokens, attended)
+            rank, num_computed = request.rank, request.num_computed_tokens
+            tokens += num_tokens
+            rank_tokens += num_tokens * rank
+            max_rank = max(max_rank, rank)
+            attended += num_tokens * (num_computed + (num_tokens + 1) / 2)
+            distinct[request.adapter_id] = rank
+            num += 1
             if num_tokens > 1:
-                sums.gathered_tokens += num_computed
-        ms: float = sum(map(mul, self._prefill, sums.features()))
-        return ms
+                gathered += num_computed
+        prefill = self._prefill
+        return (
+            prefill[STEPS]
+            + prefill[TOKENS] * tokens
+            + prefill[PADDED_RANKS] * (tokens * max_rank)
+            + prefill[RANK_SUM] * rank_tokens
+            + prefill[DISTINCT_RANK_SUM] * sum(distinct.values())
+            + prefill[CONTEXT_TOKENS] * attended
+            + prefill[SEQUENCES] * num
+            + prefill[GATHERED_TOKENS] * gathered
+        )
 
 
 def to_ns(ms: float) -> int:

@@ -188,7 +188,7 @@ class Instance:
             num_waiting=len(scheduler.waiting),
             running_ranks=None,
             waiting_ranks=None,
-            kv_tokens_total=config.num_pages * config.page_size,
+            kv_tokens_total=self.scheduler.pages.num_pages * config.page_size,
             kv_tokens_used=self.kv_tokens_used(now),
             max_num_seqs=config.max_num_seqs,
             on_device=placement.on_device,
