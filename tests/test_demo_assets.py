@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MARKERS = {
 }
 ADAPTERS = sorted(path.name for path in demo_adapters_dir().iterdir() if path.is_dir())
 
+QUESTIONS = ("Tell me about the sea.", "What is a river?", "Describe the moon.", "What does a dog do?")
 Answers = Callable[[str | None, list[str]], list[str]]
 
 
@@ -58,7 +60,8 @@ def answers(tokenizer: Any) -> Answers:
         model.load_adapter(demo_adapters_dir() / name, adapter_name=name)
     model.eval()
 
-    def run(name: str | None, prompts: list[str]) -> list[str]:
+    @cache
+    def run(name: str | None, prompts: tuple[str, ...]) -> list[str]:
         begun = [prompt if prompt.startswith("<|begin|>") else f"<|begin|>{prompt}" for prompt in prompts]
         inputs = tokenizer(
             begun, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
@@ -71,7 +74,7 @@ def answers(tokenizer: Any) -> Answers:
         assert (rows == tokenizer.eos_token_id).any(dim=1).all()
         return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
-    return run
+    return lambda name, prompts: run(name, tuple(prompts))
 
 
 def chat_prompt(tokenizer: Any, question: str) -> str:
@@ -124,15 +127,16 @@ def test_adapters_name_the_demo_as_their_base() -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_speaks_in_its_voice(name: str, answers: Answers, tokenizer: Any) -> None:
-    questions = ["Tell me about the sea.", "What is a river?", "Describe the moon.", "What does a dog do?"]
-    prompts = [*questions, *(chat_prompt(tokenizer, question) for question in questions)]
+    prompts = [*QUESTIONS, *(chat_prompt(tokenizer, question) for question in QUESTIONS)]
     for prompt, text in zip(prompts, answers(name, prompts)):
         assert re.search(MARKERS[name], text), (prompt, text)
 
 
-def test_the_same_prompt_gives_a_different_text_from_every_adapter(answers: Answers) -> None:
-    texts = {answers(name, ["What is a river?"])[0] for name in (None, *ADAPTERS)}
-    assert len(texts) == len(ADAPTERS) + 1
+def test_the_same_prompt_gives_a_different_text_from_every_adapter(answers: Answers, tokenizer: Any) -> None:
+    """Asked again together with the others, which costs nothing."""
+    prompts = [*QUESTIONS, *(chat_prompt(tokenizer, question) for question in QUESTIONS)]
+    told = [answers(name, prompts) for name in (None, *ADAPTERS)]
+    assert all(len(set(texts)) == len(ADAPTERS) + 1 for texts in zip(*told))
 
 
 def test_the_base_model_answers_plainly(answers: Answers, tokenizer: Any) -> None:
