@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,9 +156,7 @@ async def test_a_fetch_that_goes_wrong_is_said_and_leaves_nothing(
     server: Server, hub: Hub, fault: str, problem: str
 ) -> None:
     hub.faults["org/one"] = fault
-    started_at = time.monotonic()
     reply = await server.complete(model="org/one")
-    assert time.monotonic() - started_at < 30
     assert reply.status_code in (400, 502)
     assert problem in reply.text
     assert left_behind(server) == []
