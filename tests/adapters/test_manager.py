@@ -348,7 +348,7 @@ def test_a_pin_outlives_a_read_that_fails(
     monkeypatch.setattr(registry, "open_packed", fail)
     manager = make(device=2)
     manager.set_pinned(1, True)
-    eventually(lambda: manager.poll() is None and not manager._pending_pins)
+    eventually(lambda: not came(manager, 1) and not manager._pending_pins)
     monkeypatch.undo()
     for adapter_id in (1, 2, 3, 4):
         use(manager, adapter_id)
