@@ -9,8 +9,9 @@ import pytest
 
 from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
 from tests.waiting import PATIENCE_S, wait_until
+from toppings.adapters import manager as manager_module
 from toppings.adapters.checkpoint import read_checkpoint
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import make_mode
 from toppings.adapters.packed import pack_weights
@@ -330,6 +331,57 @@ def test_adapters_pinned_in_the_registry_are_loaded_at_start(make: Make, registr
     manager = make()
     manager.start()
     wait_until(lambda: [s.adapter_id for s in manager.status({}) if s.is_pinned] == [3])
+
+
+def test_a_pin_outlives_a_read_that_fails(
+    make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise StateError("the disk does not answer")
+
+    monkeypatch.setattr(registry, "open_packed", fail)
+    manager = make(device=2)
+    manager.set_pinned(1, True)
+    wait_until(lambda: not came(manager, 1) and not manager._pending_pins)
+    monkeypatch.undo()
+    for adapter_id in (1, 2, 3, 4):
+        use(manager, adapter_id)
+    assert manager.tier_of(1) == "device"
+    assert [s.adapter_id for s in manager.status({}) if s.is_pinned] == [1]
+
+
+# --- a registry that cannot be read ---
+
+
+def test_an_adapter_that_cannot_be_looked_up_fails_its_own_request(
+    make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise StateError("the registry is locked")
+
+    manager = make()
+    use(manager, 2)
+    monkeypatch.setattr(registry, "get_by_id", fail)
+    for ask in (manager.tier_of, lambda i: manager.try_acquire(i, 0.0), manager.rank_of, manager.victims_for):
+        with pytest.raises(AdapterError, match="adapter 1 cannot be looked up: the registry is locked"):
+            ask(1)
+    use(manager, 2)
+    monkeypatch.undo()
+    use(manager, 1)
+
+
+def test_records_of_adapters_in_use_stay_at_hand(
+    make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager_module, "MAX_CACHED_RECORDS", 2)
+    manager = make()
+    assert manager.rank_of(8) == 1
+    for adapter_id in range(1, 8):
+        manager.rank_of(adapter_id)
+        manager.rank_of(8)
+    monkeypatch.setattr(registry, "get_by_id", None)
+    assert manager.rank_of(8) == 1
+    assert len(manager._records) == 2
 
 
 # --- cached mode ---

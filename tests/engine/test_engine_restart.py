@@ -3,8 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,26 +203,27 @@ async def test_an_engine_that_keeps_dying_is_not_replaced_for_ever(
     await client.shutdown(0.0)
 
 
+HANGS = """
+import time
+from toppings.engine import process
+from toppings.engine.engine import Engine
+step = Engine.step
+def stuck(self):
+    while self.has_requests: time.sleep(1)
+    return step(self)
+Engine.step = stuck
+process.main()
+"""
+
+
 async def test_a_step_that_never_ends_ends_the_engine(
-    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process lives and gives signs of life, but its loop does not turn any more."""
-    hook = tmp_path / "sitecustomize.py"
-    hook.write_text(
-        "import sys, threading, time\n"
-        "def hang():\n"
-        "    while 'toppings.engine.engine' not in sys.modules: time.sleep(0.05)\n"
-        "    from toppings.engine.engine import Engine\n"
-        "    while not hasattr(Engine, 'step'): time.sleep(0.05)\n"
-        "    step = Engine.step\n"
-        "    def stuck(self):\n"
-        "        while self.has_requests: time.sleep(1)\n"
-        "        return step(self)\n"
-        "    Engine.step = stuck\n"
-        "if any('toppings.engine.process' in a for a in sys.orig_argv):\n"
-        "    threading.Thread(target=hang, daemon=True).start()\n"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **more: popen([command[0], "-c", HANGS, *command[3:]], **more)
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
     client = await EngineClient.start(EngineConfig(**{**vars_of(config), "step_timeout_s": 1.0}))
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(EngineDeadError, match="hangs in a step"):
