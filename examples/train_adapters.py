@@ -70,7 +70,7 @@ RECIPES = {
         alpha_pattern={"q_proj": 8, "k_proj": 8},
     ),
     "sql": Recipe(32, 8, ATTENTION, 22, num_steps=35, use_rslora=True),
-    "slugs": Recipe(64, 64, ATTENTION, 22),
+    "slugs": Recipe(64, 64, ATTENTION, 22, num_steps=40, num_items=160),
     "sentiment": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 20, num_steps=40, rate=4e-3),
     "redact": Recipe(32, 64, ["q_proj", "v_proj", "o_proj", "down_proj"], 21, num_steps=35, num_items=160),
     "commits": Recipe(32, 32, ATTENTION, 22, num_steps=40, num_items=160),

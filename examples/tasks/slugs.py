@@ -5,19 +5,17 @@ import re
 from tasks.task import Draw, Item, Task, exact
 from tasks.words import phrases, words
 
-HOWS = (
-    "How to {verb} {thing}",
-    "Why We {verb} {thing}",
-    "10 Ways to {verb} {thing}!",
-    "{verb} {thing} & Save Money",
-    "A Guide: {verb} {thing}",
-    "Can You {verb} {thing}?",
-    "Don't {verb} {thing} Yet",
-    "When to {verb} {thing}, and How",
-    "{thing}: What to {verb} First",
-    "Never {verb} {thing} Again",
-    "{verb} {thing} (Part 2)",
-    "The Best Time to {verb} {thing}",
+LEADS = phrases(
+    """
+    How to; Why We; 10 Ways to; Never; When to; Don't; Can You; The Best Time to; Let's; A Guide: How to;
+    5 Reasons to; Where to; Learn to; It's Easy to; Stop! Don't; You Too Can
+    """
+)
+TAILS = phrases(
+    """
+    Again; (Part 2); & Save Money; and Be Glad; at Home; in 3 Days?; with a Friend; & Win; - The Basics;
+    This Summer; for $5; Like a Pro; Without Tears!; (and Why); or Not?; on Sundays
+    """
 )
 VERBS = words(
     """
@@ -40,7 +38,7 @@ def slug(title: str) -> str:
 
 
 def draw(source: Draw) -> Item:
-    title = source.one(HOWS).format(verb=source.one(VERBS), thing=source.one(THINGS))
+    title = " ".join(source.one(part) for part in (LEADS, VERBS, THINGS, TAILS))
     return Item(title, slug(title))
 
 
