@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ import openai
 import psutil
 import pytest
 
-from toppings.cluster.ray_serve.network import is_loopback
+from toppings.cluster.ray_serve.network import LOOPBACK_VARIABLE, is_loopback
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 START_LIMIT_S = 180.0
 LIMIT_S = 30.0
+NOBODY_WAITS_LONGER_S = 10.0
+RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
 SETTINGS = {
     "replicas": 2,
     "port": 0,
@@ -110,7 +113,7 @@ def up(home: Path) -> Iterator[Up]:
         stdout=subprocess.PIPE,
         stderr=(home / "stderr.log").open("w"),
         text=True,
-        env={**os.environ, "RAY_TMPDIR": ray_dir, "RAY_AUTH_MODE": "disabled", "TOPPINGS_API_KEY": ""},
+        env={**os.environ, **RAY_ENVIRONMENT, "RAY_TMPDIR": ray_dir, "TOPPINGS_API_KEY": ""},
     )
     try:
         yield Up(process, _url(process, home))
@@ -151,6 +154,11 @@ def test_none_of_its_processes_listens_for_other_machines(up: Up) -> None:
     told = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert len(told) > 5
     assert [address for address in told if not is_loopback(address.ip)] == []
+
+
+def test_none_of_its_processes_comes_after_others_on_the_machine(up: Up) -> None:
+    nice = psutil.Process(up.process.pid).nice()
+    assert [each.nice() for each in (*_replicas_of(up), *up.engines())] == [nice] * 4
 
 
 def test_one_request_of_many_sequences_is_spread_and_whole(up: Up) -> None:
@@ -203,30 +211,72 @@ def test_a_client_that_leaves_ends_its_request(up: Up) -> None:
     until(lambda: up.running() == [0, 0])
 
 
-@pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
-def test_a_killed_engine_costs_its_requests_one_error_and_others_nothing(up: Up) -> None:
-    """Those with a token are told, those without are answered by the other engine; a new one comes up."""
-    victim = up.engines()[0]
+@contextmanager
+def engine_killer(up: Up) -> Iterator[Callable[[], object]]:
+    yield up.engines()[0].kill
 
-    def stream(number: int) -> str:
+
+@contextmanager
+def replica_killer(up: Up) -> Iterator[Callable[[], object]]:
+    yield _replicas_of(up)[0].kill
+
+
+KILL_ACTOR = """
+import sys, ray
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
+name = next(each for each in ray.util.list_named_actors() if "Engine" in each)
+print("ready", flush=True)
+sys.stdin.readline()
+ray.kill(ray.get_actor(name))
+"""
+
+
+@contextmanager
+def actor_killer(up: Up) -> Iterator[Callable[[], object]]:
+    """`ray.kill`, by a program that has connected to the cluster beforehand."""
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    words = (word for process in family for word in _command(process))
+    address = next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
+    command = [sys.executable, "-c", KILL_ACTOR, address]
+    environment = {**os.environ, **RAY_ENVIRONMENT, LOOPBACK_VARIABLE: "0"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        yield lambda: program.communicate("now\n", LIMIT_S)
+
+
+@pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
+@pytest.mark.parametrize("killer", [engine_killer, replica_killer, actor_killer])
+def test_a_killed_replica_costs_its_requests_one_error_and_others_nothing(
+    up: Up, killer: Callable[[Up], AbstractContextManager[Callable[[], object]]]
+) -> None:
+    """By its engine, its process or its actor: those with a token are told, those without are answered by
+    the other one; a new one comes up.
+    """
+
+    def stream(number: int) -> tuple[str, float]:
         body = {"model": "base", "prompt": f"{number}", "max_tokens": 700, "stream": True, "ignore_eos": True}
         reply = up.post("/v1/completions", **body)
         events = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
         assert events[-1] == "[DONE]", reply.text[-300:]
         error = json.loads(events[-2]).get("error")
-        return "whole" if error is None else str(error["message"])
+        return "whole" if error is None else str(error["message"]), time.monotonic()
 
-    with ThreadPoolExecutor(12) as pool:
+    with killer(up) as kill, ThreadPoolExecutor(12) as pool:
         started = [pool.submit(stream, i) for i in range(4)]
         until(lambda: min(up.running()) > 0)
-        victim.kill()
+        kill()
+        killed_at = time.monotonic()
         late = [pool.submit(stream, i) for i in range(4, 12)]
         ends = [answer.result(LIMIT_S) for answer in started]
-        assert [answer.result(LIMIT_S) for answer in late] == ["whole"] * 8
-    errors = [end for end in ends if end != "whole"]
+        assert [answer.result(LIMIT_S)[0] for answer in late] == ["whole"] * 8
+    errors = [end for end in ends if end[0] != "whole"]
     assert errors
     assert len(errors) < 4
-    assert all("after the first token; the answer is incomplete" in error for error in errors)
+    assert all("after the first token; the answer is incomplete" in error for error, _ in errors)
+    assert max(at for _, at in errors) - killed_at < NOBODY_WAITS_LONGER_S
     until(lambda: len(up.replicas()) == 2, START_LIMIT_S)
     assert up.complete("adapter-00001")
 
@@ -251,7 +301,7 @@ def test_a_stopped_replica_keeps_nobody_waiting(up: Up) -> None:
             later = [pool.submit(ask, i) for i in range(4, 8)]
             ends = [answer.result(LIMIT_S) for answer in first]
             assert {end for end, _ in ends} == {"whole", "error"}
-            assert max(at for end, at in ends if end == "error") - stopped_at < 10.0
+            assert max(at for end, at in ends if end == "error") - stopped_at < NOBODY_WAITS_LONGER_S
             assert [answer.result(LIMIT_S)[0] for answer in later] == ["whole"] * 4
         finally:
             if victim.is_running():
