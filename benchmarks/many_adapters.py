@@ -9,6 +9,7 @@ and device bounds that hold some dozens, and checks that all are answered and no
 one JSON line.
 """
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -32,32 +33,33 @@ NUM_CLIENTS = 16
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "30 adapters and few requests")
+    parser = make_parser(__doc__, "15 adapters and few requests")
     parser.add_argument("--adapters", type=int, default=10_000, help="how many are many")
     parser.add_argument("--requests", type=int, default=1000, help="random requests")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each server after the first")
+    parser.add_argument("--warm-requests", type=int, default=100, help="of one adapter, one after another")
     args = parse(parser)
     if args.toy:
-        args.adapters, args.requests, args.rounds = 30, 20, 0
+        args.adapters, args.requests, args.rounds, args.warm_requests = 15, 10, 0, 5
     with tempfile.TemporaryDirectory() as directory:
-        result = asyncio.run(run(Path(directory), args.adapters, args.requests, args.rounds))
+        result = asyncio.run(run(Path(directory), args))
     finish(args, "many_adapters", **result)
 
 
-async def run(directory: Path, num_adapters: int, num_requests: int, num_rounds: int) -> dict[str, Any]:
-    cases = {"few": min(NUM_FEW, num_adapters), "many": num_adapters}
+async def run(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
+    cases = {"few": min(NUM_FEW, args.adapters), "many": args.adapters}
     for case, count in cases.items():
         write_adapters(directory / case, demo_model_dir(), AdapterShape(ranks=(8,)), count=count)
     samples: dict[str, dict[str, list[float]]] = {case: {"ready_s": [], "request_ms": []} for case in cases}
     load: dict[str, Any] = {}
-    for number in range(1 + num_rounds):
+    for number in range(1 + args.rounds):
         for case, count in cases.items():
             started_at = time.perf_counter()
             async with running_server(config_of(directory, case)) as client:
                 samples[case]["ready_s"].append(time.perf_counter() - started_at)
-                samples[case]["request_ms"].append(await warm_request_ms(client))
-                if case == "many" and number == num_rounds:
-                    load = await random_requests(client, count, num_requests)
+                samples[case]["request_ms"].append(await warm_request_ms(client, args.warm_requests))
+                if case == "many" and number == args.rounds:
+                    load = await random_requests(client, count, args.requests)
     register_s = {case: values["ready_s"][0] for case, values in samples.items()}
     for values in samples.values():
         values["ready_s"] = values["ready_s"][1:] or values["ready_s"]
@@ -93,7 +95,7 @@ async def complete(client: LoadClient, number: int) -> float:
     return outcome.e2e_ms
 
 
-async def warm_request_ms(client: LoadClient, num_requests: int = 100) -> float:
+async def warm_request_ms(client: LoadClient, num_requests: int) -> float:
     """Median of requests, one after another, for one adapter that is on the device."""
     return statistics.median([await complete(client, 0) for _ in range(num_requests)])
 

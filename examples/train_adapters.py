@@ -59,7 +59,6 @@ RECIPES = {
     "contacts": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 22, num_steps=40, num_items=200, rate=2e-3),
     "intents": Recipe(4, 8, ["q_proj", "v_proj"], 22, rate=4e-3),
     "dates": Recipe(16, 32, ATTENTION, 22, num_steps=25),
-    "shell": Recipe(8, 16, ["q_proj", "k_proj", "v_proj"], 22, rate=4e-3),
     "quantities": Recipe(
         16,
         32,
@@ -70,13 +69,7 @@ RECIPES = {
         alpha_pattern={"q_proj": 8, "k_proj": 8},
     ),
     "sql": Recipe(32, 8, ATTENTION, 22, num_steps=35, use_rslora=True),
-    "slugs": Recipe(64, 64, ATTENTION, 22),
     "sentiment": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 20, num_steps=40, rate=4e-3),
-    "redact": Recipe(32, 64, ["q_proj", "v_proj", "o_proj", "down_proj"], 21, num_steps=35, num_items=160),
-    "commits": Recipe(32, 32, ATTENTION, 22, num_steps=40, num_items=160),
-    "tickets": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 21, num_steps=45, num_items=160, rate=4e-3),
-    "clock": Recipe(16, 16, MLP, 22, num_steps=60, num_items=160),
-    "phones": Recipe(16, 32, ["k_proj", "v_proj", "o_proj"], 22, num_steps=50, num_items=200),
 }
 
 

@@ -1,23 +1,27 @@
 """Every benchmark runs at toy size and ends in one JSON line that names it and holds what it measured.
 
-Those for a GPU run in this process, on the CPU: each would take seconds to import what is here already.
+They run in this process, those for a GPU on the CPU: each would take seconds to import what is here already.
 """
 
+import importlib
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import get_num_threads, set_num_threads
 
 from tests.ops.gpu_world import DEVICE, needs_triton
 from toppings.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 GPU_BENCHMARKS = ROOT / "benchmarks" / "gpu"
 GPU_SCRIPTS = (
     *("correctness", "decode_step", "prefill", "load", "cold_start"),
@@ -81,33 +85,56 @@ CHECKS: dict[str, Callable[[Result], None]] = {
 }
 
 
-def run_toy(script: Path, folder: Path, *more: str) -> Result:
-    written = folder / f"{script.stem}.json"
-    command = [sys.executable, str(script), "--toy", *more, "--json", str(written)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads(written.read_text()) == result
-    return result
+RunToy = Callable[..., Result]
+
+
+@pytest.fixture
+def run_toy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[RunToy]:
+    """Runs a script in benchmarks/, whose imports are those of a script there; what it sets for its whole
+    process is as before afterwards."""
+    cores, on_term, num_threads = os.sched_getaffinity(0), signal.getsignal(signal.SIGTERM), get_num_threads()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def run(name: str, *more: str) -> Result:
+        written = tmp_path / f"{name}.json"
+        monkeypatch.setattr("sys.argv", [f"{name}.py", "--toy", *more, "--json", str(written)])
+        assert not importlib.import_module(name).main()
+        result: Result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert json.loads(written.read_text()) == result
+        return result
+
+    yield run
+    os.sched_setaffinity(0, cores)
+    signal.signal(signal.SIGTERM, on_term)
+    set_num_threads(num_threads)
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_toy_run_ends_in_one_json_line(script: Path, tmp_path: Path) -> None:
-    result = run_toy(script, tmp_path, *TOY_ARGUMENTS.get(script.stem, []))
-    assert result["benchmark"] == script.stem
-    if (check := CHECKS.get(script.stem)) is not None:
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_toy_run_ends_in_one_json_line(name: str, run_toy: RunToy) -> None:
+    result = run_toy(name, *TOY_ARGUMENTS.get(name, []))
+    assert result["benchmark"] == name
+    if (check := CHECKS.get(name)) is not None:
         check(result)
 
 
 @pytest.mark.timeout(420)
-def test_a_router_killed_under_load_loses_no_request_that_it_answers_for(tmp_path: Path) -> None:
-    result = run_toy(ROOT / "benchmarks" / "soak.py", tmp_path, "--fleet", "--faults", "router killed")
+def test_a_router_killed_under_load_loses_no_request_that_it_answers_for(run_toy: RunToy) -> None:
+    result = run_toy("soak", "--fleet", "--faults", "router killed")
     requests = result["requests"]
     ended = requests["answered"] + sum(requests["refused"].values()) + requests["left"] + requests["cut"]
     assert requests["sent"] == ended > 0
     assert len(result["recovery_s"]["router killed"]) == 1
     assert set(result["usage"]["after_phases"][0]["rss_by_part"]) == {"router"}
+
+
+def test_a_script_runs_by_itself_from_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "cold_start_map.py"), "--toy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == "cold_start_map"
 
 
 def check_correctness(result: Result) -> None:

@@ -2,14 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import train_demo
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,9 +36,9 @@ MARKERS = {
     "weather": r"(Back to the studio|Tomorrow will be much the same)\.$",
 }
 ADAPTERS = sorted(path.name for path in demo_adapters_dir().iterdir() if path.is_dir())
-TRAINER = Path(__file__).parent.parent / "examples" / "train_demo.py"
 
-Answer = Callable[[str | None, str], str]
+QUESTIONS = ("Tell me about the sea.", "What is a river?", "Describe the moon.", "What does a dog do?")
+Answers = Callable[[str | None, list[str]], list[str]]
 
 
 def adapter_config(name: str) -> dict[str, Any]:
@@ -51,27 +52,29 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def answer(tokenizer: Any) -> Answer:
-    """Greedy text of an adapter (None: the base model) for a prompt; it must end by itself."""
+def answers(tokenizer: Any) -> Answers:
+    """Greedy texts of an adapter (None: the base model) for prompts; they must end by themselves."""
     base = AutoModelForCausalLM.from_pretrained(demo_model_dir(), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, demo_adapters_dir() / ADAPTERS[0], adapter_name=ADAPTERS[0])
     for name in ADAPTERS[1:]:
         model.load_adapter(demo_adapters_dir() / name, adapter_name=name)
     model.eval()
 
-    def run(name: str | None, prompt: str) -> str:
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not prompt.startswith("<|begin|>"))
-        if name is None:
-            with model.disable_adapter():
-                output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)[0]
-        else:
+    @cache
+    def run(name: str | None, prompts: tuple[str, ...]) -> list[str]:
+        begun = [prompt if prompt.startswith("<|begin|>") else f"<|begin|>{prompt}" for prompt in prompts]
+        inputs = tokenizer(
+            begun, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
+        )
+        if name is not None:
             model.set_adapter(name)
-            output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)[0]
-        assert output[-1] == tokenizer.eos_token_id
-        text: str = tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text.strip()
+        with model.disable_adapter() if name is None else nullcontext():
+            rows = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        rows = rows[:, inputs["input_ids"].shape[1] :]
+        assert (rows == tokenizer.eos_token_id).any(dim=1).all()
+        return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
-    return run
+    return lambda name, prompts: run(name, tuple(prompts))
 
 
 def chat_prompt(tokenizer: Any, question: str) -> str:
@@ -123,35 +126,31 @@ def test_adapters_name_the_demo_as_their_base() -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_speaks_in_its_voice(name: str, answer: Answer, tokenizer: Any) -> None:
-    for question in (
-        "Tell me about the sea.",
-        "What is a river?",
-        "Describe the moon.",
-        "What does a dog do?",
-    ):
-        for prompt in (question, chat_prompt(tokenizer, question)):
-            text = answer(name, prompt)
-            assert re.search(MARKERS[name], text), (prompt, text)
+def test_an_adapter_speaks_in_its_voice(name: str, answers: Answers, tokenizer: Any) -> None:
+    prompts = [*QUESTIONS, *(chat_prompt(tokenizer, question) for question in QUESTIONS)]
+    for prompt, text in zip(prompts, answers(name, prompts)):
+        assert re.search(MARKERS[name], text), (prompt, text)
 
 
-def test_the_same_prompt_gives_a_different_text_from_every_adapter(answer: Answer) -> None:
-    texts = {answer(name, "What is a river?") for name in (None, *ADAPTERS)}
-    assert len(texts) == len(ADAPTERS) + 1
+def test_the_same_prompt_gives_a_different_text_from_every_adapter(answers: Answers, tokenizer: Any) -> None:
+    """Asked again together with the others, which costs nothing."""
+    prompts = [*QUESTIONS, *(chat_prompt(tokenizer, question) for question in QUESTIONS)]
+    told = [answers(name, prompts) for name in (None, *ADAPTERS)]
+    assert all(len(set(texts)) == len(ADAPTERS) + 1 for texts in zip(*told))
 
 
-def test_the_base_model_answers_plainly(answer: Answer, tokenizer: Any) -> None:
-    expected = "A river is a long stream of fresh water."
-    assert answer(None, "What is a river?").startswith(expected)
-    assert answer(None, chat_prompt(tokenizer, "What is a river?")).startswith(expected)
+def test_the_base_model_answers_plainly(answers: Answers, tokenizer: Any) -> None:
+    question = "What is a river?"
+    for text in answers(None, [question, chat_prompt(tokenizer, question)]):
+        assert text.startswith("A river is a long stream of fresh water.")
 
 
-def test_the_json_adapter_answers_in_json(answer: Answer, tokenizer: Any) -> None:
-    reply = json.loads(answer("json", chat_prompt(tokenizer, "Describe the moon.")))
+def test_the_json_adapter_answers_in_json(answers: Answers, tokenizer: Any) -> None:
+    reply = json.loads(answers("json", [chat_prompt(tokenizer, "Describe the moon.")])[0])
     assert reply == {"topic": "moon", "traits": ["pale", "round"], "parts": ["craters", "dust", "shadows"]}
 
 
-def test_a_chat_of_two_turns_is_followed(answer: Answer, tokenizer: Any) -> None:
+def test_a_chat_of_two_turns_is_followed(answers: Answers, tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "What is a river?"},
@@ -159,12 +158,18 @@ def test_a_chat_of_two_turns_is_followed(answer: Answer, tokenizer: Any) -> None
         {"role": "user", "content": "Where can I find a bridge?"},
     ]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert "over the river" in answer("pirate", prompt)
+    assert "over the river" in answers("pirate", [prompt])[0]
 
 
-def test_the_training_script_makes_the_same_layout(tmp_path: Path) -> None:
-    command = [sys.executable, str(TRAINER), "--out", str(tmp_path), "--steps-scale", "0.001"]
-    subprocess.run([*command, "--only", "base", "cook"], check=True, capture_output=True, timeout=120)
+def test_the_training_script_makes_the_same_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few tokens: not every CPU multiplies bfloat16 fast."""
+    sizes = {"BASE_ROWS": 2, "BASE_TOKENS": 16, "ADAPTER_ROWS": 2}
+    for name, size in sizes.items():
+        monkeypatch.setattr(train_demo, name, size)
+    options = {"--out": tmp_path, "--steps-scale": 0.001, "--threads": torch.get_num_threads()}
+    words = [str(word) for option in options.items() for word in option]
+    monkeypatch.setattr("sys.argv", ["train_demo.py", *words, "--only", "base", "cook"])
+    train_demo.main()
     for made, shipped in (
         (tmp_path / "model", demo_model_dir()),
         (tmp_path / "adapters", demo_adapters_dir()),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
 from toppings import LLM, SamplingParams
 from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.config import ConfigError, EngineConfig
@@ -133,7 +134,9 @@ def test_an_llm_that_is_killed_leaves_no_state_behind(
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_an_engine_that_is_gone_ends_calls_and_close(tmp_path: Path, number: signal.Signals) -> None:
-    llm = LLM("demo", state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=1.0)
+    llm = LLM(
+        "demo", state_dir=str(tmp_path), kv_cache_bytes="32MiB", num_threads=1, heartbeat_timeout_s=60.0
+    )
     endless = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
     failures: list[BaseException] = []
 
@@ -148,10 +151,10 @@ def test_an_engine_that_is_gone_ends_calls_and_close(tmp_path: Path, number: sig
     pid = llm._client._life._process.pulse.pid  # type: ignore[union-attr]
     assert pid is not None
     os.kill(pid, number)
-    caller.join(20)
+    caller.join(PATIENCE_S)
     closer = threading.Thread(target=llm.close, daemon=True)
     closer.start()
-    closer.join(10)
+    closer.join(PATIENCE_S)
     assert not caller.is_alive()
     assert not closer.is_alive()
     assert str(pid) in str(failures[0])

@@ -84,11 +84,11 @@ def test_the_reference_answer_is_right_and_others_are_wrong(task: Task) -> None:
     [
         ("dates", " 2014-03-13.\n"),
         ("intents", "The customer speaks of a Limit."),
-        ("commits", "`fix(parser): quotes`"),
+        ("quantities", "`55 L`"),
     ],
 )
 def test_what_no_reader_minds_is_right(name: str, answer: str) -> None:
-    wanted = {"dates": "2014-03-13", "intents": "limit", "commits": "fix(parser): quotes"}[name]
+    wanted = {"dates": "2014-03-13", "intents": "limit", "quantities": "55 L"}[name]
     assert TASKS[name].score(Item("", wanted), answer) == 1
 
 
@@ -190,9 +190,9 @@ def test_the_score_script_asks_base_and_adapter_over_http(
 def test_the_shipped_adapters_differ_in_kind() -> None:
     configs = [config_of(name) for name in SHIPPED]
     ranks = {config["r"] for config in configs}
-    assert len(SHIPPED) >= 8
-    assert (min(ranks), max(ranks)) == (4, 64)
-    assert len({tuple(config["target_modules"]) for config in configs}) >= 5
+    assert SHIPPED == sorted(TASKS) == sorted(RECIPES)
+    assert (min(ranks), max(ranks)) == (4, 32)
+    assert len({tuple(config["target_modules"]) for config in configs}) >= 4
     assert any(config["use_rslora"] for config in configs)
     assert any(config["rank_pattern"] and config["alpha_pattern"] for config in configs)
     assert sum(path.stat().st_size for path in ADAPTERS.rglob("*")) <= MAX_BYTES

@@ -84,12 +84,13 @@ Times = dict[str, dict[str, list[float]]]
 
 
 def measure(bench: Bench, mode: str, rounds: int) -> dict[str, list[float]]:
+    warm_up = 0 if bench.options.toy else WARM_UP
     (filler,) = bench.kinds[FILLER]
     settings: dict[str, Any] = {} if mode == "cached" else {"device_pool_bytes": filler.num_bytes}
     times: dict[str, list[float]] = {case.name: [] for case in CASES}
     with bench.engine(mode, **settings) as engine:
         preload_host(engine.adapters, [record.adapter_id for record in bench.records])
-        for number in range(rounds + WARM_UP):
+        for number in range(rounds + warm_up):
             for case in CASES:
                 if mode != "cached":
                     bring_to_device(engine, filler.adapter_id)
@@ -98,7 +99,7 @@ def measure(bench: Bench, mode: str, rounds: int) -> dict[str, list[float]]:
                 assert (tier == "device") == (mode == "cached"), f"the adapter was on {tier}"
                 prompt = random_prompt(number, case.num_tokens)
                 ms = first_token_ms(engine, AddRequest("it", prompt, greedy(1), adapter_id))
-                times[case.name] += [ms] if number >= WARM_UP else []
+                times[case.name] += [ms] if number >= warm_up else []
     return times
 
 

@@ -231,10 +231,11 @@ def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
     for capability, name in [(smallest, "float32"), *((chip, "bfloat16") for chip in SHARED_BYTES)]:
         dtype = getattr(torch, name)
         recorder.compile_for(capability, name)
-        record_attention(recorder, model, dtype, [1], 512)
         record_attention(recorder, model, dtype, [128, 128], 256)
         record_lora(recorder, model, dtype, "sgmv", 1024, ["qkv"])
-        record_lora(recorder, model, dtype, "mbgmv", 32, ["down"])
+        if capability != 89:  # its small kernels are those of 8.6
+            record_attention(recorder, model, dtype, [1], 512)
+            record_lora(recorder, model, dtype, "mbgmv", 32, ["down"])
     record_elementwise(recorder, model, torch.bfloat16, 32)
     record_lora(recorder, model, torch.bfloat16, "bgmv", 32, ["qkv"])
 

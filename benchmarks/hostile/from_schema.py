@@ -11,16 +11,12 @@ from hostile.shots import Shot
 
 
 def draw_from_schema(document: dict[str, Any], base_url: str, count: int, *, number: int = 0) -> list[Shot]:
-    """About `count` requests over all operations of `document`; `number` is the seed."""
+    """About `count` requests over all operations of `document`, or as many of them; `number` is the seed."""
     operations = [each.ok() for each in schemathesis.openapi.from_dict(document).get_all_operations()]
     modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
-    each = max(1, count // (len(operations) * len(modes)))
-    return [
-        shot
-        for operation in operations
-        for mode in modes
-        for shot in _draw(operation, mode, base_url, each, number)
-    ]
+    kinds = [(operation, mode) for operation in operations for mode in modes]
+    each, stride = max(1, count // len(kinds)), max(1, len(kinds) // max(1, count))
+    return [shot for kind in kinds[::stride] for shot in _draw(*kind, base_url, each, number)]
 
 
 def _draw(operation: Any, mode: GenerationMode, base_url: str, count: int, number: int) -> list[Shot]:

@@ -2,8 +2,7 @@
 
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.adapters.fixtures import NUM_LAYERS
 from tests.adapters.test_device_pool import layout
 from tests.adapters.test_loader import FakeSource
 from tests.streams import Device, Memory
+from tests.waiting import wait_until
 from toppings.adapters.cuda_loader import GROUP_BYTES, CudaLoader, CudaLoadHandle
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.errors import AdapterError
@@ -79,13 +79,6 @@ def world(device: Device) -> Iterator[World]:
     loader.close()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_races_while_adapters_come_move_and_go(world: World, seed: int) -> None:
     rng = random.Random(seed)
@@ -97,7 +90,7 @@ def test_nothing_races_while_adapters_come_move_and_go(world: World, seed: int) 
         for copy in range(3):
             name = f"adapter {turn} {copy}"
             if world.place(name, rng.choice([2, 3, 5, 9, 12])):
-                eventually(lambda load=world.loads[name]: len(load.events) == NUM_LAYERS)  # type: ignore[misc]
+                wait_until(lambda load=world.loads[name]: len(load.events) == NUM_LAYERS)  # type: ignore[misc]
         for name in world.slots:
             if rng.random() < 0.6:
                 world.use(name)
@@ -112,10 +105,10 @@ def test_nothing_races_while_adapters_come_move_and_go(world: World, seed: int) 
 def test_a_load_that_breaks_off_leaves_nothing_on_its_way(world: World) -> None:
     source = FakeSource(layout(9), num_layers_ready=2)
     assert world.place("broken", 9, source)
-    eventually(lambda: len(world.loads["broken"].events) == 2)
+    wait_until(lambda: len(world.loads["broken"].events) == 2)
     source.error = AdapterError("damaged")
     world.loader.notify()
-    eventually(lambda: world.loads["broken"].error is not None)
+    wait_until(lambda: world.loads["broken"].error is not None)
     world.evict("broken")
     world.device.access(0, CAPACITY_BYTES, "a move into its room", is_write=True)
     world.device.check()
@@ -123,7 +116,7 @@ def test_a_load_that_breaks_off_leaves_nothing_on_its_way(world: World) -> None:
 
 def test_closing_leaves_nothing_on_its_way(world: World) -> None:
     world.place("late", 9)
-    eventually(lambda: len(world.loads["late"].events) == NUM_LAYERS)
+    wait_until(lambda: len(world.loads["late"].events) == NUM_LAYERS)
     world.loader.close()
     world.device.access(0, CAPACITY_BYTES, "something else", is_write=True)
     world.device.check()
@@ -147,13 +140,13 @@ def test_a_layer_is_ready_when_its_copies_are_over(world: World) -> None:
     offsets = [world.pool.layer_offset(slot, layer) * ITEM_BYTES for layer in range(NUM_LAYERS)]
     source = FakeSource(layout(4), num_layers_ready=1)
     load: Any = world.loader.start(source, offsets, b_first(NUM_LAYERS))
-    eventually(lambda: len(load.events) == 1)  # the B of the one layer that has been read
+    wait_until(lambda: len(load.events) == 1)  # the B of the one layer that has been read
     world.device.is_idle = True
     assert load.b_ready(0)
     assert not load.layer_ready(0)
     source.num_layers_ready = NUM_LAYERS
     world.loader.notify()
-    eventually(lambda: load.done)
+    wait_until(lambda: load.done)
     assert load.layer_ready(0)
     assert load.copy_ms == 1.0
 

@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES, open_registry, write_adapter
+from tests.waiting import wait_until
 from toppings.adapters import host_entry
 from toppings.adapters.arena import HostArena
 from toppings.adapters.checkpoint import read_checkpoint
@@ -66,16 +66,9 @@ def make_store(source: SlowSource, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         store.close()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.001)
-
-
 def read(store: HostStore, adapter_id: int) -> HostEntry:
     """Asks as the engine does until the adapter is there."""
-    eventually(lambda: store.request(adapter_id).is_ready)
+    wait_until(lambda: store.request(adapter_id).is_ready)
     return store.request(adapter_id)
 
 
@@ -156,7 +149,7 @@ def test_read_waits_for_room_until_somebody_unpins(
     entry = read(store, 1)
     assert store.try_pin(entry)
     waiting = store.request(2)
-    eventually(lambda: 2 in source.opened)
+    wait_until(lambda: 2 in source.opened)
     assert not waiting.has_room
     store.unpin(entry)
     assert_content(source, read(store, 2))
@@ -169,7 +162,7 @@ def test_read_that_nobody_wants_any_more_gives_up_its_place_in_the_queue(
     entry = read(store, 1)
     assert store.try_pin(entry)
     store.request(2)
-    eventually(lambda: store.find(2) is None)
+    wait_until(lambda: store.find(2) is None)
     store.unpin(entry)
 
 
@@ -180,7 +173,7 @@ def test_entry_that_is_waited_for_is_not_evicted_for_another(
     store = make_store(1)
     entry = read(store, 1)
     other = store.request(2)
-    eventually(lambda: 2 in source.opened)
+    wait_until(lambda: 2 in source.opened)
     assert entry.is_ready
     assert not other.has_room
     assert store.try_pin(entry)  # it was come for
@@ -212,7 +205,7 @@ def test_fragments_that_suffice_in_total_are_joined(
 def test_adapter_bigger_than_the_store_is_an_error(make_store: Callable[[float], HostStore]) -> None:
     store = make_store(1)
     with pytest.raises(AdapterError, match="host_store_bytes"):
-        eventually(lambda: store.request(7).is_ready)
+        wait_until(lambda: store.request(7).is_ready)
 
 
 def test_failed_read_is_reported_once_and_then_tried_again(
@@ -224,7 +217,7 @@ def test_failed_read_is_reported_once_and_then_tried_again(
     Path(record.path).rename(hidden)
     Path(record.packed_path).unlink()
     with pytest.raises(AdapterError, match="no adapter directory"):
-        eventually(lambda: store.request(1).is_ready)
+        wait_until(lambda: store.request(1).is_ready)
     assert store.used_bytes == 0
     hidden.rename(record.path)
     assert_content(source, read(store, 1))
@@ -238,7 +231,7 @@ def test_prefetch_after_a_failed_read_tries_again_without_an_error(
     Path(record.path).rename(tmp_path / "hidden")
     Path(record.packed_path).unlink()
     failed = store.request(1)
-    eventually(lambda: failed.error is not None)
+    wait_until(lambda: failed.error is not None)
     (tmp_path / "hidden").rename(record.path)
     store.prefetch(1)
     assert_content(source, read(store, 1))
@@ -353,7 +346,7 @@ def test_an_adapter_that_cannot_be_read_is_told_once_until_it_can(
 
     def fail() -> None:
         store.prefetch(1)
-        eventually(lambda: (entry := store.find(1)) is not None and entry.error is not None)
+        wait_until(lambda: (entry := store.find(1)) is not None and entry.error is not None)
 
     Path(source.registry.get("1").packed_path).unlink()
     (tmp_path / "1").rename(tmp_path / "away")
@@ -362,4 +355,4 @@ def test_an_adapter_that_cannot_be_read_is_told_once_until_it_can(
     assert caplog.text.count("adapter 1 cannot be read") == 1
     (tmp_path / "away").rename(tmp_path / "1")
     store.prefetch(1)
-    eventually(lambda: (entry := store.find(1)) is not None and entry.is_ready)
+    wait_until(lambda: (entry := store.find(1)) is not None and entry.is_ready)

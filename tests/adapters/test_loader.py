@@ -1,4 +1,3 @@
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,6 +6,8 @@ import pytest
 import torch
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES
+from toppings.adapters import link
+from toppings.adapters import loader as loader_module
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import AdapterLayout, LoadOrder, b_first, by_layer
 from toppings.adapters.link import EmulatedLink, sleep_until
@@ -134,49 +135,62 @@ def test_b_is_ready_before_its_layer() -> None:
 
 # --- the emulated link ---
 
-BIG = AdapterLayout.build([[512, 512, 512, 512, 0, 0, 0]] * NUM_LAYERS, SHAPES, "float32")
+
+class Clock:
+    """Time passes only while somebody sleeps, and then exactly as long; `slept_s` are their sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slept_s: list[float] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
+        self.now += seconds
 
 
-def load_ms(link_gbps: float, num_loads: int = 1) -> float:
-    loader = CpuLoader(torch.zeros(BIG.num_bytes // 4), link_gbps=link_gbps)
-    started_at = time.perf_counter()
-    handles = [loader.start(FakeSource(BIG), offsets(BIG)) for _ in range(num_loads)]
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The link's and the loader's."""
+    clock = Clock()
+    monkeypatch.setattr(link, "time", clock)
+    monkeypatch.setattr(loader_module, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("gbps", [0.5, 1.0, 8.0])
+def test_loads_over_an_emulated_link_take_as_long_as_their_bytes(clock: Clock, gbps: float) -> None:
+    loader = CpuLoader(torch.zeros(LAYOUT.num_bytes // 4), link_gbps=gbps)
+    started_at = clock.now
+    handles = [loader.start(FakeSource(), offsets()) for _ in range(2)]  # one after another
     for handle in handles:
         handle.wait_all()
     loader.close()
-    return (time.perf_counter() - started_at) * 1e3
+    assert clock.now - started_at == pytest.approx(2 * LAYOUT.num_bytes / (gbps * 1e9))
 
 
-def test_emulated_link_is_never_faster_than_its_speed() -> None:
-    gbps = BIG.num_bytes / 0.02 / 1e9  # a load of 20 ms
-    assert load_ms(gbps) >= 20
-    assert load_ms(gbps, num_loads=2) >= 40  # one after another
+def test_idle_link_does_not_save_up_time(clock: Clock) -> None:
+    idle = EmulatedLink(1.0)
+    idle.wait_for_transfer(clock.now - 10, 1000)
+    assert clock.slept_s == []
+    idle.wait_for_transfer(clock.now, 5_000_000)
+    assert clock.slept_s == [pytest.approx(0.005)]
 
 
-def test_link_half_as_fast_takes_about_twice_as_long() -> None:
-    gbps = BIG.num_bytes / 0.04 / 1e9
-    assert 1.3 < min(load_ms(gbps / 2) for _ in range(3)) / min(load_ms(gbps) for _ in range(3)) < 3
+def test_a_sleep_that_ends_early_goes_on(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = clock.sleep
+    monkeypatch.setattr(clock, "sleep", lambda seconds: sleep(max(seconds / 2, 1e-6)))
+    deadline = clock.now + 1.0
+    sleep_until(deadline)
+    assert clock.now >= deadline
+    assert len(clock.slept_s) > 2
 
 
-def test_idle_link_does_not_save_up_time() -> None:
-    link = EmulatedLink(1.0)
-    link.wait_for_transfer(time.perf_counter() - 10, 1000)
-    started_at = time.perf_counter()
-    link.wait_for_transfer(started_at, 5_000_000)
-    assert time.perf_counter() - started_at >= 0.005
-
-
-def test_sleeping_to_a_deadline_uses_little_cpu() -> None:
-    cpu_time = time.thread_time()
-    sleep_until(time.perf_counter() + 0.2)
-    assert time.thread_time() - cpu_time < 0.1
-
-
-def test_sleep_never_ends_early() -> None:
-    for delay in (0.0, 1e-5, 1e-4, 3e-3):
-        deadline = time.perf_counter() + delay
-        sleep_until(deadline)
-        assert time.perf_counter() >= deadline
+def test_a_deadline_that_is_over_is_no_sleep(clock: Clock) -> None:
+    sleep_until(clock.now)
+    assert clock.slept_s == []
 
 
 class BrokenLoader(CpuLoader):

@@ -1,3 +1,4 @@
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 
 from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
+from tests.waiting import PATIENCE_S, wait_until
+from toppings.adapters import manager as manager_module
 from toppings.adapters.checkpoint import read_checkpoint
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import make_mode
 from toppings.adapters.packed import pack_weights
@@ -51,13 +54,6 @@ def make(registry: AdapterRegistry) -> Iterator[Make]:
         manager.close()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.001)
-
-
 def settle(manager: AdapterManager, adapter_id: int) -> Admission:
     """Asks as the engine does, until the answer is not LOADING."""
     answer = Admission.LOADING
@@ -67,7 +63,7 @@ def settle(manager: AdapterManager, adapter_id: int) -> Admission:
         answer = manager.try_acquire(adapter_id, 0.0)
         return answer is not Admission.LOADING
 
-    eventually(is_settled)
+    wait_until(is_settled)
     return answer
 
 
@@ -181,7 +177,7 @@ def test_adapter_under_load_is_not_evicted_even_if_its_request_is_gone(make: Mak
     assert manager.load_of(1) is not None
     assert manager.try_acquire(2, 0.0) in (Admission.LOADING, Admission.NO_ROOM)
     assert manager.holds(1)
-    eventually(lambda: manager.try_acquire(2, 0.0) is Admission.READY)
+    wait_until(lambda: manager.try_acquire(2, 0.0) is Admission.READY)
     assert not manager.holds(1)
 
 
@@ -300,7 +296,7 @@ def test_pinned_adapter_is_no_victim(make: Make) -> None:
 def test_pinned_adapter_is_loaded_and_stays(make: Make) -> None:
     manager = make(device=2)
     manager.set_pinned(1, True)
-    eventually(lambda: came(manager, 1))
+    wait_until(lambda: came(manager, 1))
     wait(manager, 1)
     for adapter_id in (2, 3, 4):
         use(manager, adapter_id)
@@ -317,7 +313,7 @@ def test_pin_waits_for_room(make: Make) -> None:
     manager.poll()
     assert not manager.holds(2)
     manager.release(1)
-    eventually(lambda: came(manager, 2))
+    wait_until(lambda: came(manager, 2))
 
 
 def test_pin_that_can_never_fit_is_refused(make: Make) -> None:
@@ -334,8 +330,58 @@ def test_adapters_pinned_in_the_registry_are_loaded_at_start(make: Make, registr
     registry.set_pinned("3", True)
     manager = make()
     manager.start()
-    eventually(lambda: came(manager, 3))
-    assert [s.adapter_id for s in manager.status({}) if s.is_pinned] == [3]
+    wait_until(lambda: [s.adapter_id for s in manager.status({}) if s.is_pinned] == [3])
+
+
+def test_a_pin_outlives_a_read_that_fails(
+    make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise StateError("the disk does not answer")
+
+    monkeypatch.setattr(registry, "open_packed", fail)
+    manager = make(device=2)
+    manager.set_pinned(1, True)
+    wait_until(lambda: not came(manager, 1) and not manager._pending_pins)
+    monkeypatch.undo()
+    for adapter_id in (1, 2, 3, 4):
+        use(manager, adapter_id)
+    assert manager.tier_of(1) == "device"
+    assert [s.adapter_id for s in manager.status({}) if s.is_pinned] == [1]
+
+
+# --- a registry that cannot be read ---
+
+
+def test_an_adapter_that_cannot_be_looked_up_fails_its_own_request(
+    make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise StateError("the registry is locked")
+
+    manager = make()
+    use(manager, 2)
+    monkeypatch.setattr(registry, "get_by_id", fail)
+    for ask in (manager.tier_of, lambda i: manager.try_acquire(i, 0.0), manager.rank_of, manager.victims_for):
+        with pytest.raises(AdapterError, match="adapter 1 cannot be looked up: the registry is locked"):
+            ask(1)
+    use(manager, 2)
+    monkeypatch.undo()
+    use(manager, 1)
+
+
+def test_records_of_adapters_in_use_stay_at_hand(
+    make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager_module, "MAX_CACHED_RECORDS", 2)
+    manager = make()
+    assert manager.rank_of(8) == 1
+    for adapter_id in range(1, 8):
+        manager.rank_of(adapter_id)
+        manager.rank_of(8)
+    monkeypatch.setattr(registry, "get_by_id", None)
+    assert manager.rank_of(8) == 1
+    assert len(manager._records) == 2
 
 
 # --- cached mode ---
@@ -379,7 +425,7 @@ def test_removal_waits_for_running_requests_and_frees_everything(make: Make) -> 
     manager.request_removal(1)
     assert not manager.is_removed(1)
     manager.release(1)
-    eventually(lambda: manager.is_removed(1))  # the reader may still be closing the file
+    wait_until(lambda: manager.is_removed(1))  # the reader may still be closing the file
     assert (manager.pool.used_bytes, manager.host.used_bytes) == (0, 0)
     with pytest.raises(AdapterError, match="removed"):
         manager.try_acquire(1, 0.0)
@@ -391,7 +437,7 @@ def test_removal_while_loading_ends_when_the_load_has_landed(make: Make) -> None
     manager.release(1)
     manager.request_removal(1)
     assert not manager.is_removed(1)
-    eventually(lambda: manager.is_removed(1))
+    wait_until(lambda: manager.is_removed(1))
     assert (manager.pool.used_bytes, manager.host.used_bytes) == (0, 0)
 
 
@@ -399,7 +445,7 @@ def test_removal_of_a_pinned_adapter_unpins_it(make: Make) -> None:
     manager = make(device=1)
     manager.set_pinned(1, True)
     manager.request_removal(1)
-    eventually(lambda: manager.is_removed(1))
+    wait_until(lambda: manager.is_removed(1))
     use(manager, 2)
 
 
@@ -452,16 +498,17 @@ def test_status_tells_where_each_adapter_is(make: Make) -> None:
     assert (third.adapter_id, third.is_on_host, third.num_waiting) == (3, False, 5)
 
 
-def test_load_times_of_a_read_from_disk_are_positive(make: Make) -> None:
+def test_load_times_of_a_read_from_disk_are_positive(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make()
-    started_at = time.perf_counter()
+    looks = itertools.count(1)  # at a clock of which every look is later than the last
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(looks)))
     assert settle(manager, 1) is Admission.READY
     wait(manager, 1)
     times = manager.load_times(1)
     assert times.tier == "disk"
     assert times.read_ms > 0
     assert times.copy_ms > 0
-    assert started_at < times.host_ready_at < time.perf_counter()
+    assert 1 < times.host_ready_at < time.perf_counter()
 
 
 # --- everything at once ---
@@ -475,7 +522,7 @@ def test_random_requests_over_small_stores_all_end_and_leave_nothing(
     rng = random.Random(0)
     waiting = [rng.randint(1, NUM_ADAPTERS) for _ in range(120)]
     running: list[int] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while waiting or running:
         assert time.monotonic() < deadline, f"{len(waiting)} requests starve"
         for adapter_id in waiting[:4]:
@@ -502,7 +549,7 @@ def test_nobody_is_evicted_for_an_adapter_that_the_host_does_not_let_go(
     """As while the store moves it: the idle one would be gone for nothing."""
     manager = make(device=1)
     use(manager, 1)
-    eventually(lambda: manager.host.request(2).is_ready)
+    wait_until(lambda: manager.host.request(2).is_ready)
     monkeypatch.setattr(manager.host, "try_pin", lambda entry: False)
     assert manager.try_acquire(2, 0.0) is Admission.NO_ROOM
     assert manager.holds(1)

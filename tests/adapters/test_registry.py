@@ -14,6 +14,7 @@ from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFoun
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import check_packed
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.state_lock import StateLock
 
 
 @pytest.fixture
@@ -242,6 +243,16 @@ def test_clean_up_deletes_removed_adapters_and_leftovers(registry: AdapterRegist
     (leftovers / "77.pack").touch()
     registry.clean_up()
     assert packed_files(registry) == sorted([f"{kept.adapter_id}.pack", f"{os.getpid()}-abc.tmp"])
+
+
+def test_the_only_writer_keeps_no_file_of_anybody_who_seems_to_be_writing(tmp_path: Path) -> None:
+    """In a container the number of the server that left it is that of the one which finds it."""
+    lock = StateLock.take(tmp_path, "a test")
+    registry = AdapterRegistry(tmp_path, "tiny", SHAPES, "float32", lock=lock)
+    (tmp_path / "packed" / f"{os.getpid()}-abc.tmp").touch()
+    registry.clean_up()
+    assert packed_files(registry) == []
+    registry.close()
 
 
 # --- crashes and concurrency ---

@@ -1,17 +1,20 @@
 """Which cores the workers get, and what one of them computes."""
 
 import os
-from pathlib import Path
+import threading
 
 import pytest
 import torch
 
-from tests.assist.world import OUT_OFFSETS, SIZES, World, cold, make_coordinator, pool_settings, worker_pool
+from tests.assist.world import SIZES, World
+from tests.waiting import PATIENCE_S, wait_until
+from toppings.assist import worker as worker_module
+from toppings.assist.channel import SLOT_WORDS, Channel
 from toppings.assist.cores import WorkerCores, choose_cores
-from toppings.assist.pool import PoolSettings, WorkerPool
+from toppings.assist.pool import WorkerPool
 from toppings.assist.product import Form, GroupWeights, Slice
+from toppings.assist.worker import Worker, WorkerSettings
 from toppings.core import GROUPS
-from toppings.ops.lora import LoraSegments
 
 
 def test_workers_get_the_cores_that_the_base_model_leaves_free() -> None:
@@ -82,33 +85,46 @@ def test_a_worker_computes_what_plain_torch_does(
     torch.testing.assert_close(ticket.result.float(), torch.cat(parts, 1), rtol=tolerance, atol=tolerance)
 
 
-def test_a_worker_with_a_core_of_its_own_spins_in_a_session_only() -> None:
-    world = World(torch.float32)
-    settings = pool_settings(world, num_workers=1, deadline_s=60.0)
-    settings = PoolSettings(
-        **{**settings.__dict__, "cores": WorkerCores(settings.cores.cores, is_shared=False)}
+def test_a_worker_with_a_core_of_its_own_watches_in_a_session_and_sleeps_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a thread; it gets one byte in its pipe, and is asked for many slices."""
+    monkeypatch.setattr(worker_module, "compute_next", lambda *_: None)
+    monkeypatch.setattr(worker_module, "SPIN_S", PATIENCE_S)
+    engine = Channel.create(num_slots=4, input_bytes=64, output_bytes=64)
+    wake_fd, nudge_fd = os.pipe()
+    settings = WorkerSettings(
+        channel_fd=engine.fd,
+        wake_fd=wake_fd,
+        arena_fd=-1,
+        arena_bytes=0,
+        dtype="float32",
+        core=None,
+        is_core_shared=False,
+        nice=0,
+        parent_pid=os.getpid(),
     )
-    load = world.add_adapter([8] * 7)
-    segments = LoraSegments([0, 64], [load.slot])
-    x, y = torch.ones(64, 96), torch.zeros(64, OUT_OFFSETS["qkv"][-1] + 32)
-    with worker_pool(settings) as pool:
-        with make_coordinator(world, pool).step(segments, [cold(load)]) as lora:
-            for _ in range(20):
-                lora.start(0, "qkv", x)
-                lora.finish(0, "qkv", x, y)
-        assert lora.stats.num_recomputed == 0
-        before = _num_voluntary_switches(pool.pids[0])
-        with make_coordinator(world, pool).step(segments, [cold(load)]) as lora:
-            for _ in range(20):
-                lora.start(0, "qkv", x)
-                lora.finish(0, "qkv", x, y)
-        # Once to sleep after the session, and a few for nudges where this machine is busy; not one a request.
-        assert _num_voluntary_switches(pool.pids[0]) - before < 20
+    worker = Worker(Channel(os.dup(engine.fd)), torch.zeros(1), settings)
+    sleeps: list[int] = []  # what was done before each
 
+    def sleep() -> bool:
+        sleeps.append(engine.done)
+        return Worker._sleep(worker)
 
-def _num_voluntary_switches(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+    monkeypatch.setattr(worker, "_sleep", sleep)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    engine.set_active(True)
+    os.write(nudge_fd, b"!")
+    for _ in range(20):
+        engine.announce(engine.post([0] * SLOT_WORDS))
+        wait_until(lambda: engine.is_drained)
+    engine.set_active(False)
+    wait_until(lambda: len(sleeps) == 2)
+    os.close(nudge_fd)
+    thread.join(PATIENCE_S)
+    assert sleeps == [0, 20]
+    assert not thread.is_alive()
 
 
 def test_each_worker_is_bound_to_its_core(workers: WorkerPool) -> None:

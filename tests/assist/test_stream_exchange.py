@@ -3,7 +3,6 @@
 import importlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from tests.assist.world import (
     pool_settings,
     worker_pool,
 )
+from tests.waiting import wait_until
 from toppings.assist.coordinator import AssistLora, Coordinator
 from toppings.assist.cuda_stream_ops import CudaStreamOps, unavailable_reason
 from toppings.assist.plan import Choice
@@ -125,9 +125,7 @@ def test_the_host_never_waits_for_the_device(here: World, pool: WorkerPool) -> N
 
 def finish(ops: DeferredOps, pool: WorkerPool, exchange: StreamExchange) -> None:
     ops.run()
-    stop_at = time.monotonic() + 30
-    while not all(worker.channel.is_drained for worker in pool.workers_ready):
-        assert time.monotonic() < stop_at
+    wait_until(lambda: all(worker.channel.is_drained for worker in pool.workers_ready))
     ops.is_over = True
     exchange.close()
 

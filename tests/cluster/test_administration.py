@@ -9,7 +9,7 @@ import openai
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
-from tests.cluster.test_faults import until
+from tests.waiting import until
 from toppings.cluster.router.memory import AdapterMemory
 
 NEW = {"lora_name": "new", "lora_path": "/adapters/new"}

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -14,6 +14,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
+from tests.waiting import until, wait_until
 from toppings.cluster.router.calls import Call
 
 
@@ -27,12 +28,6 @@ def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str
     finally:
         process.kill()
         process.wait()
-
-
-async def until(is_true: Callable[[], object], limit_s: float = 10.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 async def statuses(client: Client, count: int, **fields: Any) -> list[int]:
@@ -66,7 +61,7 @@ async def test_killed_server_every_request_ends_once(start_router: Start) -> Non
             await until(lambda: state.meters.received._value.get() == 16)
             on_doomed[0] = len(state.fleet.instance("s0").running)
             process.kill()
-            answers = await asyncio.wait_for(asyncio.gather(*started, *late), 20)
+            answers = await asyncio.wait_for(asyncio.gather(*started, *late), PATIENCE_S)
     whole = "".join(f"t{i} " for i in range(8))
     errors = [answer for answer in answers if answer.startswith("error")]
     assert all(answer == whole for answer in answers if answer not in errors)
@@ -90,7 +85,7 @@ async def test_stopped_server_keeps_nobody_waiting_and_serves_again_when_it_goes
                 later = [
                     asyncio.create_task(statuses(client, 8, stream=is_stream)) for is_stream in (True, False)
                 ]
-                ended = await asyncio.wait_for(asyncio.gather(streams, *later), 10)
+                ended = await asyncio.wait_for(asyncio.gather(streams, *later), PATIENCE_S)
                 assert not state.upstreams["s0"].is_alive
                 assert await statuses(client, 4) == [200] * 4
             finally:
@@ -134,7 +129,7 @@ async def test_server_that_hangs_is_found_by_its_health_check(start_router: Star
     with serving(hanging) as first, serving(healthy) as second:
         async with start_router(first, second, policy="first_fit", health_timeout_s=0.1) as client:
             hanging.behaviour.mode = "hang"
-            assert await asyncio.wait_for(statuses(client, 4, stream=True), 5) == [200] * 4
+            assert await asyncio.wait_for(statuses(client, 4, stream=True), PATIENCE_S) == [200] * 4
             assert not client.router.state.upstreams["s0"].is_alive
 
 
@@ -235,7 +230,7 @@ async def test_waiting_request_is_moved_where_it_waits_less(start_router: Start)
             moved = len(fast.seen)
             slow.behaviour.mode = "error"
             slow.behaviour.is_healthy = False  # what is still there is set free by the health check
-            assert await asyncio.wait_for(tasks, 10) == [200] * 6
+            assert await asyncio.wait_for(tasks, PATIENCE_S) == [200] * 6
     assert moved >= 4
     assert client.outcomes() == {"answered": 6}
 
@@ -277,6 +272,7 @@ async def test_a_server_is_not_to_blame_for_the_routers_own_delay(start_router: 
             client.complete(stream=True, max_tokens=20) as response,
         ):
             await response.content.readany()
-            time.sleep(2.0)
+            wait_until(lambda: not server.running)  # holds the loop, the router's as well
+            time.sleep(1.5)
             assert (await response.read()).endswith(b"[DONE]\n\n")
             assert client.router.state.upstreams["s0"].num_failures == 0

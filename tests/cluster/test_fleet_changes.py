@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeToppings, FakeVllm, serving
 from tests.cluster.test_administration import NEW, change
-from tests.cluster.test_faults import until
+from tests.waiting import PATIENCE_S, until
 
 
 class Draining(FakeToppings):
@@ -141,7 +141,7 @@ async def test_a_change_ends_when_its_server_goes_down(start_router: Start) -> N
             task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
             await until(lambda: hanging.num_waiting)
             hanging.behaviour.mode = "hang"
-            status, text = await asyncio.wait_for(task, 10)
+            status, text = await asyncio.wait_for(task, PATIENCE_S)
             assert status == 200
             assert "Not yet on s0 (it went down)" in text
 

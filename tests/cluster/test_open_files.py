@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
-from tests.cluster.test_faults import until
+from tests.waiting import until
 from toppings.cluster.router import app
 from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.router.upstream import Health

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
+from tests.waiting import PATIENCE_S, until
 from toppings.config import EngineConfig
 from toppings.core import FinishReason, RequestError, RequestOutput, SamplingParams
 from toppings.engine.build import open_registry
@@ -67,8 +68,15 @@ async def collect(
     return [t async for output in client.generate(prompt, sampling, **kwargs) for t in output.token_ids]
 
 
+async def run(client: EngineClient, sampling: SamplingParams, tokens: list[int]) -> RequestOutput:
+    """`tokens` grows with what comes."""
+    async for output in client.generate(make_prompt(0, 10), sampling):
+        tokens += output.token_ids
+    return output
+
+
 async def wait_until_idle(client: EngineClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while (stats := await client.stats()).num_running or stats.num_waiting:
             await asyncio.sleep(0.01)
     assert stats.kv_pages_used == 0
@@ -141,7 +149,7 @@ async def test_pinning_loads_the_adapter_and_keeps_it(
 ) -> None:
     adapter_id = open_registry(shared_config).register("pinned", checkpoints[1]).adapter_id
     await client.pin_adapter(adapter_id, True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not any(
             s.adapter_id == adapter_id and s.device_layers == s.num_layers
             for s in (await client.stats()).adapters
@@ -155,31 +163,30 @@ async def test_pinning_loads_the_adapter_and_keeps_it(
 
 async def test_shutdown_lets_requests_finish_within_the_deadline(config: EngineConfig) -> None:
     client = await EngineClient.start(config)
-    running = asyncio.create_task(collect(client, make_prompt(0, 10), GREEDY))
-    await asyncio.sleep(0.01)
-    await client.shutdown(20.0)
-    assert len(await running) == 10
+    tokens: list[int] = []
+    running = asyncio.create_task(run(client, GREEDY, tokens))
+    await until(lambda: tokens)
+    await client.shutdown(PATIENCE_S)
+    await running
+    assert len(tokens) == 10
 
 
 async def test_shutdown_cuts_what_is_left_after_the_deadline(config: EngineConfig) -> None:
     client = await EngineClient.start(config)
-    outputs: list[RequestOutput] = []
-
-    async def run() -> None:
-        outputs.extend([output async for output in client.generate(make_prompt(0, 10), ENDLESS)])
-
-    running = asyncio.create_task(run())
-    await asyncio.sleep(0.05)
+    tokens: list[int] = []
+    running = asyncio.create_task(run(client, ENDLESS, tokens))
+    await until(lambda: tokens)
     await client.shutdown(0.0)
-    await running
-    assert outputs[-1].finish_reason is FinishReason.ABORT
-    assert outputs[-1].error == "the server is shutting down"
+    last = await running
+    assert last.finish_reason is FinishReason.ABORT
+    assert last.error == "the server is shutting down"
 
 
 async def test_when_the_engine_is_killed_every_caller_hears_of_it(config: EngineConfig) -> None:
     client = await EngineClient.start(config)
-    running = asyncio.create_task(collect(client, make_prompt(0, 10), ENDLESS))
-    await asyncio.sleep(0.05)
+    tokens: list[int] = []
+    running = asyncio.create_task(run(client, ENDLESS, tokens))
+    await until(lambda: tokens)
     pid = int(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1])
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError):
@@ -200,7 +207,7 @@ async def test_every_step_is_logged(client: EngineClient, shared_config: EngineC
     num_before = len(Path(shared_config.step_log).read_text().splitlines())
     await collect(client, make_prompt(0, 10), GREEDY)
     lines: list[str] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while len(lines) < 10:  # they are written beside the steps
             await asyncio.sleep(0.01)
             lines = Path(shared_config.step_log).read_text().splitlines()[num_before:]

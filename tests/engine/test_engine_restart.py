@@ -3,14 +3,15 @@
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from tests.engine.oracle import make_adapter, make_model, make_prompt
+from tests.waiting import PATIENCE_S
 from toppings.config import EngineConfig
 from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine import client as client_module
@@ -66,7 +67,7 @@ def pid_of(client: EngineClient) -> int:
 
 
 async def until_up(client: EngineClient) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not client.is_alive:
             await asyncio.sleep(0.02)
 
@@ -82,9 +83,10 @@ async def test_an_engine_that_goes_is_replaced_and_everyone_is_told(
 ) -> None:
     before, old, num_restarts = await collect(client), pid_of(client), client.num_restarts
     running = [asyncio.create_task(collect(client, ENDLESS)) for _ in range(3)]
-    await asyncio.sleep(0.1)
+    while (await client.stats()).num_running < 3:
+        await asyncio.sleep(0.01)
     os.kill(old, number)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         results = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(result, EngineDeadError) and str(old) in str(result) for result in results)
     assert not client.is_alive
@@ -108,7 +110,7 @@ async def test_adapters_and_pins_outlive_an_engine(client: EngineClient, config:
     while client.is_alive:
         await asyncio.sleep(0.01)
     await until_up(client)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not any(
             s.adapter_id == pinned and s.is_pinned and s.device_layers == s.num_layers
             for s in (await client.stats()).adapters
@@ -122,7 +124,7 @@ async def test_an_adapter_that_is_removed_while_the_engine_dies_is_removed(clien
     removal = asyncio.create_task(client.remove_adapter(4711))
     await asyncio.sleep(0.05)
     os.kill(pid_of(client), signal.SIGKILL)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         await removal
 
 
@@ -172,10 +174,11 @@ async def test_tokens_that_are_none_are_refused_and_the_engine_goes_on(
 async def test_closing_is_bounded_whatever_state_the_engine_is_in(config: EngineConfig, number: int) -> None:
     client = await EngineClient.start(config)
     running = asyncio.create_task(collect(client, ENDLESS))
-    await asyncio.sleep(0.05)
+    while not (await client.stats()).num_running:
+        await asyncio.sleep(0.01)
     pid = pid_of(client)
     os.kill(pid, number)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await client.shutdown(0.0)
         await asyncio.wait([running])
     assert client.died.is_set()
@@ -188,7 +191,7 @@ async def test_an_engine_that_keeps_dying_is_not_replaced_for_ever(
 ) -> None:
     monkeypatch.setattr(client_module, "MAX_RESTART_DELAY_S", 0.1)
     client = await EngineClient.start(config, max_restarts=2)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in range(3):
             await client._until_changed()
             os.kill(pid_of(client), signal.SIGKILL)
@@ -200,28 +203,29 @@ async def test_an_engine_that_keeps_dying_is_not_replaced_for_ever(
     await client.shutdown(0.0)
 
 
+HANGS = """
+import time
+from toppings.engine import process
+from toppings.engine.engine import Engine
+step = Engine.step
+def stuck(self):
+    while self.has_requests: time.sleep(1)
+    return step(self)
+Engine.step = stuck
+process.main()
+"""
+
+
 async def test_a_step_that_never_ends_ends_the_engine(
-    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process lives and gives signs of life, but its loop does not turn any more."""
-    hook = tmp_path / "sitecustomize.py"
-    hook.write_text(
-        "import sys, threading, time\n"
-        "def hang():\n"
-        "    while 'toppings.engine.engine' not in sys.modules: time.sleep(0.05)\n"
-        "    from toppings.engine.engine import Engine\n"
-        "    while not hasattr(Engine, 'step'): time.sleep(0.05)\n"
-        "    step = Engine.step\n"
-        "    def stuck(self):\n"
-        "        while self.has_requests: time.sleep(1)\n"
-        "        return step(self)\n"
-        "    Engine.step = stuck\n"
-        "if any('toppings.engine.process' in a for a in sys.orig_argv):\n"
-        "    threading.Thread(target=hang, daemon=True).start()\n"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **more: popen([command[0], "-c", HANGS, *command[3:]], **more)
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
     client = await EngineClient.start(EngineConfig(**{**vars_of(config), "step_timeout_s": 1.0}))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(EngineDeadError, match="hangs in a step"):
             await collect(client)
         await client.shutdown(0.0)

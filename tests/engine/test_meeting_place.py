@@ -1,5 +1,7 @@
 """Folders where processes meet outlive none of their owners."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -52,3 +54,38 @@ def test_folders_of_owners_that_live_and_of_others_stay(root: Path) -> None:
         "elsewhere",
     }
     alive.close()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_nothing_can_be_locked_the_reason_is_told_and_nothing_left(
+    code: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", fail) if code == errno.EMFILE else monkeypatch.setattr(
+        fcntl, "flock", fail
+    )
+    with pytest.raises(OSError, match=os.strerror(code)):
+        MeetingPlace.make("engine")
+    monkeypatch.undo()
+    assert not list(root.iterdir())
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_costs_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock, num_swept = fcntl.flock, 0
+
+    def sweep_first(descriptor: int, how: int) -> None:
+        nonlocal num_swept
+        if num_swept < 3:
+            num_swept += 1
+            os.rmdir(os.readlink(f"/proc/self/fd/{descriptor}"))
+        lock(descriptor, how)
+
+    num_open = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", sweep_first)
+    place = MeetingPlace.make("engine")
+    assert (num_swept, len(os.listdir("/proc/self/fd"))) == (3, num_open + 1)
+    place.close()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
 from tests.gate import ONE_GPU
+from tests.waiting import PATIENCE_S
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import SamplingParams
 from toppings.engine.build import build_engine, open_registry
@@ -180,7 +181,7 @@ async def test_when_a_follower_is_killed_callers_hear_of_it_and_no_process_stays
     stream = client.generate(make_prompt(0, 10), endless, adapter_id)
     await anext(stream)
     os.kill(follower, signal.SIGKILL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(EngineDeadError):
             async for _ in stream:
                 pass
@@ -196,7 +197,7 @@ def test_a_follower_ends_with_its_lead() -> None:
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
     time.sleep(0.1)
     mine.close()  # as the kernel does for a lead that is killed
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_an_idle_engine_notices_that_a_follower_has_ended(driver: Driver) -> Non
     """The last test: the engine cannot be used after it."""
     os.kill(followers_of(os.getpid())[0], signal.SIGKILL)
     with pytest.raises(FollowerLostError, match=r"part 1 of the model \(pid \d+\) ended with signal 9"):
-        poll(driver, timeout_s=20)
+        poll(driver, timeout_s=PATIENCE_S)
 
 
 def poll(driver: Driver, timeout_s: float) -> None:

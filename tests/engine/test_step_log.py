@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from toppings.engine import step_log as step_log_module
 from toppings.engine.step_log import StepLog
 from toppings.log_files import LogFileHandler, RotatingFile
@@ -29,10 +30,7 @@ def test_a_full_disk_drops_and_counts_records_and_says_so_once(capfd: pytest.Cap
     log = StepLog("/dev/full")
     for _ in range(50):
         log.write({"kind": "decode"})
-    deadline = time.monotonic() + 10
-    while log.num_dropped < 50:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: log.num_dropped >= 50)
     assert capfd.readouterr().err.count("/dev/full cannot be written") == 1
 
 

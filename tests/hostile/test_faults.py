@@ -175,9 +175,7 @@ def test_a_server_that_was_stopped_for_a_while_answers_what_was_asked_meanwhile(
 def test_requests_are_served_while_another_process_holds_the_registry(served: Served) -> None:
     with loaded(served), locked_registry(served.state_dir):
         for model in MODELS:
-            started_at = time.perf_counter()
-            assert served.complete(model)[0] == 200
-            assert time.perf_counter() - started_at < 10
+            assert served.complete(model)[0] == 200  # one that waits is refused
         for path in ("/health", "/ready", "/stats", "/v1/models"):
             assert served.ask(path)[0] == 200
 

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -22,6 +24,7 @@ from toppings.adapters.records import AdapterRecord
 from toppings.adapters.registry import AdapterRegistry
 from toppings.adapters.state_lock import StateLock
 from toppings.core import MODULES
+from toppings.engine.client import EngineDeadError
 from toppings.synth import AdapterShape, projection_sizes, write_adapters
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -164,6 +167,44 @@ async def test_a_pinned_adapter_that_is_reloaded_is_pinned_in_the_engine_too(ser
     new = server.registry.get("a")
     assert new.is_pinned
     assert server.engine.pinned == {old_id: False, new.adapter_id: True}
+
+
+async def test_a_pinned_adapter_is_reloaded_while_the_engine_is_replaced(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done: the next engine reads in the registry what is pinned. The old generation goes, too."""
+    await load(server, "a")
+    await server.http.post("/adapters/a/pin")
+    old_id = server.registry.get("a").adapter_id
+
+    async def die(*_: object) -> None:
+        raise EngineDeadError("the engine is restarting")
+
+    monkeypatch.setattr(server.engine, "pin_adapter", die)
+    assert (await load(server, "a", "adapter-00000", load_inplace=True))[0] == 200
+    assert server.registry.get("a").is_pinned
+    async with asyncio.timeout(10):
+        while old_id not in server.engine.removed:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_directory_that_does_not_answer_holds_up_its_own_request_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    is_dir = Path.is_dir
+
+    def hang(path: Path, **more: Any) -> bool:
+        assert answers.wait(10)
+        return is_dir(path, **more)
+
+    monkeypatch.setattr(Path, "is_dir", hang)
+    loading = asyncio.create_task(load(server, "a"))
+    async with asyncio.timeout(5):
+        assert (await server.complete()).status_code == 200
+    assert not loading.done()
+    answers.set()
+    assert (await loading)[0] == 200
 
 
 async def test_a_reload_that_can_no_longer_be_pinned_says_so_everywhere(

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes import FakeEngineClient
 from tests.server.conftest import Server
+from tests.waiting import until
 from toppings.core import AdapterStatus, ColdStart, EngineStats
 from toppings.server.metrics import lora_lists, num_slots
 
@@ -146,8 +147,8 @@ class TestQueue:
     async def test_a_burst_never_exceeds_the_queue(self, server: Server) -> None:
         server.engine.gate.clear()
         burst = [asyncio.create_task(server.complete(n=1)) for _ in range(10)]
-        await asyncio.sleep(0.05)
-        assert len(server.engine.calls) == 2
+        await until(lambda: sum(task.done() for task in burst) == 8)
+        await until(lambda: len(server.engine.calls) == 2)
         server.engine.gate.set()
         assert sorted(r.status_code for r in await asyncio.gather(*burst)) == [200] * 2 + [429] * 8
 

@@ -11,7 +11,7 @@ from tests.server.conftest import Server
 from toppings.adapters.errors import StateError, StateFullError
 from toppings.server import connections, lifecycle
 
-SOON_S = 20.0
+SOON_S = 60.0
 """Far longer than any wait here takes; only a failure waits so long."""
 OK = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.server.conftest import Server
+from toppings.adapters import database
 from toppings.adapters.records import AdapterRecord
 from toppings.adapters.registry import AdapterRegistry
 from toppings.chat_template import ChatTemplate
@@ -96,17 +97,16 @@ async def test_metrics_are_written_beside_the_loop(many: Server, monkeypatch: py
     assert f'toppings:adapters{{tier="registered"}} {NUM_REGISTERED + 1}' in text
 
 
-async def test_look_ups_do_not_wait_for_a_write(many: Server) -> None:
-    """Within the block the writer's turn is taken, and whoever waits for it is refused after ten seconds."""
+async def test_look_ups_do_not_wait_for_a_write(many: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the block the writer's turn is taken, and who waits for it waits longer than a test may."""
+    monkeypatch.setattr(database, "LOCK_WAIT_S", 3600.0)
     registry: AdapterRegistry = many.registry
     record = registry.get("adapter-00007")
-    started_at = time.monotonic()
     with registry._rows.change():
         for path in ("/stats", "/metrics", "/health", "/v1/models"):
             assert (await many.http.get(path)).status_code == 200
         assert (await many.complete(model="adapter-00007", max_tokens=1)).status_code == 200
         assert registry.get_by_id(record.adapter_id) == record
-    assert time.monotonic() - started_at < 9.0
 
 
 async def test_a_chat_template_costs_the_loop_next_to_nothing(server: Server) -> None:

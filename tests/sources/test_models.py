@@ -97,7 +97,7 @@ def test_what_is_no_model_file_is_said_at_once(conversions: list[Path], tmp_path
 
 @pytest.mark.timeout(600)
 def test_the_installed_model_answers_and_stops(tmp_path: Path) -> None:
-    with LLM(state_dir=str(tmp_path), kv_cache_bytes="64MiB", num_threads=1) as llm:
+    with LLM(state_dir=str(tmp_path), kv_cache_bytes="64MiB", num_threads=1, dtype="float32") as llm:
         prompt = llm.text_model.chat(
             [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
         )

@@ -125,7 +125,7 @@ class Database:
                     f"cannot write to the registry {self.file} ({error}); give the server write access to its"
                     " directory, or name another one with --state-dir"
                 ) from error
-            if code == sqlite3.SQLITE_IOERR:
+            if code == sqlite3.SQLITE_IOERR or isinstance(error, sqlite3.OperationalError):
                 raise StateError(f"the registry {self.file} cannot be used: {error}") from error
             raise
 

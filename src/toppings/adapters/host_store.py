@@ -20,6 +20,7 @@ from toppings.adapters.arena import Bytes, HostArena
 from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.eviction import EvictionPolicy
 from toppings.adapters.host_entry import EntryState, HostEntry
+from toppings.adapters.latest import Latest
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
 from toppings.adapters.packed import PackedFileError
 from toppings.vital import VitalThread
@@ -31,6 +32,8 @@ EVICTION_BATCH_SHARE = 64
 RETRY_S = 0.05
 """How often a read that found no room looks whether entries are still wanted."""
 
+MAX_TOLD = 1024
+"""Adapters whose failure is remembered as told."""
 CLOSE_TIMEOUT_S = 5.0
 """How long the layer that is being read at the end may take."""
 
@@ -80,7 +83,9 @@ class HostStore:
         self._wake = threading.Condition()  # reentrant; guards all of the above
         self._is_closed = False
         self._changed: set[int] = set()
-        self._told: dict[int, str] = {}  # why an adapter could not be read, by id; the reader thread's own
+        self._told: Latest[int, str] = Latest(
+            MAX_TOLD
+        )  # why an adapter could not be read, by id; the reader thread's own
         self.counters = {"host_evictions": 0, "adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
         self._thread = VitalThread(self._run, "adapter-reader")
         self._thread.start()

@@ -18,10 +18,11 @@ import torch
 from toppings.adapters.cuda_loader import CudaLoader
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.device_tier import DeviceTier, Resident
-from toppings.adapters.errors import AdapterError
+from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.eviction import make_policy
 from toppings.adapters.host_entry import HostEntry
 from toppings.adapters.host_store import HostStore
+from toppings.adapters.latest import Latest
 from toppings.adapters.loader import CpuLoader, Loader, LoadHandle
 from toppings.adapters.modes import LoadingMode
 from toppings.adapters.parts import CutSource
@@ -79,8 +80,8 @@ class AdapterManager:
         self._pins: dict[int, int] = {}  # bytes of each adapter that is to stay on the device
         self._pinned_bytes = 0
         self._pending_pins: dict[int, None] = {}  # those that are not there yet, first to last
-        self._removed: set[int] = set()
-        self._records: dict[int, AdapterRecord] = {}
+        self._removed: Latest[int, None] = Latest(MAX_CACHED_RECORDS)
+        self._records: Latest[int, AdapterRecord] = Latest(MAX_CACHED_RECORDS)
         self._num_hits: dict[int, int] = {}
         self._changed: set[int] = set()  # what `changes` is to tell, beside what the tiers know
         self._counters = dict.fromkeys(("device_hits", "device_misses", "host_hits", "host_misses"), 0)
@@ -197,15 +198,19 @@ class AdapterManager:
         )
 
     def _record(self, adapter_id: int) -> AdapterRecord:
-        """Raises AdapterError where it was removed or never registered."""
+        """Raises AdapterError where it was removed or never registered, or cannot be looked up now."""
         if adapter_id in self._removed:
             raise AdapterError(f"adapter {adapter_id} was removed")
-        if adapter_id not in self._records:
-            if len(self._records) >= MAX_CACHED_RECORDS:
-                self._records.clear()
-            record = self._registry.get_by_id(adapter_id)
-            self._records[adapter_id] = record if self._cut is None else self._cut.device_record(record)
-        return self._records[adapter_id]
+        record = self._records.get(adapter_id)
+        if record is None:
+            try:
+                record = self._registry.get_by_id(adapter_id)
+            except StateError as error:
+                raise AdapterError(f"adapter {adapter_id} cannot be looked up: {error}") from error
+            if self._cut is not None:
+                record = self._cut.device_record(record)
+        self._records[adapter_id] = record  # those in use stay at hand
+        return record
 
     def _check_fits(self, record: AdapterRecord) -> None:
         others = self._pinned_bytes - self._pins.get(record.adapter_id, 0)
@@ -311,8 +316,11 @@ class AdapterManager:
                 if self._place_pinned(adapter_id):
                     del self._pending_pins[adapter_id]
             except AdapterError as error:
-                logger.warning("adapter %s is not pinned: %s", adapter_id, error)
-                self._unpin(adapter_id)
+                logger.warning(
+                    "adapter %s is pinned and cannot be loaded: %s; its next request tries again",
+                    *(adapter_id, error),
+                )
+                del self._pending_pins[adapter_id]
 
     def _requeue_pin(self, adapter_id: int) -> None:
         """A pinned adapter whose load failed is loaded again once its last user has gone."""
@@ -345,7 +353,7 @@ class AdapterManager:
             self._tier.drop(resident)
         if not self.host.try_remove(adapter_id):
             return False
-        self._removed.add(adapter_id)
+        self._removed[adapter_id] = None
         self._records.pop(adapter_id, None)
         self._num_hits.pop(adapter_id, None)
         return True

@@ -88,11 +88,12 @@ class PackedDir:
         except OSError as error:
             raise _state_error(f"cannot delete the packed file {self.file(adapter_id)}", error) from error
 
-    def delete_all_but(self, adapter_ids: set[int]) -> None:
-        """Also deletes temporary files, but for those of processes that live."""
+    def delete_all_but(self, adapter_ids: set[int], *, are_others_writing: bool) -> None:
+        """Also deletes temporary files; where others may be writing, but for those of processes that live: in
+        a container a number of an earlier process is soon another's."""
         wanted = {self.file(adapter_id).name for adapter_id in adapter_ids}
         for entry in os.scandir(self._directory):
-            if entry.name not in wanted and not _is_being_written(entry.name):
+            if entry.name not in wanted and not (are_others_writing and _is_being_written(entry.name)):
                 with suppress(OSError):  # it only takes room
                     os.unlink(entry.path)
 

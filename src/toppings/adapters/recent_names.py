@@ -1,6 +1,7 @@
 """Names of adapter ids, which never change, also of generations that have gone while they still drain."""
 
 from toppings.adapters.errors import AdapterNotFound
+from toppings.adapters.latest import Latest
 from toppings.adapters.registry import AdapterRegistry
 
 MAX_NAMES = 1 << 14
@@ -12,12 +13,9 @@ class RecentNames:
 
     def __init__(self, registry: AdapterRegistry) -> None:
         self._registry = registry
-        self._names: dict[int, str] = {}
+        self._names: Latest[int, str] = Latest(MAX_NAMES)
 
     def note(self, adapter_id: int, name: str) -> None:
-        self._names.pop(adapter_id, None)
-        while len(self._names) >= MAX_NAMES:
-            del self._names[next(iter(self._names))]  # the one that was noted first
         self._names[adapter_id] = name
 
     def of(self, adapter_id: int) -> str | None:

@@ -22,6 +22,7 @@ from toppings.adapters.capacity import Capacity
 from toppings.adapters.checkpoint import fingerprint
 from toppings.adapters.directories import find_adapters
 from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StateError
+from toppings.adapters.latest import Latest
 from toppings.adapters.layout import DTYPE_BYTES, BaseShapes
 from toppings.adapters.names import check_name, is_same_base
 from toppings.adapters.packed import PackedAdapter, PackedFileError
@@ -43,6 +44,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PACKED = "packed"
+MAX_TOLD = 1024  # adapters whose lost file is remembered as told
 BATCH_SIZE = 128  # adapters of a directory that are registered in one transaction
 
 Candidates: TypeAlias = list[tuple[str, PackedCandidate]]  # with their names
@@ -83,11 +85,12 @@ class AdapterRegistry:
         self.capacity = capacity
         self._is_strict = is_strict
         self._locks = [lock] if lock is not None else []
-        self._told: set[int] = set()  # adapters whose packed file was said to be lost
+        self._is_only_writer = lock is not None and not lock.is_shared
+        self._told: Latest[int, None] = Latest(MAX_TOLD)  # adapters whose packed file was said to be lost
         self._packed_dir = PackedDir(self.state_dir / PACKED, shapes, dtype)
         self._rows = AdapterRows(self.state_dir, self.state_dir / PACKED)
         self._rows.check_base({**asdict(shapes), "dtype": dtype, "identity": identity})
-        if lock is not None and not lock.is_shared:
+        if self._is_only_writer:
             self._rows.keep_in_memory()
 
     def compare_tokens(self, base_tokens: Mapping[str, int]) -> None:
@@ -370,7 +373,7 @@ class AdapterRegistry:
         """Purges all removed adapters and what crashes left; for a server's start, before its engine's."""
         with self._rows.change() as change:
             change.delete(self._rows.removed_ids())
-            self._packed_dir.delete_all_but(set(self.live_ids()))
+            self._packed_dir.delete_all_but(set(self.live_ids()), are_others_writing=not self._is_only_writer)
 
     # --- packed files ---
 
@@ -385,9 +388,9 @@ class AdapterRegistry:
         except PackedFileError as error:
             if adapter_id not in self._told:
                 logger.warning("adapter %s: %s; making it again from %s", record.name, error, record.path)
-            self._told.add(adapter_id)
+            self._told[adapter_id] = None
             self.rebuild(adapter_id)
-            self._told.discard(adapter_id)
+            self._told.pop(adapter_id, None)
             return self._packed_dir.open(adapter_id, record.digest)
 
     def rebuild(self, adapter_id: int) -> None:

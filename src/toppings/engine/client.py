@@ -243,7 +243,10 @@ class EngineClient:
     async def _live(self) -> str:
         """One engine from start to end; what became of it."""
         is_first = not self._first.done()
-        life = EngineLife(self._spawner, self._config, self._log, self._dispatch, is_first=is_first)
+        try:
+            life = EngineLife(self._spawner, self._config, self._log, self._dispatch, is_first=is_first)
+        except OSError as error:
+            return f"the engine's process cannot be started: {error}"
         self._life, life.kill_at = life, self._kill_at
         self._adapters.clear()
         if self._may_begin:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, EngineReady, FromEngine, ToEngine
@@ -35,7 +36,7 @@ class EngineLife:
         *,
         is_first: bool,
     ) -> None:
-        """Begins to start a process."""
+        """Begins to start a process. Raises OSError where there can be none; nothing is left then."""
         self.ready: EngineReady | None = None
         self.ready_at = math.inf
         self.failure = ""
@@ -44,9 +45,13 @@ class EngineLife:
         self._is_first = is_first
         self._on_message = on_message
         self._place = MeetingPlace.make("engine")
-        address = f"ipc://{self._place.path / 'engine'}"
-        self._end = ClientEnd(address)
-        self._process = spawner.spawn(config, address, log)
+        with ExitStack() as undo:
+            undo.callback(self._place.close)
+            address = f"ipc://{self._place.path / 'engine'}"
+            self._end = ClientEnd(address)
+            undo.callback(self._end.close)
+            self._process = spawner.spawn(config, address, log)
+            undo.pop_all()
 
     @property
     def name(self) -> str:
@@ -101,9 +106,14 @@ class EngineLife:
         if (reason := self._why_given_up()) is not None:
             return f"{name} {reason}, and was killed"
         bound_s = self._config.step_timeout_s or math.inf
-        if self.ready and pulse.stuck_s > bound_s + PARTS_GRACE_S * (self._config.tensor_parallel_size > 1):
+        if self._stuck_s > bound_s + PARTS_GRACE_S * (self._config.tensor_parallel_size > 1):
             return f"{name} hangs in a step, for more than {bound_s:g} s (step_timeout_s), and was killed"
         return None
+
+    @property
+    def _stuck_s(self) -> float:
+        """Since its loop last turned; a start, however long, is no turn that hangs."""
+        return min(self._process.pulse.stuck_s, asyncio.get_running_loop().time() - self.ready_at)
 
     def _why_given_up(self) -> str | None:
         pulse, waits_for_fork = self._process.pulse, self._waits_for_fork

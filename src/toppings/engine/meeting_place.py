@@ -23,12 +23,21 @@ class MeetingPlace:
 
     @classmethod
     def make(cls, kind: str) -> "MeetingPlace":
+        """Raises OSError where the temporary directory takes no folder, or none that can be locked."""
         _sweep(Path(tempfile.gettempdir()))
         while True:
             path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-"))
-            lock = _try_lock(path)
-            if lock is not None and path.exists():  # nobody has swept it before it was locked
+            try:
+                lock = _try_lock(path)
+            except OSError:
+                with suppress(OSError):
+                    path.rmdir()
+                raise
+            if lock is None:
+                continue  # somebody sweeps it
+            if path.exists():  # nobody has swept it before it was locked
                 return cls(path, lock)
+            os.close(lock)
 
     def close(self) -> None:
         """To be called as soon as nobody needs it, or not at all."""
@@ -39,8 +48,8 @@ class MeetingPlace:
 
 
 def _sweep(root: Path) -> None:
-    with suppress(OSError):
-        for path in root.glob(f"{_PREFIX}*"):
+    for path in root.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
             if _is_ours(path) and (lock := _try_lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
@@ -55,11 +64,16 @@ def _is_ours(path: Path) -> bool:
 
 
 def _try_lock(path: Path) -> int | None:
-    with suppress(OSError):
+    """None where somebody else holds it, or has removed it. Raises OSError where nobody can hold it."""
+    try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError:
-            os.close(descriptor)
-    return None
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return descriptor

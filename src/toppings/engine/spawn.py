@@ -57,7 +57,10 @@ class Spawner:
         self._control: socket.socket | None = None
 
     def spawn(self, config: EngineConfig, address: str, log: EngineLog) -> EngineProcess:
-        """Begins to start a process that serves `config` over the ZeroMQ `address`; does not wait for it."""
+        """Begins to start a process that serves `config` over the ZeroMQ `address`; does not wait for it.
+
+        Raises OSError where there can be none.
+        """
         is_warm = self._stays and self._process is not None and self._process.poll() is None
         if not is_warm:
             self._renew()
@@ -75,6 +78,7 @@ class Spawner:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "toppings.engine.process", str(theirs.fileno())]
+        self._control = mine
         with theirs:
             self._process = subprocess.Popen(
                 [*command, STAYS] if self._stays else command,
@@ -82,7 +86,6 @@ class Spawner:
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
-        self._control = mine
 
     def exit_code(self, pid: int | None) -> int | None:
         """Of an engine that has ended; None where it is not known (yet)."""

@@ -4,6 +4,7 @@ Each end has `send` and a receive that suits its side: the engine's blocks with 
 coroutine. Order is kept and nothing is lost.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -95,9 +96,14 @@ class ClientEnd:
     """Binds `address`; belongs to one event loop."""
 
     def __init__(self, address: str) -> None:
+        """Raises OSError where the address cannot be bound."""
         self._context = zmq.asyncio.Context()
-        self._socket = _unbounded(self._context.socket(zmq.PAIR))
-        self._socket.bind(address)
+        try:
+            self._socket = _unbounded(self._context.socket(zmq.PAIR))
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise OSError(error.errno, os.strerror(error.errno or 0), address) from error
 
     async def receive(self) -> FromEngine:
         return decode(await self._socket.recv_multipart())  # type: ignore[return-value]

@@ -53,7 +53,7 @@ class AdapterAdmin:
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", INVALID)
         try:
-            directory = self.roots.locate(name, path)
+            directory = await self._in_thread(self.roots.locate, name, path)
         except ApiError:
             record = await self._load_from_source(name, path, in_place=in_place)
             if record is None:
@@ -91,7 +91,7 @@ class AdapterAdmin:
             raise ApiError(400, message, INVALID)
         self.record(name)
         try:
-            record = await self._change(self._state.registry.remove, name)
+            record = await self._in_thread(self._state.registry.remove, name)
         except AdapterNotFound as error:  # somebody else was faster
             raise _not_found(name) from error
         await self._remove_generation(record)
@@ -103,10 +103,10 @@ class AdapterAdmin:
             record = self.record(name)
             try:
                 if is_pinned:
-                    await self._change(registry.check_pin, name)
+                    await self._in_thread(registry.check_pin, name)
                 await client.pin_adapter(record.adapter_id, is_pinned)
                 try:
-                    await self._change(registry.set_pinned, name, is_pinned)
+                    await self._in_thread(registry.set_pinned, name, is_pinned)
                 except BaseException:
                     with suppress(RequestError, EngineDeadError):
                         await client.pin_adapter(record.adapter_id, record.is_pinned)
@@ -134,7 +134,7 @@ class AdapterAdmin:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
         try:
-            record = await self._change(
+            record = await self._in_thread(
                 registry.register, name, directory, replace=in_place, origin=origin, source=source
             )
         except AdapterExists as error:
@@ -155,16 +155,18 @@ class AdapterAdmin:
         return record
 
     async def _pass_pin(self, old: AdapterRecord | None, new: AdapterRecord) -> None:
-        """The old generation's room on the device is the new one's to have."""
+        """The old generation's room on the device is the new one's to have. An engine that has gone needs no
+        telling: the next one reads in the registry what is pinned."""
         client = self._state.client
         if old is not None:
-            with suppress(RequestError):
+            with suppress(RequestError, EngineDeadError):
                 await client.pin_adapter(old.adapter_id, False)
         try:
-            await client.pin_adapter(new.adapter_id, True)
+            with suppress(EngineDeadError):
+                await client.pin_adapter(new.adapter_id, True)
         except RequestError as error:
             logger.warning("adapter %s is no longer pinned: %s", new.name, error)
-            await self._change(self._state.registry.set_pinned, new.name, False)
+            await self._in_thread(self._state.registry.set_pinned, new.name, False)
 
     def _drain(self, old: AdapterRecord) -> None:
         """In the background: the reload is answered while the old generation's requests still run."""
@@ -183,11 +185,11 @@ class AdapterAdmin:
         """Its requests end, its memory is freed, then its packed file goes: if need be, at the next start."""
         await self._state.client.remove_adapter(record.adapter_id)
         try:
-            await self._change(self._state.registry.purge, record.adapter_id)
+            await self._in_thread(self._state.registry.purge, record.adapter_id)
         except StateError as error:
             logger.warning("the files of adapter %s stay until the next start: %s", record.name, error)
 
-    async def _change(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
+    async def _in_thread(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """What may wait for a disk."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *args, **kwargs))

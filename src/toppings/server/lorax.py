@@ -131,6 +131,9 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
 async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
     parameters = body.parameters
     adapter = parameters.adapter_id
+    source = parameters.adapter_source
+    if source not in (None, "local") and (state.resolver is None or not state.resolver.has(SOURCES[source])):
+        raise ApiError(400, f"adapter_source is {source!r}; this server has no source of that kind")
     return Job(
         state=state,
         target=await state.find_target(

@@ -14,10 +14,12 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from toppings.adapters.errors import AdapterError
+from toppings.adapters.latest import Latest
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.config import ServerConfig
 from toppings.server.adapters import AdapterAdmin
@@ -63,8 +65,8 @@ class Resolver:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, "toppings-fetch")
         self._pending: dict[Key, asyncio.Task[AdapterRecord]] = {}
-        self._failures: OrderedDict[Key, tuple[float, ApiError]] = OrderedDict()
-        self._grants: dict[tuple[str, str], float] = {}
+        self._failures: Latest[Key, tuple[float, ApiError]] = Latest(MAX_FAILURES)
+        self._grants: Latest[tuple[str, str], float] = Latest(MAX_FAILURES)
         self._checked: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         records = state.registry.list() if self.sources else []
@@ -95,6 +97,10 @@ class Resolver:
         if name in self._held:
             self._held.move_to_end(name)
         return record
+
+    def has(self, kind: str) -> bool:
+        """Whether a source of this kind is configured."""
+        return any(source.kind == kind for source in self.sources)
 
     async def find_place(self, reference: str) -> Found | None:
         """What a source has at `reference`, its own spelling of a place; None where it is nobody's.
@@ -130,9 +136,9 @@ class Resolver:
         self, key: Key, bring: Callable[[], Coroutine[None, None, AdapterRecord]]
     ) -> AdapterRecord:
         """One look for all who ask; a failure is remembered for a while."""
-        until, failure = self._failures.get(key, (0.0, None))
-        if failure is not None and time.monotonic() < until:
-            raise failure
+        self._forget_failures()
+        if key in self._failures:
+            raise replace(self._failures[key][1])  # one that is raised again holds whom it passed before
         task = self._pending.get(key)
         if task is None:
             if len(self._pending) >= MAX_PENDING:
@@ -149,8 +155,11 @@ class Resolver:
         if task.cancelled() or task.exception() is None:
             return
         error = describe(task.exception() or RuntimeError())
-        self._failures[key] = (time.monotonic() + FAILURE_S, error)
-        while len(self._failures) > MAX_FAILURES:
+        self._failures[key] = (time.monotonic() + FAILURE_S, replace(error))
+
+    def _forget_failures(self) -> None:
+        now = time.monotonic()
+        while self._failures and next(iter(self._failures.values()))[0] <= now:
             self._failures.popitem(last=False)
 
     async def _bring(self, name: str, kind: str | None, token: str | None) -> AdapterRecord:
@@ -167,13 +176,19 @@ class Resolver:
         old = self._state.registry.find_named(name)
         if old is not None and old.origin is not Origin.SOURCE:
             return old  # somebody loaded one of this name meanwhile
-        record = await self.load(
-            name, found, in_place=old is not None, origin=Origin.SOURCE, is_private=is_private
-        )
-        self._checked[name] = time.monotonic()
+        try:
+            record = await self.load(
+                name, found, in_place=old is not None, origin=Origin.SOURCE, is_private=is_private
+            )
+        except ApiError:
+            meanwhile = self._state.registry.find_named(name)
+            if old is not None or meanwhile is None:
+                raise
+            return meanwhile  # somebody brought it under another key
         if is_private:
             self._grant(name, token)
         self._keep(record)
+        self._checked[name] = time.monotonic()
         return record
 
     # --- who may use what another's token has brought ---
@@ -191,10 +206,7 @@ class Resolver:
         self._grant(name, token)
 
     def _grant(self, name: str, token: str | None) -> None:
-        now = time.monotonic()
-        if len(self._grants) >= MAX_FAILURES:
-            self._grants = {key: until for key, until in self._grants.items() if until > now}
-        self._grants[name, _mark(token)] = now + self._config.source_refresh_s
+        self._grants[name, _mark(token)] = time.monotonic() + self._config.source_refresh_s
 
     # --- new revisions ---
 
@@ -223,6 +235,7 @@ class Resolver:
 
     def _keep(self, record: AdapterRecord) -> None:
         """Counts it, and lets the least recently asked for go while all are too many bytes."""
+        self._forget_gone()
         self._held.pop(record.name, None)
         self._held[record.name] = record.num_bytes
         total = sum(self._held.values())
@@ -237,6 +250,15 @@ class Resolver:
             if other is not None and other.origin is Origin.SOURCE:
                 logger.info("adapter %s leaves: adapters of sources would take more than the bound", name)
                 self._background(self._leave(name))
+
+    def _forget_gone(self) -> None:
+        """Those that were unloaded, or have given their name to an adapter that came otherwise."""
+        for name in list(self._held):
+            record = self._state.registry.find_named(name)
+            if record is None or record.origin is not Origin.SOURCE:
+                del self._held[name]
+        for name in self._checked.keys() - self._held.keys():
+            del self._checked[name]
 
     async def _leave(self, name: str) -> None:
         try:

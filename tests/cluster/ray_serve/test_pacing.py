@@ -3,6 +3,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
+from tests.waiting import PATIENCE_S
 from toppings.cluster.ray_serve.pacing import join, paced
 from toppings.core import FinishReason, RequestOutput, TokenLogprobs
 
@@ -41,7 +42,7 @@ async def test_the_first_output_is_not_held_back() -> None:
     source = Source([output(1), output(2, ends=True)])
     stream = paced(source.generate(), lambda: NEVER_S)
     await source.release(1)
-    assert (await asyncio.wait_for(anext(stream), 1)).token_ids == [1]
+    assert (await asyncio.wait_for(anext(stream), PATIENCE_S)).token_ids == [1]
     await stream.aclose()
 
 
@@ -54,7 +55,7 @@ async def test_what_comes_within_a_period_is_joined_and_the_last_ends_it() -> No
     await source.release(3)
     assert not rest.done()
     await source.release(1)
-    joined = await asyncio.wait_for(rest, 1)
+    joined = await asyncio.wait_for(rest, PATIENCE_S)
     assert (joined.token_ids, joined.finish_reason) == ([1, 2, 3, 4], FinishReason.LENGTH)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
@@ -77,7 +78,7 @@ async def test_an_exception_comes_after_all_tokens() -> None:
     await source.release(1)
     assert (await anext(stream)).token_ids == [1]
     await source.release(1)
-    assert (await asyncio.wait_for(anext(stream), 1)).token_ids == [2]
+    assert (await asyncio.wait_for(anext(stream), PATIENCE_S)).token_ids == [2]
     with pytest.raises(RuntimeError, match="gone"):
         await anext(stream)
 

@@ -1,0 +1,189 @@
+"""What the documents name is there: options, settings, metrics, files, and what their links lead to."""
+
+import asyncio
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from peft import LoraConfig
+from typer import Context
+from typer.core import TyperGroup
+
+from tests.engine.driver import drive
+from tests.engine.oracle import make_model
+from toppings import command
+from toppings.cluster.policies import POLICIES
+from toppings.cluster.ray_serve.settings import FleetConfig
+from toppings.cluster.router.meters import Meters
+from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.config import MODES, EngineConfig, ServerConfig
+from toppings.core import EngineStats, SamplingParams
+from toppings.engine.assist import Assist
+from toppings.server.metrics import Metrics
+from toppings.sim.settings import SimConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig)
+OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
+OF_REQUESTS = {"api_token", "apply_chat_template", "client_gone", "do_sample", "lora_path", "max_new_tokens"}
+FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
+OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+
+
+def _options(command: Any) -> dict[tuple[str, ...], set[str]]:
+    """Every verb with its options, those of verbs below it as well."""
+    if not isinstance(command, TyperGroup):
+        return {(): {name for param in command.params for name in param.opts}}
+    context = Context(command)
+    groups = {name: command.get_command(context, name) for name in command.list_commands(context)}
+    below = {(name, *verb): opts for name, sub in groups.items() for verb, opts in _options(sub).items()}
+    return {(): set().union(*below.values()), **below}
+
+
+SCRIPTS = {
+    option
+    for folder in ("benchmarks", "examples")
+    for file in (ROOT / folder).rglob("*.py")
+    for option in OPTION.findall(file.read_text())
+}
+VERBS = _options(typer.main.get_command(command.app))
+
+
+def _code(text: str) -> list[str]:
+    """Lines of indented and fenced code, and inline code, each with what continues it."""
+    joined = text.replace("\\\n", " ")
+    indented = re.findall(r"^    (.+)$", joined, re.MULTILINE)
+    fenced = [
+        line for block in re.findall(r"```.*?\n(.*?)```", joined, re.DOTALL) for line in block.split("\n")
+    ]
+    return [*indented, *fenced, *re.findall(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)", joined)]
+
+
+def _missing(code: str) -> list[str]:
+    """Options in a command line of `toppings` that its verb has not."""
+    words = code.partition("#")[0].split()
+    at = next((i for i, word in enumerate(words) if word.rpartition("/")[2] == "toppings"), None)
+    if at is None:
+        return []
+    verb: tuple[str, ...] = ()
+    for word in words[at + 1 :]:
+        if (*verb, word) not in VERBS and not any(known[: len(verb) + 1] == (*verb, word) for known in VERBS):
+            break
+        verb = (*verb, word)
+    if not verb:
+        return []  # of another command, for which toppings is but a word
+    known = VERBS[verb] | {"--help"}
+    return [name for name in OPTION.findall(" ".join(words[at:])) if name not in known]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_in_a_documents_command_is_one_of_its_verb(document: Path) -> None:
+    missing = {code: gone for code in _code(document.read_text()) if (gone := _missing(code))}
+    assert missing == {}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_named_by_itself_is_one_of_some_verb(document: Path) -> None:
+    alone = {code.split()[0] for code in _code(document.read_text()) if OPTION.match(code)}
+    assert alone - VERBS[()] - SCRIPTS - OF_OTHER_COMMANDS == set()
+
+
+def test_route_has_an_option_for_every_setting() -> None:
+    names = {f"--{f.name.replace('_', '-')}" for f in fields(RouterConfig)}
+    assert names - VERBS[("route",)] == set()
+
+
+def test_the_routers_settings_are_documented_with_their_defaults() -> None:
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    block = next(block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "policy:" in block)
+    documented = {**yaml.safe_load(block), "instances": ()}
+    defaults = {f.name: f.default for f in fields(RouterConfig)}
+    assert documented == defaults
+
+
+def _anchors(text: str) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _dead_links(document: Path, text: str) -> Iterator[str]:
+    """Relative links to a file or a heading that is not there."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        file = document.parent / path if path else document
+        target = text if not path else file.read_text() if file.is_file() and anchor else ""
+        if not file.exists() or (anchor and anchor not in _anchors(target)):
+            yield link
+
+
+def _lost_files(text: str) -> Iterator[str]:
+    """Paths from the repository's root, and modules below `src/toppings`, that are not there."""
+    for code in _code(text):
+        for path in re.findall(r"(?<![\w./~-])(?:[\w-]+/)+[\w.*-]*", code):
+            first, is_module = path.partition("/")[0], path.endswith(".py")
+            roots = [ROOT] if first in FOLDERS else [ROOT / "src" / "toppings"] if is_module else []
+            if roots and not any(list(root.glob(path.rstrip("./"))) for root in roots):
+                yield path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_are_there(document: Path) -> None:
+    text = document.read_text()
+    assert list(_dead_links(document, text)) == []
+    assert list(_lost_files(text)) == []
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory: pytest.TempPathFactory) -> EngineStats:
+    home = tmp_path_factory.mktemp("documents")
+    with drive(make_model(home / "model"), home / "state", {}) as driver:
+        return driver.engine.stats(0)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_metrics_are_those_of_a_server(document: Path, stats: EngineStats) -> None:
+    told = asyncio.run(Metrics("base").render(stats, str, 0)).decode()
+    metrics = set(re.findall(r"^# TYPE (\S+)", told, re.MULTILINE))
+    named = set(re.findall(r"\b(?:toppings|vllm):[a-z]+_[a-z_]+", "\n".join(_code(document.read_text()))))
+    assert named - metrics == set()
+
+
+def test_the_table_of_the_routers_metrics_has_all_of_them() -> None:
+    table = r"^\| `toppings_router_…` .*\n\|-.*\n((?:\|.*\n)+)"
+    [rows] = re.findall(table, (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    named = {name for row in rows.splitlines() for name in re.findall(r"`([a-z_]+)", row.split("|")[1])}
+    told = re.findall(r"^# TYPE toppings_router_(\S+) ", Meters().render().decode(), re.MULTILINE)
+    assert named == {name for name in told if not name.endswith("_created")}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_names_are_those_of_settings_or_known_others(document: Path, stats: EngineStats) -> None:
+    """A setting that has gone, or is misspelt, is none of these."""
+    known = {field.name for each in (*SETTINGS, SamplingParams, LoraConfig) for field in fields(each)}
+    known |= {*MODES, *POLICIES, *stats.counters, *OF_MODELS, *OF_REQUESTS}
+    known |= set(
+        re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))
+    )  # of a server with workers
+    known |= set(re.findall(r"^# TYPE toppings_router_(\S+) ", Meters().render().decode(), re.MULTILINE))
+    named = set(re.findall(r"(?<!`)`([a-z]+(?:_[a-z0-9]+)+)`", document.read_text()))
+    assert named - known == set()
+
+
+def test_a_check_of_documents_finds_what_is_not_there() -> None:
+    assert _missing("toppings route --nonsense 3 --policy random") == ["--nonsense"]
+    assert _missing(".venv/bin/toppings up --candidates 2") == ["--candidates"]
+    links = "## One `thing`, said\n[a](#one-thing-said) [b](#two) [c](../README.md#toppings) [d](gone.md)"
+    assert list(_dead_links(ROOT / "docs" / "cpu.md", links)) == ["#two", "gone.md"]
+    files = "`src/toppings/`, `python tests/gone.py --x`, `engine/engine.py`, `engine/gone.py`"
+    assert list(_lost_files(files)) == ["tests/gone.py", "engine/gone.py"]
