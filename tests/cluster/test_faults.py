@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
-from tests.waiting import until, wait_until
+from tests.waiting import PATIENCE_S, until, wait_until
 from toppings.cluster.router.calls import Call
 
 
