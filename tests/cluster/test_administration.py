@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import until
 from toppings.cluster.router.memory import AdapterMemory
-from toppings.cluster.router.upstream import Answer, Upstream
 
 NEW = {"lora_name": "new", "lora_path": "/adapters/new"}
 
@@ -76,34 +74,6 @@ async def test_load_repeated_after_half_of_it_was_done_completes(
     async with start_router(first, second) as client:
         assert (await change(client, "load", NEW))[0] == 200
     assert "new" in other.adapters
-
-
-async def test_what_is_unloaded_stays_so_while_another_server_takes_its_time(
-    two_servers: Any, start_router: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first one is looked at when it has unloaded and the router does not know that both have."""
-    (one, first), (other, second) = two_servers
-    may_unload, change_one = asyncio.Event(), Upstream.change
-
-    async def late(upstream: Upstream, path: str, body: object) -> Answer:
-        if upstream.instance_id == "s1" and "unload" in path:
-            await may_unload.wait()
-        return await change_one(upstream, path, body)
-
-    async with start_router(first, second) as client:
-        assert (await change(client, "load", NEW))[0] == 200
-        monkeypatch.setattr(Upstream, "change", late)
-        unloading = asyncio.create_task(change(client, "unload", {"lora_name": "new"}))
-        await until(lambda: "new" not in one.adapters)
-        router = client.router
-        looking = asyncio.create_task(router.monitor._admin.sync(router.state.upstreams["s0"]))
-        await asyncio.wait([looking], timeout=0.5)
-        assert "new" not in one.adapters
-        may_unload.set()
-        assert (await unloading)[0] == 200
-        await looking
-        assert "new" not in one.adapters
-        assert "new" not in other.adapters
 
 
 async def test_server_that_comes_back_gets_what_it_missed(two_servers: Any, start_router: Start) -> None:

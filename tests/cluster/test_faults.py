@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import PATIENCE_S, until, wait_until
 from toppings.cluster.router.calls import Call
 
 
@@ -272,6 +272,7 @@ async def test_a_server_is_not_to_blame_for_the_routers_own_delay(start_router: 
             client.complete(stream=True, max_tokens=20) as response,
         ):
             await response.content.readany()
-            time.sleep(2.0)
+            wait_until(lambda: not server.running)  # holds the loop, the router's as well
+            time.sleep(1.5)
             assert (await response.read()).endswith(b"[DONE]\n\n")
             assert client.router.state.upstreams["s0"].num_failures == 0

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import psutil
 import pytest
 
 from tests.waiting import PATIENCE_S, wait_until
-from toppings.cluster.ray_serve.network import is_loopback
+from toppings.cluster.ray_serve.network import LOOPBACK_VARIABLE, is_loopback
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 START_LIMIT_S = 180.0
 LIMIT_S = PATIENCE_S
+RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
 SETTINGS = {
     "replicas": 2,
     "port": 0,
@@ -103,7 +105,7 @@ def up(home: Path) -> Iterator[Up]:
         stdout=subprocess.PIPE,
         stderr=(home / "stderr.log").open("w"),
         text=True,
-        env={**os.environ, "RAY_TMPDIR": ray_dir, "RAY_AUTH_MODE": "disabled", "TOPPINGS_API_KEY": ""},
+        env={**os.environ, **RAY_ENVIRONMENT, "RAY_TMPDIR": ray_dir, "TOPPINGS_API_KEY": ""},
     )
     try:
         yield Up(process, _url(process, home))
@@ -144,6 +146,11 @@ def test_none_of_its_processes_listens_for_other_machines(up: Up) -> None:
     told = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert len(told) > 5
     assert [address for address in told if not is_loopback(address.ip)] == []
+
+
+def test_none_of_its_processes_comes_after_others_on_the_machine(up: Up) -> None:
+    nice = psutil.Process(up.process.pid).nice()
+    assert [each.nice() for each in (*_replicas_of(up), *up.engines())] == [nice] * 4
 
 
 def test_one_request_of_many_sequences_is_spread_and_whole(up: Up) -> None:
@@ -196,10 +203,50 @@ def test_a_client_that_leaves_ends_its_request(up: Up) -> None:
     wait_until(lambda: up.running() == [0, 0])
 
 
+@contextmanager
+def engine_killer(up: Up) -> Iterator[Callable[[], object]]:
+    yield up.engines()[0].kill
+
+
+@contextmanager
+def replica_killer(up: Up) -> Iterator[Callable[[], object]]:
+    yield _replicas_of(up)[0].kill
+
+
+KILL_ACTOR = """
+import sys, ray
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
+name = next(each for each in ray.util.list_named_actors() if "Engine" in each)
+print("ready", flush=True)
+sys.stdin.readline()
+ray.kill(ray.get_actor(name))
+"""
+
+
+@contextmanager
+def actor_killer(up: Up) -> Iterator[Callable[[], object]]:
+    """`ray.kill`, by a program that has connected to the cluster beforehand."""
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    words = (word for process in family for word in _command(process))
+    address = next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
+    command = [sys.executable, "-c", KILL_ACTOR, address]
+    environment = {**os.environ, **RAY_ENVIRONMENT, LOOPBACK_VARIABLE: "0"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        yield lambda: program.communicate("now\n", LIMIT_S)
+
+
 @pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
-def test_a_killed_engine_costs_its_requests_one_error_and_others_nothing(up: Up) -> None:
-    """Those with a token are told, those without are answered by the other engine; a new one comes up."""
-    victim = up.engines()[0]
+@pytest.mark.parametrize("killer", [engine_killer, replica_killer, actor_killer])
+def test_a_killed_replica_costs_its_requests_one_error_and_others_nothing(
+    up: Up, killer: Callable[[Up], AbstractContextManager[Callable[[], object]]]
+) -> None:
+    """By its engine, its process or its actor: those with a token are told, those without are answered by
+    the other one; a new one comes up.
+    """
 
     def stream(number: int) -> str:
         body = {"model": "base", "prompt": f"{number}", "max_tokens": 700, "stream": True, "ignore_eos": True}
@@ -209,10 +256,10 @@ def test_a_killed_engine_costs_its_requests_one_error_and_others_nothing(up: Up)
         error = json.loads(events[-2]).get("error")
         return "whole" if error is None else str(error["message"])
 
-    with ThreadPoolExecutor(12) as pool:
+    with killer(up) as kill, ThreadPoolExecutor(12) as pool:
         started = [pool.submit(stream, i) for i in range(4)]
         wait_until(lambda: min(up.running()) > 0)
-        victim.kill()
+        kill()
         late = [pool.submit(stream, i) for i in range(4, 12)]
         ends = [answer.result(LIMIT_S) for answer in started]
         assert [answer.result(LIMIT_S) for answer in late] == ["whole"] * 8
