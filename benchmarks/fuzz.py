@@ -19,7 +19,6 @@ from hostile.fuzzing import (
     demo_workshop,
     fuzz_adapters,
     fuzz_requests,
-    growth_percent,
     settle,
     warm,
 )
@@ -63,7 +62,7 @@ def measure(served: Served, roots: Path, count: int, kinds: Any, seed: int) -> d
             **{"before": before.as_dict(), "after_requests": after_requests.as_dict()},
             "after": after.as_dict(),
         },
-        "growth_percent": growth_percent(before, after),
+        "growth_percent": before.growth_percent(after)["rss_bytes"],
         "serves_afterwards": served.complete()[0] == 200,
         "seconds": time.time() - started_at,
     }

@@ -34,7 +34,7 @@ from hostile.results import finish
 from hostile.routes import known_routes
 from hostile.served import Program, Served
 from hostile.shots import draw_shots
-from hostile.soaking import Soak, growth_aims, growth_percent
+from hostile.soaking import Soak, growth_aims, most_growth_percent
 from hostile.tally import Tally
 
 NUM_ADAPTERS = 8
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, soak: Soak, phases: list[tuple[float, list[Fau
     result["usage"]["start"] = start.as_dict()
     alike = soak.usages[: max(3, round(args.minutes / args.cycle_minutes))]
     if not args.toy and len(alike) > 1:
-        result["growth_percent"] = growth_percent(alike[0], alike[1:])
+        result["growth_percent"] = most_growth_percent(alike[0], alike[1:])
         result["aims"] += growth_aims(result["growth_percent"])
     return result
 

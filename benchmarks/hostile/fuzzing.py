@@ -123,7 +123,3 @@ def _refused_well(kind: Kind, status: int, content: Any) -> list[str]:
     if (fault := fault_of(reply)) is not None:
         return [f"{kind.name}: {fault}"]
     return [] if reason(reply) else [f"{kind.name}: refused with {status} without a reason"]
-
-
-def growth_percent(before: Usage, after: Usage) -> float:
-    return 100 * (after.rss_bytes / before.rss_bytes - 1)

@@ -213,9 +213,9 @@ class Usage:
     def growth_percent(self, later: "Usage") -> dict[str, float]:
         before, after = self.as_dict(), later.as_dict()
         return {
-            name: 100 * (after[name] / value - 1)
+            name: 100 * (after[name] / value - 1) if value else 100.0 * bool(after[name])
             for name, value in before.items()
-            if name != "rss_by_part" and value
+            if name != "rss_by_part"
         }
 
 

@@ -112,7 +112,7 @@ class Soak:
         ]
 
 
-def growth_percent(first: Usage, later: Sequence[Usage]) -> dict[str, float]:
+def most_growth_percent(first: Usage, later: Sequence[Usage]) -> dict[str, float]:
     """The most that anything has grown at any time."""
     grown = [first.growth_percent(each) for each in later]
     return {name: max(each[name] for each in grown) for name in grown[0]}

@@ -6,12 +6,17 @@ Several processes may append to one file: whoever finds it full moves it to `<na
 import fcntl
 import logging
 import os
+import queue
 import sys
 import time
 from contextlib import suppress
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+MAX_QUEUED_LINES = 4096
+LINGER_S = 1.0
+"""How long the last lines may take to be written at the end."""
 COMPLAIN_S = 60.0
 """How often standard error is told that lines are being dropped."""
 
@@ -98,9 +103,60 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
         """Where standard error itself fails there is nobody to tell."""
 
 
+class QueuedHandler(QueueHandler):
+    """Formats a record and leaves it to a thread that hands it to `target`: a disk that hangs, or a pipe that
+    nobody reads, holds up nobody who logs.
+
+    What comes while too many wait is dropped and counted, and told to `other`, once a minute.
+    """
+
+    queue: "queue.Queue[logging.LogRecord]"
+
+    def __init__(self, target: logging.Handler, name: str) -> None:
+        super().__init__(queue.Queue(MAX_QUEUED_LINES))
+        self.other: QueuedHandler | None = None
+        self.num_dropped = 0
+        self._what = name
+        self._complain_at = 0.0
+        self._target = target
+        self._listener: QueueListener | None = QueueListener(self.queue, target)
+        self._listener.start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.num_dropped += 1
+            self._complain()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A record that cannot be formatted is its author's fault."""
+
+    def close(self) -> None:
+        """Returns when the last lines are written, or within `LINGER_S`."""
+        ends_at = time.monotonic() + LINGER_S
+        while self.queue.unfinished_tasks and time.monotonic() < ends_at:
+            time.sleep(0.005)
+        if self._listener is not None and not self.queue.unfinished_tasks:
+            self._listener.stop()
+            self._listener = None
+            self._target.close()
+        super().close()
+
+    def _complain(self) -> None:
+        if self.other is None or time.monotonic() < self._complain_at:
+            return
+        self._complain_at = time.monotonic() + COMPLAIN_S
+        told = f"{self._what} takes no lines, {self.num_dropped} are dropped so far"
+        record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, told, None, None)
+        self.other.enqueue(self.other.prepare(record))  # without its lock: it may be telling us the same
+
+
 def log_handlers(path: str, max_bytes: int) -> list[logging.Handler]:
-    """To standard error, and to the file `path` where one is named."""
-    handlers: list[logging.Handler] = [_StderrHandler()]
-    if path:
-        handlers.append(LogFileHandler(path, max_bytes))
-    return handlers
+    """To standard error, and to the file `path` where one is named; each written by a thread of its own."""
+    told = QueuedHandler(_StderrHandler(), "standard error")
+    if not path:
+        return [told]
+    kept = QueuedHandler(LogFileHandler(path, max_bytes), path)
+    told.other, kept.other = kept, told
+    return [told, kept]

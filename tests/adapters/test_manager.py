@@ -15,7 +15,7 @@ from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import make_mode
 from toppings.adapters.packed import pack_weights
-from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.config import EngineConfig
 from toppings.core import Admission
 
@@ -375,13 +375,18 @@ def test_records_of_adapters_in_use_stay_at_hand(
 ) -> None:
     monkeypatch.setattr(manager_module, "MAX_CACHED_RECORDS", 2)
     manager = make()
-    assert manager.rank_of(8) == 1
+    looked_up: list[int] = []
+    get_by_id = registry.get_by_id
+
+    def look_up(adapter_id: int) -> AdapterRecord:
+        looked_up.append(adapter_id)
+        return get_by_id(adapter_id)
+
+    monkeypatch.setattr(registry, "get_by_id", look_up)
     for adapter_id in range(1, 8):
+        assert manager.rank_of(8) == 1
         manager.rank_of(adapter_id)
-        manager.rank_of(8)
-    monkeypatch.setattr(registry, "get_by_id", None)
-    assert manager.rank_of(8) == 1
-    assert len(manager._records) == 2
+    assert looked_up == [8, *range(1, 8)]
 
 
 # --- cached mode ---

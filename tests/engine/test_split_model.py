@@ -25,6 +25,7 @@ from toppings.core import SamplingParams
 from toppings.engine.build import build_engine, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.engine import FollowerLostError
+from toppings.engine.heartbeat import open_lifeline
 
 ADAPTERS: dict[str, dict[str, object]] = {
     "all-r8": {"rank": 8},
@@ -192,12 +193,14 @@ async def test_when_a_follower_is_killed_callers_hear_of_it_and_no_process_stays
 
 def test_a_follower_ends_with_its_lead() -> None:
     mine, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "toppings.engine.follower_process", str(theirs.fileno())]
-    with theirs:
-        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
-    time.sleep(0.1)
-    mine.close()  # as the kernel does for a lead that is killed
-    assert process.wait(PATIENCE_S) == 0
+    pulse, beats = open_lifeline()
+    fds = (theirs.fileno(), beats.fileno())
+    command = [sys.executable, "-m", "toppings.engine.follower_process", *map(str, fds)]
+    with theirs, beats:
+        process = subprocess.Popen(command, pass_fds=fds)
+    with pulse:
+        mine.close()  # as the kernel does for a lead that is killed
+        assert process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,17 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.waiting import wait_until
+from toppings import log_files
 from toppings.engine import step_log as step_log_module
 from toppings.engine.step_log import StepLog
-from toppings.log_files import LogFileHandler, RotatingFile
+from toppings.log_files import LogFileHandler, QueuedHandler, RotatingFile, log_handlers
 
 
 def test_records_reach_the_file_in_order(tmp_path: Path) -> None:
@@ -85,6 +87,58 @@ def test_processes_that_share_a_file_lose_nothing_when_it_is_rotated(tmp_path: P
     assert [process.wait(60) for process in processes] == [0, 0]
     lines = path.read_text().splitlines() + path.with_name("log.1").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 300
+
+
+def test_neither_a_disk_that_hangs_nor_an_unread_pipe_holds_up_who_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that takes its lines says what the other has not taken."""
+    monkeypatch.setattr(log_files, "MAX_QUEUED_LINES", 10)
+    monkeypatch.setattr(log_files, "LINGER_S", 0.1)
+    goes_on = threading.Event()
+
+    class Hanging(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            goes_on.wait(60)
+
+    monkeypatch.setattr(log_files, "_StderrHandler", Hanging)
+    told, kept = log_handlers(str(tmp_path / "log"), 0)
+    assert isinstance(told, QueuedHandler)
+    log = logging.Logger("hanging")
+    for handler in (told, kept):
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        log.addHandler(handler)
+    for number in range(50):
+        log.warning("line %d", number)
+        while isinstance(kept, QueuedHandler) and kept.queue.unfinished_tasks:
+            time.sleep(0.001)
+    assert told.num_dropped == 50 - 10 - 1
+    started_at = time.monotonic()
+    for handler in (told, kept):
+        handler.close()
+    assert time.monotonic() - started_at < 30  # not as long as it hangs
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line for line in lines if "line" in line.split()] == [f"WARNING line {n}" for n in range(50)]
+    assert [line for line in lines if "standard error takes no lines, 1 are dropped" in line] == [
+        line for line in lines if "takes no lines" in line
+    ]
+    goes_on.set()
+
+
+def test_the_last_words_of_a_process_and_what_failed_are_written(tmp_path: Path) -> None:
+    code = (
+        "import logging, os, sys; from toppings.log_files import LOG_FORMAT, log_handlers;"
+        "logging.basicConfig(format=LOG_FORMAT, handlers=log_handlers(sys.argv[1], 0));\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError: logging.exception('the %s words', 'last')\n"
+        "logging.shutdown(); os._exit(1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    told = subprocess.run(command, env=environment, check=False, capture_output=True, text=True).stderr
+    assert (tmp_path / "log").read_text() == told
+    assert "ERROR root: the last words\nTraceback" in told
+    assert told.count("ZeroDivisionError") == 1
 
 
 def test_a_log_handler_on_a_full_disk_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ The bounds of time here are for any machine; `benchmarks/fuzz.py` has the promis
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from hostile.fuzzing import (
     demo_workshop,
     fuzz_adapters,
     fuzz_requests,
-    growth_percent,
     settle,
     warm,
 )
 from hostile.routes import known_routes
-from hostile.served import Served
+from hostile.served import Served, Usage
 from hostile.shots import draw_shots
 
 NUM_REQUESTS = 1200
@@ -29,6 +29,19 @@ MAX_GROWTH_PERCENT = 15.0
 OVER_HTTP = ADAPTER_KINDS[::12]
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def test_what_there_was_none_of_and_is_now_has_grown() -> None:
+    before = Usage(100, 0, 4, 0, 2, 1, {"engine": 100})
+    grown = before.growth_percent(replace(before, rss_bytes=110, num_memfds=3))
+    assert grown == {
+        "rss_bytes": pytest.approx(10.0),
+        "shared_bytes": 0.0,
+        "num_fds": 0.0,
+        "num_memfds": 100.0,
+        "num_threads": 0.0,
+        "num_processes": 0.0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def volley(served: Served) -> dict[str, Any]:
     warm(served)
     before = served.usage()
     result = fuzz_requests(served, NUM_REQUESTS, limit_s=LIMIT_S)
-    return {**result, "growth_percent": growth_percent(before, settle(served))}
+    return {**result, "growth_percent": before.growth_percent(settle(served))["rss_bytes"]}
 
 
 def test_odd_requests_are_answered_in_time_and_never_with_a_bare_5xx(volley: dict[str, Any]) -> None:

@@ -190,3 +190,14 @@ def test_a_measurement_that_other_work_disturbed_is_known(monkeypatch: pytest.Mo
 def test_one_disturbed_time_does_not_end_the_use_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     has_instructions(monkeypatch, bf16=False, f16=False)
     assert profile_of(AVX2 | {("stream", 1): 6.0}).forms()[64].max_stream_rows == 16
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 40])
+def test_wide_results_are_not_rounded(num_rows: int) -> None:
+    weight, x = torch.randn(50, 64).to(BF16), torch.randn(num_rows, 64).to(BF16)
+    linear_ = Linear(weight, forms=Forms(is_packed=False, max_stream_rows=16))
+    y = linear_(x, is_wide=True)
+    assert y.dtype == torch.float32
+    if products.is_widened(weight) or num_rows <= 16:
+        torch.testing.assert_close(y, x.float() @ weight.float().t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear_(x), y.to(BF16))

@@ -118,6 +118,7 @@ async def test_a_draining_server_takes_nothing_new(server: Server) -> None:
     server.state.is_draining = True
     for reply in (await server.complete(), await server.complete(stream=True)):
         assert (reply.status_code, reply.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert reply.headers["Retry-After"] == "1"
     assert (await server.http.get("/ready")).status_code == 503
     assert (await server.http.get("/health")).status_code == 200
 

@@ -17,7 +17,7 @@ from tests.server.conftest import Server
 from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
 from toppings.server import lifecycle
-from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, with_run_files
+from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, start_logging, with_run_files
 
 
 class Running:
@@ -176,6 +176,22 @@ def test_the_resolved_configuration_is_written_without_the_key(tmp_path: Path) -
     reread = Config.from_yaml(written)
     assert reread.engine == resolved.engine
     assert reread.engine.step_log == str(tmp_path / "on_demand" / "steps.jsonl")
+
+
+def test_a_start_keeps_the_log_that_says_why_the_last_one_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.from_settings({"log_dir": str(tmp_path)})
+    file = tmp_path / config.engine.mode / "server.log"
+    file.parent.mkdir()
+    handlers: list[logging.Handler] = []
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: handlers.extend(given["handlers"]))
+    for number in range(3):
+        start_logging(config)
+        file.write_text(f"end {number}")
+    assert file.with_name("server.log.1").read_text() == "end 1"
+    for handler in handlers:
+        handler.close()
 
 
 def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:

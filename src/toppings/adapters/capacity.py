@@ -16,27 +16,27 @@ class Capacity:
     device_bytes: int
     host_bytes: int
 
-    def check(self, name: str, num_bytes: int, pinned: Sequence[AdapterRecord]) -> None:
-        """Raises AdapterError where an adapter can never be served beside those that are `pinned`."""
-        held = sum(record.num_bytes for record in pinned)
+    def check(self, name: str, num_bytes: int, held: int = 0, holders: str = "pinned adapters") -> None:
+        """Raises AdapterError where an adapter can never be served while `holders` keep `held` bytes of the
+        device pool."""
         if num_bytes > self.device_bytes - held:
-            others = f", of which {held} belong to {_names(pinned)}, pinned" if held else ""
+            others = f", of which {held} belong to {holders}" if held else ""
             raise AdapterError(
                 f"adapter {name!r} takes {num_bytes} bytes; the device pool has {self.device_bytes}{others} "
                 "(device_pool_bytes)"
             )
-        if num_bytes > self.host_bytes:
-            raise AdapterError(
-                f"adapter {name!r} takes {num_bytes} bytes; the host store has {self.host_bytes} "
-                "(host_store_bytes)"
-            )
+        check_host(name, num_bytes, self.host_bytes)
+
+    def check_beside(self, name: str, num_bytes: int, pinned: Sequence[AdapterRecord]) -> None:
+        """As `check`, where `pinned` hold what is theirs."""
+        self.check(name, num_bytes, sum(r.num_bytes for r in pinned), f"{_names(pinned)}, pinned")
 
     def check_pin(
         self, record: AdapterRecord, pinned: Sequence[AdapterRecord], others: Iterable[AdapterRecord]
     ) -> None:
         """Raises AdapterError where `record` cannot be pinned, too, or one of `others` could not be served
         then."""
-        self.check(record.name, record.num_bytes, pinned)
+        self.check_beside(record.name, record.num_bytes, pinned)
         left = self.device_bytes - record.num_bytes - sum(each.num_bytes for each in pinned)
         largest = max(others, key=lambda each: each.num_bytes, default=None)
         if largest is not None and largest.num_bytes > left:
@@ -45,6 +45,14 @@ class Capacity:
                 f"pool, too few for adapter {largest.name!r} ({largest.num_bytes} bytes); unload one of "
                 "the two or raise device_pool_bytes"
             )
+
+
+def check_host(adapter: str | int, num_bytes: int, host_bytes: int) -> None:
+    """Raises AdapterError where an adapter, by its name or id, is larger than the host store."""
+    if num_bytes > host_bytes:
+        raise AdapterError(
+            f"adapter {adapter!r} takes {num_bytes} bytes; the host store has {host_bytes} (host_store_bytes)"
+        )
 
 
 def _names(records: Sequence[AdapterRecord]) -> str:

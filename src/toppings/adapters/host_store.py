@@ -17,6 +17,7 @@ from typing import Protocol
 
 from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
 from toppings.adapters.arena import Bytes, HostArena
+from toppings.adapters.capacity import check_host
 from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.eviction import EvictionPolicy
 from toppings.adapters.host_entry import EntryState, HostEntry
@@ -275,11 +276,7 @@ class HostStore:
 
     def _make_room(self, entry: HostEntry, layout: AdapterLayout) -> bool:
         """Places the entry, waiting until enough others may leave; False where nobody wants it any more."""
-        if layout.num_bytes > self.capacity_bytes:
-            raise AdapterError(
-                f"adapter {entry.adapter_id} takes {layout.num_bytes} bytes; the host store has "
-                f"{self.capacity_bytes} (host_store_bytes)"
-            )
+        check_host(entry.adapter_id, layout.num_bytes, self.capacity_bytes)
         sizes = [layout.layer_bytes(layer) for layer in range(layout.num_layers)]
         while True:
             with self._wake:

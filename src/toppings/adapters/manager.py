@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from toppings.adapters.capacity import Capacity
 from toppings.adapters.cuda_loader import CudaLoader
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.device_tier import DeviceTier, Resident
@@ -74,6 +75,7 @@ class AdapterManager:
             make_policy(config.eviction),
             on_progress=self.loader.notify,
         )
+        self._capacity = Capacity(self.pool.capacity_bytes, self.host.capacity_bytes)
         if config.device == "cuda":
             self.host.arena.lock_pages()
         self._tier = DeviceTier(self.pool, self.host, self.loader, make_policy(config.eviction))
@@ -214,17 +216,7 @@ class AdapterManager:
 
     def _check_fits(self, record: AdapterRecord) -> None:
         others = self._pinned_bytes - self._pins.get(record.adapter_id, 0)
-        if record.num_bytes > self.pool.capacity_bytes - others:
-            pinned = f", of which {others} belong to pinned adapters" if others else ""
-            raise AdapterError(
-                f"adapter {record.name!r} takes {record.num_bytes} bytes; the device pool has "
-                f"{self.pool.capacity_bytes}{pinned} (device_pool_bytes)"
-            )
-        if record.num_bytes > self.host.capacity_bytes:
-            raise AdapterError(
-                f"adapter {record.name!r} takes {record.num_bytes} bytes; the host store has "
-                f"{self.host.capacity_bytes} (host_store_bytes)"
-            )
+        self._capacity.check(record.name, record.num_bytes, others)
 
     # --- pins ---
 

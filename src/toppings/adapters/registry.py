@@ -217,7 +217,7 @@ class AdapterRegistry:
             why = "" if is_strict else " (strict_base)"
             raise AdapterError(f"{_of_another_base(name, trained_on, self.base_model)}{why}")
         if self.capacity is not None:
-            self.capacity.check(name, num_bytes, [r for r in self._rows.pinned() if r.name != name])
+            self.capacity.check_beside(name, num_bytes, [r for r in self._rows.pinned() if r.name != name])
 
     def register_directory(self, directory: str | Path | None) -> DirectoryReport:
         """Makes the adapters of start-up options those of `directory` (`find_adapters`), or none.

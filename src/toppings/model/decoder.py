@@ -133,7 +133,8 @@ class Decoder:
                 following = self._layers[index + 1].input_norm
                 x = add_rms_norm_(x, residual, following, self.config.rms_norm_eps)
         x, residual = x[logit_rows], residual[logit_rows]
-        return self._lm_head(add_rms_norm_(x, residual, self._norm, self.config.rms_norm_eps)).float()
+        x = add_rms_norm_(x, residual, self._norm, self.config.rms_norm_eps)
+        return self._lm_head(x, is_wide=True)  # rounded to bfloat16, likely tokens would often be equals
 
     def _attend(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         config, cache = self.config, step.cache

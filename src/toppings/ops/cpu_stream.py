@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, dot, elements, helper, load, prefetch, store
+from toppings.ops.cpu_bits import Pointer, dot, elements, floats, helper, load, prefetch, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 
 Floats = NDArray[np.float32]
@@ -85,20 +85,30 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int,
 
 
 @helper
-def _one_row(y: Pointer, x: Floats, w: Pointer, bias: Pointer, has_bias: bool, span: Any, n: int) -> None:
+def _put(y: Any, index: int, value: np.float32) -> None:
+    """y: its elements, the same as float32, and whether that is what they are."""
+    if y[2]:
+        store(y[1], index, value)
+    else:
+        store(y[0], index, value)
+
+
+@helper
+def _one_row(y: Any, x: Floats, w: Pointer, bias: Pointer, has_bias: bool, span: Any, n: int) -> None:
     for j in range(span[0], span[1]):
         value = _dot_one(x, w, j * n, n)
         if has_bias:
             value += load(bias, j)
-        store(y, j, value)
+        _put(y, j, value)
 
 
 @Kernel
 def few_rows_linear(block: Any) -> None:
     """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out] for all rows of x [rows, in], both dense;
-    w: [out, in] as it is stored; `bias` is 0 or an address. Tiles that reach beyond the last row or column
-    repeat it."""
-    y, x, w, bias = elements(block, 0), elements(block, 1), elements(block, 2), elements(block, 3)
+    w: [out, in] as it is stored; `bias` is 0 or an address; y is fp32 where operand 7 is 1, else as x. Tiles
+    that reach beyond the last row or column repeat it."""
+    y = (elements(block, 0), floats(block, 0), integer(block, 7) != 0)
+    x, w, bias = elements(block, 1), elements(block, 2), elements(block, 3)
     has_bias = integer(block, 3) != 0
     num_rows, num_out, num_in = integer(block, 4), integer(block, 5), integer(block, 6)
     padded = num_rows if num_rows == 1 else (num_rows + _ROWS - 1) // _ROWS * _ROWS
@@ -126,5 +136,5 @@ def few_rows_linear(block: Any) -> None:
                         value = load(sums, i * _COLUMNS + j)
                         if has_bias:
                             value += load(bias, first + j)
-                        store(y, (row + i) * num_out + first + j, value)
+                        _put(y, (row + i) * num_out + first + j, value)
         task = claim(block)

@@ -102,7 +102,7 @@ class Linear:
     """x Wᵀ + b. weight: [out, in]; bias: [out] or None; called with x [T, in], returns [T, out] of x's dtype.
 
     What multiplies is chosen by `products.forms_for`, or given; a weight that is not packed stays where it
-    is."""
+    is. `is_wide` asks for fp32: sums that are fp32 anyway are then not rounded to x's dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, forms: Forms | None = None) -> None:
         self.num_out, self.num_in = weight.shape
@@ -115,24 +115,26 @@ class Linear:
         self._stream = None if self.is_packed else kernels("stream", weight)
         self._is_widened = is_widened(weight) and not self.is_packed
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, is_wide: bool = False) -> Tensor:
+        dtype = torch.float32 if is_wide else x.dtype
         num_rows = x.shape[0]
         if self._blocks is not None and num_rows <= MAX_FEW_ROWS:
-            return self._blocks.linear(x.contiguous(), self.num_out, self.bias)
+            return self._blocks.linear(x.contiguous(), self.num_out, self.bias).to(dtype)
         if self.is_packed:
-            return _packed_linear(x, self._weight, self.bias)
+            return _packed_linear(x, self._weight, self.bias).to(dtype)
         if self._stream is not None and num_rows <= self.forms.max_stream_rows:
-            return self._streamed(self._stream, x.contiguous())
+            return self._streamed(self._stream, x.contiguous(), dtype)
         if self._is_widened:
-            return mm_widened(x, self._weight, self.bias)
-        return functional.linear(x, self._weight, self.bias)
+            return mm_widened(x, self._weight, self.bias, dtype)
+        return functional.linear(x, self._weight, self.bias).to(dtype)
 
-    def _streamed(self, kernel: Any, x: Tensor) -> Tensor:
+    def _streamed(self, kernel: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         num_rows, num_out, num_in = x.shape[0], self.num_out, self.num_in
-        y = x.new_empty(num_rows, num_out)
+        y = x.new_empty(num_rows, num_out, dtype=dtype)
         place = 0 if self.bias is None else self.bias.data_ptr()
         num_tasks = -(-num_out // kernel.TASK_COLUMNS)
         kernel.few_rows_linear(
-            x, num_tasks, num_out * num_in, y, x, self._weight, place, num_rows, num_out, num_in
-        )
+            x, num_tasks, num_out * num_in,
+            y, x, self._weight, place, num_rows, num_out, num_in, int(dtype != x.dtype),
+        )  # fmt: skip
         return y

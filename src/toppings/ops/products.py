@@ -99,10 +99,13 @@ def _panel(num_rows: int, num_columns: int) -> Tensor:
     return kept[:size].view(num_rows, num_columns)
 
 
-def mm_widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b in float32, rounded once to x's dtype: x [T, in], weight [out, in], bias [out]; [T, out]."""
+def mm_widened(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x Wᵀ + b in float32, rounded once to `dtype` (x's where it is None): x [T, in], weight [out, in], bias
+    [out]; [T, out]."""
     (num_out, num_in), wide = weight.shape, x.float()
-    y = x.new_empty(x.shape[0], num_out)
+    y = x.new_empty(x.shape[0], num_out, dtype=dtype or x.dtype)
     step = max(1, PANEL_ELEMENTS // num_in // _PANEL_STEP) * _PANEL_STEP
     for start in range(0, num_out, step):
         rows = weight[start : start + step]

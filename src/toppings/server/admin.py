@@ -39,7 +39,7 @@ async def health(request: Request) -> Response:
 @router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> Response:
     """Whether new requests are taken: not while the server shuts down."""
-    state_of(request).check_ready()
+    state_of(request).check_open()
     return json_response({"status": "ready"})
 
 

@@ -92,7 +92,6 @@ def parse(body: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         _name_bad_unicode(body)
         raise _invalid(shown(str(error).partition(" - at ")[0])) from None
-    _name_bad_unicode(body)
     return content
 
 
@@ -127,7 +126,8 @@ def _too_large(reason: str) -> ApiError:
 
 
 def _name_bad_unicode(body: bytes) -> None:
-    """Halves of UTF-16 pairs, as texts cut in JavaScript or Java end in, with the field that holds one."""
+    """Of a body that was refused: halves of UTF-16 pairs, as texts cut in JavaScript or Java end in, with the
+    field that holds one."""
     if HALF_PAIR.search(body) is None:
         return
     try:

@@ -48,7 +48,8 @@ def raise_connection_limit() -> int:
 
 
 class Connections:
-    """All connections of one server by what they wait for, the longest waiting first; swept once a second.
+    """All connections of one server by what they wait for, the longest waiting first; `sweep` is called ten
+    times a second.
 
     `silent` ones owe us the rest of a head, `idle` ones are kept alive between two requests, `unread`
     ones hold an answer that the client does not take. Values are instants of `time.monotonic`.

@@ -82,10 +82,13 @@ def with_run_files(config: Config) -> Config:
 
 
 def start_logging(config: Config) -> None:
-    """To standard error and to the run's `server.log`."""
+    """To standard error and to the run's `server.log`; that of the run before becomes `server.log.1`."""
+    file = log_file(config)
     with suppress(OSError):
-        log_file(config).write_text("")  # opened to append, as the engine's process does
-    handlers = log_handlers(str(log_file(config)), config.engine.max_log_bytes)
+        if file.is_file() and file.stat().st_size:  # no device
+            file.replace(file.with_name(file.name + ".1"))
+        file.touch()  # opened to append, as the engine's process does
+    handlers = log_handlers(str(file), config.engine.max_log_bytes)
     for handler in handlers:
         handler.setFormatter(_ShortFormatter(LOG_FORMAT))
     logging.basicConfig(level=config.server.log_level.upper(), handlers=handlers, force=True)

@@ -185,14 +185,11 @@ class ServerState:
     def check_open(self) -> None:
         """Raises ApiError 503 while the server shuts down, or has no engine."""
         if self.is_draining:
-            raise ApiError(503, "the server is shutting down", "ServiceUnavailableError")
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            raise ApiError(503, "the server is shutting down", "ServiceUnavailableError", headers=headers)
         if not self.client.is_alive:
             headers = {} if self.client.died.is_set() else {"Retry-After": str(RETRY_AFTER_S)}
             raise ApiError(503, self.client.down_reason, "EngineDeadError", headers=headers)
-
-    def check_ready(self) -> None:
-        """Raises ApiError 503 where new requests are not taken."""
-        self.check_open()
 
     def lease(self, num_sequences: int) -> Lease:
         """A place for a request of so many sequences, to be used as a context manager.
