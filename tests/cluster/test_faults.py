@@ -76,7 +76,7 @@ async def test_stopped_server_keeps_nobody_waiting_and_serves_again_when_it_goes
 ) -> None:
     """SIGSTOP: its connections stay open, and nothing comes. Every request ends, whole or with an error."""
     with server_process("vllm", "0.2", "0.1") as (process, doomed), serving(FakeVllm()) as healthy:
-        async with start_router(doomed, healthy, policy="least_loaded", health_timeout_s=0.3) as client:
+        async with start_router(doomed, healthy, policy="least_loaded", health_timeout_s=1.0) as client:
             state = client.router.state
             streams = asyncio.create_task(statuses(client, 8, stream=True))
             await until(lambda: state.fleet.instance("s0").running)
