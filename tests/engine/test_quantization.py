@@ -60,9 +60,7 @@ def test_tokens_are_those_of_peft_over_the_dequantized_base(
 
 
 def test_dummy_weights_are_quantized_too(tmp_path: Path) -> None:
-    config = EngineConfig(
-        model=str(make_model(tmp_path / "model")), load_format="dummy", quantization="int4"
-    )
+    config = EngineConfig(model=str(make_model(tmp_path / "model")), load_format="dummy", quantization="int4")
     weight = load_decoder(config, model_config(config))._layers[0].projections["qkv"].weight
     assert weight.codes.dtype == torch.uint8
 
@@ -84,6 +82,8 @@ def test_what_cannot_be_served_is_refused_as_it_is_set(settings: dict[str, str],
 def test_a_checkpoint_that_is_quantized_already_is_refused_by_name(method: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     fields = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**fields, "quantization_config": {"quant_method": method}}))
+    (model / "config.json").write_text(
+        json.dumps({**fields, "quantization_config": {"quant_method": method}})
+    )
     with pytest.raises(ValueError, match=rf"quantized \({method}\).*--quantization int8"):
         model_config(EngineConfig(model=str(model)))
