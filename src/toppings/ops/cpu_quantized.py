@@ -139,7 +139,8 @@ def _int4_dot(
     """Σ over groups of scale · Σ_k x[k] · code[k] + offset · Σ_k x[k]."""
     first = row * num_groups
     _ask_for(codes, first * _HALF, num_groups * _HALF)
-    return dot_groups(x, codes, scales, first, num_groups) + dot(x_sums, 0, offsets, first, num_groups)
+    total: np.float32 = dot_groups(x, codes, scales, first, num_groups)
+    return total + dot(x_sums, 0, offsets, first, num_groups)
 
 
 @helper

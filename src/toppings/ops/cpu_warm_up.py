@@ -21,8 +21,8 @@ def warm_up(dtype: torch.dtype, quantization: str) -> None:
     Linear(torch.ones(64, 64, dtype=dtype))(torch.ones(1, 64, dtype=dtype))
     if quantization != "none":
         for bits in (8, 4) if quantization == "int4" else (8,):  # the output layer has 8 in any case
-            weight = quantize(torch.ones(64, 64, dtype=dtype), bits)
-            QuantizedLinear(weight)(torch.ones(1, 64, dtype=dtype))
+            codes = quantize(torch.ones(64, 64, dtype=dtype), bits)
+            QuantizedLinear(codes)(torch.ones(1, 64, dtype=dtype))
     _attend(dtype)
 
 

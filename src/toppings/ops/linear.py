@@ -152,7 +152,7 @@ class QuantizedLinear:
         self.forms = forms or quantized_forms()
         module = kernels("quantized", weight.codes.new_empty(0, dtype=weight.dtype))
         self._columns = 0 if module is None else module.TASK_COLUMNS
-        self._kernel = module and (module.int8_linear if weight.bits == 8 else module.int4_linear)
+        self._kernel: Any = module and (module.int8_linear if weight.bits == 8 else module.int4_linear)
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows = x.shape[0]
