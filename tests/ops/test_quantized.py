@@ -31,6 +31,9 @@ def test_a_product_is_that_with_what_the_codes_stand_for(
             y = QuantizedLinear(weight, added, forms=forms)(x)
             expected = x.double() @ exact.t() + (0 if added is None else added.double())
             assert (y.shape, y.dtype) == (expected.shape, dtype)
+            wide = QuantizedLinear(weight, added, forms=forms)(x, is_wide=True)
+            assert wide.dtype == torch.float32
+            assert torch.equal(wide.to(dtype), y)
             rounding = torch.finfo(dtype).eps / 2 * expected.abs()  # of the result, once
             # int4's codes and offsets are summed apart, each up to some times the weight
             terms = x.double().abs() @ (exact.abs() + exact.abs().amax(1, keepdim=True)).t() + 4

@@ -57,16 +57,18 @@ def _padded(num_rows: int) -> int:
 
 
 @helper
-def _put(y: Pointer, index: int, value: np.float32, bias: Pointer, has_bias: bool, column: int) -> None:
+def _put(y: Any, index: int, value: np.float32, bias: Pointer, has_bias: bool, column: int) -> None:
+    """y: its elements, the same as float32, and whether that is what they are."""
     if has_bias:
         value += load(bias, column)
-    store(y, index, value)
+    if y[2]:
+        store(y[1], index, value)
+    else:
+        store(y[0], index, value)
 
 
 @helper
-def _tiles(
-    y: Pointer, xs: Floats, wide: Floats, sums: Floats, starts: Any, bias: Pointer, shape: Any
-) -> None:
+def _tiles(y: Any, xs: Floats, wide: Floats, sums: Floats, starts: Any, bias: Pointer, shape: Any) -> None:
     """Up to COLUMNS columns of y, whose weights are in `wide`, for all rows."""
     num_rows, num_out, width, first, num_columns, has_bias = shape
     for row in range(0, num_rows, ROWS):
@@ -97,8 +99,9 @@ def _widen_int8(wide: Floats, to: int, codes: Pointer, start: int, scale: np.flo
 @Kernel
 def int8_linear(block: Any) -> None:
     """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out] for all rows of x [rows, in], both dense;
-    `bias` is 0 or an address; the last operand is not used."""
-    y, x, codes, scales = elements(block, 0), elements(block, 1), int8s(block, 2), floats(block, 3)
+    `bias` is 0 or an address; operands 4 and 9 are int4's; y is fp32 where operand 10 is 1, else as x."""
+    y = (elements(block, 0), floats(block, 0), integer(block, 10) != 0)
+    x, codes, scales = elements(block, 1), int8s(block, 2), floats(block, 3)
     bias, has_bias = elements(block, 5), integer(block, 5) != 0
     num_rows, num_out, num_in = integer(block, 6), integer(block, 7), integer(block, 8)
     xs, sums = np.empty(_padded(num_rows) * num_in, np.float32), np.empty(ROWS * COLUMNS, np.float32)
@@ -155,8 +158,9 @@ def _widen_int4(
 
 @Kernel
 def int4_linear(block: Any) -> None:
-    """As `int8_linear`; the last operand is the number of groups in a row."""
-    y, x, codes, scales = elements(block, 0), elements(block, 1), nibbles(block, 2), bf16s(block, 3)
+    """As `int8_linear`; operand 4: offsets; 9: the number of groups in a row."""
+    y = (elements(block, 0), floats(block, 0), integer(block, 10) != 0)
+    x, codes, scales = elements(block, 1), nibbles(block, 2), bf16s(block, 3)
     offsets, bias, has_bias = bf16s(block, 4), elements(block, 5), integer(block, 5) != 0
     num_rows, num_out, num_in = integer(block, 6), integer(block, 7), integer(block, 8)
     num_groups = integer(block, 9)

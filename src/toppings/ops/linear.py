@@ -154,13 +154,13 @@ class QuantizedLinear:
         self._columns = 0 if module is None else module.TASK_COLUMNS
         self._kernel: Any = module and (module.int8_linear if weight.bits == 8 else module.int4_linear)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
+    def __call__(self, x: Tensor, *, is_wide: bool = False) -> Tensor:
+        num_rows, dtype = x.shape[0], torch.float32 if is_wide else x.dtype
         if self._kernel is None or not 0 < num_rows <= self.forms.max_stream_rows:
-            return mm_widened(x, self.weight, self.bias)
-        x, weight, y = x.contiguous(), self.weight, x.new_empty(num_rows, self.num_out)
+            return mm_widened(x, self.weight, self.bias, dtype)
+        x, weight, y = x.contiguous(), self.weight, x.new_empty(num_rows, self.num_out, dtype=dtype)
         bias, offsets = (0 if each is None else each for each in (self.bias, weight.offsets))
-        shape = (num_rows, self.num_out, self.num_in, weight.row_elements // GROUP)
+        shape = (num_rows, self.num_out, self.num_in, weight.row_elements // GROUP, int(dtype != x.dtype))
         num_tasks = -(-self.num_out // self._columns)
         self._kernel(
             x, num_tasks, self.num_out * self.num_in, y, x, weight.codes, weight.scales, offsets, bias, *shape
