@@ -11,6 +11,7 @@ from tests.engine.driver import drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
 from toppings.config import ConfigError, EngineConfig
 from toppings.engine.build import load_decoder, model_config
+from toppings.ops.linear import QuantizedLinear
 from toppings.ops.quantized import BITS, quantize
 
 NUM_TOKENS = 12
@@ -61,8 +62,9 @@ def test_tokens_are_those_of_peft_over_the_dequantized_base(
 
 def test_dummy_weights_are_quantized_too(tmp_path: Path) -> None:
     config = EngineConfig(model=str(make_model(tmp_path / "model")), load_format="dummy", quantization="int4")
-    weight = load_decoder(config, model_config(config))._layers[0].projections["qkv"].weight
-    assert weight.codes.dtype == torch.uint8
+    linear = load_decoder(config, model_config(config))._layers[0].projections["qkv"]
+    assert isinstance(linear, QuantizedLinear)
+    assert linear.weight.codes.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
