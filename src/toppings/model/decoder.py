@@ -30,7 +30,7 @@ class LoraContext(Protocol):
 
 
 _HEAD_BITS = 8
-"""Of the output layer of a quantised model: logits come straight from it. 4 bits there have not been measured."""
+"""Of the output layer of a quantised model: logits come straight from it (4 bits there were not measured)."""
 
 
 def _linear(weight: Tensor, bias: Tensor | None, bits: int | None) -> Linear | QuantizedLinear:
