@@ -151,6 +151,23 @@ def profile_products(
     typer.echo("\n".join([*profile.table(), outcome]))
 
 
+@profile_app.command("quantization")
+@with_settings
+def profile_quantization(
+    text: Annotated[Path, typer.Option(help="text file that the model was not trained on")],
+    tokens: Annotated[int, typer.Option(help="tokens of it that are read at most", min=2)] = 2048,
+    config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
+    **settings: Any,
+) -> None:
+    """Show the base model's perplexity on a text with its weights as they are, in int8 and in int4."""
+    from toppings.engine.perplexity import measure_quantization
+
+    resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)
+    found = measure_quantization(resolved.engine, text, tokens)
+    for name, value in found.items():
+        typer.echo(f"{name:>5} {value:10.3f} {value / found['none'] - 1:+8.2%}")
+
+
 @app.command(name="plan")
 @with_settings
 def plan(

@@ -14,6 +14,7 @@ MODES = ("cached", "on_demand", "pipelined", "cpu_assisted", "cpu_shrink", "auto
 CPU_MODES = ("cpu_assisted", "cpu_shrink")
 EVICTION_POLICIES = ("value", "lru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZATIONS = ("none", "int8", "int4")
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 OFF = "off"
@@ -150,6 +151,12 @@ class EngineConfig(Settings):
         choices=LOAD_FORMATS,
     )
     dtype: str = setting("auto", "arithmetic of model and adapters (auto: the checkpoint's)", choices=DTYPES)
+    quantization: str = setting(
+        "none",
+        "on a CPU, keep the base model's weights in 8 bits (a scale per output channel) or 4 (a scale and an"
+        " offset per group), made from any checkpoint as it is loaded; adapters keep their type",
+        choices=QUANTIZATIONS,
+    )
     device: str = setting("cpu", "where the model runs", choices=DEVICES)
     cuda_graphs: str = setting(
         "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
@@ -244,6 +251,8 @@ class EngineConfig(Settings):
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs"
             )
+        if self.quantization != "none":
+            self._check_quantization()
         if self.tensor_parallel_size > 1 and self.mode in CPU_MODES:
             raise ConfigError(
                 f"mode is {self.mode!r}, but with a tensor_parallel_size of {self.tensor_parallel_size} "
@@ -253,6 +262,15 @@ class EngineConfig(Settings):
             raise ConfigError(
                 f"async_scheduling is 'on', but with a tensor_parallel_size of {self.tensor_parallel_size} "
                 "steps are taken in turn; choose auto or off"
+            )
+
+    def _check_quantization(self) -> None:
+        if self.device != "cpu":
+            raise ConfigError(f"quantization {self.quantization} is for CPUs; use none on {self.device}")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"quantization is {self.quantization!r}, but a model that is split is served in its own type;"
+                f" use none, or a tensor_parallel_size of 1 (it is {self.tensor_parallel_size})"
             )
 
 

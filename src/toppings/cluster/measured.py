@@ -19,7 +19,8 @@ BASE = "base"
 
 def perf_model_path(config: EngineConfig, state_dir: Path) -> Path:
     """One file for each set of settings that the times depend on."""
-    return state_dir / f"batches-{config.device}-{config.dtype}-threads{config.num_threads}.json"
+    stored = "" if config.quantization == "none" else f"-{config.quantization}"
+    return state_dir / f"batches-{config.device}-{config.dtype}{stored}-threads{config.num_threads}.json"
 
 
 def describe_base(registry: "AdapterRegistry") -> str:

@@ -152,5 +152,6 @@ def profile_path(config: EngineConfig, state_dir: Path) -> Path:
     workers = "-".join(config.assist_cores) or str(len(cores.cores))
     threads = torch.get_num_threads()
     sharing = "shared" if cores.is_shared else "free"
-    parts = (config.device, config.dtype, f"link{config.link_gbps:g}", f"threads{threads}")
+    stored = "" if config.quantization == "none" else f"-{config.quantization}"
+    parts = (config.device, f"{config.dtype}{stored}", f"link{config.link_gbps:g}", f"threads{threads}")
     return state_dir / f"cold-start-{'-'.join(parts)}-workers{workers}-{sharing}.json"

@@ -78,8 +78,11 @@ def load_decoder(config: EngineConfig, model: ModelConfig, part: Part | None = N
             return PartDecoder.dummy_part(part, dtype, config.device, seed=config.seed)
         return PartDecoder.load_part(model_path(config), model, part, dtype, config.device)
     if config.load_format == "dummy":
-        return Decoder(model, dummy_weights(model, dtype, config.device, seed=config.seed))
-    return Decoder.load(model_path(config), dtype=dtype, device=config.device)
+        weights = dummy_weights(model, dtype, config.device, seed=config.seed)
+        return Decoder(model, weights, quantization=config.quantization)
+    return Decoder.load(
+        model_path(config), dtype=dtype, device=config.device, quantization=config.quantization
+    )
 
 
 def make_cache(config: EngineConfig, model: ModelConfig, num_pages: int, dtype: torch.dtype) -> KVCache:
@@ -269,7 +272,7 @@ def _build_engine(
     own = model if part is None else part.config  # what this process has of it
     choose_products(config, own, getattr(torch, dtype_name(config, model)), state_dir(config))
     decoder = load_decoder(config, model, part)
-    warm_up(decoder.dtype)
+    warm_up(decoder.dtype, config.quantization)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
     cache = make_cache(config, own, num_pages, decoder.dtype)
     mode = _make_mode(config)

@@ -11,7 +11,7 @@ from toppings.config import EngineConfig
 from toppings.model.config import ModelConfig
 from toppings.ops import product_profile
 from toppings.ops.product_profile import ProductProfile
-from toppings.ops.products import rule_for, use_measured
+from toppings.ops.products import quantized_forms, rule_for, use_measured
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,12 @@ def choose_products(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, state_dir: Path
 ) -> ProductProfile | None:
     """Has weights that are loaded from now on served as was measured, and logs the table. None where the rule
-    serves: on a GPU, for a small model, and for a split one, whose parts must agree."""
+    serves: on a GPU, for a small or quantised model, and for a split one, whose parts must agree."""
     use_measured(dtype, {})
     if config.device != "cpu" or config.tensor_parallel_size > 1:
+        return None
+    if config.quantization != "none":
+        logger.info("products with weights in %s: %s", config.quantization, quantized_forms())
         return None
     _tell_of_slow_dtype(config, model, dtype)
     if _num_parameters(model) < MIN_MEASURED_PARAMETERS:

@@ -146,7 +146,10 @@ def _check_served(path: Path, raw: dict[str, Any]) -> str:
         method = (
             quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         )
-        raise ValueError(f"{path} is quantized ({method}); only bfloat16, float16 and float32 are supported")
+        raise ValueError(
+            f"{path} is quantized ({method}), which is not read; use the checkpoint that it was made from, in"
+            " bfloat16, float16 or float32, on a CPU with --quantization int8 or int4"
+        )
     if raw.get("transformers_weights"):
         raise ValueError(f"{path} has its weights in {raw['transformers_weights']!r}, which is not supported")
     return architecture

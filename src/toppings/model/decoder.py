@@ -13,8 +13,9 @@ from toppings.model.config import ModelConfig
 from toppings.model.weights import read_weights
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
-from toppings.ops.linear import Linear
+from toppings.ops.linear import Linear, QuantizedLinear
 from toppings.ops.norm import add_rms_norm_, rms_norm
+from toppings.ops.quantized import BITS, quantize
 from toppings.ops.rope import HeadNorm, Rope, rotate_and_store_
 
 
@@ -28,16 +29,24 @@ class LoraContext(Protocol):
         """Adds the adapters' part to y [T, Σ out] in place."""
 
 
+_HEAD_BITS = 8
+"""Of the output layer of a quantised model: logits come straight from it (4 bits there were not measured)."""
+
+
+def _linear(weight: Tensor, bias: Tensor | None, bits: int | None) -> Linear | QuantizedLinear:
+    return Linear(weight, bias) if bits is None else QuantizedLinear(quantize(weight, bits), bias)
+
+
 @dataclass(frozen=True)
 class _Layer:
     input_norm: Tensor
-    projections: dict[str, Linear]  # by projection group
+    projections: dict[str, Linear | QuantizedLinear]  # by projection group
     head_norm: HeadNorm | None
     post_attention_norm: Tensor
     sliding_window: int | None
 
     @classmethod
-    def take(cls, weights: dict[str, Tensor], layer: int, config: ModelConfig) -> "_Layer":
+    def take(cls, weights: dict[str, Tensor], layer: int, config: ModelConfig, bits: int | None) -> "_Layer":
         """Moves the layer's tensors out of `weights`, so that packing never holds two copies of more than
         one."""
         take, prefix = weights.pop, f"layers.{layer}."
@@ -47,7 +56,9 @@ class _Layer:
         return cls(
             take(prefix + "input_layernorm"),
             {
-                group: Linear(take(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None))
+                group: _linear(
+                    take(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None), bits
+                )
                 for group in ("qkv", "o", "gate_up", "down")
             },
             head_norm,
@@ -71,33 +82,46 @@ class Decoder:
     """A base model on one device. Without state of its own between calls: keys and values live in the
     cache."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-        """`weights` as `read_weights` names them, all on the device; they are moved out of the mapping."""
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], *, quantization: str = "none"
+    ) -> None:
+        """`weights` as `read_weights` names them, all on the device; they are moved out of the mapping.
+
+        `quantization`: "int8" or "int4" (in host memory) keeps projections so, layer by layer, and the output
+        layer in int8; embedding, norms and biases stay. Raises ValueError as `quantize`."""
         self.config = config
+        bits = BITS[quantization]
         self._embed = weights.pop("embed")
-        self._layers = [_Layer.take(weights, layer, config) for layer in range(config.num_layers)]
+        self._layers = [_Layer.take(weights, layer, config, bits) for layer in range(config.num_layers)]
         self._norm = weights.pop("norm")
         head = weights.pop("lm_head", None)  # a tied one may be stored, too, and then counts where it differs
         assert head is not None or config.tie_word_embeddings
-        self._lm_head = Linear(self._embed if head is None else head)
+        head_bits = None if bits is None else _HEAD_BITS
+        self._lm_head = _linear(self._embed if head is None else head, None, head_bits)
         frequencies = torch.tensor(config.inverse_frequencies, device=self._embed.device)
         self._rope = Rope(frequencies, config.rope_scaling)
         assert not weights, list(weights)
 
     @classmethod
     def load(
-        cls, path: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+        cls,
+        path: Path | str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        quantization: str = "none",
     ) -> "Decoder":
         """Reads a checkpoint directory; `dtype` "auto" is the checkpoint's own, or its name, such as
         "bfloat16".
 
-        Raises ValueError as `ModelConfig.from_checkpoint` and `read_weights`.
+        Raises ValueError as `ModelConfig.from_checkpoint`, `read_weights` and `quantize`.
         """
         config = ModelConfig.from_checkpoint(path)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
         weights = read_weights(path, config, dtype)
-        return cls(config, {name: weight.to(device) for name, weight in weights.items()})
+        weights = {name: weight.to(device) for name, weight in weights.items()}
+        return cls(config, weights, quantization=quantization)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -48,6 +48,7 @@ def _typed(element: Any) -> Any:
 
 
 _as_floats, _as_int64, _as_int32 = _typed(types.float32), _typed(types.int64), _typed(types.int32)
+_as_int8, _as_uint8, _as_bf16 = _typed(types.int8), _typed(types.uint8), _typed(types.uint16)
 
 
 @helper
@@ -72,6 +73,23 @@ def int32s(block: Any, index: int) -> Pointer:
     return _as_int32(integer(block, index))
 
 
+@helper
+def int8s(block: Any, index: int) -> Pointer:
+    """Operand `index`: codes of 8 bits."""
+    return _as_int8(integer(block, index))
+
+
+@helper
+def nibbles(block: Any, index: int) -> Pointer:
+    """Operand `index`: codes of 4 bits, two a byte."""
+    return _as_uint8(integer(block, index))
+
+
+@helper
+def bf16s(block: Any, index: int) -> Pointer:
+    return _as_bf16(integer(block, index))
+
+
 def _place(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
     if isinstance(kind, types.Array):
         value = context.make_array(kind)(context, builder, value).data
@@ -84,7 +102,7 @@ def _widen(builder: Any, kind: Any, bits: Any) -> Any:
     if kind == types.uint16:
         wide = builder.zext(bits, ir.IntType(32))
         return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
-    return bits
+    return builder.sitofp(bits, ir.FloatType()) if kind == types.int8 else bits
 
 
 def _narrow(builder: Any, kind: Any, value: Any) -> Any:
@@ -103,7 +121,8 @@ def _narrow(builder: Any, kind: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load(typing_context: Any, source: Any, index: Any) -> Any:
-    """`source[index]` of a pointer or a flat array: floats as float32, integers as they are."""
+    """`source[index]` of a pointer or a flat array: floats and codes of 8 bits as float32, other integers as
+    they are."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = signature.args[0]

@@ -14,8 +14,8 @@ from toppings.ops.cpu_kernel import Kernel, claim, integer
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
-_ROWS = 4  # of x in a tile, and
-_COLUMNS = 3  # rows of the weight: their sums and elements fill AVX2's registers
+ROWS = 4  # of x in a tile, and
+COLUMNS = 3  # rows of the weight: their sums and elements fill AVX2's registers
 _LINE = 32  # elements of two bytes in a cache line
 _CHUNK, _AHEAD = 512, 2048  # elements that are asked for together, and how far on, beside a single row,
 _TILE_CHUNK = 256  # and beside a tile, of each of its columns
@@ -41,10 +41,10 @@ def _dot_one(x: Floats, w: Pointer, start: int, n: int) -> np.float32:
 
 
 @helper
-def _add_tile(
+def add_tile(
     sums: Floats, x: Floats, x0: int, stride: int, w: Pointer, starts: Indices, k0: int, n: int
 ) -> None:
-    """sums[i, j] += Σ_k x[x0 + i · stride + k] · w[starts[j] + k], _ROWS times _COLUMNS of them, over the n k
+    """sums[i, j] += Σ_k x[x0 + i · stride + k] · w[starts[j] + k], ROWS times COLUMNS of them, over the n k
     from k0 on."""
     x0 += k0
     w0, w1, w2 = load(starts, 0) + k0, load(starts, 1) + k0, load(starts, 2) + k0
@@ -69,7 +69,7 @@ def _add_tile(
         s31 += value * b
         s32 += value * c
     totals = (s00, s01, s02, s10, s11, s12, s20, s21, s22, s30, s31, s32)
-    for i in range(_ROWS * _COLUMNS):
+    for i in range(ROWS * COLUMNS):
         sums[i] += totals[i]
 
 
@@ -79,9 +79,9 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int,
     sums[:] = 0
     for chunk in range(0, n, _TILE_CHUNK):
         size = min(_TILE_CHUNK, n - chunk)
-        for j in range(_COLUMNS if is_first else 0):
-            _ask_for(w, load(starts, j) + _COLUMNS * n + chunk, size)
-        _add_tile(sums, x, x0, n, w, starts, chunk, size)
+        for j in range(COLUMNS if is_first else 0):
+            _ask_for(w, load(starts, j) + COLUMNS * n + chunk, size)
+        add_tile(sums, x, x0, n, w, starts, chunk, size)
 
 
 @helper
@@ -111,9 +111,9 @@ def few_rows_linear(block: Any) -> None:
     x, w, bias = elements(block, 1), elements(block, 2), elements(block, 3)
     has_bias = integer(block, 3) != 0
     num_rows, num_out, num_in = integer(block, 4), integer(block, 5), integer(block, 6)
-    padded = num_rows if num_rows == 1 else (num_rows + _ROWS - 1) // _ROWS * _ROWS
-    xs, sums = np.empty(padded * num_in, np.float32), np.empty(_ROWS * _COLUMNS, np.float32)
-    starts = np.empty(_COLUMNS, np.int64)
+    padded = num_rows if num_rows == 1 else (num_rows + ROWS - 1) // ROWS * ROWS
+    xs, sums = np.empty(padded * num_in, np.float32), np.empty(ROWS * COLUMNS, np.float32)
+    starts = np.empty(COLUMNS, np.int64)
     task = claim(block)
     if task >= 0:
         for i in range(padded):
@@ -125,15 +125,15 @@ def few_rows_linear(block: Any) -> None:
         if num_rows == 1:
             _one_row(y, xs, w, bias, has_bias, (start, stop), num_in)
             start = stop
-        for first in range(start, stop, _COLUMNS):
-            for j in range(_COLUMNS):
+        for first in range(start, stop, COLUMNS):
+            for j in range(COLUMNS):
                 starts[j] = min(first + j, stop - 1) * num_in
-            columns = min(_COLUMNS, stop - first)
-            for row in range(0, num_rows, _ROWS):
+            columns = min(COLUMNS, stop - first)
+            for row in range(0, num_rows, ROWS):
                 _tile(sums, xs, row * num_in, w, starts, num_in, row == 0)
-                for i in range(min(_ROWS, num_rows - row)):
+                for i in range(min(ROWS, num_rows - row)):
                     for j in range(columns):
-                        value = load(sums, i * _COLUMNS + j)
+                        value = load(sums, i * COLUMNS + j)
                         if has_bias:
                             value += load(bias, first + j)
                         _put(y, (row + i) * num_out + first + j, value)

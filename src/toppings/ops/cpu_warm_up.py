@@ -4,13 +4,14 @@ import torch
 
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
-from toppings.ops.linear import Linear
+from toppings.ops.linear import Linear, QuantizedLinear
 from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
+from toppings.ops.quantized import quantize
 from toppings.ops.rope import rotate_and_store_
 
 
-def warm_up(dtype: torch.dtype) -> None:
+def warm_up(dtype: torch.dtype, quantization: str) -> None:
     x, weight = torch.ones(1, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     rms_norm(x, weight, 1e-6)
     add_rms_norm_(x, x.clone(), weight, 1e-6)
@@ -18,6 +19,10 @@ def warm_up(dtype: torch.dtype) -> None:
     for width in (8, 32):  # a general kernel, and perhaps one for even widths
         _add_lora(width, dtype)
     Linear(torch.ones(64, 64, dtype=dtype))(torch.ones(1, 64, dtype=dtype))
+    if quantization != "none":
+        for bits in (8, 4) if quantization == "int4" else (8,):  # the output layer has 8 in any case
+            codes = quantize(torch.ones(64, 64, dtype=dtype), bits)
+            QuantizedLinear(codes)(torch.ones(1, 64, dtype=dtype))
     _attend(dtype)
 
 
@@ -48,4 +53,4 @@ def _attend(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    warm_up(torch.bfloat16)
+    warm_up(torch.bfloat16, "none")

@@ -72,12 +72,12 @@ def _module(name: str) -> ModuleType:
 def import_kernels() -> None:
     """Import what `warm_up` will need, without running any of it."""
     if USE_NUMBA:
-        for name in ("attention", "bf16", "elementwise", "lora", "stream", "tiles", "warm_up"):
+        for name in ("attention", "bf16", "elementwise", "lora", "quantized", "stream", "tiles", "warm_up"):
             _module(name)
 
 
-def warm_up(dtype: torch.dtype) -> None:
+def warm_up(dtype: torch.dtype, quantization: str = "none") -> None:
     """Compile (or read from numba's cache) every CPU kernel for `dtype`; without numba there is nothing to
     do."""
     if USE_NUMBA:
-        _module("warm_up").warm_up(dtype)
+        _module("warm_up").warm_up(dtype, quantization)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.ops.dispatch import bf16_kernels, kernels
-from toppings.ops.products import Forms, forms_for, is_widened, mm_widened
+from toppings.ops.products import Forms, forms_for, is_widened, mm_widened, quantized_forms
+from toppings.ops.quantized import GROUP, QuantizedWeight
 
 USE_PACKED = True
 """Pack weights where the operators work (`packed_reason` says whether and why)."""
@@ -137,4 +138,31 @@ class Linear:
             x, num_tasks, num_out * num_in,
             y, x, self._weight, place, num_rows, num_out, num_in, int(dtype != x.dtype),
         )  # fmt: skip
+        return y
+
+
+class QuantizedLinear:
+    """As `Linear`, of a weight with 8 or 4 bits, for x of the type that the weight had."""
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, *, forms: Forms | None = None
+    ) -> None:
+        self.num_out, self.num_in = weight.shape
+        self.bias, self.weight = bias, weight
+        self.forms = forms or quantized_forms()
+        module = kernels("quantized", weight.codes.new_empty(0, dtype=weight.dtype))
+        self._columns = 0 if module is None else module.TASK_COLUMNS
+        self._kernel: Any = module and (module.int8_linear if weight.bits == 8 else module.int4_linear)
+
+    def __call__(self, x: Tensor, *, is_wide: bool = False) -> Tensor:
+        num_rows, dtype = x.shape[0], torch.float32 if is_wide else x.dtype
+        if self._kernel is None or not 0 < num_rows <= self.forms.max_stream_rows:
+            return mm_widened(x, self.weight, self.bias, dtype)
+        x, weight, y = x.contiguous(), self.weight, x.new_empty(num_rows, self.num_out, dtype=dtype)
+        bias, offsets = (0 if each is None else each for each in (self.bias, weight.offsets))
+        shape = (num_rows, self.num_out, self.num_in, weight.row_elements // GROUP, int(dtype != x.dtype))
+        num_tasks = -(-self.num_out // self._columns)
+        self._kernel(
+            x, num_tasks, self.num_out * self.num_in, y, x, weight.codes, weight.scales, offsets, bias, *shape
+        )
         return y

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from toppings.ops import dispatch
+from toppings.ops.quantized import QuantizedWeight
 
 PANEL_ELEMENTS = 3 * 2**18
 """Of a weight, that are widened at a time: 3 MiB in float32."""
@@ -72,6 +73,11 @@ def rule_for(dtype: torch.dtype) -> Forms:
     return Forms(is_packed=is_native(dtype), max_stream_rows=MAX_STREAM_ROWS if dispatch.USE_NUMBA else 0)
 
 
+def quantized_forms() -> Forms:
+    """What serves weights of 8 and 4 bits, whatever the type of x: no CPU's own products are for them."""
+    return Forms(is_packed=False, max_stream_rows=MAX_STREAM_ROWS if dispatch.USE_NUMBA else 0)
+
+
 @cache
 def is_native(dtype: torch.dtype) -> bool:
     """torch multiplies `dtype` with instructions that this CPU has for it, as it says itself (AVX-512 or AMX
@@ -100,17 +106,26 @@ def _panel(num_rows: int, num_columns: int) -> Tensor:
 
 
 def mm_widened(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x Wᵀ + b in float32, rounded once to `dtype` (x's where it is None): x [T, in], weight [out, in], bias
     [out]; [T, out]."""
     (num_out, num_in), wide = weight.shape, x.float()
+    width = num_in if isinstance(weight, Tensor) else weight.row_elements
     y = x.new_empty(x.shape[0], num_out, dtype=dtype or x.dtype)
-    step = max(1, PANEL_ELEMENTS // num_in // _PANEL_STEP) * _PANEL_STEP
+    step = max(1, PANEL_ELEMENTS // width // _PANEL_STEP) * _PANEL_STEP
     for start in range(0, num_out, step):
-        rows = weight[start : start + step]
-        part = torch.mm(wide, _panel(*rows.shape).copy_(rows).t())
+        num_rows = min(step, num_out - start)
+        panel = _panel(num_rows, width)
+        if isinstance(weight, Tensor):
+            panel.copy_(weight[start : start + num_rows])
+        else:
+            panel = weight.widen(start, panel)
+        part = torch.mm(wide, panel.t())
         if bias is not None:
-            part += bias[start : start + step]
-        y[:, start : start + step] = part
+            part += bias[start : start + num_rows]
+        y[:, start : start + num_rows] = part
     return y
