@@ -65,5 +65,5 @@ def test_a_misspelt_verb_is_told_what_was_meant() -> None:
 def test_profile_has_a_verb_of_either_kind() -> None:
     group = command.load_verb(command.VERBS, "profile")
     context = typer.Context(group)
-    assert group.list_commands(context) == ["cold-start", "products", "batches"]
+    assert group.list_commands(context) == ["cold-start", "products", "quantization", "batches"]
     assert group.get_command(context, "batches").get_short_help_str(200) == BATCHES["batches"][1]

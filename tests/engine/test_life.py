@@ -52,10 +52,12 @@ class FakeSpawner:
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yield tmp_path
-    assert not list(tmp_path.glob("toppings-meet-*"))
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """As short as what an address of a socket may be made of."""
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+        assert not list(Path(name).glob("toppings-meet-*"))
 
 
 def begin(**settings: Any) -> tuple[EngineLife, FakeProcess]:

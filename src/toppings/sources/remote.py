@@ -8,9 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from toppings.sources.fetch import CHUNK_BYTES, FetchError, FetchNotFound, open_url
 
 SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://.+")
@@ -102,6 +99,10 @@ def _shards(files: RemoteFiles) -> set[str]:
 
 def _mirror(files: RemoteFiles, cache: Path) -> Path:
     """A directory of this content, complete; named as the address's last part."""
+    # Here, since an engine alone runs without it.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     key = hashlib.sha256(f"{files.where} {files.version}".encode()).hexdigest()[:16]
     name = files.where.rpartition("/")[2]
     done = cache / key / name
