@@ -109,7 +109,7 @@ from toppings import LLM
 from toppings.engine.client import EngineClient
 
 EngineClient.start = lambda config: os.kill(os.getpid(), 9)
-LLM(num_threads=1)
+LLM("demo", num_threads=1)
 """
 
 
@@ -121,7 +121,7 @@ def test_an_llm_that_is_killed_leaves_no_state_behind(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    with closing(hold_state(EngineConfig(num_threads=1), "another")):
+    with closing(hold_state(EngineConfig(model="demo", num_threads=1), "another")):
         died = subprocess.run(
             [sys.executable, "-c", DYING], env=environment, capture_output=True, check=False
         )
