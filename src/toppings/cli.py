@@ -26,7 +26,7 @@ from toppings.sources.models import find_model
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
 if TYPE_CHECKING:
-    from toppings.adapters.registry import AdapterRegistry
+    from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 
 BATCHES = {
     "batches": (
@@ -235,9 +235,7 @@ def add_adapter(
     with _held_registry(model, state_dir, dtype) as registry:
         record = registry.register(name, path.absolute(), replace=replace, origin=Origin.CLI)
         doubt = registry.doubt_of(record)
-    typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes")
-    if doubt is not None:
-        typer.echo(f"warning: {doubt}", err=True)
+    _tell_registered(record, doubt)
 
 
 @adapters_app.command("pull")
@@ -269,7 +267,14 @@ def pull_adapter(
     with _held_registry(model, state_dir, dtype) as registry, TemporaryDirectory() as work:
         path = found.bring(Path(work) / "adapter", Room(limits.source_max_bytes, limits.source_timeout_s))
         record = registry.register(name, path, replace=replace, origin=Origin.CLI, source=found.where)
-    typer.echo(f"registered {name}: rank {record.rank}, {record.num_bytes} bytes, from {found.where}")
+        doubt = registry.doubt_of(record)
+    _tell_registered(record, doubt, f", from {found.where}")
+
+
+def _tell_registered(record: "AdapterRecord", doubt: str | None, whence: str = "") -> None:
+    typer.echo(f"registered {record.name}: rank {record.rank}, {record.num_bytes} bytes{whence}")
+    if doubt is not None:
+        typer.echo(f"warning: {doubt}", err=True)
 
 
 @adapters_app.command("remove")
