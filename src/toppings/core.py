@@ -103,9 +103,8 @@ class Structure:
 
     def __post_init__(self) -> None:
         if self.kind not in list(StructureKind):
-            raise RequestError(
-                f"the structure's kind is {shown(repr(self.kind))}; it must be one of {', '.join(StructureKind)}"
-            )
+            kinds = ", ".join(StructureKind)
+            raise RequestError(f"the structure's kind is {shown(repr(self.kind))}; it must be one of {kinds}")
         if not isinstance(self.text, str):
             raise RequestError(f"the structure's text is {shown(repr(self.text))}; it must be a string")
         if len(self.text) > MAX_STRUCTURE_CHARS:
