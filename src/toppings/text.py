@@ -140,10 +140,10 @@ class TextModel:
         """Ends the processes that render templates; they also end with this object."""
         self._renderer.close()
 
-    def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
-        """Those of `texts` that are special tokens, by their ids; text that is decoded leaves them out."""
+    def single_tokens(self, texts: Sequence[str]) -> dict[str, int]:
+        """Those of `texts` that are one token each, with its id."""
         ids = {text: self.encode(text, add_special_tokens=False) for text in texts}
-        return {found[0]: text for text, found in ids.items() if len(found) == 1 and not self.decode(found)}
+        return {text: found[0] for text, found in ids.items() if len(found) == 1}
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token as it stands inside a sentence, special tokens by their names."""
