@@ -14,6 +14,8 @@ from pathlib import Path
 from toppings.config import EngineConfig
 from toppings.demo import BASE_NAME, demo_adapters_dir, demo_model_dir, real_adapters_dir
 from toppings.model.gguf import SUFFIX, check_magic, convert_gguf
+from toppings.model.named import NAMED_MODELS
+from toppings.model.remembered import cache_dir
 from toppings.sources import hub, remote
 from toppings.sources.remote import scheme_of
 
@@ -78,8 +80,6 @@ def _place(state_dir: str) -> Path:
 
 def with_model(config: EngineConfig) -> EngineConfig:
     """`config` with the directory of its model, found once for all who read it, and the model's name."""
-    from toppings.model.dummy import NAMED_MODELS  # needs torch
-
     if config.load_format == "dummy" and config.model in NAMED_MODELS:
         return config
     found = find_model(config.model, config.state_dir)
@@ -93,10 +93,6 @@ def packaged_gguf() -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     return next((path for file in files if (path := Path(str(file.locate()))).suffix == SUFFIX), None)
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toppings"
 
 
 def file_identity(file: Path) -> str:
