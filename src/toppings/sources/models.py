@@ -13,9 +13,11 @@ from pathlib import Path
 
 from toppings.config import EngineConfig
 from toppings.demo import BASE_NAME, demo_adapters_dir, demo_model_dir, real_adapters_dir
+from toppings.model.config import ModelConfig
 from toppings.model.gguf import SUFFIX, check_magic, convert_gguf
 from toppings.model.named import NAMED_MODELS
 from toppings.model.remembered import cache_dir
+from toppings.model.tokenizer import load_tokenizer
 from toppings.sources import hub, remote
 from toppings.sources.remote import scheme_of
 
@@ -149,4 +151,7 @@ def _alone(directory: Path, key: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":  # of the set-up, so that the first start is as fast as the next one
-    find_model()
+    for reference in ("", DEMO):
+        model = find_model(reference).path
+        ModelConfig.from_checkpoint(model)
+        load_tokenizer(model)
