@@ -1,0 +1,119 @@
+"""Grammars of structured outputs: made, and tried on single bytes. It runs in a sandbox, too, and needs
+llguidance and nothing of ours."""
+
+import json
+from typing import Any
+
+import llguidance
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+MAX_REASON_CHARS = 600
+NUM_TRIED = 32
+"""Bytes that a check goes along the grammar: what never ends or is too much shows within a few."""
+END = 256
+WHITESPACE = r" |\r?\n( {0,32}|\t{0,16})"
+"""Between the tokens of JSON: a blank, or a line's end and the next one's indentation. Without a bound, a
+model may write blanks until it is cut off."""
+
+
+def limits() -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=1_000_000,  # some 20 ms
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,  # of up to 2 KiB
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+def grammar_of(kind: str, text: str) -> str:
+    """The library's own form of a structure (`core.StructureKind`).
+
+    Raises ValueError for what is no JSON, or a list of choices that is none.
+    """
+    if kind == "regex":
+        return str(llguidance.LLMatcher.grammar_from_regex(text))
+    if kind == "grammar":
+        return str(llguidance.LLMatcher.grammar_from_lark(text))
+    if kind == "choice":
+        return str(llguidance.LLMatcher.grammar_from_lark(_lark_of(json.loads(text))))
+    schema = text if kind == "json_schema" else '{"type": "object"}'
+    return str(
+        llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+    )
+
+
+def matcher_of(vocabulary: Any, kind: str, text: str) -> llguidance.LLMatcher:
+    """At the structure's start. Raises ValueError."""
+    matcher = llguidance.LLMatcher(vocabulary, grammar_of(kind, text), log_level=0, limits=limits())
+    raise_error_of(matcher)
+    return matcher
+
+
+def _lark_of(choices: Any) -> str:
+    if not isinstance(choices, list) or not choices:
+        raise ValueError("it must be a list of at least one string")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice:
+            raise ValueError(
+                f"it holds {json.dumps(choice)[:100]}; each choice must be a string that is not empty"
+            )
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+
+
+def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
+    """The text that means the structure, another than the one given where that is a grammar in GBNF.
+
+    Raises ValueError for what is not valid, allows no output or is too complex.
+    """
+    if structure_kind == "grammar" and "::=" in text:
+        text = _lark_of_gbnf(text)
+    matcher = llguidance.LLMatcher(
+        _bytes(special_tokens), grammar_of(structure_kind, text), log_level=0, limits=limits()
+    )
+    for _ in range(NUM_TRIED):
+        mask = matcher.compute_bitmask()
+        raise_error_of(matcher)
+        allowed = [token for token in range(END) if mask[token // 8] >> token % 8 & 1]
+        if not allowed:
+            break
+        matcher.consume_token(allowed[-1])
+    return text
+
+
+def raise_error_of(matcher: Any) -> None:
+    """Raises ValueError where it can go on no further."""
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+        raise ValueError(_EXPLAINED.get(reason, reason)[:MAX_REASON_CHARS])
+
+
+_EXPLAINED = {"NoExtensionBias": "it allows no output at all", "NoExtension": "it allows no output at all"}
+
+
+def _lark_of_gbnf(text: str) -> str:
+    try:
+        return gbnf_to_lark(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:
+        raise ValueError(f"it is read as GBNF, for it holds '::=': {error}; Lark's rules have ':'") from error
+
+
+def _bytes(special_tokens: list[str]) -> Any:
+    """A vocabulary of every byte, an end, and special tokens."""
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(special_tokens)), slices=[])
+
+
+class _Bytes:
+    eos_token_id = END
+    bos_token_id = None
+
+    def __init__(self, special_tokens: list[str]) -> None:
+        names = [b"<end of output>", *(name.encode() for name in special_tokens)]
+        self.tokens = [bytes([byte]) for byte in range(END)] + names
+        self.special_token_ids = list(range(END, len(self.tokens)))
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
