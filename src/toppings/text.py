@@ -18,6 +18,7 @@ from toppings.core import (
     TokenLogprobs,
     check_unicode,
 )
+from toppings.model.tokenizer import load_tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT_LEN = 6
@@ -67,12 +68,10 @@ class TextModel:
     @classmethod
     def load(cls, path: Path) -> "TextModel":
         """Read from local files only. Raises ValueError where `path` holds no usable tokeniser."""
-        from transformers import AutoTokenizer
-
         if not path.is_dir():
             raise ValueError(f"no model directory at {path}")
         try:
-            return cls(AutoTokenizer.from_pretrained(path, local_files_only=True))
+            return cls(load_tokenizer(path))
         except Exception as error:  # the library raises whatever its parsers do
             raise ValueError(f"cannot read a tokeniser from {path}: {error}") from error
 
