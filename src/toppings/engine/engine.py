@@ -34,6 +34,8 @@ COUNTERS = (
     *("steps", "prompt_tokens", "generation_tokens", "step_errors"),
     *("assist_cpu_products", "assist_cold_products"),
 )
+IDLE_S = 3.0
+"""What may hold up steps for a moment is done when there have been none for so long."""
 MAX_FAILURES = 10
 """Steps in a row that fail, whatever they run: the engine is taken to be broken."""
 
@@ -108,7 +110,7 @@ class Engine:
         self._progress: dict[str, Progress] = {}
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._ahead: Step | None = None  # started on top of the last one that was finished
-        self._finished_at = 0.0
+        self._finished_at = time.perf_counter()
         self._num_failures = 0  # steps in a row
 
     @property
@@ -295,6 +297,9 @@ class Engine:
             self._followers.check()
         if self._assist is not None:
             self._assist.poll()
+        is_idle = not self._progress and time.perf_counter() - self._finished_at > IDLE_S
+        if is_idle and self._structures is not None:
+            self._structures.warm_up()
 
     def close(self) -> None:
         if self._assist is not None:

@@ -30,6 +30,10 @@ class Structures:
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
         self._guides: dict[str, Guide] = {}
 
+    def warm_up(self) -> None:
+        """Reads the vocabulary, where no request has asked for that yet."""
+        self._compiler.load()
+
     # --- before a request may run ---
 
     def begin(self, request: Request) -> bool:

@@ -2,6 +2,7 @@
 llguidance and nothing of ours."""
 
 import json
+import re
 from typing import Any
 
 import llguidance
@@ -14,6 +15,9 @@ END = 256
 WHITESPACE = r" |\r?\n( {0,32}|\t{0,16})"
 """Between the tokens of JSON: a blank, or a line's end and the next one's indentation. Without a bound, a
 model may write blanks until it is cut off."""
+
+
+GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 def limits() -> llguidance.LLParserLimits:
@@ -63,12 +67,15 @@ def _lark_of(choices: Any) -> str:
 
 
 def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
-    """The text that means the structure, another than the one given where that is a grammar in GBNF.
+    """The text that means the structure to the engine: of a grammar in GBNF one in Lark's notation, of a
+    schema one without what asks for nothing.
 
     Raises ValueError for what is not valid, allows no output or is too complex.
     """
-    if structure_kind == "grammar" and "::=" in text:
+    if structure_kind == "grammar" and GBNF_RULE.search(text):
         text = _lark_of_gbnf(text)
+    if structure_kind == "json_schema":
+        text = _plain_schema(text)
     matcher = llguidance.LLMatcher(
         _bytes(special_tokens), grammar_of(structure_kind, text), log_level=0, limits=limits()
     )
@@ -92,13 +99,62 @@ def raise_error_of(matcher: Any) -> None:
 _EXPLAINED = {"NoExtensionBias": "it allows no output at all", "NoExtension": "it allows no output at all"}
 
 
+# --- schemas ---
+
+FORMATS = (
+    *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4"),
+    *("ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer"),
+    *("relative-json-pointer", "regex"),
+)
+"""Those of the standard; any other asks for nothing (JSON Schema 2020-12, Validation, 7.2.3)."""
+WHOLE = ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties")
+HOLDS_SCHEMA = (
+    *("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else"),
+    *("propertyNames", "unevaluatedItems", "unevaluatedProperties"),
+)
+HOLDS_LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+HOLDS_MAP = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def _plain_schema(text: str) -> str:
+    try:
+        return json.dumps(_plain(json.loads(text, parse_constant=_refuse_constant)), ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON has not")
+
+
+def _plain(schema: Any) -> Any:
+    """Without formats of nobody's, `uniqueItems: false`, and whole numbers written as 2.0."""
+    if not isinstance(schema, dict):
+        return schema
+    plain = {}
+    for key, value in schema.items():
+        if key in HOLDS_MAP and isinstance(value, dict):
+            plain[key] = {name: _plain(each) for name, each in value.items()}
+        elif key in HOLDS_LIST and isinstance(value, list):
+            plain[key] = [_plain(each) for each in value]
+        elif key in HOLDS_SCHEMA:
+            plain[key] = _plain(value)
+        elif key in WHOLE and isinstance(value, float) and value.is_integer():
+            plain[key] = int(value)
+        elif not (key == "format" and isinstance(value, str) and value not in FORMATS) and not (
+            key == "uniqueItems" and value is False
+        ):
+            plain[key] = value
+    return plain
+
+
 def _lark_of_gbnf(text: str) -> str:
     try:
         return gbnf_to_lark(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except Exception as error:
-        raise ValueError(f"it is read as GBNF, for it holds '::=': {error}; Lark's rules have ':'") from error
+        raise ValueError(f"it is read as GBNF, for its rules have '::=': {error}; Lark's have ':'") from error
 
 
 def _bytes(special_tokens: list[str]) -> Any:

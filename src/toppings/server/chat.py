@@ -15,6 +15,7 @@ from toppings.server.protocol import ChatBody
 from toppings.server.replies import answer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import DONE, sse
+from toppings.server.structures import checked_structure
 from toppings.text import TextLogprob, TextModel
 
 router = APIRouter(route_class=JsonRoute)
@@ -36,6 +37,7 @@ async def _job(state: ServerState, body: ChatBody) -> Job:
     if max_tokens is None:
         room = room_for_output(state, [prompt])
         max_tokens = min(room, state.defaults.get("max_tokens", room))
+    structure = await checked_structure(state, body.structure())
     return Job(
         state=state,
         target=target,
@@ -44,6 +46,7 @@ async def _job(state: ServerState, body: ChatBody) -> Job:
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             defaults=state.defaults,
+            structure=structure,
         ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
