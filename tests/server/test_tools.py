@@ -137,7 +137,8 @@ async def test_malformed_calls_are_content(server: Server) -> None:
 
 
 async def test_without_tools_such_text_is_content(server: Server) -> None:
-    for body in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
+    bodies: tuple[dict[str, Any], ...] = ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []})
+    for body in bodies:
         says(server, WRITTEN["generic"])
         assert (await ask(server, **body))["message"]["content"] == WRITTEN["generic"]
         assert "weather" not in prompt_of(server)

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from toppings.core import MAX_INT, RequestError, SamplingParams, shown
+from toppings.core import MAX_INT, RequestError, SamplingParams, Structure, shown
 from toppings.server.errors import ApiError
+from toppings.server.structures import StructureFields
 
 HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
 """Fields for the caller's own bookkeeping: they change no answer."""
@@ -19,7 +20,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -32,11 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
@@ -66,7 +61,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(StructureFields):
     """What completions and chat have in common; null means the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -127,7 +122,12 @@ class GenerationBody(BaseModel):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(
-        self, *, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]
+        self,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        defaults: Mapping[str, Any],
+        structure: Structure | None = None,
     ) -> SamplingParams:
         """`defaults`: the model's, for what is left out. Raises RequestError for a value out of range."""
         names = (
@@ -143,6 +143,7 @@ class GenerationBody(BaseModel):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            structure=structure,
             **{**own, **given},
         )
 
