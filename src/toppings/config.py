@@ -321,6 +321,9 @@ class ServerConfig(Settings):
     send_timeout_s: float = setting(
         60.0, "how long a client may leave an answer unread before it is dropped", above=0
     )
+    strict_fields: str = setting(
+        "off", "refuse requests with fields that nobody knows, instead of ignoring those", choices=SWITCH
+    )
     max_queue: int = setting(256, "requests that may wait; more are answered 429", at_least=1)
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"

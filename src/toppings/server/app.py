@@ -12,11 +12,15 @@ from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware
 from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
+from toppings.server.exchange import ExchangeMiddleware
 from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.metrics import Metrics
 from toppings.server.resolver import Resolver
 from toppings.server.state import Client, ServerState
 from toppings.text import TextModel
+
+EXPOSED_HEADERS = ("X-Request-Id", "X-Toppings-Ignored", "Retry-After")
+"""What pages of `allowed_origins` may read of an answer beside its body."""
 
 
 def create_app(
@@ -55,5 +59,7 @@ def create_app(
             allow_methods=config.server.allowed_methods,
             allow_headers=config.server.allowed_headers,
             allow_credentials=config.server.allow_credentials == "on",
+            expose_headers=EXPOSED_HEADERS,
         )
+    app.add_middleware(ExchangeMiddleware, is_strict=config.server.strict_fields == "on")
     return app

@@ -5,19 +5,18 @@ whatever the model's `generation_config.json` says of sampling.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
 
 from toppings.core import FinishReason, SamplingParams
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.fields import Int, LenientBody, Name, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.protocol import Int, Name, Texts
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.sources.adapters import DIR, KINDS
@@ -31,8 +30,12 @@ ERROR_STATUS = {400: (422, "validation"), 429: (429, "overloaded"), 404: (424, "
 """Their statuses for ours; the rest is told as it is."""
 
 
-class Parameters(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Parameters(LenientBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "grammar": (),
+        "top_n_tokens": (0,),
+        "adapter_parameters": (),
+    }
 
     adapter_id: Name | None = None
     adapter_source: Name | None = None
@@ -47,7 +50,7 @@ class Parameters(BaseModel):
     max_new_tokens: Int | None = None
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: Texts = []
+    stop: Texts = []  # noqa: RUF012  (pydantic copies it)
     seed: Int | None = None
     details: bool = False
     return_k_alternatives: Int | None = None
@@ -97,9 +100,7 @@ class Parameters(BaseModel):
         )
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class Body(LenientBody):
     inputs: str
     parameters: Parameters = Parameters()
     stream: bool = False
