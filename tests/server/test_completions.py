@@ -162,7 +162,7 @@ async def test_a_bad_completion_is_refused_by_name(
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"messages": []}, "body.messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "type"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),

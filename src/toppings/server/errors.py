@@ -18,6 +18,7 @@ from toppings.core import ContextLengthError, RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
 from toppings.server.exchange import exchange_of
+from toppings.server.methods import allowed_methods
 from toppings.text import GenerationCutError, GenerationError
 
 logger = logging.getLogger(__name__)
@@ -144,10 +145,13 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(allowed_methods(request))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         if error.status_code in PLAIN_STATUSES:
-            return json_response(
-                {"detail": error.detail}, error.status_code, headers=dict(error.headers or {})
-            )
+            return json_response({"detail": error.detail}, error.status_code, headers=headers)
         return error_response(ApiError(error.status_code, str(error.detail), "Bad Request"))
 
     foreseen = (ApiError, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)

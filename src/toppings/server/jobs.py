@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -47,6 +47,8 @@ class Job:
     sampling: SamplingParams
     num_choices: int = 1
     include_stop: bool = False
+    shown: Mapping[int, str] | None = None
+    """Special tokens that are text all the same, by their ids."""
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
@@ -70,8 +72,11 @@ class Job:
             async for item in outputs:
                 yield item
 
+    def new_choice(self) -> Choice:
+        return Choice()
+
     async def collect(self, lease: Lease) -> list[Choice]:
-        choices = [Choice() for _ in range(self.num_sequences)]
+        choices = [self.new_choice() for _ in range(self.num_sequences)]
         async with aclosing(self.stream(lease)) as outputs:
             async for index, output in outputs:
                 choices[index].add(output)
@@ -99,7 +104,13 @@ class Job:
     def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
         state, sampling = self.state, self._sampling_of(index % self.num_choices)
         return generate_text(
-            state.client, state.text, prompt, sampling, self.target.adapter_id, include_stop=self.include_stop
+            state.client,
+            state.text,
+            prompt,
+            sampling,
+            self.target.adapter_id,
+            include_stop=self.include_stop,
+            shown=self.shown,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:

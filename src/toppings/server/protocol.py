@@ -1,9 +1,9 @@
 """Bodies of the OpenAI routes. `fields.py` says what becomes of fields that none of them has."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from toppings.core import RequestError, SamplingParams, shown
 from toppings.server.errors import ApiError
@@ -155,61 +155,3 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
-
-
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Name | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
-        """Answers of this API sent back to it hold fields that say nothing, such as `refusal: null`."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value for name, value in data.items() if name in cls.model_fields or value not in (None, [])
-        }
-
-    @model_validator(mode="after")
-    def _check_content(self) -> "Message":
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"content is needed; only that of an assistant may be null, not of {self.role}")
-        return self
-
-    def for_template(self) -> dict[str, str]:
-        """Templates know `system`, not its newer name `developer`."""
-        content = (
-            self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
-        )
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
-    max_completion_tokens: Int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_limits(self) -> "ChatBody":
-        if None not in (self.max_tokens, self.max_completion_tokens) and (
-            self.max_tokens != self.max_completion_tokens
-        ):
-            raise ApiError(400, "max_tokens and max_completion_tokens differ; give one", param="max_tokens")
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
-        return self
