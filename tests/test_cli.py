@@ -49,7 +49,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configurations that `serve` would have run with."""
     configs: list[Config] = []
 
-    def run_server(config: Config) -> int:
+    def run_server(config: Config, _: object) -> int:
         configs.append(config)
         return 0
 
@@ -110,7 +110,7 @@ def test_each_mode_has_a_configuration_file(mode: str) -> None:
         (["serve", "--mode", "psychic"], "'psychic'; choose one of cached"),
         (["serve", "--max-queue", "many"], "max_queue is 'many'"),
         (["serve", "--config", "/no/such.yaml"], "/no/such.yaml"),
-        (["serve", "--model", "/no/such/model", "--log-dir", "{tmp}"], "/no/such/model"),
+        (["serve", "--model", "/no/such/model", "--log-dir", "{tmp}", "--port", "0"], "/no/such/model"),
         (["adapters", "check", "/no/such", "--model", "{model}"], "/no/such"),
         (["adapters", "list", "--model", "/no/model"], "/no/model"),
         (["adapters", "remove", "x", "--model", "{model}", "--state-dir", "{tmp}/s"], "'x'"),

@@ -19,7 +19,7 @@ from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason, RequestError
 from toppings.demo import demo_adapters_dir
-from toppings.engine.build import hold_state
+from toppings.engine.base import hold_state
 from toppings.engine.client import EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.text import GenerationError

@@ -38,7 +38,7 @@ from toppings.assist.plan import Comparison, compare
 from toppings.config import MODES
 from toppings.core import AddRequest
 from toppings.engine.assist import profile_path
-from toppings.engine.build import open_registry, state_dir
+from toppings.engine.base import open_registry, state_dir
 from toppings.engine.engine import Engine
 from toppings.lab.players.engine import preload_host
 

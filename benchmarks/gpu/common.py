@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from toppings.adapters.layout import DTYPE_BYTES
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, RequestOutput, SamplingParams
-from toppings.engine.build import model_config, open_registry
+from toppings.engine.base import model_config, open_registry
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
 from toppings.lab.engines import running_engine
@@ -167,7 +168,7 @@ def step_bytes(model: ModelConfig, context_tokens: int) -> int:
     weights = sum(prod(shape) for name, shape in weight_shapes(model).items() if name != "embed")
     if model.tie_word_embeddings:
         weights += model.vocab_size * model.hidden_size
-    return model.dtype.itemsize * (weights + 2 * model.num_layers * model.kv_size * context_tokens)
+    return DTYPE_BYTES[model.dtype] * (weights + 2 * model.num_layers * model.kv_size * context_tokens)
 
 
 # --- engines ---

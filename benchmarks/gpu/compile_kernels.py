@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from toppings.core import GROUPS
 from toppings.model.config import ModelConfig
-from toppings.model.dummy import NAMED_MODELS, named_config
+from toppings.model.named import NAMED_MODELS, named_config
 from toppings.ops import dispatch, gpu_launch
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention

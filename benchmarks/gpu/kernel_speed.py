@@ -29,7 +29,7 @@ from torch import Tensor
 
 from toppings.core import GROUPS, MODULES
 from toppings.model.config import ModelConfig
-from toppings.model.dummy import named_config
+from toppings.model.named import named_config
 from toppings.ops import dispatch
 from toppings.ops.activation import silu_mul, silu_mul_reference
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention, paged_attention_reference

@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from toppings.core import AddRequest
 from toppings.demo import demo_model_dir
 from toppings.lab.transformers_side import generate
-from toppings.model.dummy import NAMED_MODELS
+from toppings.model.named import NAMED_MODELS
 
 NUM_ADAPTERS = 8
 RANK = 16

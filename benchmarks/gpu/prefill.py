@@ -22,6 +22,7 @@ from common import (
     open_bench,
 )
 
+from toppings.adapters.layout import DTYPE_BYTES
 from toppings.cluster.batch_row import BatchRow
 from toppings.lab.batches.driver import BatchDriver
 from toppings.model.config import ModelConfig
@@ -62,7 +63,7 @@ def main() -> int:
         bench.register("all", 1, ranks=(RANK,), targets=ALL_LINEAR)
         ms = time_prefills(bench, num_tokens, rounds)
         num_operations = operations(bench.model, num_tokens)
-        lora_operations = 2 * num_tokens * bench.adapter_bytes / bench.model.dtype.itemsize
+        lora_operations = 2 * num_tokens * bench.adapter_bytes / DTYPE_BYTES[bench.model.dtype]
     limit = matmul_tflops(options)
     floor_ms = num_operations / limit / 1e9
     aims = [

@@ -1,7 +1,7 @@
 """The verbs that serve and administer: a few lines each; what needs torch is imported where it is used."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,13 +65,17 @@ def serve(
     """Serve a base model and its adapters over HTTP (without --model: the built-in one)."""
     base = Config.from_yaml(config) if config else None
     resolved = Config.from_settings(settings, base)
-    from toppings.engine.client import EngineStartError
-    from toppings.server.lifecycle import run_server
+    from toppings.engine.spawn import Spawner
 
-    try:
-        raise typer.Exit(run_server(resolved))
-    except EngineStartError as error:
-        raise ConfigError(f"the engine could not start: {error}") from error
+    with closing(Spawner(stays=resolved.server.max_engine_restarts > 0)) as spawner:
+        spawner.prepare()  # before this process imports what it needs itself
+        from toppings.engine.client import EngineStartError
+        from toppings.server.lifecycle import run_server
+
+        try:
+            raise typer.Exit(run_server(resolved, spawner))
+        except EngineStartError as error:
+            raise ConfigError(f"the engine could not start: {error}") from error
 
 
 def route(
@@ -303,7 +307,7 @@ def check_adapter(path: Path, model: Model = "") -> None:
     from toppings.adapters.checkpoint import read_checkpoint
     from toppings.adapters.layout import BaseShapes
     from toppings.adapters.text_files import base_tokens
-    from toppings.engine.build import model_path
+    from toppings.engine.base import model_path
     from toppings.model.config import ModelConfig
 
     directory = model_path(EngineConfig(model=model))
@@ -370,7 +374,7 @@ def synth_adapters(
 
 
 def _registry(model: str, state_dir: str, dtype: str) -> "AdapterRegistry":
-    from toppings.engine.build import open_registry
+    from toppings.engine.base import open_registry
 
     return open_registry(EngineConfig(model=model, state_dir=state_dir, dtype=dtype))
 
@@ -379,7 +383,7 @@ def _registry(model: str, state_dir: str, dtype: str) -> "AdapterRegistry":
 def _held_registry(model: str, state_dir: str, dtype: str) -> Iterator["AdapterRegistry"]:
     """To change it: while a server runs, that is the server's to do."""
     from toppings.adapters.errors import StateHeldError
-    from toppings.engine.build import hold_state, open_registry
+    from toppings.engine.base import hold_state, open_registry
 
     config = EngineConfig(model=model, state_dir=state_dir, dtype=dtype)
     try:

@@ -24,7 +24,8 @@ def measure_profile(config: EngineConfig) -> tuple[CostProfile, str]:
     Raises what `build_engine` raises.
     """
     from toppings.engine.assist import profile_path
-    from toppings.engine.build import build_engine, set_threads, state_dir
+    from toppings.engine.base import state_dir
+    from toppings.engine.build import build_engine, set_threads
 
     set_threads(config)
     path = profile_path(config, state_dir(config))
@@ -40,7 +41,8 @@ def measure_products(config: EngineConfig) -> tuple["ProductProfile", str]:
     """
     import torch
 
-    from toppings.engine.build import dtype_name, model_config, set_threads, state_dir
+    from toppings.engine.base import dtype_name, model_config, state_dir
+    from toppings.engine.build import set_threads
     from toppings.engine.products import disturbed, measure_anew
 
     if config.device != "cpu":
@@ -53,7 +55,8 @@ def measure_products(config: EngineConfig) -> tuple["ProductProfile", str]:
 
 def read_or_measure_profile(config: EngineConfig) -> CostProfile:
     from toppings.engine.assist import profile_path
-    from toppings.engine.build import set_threads, state_dir
+    from toppings.engine.base import state_dir
+    from toppings.engine.build import set_threads
 
     set_threads(config)
     path = profile_path(config, state_dir(config))
@@ -62,7 +65,7 @@ def read_or_measure_profile(config: EngineConfig) -> CostProfile:
 
 def print_plan(config: EngineConfig, *, rank: int, targets: str, num_tokens: int) -> None:
     """Raises ConfigError or ValueError for a rank or target that is none."""
-    from toppings.engine.build import open_registry
+    from toppings.engine.base import open_registry
 
     registry = open_registry(config)
     layout = uniform_layout(registry.shapes, registry.dtype, rank, targets)

@@ -15,7 +15,7 @@ from toppings.adapters.errors import AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
-from toppings.engine.build import hold_state, model_path, open_registry
+from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.sampling_defaults import read_sampling_defaults

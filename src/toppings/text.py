@@ -19,6 +19,7 @@ from toppings.core import (
     TokenLogprobs,
     check_unicode,
 )
+from toppings.model.tokenizer import load_tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT_LEN = 6
@@ -70,12 +71,10 @@ class TextModel:
     @classmethod
     def load(cls, path: Path) -> "TextModel":
         """Read from local files only. Raises ValueError where `path` holds no usable tokeniser."""
-        from transformers import AutoTokenizer
-
         if not path.is_dir():
             raise ValueError(f"no model directory at {path}")
         try:
-            return cls(AutoTokenizer.from_pretrained(path, local_files_only=True))
+            return cls(load_tokenizer(path))
         except Exception as error:  # the library raises whatever its parsers do
             raise ValueError(f"cannot read a tokeniser from {path}: {error}") from error
 
@@ -136,10 +135,10 @@ class TextModel:
         """Ends the processes that render templates; they also end with this object."""
         self._renderer.close()
 
-    def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
-        """Those of `texts` that are special tokens, by their ids; text that is decoded leaves them out."""
+    def single_tokens(self, texts: Sequence[str]) -> dict[str, int]:
+        """Those of `texts` that are one token each, with its id."""
         ids = {text: self.encode(text, add_special_tokens=False) for text in texts}
-        return {found[0]: text for text, found in ids.items() if len(found) == 1 and not self.decode(found)}
+        return {text: found[0] for text, found in ids.items() if len(found) == 1}
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token as it stands inside a sentence, special tokens by their names."""

@@ -21,7 +21,7 @@ from toppings.cluster.perf_model import (
 from toppings.command import app
 from toppings.config import EngineConfig
 from toppings.core import Batch
-from toppings.engine.build import open_registry
+from toppings.engine.base import open_registry
 from toppings.engine.model_runner import ModelRunner, StepInFlight
 from toppings.lab.batches.driver import NUM_DECODE_STEPS, BatchDriver
 from toppings.lab.batches.engine import AdapterEngine, engine_with_adapters

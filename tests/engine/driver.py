@@ -8,7 +8,8 @@ from typing import Any
 
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, FinishReason, RequestOutput, SamplingParams
-from toppings.engine.build import build_engine, open_registry
+from toppings.engine.base import open_registry
+from toppings.engine.build import build_engine
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
 

@@ -15,7 +15,7 @@ from tests.engine.oracle import make_adapter, make_model, make_prompt, reference
 from tests.waiting import PATIENCE_S, until
 from toppings.config import EngineConfig
 from toppings.core import FinishReason, RequestError, RequestOutput, SamplingParams
-from toppings.engine.build import open_registry
+from toppings.engine.base import open_registry
 from toppings.engine.client import EngineClient, EngineDeadError, EngineStartError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # of the engine that they share

@@ -10,7 +10,7 @@ from tests.engine.graph_fakes import FakeGraphs
 from toppings.config import ConfigError, EngineConfig
 from toppings.engine.decode_form import choose_decode_form, fastest_form, time_forms
 from toppings.model.config import ModelConfig
-from toppings.model.dummy import named_config
+from toppings.model.named import named_config
 from toppings.ops import dispatch
 
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -5,7 +5,7 @@ import pytest
 from tests.engine.driver import drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.config import EngineConfig
-from toppings.engine.build import model_config
+from toppings.engine.base import model_config
 
 
 def test_dummy_weights_serve_a_checkpoint_that_has_none(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.waiting import PATIENCE_S
 from toppings.config import EngineConfig
 from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine import client as client_module
-from toppings.engine.build import open_registry
+from toppings.engine.base import open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

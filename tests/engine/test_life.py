@@ -112,7 +112,7 @@ class TestWhatFailsBeforeThereIsAProcess:
         """After an engine that has served, the next is tried until the bound."""
         spawner = FakeSpawner()
         monkeypatch.setattr(Spawner, "spawn", spawner.spawn)
-        client = EngineClient(EngineConfig(model="base"), EngineLog(), max_restarts=2)
+        client = EngineClient(EngineConfig(model="base"), EngineLog(), 2, Spawner(stays=True))
         while client._life is None:
             await asyncio.sleep(0)
         client._note_ready(READY)

@@ -12,7 +12,7 @@ from toppings.config import EngineConfig
 from toppings.engine import products
 from toppings.engine.products import choose_products, products_path
 from toppings.model.config import ModelConfig
-from toppings.model.dummy import named_config
+from toppings.model.named import named_config
 from toppings.ops import product_profile
 from toppings.ops.product_profile import ProductProfile, ProductTime, this_cpu
 from toppings.ops.products import Forms, forms_for, rule_for, use_measured
@@ -105,7 +105,7 @@ def test_small_and_split_models_are_served_by_the_rule(
 def test_a_type_that_reads_more_than_the_checkpoint_has_is_told(
     dtype: str, is_told: bool, measuring: Measuring, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = dataclasses.replace(MODEL, dtype=BF16)
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
     kind = BF16 if dtype == "auto" else getattr(torch, dtype)
     choose_products(dataclasses.replace(CONFIG, dtype=dtype), model, kind, tmp_path)
     assert ("--dtype float32 reads 4 bytes" in caplog.text) is is_told

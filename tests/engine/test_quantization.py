@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from tests.engine.driver import drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
 from toppings.config import ConfigError, EngineConfig
-from toppings.engine.build import load_decoder, model_config
+from toppings.engine.base import model_config
+from toppings.engine.build import load_decoder
 from toppings.ops.linear import QuantizedLinear
 from toppings.ops.quantized import BITS, quantize
 

@@ -10,7 +10,7 @@ from tests.engine.driver import Driver, drive
 from tests.engine.graph_fakes import FakeGraphs
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.core import Batch, FinishReason
-from toppings.engine.build import model_config
+from toppings.engine.base import model_config
 from toppings.engine.model_runner import ModelRunner, StepInFlight
 
 ADAPTERS: dict[str, dict[str, object]] = {

@@ -22,7 +22,8 @@ from tests.gate import ONE_GPU
 from tests.waiting import PATIENCE_S
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import SamplingParams
-from toppings.engine.build import build_engine, open_registry
+from toppings.engine.base import open_registry
+from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.engine import FollowerLostError
 from toppings.engine.heartbeat import open_lifeline

@@ -63,7 +63,8 @@ def test_end_tokens_come_from_the_generation_configuration_first(tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtype_is_the_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
-    assert ModelConfig.from_checkpoint(save(build("llama", dtype), tmp_path)).dtype == dtype
+    config = ModelConfig.from_checkpoint(save(build("llama", dtype), tmp_path))
+    assert getattr(torch, config.dtype) is dtype
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from toppings.model.decoder import Decoder
-from toppings.model.dummy import NAMED_MODELS, dummy_weights, named_config
+from toppings.model.dummy import dummy_weights
+from toppings.model.named import NAMED_MODELS, named_config
 from toppings.model.weights import weight_shapes
 from toppings.ops.attention import AttentionMetadata, KVCache
 

@@ -110,7 +110,7 @@ def test_all_kinds_of_tensors_become_what_the_format_says(
     path, floats = converted
     weights = load_file(path / "model.safetensors")
     config = ModelConfig.from_checkpoint(path)
-    assert (config.num_layers, config.num_kv_heads, config.dtype) == (1, KV_HEADS, torch.bfloat16)
+    assert (config.num_layers, config.num_kv_heads, config.dtype) == (1, KV_HEADS, "bfloat16")
     # Rotary pairs lie side by side in the file, half a head apart in a checkpoint.
     for name, heads in (("attn_q", HEADS), ("attn_k", KV_HEADS)):
         shape = floats[name].shape

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 
 from toppings.config import EngineConfig
-from toppings.engine.build import base_identity, state_dir
+from toppings.engine.base import base_identity, state_dir
 from toppings.model.identity import checkpoint_identity
 from toppings.synth import PRESETS, write_model
 

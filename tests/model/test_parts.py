@@ -8,7 +8,7 @@ import torch
 from tests.engine.oracle import make_model
 from toppings.core import MODULES
 from toppings.model.config import ModelConfig
-from toppings.model.dummy import named_config
+from toppings.model.named import named_config
 from toppings.model.parts import split_model
 from toppings.model.weights import read_weights
 

@@ -16,6 +16,7 @@ import pytest
 from tests.server.conftest import Server
 from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
+from toppings.engine.spawn import Spawner
 from toppings.server import lifecycle
 from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, start_logging, with_run_files
 
@@ -152,7 +153,7 @@ async def test_collections_of_garbage_pass_over_what_has_started(
     monkeypatch.setattr(EngineClient, "start", client)
     num_before = len(gc.get_objects())
     try:
-        await lifecycle._start(server.state.config)
+        await lifecycle._start(server.state.config, Spawner(stays=False))
         assert len(gc.get_objects()) < num_before / 20
     finally:
         gc.unfreeze()

@@ -13,6 +13,7 @@ from toppings.cluster.measured import BASE, describe_base, perf_model_path, read
 from toppings.cluster.perf_model import PerfModel, load_perf_model
 from toppings.cluster.report import read_report
 from toppings.config import Config, EngineConfig
+from toppings.engine.spawn import Spawner
 from toppings.server import lifecycle
 from toppings.server.app import create_app
 from toppings.text import TextModel
@@ -102,6 +103,6 @@ async def test_a_server_does_not_start_with_a_file_that_is_none(
     file.write_text('{"origin": 3}')
     config = replace(config, server=replace(config.server, perf_model_file=str(file)))
     with pytest.raises(ValueError, match="cannot read performance model") as raised:
-        await lifecycle._start(config)
+        await lifecycle._start(config, Spawner(stays=False))
     assert str(file) in str(raised.value)
     assert engine.died.is_set(), "the engine was left running"

@@ -9,7 +9,7 @@ from toppings import LLM, SamplingParams
 from toppings.config import EngineConfig
 from toppings.core import FinishReason
 from toppings.demo import demo_adapters_dir, demo_model_dir
-from toppings.engine.build import base_names, served_model_name, state_dir
+from toppings.engine.base import base_names, served_model_name, state_dir
 from toppings.model.gguf import MAGIC, GgufError
 from toppings.sources import models
 from toppings.sources.models import find_model, with_model

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
@@ -19,6 +19,9 @@ from toppings.adapters.peft_matches import PeftMatches
 from toppings.adapters.stored_tensors import FLOATS, WEIGHTS_FILE, StoredTensor, StoredTensors
 from toppings.adapters.text_files import TEXT_FILES, TextFiles
 from toppings.core import MODULES
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AdapterCheckpoint", "AdapterError", "AdapterNotFound", "fingerprint", "read_checkpoint"]
 
@@ -42,8 +45,8 @@ _OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
 class ProjectionWeights:
     """A `[r, in]` and B `[out, r]` as stored, and the scale still to be applied."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: "torch.Tensor"
+    b: "torch.Tensor"
     scale: float
 
 
@@ -193,7 +196,7 @@ class _Plan:
     def keys(self) -> list[str]:
         return [key for halves in self._halves.values() for key in halves]
 
-    def weights(self, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[int, int], ProjectionWeights]:
+    def weights(self, tensors: Mapping[str, "torch.Tensor"]) -> dict[tuple[int, int], ProjectionWeights]:
         """Raises AdapterError for values that are not finite."""
         for key, tensor in tensors.items():
             if not is_finite(tensor):
@@ -269,8 +272,10 @@ def _check_presence(name: str, keys: list[str | None], matches: PeftMatches) -> 
         raise AdapterError(f"key {keys[0]!r} is not among the modules that the configuration targets")
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: "torch.Tensor") -> bool:
     """No value is NaN or infinite. By numpy, since torch would wake its threads for each small tensor."""
+    import torch
+
     if tensor.dtype is torch.bfloat16:
         exponents = tensor.view(torch.int16).numpy() & 0x7F80
         return not bool((exponents == 0x7F80).any())

@@ -13,14 +13,17 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from toppings.adapters.checkpoint import AdapterCheckpoint
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
 from toppings.core import MODULES
+
+if TYPE_CHECKING:
+    import torch
 
 _MAGIC = b"TOPPACK1"  # the last character is the version
 _PREFIX = struct.Struct("<8sII")
@@ -66,11 +69,13 @@ def _pad(num_bytes: int) -> int:
     return -(-num_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
 
 
-def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayout, torch.Tensor]:
+def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayout, "torch.Tensor"]:
     """The layout and all its blocks, 1-D of `dtype`; padding is 0. B holds scale * B, rounded once from fp32.
 
     Raises AdapterError where a value overflows `dtype`, or the adapter's effect would.
     """
+    import torch
+
     layout = AdapterLayout.build(checkpoint.ranks(), checkpoint.shapes, dtype)
     blocks = torch.from_numpy(np.zeros(layout.num_bytes, np.uint8)).view(getattr(torch, dtype))
     for (layer, module), weights in checkpoint.weights.items():
@@ -85,9 +90,11 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
 
 
 def _check_magnitudes(
-    checkpoint: AdapterCheckpoint, layer: int, module: int, scaled: torch.Tensor, dtype: str
+    checkpoint: AdapterCheckpoint, layer: int, module: int, scaled: "torch.Tensor", dtype: str
 ) -> None:
     """`scaled`: B with its scale, fp32. By numpy, as torch would wake its threads for each small tensor."""
+    import torch
+
     weights, limit = checkpoint.weights[layer, module], torch.finfo(getattr(torch, dtype)).max
     largest_a, largest_b = _largest(weights.a), _largest(scaled)
     place = f"adapter {checkpoint.path}: layer {layer} {MODULES[module]}"
@@ -104,8 +111,10 @@ def _check_magnitudes(
         )
 
 
-def _largest(tensor: torch.Tensor) -> float:
+def _largest(tensor: "torch.Tensor") -> float:
     """The largest magnitude; NaN where there is one."""
+    import torch
+
     if tensor.dtype is torch.bfloat16:  # magnitudes are in the order of their bits
         bits = (tensor.view(torch.int16).numpy() & 0x7FFF).max()
         return float((np.uint32(bits) << np.uint32(16)).view(np.float32))
@@ -120,6 +129,8 @@ def pack_adapter(
 
     Raises AdapterError where a value overflows `dtype`, OSError where the disk is full.
     """
+    import torch
+
     layout, blocks = pack_weights(checkpoint, dtype)
     data = blocks.view(torch.uint8).numpy().data
     crcs = tuple(zlib.crc32(_block(data, layout, layer)) for layer in range(layout.num_layers))

@@ -10,25 +10,28 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 
 from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 4 << 20
 CHUNK_BYTES = 16 << 20
 FLOATS = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
 }
+"""Types by their names in a file: their names in torch, and their bytes."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -61,11 +64,13 @@ class StoredTensors:
         self.head = prefix + text
         self.by_key = _parse(text, size - len(self.head))
 
-    def read(self, keys: Iterable[str], note: Callable[[memoryview], object]) -> dict[str, torch.Tensor]:
+    def read(self, keys: Iterable[str], note: Callable[[memoryview], object]) -> dict[str, "torch.Tensor"]:
         """Tensors of types in `FLOATS`, read in the file's order; `note` gets the bytes as they come.
 
         Raises AdapterError where the file has become shorter, OSError.
         """
+        import torch
+
         tensors = {}
         for stored in sorted((self.by_key[key] for key in keys), key=lambda stored: stored.start):
             data = np.empty(stored.end - stored.start, np.uint8)
@@ -75,7 +80,9 @@ class StoredTensors:
                 if self._file.readinto(part.data) != len(part):  # type: ignore[attr-defined]
                     raise _corrupt(f"it ends within {stored.key!r}")
                 note(part.data)
-            tensor = torch.from_numpy(data).view(FLOATS[stored.dtype]).reshape(stored.shape)
+            tensor = (
+                torch.from_numpy(data).view(getattr(torch, FLOATS[stored.dtype][0])).reshape(stored.shape)
+            )
             tensors[stored.key] = tensor.float() if stored.dtype.startswith("F8") else tensor
         return tensors
 
@@ -111,8 +118,8 @@ def _entry(key: str, value: Any) -> StoredTensor:
 def _check_places(tensors: list[StoredTensor], num_bytes: int) -> None:
     """Every tensor has the bytes that its shape needs, and the file has those of the tensors and no more."""
     for tensor in tensors:
-        dtype = FLOATS.get(tensor.dtype)
-        if dtype is not None and math.prod(tensor.shape) * dtype.itemsize != tensor.end - tensor.start:
+        _, num_bytes_each = FLOATS.get(tensor.dtype, ("", None))
+        if num_bytes_each and math.prod(tensor.shape) * num_bytes_each != tensor.end - tensor.start:
             raise _corrupt(f"{tensor.key[:200]!r} has another size than its shape needs")
     places = [(0, 0), *sorted((tensor.start, tensor.end) for tensor in tensors), (num_bytes, num_bytes)]
     if any(end != start for (_, end), (start, _) in pairwise(places)):

@@ -60,7 +60,7 @@ class EngineClient:
     there is none now.
     """
 
-    def __init__(self, config: EngineConfig, log: EngineLog, max_restarts: int) -> None:
+    def __init__(self, config: EngineConfig, log: EngineLog, max_restarts: int, spawner: Spawner) -> None:
         self.died = asyncio.Event()
         self.down_reason = "the engine is starting"
         self.num_restarts = 0
@@ -68,7 +68,7 @@ class EngineClient:
         self._log = log
         self._max_restarts = max_restarts
         self._num_in_a_row = 0
-        self._spawner = Spawner(stays=max_restarts > 0)
+        self._spawner = spawner
         self._life: EngineLife | None = None
         self._first: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._may_begin = False
@@ -90,13 +90,16 @@ class EngineClient:
         after: Awaitable[object] | None = None,
         log: EngineLog | None = None,
         max_restarts: int = 0,
+        spawner: Spawner | None = None,
     ) -> "EngineClient":
-        """Spawn an engine process and wait until it is ready.
+        """Spawn an engine process and wait until it is ready; `spawner`: one that was prepared for it, which
+        is closed with the client.
 
         It reads the model at once, but the registry only when `after` is done. Raises EngineStartError with
         its reason, or what `after` raises.
         """
-        client = cls(config, log or EngineLog(), max_restarts)
+        spawner = spawner or Spawner(stays=max_restarts > 0)
+        client = cls(config, log or EngineLog(), max_restarts, spawner)
         try:
             if after is not None:
                 await after

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from toppings.config import QUANTIZATIONS, ConfigError, EngineConfig
 from toppings.core import BatchItem, Request, SamplingParams
-from toppings.engine.build import load_decoder, make_cache, model_config, model_path, set_threads
+from toppings.engine.base import model_config, model_path
+from toppings.engine.build import load_decoder, make_cache, set_threads
 from toppings.engine.pages import pages_for
 from toppings.engine.step_inputs import InputBuilder
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
+from toppings.model.tokenizer import load_tokenizer
 from toppings.ops.attention import KVCache
 
 WINDOW = 512
@@ -60,13 +62,11 @@ def _logits(config: EngineConfig, decoder: Decoder, cache: KVCache, ids: list[in
 
 
 def _tokens(config: EngineConfig, text: Path, max_tokens: int) -> list[int]:
-    from transformers import AutoTokenizer  # slow to import
-
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the text {text}: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(model_path(config), local_files_only=True)
+    tokenizer = load_tokenizer(model_path(config))
     ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"][:max_tokens]
     if len(ids) < 2:
         raise ConfigError(f"{text} has {len(ids)} tokens; a perplexity needs at least 2")

@@ -68,10 +68,10 @@ def main() -> None:
     control, stays = socket.socket(fileno=int(sys.argv[1])), STAYS in sys.argv
     if stays:
         signal.signal(signal.SIGCHLD, lambda *_: _report_ends(control))
+        _import_all()
     while (received := _receive(control)) is not None:
         start, lifeline = received
         if stays:
-            _import_all(start.config)
             if os.fork():
                 lifeline.close()
                 continue
@@ -124,10 +124,8 @@ def _receive(control: socket.socket) -> tuple[Start, socket.socket] | None:
     return msgspec.msgpack.decode(data, type=Start), lifeline
 
 
-def _import_all(config: EngineConfig) -> None:
+def _import_all() -> None:
     """What an engine imports, and nothing that starts a thread or touches a device: forks would lack it."""
-    if "toppings.engine.build" in sys.modules:
-        return
     given = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; it would start its threads now
     from toppings.engine import build, loop  # noqa: F401
@@ -137,8 +135,6 @@ def _import_all(config: EngineConfig) -> None:
     if given is not None:
         os.environ["OPENBLAS_NUM_THREADS"] = given
     import_kernels()
-    with suppress(Exception):  # an engine will say what is wrong
-        build.model_config(config)  # for the imports it makes
     gc.collect()
     gc.freeze()  # what is never collected is never copied
 

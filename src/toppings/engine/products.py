@@ -106,12 +106,13 @@ def _num_parameters(model: ModelConfig) -> int:
 
 
 def _tell_of_slow_dtype(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
-    if config.dtype != "auto" and dtype.itemsize > model.dtype.itemsize:
+    stored: torch.dtype = getattr(torch, model.dtype)
+    if config.dtype != "auto" and dtype.itemsize > stored.itemsize:
         logger.warning(
             "--dtype %s reads %d bytes a parameter where the checkpoint has %d, so a token takes up to %g"
             " times as long; the CPU's sums are in float32 with --dtype auto, too",
             config.dtype,
             dtype.itemsize,
-            model.dtype.itemsize,
-            dtype.itemsize / model.dtype.itemsize,
+            stored.itemsize,
+            dtype.itemsize / stored.itemsize,
         )

@@ -52,18 +52,29 @@ class Spawner:
 
     def __init__(self, *, stays: bool) -> None:
         self._stays = stays
+        self._has_spawned = False
         self._codes: dict[int, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+
+    def prepare(self) -> None:
+        """Begins to start the process that is to fork engines: it imports what they need while others do what
+        comes before. Raises OSError where there can be none."""
+        if self._stays and not self._is_there:
+            self._renew()
+
+    @property
+    def _is_there(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def spawn(self, config: EngineConfig, address: str, log: EngineLog) -> EngineProcess:
         """Begins to start a process that serves `config` over the ZeroMQ `address`; does not wait for it.
 
         Raises OSError where there can be none.
         """
-        is_warm = self._stays and self._process is not None and self._process.poll() is None
-        if not is_warm:
+        if not (self._stays and self._is_there):
             self._renew()
+        is_warm, self._has_spawned = self._has_spawned, True
         assert self._control is not None
         mine, theirs = open_lifeline()
         if is_warm and self._process is not None:
@@ -75,6 +86,7 @@ class Spawner:
 
     def _renew(self) -> None:
         self.close()
+        self._has_spawned = False
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "toppings.engine.process", str(theirs.fileno())]

@@ -4,14 +4,17 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from toppings.core import GROUPS
 from toppings.model.files import read_generation_config, read_json, stored_float_dtype
+from toppings.model.remembered import remembered
 
 logger = logging.getLogger(__name__)
+
+FORM = "1"
+"""Another one makes anew what is remembered of configurations."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ FAMILIES = {
     ),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -44,7 +48,7 @@ class ModelConfig:
     """A base model's shape. `sliding_windows` has one entry per layer, None for full attention.
 
     `inverse_frequencies` (head_dim / 2) and `rope_scaling` are what `ops.rope.Rope` takes;
-    `max_position_embeddings` counts the positions they are good for.
+    `max_position_embeddings` counts the positions they are good for. `dtype` is the name of torch's.
     """
 
     architecture: str
@@ -67,7 +71,7 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @classmethod
     def from_checkpoint(cls, path: Path | str) -> "ModelConfig":
@@ -78,24 +82,15 @@ class ModelConfig:
         path = Path(path)
         raw = read_json(path / "config.json")
         architecture = _check_served(path, raw)
-        from transformers import AutoConfig  # slow to import, and only needed to read
-
-        try:
-            source = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises its validators' own types too
-            raise ValueError(f"{path / 'config.json'} is not valid: {error}") from error
-        if source.model_type != (expected := FAMILIES[architecture].model_type):
-            raise ValueError(
-                f"{path / 'config.json'} names architecture {architecture} and model_type "
-                f"{source.model_type!r}; {architecture} goes with {expected!r}"
-            )
+        read = remembered("config", path, ["config.json"], lambda: _read(path, architecture), FORM)
+        source, rope = SimpleNamespace(**read["source"]), _Rope(tuple(read["frequencies"]), read["scaling"])
         source.dtype = source.dtype or _stored_dtype(path)
-        return _convert(source, architecture, read_generation_config(path))
+        return _convert(source, rope, architecture, read_generation_config(path))
 
     @classmethod
     def from_transformers(cls, source: Any, architecture: str) -> "ModelConfig":
         """From a configuration object of transformers. Raises ValueError where it cannot be served."""
-        return _convert(source, architecture, {})
+        return _convert(source, _rope(source), architecture, {})
 
     @property
     def q_size(self) -> int:
@@ -124,6 +119,27 @@ class ModelConfig:
             group: tuple(sum(sizes[modules[0] : module]) for module in modules)
             for group, modules in GROUPS.items()
         }
+
+
+class _Rope(NamedTuple):
+    frequencies: tuple[float, ...]
+    scaling: float
+
+
+def _read(path: Path, architecture: str) -> dict[str, Any]:
+    """What transformers makes of config.json: all of its fields, and the rotary frequencies."""
+    from transformers import AutoConfig  # takes seconds
+
+    try:
+        source = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises its validators' own types too
+        raise ValueError(f"{path / 'config.json'} is not valid: {error}") from error
+    if source.model_type != (expected := FAMILIES[architecture].model_type):
+        raise ValueError(
+            f"{path / 'config.json'} names architecture {architecture} and model_type "
+            f"{source.model_type!r}; {architecture} goes with {expected!r}"
+        )
+    return {"source": source.to_dict(), **_rope(source)._asdict()}
 
 
 def _stored_dtype(path: Path) -> str | None:
@@ -155,14 +171,11 @@ def _check_served(path: Path, raw: dict[str, Any]) -> str:
     return architecture
 
 
-def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> ModelConfig:
+def _convert(source: Any, rope: _Rope, architecture: str, generation: dict[str, Any]) -> ModelConfig:
     family = FAMILIES[architecture]
     if source.hidden_act != "silu":
         raise ValueError(f"hidden_act is {source.hidden_act!r}; only 'silu' is supported")
     has_bias = family.heeds_attention_bias and bool(source.attention_bias)
-    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
-    _check_sizes(source, head_dim)
-    frequencies, scaling = _rope(source, head_dim)
     return ModelConfig(
         architecture=architecture,
         vocab_size=source.vocab_size,
@@ -171,7 +184,7 @@ def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> Mode
         num_layers=source.num_hidden_layers,
         num_heads=source.num_attention_heads,
         num_kv_heads=source.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=_head_dim(source),
         rms_norm_eps=source.rms_norm_eps,
         qkv_bias=family.qkv_bias or has_bias,
         o_bias=has_bias,
@@ -179,8 +192,8 @@ def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> Mode
         has_head_norm=family.has_head_norm,
         tie_word_embeddings=bool(source.tie_word_embeddings),
         sliding_windows=_windows(source, family),
-        inverse_frequencies=frequencies,
-        rope_scaling=scaling,
+        inverse_frequencies=rope.frequencies,
+        rope_scaling=rope.scaling,
         max_position_embeddings=_max_positions(source),
         bos_token_id=next(iter(_ids(source, generation, "bos_token_id")), None),
         eos_token_ids=_ids(source, generation, "eos_token_id"),
@@ -188,7 +201,12 @@ def _convert(source: Any, architecture: str, generation: dict[str, Any]) -> Mode
     )
 
 
-def _check_sizes(source: Any, head_dim: int) -> None:
+def _head_dim(source: Any) -> int:
+    size: int = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    return size
+
+
+def _check_sizes(source: Any) -> None:
     sizes = {
         name: getattr(source, name)
         for name in (
@@ -196,16 +214,21 @@ def _check_sizes(source: Any, head_dim: int) -> None:
             *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
         )
     }
-    for name, size in {**sizes, "head_dim": head_dim}.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
+    for name, size in sizes.items():
+        _check_size(name, size)
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise ValueError(
             f"num_attention_heads is {sizes['num_attention_heads']}; it must be a multiple of "
             f"num_key_value_heads, {sizes['num_key_value_heads']}"
         )
+    _check_size("head_dim", head_dim := _head_dim(source))
     if head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; it must be even, as rotary positions turn pairs")
+
+
+def _check_size(name: str, size: Any) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
 
 
 def _ids(source: Any, generation: dict[str, Any], name: str) -> tuple[int, ...]:
@@ -224,13 +247,11 @@ def _ids(source: Any, generation: dict[str, Any], name: str) -> tuple[int, ...]:
     return known
 
 
-def _dtype(source: Any) -> torch.dtype:
-    dtype = source.dtype or torch.float32
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+def _dtype(source: Any) -> str:
+    name = str(source.dtype or "float32").removeprefix("torch.")
+    if name not in DTYPE_NAMES:
         raise ValueError(f"dtype is {source.dtype!r}; only bfloat16, float16 and float32 are supported")
-    return dtype
+    return name
 
 
 def _windows(source: Any, family: _Family) -> tuple[int | None, ...]:
@@ -246,8 +267,9 @@ def _windows(source: Any, family: _Family) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(source: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies and attention factor, by transformers' own functions."""
+def _rope(source: Any) -> _Rope:
+    """Inverse frequencies and attention factor, by transformers' own functions, of sizes that are checked."""
+    _check_sizes(source)
     parameters = source.rope_parameters
     kind = parameters["rope_type"]
     if kind not in ROPE_TYPES:
@@ -256,13 +278,16 @@ def _rope(source: Any, head_dim: int) -> tuple[tuple[float, ...], float]:
         raise ValueError(
             f"partial_rotary_factor is {parameters['partial_rotary_factor']}; only 1.0 is supported"
         )
+    import torch
+
     if kind == "default":
+        head_dim = _head_dim(source)
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
+        return _Rope(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](source, torch.device("cpu"))
-    return tuple(frequencies.tolist()), float(scaling)
+    return _Rope(tuple(frequencies.tolist()), float(scaling))
 
 
 def _max_positions(source: Any) -> int:

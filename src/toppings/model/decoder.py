@@ -117,9 +117,8 @@ class Decoder:
         Raises ValueError as `ModelConfig.from_checkpoint`, `read_weights` and `quantize`.
         """
         config = ModelConfig.from_checkpoint(path)
-        if isinstance(dtype, str):
-            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        weights = read_weights(path, config, dtype)
+        name = config.dtype if dtype == "auto" else dtype
+        weights = read_weights(path, config, getattr(torch, name) if isinstance(name, str) else name)
         weights = {name: weight.to(device) for name, weight in weights.items()}
         return cls(config, weights, quantization=quantization)
 

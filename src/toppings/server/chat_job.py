@@ -11,23 +11,17 @@ put together.
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from toppings.adapters.text_files import MAX_TEMPLATE_BYTES
-from toppings.chat_template import ChatTemplate
-from toppings.core import FinishReason, RequestError
+from toppings.core import FinishReason
 from toppings.server.chat_body import ChatBody
-from toppings.server.errors import ApiError
+from toppings.server.chat_plan import chat_plan
 from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
-from toppings.server.state import Lease, ServerState, Target
+from toppings.server.state import Lease, ServerState
 from toppings.text import TextOutput
-from toppings.tools import reasoning
-from toppings.tools.formats import FORMATS, Tool, ToolFormat, format_of
-from toppings.tools.history import with_names
-from toppings.tools.output import CallDelta, OutputParser, Parts, Read, read_content
+from toppings.tools.output import CallDelta, OutputParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,128 +115,28 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
     """Raises ApiError, RequestError and SandboxBusyError for a chat that cannot be answered."""
     started_at = time.perf_counter()
     target = await state.find_target(body.model)
-    plan = await _plan(state, body, target)
+    plan = await chat_plan(state, body, target)
     text = await state.text.chat_text(plan.messages, plan.template, **plan.options)
     [prompt] = await tokens_of(state, [text], add_special_tokens=bool(body.add_special_tokens))
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:
         room = room_for_output(state, [prompt])
         max_tokens = min(room, state.defaults.get("max_tokens", room))
+    sampling = body.sampling(
+        max_tokens=max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        defaults=state.defaults,
+    )
+    reading = plan.reading(text, sampling.structure)
     return ChatJob(
         state=state,
         target=target,
         prompts=[prompt],
-        sampling=body.sampling(
-            max_tokens=max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            defaults=state.defaults,
-        ),
+        sampling=replace(sampling, structure=reading.structure),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         started_at=started_at,
-        new_parser=plan.parser(text),
+        new_parser=reading.new_parser,
         shows_reasoning=body.include_reasoning is not False,
-        shown=plan.shown_tokens(),
+        shown=plan.shown,
     )
-
-
-@dataclass(kw_only=True)
-class _Plan:
-    """What a chat's template is told, and how the answer will be read."""
-
-    state: ServerState
-    body: ChatBody
-    template: ChatTemplate | None
-    format: ToolFormat
-    tools: list[Tool]
-    thinks: bool
-    messages: list[dict[str, Any]]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        body = self.body
-        is_continued = bool(body.continue_final_message)
-        return {
-            "add_generation_prompt": body.add_generation_prompt is not False
-            and not (body.add_generation_prompt is None and is_continued),
-            "continue_final_message": is_continued,
-            "tools": self._told_tools(),
-            "documents": body.documents or None,
-            "variables": {**_effort(body), **(body.chat_template_kwargs or {})},
-        }
-
-    def _told_tools(self) -> list[dict[str, Any]] | None:
-        if not self.tools or not self.format.tells_template:
-            return None
-        return [tool.for_template() for tool in self.tools]
-
-    def parser(self, prompt: str) -> Callable[[], OutputParser] | None:
-        """A maker of parsers for answers to `prompt`; None where all their text is content."""
-        is_begun = self.thinks and self._has_begun_thoughts(prompt)
-        may_think = self.thinks and (is_begun or not reasoning.is_over(prompt))
-        if not self.tools and not may_think:
-            return None
-        read: Read = self.format.read if self.tools else read_content
-        if may_think:
-            read = reasoning.after_reasoning(read, is_begun=is_begun)
-        names = frozenset(tool.name for tool in self.tools)
-        is_single = self.body.is_single_call
-        return lambda: OutputParser(read, Parts(names, new_id=self.format.new_id, is_single=is_single))
-
-    def _has_begun_thoughts(self, prompt: str) -> bool:
-        if self.body.continue_final_message:
-            return reasoning.is_open(self.body.messages[-1].text)
-        return reasoning.is_begun(prompt)
-
-    def shown_tokens(self) -> dict[int, str]:
-        """Special tokens that the parser has to see."""
-        marks = (*(self.format.marks if self.tools else ()), *(reasoning.MARKS if self.thinks else ()))
-        return self.state.text.special_tokens(marks)
-
-
-async def _plan(state: ServerState, body: ChatBody, target: Target) -> _Plan:
-    settings = state.config.server
-    tools = list(body.usable_tools())
-    template = _request_template(state, body) or await state.template_of(target)
-    if template is None:
-        template = state.text.tool_template if tools else state.text.template
-    source = "" if template is None else template.source
-    if body.documents and template is not None and not template.mentions("documents"):
-        message = f"documents were given, but the chat template of {template.owner} does not show any"
-        raise ApiError(400, message, param="documents")
-    chosen = settings.tool_call_parser
-    form = format_of(source) if chosen == "auto" else FORMATS[chosen]
-    thinks = {"auto": reasoning.END in source, "none": False}.get(settings.reasoning_parser, True)
-    messages = with_names([message.for_template() for message in body.messages])
-    state.text.check_chars(sum(len(message["content"]) for message in messages))
-    return _Plan(
-        state=state,
-        body=body,
-        template=template,
-        format=form,
-        tools=tools,
-        thinks=thinks,
-        messages=form.messages(messages, tools),
-    )
-
-
-def _request_template(state: ServerState, body: ChatBody) -> ChatTemplate | None:
-    source = body.chat_template
-    if source is None:
-        return None
-    if state.config.server.trust_request_chat_template != "on":
-        message = "chat_template is not taken from requests here (setting trust_request_chat_template)"
-        raise ApiError(400, message, param="chat_template")
-    if len(source) > MAX_TEMPLATE_BYTES:
-        raise RequestError(
-            f"chat_template has {len(source)} characters; at most {MAX_TEMPLATE_BYTES} are taken"
-        )
-    return ChatTemplate(source, "the request")
-
-
-def _effort(body: ChatBody) -> Mapping[str, Any]:
-    """Templates know it by its name, or only whether to think at all."""
-    effort = body.reasoning_effort
-    if effort is None:
-        return {}
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}

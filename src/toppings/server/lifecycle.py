@@ -25,6 +25,7 @@ from toppings.config import Config, ConfigError
 from toppings.core import shown
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
+from toppings.engine.spawn import Spawner
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_connection_limit
@@ -47,14 +48,15 @@ IDLE_CONNECTION_S = 75
 arrives on it loses that request."""
 
 
-def run_server(config: Config) -> int:
-    """Serve until a signal or the engine's death; the exit code: 0 after a signal, 1 otherwise.
+def run_server(config: Config, spawner: Spawner) -> int:
+    """Serve until a signal or the engine's death; the exit code: 0 after a signal, 1 otherwise. `spawner`
+    starts the engines.
 
     Raises ConfigError, ValueError, OSError or EngineStartError where the server cannot start.
     """
     config = with_run_files(config)
     start_logging(config)
-    return asyncio.run(_serve(with_api_key(config)))
+    return asyncio.run(_serve(with_api_key(config), spawner))
 
 
 def run_dir(config: Config) -> Path:
@@ -106,10 +108,10 @@ class _ShortFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, spawner: Spawner) -> int:
     stop = Stop(config.server.shutdown_timeout_s)
     with stop.on_signals(), listening_socket(config) as listener:
-        startup = asyncio.create_task(_start(config))
+        startup = asyncio.create_task(_start(config, spawner))
         await stop.or_done(startup)
         if not startup.done():
             startup.cancel()
@@ -125,14 +127,16 @@ async def _serve(config: Config) -> int:
             registry.close()
 
 
-async def _start(config: Config) -> tuple[EngineClient, AdapterRegistry, TextModel, PerfModel | None]:
+async def _start(
+    config: Config, spawner: Spawner
+) -> tuple[EngineClient, AdapterRegistry, TextModel, PerfModel | None]:
     """The engine reads the model while adapters are registered here, and the registry once they are."""
     lock = await asyncio.to_thread(_hold_state, config)  # before an engine is started for nothing
     registering = asyncio.create_task(asyncio.to_thread(_registry, config, lock))
     log = EngineLog(config.server.log_level, str(log_file(config)))
     restarts = config.server.max_engine_restarts
     client = asyncio.create_task(
-        EngineClient.start(config.engine, after=registering, log=log, max_restarts=restarts)
+        EngineClient.start(config.engine, after=registering, log=log, max_restarts=restarts, spawner=spawner)
     )
     try:
         registry = await registering  # before the tokeniser: two threads must not import transformers at once
@@ -156,19 +160,19 @@ def settle_heap() -> None:
 
 
 def _text_model(config: Config) -> TextModel:
-    from toppings.engine.build import model_path
+    from toppings.engine.base import model_path
 
     return TextModel.load(model_path(config.engine))
 
 
 def _hold_state(config: Config) -> StateLock:
-    from toppings.engine.build import hold_state
+    from toppings.engine.base import hold_state
 
     return hold_state(config.engine, "toppings serve")
 
 
 def _registry(config: Config, lock: StateLock) -> AdapterRegistry:
-    from toppings.engine.build import open_registry
+    from toppings.engine.base import open_registry
 
     registry = open_registry(config.engine, lock)
     registry.register_directory(config.server.adapters or None).log()

@@ -13,7 +13,11 @@ from pathlib import Path
 
 from toppings.config import EngineConfig
 from toppings.demo import BASE_NAME, demo_adapters_dir, demo_model_dir, real_adapters_dir
+from toppings.model.config import ModelConfig
 from toppings.model.gguf import SUFFIX, check_magic, convert_gguf
+from toppings.model.named import NAMED_MODELS
+from toppings.model.remembered import cache_dir
+from toppings.model.tokenizer import load_tokenizer
 from toppings.sources import hub, remote
 from toppings.sources.remote import scheme_of
 
@@ -78,8 +82,6 @@ def _place(state_dir: str) -> Path:
 
 def with_model(config: EngineConfig) -> EngineConfig:
     """`config` with the directory of its model, found once for all who read it, and the model's name."""
-    from toppings.model.dummy import NAMED_MODELS  # needs torch
-
     if config.load_format == "dummy" and config.model in NAMED_MODELS:
         return config
     found = find_model(config.model, config.state_dir)
@@ -93,10 +95,6 @@ def packaged_gguf() -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     return next((path for file in files if (path := Path(str(file.locate()))).suffix == SUFFIX), None)
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toppings"
 
 
 def file_identity(file: Path) -> str:
@@ -153,4 +151,7 @@ def _alone(directory: Path, key: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":  # of the set-up, so that the first start is as fast as the next one
-    find_model()
+    for reference in ("", DEMO):
+        model = find_model(reference).path
+        ModelConfig.from_checkpoint(model)
+        load_tokenizer(model)

@@ -31,31 +31,30 @@ class Tool:
         return {"type": "function", "function": told}
 
 
-@dataclass(frozen=True, slots=True)
-class Wording:
-    """What a grammar writes: `start`, a call, `between` and a call for each further one, `end`; a call is
-    `before`, its object with the arguments under the name `arguments`, `after`."""
-
-    start: str = ""
-    before: str = ""
-    after: str = ""
-    between: str = ""
-    end: str = ""
-    arguments: str = "arguments"
-
-
 class ToolFormat:
-    """Of templates that know tools and take calls as OpenAI's API has them, arguments as an object."""
+    """Of templates that know tools and take calls as OpenAI's API has them, arguments as an object.
+
+    What forced calls are written like: `start`, a call, `between` and a call for each further one, `end`; a
+    call is what `around` gives, with the arguments in the middle. Where `start` is empty and there is a
+    `trigger`, each call begins with that; without a trigger calls are the whole answer.
+    """
 
     name: ClassVar[str]
-    wording: ClassVar[Wording]
-    marks: ClassVar[tuple[str, ...]] = ()
+    marks: ClassVar[tuple[str, ...]]
     """Texts that may be special tokens, which are no text otherwise."""
+    start: ClassVar[str] = ""
+    between: ClassVar[str] = ""
+    end: ClassVar[str] = ""
+    trigger: ClassVar[str] = ""
     tells_template: ClassVar[bool] = True
     """The template itself tells the model of the tools."""
 
     def read(self, parts: Parts) -> Reading[None]:
         """An answer from its beginning to its end."""
+        raise NotImplementedError
+
+    def around(self, name: str) -> tuple[str, str]:
+        """What stands before and after the arguments of a call of `name`."""
         raise NotImplementedError
 
     def new_id(self) -> str:
@@ -71,8 +70,12 @@ class Hermes(ToolFormat):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen 2.5 and 3 write it too."""
 
     name = "hermes"
-    wording = Wording(before="<tool_call>\n", after="\n</tool_call>", between="\n")
     marks = ("<tool_call>", "</tool_call>")
+    between = "\n"
+    trigger = "<tool_call>"
+
+    def around(self, name: str) -> tuple[str, str]:
+        return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
 
     def read(self, parts: Parts) -> Reading[None]:
         begin, end = self.marks
@@ -140,8 +143,11 @@ class Llama3(ToolFormat):
     """`{"name": ..., "parameters": {...}}` as the whole answer, or after `<|python_tag|>`; more after `;`."""
 
     name = "llama3_json"
-    wording = Wording(between="; ", arguments="parameters")
     marks = ("<|python_tag|>",)
+    between = "; "
+
+    def around(self, name: str) -> tuple[str, str]:
+        return f'{{"name": {json.dumps(name)}, "parameters": ', "}"
 
     def read(self, parts: Parts) -> Reading[None]:
         """Without its tag, an object is a call only where it names a tool: it may be an answer in JSON."""
@@ -165,12 +171,12 @@ class Llama3(ToolFormat):
 
 
 class Mistral(ToolFormat):
-    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`; newer ones write each call as
-    `[TOOL_CALLS]name[ARGS]{...}`, some with `[CALL_ID]id` after the name."""
+    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`; reads what newer ones write, too."""
 
     name = "mistral"
-    wording = Wording(start="[TOOL_CALLS][", between=", ", end="]")
     marks = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    start, between, end = "[TOOL_CALLS][", ", ", "]"
+    trigger = "[TOOL_CALLS]"
     _id = re.compile(r"[a-zA-Z0-9]{9}")
 
     def read(self, parts: Parts) -> Reading[None]:
@@ -208,6 +214,9 @@ class Mistral(ToolFormat):
             raise MalformedError("a call needs a name")
         yield from parts.named_call(name)
 
+    def around(self, name: str) -> tuple[str, str]:
+        return f'{{"name": {json.dumps(name)}, "arguments": ', "}"
+
     def new_id(self) -> str:
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
@@ -227,7 +236,19 @@ class Mistral(ToolFormat):
         return given if self._id.fullmatch(given) else hashlib.sha256(given.encode()).hexdigest()[:9]
 
 
-FORMATS: dict[str, ToolFormat] = {each.name: each for each in (Hermes(), Llama3(), Mistral(), Generic())}
+class MistralNamed(Mistral):
+    """Each call as `[TOOL_CALLS]name[ARGS]{...}`, some with `[CALL_ID]id` after the name."""
+
+    name = "mistral_named"
+    start, between, end = "", "", ""
+
+    def around(self, name: str) -> tuple[str, str]:
+        return f"[TOOL_CALLS]{name}[ARGS]", ""
+
+
+FORMATS: dict[str, ToolFormat] = {
+    each.name: each for each in (Hermes(), Llama3(), Mistral(), MistralNamed(), Generic())
+}
 
 
 def format_of(template: str) -> ToolFormat:
@@ -236,7 +257,7 @@ def format_of(template: str) -> ToolFormat:
     if not re.search(r"\btools\b", template):
         name = "generic"
     elif "[TOOL_CALLS]" in template:
-        name = "mistral"
+        name = "mistral_named" if "[ARGS]" in template else "mistral"
     elif "<tool_call>" in template and "<function=" not in template:
         name = "hermes"
     elif "<|python_tag|>" in template or ("<|start_header_id|>" in template and '"parameters"' in template):

@@ -11,7 +11,7 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, open_node_registry
 from toppings.config import Config
-from toppings.engine.build import hold_state, open_registry
+from toppings.engine.base import hold_state, open_registry
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 

@@ -51,7 +51,7 @@ class Front:
         self, config: Config, fleet: FleetConfig, engines: DeploymentHandle
     ) -> None:
         """Returns when a replica is ready to serve."""
-        from toppings.engine.build import model_path
+        from toppings.engine.base import model_path
 
         start_logging(config)
         keep_replica_on_loopback()

@@ -31,7 +31,7 @@ def open_node_registry(config: Config, *, is_front: bool) -> AdapterRegistry:
 
     The processes share the state directory with each other and with nobody else: raises StateHeldError.
     """
-    from toppings.engine.build import hold_state, open_registry
+    from toppings.engine.base import hold_state, open_registry
 
     lock = hold_state(config.engine, "toppings up", is_shared=True)
     registry = open_registry(config.engine, lock)

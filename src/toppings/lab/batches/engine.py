@@ -11,7 +11,7 @@ from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.assist.profile import LinkProbe
 from toppings.config import EngineConfig
 from toppings.core import MODULES
-from toppings.engine.build import model_path, open_registry, state_dir
+from toppings.engine.base import model_path, open_registry, state_dir
 from toppings.engine.engine import Engine
 from toppings.lab.batches.steps import OnProgress
 from toppings.lab.engines import running_engine

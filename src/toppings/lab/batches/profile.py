@@ -10,7 +10,7 @@ from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import fit_perf_model
 from toppings.cluster.measured import BASE, describe_base, perf_model_path
 from toppings.config import EngineConfig
-from toppings.engine.build import state_dir
+from toppings.engine.base import state_dir
 from toppings.lab.batches.driver import BatchDriver
 from toppings.lab.batches.engine import AdapterEngine, engine_with_adapters
 from toppings.lab.batches.plan import decode_batches, prefill_batches

@@ -13,7 +13,7 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, SamplingParams
-from toppings.engine.build import open_registry
+from toppings.engine.base import open_registry
 from toppings.engine.engine import Engine
 from toppings.lab.engines import running_engine
 from toppings.lab.players.engine import preload_host
