@@ -321,6 +321,9 @@ class ServerConfig(Settings):
     send_timeout_s: float = setting(
         60.0, "how long a client may leave an answer unread before it is dropped", above=0
     )
+    strict_fields: str = setting(
+        "off", "refuse requests with fields that nobody knows, instead of ignoring those", choices=SWITCH
+    )
     tool_call_parser: str = setting(
         "auto",
         "how models write tool calls (auto: as their chat template shows; generic: in a form that a system"

@@ -63,6 +63,18 @@ class RequestError(ValueError):
     """The request cannot be served; the message names the offending value and what would be right."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt is too long for the model's context, alone or with the output that was asked for.
+
+    The message begins as OpenAI's does: clients look for that to shorten their prompts. `asked` says what
+    there is too much of; `num_tokens` counts it, at least.
+    """
+
+    def __init__(self, limit: int, num_tokens: int, asked: str) -> None:
+        self.limit, self.num_tokens = limit, num_tokens
+        super().__init__(f"This model's maximum context length is {limit} tokens. However, {asked}")
+
+
 class FinishReason(StrEnum):
     """Why a request ended; every accepted request ends with exactly one of these."""
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from toppings.chat_template import ChatRenderer, ChatTemplate, Messages
 from toppings.core import (
     ColdStart,
+    ContextLengthError,
     FinishReason,
     RequestError,
     RequestOutput,
@@ -98,10 +99,7 @@ class TextModel:
     def check_chars(self, num_chars: int) -> None:
         """Raises RequestError where so many characters have more than `max_tokens` for certain."""
         if self.max_tokens is not None and num_chars > self.max_tokens * self._max_token_chars:
-            raise RequestError(
-                f"the prompt has {num_chars} characters, so more than {self.max_tokens} tokens; "
-                f"the model's context holds {self.max_tokens} tokens"
-            )
+            raise _too_long(self.max_tokens, f"the prompt has {num_chars} characters")
 
     def _check_slices(self, text: str) -> None:
         """Tokenising takes some hundred bytes a token, so a long text is counted slice by slice before."""
@@ -110,10 +108,8 @@ class TextModel:
             piece = text[start : start + SLICE_CHARS]
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False)) - SLICE_SLACK
             if self.max_tokens is not None and num_tokens > self.max_tokens:
-                raise RequestError(
-                    f"the prompt has {len(text)} characters, of which the first {start + len(piece)} have "
-                    f"more than {self.max_tokens} tokens; the model's context holds {self.max_tokens} tokens"
-                )
+                begun = f"the prompt has {len(text)} characters, of which {start + len(piece)} were counted"
+                raise _too_long(self.max_tokens, begun)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(
@@ -155,6 +151,10 @@ class TextModel:
         anchor = self.decode(self._anchor, skip_special_tokens=False)
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(anchor) :]
 
+    def stored_tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """As the tokeniser's vocabulary writes them."""
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
+
     def token_name(self, token_id: int) -> str:
         """Its text; for a token that is part of a character its bytes, as `bytes:\\xe2\\x80`."""
         text = self.token_text(token_id)
@@ -172,6 +172,11 @@ class TextModel:
             return bytes.fromhex(match[1])
         content = [byte_of_char().get(char) for char in stored]
         return text.encode() if None in content else bytes(b for b in content if b is not None)
+
+
+def _too_long(limit: int, what: str) -> ContextLengthError:
+    asked = f"{what}, so more than {limit} tokens. Please reduce the length of the prompt."
+    return ContextLengthError(limit, limit + 1, asked)
 
 
 def _template_of(tokenizer: Any, name: str) -> ChatTemplate | None:

@@ -7,7 +7,7 @@ from toppings.access import is_key, why_not_changed
 from toppings.server.errors import ApiError, json_response
 from toppings.server.state import state_of
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 DENIED = "PermissionDeniedError"
 
 

@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from toppings.core import shown
 from toppings.server.errors import ApiError
-from toppings.server.protocol import GenerationBody, Int, Name
+from toppings.server.fields import Int, LenientBody, Name
+from toppings.server.protocol import GenerationBody
 from toppings.tools.formats import Tool
 
 MAX_TOOLS = 1024
@@ -27,15 +28,17 @@ FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Strict(BaseModel):
+    """One of several that a field may be: what is unknown to one may be another's."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class TextPart(Strict):
+class TextPart(LenientBody):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(Strict):
+class CalledFunction(LenientBody):
     name: FunctionName
     arguments: str
 
@@ -52,22 +55,22 @@ class CalledFunction(Strict):
         }
 
 
-class ToolCall(Strict):
+class ToolCall(LenientBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"index"})
+    """Of pieces of streamed answers, put together by clients that send it back."""
+
     id: Name = ""
     type: Literal["function"] = "function"
     function: CalledFunction
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_index(cls, data: Any) -> Any:
-        """Pieces of streamed answers have one; clients that put them together may send it back."""
-        return {n: v for n, v in data.items() if n != "index"} if isinstance(data, dict) else data
 
     def for_template(self) -> dict[str, Any]:
         return {"id": self.id, "type": self.type, "function": self.function.for_template()}
 
 
-class Message(Strict):
+class Message(LenientBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations"})
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"function_call": (), "audio": ()}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Name | None = None
@@ -75,16 +78,6 @@ class Message(Strict):
     tool_call_id: Name | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
-        """Answers of this API sent back to it hold fields that say nothing, such as `refusal: null`."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value for name, value in data.items() if name in cls.model_fields or value not in (None, [])
-        }
 
     @model_validator(mode="after")
     def _check_role(self) -> "Message":
@@ -115,14 +108,14 @@ class Message(Strict):
         }
 
 
-class FunctionDefinition(Strict):
+class FunctionDefinition(LenientBody):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class FunctionTool(Strict):
+class FunctionTool(LenientBody):
     type: Literal["function"]
     function: FunctionDefinition
 

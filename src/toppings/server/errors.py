@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
-from toppings.core import RequestError, shown
+from toppings.core import ContextLengthError, RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
+from toppings.server.exchange import exchange_of
+from toppings.server.methods import allowed_methods
 from toppings.text import GenerationCutError, GenerationError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ PLAIN_STATUSES = (404, 405)
 """Unknown routes and wrong methods keep the framework's `{"detail": ...}`, as vLLM's clients know it."""
 
 CLIENT_GONE = 499
+CONTEXT_LENGTH = "context_length_exceeded"
 MAX_MESSAGE_CHARS = 2000
 """Of an answer that says what was wrong: it does not send a client's megabytes back."""
 MAX_PROBLEMS = 10
@@ -33,13 +36,15 @@ RETRY_AFTER_S = 1
 
 @dataclass
 class ApiError(Exception):
-    """An answer with `status` and the usual error object; `kind` is its `type`. A long message is cut."""
+    """An answer with `status` and the usual error object; `kind` is its `type`, `code` what stands for the
+    status where clients look for a word. A long message is cut."""
 
     status: int
     message: str
     kind: str = "BadRequestError"
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    code: str | None = None
 
     def __post_init__(self) -> None:
         self.message = shown(self.message, MAX_MESSAGE_CHARS)
@@ -49,8 +54,8 @@ class ApiError(Exception):
         return self.message
 
     def body(self) -> dict[str, Any]:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        return {"error": error}
+        code = self.code or self.status
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": code}}
 
 
 def json_response(content: object, status: int = 200, *, headers: dict[str, str] | None = None) -> Response:
@@ -94,7 +99,8 @@ def describe(error: BaseException) -> ApiError:
     for exception, status, kind in KINDS:
         if isinstance(error, exception):
             headers = {"Retry-After": "1"} if status == 503 else {}
-            return ApiError(status, str(error), kind, headers=headers)
+            code = CONTEXT_LENGTH if isinstance(error, ContextLengthError) else None
+            return ApiError(status, str(error), kind, headers=headers, code=code)
     logger.error("a request failed for an unforeseen reason", exc_info=error)
     return ApiError(500, "the server failed; its log says why", "InternalServerError")
 
@@ -134,15 +140,18 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle_unforeseen(request: Request, error: Exception) -> Response:
         """What comes here goes on to whoever serves the application, which closes the connection."""
         response = error_response(describe(error))
-        response.headers["Connection"] = "close"
+        response.headers.update({"Connection": "close", **exchange_of(request.scope).headers()})
         return response
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(allowed_methods(request))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         if error.status_code in PLAIN_STATUSES:
-            return json_response(
-                {"detail": error.detail}, error.status_code, headers=dict(error.headers or {})
-            )
+            return json_response({"detail": error.detail}, error.status_code, headers=headers)
         return error_response(ApiError(error.status_code, str(error.detail), "Bad Request"))
 
     foreseen = (ApiError, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)

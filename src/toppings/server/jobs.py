@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import RequestError, SamplingParams, shown
-from toppings.server.errors import ApiError
+from toppings.core import ContextLengthError, RequestError, SamplingParams, shown
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
@@ -131,15 +130,16 @@ class Job:
 
 
 def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None:
-    """Raises ApiError for an empty prompt, or one that is too long together with `max_tokens`."""
+    """Raises RequestError for an empty prompt, or one that is too long together with `max_tokens`."""
     limit = state.client.info.max_model_len
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least one token")
     if len(prompt) + max_tokens > limit:
-        raise ApiError(
-            400,
-            f"the prompt has {len(prompt)} tokens and up to {max_tokens} were asked for; "
-            f"the model's context holds {limit} tokens",
+        raise ContextLengthError(
+            limit,
+            len(prompt) + max_tokens,
+            f"you requested {len(prompt) + max_tokens} tokens ({len(prompt)} in the messages, {max_tokens} in"
+            " the completion). Please reduce the length of the messages or completion.",
         )
     check_token_ids(state, "prompt", prompt)
 

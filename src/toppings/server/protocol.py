@@ -1,12 +1,13 @@
-"""Bodies of the OpenAI routes. Every field is honoured or refused by name; none is silently ignored."""
+"""Bodies of the OpenAI routes. `fields.py` says what becomes of fields that none of them has."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from toppings.core import MAX_INT, RequestError, SamplingParams, Structure, shown
+from toppings.core import RequestError, SamplingParams, Structure, shown
 from toppings.server.errors import ApiError
+from toppings.server.fields import Count, Int, LenientBody, Name, Texts, TokenIds
 from toppings.server.structures import StructureFields
 
 HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
@@ -43,28 +44,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 NO_TOOLS = {"tools": "tool_choice", "functions": "function_call"}
 """What a request may hold all the same where the field beside it says "none": it asks for no calls."""
 
-Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-"""What any integer of a body fits; most have narrower bounds, in `SamplingParams`."""
-Count = Annotated[int, Field(ge=1, le=MAX_INT)]
-Name = Annotated[str, Field(max_length=1024)]
-PathText = Annotated[str, Field(max_length=4096)]
-# A list is refused at its first bad item: one error an item would take a multiple of the body's own size.
-Texts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[Int], Field(fail_fast=True)]
 
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(LenientBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(StructureFields):
+class GenerationBody(StructureFields, LenientBody):
     """What completions and chat have in common; null means the default."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
     model: Name | None = None
     max_tokens: Int | None = None
@@ -89,15 +80,10 @@ class GenerationBody(StructureFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
+    def _drop_uncalled_tools(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {n: v for n, v in data.items() if n not in NO_TOOLS or data.get(NO_TOOLS[n]) != "none"}
-        for name in [n for n in data if n in NEUTRAL and n not in cls.model_fields]:
-            if data[name] is not None and data[name] not in NEUTRAL[name]:
-                raise ApiError(400, f"{name} is not supported; leave it out", param=name)
-        dropped = (HARMLESS | NEUTRAL.keys()) - cls.model_fields.keys()
-        return {name: value for name, value in data.items() if name not in dropped}
+        return {n: v for n, v in data.items() if n not in NO_TOOLS or data.get(NO_TOOLS[n]) != "none"}
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationBody":
