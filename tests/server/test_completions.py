@@ -146,7 +146,6 @@ async def test_an_answer_can_be_sent_back_as_a_message(server: Server) -> None:
         ({"prompt": [-1]}, "token id -1"),
         ({"prompt": 5}, "body.prompt"),
         ({"prompt": "x " * 200}, "context holds 128 tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 300}, "300 sequences"),
     ],
 )
