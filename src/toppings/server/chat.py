@@ -13,10 +13,11 @@ from toppings.core import FinishReason
 from toppings.server.bodies import JsonRoute
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, chat_job
+from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice
 from toppings.server.replies import answer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, state_of
-from toppings.server.streams import DONE, sse
+from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.text import TextLogprob, TextModel
 from toppings.tools.output import CallDelta
 
@@ -67,6 +68,9 @@ class ChatReply:
         if self._body.include_usage:
             yield sse({**head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
         yield DONE
+
+    def error_event(self, error: ApiError) -> bytes:
+        return openai_error_event(error)
 
     def _delta(self, output: ChatOutput) -> dict[str, Any]:
         delta: dict[str, Any] = _thoughts(output.reasoning)

@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from toppings.server.bodies import JsonRoute
+from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice, Job, beside_loop, room_for_output, tokens_of
 from toppings.server.protocol import CompletionBody
 from toppings.server.replies import answer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, state_of
-from toppings.server.streams import DONE, sse
+from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.text import TextLogprob, TextModel, TextOutput
 
 router = APIRouter(route_class=JsonRoute)
@@ -100,6 +101,9 @@ class CompletionReply:
         if self._body.include_usage:
             yield sse({**self._head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
         yield DONE
+
+    def error_event(self, error: ApiError) -> bytes:
+        return openai_error_event(error)
 
     def _choice(
         self, index: int, text: str, ending: Choice | TextOutput, logprobs: dict[str, Any]

@@ -14,6 +14,8 @@ from toppings.core import shown
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+MESSAGES, MESSAGES_ID = "/v1/messages", "request-id"
+"""Anthropic's routes, and the name that its clients look for the id under."""
 IGNORED = "x-toppings-ignored"
 VALID_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
 MAX_NAMES, MAX_NAME_LEN, MAX_NAMES_BYTES = 64, 64, 1024
@@ -49,6 +51,11 @@ class Exchange:
     warned: Warned = field(default_factory=Warned)
     ignored: dict[str, None] = field(default_factory=dict)
 
+    @property
+    def is_message(self) -> bool:
+        """Whether it is in Anthropic's dialect."""
+        return self.path.startswith(MESSAGES)
+
     def ignore(self, name: str) -> None:
         name = shown(name, MAX_NAME_LEN)
         if len(self.ignored) < MAX_NAMES:
@@ -57,15 +64,18 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """Names of ignored fields are percent-encoded and parted by commas; `...` where there are more."""
+        headers = {REQUEST_ID: self.request_id}
+        if self.is_message:
+            headers[MESSAGES_ID] = self.request_id
         if not self.ignored:
-            return {REQUEST_ID: self.request_id}
+            return headers
         names: list[str] = []
         for name in map(quote, self.ignored):
             if sum(map(len, names)) + len(name) > MAX_NAMES_BYTES:
                 names.append("...")
                 break
             names.append(name)
-        return {REQUEST_ID: self.request_id, IGNORED: ", ".join(names)}
+        return {**headers, IGNORED: ", ".join(names)}
 
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)

@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from toppings.access import is_key, why_not_changed, why_not_json
+from toppings.access import is_key, is_same, why_not_changed, why_not_json
 from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
 from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
@@ -86,8 +86,11 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        given = request.headers.get("Authorization", "")
-        if not is_key(given.encode("utf-8", "surrogateescape"), key):
+        bearer, plain = (
+            request.headers.get(name, "").encode("utf-8", "surrogateescape")
+            for name in ("Authorization", "X-Api-Key")
+        )
+        if not (is_key(bearer, key) or is_same(plain, key)):
             raise Unauthorized
 
     # --- inference ---
