@@ -79,6 +79,12 @@ class TextModel:
             raise ValueError(f"cannot read a tokeniser from {path}: {error}") from error
 
     @property
+    def special_tokens(self) -> list[str]:
+        """Those that are no text, by their names."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return [token.content for token in added.values() if token.special]
+
+    @property
     def has_chat_template(self) -> bool:
         return self.template is not None
 

@@ -74,7 +74,7 @@ async def test_each_is_warned_of_once_and_so_many_at_most(
     [
         ("/v1/completions", {**COMPLETION, "priority": 3}),
         ("/v1/completions", {**COMPLETION, "truncate_prompt_tokens": 3}),
-        ("/generate", {**LORAX, "parameters": {"grammar": {"type": "json"}}}),
+        ("/generate", {**LORAX, "parameters": {"top_n_tokens": 3}}),
         ("/generate", {**LIGHTLLM, "parameters": {"regular_constraint": "a+"}}),
     ],
 )

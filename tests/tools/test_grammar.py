@@ -1,4 +1,4 @@
-"""What grammars of calls accept, over a vocabulary that has the marks of calls as tokens and one that has not.
+"""What grammars of calls accept, over a vocabulary that has the marks of calls as tokens and one without.
 The library that engines use is the judge."""
 
 import json

@@ -13,13 +13,14 @@ put together.
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from toppings.core import FinishReason
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_plan import ChatPlan, chat_plan
 from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
 from toppings.server.state import Lease, ServerState, Target
+from toppings.server.structures import checked_structure
 from toppings.text import TextOutput
 from toppings.tools.output import CallDelta, OutputParser
 
@@ -121,17 +122,21 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
     if max_tokens is None:
         room = room_for_output(state, [prompt])
         max_tokens = min(room, state.defaults.get("max_tokens", room))
-    sampling = body.sampling(
-        max_tokens=max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        defaults=state.defaults,
-    )
-    reading = plan.reading(text, sampling.structure)
+    given = await checked_structure(state, body.structure())
+    reading = plan.reading(text, given)
+    structure = reading.structure
+    if structure is not None and structure != given:
+        structure = await checked_structure(state, ("tools" if plan.tools else "messages", structure))
     return ChatJob(
         state=state,
         target=target,
         prompts=[prompt],
-        sampling=replace(sampling, structure=reading.structure),
+        sampling=body.sampling(
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            defaults=state.defaults,
+            structure=structure,
+        ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         started_at=started_at,

@@ -5,9 +5,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from toppings.core import RequestError, SamplingParams, shown
+from toppings.core import RequestError, SamplingParams, Structure, shown
 from toppings.server.errors import ApiError
 from toppings.server.fields import Count, Int, LenientBody, Name, Texts, TokenIds
+from toppings.server.structures import StructureFields
 
 HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
 """Fields for the caller's own bookkeeping: they change no answer."""
@@ -20,7 +21,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -33,11 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
@@ -56,7 +51,7 @@ class StreamOptions(LenientBody):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(LenientBody):
+class GenerationBody(StructureFields):
     """What completions and chat have in common; null means the default."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS
@@ -113,7 +108,12 @@ class GenerationBody(LenientBody):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(
-        self, *, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]
+        self,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        defaults: Mapping[str, Any],
+        structure: Structure | None = None,
     ) -> SamplingParams:
         """`defaults`: the model's, for what is left out. Raises RequestError for a value out of range."""
         names = (
@@ -129,6 +129,7 @@ class GenerationBody(LenientBody):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            structure=structure,
             **{**own, **given},
         )
 

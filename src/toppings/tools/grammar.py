@@ -16,6 +16,9 @@ NO_ARGUMENTS = {"type": "object", "properties": {}}
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models have mostly seen it, with no white space that they could go on with for ever."""
 
+OPTIONS = "x-guidance"
+"""Where a schema says how it is to be read."""
+
 Tokens = Mapping[str, int]
 """Marks that are one token of the vocabulary, with its id; the others are written out."""
 
@@ -86,15 +89,22 @@ def rule_of(structure: Structure) -> str:
     text = structure.text
     match structure.kind:
         case StructureKind.JSON_OBJECT:
-            return json_rule({"type": "object"})
+            return json_rule(_compact({"type": "object"}))
         case StructureKind.JSON_SCHEMA:
-            return f"%json {text}"
+            return json_rule(_compact(json.loads(text)))
         case StructureKind.CHOICE:
             return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         case StructureKind.REGEX:
             return f"/{_escaped(text)}/"
         case StructureKind.GRAMMAR:
             return f"%lark {{\n{text}\n}}"
+
+
+def _compact(schema: dict[str, Any] | bool) -> dict[str, Any] | bool:
+    """The schema, which may say more of how it is to be read, with JSON written as models have seen it."""
+    if isinstance(schema, bool):
+        return schema
+    return {**schema, OPTIONS: {**WRITTEN, **schema.get(OPTIONS, {})}}
 
 
 def _escaped(pattern: str) -> str:
@@ -138,7 +148,7 @@ def _call_rules(form: ToolFormat, tools: Sequence[Tool], tokens: Tokens, *, lead
 def _schema_of(tool: Tool) -> dict[str, Any]:
     """What a schema asks for that cannot be followed is left to the tool, unless it is strict."""
     schema = tool.parameters or NO_ARGUMENTS
-    return {**{"type": "object"}, **schema, "x-guidance": {**WRITTEN, "lenient": not tool.is_strict}}
+    return {"type": "object", **schema, OPTIONS: {**WRITTEN, "lenient": not tool.is_strict}}
 
 
 def _literal(text: str, tokens: Tokens) -> str:
