@@ -72,7 +72,12 @@ def _checked(key: str, place: str) -> str:
 def is_key(authorization: bytes, key: str) -> bool:
     """Whether the header `Authorization` is `Bearer <key>`, compared in constant time."""
     scheme, _, given = authorization.strip().partition(b" ")
-    return hmac.compare_digest(given.strip(), key.encode()) and scheme.lower() == b"bearer"
+    return is_same(given.strip(), key) and scheme.lower() == b"bearer"
+
+
+def is_same(given: bytes, key: str) -> bool:
+    """Whether a header's value is the key, compared in constant time."""
+    return hmac.compare_digest(given, key.encode())
 
 
 def why_not_changed(

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from toppings.core import FinishReason
 from toppings.server.chat_body import ChatBody
-from toppings.server.chat_plan import chat_plan
+from toppings.server.chat_plan import ChatPlan, chat_plan
 from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
-from toppings.server.state import Lease, ServerState
+from toppings.server.state import Lease, ServerState, Target
 from toppings.server.structures import checked_structure
 from toppings.text import TextOutput
 from toppings.tools.output import CallDelta, OutputParser
@@ -117,8 +117,7 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
     started_at = time.perf_counter()
     target = await state.find_target(body.model)
     plan = await chat_plan(state, body, target)
-    text = await state.text.chat_text(plan.messages, plan.template, **plan.options)
-    [prompt] = await tokens_of(state, [text], add_special_tokens=bool(body.add_special_tokens))
+    text, prompt = await _prompt(state, body, plan)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:
         room = room_for_output(state, [prompt])
@@ -145,3 +144,14 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
         shows_reasoning=body.include_reasoning is not False,
         shown=plan.shown,
     )
+
+
+async def chat_tokens(state: ServerState, body: ChatBody, target: Target) -> list[int]:
+    """The prompt that the chat is. Raises as `chat_job`."""
+    return (await _prompt(state, body, await chat_plan(state, body, target)))[1]
+
+
+async def _prompt(state: ServerState, body: ChatBody, plan: ChatPlan) -> tuple[str, list[int]]:
+    text = await state.text.chat_text(plan.messages, plan.template, **plan.options)
+    [token_ids] = await tokens_of(state, [text], add_special_tokens=bool(body.add_special_tokens))
+    return text, token_ids

@@ -17,7 +17,7 @@ from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.core import ContextLengthError, RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
-from toppings.server.exchange import exchange_of
+from toppings.server.exchange import Exchange, current_exchange, exchange_of
 from toppings.server.methods import allowed_methods
 from toppings.text import GenerationCutError, GenerationError
 
@@ -62,8 +62,31 @@ def json_response(content: object, status: int = 200, *, headers: dict[str, str]
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-def error_response(error: ApiError) -> Response:
-    return json_response(error.body(), error.status, headers=error.headers)
+def error_response(error: ApiError, exchange: Exchange | None = None) -> Response:
+    """In the dialect of the route that was asked, in this exchange or the current one."""
+    exchange = exchange or current_exchange.get()
+    body = error.body()
+    if exchange is not None and exchange.is_message:
+        body = {"type": "error", "error": message_error(error), "request_id": exchange.request_id}
+    return json_response(body, error.status, headers=error.headers)
+
+
+MESSAGE_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def message_error(error: ApiError) -> dict[str, str]:
+    """The error as Anthropic's clients know it; one of a prompt that is too long begins as theirs do."""
+    kind = MESSAGE_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    is_long = error.code == CONTEXT_LENGTH
+    return {"type": kind, "message": f"prompt is too long: {error}" if is_long else error.message}
 
 
 KINDS: tuple[tuple[type[Exception], int, str], ...] = (
@@ -139,8 +162,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle_unforeseen(request: Request, error: Exception) -> Response:
         """What comes here goes on to whoever serves the application, which closes the connection."""
-        response = error_response(describe(error))
-        response.headers.update({"Connection": "close", **exchange_of(request.scope).headers()})
+        exchange = exchange_of(request.scope)
+        response = error_response(describe(error), exchange)
+        response.headers.update({"Connection": "close", **exchange.headers()})
         return response
 
     async def handle_http(request: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ clients send their own; `--strict-fields on` refuses it.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -52,12 +53,19 @@ class LenientBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _sort_out(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
+        known = cls.known()
+        if not isinstance(data, dict) or data.keys() <= known:
             return data
         for name, value in data.items():
-            if name not in cls.model_fields and name not in cls.harmless:
+            if name not in known and name not in cls.harmless:
                 cls._check_other(name, value)
-        return {name: value for name, value in data.items() if name in cls.model_fields}
+        return {name: value for name, value in data.items() if name in known}
+
+    @classmethod
+    @cache
+    def known(cls) -> frozenset[str]:
+        """The fields' names, as bodies have them."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def _check_other(cls, name: str, value: Any) -> None:

@@ -51,7 +51,10 @@ class Format(BaseModel):
 
 
 class Parameters(LenientBody):
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"top_n_tokens": (0,), "adapter_parameters": ()}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "top_n_tokens": (0,),
+        "adapter_parameters": (),
+    }
 
     adapter_id: Name | None = None
     adapter_source: Name | None = None

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from toppings.server.bodies import JsonRoute
 from toppings.server.chat_body import MAX_TOOLS, ChatBody, FunctionTool, Message
-from toppings.server.chat_plan import chat_plan
+from toppings.server.chat_job import chat_tokens
 from toppings.server.errors import ApiError, json_response
 from toppings.server.fields import LenientBody, Name, TokenIds
 from toppings.server.jobs import beside_loop, check_token_ids, tokens_of
@@ -75,10 +75,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 
 async def _chat_tokens(state: ServerState, body: TokenizeBody) -> list[int]:
     chat = ChatBody(**{name: getattr(body, name) for name in CHAT_FIELDS})
-    plan = await chat_plan(state, chat, await state.find_target(body.model))
-    text = await state.text.chat_text(plan.messages, plan.template, **plan.options)
-    [token_ids] = await tokens_of(state, [text], add_special_tokens=bool(body.add_special_tokens))
-    return token_ids
+    return await chat_tokens(state, chat, await state.find_target(body.model))
 
 
 @router.post("/detokenize")
