@@ -67,8 +67,9 @@ def streaming_helper():
 
 @case
 def parsed_call():
+    tool = pydantic_function_tool(Weather)
     reply = client.chat.completions.parse(
-        **OPTIONS, messages=CHAT, tools=[pydantic_function_tool(Weather)], tool_choice="required"
+        **OPTIONS, messages=CHAT, tools=[tool], tool_choice="required", parallel_tool_calls=False
     )
     assert isinstance(reply.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
 
