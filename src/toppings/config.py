@@ -330,6 +330,24 @@ class ServerConfig(Settings):
     send_timeout_s: float = setting(
         60.0, "how long a client may leave an answer unread before it is dropped", above=0
     )
+    strict_fields: str = setting(
+        "off", "refuse requests with fields that nobody knows, instead of ignoring those", choices=SWITCH
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        "how models write tool calls (auto: as their chat template shows; generic: in a form that a system"
+        " message asks for)",
+        choices=("auto", "hermes", "llama3_json", "mistral", "generic"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "whether thoughts within <think> are told apart from the answer (auto: where the chat template knows"
+        " them; deepseek_r1 and qwen3 mean think)",
+        choices=("auto", "none", "think", "deepseek_r1", "qwen3"),
+    )
+    trust_request_chat_template: str = setting(
+        "off", "let requests bring chat templates of their own, run bounded as all are", choices=SWITCH
+    )
     max_queue: int = setting(256, "requests that may wait; more are answered 429", at_least=1)
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"

@@ -19,6 +19,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SHOWN_CHARS = 200
+MAX_STRUCTURE_CHARS = 2**18
+"""Length of a schema, pattern, list of choices or grammar."""
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -61,6 +63,18 @@ class RequestError(ValueError):
     """The request cannot be served; the message names the offending value and what would be right."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt is too long for the model's context, alone or with the output that was asked for.
+
+    The message begins as OpenAI's does: clients look for that to shorten their prompts. `asked` says what
+    there is too much of; `num_tokens` counts it, at least.
+    """
+
+    def __init__(self, limit: int, num_tokens: int, asked: str) -> None:
+        self.limit, self.num_tokens = limit, num_tokens
+        super().__init__(f"This model's maximum context length is {limit} tokens. However, {asked}")
+
+
 class FinishReason(StrEnum):
     """Why a request ended; every accepted request ends with exactly one of these."""
 
@@ -78,12 +92,51 @@ class Admission(Enum):
     NO_ROOM = "no room"  # the device pool is full of adapters in use
 
 
+class StructureKind(StrEnum):
+    """What an output may be held to, and what `Structure.text` says of it."""
+
+    JSON_OBJECT = "json_object"  # any JSON object; the text is empty
+    JSON_SCHEMA = "json_schema"  # JSON that a schema accepts; the schema, as JSON
+    REGEX = "regex"  # a text that the pattern matches as a whole; the pattern
+    CHOICE = "choice"  # one of some texts; a JSON array of strings
+    GRAMMAR = "grammar"  # a text of a context-free language; a grammar in Lark's notation
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the whole output must be; it ends where the end-of-sequence token says so, not before.
+
+    Raises RequestError for a kind that there is not, and a text of more than `MAX_STRUCTURE_CHARS`. Whether
+    the text means anything is for `toppings.grammar` to say.
+    """
+
+    kind: StructureKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in list(StructureKind):
+            kinds = ", ".join(StructureKind)
+            raise RequestError(f"the structure's kind is {shown(repr(self.kind))}; it must be one of {kinds}")
+        if not isinstance(self.text, str):
+            raise RequestError(f"the structure's text is {shown(repr(self.text))}; it must be a string")
+        if len(self.text) > MAX_STRUCTURE_CHARS:
+            raise RequestError(
+                f"the {self.kind} has {len(self.text)} characters; it may have at most {MAX_STRUCTURE_CHARS}"
+            )
+        check_unicode(f"the {self.kind}", self.text)
+        if bool(self.text) == (self.kind == StructureKind.JSON_OBJECT):
+            raise RequestError(
+                f"a structure of kind {self.kind} {'takes no' if self.text else 'needs a'} text"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     `logprobs` is how many alternatives to report beside each chosen token (None: no logprobs at all).
     `stop` strings are matched by the front end on text; the engine itself only knows `stop_token_ids`.
+    `structure` is what the output is held to: no token is drawn that cannot lead to it.
     There may be `MAX_STOP_STRINGS` of up to `MAX_STOP_CHARS` characters, and `MAX_STOP_TOKEN_IDS` ids.
 
     Raises RequestError for a value of another type or outside its range.
@@ -103,6 +156,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_tokens", self.max_tokens, 1, MAX_INT)
@@ -118,6 +172,11 @@ class SamplingParams:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.structure is not None and self.ignore_eos:
+            raise RequestError(
+                f"structure ({self.structure.kind}) and ignore_eos were both given; a structured output ends"
+                " where it is complete, so leave ignore_eos out"
+            )
         self._check_stops()
 
     def _check_stops(self) -> None:

@@ -18,6 +18,7 @@ from toppings.core import FinishReason, RequestError, SamplingParams
 from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
+from toppings.grammar.checker import StructureChecker
 from toppings.sampling_defaults import read_sampling_defaults
 from toppings.sources.models import with_model
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
@@ -67,6 +68,7 @@ class LLM:
         defaults = read_sampling_defaults(path) if config.generation_config == "auto" else {}
         self.default_sampling = SamplingParams(**defaults)
         """What prompts are answered with that come without `SamplingParams`: the model's own defaults."""
+        self._checker = StructureChecker(self.text_model.special_tokens)
         self._private_dir: MeetingPlace | None = None
         try:
             lock = hold_state(config, "LLM")
@@ -242,7 +244,7 @@ class LLM:
             completion.append(output)
         return completion
 
-    def _outputs(
+    async def _outputs(
         self, prompt: Prompt, sampling: SamplingParams, adapter: str | None
     ) -> AsyncGenerator[TextOutput, None]:
         token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -252,7 +254,12 @@ class LLM:
                 f"the prompt has {len(token_ids)} tokens; between 1 and {limit - 1} can be served"
             )
         adapter_id = None if adapter is None else self._registry.get(adapter).adapter_id
-        return generate_text(self._client, self.text_model, token_ids, sampling, adapter_id)
+        if sampling.structure is not None:
+            sampling = replace(sampling, structure=await self._checker.checked(sampling.structure))
+        outputs = generate_text(self._client, self.text_model, token_ids, sampling, adapter_id)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
 
     def _find(self, name: str) -> AdapterRecord | None:
         try:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toppings.core import SamplingParams
 from toppings.ops.device_sampling import SamplingPlan, draw, to_output
 from toppings.ops.sampling import SamplingRow, sample
+from toppings.ops.token_mask import TokenMask, mask_of
 
 VOCAB_SIZE = 400
 LOOKS_BACK = (
@@ -59,9 +60,17 @@ def random_rows(seed: int, num_rows: int) -> list[SamplingRow]:
             [rng.randrange(40) for _ in range(rng.choice([0, 1, 7, 30]))],
             torch.Generator().manual_seed(i) if rng.random() < 0.8 else None,
             (7, VOCAB_SIZE + 5),
+            random_mask(rng),
         )
         for i in range(num_rows)
     ]
+
+
+def random_mask(rng: random.Random) -> TokenMask | None:
+    """None, or one that holds some tokens, or nothing but the end of the sequence."""
+    if rng.random() < 0.5:
+        return None
+    return mask_of([7] if rng.random() < 0.3 else rng.sample(range(VOCAB_SIZE), 30), VOCAB_SIZE)
 
 
 def test_draws_and_reports_what_the_reference_does() -> None:

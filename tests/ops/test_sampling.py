@@ -1,6 +1,8 @@
+import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from toppings.core import SamplingParams
 from toppings.ops import sampling
 from toppings.ops.device_sampling import SamplingPlan, to_output
 from toppings.ops.sampling import SamplingRow, sample
+from toppings.ops.token_mask import device_flags, flags_of, mask_of
 
+NUM_TOKENS = 5
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 
 
@@ -20,9 +24,11 @@ def row(
     output: list[int] | None = None,
     generator: torch.Generator | None = None,
     eos: tuple[int, ...] = (),
+    allowed: list[int] | None = None,
     **params: Any,
 ) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), prompt or [], output or [], generator, eos)
+    mask = None if allowed is None else mask_of(allowed, NUM_TOKENS)
+    return SamplingRow(SamplingParams(**params), prompt or [], output or [], generator, eos, mask)
 
 
 def draw(logits: Tensor, *rows: SamplingRow) -> list[int]:
@@ -175,3 +181,46 @@ def test_log_probabilities_that_are_too_few_are_not_handed_out() -> None:
     drawn = [torch.zeros(2), torch.zeros(1), torch.ones(1), torch.zeros(1, 1), torch.zeros(1, 1)]
     with pytest.raises(ValueError, match="zip"):
         to_output(plan, rows, drawn)
+
+
+def test_only_allowed_tokens_are_drawn_and_their_shares_keep_their_proportions() -> None:
+    assert draw(LOGITS[None], row(**GREEDY, allowed=[0, 3])) == [0]
+    expected = LOGITS.index_fill(0, torch.tensor([1, 4]), -torch.inf).softmax(-1)
+    generator = torch.Generator().manual_seed(5)
+    rows = [row(generator=generator, allowed=[0, 2, 3]) for _ in range(5000)]
+    shares = torch.tensor(draw(LOGITS.expand(5000, -1), *rows)).bincount(minlength=5) / 5000
+    assert ((shares - expected).abs() <= 6 * (expected * (1 - expected) / 5000).sqrt()).all()
+    assert (shares[[1, 4]] == 0).all()
+
+
+def test_penalties_and_truncation_act_among_the_allowed() -> None:
+    assert draw(LOGITS[None], row(**GREEDY, allowed=[2, 4], output=[4], presence_penalty=1.0)) == [2]
+    assert draw(LOGITS[None], row(allowed=[0, 3], top_k=1)) == [0]
+    assert draw(LOGITS[None], row(allowed=[3], top_p=0.1, repetition_penalty=2.0, prompt=[3])) == [3]
+
+
+def test_the_end_is_drawn_before_min_tokens_only_where_nothing_else_is_allowed() -> None:
+    wanted = {**GREEDY, "min_tokens": 4, "eos": (1,)}
+    assert draw(LOGITS[None], row(**wanted, allowed=[1, 3])) == [3]
+    assert draw(LOGITS[None], row(**wanted, allowed=[1])) == [1]
+    beyond = mask_of([1], NUM_TOKENS)
+    beyond |= np.int32(-1 << NUM_TOKENS)  # bits of no token
+    assert draw(LOGITS[None], dataclasses.replace(row(**wanted), allowed=beyond)) == [1]
+
+
+def test_reported_logprobs_are_the_models_own_whatever_is_allowed() -> None:
+    output = sample(LOGITS[None], [row(**GREEDY, allowed=[3], logprobs=1)])
+    (entry,) = output.logprobs
+    assert entry is not None
+    assert entry.token_id == 3
+    assert entry.logprob == pytest.approx(LOGITS.log_softmax(-1)[3].item())
+    assert [token for token, _ in entry.top] == [1]
+
+
+def test_a_mask_is_the_same_set_on_host_and_device() -> None:
+    for vocab_size in (1, 31, 32, 33, 400):
+        ids = [t for t in range(vocab_size) if t % 3 == 0 or t == vocab_size - 1]
+        mask = mask_of([*ids, vocab_size + 7, -1], vocab_size)
+        assert mask.dtype == np.int32
+        assert np.flatnonzero(flags_of(mask, vocab_size)).tolist() == ids
+        assert device_flags(torch.from_numpy(mask)[None], vocab_size)[0].nonzero()[:, 0].tolist() == ids

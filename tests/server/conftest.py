@@ -1,3 +1,4 @@
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -5,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from tests.fakes import VOCAB_SIZE, FakeEngineClient
 from toppings.adapters.layout import BaseShapes
@@ -99,6 +101,19 @@ async def server(
     server = Server(engine, registry, text, config)
     yield server
     await server.http.aclose()
+
+
+@pytest.fixture
+async def url(server: Server) -> AsyncIterator[str]:
+    config = uvicorn.Config(server.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    listening = uvicorn.Server(config)
+    serving = asyncio.create_task(listening.serve())
+    while not listening.started:
+        await asyncio.sleep(0.005)
+    port = listening.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    listening.should_exit = True
+    await serving
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:

@@ -36,6 +36,8 @@ from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
 from toppings.engine.step_log import StepLog
+from toppings.engine.structures import Structures
+from toppings.grammar.compiler import Compiler
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.dummy import dummy_weights
@@ -158,6 +160,7 @@ def _build_engine(
     part = None if followers is None else followers.lead_part
     own = model if part is None else part.config  # what this process has of it
     choose_products(config, own, getattr(torch, dtype_name(config, model)), state_dir(config))
+    structures = Structures(Compiler(model_path(config), model.vocab_size, model.eos_token_ids))
     decoder = load_decoder(config, model, part)
     warm_up(decoder.dtype, config.quantization)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
@@ -175,6 +178,7 @@ def _build_engine(
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
+    runner.rows.structures = structures
     if graphs is not None and staging is not None:
         sizes = (config.max_num_seqs, limits.max_model_len)
         spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
@@ -203,6 +207,7 @@ def _build_engine(
         step_log=StepLog(config.step_log, config.max_log_bytes),
         assist=assist,
         followers=followers,
+        structures=structures,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from toppings.ops.sampling import SampleOutput, SamplingRow, sample
 @dataclass(frozen=True, slots=True)
 class Drawing:
     """A token for each of some rows. `token_ids`: int64 [R], on the model's device, in the order of its
-    stream; `wait` gives them to the host, when they are there."""
+    stream; `wait` gives them to the host, when they are there, as often as it is asked."""
 
     token_ids: Tensor
     wait: Callable[[], SampleOutput]
@@ -46,6 +47,7 @@ class DeviceSampler:
         copied = self._cuda.Event()
         copied.record()
 
+        @cache
         def wait() -> SampleOutput:
             copied.synchronize()
             return to_output(plan, rows, on_host)

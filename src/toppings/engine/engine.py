@@ -27,12 +27,15 @@ from toppings.engine.progress import Progress, ms
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.snapshot import snapshot
 from toppings.engine.step_log import StepLog, describe
+from toppings.engine.structures import Structures
 from toppings.vital import EngineLostError
 
 COUNTERS = (
     *("steps", "prompt_tokens", "generation_tokens", "step_errors"),
     *("assist_cpu_products", "assist_cold_products"),
 )
+IDLE_S = 3.0
+"""What may hold up steps for a moment is done when there have been none for so long."""
 MAX_FAILURES = 10
 """Steps in a row that fail, whatever they run: the engine is taken to be broken."""
 
@@ -93,6 +96,7 @@ class Engine:
         step_log: StepLog,
         assist: Assist | None = None,
         followers: Followers | None = None,
+        structures: Structures | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -102,10 +106,11 @@ class Engine:
         self._step_log = step_log
         self._assist = assist
         self._followers = followers
+        self._structures = structures
         self._progress: dict[str, Progress] = {}
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._ahead: Step | None = None  # started on top of the last one that was finished
-        self._finished_at = 0.0
+        self._finished_at = time.perf_counter()
         self._num_failures = 0  # steps in a row
 
     @property
@@ -130,11 +135,32 @@ class Engine:
                 raise RequestError(f"request id {message.request_id!r} is already in use")
             self._check_tokens(request.prompt_token_ids)
             tier = self._tier(request)
-            self.scheduler.add(request)
+            if self._is_compiled(request):
+                self.scheduler.add(request)
         except ValueError as error:
             return error_output(message.request_id, str(error))
         self._progress[request.request_id] = Progress(request, tier)
         return None
+
+    def _is_compiled(self, request: Request) -> bool:
+        """False where its structure has yet to be. Raises ValueError where that cannot be followed."""
+        if request.sampling.structure is None:
+            return True
+        if self._structures is None:
+            raise RequestError("this engine has no structured output; leave the structure out")
+        return self._structures.begin(request)
+
+    def _add_compiled(self) -> list[RequestOutput]:
+        """Queues requests whose structure is compiled by now; what is said to those that cannot be served."""
+        outputs: list[RequestOutput] = []
+        for request, reason in () if self._structures is None else self._structures.pop_compiled():
+            try:
+                if reason is not None:
+                    raise RequestError(reason)
+                self.scheduler.add(request)
+            except ValueError as error:
+                outputs.append(self._fail(request, str(error)))
+        return outputs
 
     def abort(self, request_id: str) -> None:
         """Free all that a request owns; unknown or finished ones are none of our business."""
@@ -159,7 +185,7 @@ class Engine:
         Raises EngineLostError.
         """
         step, self._ahead = self._ahead, None
-        outputs: list[RequestOutput] = []
+        outputs = self._add_compiled()
         if step is None:
             step = self._start(outputs)
         if step is None:
@@ -253,7 +279,10 @@ class Engine:
         """Nothing is lost or owned twice: pages, pins, requests."""
         self.scheduler.check_integrity()
         self.adapters.check_integrity()
-        assert {r.request_id for r in self.scheduler.requests()} == set(self._progress), "a request is lost"
+        num_compiling = 0 if self._structures is None else self._structures.num_compiling
+        scheduled = {r.request_id for r in self.scheduler.requests()}
+        assert scheduled <= set(self._progress), "a request has no progress"
+        assert len(scheduled) + num_compiling == len(self._progress), "a request is lost"
         if not self._progress:
             assert self.scheduler.pages.num_used == 0, "pages are owned while no request lives"
 
@@ -268,6 +297,9 @@ class Engine:
             self._followers.check()
         if self._assist is not None:
             self._assist.poll()
+        is_idle = not self._progress and time.perf_counter() - self._finished_at > IDLE_S
+        if is_idle and self._structures is not None:
+            self._structures.warm_up()
 
     def close(self) -> None:
         if self._assist is not None:
@@ -275,6 +307,8 @@ class Engine:
         self.adapters.close()
         if self._followers is not None:
             self._followers.close()
+        if self._structures is not None:
+            self._structures.close()
         self._step_log.close()
 
     # --- after the forward ---
@@ -289,6 +323,8 @@ class Engine:
                 progress.load_wait_s += result.load_wait_s
         outputs = [
             self._token_output(item.request, token_id, logprobs)
+            if item.request.request_id not in result.failed
+            else self._fail_all([item.request], result.failed[item.request.request_id])[0]
             for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs, strict=True)
             if self._is_alive(item)
         ]
@@ -341,7 +377,8 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         self._progress.pop(request.request_id)
-        self.scheduler.finish(request)
+        if self._structures is None or not self._structures.cancel(request):
+            self.scheduler.finish(request)
         self._runner.forget(request)
 
     # --- small things ---

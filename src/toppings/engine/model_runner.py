@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -18,11 +18,11 @@ from toppings.engine.device_lora import DeviceLora
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
 from toppings.engine.graphs import DecodeGraphs
 from toppings.engine.pages import pages_for
+from toppings.engine.sampling_rows import SamplingRows
 from toppings.engine.step_inputs import InputBuilder, Pending, StepInputs, lora_segments
 from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
-from toppings.ops.sampling import SamplingRow
 
 
 @dataclass(slots=True)
@@ -35,6 +35,7 @@ class StepResult:
     load_wait_s: float
     copy_ms: float  # what the loads of its adapters copied meanwhile
     assist: AssistStats | None
+    failed: dict[str, str]  # by request id, why its output cannot go on; its token means nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class StepInFlight:
     load_wait_s: float
     copy_ms: float
     assist: AssistStats | None
+    failed: dict[str, str] = field(default_factory=dict)
 
     def result(self) -> StepResult:
         """Waits for the tokens. Raises what made them wrong."""
@@ -59,6 +61,7 @@ class StepInFlight:
             load_wait_s=self.load_wait_s,
             copy_ms=self.copy_ms,
             assist=self.assist,
+            failed=self.failed,
         )
 
 
@@ -96,7 +99,7 @@ class ModelRunner:
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: DecodeGraphs | None = None  # likewise
-        self._generators: dict[str, torch.Generator] = {}
+        self.rows = SamplingRows(decoder.config.eos_token_ids)
         self.out_offsets = decoder.config.group_out_offsets()
 
     @torch.inference_mode()
@@ -111,6 +114,7 @@ class ModelRunner:
         sampled = [
             (row, item) for row, item in zip(_last_rows(items), items, strict=True) if item.needs_sample
         ]
+        begun = self.rows.begin([item.request for _, item in sampled])
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
@@ -124,20 +128,24 @@ class ModelRunner:
             with self._lora(items, segments, loads) as lora:
                 logits = self._forward(inputs, lora)
         copied_ms += sum(load.copy_ms for load in loads.values())
+        if previous is None:
+            rows, failed = self.rows.finish(begun, [], None)
+        else:
+            rows, failed = self.rows.finish(begun, [i.request for i in previous.items], previous.drawing)
         return StepInFlight(
             items=[item for _, item in sampled],
-            drawing=self._sample(logits, [self._sampling_row(item.request) for _, item in sampled]),
+            drawing=self._sample(logits, rows),
             load_wait_s=lora.wait_s if lora is not None else 0.0,
             copy_ms=copied_ms,
             assist=lora.stats if isinstance(lora, AssistLora) else None,
+            failed=failed,
         )
 
     def can_run_ahead(self, requests: Sequence[Request]) -> bool:
-        """A step of these requests can be started although tokens of theirs are still being drawn: no draw
-        looks back at them, and no adapter is loading."""
+        """A step of these requests can be started although tokens of theirs are still being drawn: no adapter
+        is loading."""
         return self._runs_ahead and not any(
-            _looks_back(r) or (r.adapter_id is not None and self._adapters.load_of(r.adapter_id) is not None)
-            for r in requests
+            r.adapter_id is not None and self._adapters.load_of(r.adapter_id) is not None for r in requests
         )
 
     @property
@@ -158,8 +166,8 @@ class ModelRunner:
         )
 
     def forget(self, request: Request) -> None:
-        """The request has ended: drop its random generator."""
-        self._generators.pop(request.request_id, None)
+        """The request has ended."""
+        self.rows.forget(request)
 
     def _loads(self, items: list[BatchItem]) -> dict[int, LoadHandle]:
         """By adapter id, the loads under way of the batch's adapters."""
@@ -188,24 +196,6 @@ class ModelRunner:
         return nullcontext(
             DeviceLora(pool, segments, self.out_offsets, groups, loads=handles, mode=self._mode)
         )
-
-    def _sampling_row(self, request: Request) -> SamplingRow:
-        seed = request.sampling.seed
-        if seed is not None and request.request_id not in self._generators:
-            self._generators[request.request_id] = torch.Generator().manual_seed(seed)
-        return SamplingRow(
-            params=request.sampling,
-            prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=request.output_token_ids,
-            generator=self._generators.get(request.request_id),
-            eos_token_ids=self._decoder.config.eos_token_ids,
-        )
-
-
-def _looks_back(request: Request) -> bool:
-    """Its next draw but one depends on the next."""
-    row = SamplingRow(request.sampling, [], request.output_token_ids)
-    return row.has_penalty or request.sampling.min_tokens > len(request.output_token_ids)
 
 
 def _num_tokens_of(items: list[BatchItem], adapter_id: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from toppings.core import TokenLogprobs
 from toppings.ops.sampling import SampleOutput, SamplingRow, choose, draw_uniform
+from toppings.ops.token_mask import device_flags, num_words
 from toppings.ops.truncation import NUM_CANDIDATES, cut, likeliest
 
 Array = npt.NDArray[Any]
@@ -29,6 +30,7 @@ class SamplingPlan:
 
     `drawn`: rows that are not greedy; by position among them, `parameters` float32 [3, D] (temperature,
     top-p, min-p), `top_k`, `uniform` float64, and which are `uncut`, to be sorted in part (`few`) or whole.
+    `masked`: rows with a mask, and their `masks`, int32 [N, W] (token_mask.py).
     `forbidden`: int64 [2, F], (rows, token ids). `repeated`: int64 [2, N] with `repetition` [N], the factor.
     `counted`: int64 [2, M] with `subtracted` [M]. `reported`: rows that want logprobs, `num_top` of them.
     """
@@ -40,6 +42,8 @@ class SamplingPlan:
     uncut: Array
     few: Array
     many: Array
+    masked: Array
+    masks: Array
     forbidden: Array
     repeated: Array
     repetition: Array
@@ -55,7 +59,8 @@ class SamplingPlan:
         params = [rows[i].params for i in drawn]
         is_few = [0 < p.top_k < NUM_CANDIDATES for p in params]
         is_uncut = [p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0 for p in params]
-        places = [(i, t) for i, row in enumerate(rows) for t in row.forbidden_ids if t < vocab_size]
+        places = [(i, t) for i, row in enumerate(rows) for t in row.forbidden_ids(vocab_size)]
+        masks = {i: row.allowed for i, row in enumerate(rows) if row.allowed is not None}
         repeated, factors = _repetitions(rows)
         counted, subtracted = _counts(rows)
         reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -69,6 +74,8 @@ class SamplingPlan:
             uncut=_longs([d for d, uncut in enumerate(is_uncut) if uncut]),
             few=_longs([d for d, few in enumerate(is_few) if few]),
             many=_longs([d for d in range(len(drawn)) if not is_few[d] and not is_uncut[d]]),
+            masked=_longs(list(masks)),
+            masks=np.array(list(masks.values()), np.int32).reshape(-1, num_words(vocab_size)),
             forbidden=_pairs(places),
             repeated=_pairs(repeated),
             repetition=np.array(factors, np.float32),
@@ -79,27 +86,28 @@ class SamplingPlan:
         )
 
     @property
+    def changes(self) -> list[Array]:
+        """What changes logits before a draw."""
+        return [
+            *(self.masked, self.masks, self.forbidden, self.repeated, self.repetition),
+            *(self.counted, self.subtracted),
+        ]
+
+    @property
     def arrays(self) -> list[Array]:
         """To be brought to the device for `draw`."""
         return [
             *(self.drawn, self.parameters, self.top_k, self.uniform, self.uncut, self.few, self.many),
-            *(self.forbidden, self.repeated, self.repetition, self.counted, self.subtracted, self.reported),
+            *(self.reported, *self.changes),
         ]
 
 
 def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[Tensor]:
     """The tokens drawn, int64 [R], and of the rows reported: log-probabilities, ranks, the likeliest tokens'
     ids and log-probabilities. logits: fp32 [R, V], not changed; `arrays`: the plan's, on the device."""
-    drawn, parameters, top_k, uniform, *kinds, forbidden, repeated, factors, counted, subtracted, reported = (
-        arrays
-    )
-    adjusted = logits
-    if plan.forbidden.size or plan.repeated.size or plan.counted.size:
-        adjusted = logits.clone()
-        adjusted.index_put_(tuple(forbidden), adjusted.new_full((), -torch.inf))
-        scores = adjusted[tuple(repeated)]
-        adjusted.index_put_(tuple(repeated), torch.where(scores > 0, scores / factors, scores * factors))
-        adjusted.index_put_(tuple(counted), adjusted[tuple(counted)] - subtracted)
+    drawn, parameters, top_k, uniform, uncut, few, many, reported, *changes = arrays
+    kinds = (uncut, few, many)
+    adjusted = _adjusted(logits, *changes) if any(each.size for each in plan.changes) else logits
     token_ids = adjusted.argmax(-1)
     if plan.drawn.size:
         temperature, top_p, min_p = parameters
@@ -110,6 +118,26 @@ def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[T
                 weights, ids = _weights(kind, probs[members], *limits)
                 token_ids.index_put_((drawn[members],), choose(weights, ids, uniform[members]))
     return [token_ids, *_report(logits, token_ids, reported, plan.num_top)] if len(reported) else [token_ids]
+
+
+def _adjusted(
+    logits: Tensor,
+    masked: Tensor,
+    masks: Tensor,
+    forbidden: Tensor,
+    repeated: Tensor,
+    factors: Tensor,
+    counted: Tensor,
+    subtracted: Tensor,
+) -> Tensor:
+    adjusted = logits.clone()
+    is_allowed = device_flags(masks, logits.shape[1])
+    adjusted.index_copy_(0, masked, adjusted[masked].masked_fill(~is_allowed, -torch.inf))
+    adjusted.index_put_(tuple(forbidden), adjusted.new_full((), -torch.inf))
+    scores = adjusted[tuple(repeated)]
+    adjusted.index_put_(tuple(repeated), torch.where(scores > 0, scores / factors, scores * factors))
+    adjusted.index_put_(tuple(counted), adjusted[tuple(counted)] - subtracted)
+    return adjusted
 
 
 def _weights(

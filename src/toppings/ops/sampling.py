@@ -1,8 +1,9 @@
 """Drawing the next token of every row: penalties, temperature, truncation, logprobs.
 
-The order is vLLM's: reported log-probabilities are those of the model's own distribution; then `min_tokens`
-and the penalties change the logits; greedy rows take the largest; the others divide by the temperature, drop
-what min-p, then top-k, then top-p exclude, and draw. Ties go to the lower token id everywhere.
+The order is vLLM's: reported log-probabilities are those of the model's own distribution; then what a row may
+not draw is excluded, and the penalties change the logits; greedy rows take the largest; the others divide by
+the temperature, drop what min-p, then top-k, then top-p exclude, and draw. Ties go to the lower token id
+everywhere.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from toppings.core import SamplingParams, TokenLogprobs
+from toppings.ops.token_mask import TokenMask, allows_more_than, flags_of
 from toppings.ops.truncation import likeliest, truncate
 
 GREEDY_BELOW = 1e-5
@@ -22,7 +24,8 @@ GREEDY_BELOW = 1e-5
 class SamplingRow:
     """What one row's draw depends on beside its logits. `generator` None draws from torch's global one.
 
-    `eos_token_ids` and the parameters' `stop_token_ids` are not drawn before `min_tokens` tokens are out.
+    `eos_token_ids` and the parameters' `stop_token_ids` are not drawn before `min_tokens` tokens are out,
+    unless `allowed`, the tokens that may be drawn at all, holds nothing else.
     """
 
     params: SamplingParams
@@ -30,6 +33,7 @@ class SamplingRow:
     output_token_ids: list[int]
     generator: torch.Generator | None = None
     eos_token_ids: tuple[int, ...] = ()
+    allowed: TokenMask | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -40,11 +44,12 @@ class SamplingRow:
         p = self.params
         return (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0.0, 0.0, 1.0)
 
-    @property
-    def forbidden_ids(self) -> tuple[int, ...]:
+    def forbidden_ids(self, vocab_size: int) -> list[int]:
+        """Beside what `allowed` leaves out."""
         if len(self.output_token_ids) >= self.params.min_tokens:
-            return ()
-        return self.eos_token_ids + self.params.stop_token_ids
+            return []
+        ids = [t for t in (*self.eos_token_ids, *self.params.stop_token_ids) if t < vocab_size]
+        return ids if self.allowed is None or allows_more_than(self.allowed, ids, vocab_size) else []
 
 
 @dataclass(slots=True)
@@ -71,13 +76,18 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> SampleOutput:
 
 
 def _forbid(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    vocab = range(logits.shape[1])
-    places = [(i, token) for i, row in enumerate(rows) for token in row.forbidden_ids if token in vocab]
-    if not places:
+    vocab_size = logits.shape[1]
+    places = [(i, token) for i, row in enumerate(rows) for token in row.forbidden_ids(vocab_size)]
+    masks = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if not places and not masks:
         return logits
     logits = logits.clone()
-    row_index, token_ids = torch.tensor(places, device=logits.device).unbind(1)
-    logits[row_index, token_ids] = -torch.inf
+    for i, mask in masks:
+        is_allowed = torch.from_numpy(flags_of(mask, vocab_size)).to(logits.device)
+        logits[i].masked_fill_(~is_allowed, -torch.inf)
+    if places:
+        row_index, token_ids = torch.tensor(places, device=logits.device).unbind(1)
+        logits[row_index, token_ids] = -torch.inf
     return logits
 
 

@@ -1,6 +1,6 @@
-"""Where what a checkpoint brings along is executed: its patterns and chat templates.
+"""Where what strangers write is executed: patterns and chat templates of checkpoints, grammars of requests.
 
-Both are small programs by strangers that may run for ever or ask for all memory. They run in processes of
+They are small programs that may run for ever or ask for all memory. They run in processes of
 their own, bounded in processor time and memory, that hold no secrets, write no files and can be killed at any
 moment.
 """

@@ -19,7 +19,11 @@ from typing import Any
 
 PREFIX = struct.Struct("<I")
 PARENT_POLL_S = 5.0
-JOBS = {"match": ("patterns", "match_all"), "render": ("templates", "render")}
+JOBS = {
+    "match": ("patterns", "match_all"),
+    "render": ("templates", "render"),
+    "check": ("grammars", "check"),
+}
 """Modules are those beside this file, imported when first needed."""
 
 

@@ -13,7 +13,7 @@ from toppings.process_state import go_on, is_stopped
 from toppings.sandbox import child
 
 CHILD_FILE = Path(child.__file__)
-LIBRARIES = ("jinja2", "markupsafe")
+LIBRARIES = ("jinja2", "markupsafe", "llguidance")
 LOOK_S = 0.25
 """How often a process that is waited for is looked at."""
 MAX_WAIT_S = 10.0
@@ -114,6 +114,6 @@ class SandboxProcess:
 
 
 def _library_dirs() -> list[str]:
-    """Where the libraries of templates are installed; where they are not, none are rendered."""
+    """Where the libraries of templates and grammars are installed; where they are not, those jobs fail."""
     specs = [spec for name in LIBRARIES if (spec := find_spec(name)) is not None]
     return sorted({str(Path(spec.origin).parents[1]) for spec in specs if spec.origin})

@@ -10,11 +10,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from toppings.server.bodies import JsonRoute
+from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice, Job, beside_loop, room_for_output, tokens_of
 from toppings.server.protocol import CompletionBody
 from toppings.server.replies import answer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, state_of
-from toppings.server.streams import DONE, sse
+from toppings.server.streams import DONE, openai_error_event, sse
+from toppings.server.structures import checked_structure
 from toppings.text import TextLogprob, TextModel, TextOutput
 
 router = APIRouter(route_class=JsonRoute)
@@ -39,11 +41,14 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
     if max_tokens is None:
         default = min(DEFAULT_MAX_TOKENS, state.defaults.get("max_tokens", DEFAULT_MAX_TOKENS))
         max_tokens = min(default, room_for_output(state, prompts))
+    structure = await checked_structure(state, body.structure())
     return Job(
         state=state,
         target=target,
         prompts=prompts,
-        sampling=body.sampling(max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults),
+        sampling=body.sampling(
+            max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults, structure=structure
+        ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         started_at=started_at,
@@ -100,6 +105,9 @@ class CompletionReply:
         if self._body.include_usage:
             yield sse({**self._head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
         yield DONE
+
+    def error_event(self, error: ApiError) -> bytes:
+        return openai_error_event(error)
 
     def _choice(
         self, index: int, text: str, ending: Choice | TextOutput, logprobs: dict[str, Any]

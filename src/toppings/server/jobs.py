@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import RequestError, SamplingParams, shown
-from toppings.server.errors import ApiError
+from toppings.core import ContextLengthError, RequestError, SamplingParams, shown
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
@@ -48,6 +47,8 @@ class Job:
     sampling: SamplingParams
     num_choices: int = 1
     include_stop: bool = False
+    shown: Mapping[int, str] | None = None
+    """Special tokens that are text all the same, by their ids."""
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
@@ -71,8 +72,11 @@ class Job:
             async for item in outputs:
                 yield item
 
+    def new_choice(self) -> Choice:
+        return Choice()
+
     async def collect(self, lease: Lease) -> list[Choice]:
-        choices = [Choice() for _ in range(self.num_sequences)]
+        choices = [self.new_choice() for _ in range(self.num_sequences)]
         async with aclosing(self.stream(lease)) as outputs:
             async for index, output in outputs:
                 choices[index].add(output)
@@ -100,7 +104,13 @@ class Job:
     def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
         state, sampling = self.state, self._sampling_of(index % self.num_choices)
         return generate_text(
-            state.client, state.text, prompt, sampling, self.target.adapter_id, include_stop=self.include_stop
+            state.client,
+            state.text,
+            prompt,
+            sampling,
+            self.target.adapter_id,
+            include_stop=self.include_stop,
+            shown=self.shown,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:
@@ -120,15 +130,16 @@ class Job:
 
 
 def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None:
-    """Raises ApiError for an empty prompt, or one that is too long together with `max_tokens`."""
+    """Raises RequestError for an empty prompt, or one that is too long together with `max_tokens`."""
     limit = state.client.info.max_model_len
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least one token")
     if len(prompt) + max_tokens > limit:
-        raise ApiError(
-            400,
-            f"the prompt has {len(prompt)} tokens and up to {max_tokens} were asked for; "
-            f"the model's context holds {limit} tokens",
+        raise ContextLengthError(
+            limit,
+            len(prompt) + max_tokens,
+            f"you requested {len(prompt) + max_tokens} tokens ({len(prompt)} in the messages, {max_tokens} in"
+            " the completion). Please reduce the length of the messages or completion.",
         )
     check_token_ids(state, "prompt", prompt)
 

@@ -29,6 +29,7 @@ from toppings.engine.spawn import Spawner
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_connection_limit
+from toppings.server.exchange import current_exchange
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
@@ -97,10 +98,13 @@ def start_logging(config: Config) -> None:
 
 
 class _ShortFormatter(logging.Formatter):
-    """Cuts messages, so that no request writes a megabyte to the log, and keeps each on its line."""
+    """Cuts messages, so that no request writes a megabyte to the log, keeps each on its line, and names the
+    request that it is about."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = shown(record.message, MAX_LOG_CHARS).replace("\r", "\\r").replace("\n", "\\n")
+        if (exchange := current_exchange.get()) is not None:
+            record.message += f" [request {exchange.request_id}]"
         return super().formatMessage(record)
 
 

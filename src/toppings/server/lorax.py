@@ -5,21 +5,22 @@ whatever the model's `generation_config.json` says of sampling.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from toppings.core import FinishReason, SamplingParams
+from toppings.core import FinishReason, SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.fields import Int, LenientBody, Name, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.protocol import Int, Name, Texts
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.server.structures import Schema, checked_structure, named_structure, schema_text
 from toppings.sources.adapters import DIR, KINDS
 from toppings.text import TextLogprob
 
@@ -31,8 +32,29 @@ ERROR_STATUS = {400: (422, "validation"), 429: (429, "overloaded"), 404: (424, "
 """Their statuses for ours; the rest is told as it is."""
 
 
-class Parameters(BaseModel):
+class Grammar(BaseModel):
+    """TGI's: a JSON Schema, or a pattern. `json_object` and `json_schema` are other words for `json`."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["json", "json_object", "json_schema", "regex"]
+    value: Schema | str
+
+
+class Format(BaseModel):
+    """LoRAX's own; without a schema any object."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    type: Literal["json_object", "json_schema"]
+    schema_: Schema | None = Field(default=None, alias="schema")
+
+
+class Parameters(LenientBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "top_n_tokens": (0,),
+        "adapter_parameters": (),
+    }
 
     adapter_id: Name | None = None
     adapter_source: Name | None = None
@@ -47,10 +69,12 @@ class Parameters(BaseModel):
     max_new_tokens: Int | None = None
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: Texts = []
+    stop: Texts = []  # noqa: RUF012  (pydantic copies it)
     seed: Int | None = None
     details: bool = False
     return_k_alternatives: Int | None = None
+    grammar: Grammar | None = None
+    response_format: Format | None = None
     # Accepted only where they ask for nothing:
     best_of: Int | None = None
     truncate: Int | None = None
@@ -58,7 +82,6 @@ class Parameters(BaseModel):
     watermark: bool = False
     decoder_input_details: bool = False
     merged_adapters: None = None
-    response_format: None = None
     apply_chat_template: bool = False
 
     def check(self) -> None:
@@ -81,7 +104,26 @@ class Parameters(BaseModel):
         """TGI samples when told to, or when a sampling field is given."""
         return self.do_sample or any(v is not None for v in (self.temperature, self.top_k, self.top_p))
 
-    def sampling(self, *, has_logprobs: bool) -> SamplingParams:
+    def structure(self) -> tuple[str, Structure] | None:
+        """The field that was given, and what it means. Raises ApiError where that is nothing."""
+        grammar, form = self.grammar, self.response_format
+        if grammar is not None and form is not None:
+            raise ApiError(
+                400,
+                "grammar and response_format were given together; an output has one form, give one of them",
+            )
+        if grammar is not None:
+            if grammar.type != "regex":
+                return named_structure("grammar", StructureKind.JSON_SCHEMA, schema_text(grammar.value))
+            if not isinstance(grammar.value, str):
+                raise ApiError(400, "grammar.value is no string; of type regex it must be a pattern")
+            return named_structure("grammar", StructureKind.REGEX, grammar.value)
+        if form is None:
+            return None
+        schema = {"type": "object"} if form.schema_ is None else form.schema_
+        return named_structure("response_format", StructureKind.JSON_SCHEMA, schema_text(schema))
+
+    def sampling(self, *, has_logprobs: bool, structure: Structure | None) -> SamplingParams:
         """Raises RequestError for a value out of range."""
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty", "top_p", "top_k", "seed")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -93,13 +135,12 @@ class Parameters(BaseModel):
             ignore_eos=self.ignore_eos_token,
             stop=tuple(self.stop),
             logprobs=(alternatives or 0) if has_logprobs else None,
+            structure=structure,
             **given,
         )
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class Body(LenientBody):
     inputs: str
     parameters: Parameters = Parameters()
     stream: bool = False
@@ -134,6 +175,7 @@ async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
     source = parameters.adapter_source
     if source not in (None, "local") and (state.resolver is None or not state.resolver.has(SOURCES[source])):
         raise ApiError(400, f"adapter_source is {source!r}; this server has no source of that kind")
+    structure = await checked_structure(state, parameters.structure())
     return Job(
         state=state,
         target=await state.find_target(
@@ -142,7 +184,7 @@ async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
             token=parameters.api_token,
         ),
         prompts=await tokens_of(state, [body.inputs]),
-        sampling=body.parameters.sampling(has_logprobs=has_logprobs),
+        sampling=parameters.sampling(has_logprobs=has_logprobs, structure=structure),
     )
 
 

@@ -7,7 +7,7 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from toppings.server.errors import CLIENT_GONE, json_response
+from toppings.server.errors import CLIENT_GONE, ApiError, json_response
 from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease
@@ -19,16 +19,17 @@ PART_LEN = 1000
 
 
 class Reply(Protocol):
-    """The shape of one route's answers."""
+    """The shape of one route's answers; `error_event` ends a stream that has begun."""
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]: ...
     def events(self, lease: Lease) -> AsyncGenerator[bytes, None]: ...
+    def error_event(self, error: ApiError) -> bytes: ...
 
 
 async def answer(request: Request, job: Job, lease: Lease, reply: Reply, *, is_stream: bool) -> Response:
     """Runs the job in its place in the queue; a client that leaves ends the job at once."""
     if is_stream:
-        return EventStream(reply.events(lease), lease)
+        return EventStream(reply.events(lease), lease, error_event=reply.error_event)
     with lease:
         try:
             choices = await until_gone(request.receive, job.collect(lease))

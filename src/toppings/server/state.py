@@ -17,6 +17,7 @@ from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.core import EngineReady, EngineStats
+from toppings.grammar.checker import StructureChecker
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics
@@ -112,6 +113,7 @@ class ServerState:
         self.resolver: Resolver | None = None
         """Asks the adapter sources, where there are any."""
         self.is_draining = False
+        self.checker = StructureChecker(text.special_tokens)
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())

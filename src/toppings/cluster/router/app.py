@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from toppings.access import is_key, why_not_changed
+from toppings.access import is_key, is_same, why_not_changed, why_not_json
 from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
 from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
@@ -86,8 +86,11 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        given = request.headers.get("Authorization", "")
-        if not is_key(given.encode("utf-8", "surrogateescape"), key):
+        bearer, plain = (
+            request.headers.get(name, "").encode("utf-8", "surrogateescape")
+            for name in ("Authorization", "X-Api-Key")
+        )
+        if not (is_key(bearer, key) or is_same(plain, key)):
             raise Unauthorized
 
     # --- inference ---
@@ -168,8 +171,11 @@ class Router:
 
     async def _read_change(self, request: web.Request) -> dict[str, Any]:
         self._check_may_change(request)
-        if request.content_type != "application/json":
-            raise ApiError(400, "1 validation error:\n  the body must be application/json", "Bad Request")
+        names = [name.lower() for name in request.headers]
+        has_key = bool(self.state.config.api_key)
+        reason = why_not_json(request.headers.get("Content-Type", ""), names, has_key=has_key)
+        if reason is not None:
+            raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
         with self._budget.share() as share:
             body = await read_body(request, self.state.config, share, MAX_ADMIN_BYTES)
         try:

@@ -1,0 +1,95 @@
+"""What the draws of a step depend on beside logits: made while the device computes them."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from toppings.core import Request
+from toppings.engine.drawing import Drawing
+from toppings.engine.structures import StepMasks, Structures
+from toppings.ops.sampling import SamplingRow
+
+
+@dataclass(frozen=True, slots=True)
+class RowsBegun:
+    """The rows of `requests`, of which masks are being made where all tokens are known."""
+
+    requests: list[Request]
+    masks: "Future[StepMasks] | None"
+
+
+class SamplingRows:
+    """`structures`: set once, before the first request that has one."""
+
+    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+        self.structures: Structures | None = None
+        self._eos_token_ids = eos_token_ids
+        self._generators: dict[str, torch.Generator] = {}
+
+    def begin(self, requests: list[Request]) -> RowsBegun:
+        known = {r.request_id: r.output_token_ids for r in requests if not r.num_pending_tokens}
+        return RowsBegun(requests, self._start_masks(requests, known))
+
+    def finish(
+        self, begun: RowsBegun, drawn_requests: Sequence[Request], drawing: Drawing | None
+    ) -> tuple[list[SamplingRow], dict[str, str]]:
+        """The rows, and by request id why an output cannot go on (what is drawn for it means nothing).
+
+        Tokens of `drawn_requests` that `drawing` has yet to give are waited for where a row depends on them;
+        the device has this step's work by then.
+        """
+        requests = begun.requests
+        outputs = {r.request_id: r.output_token_ids for r in requests}
+        late: dict[str, list[int]] = {}
+        if drawing is not None and any(r.num_pending_tokens and _looks_back(r) for r in requests):
+            drawn = zip(drawn_requests, drawing.wait().token_ids, strict=True)
+            tokens = {r.request_id: token for r, token in drawn if r.num_pending_tokens}
+            late = {name: [*outputs[name], token] for name, token in tokens.items() if name in outputs}
+        made = [f.result() for f in (begun.masks, self._start_masks(requests, late)) if f is not None]
+        masks = {name: mask for each in made for name, mask in each.masks.items()}
+        failed = {name: reason for each in made for name, reason in each.failed.items()}
+        outputs |= late
+        rows = [
+            SamplingRow(
+                params=r.sampling,
+                prompt_token_ids=r.prompt_token_ids,
+                output_token_ids=outputs[r.request_id],
+                generator=self._generator(r),
+                eos_token_ids=self._eos_token_ids,
+                allowed=masks.get(r.request_id),
+            )
+            for r in requests
+        ]
+        return rows, failed
+
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+        self._generators.pop(request.request_id, None)
+        if self.structures is not None:
+            self.structures.forget(request)
+
+    def _start_masks(
+        self, requests: Sequence[Request], outputs: Mapping[str, list[int]]
+    ) -> "Future[StepMasks] | None":
+        structured = [
+            r.request_id for r in requests if r.sampling.structure is not None and r.request_id in outputs
+        ]
+        if not structured:
+            return None
+        assert self.structures is not None, "a request with a structure is refused without"
+        return self.structures.start_masks({name: outputs[name] for name in structured})
+
+    def _generator(self, request: Request) -> torch.Generator | None:
+        seed = request.sampling.seed
+        if seed is not None and request.request_id not in self._generators:
+            self._generators[request.request_id] = torch.Generator().manual_seed(seed)
+        return self._generators.get(request.request_id)
+
+
+def _looks_back(request: Request) -> bool:
+    """Its next draw but one depends on the next."""
+    row = SamplingRow(request.sampling, [], request.output_token_ids)
+    is_held = request.sampling.min_tokens > len(request.output_token_ids)
+    return row.has_penalty or is_held or request.sampling.structure is not None

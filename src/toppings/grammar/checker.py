@@ -1,0 +1,68 @@
+"""Structures of requests, tried in a sandbox before an engine gets them."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from toppings.core import MAX_STRUCTURE_CHARS, RequestError, Structure, StructureKind
+from toppings.sandbox import Sandbox, SandboxError
+
+NUM_PROCESSES = 2
+CHECK_CPU_S = 1.0
+"""Of a processor. Common schemas take some milliseconds."""
+MAX_KEPT = 256
+MAX_KEPT_CHARS = 8 * MAX_STRUCTURE_CHARS
+LENIENT = "give response_format's strict as false to have what is not supported ignored"
+
+
+class StructureChecker:
+    """Belongs to one event loop. `special_tokens`: of the model, which grammars may name as `<name>`."""
+
+    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
+        self._special_tokens = list(special_tokens)
+        self._sandbox = Sandbox(NUM_PROCESSES)
+        self._kept: OrderedDict[Structure, Structure] = OrderedDict()
+        self._num_chars = 0
+
+    async def checked(self, structure: Structure) -> Structure:
+        """What the engine is to be given: the structure, or a grammar in GBNF as one in Lark's notation.
+
+        Raises RequestError where it is not valid, allows no output, or is too complex; SandboxBusyError.
+        """
+        if (kept := self._kept.get(structure)) is not None:
+            self._kept.move_to_end(structure)
+            return kept
+        key = hashlib.sha256(f"{structure.kind}{structure.text}".encode()).hexdigest()
+        try:
+            text = await self._sandbox.run_in_turn(
+                key,
+                "check",
+                cpu_s=CHECK_CPU_S,
+                structure_kind=structure.kind,
+                text=structure.text,
+                special_tokens=self._special_tokens,
+            )
+        except SandboxError as error:
+            raise RequestError(_refusal(structure, str(error))) from error
+        result = structure if text == structure.text else replace(structure, text=text)
+        self._keep(structure, result)
+        return result
+
+    def _keep(self, structure: Structure, result: Structure) -> None:
+        if structure in self._kept:
+            return
+        self._kept[structure] = result
+        self._num_chars += len(structure.text)
+        while len(self._kept) > MAX_KEPT or self._num_chars > MAX_KEPT_CHARS:
+            self._num_chars -= len(self._kept.popitem(last=False)[0].text)
+
+    def close(self) -> None:
+        """Ends its processes; they also end with this object."""
+        self._sandbox.close()
+
+
+def _refusal(structure: Structure, reason: str) -> str:
+    can_be_lenient = structure.kind == StructureKind.JSON_SCHEMA and "Unimplemented" in reason
+    reason = f"{reason}; {LENIENT}" if can_be_lenient else reason
+    return f"the {structure.kind} cannot be followed: {reason}"

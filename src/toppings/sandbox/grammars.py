@@ -1,0 +1,178 @@
+"""Grammars of structured outputs: made, and tried on single bytes. It runs in a sandbox, too, and needs
+llguidance and nothing of ours."""
+
+import json
+import re
+from typing import Any
+
+import llguidance
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+MAX_REASON_CHARS = 600
+NUM_TRIED = 32
+"""Bytes that a check goes along the grammar: what never ends or is too much shows within a few."""
+END = 256
+WHITESPACE = r" |\r?\n( {0,32}|\t{0,16})"
+"""Between the tokens of JSON: a blank, or a line's end and the next one's indentation. Without a bound, a
+model may write blanks until it is cut off."""
+
+
+TOKEN_IDS = re.compile(r"<\[\d+\]>")
+"""Of the model's vocabulary, which is not here; one token stands for them all."""
+GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+
+def limits() -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=1_000_000,  # some 20 ms
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,  # of up to 2 KiB
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+def grammar_of(kind: str, text: str) -> str:
+    """The library's own form of a structure (`core.StructureKind`).
+
+    Raises ValueError for what is no JSON, or a list of choices that is none.
+    """
+    if kind == "regex":
+        return str(llguidance.LLMatcher.grammar_from_regex(text))
+    if kind == "grammar":
+        return str(llguidance.LLMatcher.grammar_from_lark(text))
+    if kind == "choice":
+        return str(llguidance.LLMatcher.grammar_from_lark(_lark_of(json.loads(text))))
+    schema = text if kind == "json_schema" else '{"type": "object"}'
+    return str(
+        llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+    )
+
+
+def matcher_of(vocabulary: Any, kind: str, text: str) -> llguidance.LLMatcher:
+    """At the structure's start. Raises ValueError."""
+    matcher = llguidance.LLMatcher(vocabulary, grammar_of(kind, text), log_level=0, limits=limits())
+    raise_error_of(matcher)
+    return matcher
+
+
+def _lark_of(choices: Any) -> str:
+    if not isinstance(choices, list) or not choices:
+        raise ValueError("it must be a list of at least one string")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice:
+            raise ValueError(
+                f"it holds {json.dumps(choice)[:100]}; each choice must be a string that is not empty"
+            )
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+
+
+def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
+    """The text that means the structure to the engine: of a grammar in GBNF one in Lark's notation, of a
+    schema one without what asks for nothing.
+
+    Raises ValueError for what is not valid, allows no output or is too complex.
+    """
+    if structure_kind == "grammar" and GBNF_RULE.search(text):
+        text = _lark_of_gbnf(text)
+    if structure_kind == "json_schema":
+        text = _plain_schema(text)
+    tried = TOKEN_IDS.sub(f"<[{END + 1}]>", text) if structure_kind == "grammar" else text
+    matcher = llguidance.LLMatcher(
+        _bytes(special_tokens), grammar_of(structure_kind, tried), log_level=0, limits=limits()
+    )
+    for _ in range(NUM_TRIED):
+        mask = matcher.compute_bitmask()
+        raise_error_of(matcher)
+        allowed = [token for token in range(END) if mask[token // 8] >> token % 8 & 1]
+        if not allowed:
+            break
+        matcher.consume_token(allowed[-1])
+    return text
+
+
+def raise_error_of(matcher: Any) -> None:
+    """Raises ValueError where it can go on no further."""
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+        raise ValueError(_EXPLAINED.get(reason, reason)[:MAX_REASON_CHARS])
+
+
+_EXPLAINED = {"NoExtensionBias": "it allows no output at all", "NoExtension": "it allows no output at all"}
+
+
+# --- schemas ---
+
+FORMATS = (
+    *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4"),
+    *("ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer"),
+    *("relative-json-pointer", "regex"),
+)
+"""Those of the standard; any other asks for nothing (JSON Schema 2020-12, Validation, 7.2.3)."""
+WHOLE = ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties")
+HOLDS_SCHEMA = (
+    *("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else"),
+    *("propertyNames", "unevaluatedItems", "unevaluatedProperties"),
+)
+HOLDS_LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+HOLDS_MAP = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def _plain_schema(text: str) -> str:
+    try:
+        return json.dumps(_plain(json.loads(text, parse_constant=_refuse_constant)), ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON has not")
+
+
+def _plain(schema: Any) -> Any:
+    """Without formats of nobody's, `uniqueItems: false`, and whole numbers written as 2.0."""
+    if not isinstance(schema, dict):
+        return schema
+    plain = {}
+    for key, value in schema.items():
+        if key in HOLDS_MAP and isinstance(value, dict):
+            plain[key] = {name: _plain(each) for name, each in value.items()}
+        elif key in HOLDS_LIST and isinstance(value, list):
+            plain[key] = [_plain(each) for each in value]
+        elif key in HOLDS_SCHEMA:
+            plain[key] = _plain(value)
+        elif key in WHOLE and isinstance(value, float) and value.is_integer():
+            plain[key] = int(value)
+        elif not (key == "format" and isinstance(value, str) and value not in FORMATS) and not (
+            key == "uniqueItems" and value is False
+        ):
+            plain[key] = value
+    return plain
+
+
+def _lark_of_gbnf(text: str) -> str:
+    try:
+        return gbnf_to_lark(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:
+        raise ValueError(f"it is read as GBNF, for its rules have '::=': {error}; Lark's have ':'") from error
+
+
+def _bytes(special_tokens: list[str]) -> Any:
+    """A vocabulary of every byte, an end, and special tokens."""
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(special_tokens)), slices=[])
+
+
+class _Bytes:
+    eos_token_id = END
+    bos_token_id = None
+
+    def __init__(self, special_tokens: list[str]) -> None:
+        names = [b"<end of output>", b"<any other token>", *(name.encode() for name in special_tokens)]
+        self.tokens = [bytes([byte]) for byte in range(END)] + names
+        self.special_token_ids = list(range(END, len(self.tokens)))
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
