@@ -134,7 +134,7 @@ def _plain(schema: Any) -> Any:
     """Without formats of nobody's, `uniqueItems: false`, and whole numbers written as 2.0."""
     if not isinstance(schema, dict):
         return schema
-    plain = {}
+    plain: dict[Any, Any] = {}
     for key, value in schema.items():
         if key in HOLDS_MAP and isinstance(value, dict):
             plain[key] = {name: _plain(each) for name, each in value.items()}
