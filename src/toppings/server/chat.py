@@ -47,6 +47,7 @@ async def _job(state: ServerState, body: ChatBody) -> Job:
         ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
+        cache_salt=body.cache_salt,
         started_at=started_at,
     )
 
@@ -83,7 +84,7 @@ class ChatReply:
             for i, c in enumerate(choices)
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
-        total = usage(self._job.num_prompt_tokens, num_tokens)
+        total = usage(self._job, num_tokens)
         return {**self._head("chat.completion"), "choices": content, "usage": total}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
@@ -100,7 +101,7 @@ class ChatReply:
                 choice = {"index": i, "delta": {"content": output.text}, **ending}
                 yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)})
         if self._body.include_usage:
-            yield sse({**head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
+            yield sse({**head, "choices": [], "usage": usage(self._job, num_tokens)})
         yield DONE
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Job:
-    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`."""
+    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`.
+    `num_cached_tokens` of the prompts were in the engine's cache, as far as is known yet."""
 
     state: ServerState
     target: Target
@@ -48,6 +49,8 @@ class Job:
     sampling: SamplingParams
     num_choices: int = 1
     include_stop: bool = False
+    cache_salt: str | None = None
+    num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
@@ -88,6 +91,8 @@ class Job:
                     if timer.num_tokens == 0:
                         lease.note_started()
                     timer.note(output)
+                    if index % self.num_choices == 0:  # the others share what this one has computed
+                        self.num_cached_tokens += output.num_cached_tokens or 0
                     yield output
         except Exception as error:
             timer.outcome = "error"
@@ -100,7 +105,13 @@ class Job:
     def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
         state, sampling = self.state, self._sampling_of(index % self.num_choices)
         return generate_text(
-            state.client, state.text, prompt, sampling, self.target.adapter_id, include_stop=self.include_stop
+            state.client,
+            state.text,
+            prompt,
+            sampling,
+            self.target.adapter_id,
+            include_stop=self.include_stop,
+            cache_salt=self.cache_salt,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:

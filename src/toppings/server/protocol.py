@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from toppings.core import MAX_INT, RequestError, SamplingParams, shown
+from toppings.core import MAX_INT, MAX_SALT_CHARS, RequestError, SamplingParams, shown
 from toppings.server.errors import ApiError
 
 HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
@@ -52,6 +52,7 @@ Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 """What any integer of a body fits; most have narrower bounds, in `SamplingParams`."""
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Name = Annotated[str, Field(max_length=1024)]
+Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)]
 PathText = Annotated[str, Field(max_length=4096)]
 # A list is refused at its first bad item: one error an item would take a multiple of the body's own size.
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -89,6 +90,7 @@ class GenerationBody(BaseModel):
     ignore_eos: bool | None = None
     min_tokens: Int | None = None
     add_special_tokens: bool | None = None
+    cache_salt: Salt | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
