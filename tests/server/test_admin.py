@@ -36,6 +36,8 @@ async def test_metrics_have_the_names_that_gateways_read(server: Server) -> None
     assert found["vllm:cache_config_info", (("block_size", "16"), ("num_gpu_blocks", "64"))] == 1
     assert found["toppings:device_hits_total", ()] == 5
     assert found["vllm:num_preemptions_total", ()] == 3
+    assert found["vllm:prefix_cache_queries_total", ()] == 64
+    assert found["vllm:prefix_cache_hits_total", ()] == found["toppings:prefix_cache_hits_total", ()] == 32
     assert found["toppings:adapter_bytes_used", (("tier", "device"),)] == 300
 
 

@@ -1,4 +1,4 @@
-"""What a request says its output must be: every field becomes one of few structures, or is refused by name."""
+"""What a request says its output must be: each field becomes one of few structures, or is refused by name."""
 
 import json
 from typing import Any

@@ -39,7 +39,8 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Job:
-    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`."""
+    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`.
+    `num_cached_tokens` of the prompts were in the engine's cache, as far as is known yet."""
 
     state: ServerState
     target: Target
@@ -49,6 +50,8 @@ class Job:
     include_stop: bool = False
     shown: Mapping[int, str] | None = None
     """Special tokens that are text all the same, by their ids."""
+    cache_salt: str | None = None
+    num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
@@ -92,6 +95,8 @@ class Job:
                     if timer.num_tokens == 0:
                         lease.note_started()
                     timer.note(output)
+                    if index % self.num_choices == 0:  # the others share what this one has computed
+                        self.num_cached_tokens += output.num_cached_tokens or 0
                     yield output
         except Exception as error:
             timer.outcome = "error"
@@ -111,6 +116,7 @@ class Job:
             self.target.adapter_id,
             include_stop=self.include_stop,
             shown=self.shown,
+            cache_salt=self.cache_salt,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:

@@ -86,6 +86,7 @@ class ReplicaClient:
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as a replica's engine draws tokens; closing the iterator early aborts the request.
 
@@ -98,7 +99,8 @@ class ReplicaClient:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
         expected = self._lengths.expected(sampling.max_tokens)
-        call, num_tokens = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided()), 0
+        call = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided(), cache_salt=cache_salt)
+        num_tokens = 0
         self.num_pending += 1
         try:
             async with aclosing(self._with_retries(call)) as outputs:
