@@ -6,14 +6,12 @@ import os
 import pickle
 import shutil
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from tests.server.conftest import Server
-from tests.sources.hub_server import Hub, running_hub
+from tests.sources.hub_server import Hub
 from toppings.adapters.records import Origin
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config, ConfigError
@@ -24,19 +22,6 @@ from toppings.sources.adapters import parse_source
 
 LOAD = "/v1/load_lora_adapter"
 MAX_BYTES = 1_000_000
-
-
-@pytest.fixture
-def hub(tmp_path: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """`org/one` and `org/two` are adapters."""
-    for number, name in enumerate(("one", "two")):
-        shutil.copytree(adapters_dir / f"adapter-0000{number}", tmp_path / "hub" / "org" / name)
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    with running_hub(tmp_path / "hub") as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets when it is imported
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
 
 
 @pytest.fixture

@@ -106,14 +106,37 @@ class Job:
             timer.ended_at = time.perf_counter()
             self.state.metrics.observe(timer)
 
-    def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
-        state, sampling = self.state, self._sampling_of(index % self.num_choices)
+    async def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
+        """Begun once more where an adapter was damaged and is whole again."""
+        sampling = self._sampling_of(index % self.num_choices)
+        has_begun = False
+        try:
+            async with aclosing(self._generated(prompt, sampling, self.target.adapter_id)) as outputs:
+                async for output in outputs:
+                    has_begun = True
+                    yield output
+            return
+        except GenerationError:
+            resolver, is_adapter = self.state.resolver, self.target.adapter_id is not None
+            if has_begun or resolver is None or not is_adapter:
+                raise
+            target = await resolver.repair(self.target)
+            if target is None:
+                raise
+        async with aclosing(self._generated(prompt, sampling, target.adapter_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def _generated(
+        self, prompt: list[int], sampling: SamplingParams, adapter_id: int | None
+    ) -> AsyncGenerator[TextOutput, None]:
+        state = self.state
         return generate_text(
             state.client,
             state.text,
             prompt,
             sampling,
-            self.target.adapter_id,
+            adapter_id,
             include_stop=self.include_stop,
             shown=self.shown,
             cache_salt=self.cache_salt,

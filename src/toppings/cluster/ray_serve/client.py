@@ -9,6 +9,7 @@ from contextlib import aclosing
 from contextvars import Context
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -16,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.cluster.dispatcher import ResponseLengths
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
@@ -261,10 +262,18 @@ class FleetAdmin(AdapterAdmin):
         self._replicas = replicas
         self._adopting = asyncio.Lock()
 
-    async def load(self, name: str, path: str, *, in_place: bool = False) -> AdapterRecord:
+    async def _register(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        in_place: bool,
+        origin: Origin = Origin.HTTP,
+        source: str = "",
+    ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
-            record = await super().load(name, path, in_place=in_place)
+            record = await super()._register(name, directory, in_place=in_place, origin=origin, source=source)
             refusals = await self._replicas.adopt(record)
         if not refusals:
             return record

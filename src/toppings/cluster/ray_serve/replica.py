@@ -59,7 +59,7 @@ class EngineReplica:
             engine, after=registering, log=EngineLog(config.server.log_level)
         )
         registry = registering.result()
-        self._adapters = ReplicaAdapters(registry, self._client)
+        self._adapters = ReplicaAdapters(registry, self._client, config.server)
         self._perf_model = _measured_model(config.engine, registry)
         self._watch = asyncio.create_task(self._end_with_engine())
 
