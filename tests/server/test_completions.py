@@ -149,7 +149,7 @@ async def test_an_answer_can_be_sent_back_as_a_message(server: Server) -> None:
         ({"prompt": [-1]}, "token id -1"),
         ({"prompt": 5}, "body.prompt"),
         ({"response_format": {"type": "json"}}, "response_format"),
-        ({"prompt": "x " * 200}, "context holds 128 tokens"),
+        ({"prompt": "x " * 200}, "maximum context length is 128 tokens"),
         ({"n": 300}, "300 sequences"),
     ],
 )

@@ -31,6 +31,7 @@ class ReadingEngine(FakeEngineClient):
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         try:
             if self.registry is not None and adapter_id is not None:
