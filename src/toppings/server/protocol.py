@@ -78,6 +78,8 @@ class GenerationBody(StructureFields):
     cache_salt: Salt | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """How a job's output becomes an answer: whole or as a stream, and what both have in common."""
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -12,6 +12,7 @@ from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.text import TextModel
 
 T = TypeVar("T")
 
@@ -57,6 +58,11 @@ def usage(job: Job, num_tokens: int) -> dict[str, Any]:
         "total_tokens": job.num_prompt_tokens + num_tokens,
         "prompt_tokens_details": {"cached_tokens": job.num_cached_tokens},
     }
+
+
+def namer(body: GenerationBody, text: TextModel) -> Callable[[int], str]:
+    """How log-probabilities name tokens: by their texts, or by their ids where texts may be the same."""
+    return (lambda token_id: f"token_id:{token_id}") if body.return_tokens_as_token_ids else text.token_name
 
 
 def running_usage(body: GenerationBody, job: Job, num_tokens: int) -> dict[str, Any]:
