@@ -18,7 +18,7 @@ from toppings.config import Config, ConfigError
 from toppings.server import resolver
 from toppings.server.errors import ApiError
 from toppings.server.resolver import drop_unconfigured
-from toppings.sources.adapters import parse_source
+from toppings.sources.adapters import FETCHED, parse_source
 
 LOAD = "/v1/load_lora_adapter"
 MAX_BYTES = 1_000_000
@@ -48,7 +48,7 @@ def left_behind(server: Server) -> list[Path]:
     """Files of fetches, and packed files that belong to no adapter."""
     state = server.registry.state_dir
     packed = {f"{adapter_id}.pack" for adapter_id in server.registry.live_ids()}
-    fetching = state / resolver.FETCHED
+    fetching = state / FETCHED
     parts = list(fetching.rglob("*")) if fetching.exists() else []
     return [*parts, *(path for path in (state / "packed").iterdir() if path.name not in packed)]
 
