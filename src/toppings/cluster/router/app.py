@@ -81,8 +81,8 @@ class Router:
                 raise  # the client has left
             except Exception:
                 logger.exception("%s %s failed", request.method, request.path)
-                error = ApiError(500, "the router failed; its log says why", "InternalServerError")
-                return error.response(request.path)
+                failure = ApiError(500, "the router failed; its log says why", "InternalServerError")
+                return failure.response(request.path)
 
         return guarded
 
