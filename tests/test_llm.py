@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import PATIENCE_S
-from toppings import LLM, SamplingParams
+from toppings import LLM, SamplingParams, Structure, StructureKind
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason, RequestError
@@ -51,6 +51,19 @@ def test_a_stream_yields_the_text_of_generate(llm: LLM) -> None:
         return "".join([output.text async for output in llm.stream("What is a river?", GREEDY)])
 
     assert asyncio.run(stream()) == llm.generate("What is a river?", GREEDY)[0].text
+
+
+def test_outputs_are_held_to_a_structure(llm: LLM) -> None:
+    def held(kind: StructureKind, text: str) -> str:
+        params = SamplingParams(temperature=0.0, max_tokens=60, structure=Structure(kind, text))
+        [answer] = llm.generate("What colour is the sea?", params, adapter="pirate")
+        assert answer.finish_reason is FinishReason.STOP
+        return answer.text
+
+    assert held(StructureKind.CHOICE, '["blue", "green"]') in ("blue", "green")
+    assert held(StructureKind.GRAMMAR, 'root ::= "sea " [0-9]').startswith("sea ")
+    with pytest.raises(RequestError, match=r"the json_schema cannot be followed: .*uniqueItems"):
+        held(StructureKind.JSON_SCHEMA, '{"type": "array", "uniqueItems": true}')
 
 
 def test_streams_may_be_left_early(llm: LLM) -> None:
