@@ -82,9 +82,7 @@ def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
     if structure_kind == "json_schema":
         text = _plain_schema(text)
     tried = TOKEN_IDS.sub(f"<[{END + 1}]>", text) if structure_kind == "grammar" else text
-    matcher = llguidance.LLMatcher(
-        _bytes(special_tokens), grammar_of(structure_kind, tried), log_level=0, limits=limits()
-    )
+    matcher = matcher_of(byte_vocabulary(special_tokens), structure_kind, tried)
     for _ in range(NUM_TRIED):
         mask = matcher.compute_bitmask()
         raise_error_of(matcher)
@@ -169,7 +167,7 @@ def _lark_of_gbnf(text: str) -> str:
         raise ValueError(f"it is read as GBNF, for its rules have '::=': {error}; Lark's have ':'") from error
 
 
-def _bytes(special_tokens: list[str]) -> Any:
+def byte_vocabulary(special_tokens: list[str]) -> Any:
     """A vocabulary of every byte, an end, and special tokens."""
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(special_tokens)), slices=[])
 
