@@ -167,11 +167,15 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_is_open=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {shown(repr(self.ignore_eos))}; it must be true or false")
+        if not isinstance(self.structure, Structure | None):
+            raise RequestError(f"structure is {shown(repr(self.structure))}; it must be a Structure")
         if self.structure is not None and self.ignore_eos:
             raise RequestError(
                 f"structure ({self.structure.kind}) and ignore_eos were both given; a structured output ends"
