@@ -186,6 +186,8 @@ class SamplingParams:
     def _check_stops(self) -> None:
         _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
         for text in self.stop:
+            if not isinstance(text, str):
+                raise RequestError(f"stop holds {shown(repr(text))}; it must hold strings")
             if not text:
                 raise RequestError(
                     "stop holds an empty string; each stop string needs at least one character"
@@ -217,6 +219,8 @@ def _check_range(name: str, value: float, low: float, high: float, *, low_is_ope
 
 
 def _check_length(name: str, values: tuple[object, ...], most: int, unit: str) -> None:
+    if not isinstance(values, tuple | list):
+        raise RequestError(f"{name} is {shown(repr(values))}; it must be a list of {unit}")
     if len(values) > most:
         raise RequestError(f"{name} holds {len(values)} {unit}; at most {most} are allowed")
 
