@@ -173,11 +173,15 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_is_open=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {shown(repr(self.ignore_eos))}; it must be true or false")
+        if not isinstance(self.structure, Structure | None):
+            raise RequestError(f"structure is {shown(repr(self.structure))}; it must be a Structure")
         if self.structure is not None and self.ignore_eos:
             raise RequestError(
                 f"structure ({self.structure.kind}) and ignore_eos were both given; a structured output ends"
@@ -188,6 +192,8 @@ class SamplingParams:
     def _check_stops(self) -> None:
         _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
         for text in self.stop:
+            if not isinstance(text, str):
+                raise RequestError(f"stop holds {shown(repr(text))}; it must hold strings")
             if not text:
                 raise RequestError(
                     "stop holds an empty string; each stop string needs at least one character"
@@ -219,6 +225,8 @@ def _check_range(name: str, value: float, low: float, high: float, *, low_is_ope
 
 
 def _check_length(name: str, values: tuple[object, ...], most: int, unit: str) -> None:
+    if not isinstance(values, tuple | list):
+        raise RequestError(f"{name} is {shown(repr(values))}; it must be a list of {unit}")
     if len(values) > most:
         raise RequestError(f"{name} holds {len(values)} {unit}; at most {most} are allowed")
 

@@ -20,6 +20,7 @@ import numpy as np
 from toppings.adapters.checkpoint import AdapterCheckpoint
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
+from toppings.adapters.regular_files import open_regular
 from toppings.core import MODULES
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class PackedAdapter:
     def open(cls, file: str | Path) -> "PackedAdapter":
         """Raises PackedFileError where it is missing, of another version, cut short or its header damaged."""
         try:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            with open_regular(file) as stream:
+                fd = os.dup(stream.fileno())
         except OSError as error:
             raise PackedFileError(f"cannot open packed adapter {file}: {error}") from error
         try:

@@ -134,7 +134,7 @@ class Resolver:
             path = await self._in_thread(found.bring, part, room)
             where = f"{PRIVATE}{found.where}" if is_private else found.where
             return await self._admin.register_found(
-                name, path, in_place=in_place, origin=origin, source=where
+                name, path, found.root or path, in_place=in_place, origin=origin, source=where
             )
         except AdapterError as error:
             raise ApiError(400, f"Loading lora {name} failed: {error}", "InvalidUserInput") from error

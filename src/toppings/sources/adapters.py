@@ -36,10 +36,12 @@ PRIVATE = "private "
 @dataclass(frozen=True)
 class Found:
     """An adapter in a source. `where` names place and revision, and is another one when the content may be;
-    `path` is its directory where it is on this machine already, `files` what has to be fetched else."""
+    `path` is its directory where it is on this machine already, below `root`; `files` what has to be fetched
+    else."""
 
     where: str
     path: Path | None = None
+    root: Path | None = None
     files: Files | None = None
 
     def bring(self, directory: Path, room: Room) -> Path:
@@ -87,7 +89,7 @@ class DirSource(AdapterSource):
             for part in (whole, *(whole / each for each in WANTED)):
                 if not part.resolve().is_relative_to(self._root):
                     raise FetchError(f"{place} is a link that leads out of {self._root}")
-            return Found(f"{DIR}:{whole}@{fingerprint(whole)}", path=whole)
+            return Found(f"{DIR}:{whole}@{fingerprint(whole)}", path=whole, root=self._root)
         except (OSError, RuntimeError) as error:
             raise FetchError(f"cannot read adapter {place}: {error}") from error
 
