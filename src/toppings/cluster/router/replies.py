@@ -55,7 +55,8 @@ def unavailable(message: str, retry_after_s: int) -> ApiError:
 def unknown_model(model: str, aliases: list[str]) -> ApiError:
     """A name of any length may have been asked for; its beginning is told."""
     told = model if len(model) <= MAX_TOLD_LEN else f"{model[:MAX_TOLD_LEN]}..."
-    text = f"The model `{told}` does not exist. Valid aliases: {', '.join(aliases)}."
+    known = f"{', '.join(aliases)} and what GET /v1/models lists"
+    text = f"The model `{told}` does not exist. Valid aliases: {known}."
     return ApiError(404, text, "NotFoundError", param="model")
 
 
