@@ -44,7 +44,7 @@ DOUBLE_COST_LEN = 8192.0
 MAX_CONTEXT = 30_000
 SESSION_GAP_S = 3.0
 LIMITS = SchedulerLimits(
-    max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=32768, max_adapter_wait_s=1.0
+    max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=1024, max_adapter_wait_s=1.0
 )
 
 
