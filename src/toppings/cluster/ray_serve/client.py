@@ -266,6 +266,7 @@ class FleetAdmin(AdapterAdmin):
         self,
         name: str,
         directory: Path,
+        roots: list[Path],
         *,
         in_place: bool,
         origin: Origin = Origin.HTTP,
@@ -273,7 +274,9 @@ class FleetAdmin(AdapterAdmin):
     ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
-            record = await super()._register(name, directory, in_place=in_place, origin=origin, source=source)
+            record = await super()._register(
+                name, directory, roots, in_place=in_place, origin=origin, source=source
+            )
             refusals = await self._replicas.adopt(record)
         if not refusals:
             return record
