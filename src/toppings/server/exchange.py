@@ -32,7 +32,7 @@ class Warned:
             return
         self._names.add(name)
         logger.warning(
-            "%s: the field %r is not known and is ignored (told once; --strict-fields on refuses such)",
+            "%s: the field %r is ignored (told once a name; --strict-fields on refuses unknown ones)",
             shown(path),
             name,
         )
