@@ -44,8 +44,16 @@ BODIES = (
     *(lorax.Body, lorax.Parameters, lightllm.Body, lightllm.Parameters, StreamOptions),
 )
 OF_BODIES = {name for each in BODIES for name in (*each.known(), *each.neutral, *each.harmless)}
-OF_REQUESTS = {"client_gone", "src", "lora_name", "lora_int_id", "budget_tokens", "max_model_len"}
-OF_ANSWERS = {"context_length_exceeded", "token_strs", "is_error", "tool_result", "reasoning_text"}
+OF_REQUESTS = {
+    "client_gone",
+    "src",
+    "lora_name",
+    "lora_int_id",
+    "budget_tokens",
+    "max_model_len",
+    "cache_control",
+}
+OF_ANSWERS = {"context_length_exceeded", "token_strs", "is_error", "count_tokens", "finish_reason"}
 FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
