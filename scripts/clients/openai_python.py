@@ -117,7 +117,12 @@ def a_bad_choice_is_told():
 def responses_with_a_call():
     tool = {"type": "function", "strict": True, **TOOL["function"]}
     reply = client.responses.create(
-        model=MODEL, input=QUESTION, tools=[tool], tool_choice="required", max_output_tokens=200
+        model=MODEL,
+        input=QUESTION,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_output_tokens=200,
     )
     [call] = [item for item in reply.output if item.type == "function_call"]
     Weather.model_validate_json(call.arguments)
