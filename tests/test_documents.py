@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig)
 OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
-OF_REQUESTS = {"api_token", "apply_chat_template", "client_gone", "do_sample", "lora_path", "max_new_tokens"}
+OF_REQUESTS = {
+    *("api_token", "apply_chat_template", "client_gone", "do_sample", "lora_path", "max_new_tokens"),
+    *("finish_reason", "guided_choice", "guided_grammar", "guided_json", "guided_regex"),
+}
 FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
