@@ -13,7 +13,7 @@ from toppings.sandbox.grammars import FORMATS, byte_vocabulary, check, matcher_o
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "structured-output.md"
 
-ANYTHING = (1, -7, 2.5, "a", "abc", True, None, [], [1], {}, {"a": 1})
+ANYTHING: tuple[Any, ...] = (1, -7, 2.5, "a", "abc", True, None, [], [1], {}, {"a": 1})
 KEYWORDS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "type": ({"type": ["integer", "null"]}, ANYTHING),
     "enum": ({"enum": [1, "a", [1], {"a": 1}]}, ANYTHING),
