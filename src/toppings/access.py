@@ -19,6 +19,8 @@ from toppings.core import shown
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "TOPPINGS_API_KEY", "TOPPINGS_UPSTREAM_API_KEY"
+JSON_TYPE = "application/json"
+BROWSER_HEADERS = frozenset({"origin", "referer", "cookie"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -70,7 +72,12 @@ def _checked(key: str, place: str) -> str:
 def is_key(authorization: bytes, key: str) -> bool:
     """Whether the header `Authorization` is `Bearer <key>`, compared in constant time."""
     scheme, _, given = authorization.strip().partition(b" ")
-    return hmac.compare_digest(given.strip(), key.encode()) and scheme.lower() == b"bearer"
+    return is_same(given.strip(), key) and scheme.lower() == b"bearer"
+
+
+def is_same(given: bytes, key: str) -> bool:
+    """Whether a header's value is the key, compared in constant time."""
+    return hmac.compare_digest(given, key.encode())
 
 
 def why_not_changed(
@@ -92,6 +99,23 @@ def why_not_changed(
     if not _is_own_page(origin, host, allowed):
         return f"requests from web pages of {shown(origin or '')} may not change state"
     return None
+
+
+def why_not_json(content_type: str, headers: Collection[str], *, has_key: bool) -> str | None:
+    """Why a body that changes state is not taken for JSON, by its content type; None where it is.
+
+    The content type is a second lock on top of `why_not_changed`: a page of another site can send a form or a
+    plain text to this machine without asking, but not JSON under its name. Where a key is asked for, no page
+    can send that unasked, and any content type will do. Without a key, none at all will do too, if none of
+    `headers` (names in small letters) is one that browsers add to what pages send.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if has_key or kind == JSON_TYPE or (kind.startswith("application/") and kind.endswith("+json")):
+        return None
+    if not kind and not any(name in BROWSER_HEADERS or name.startswith("sec-") for name in headers):
+        return None
+    sent = f"it is {shown(content_type)!r}" if content_type else "there is none"
+    return f"the header Content-Type must be {JSON_TYPE}; {sent}"
 
 
 def is_loopback(address: str) -> bool:

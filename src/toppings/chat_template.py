@@ -1,6 +1,7 @@
 """Conversations to text by a chat template, which is a program of the checkpoint's and runs in a sandbox."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,15 +29,27 @@ class ChatTemplate:
     def key(self) -> str:
         return hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def mentions(self, variable: str) -> bool:
+        """False where the template certainly does not look at the variable."""
+        return variable in self._words
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", self.source))
+
 
 class ChatRenderer:
-    """Renders as transformers' `apply_chat_template` does. `variables`: special tokens by name."""
+    """Renders as transformers' `apply_chat_template` does. `variables`: special tokens by name.
+
+    Options: `add_generation_prompt`, `continue_final_message`, `tools` and `documents` (JSON, as the API has
+    them), and `variables` of this chat, which count before the model's own.
+    """
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self._variables = {name: _plain(value) for name, value in variables.items()}
         self._sandbox = Sandbox(NUM_PROCESSES)
 
-    def render(self, template: ChatTemplate, messages: Messages, **options: bool) -> str:
+    def render(self, template: ChatTemplate, messages: Messages, **options: Any) -> str:
         """Raises RequestError where the template fails, takes too long or needs too much memory."""
         try:
             text: str = self._sandbox.run("render", **self._job(template, messages, **options))
@@ -44,7 +57,7 @@ class ChatRenderer:
             raise _refusal(template, error) from error
         return text
 
-    async def render_in_turn(self, template: ChatTemplate, messages: Messages, **options: bool) -> str:
+    async def render_in_turn(self, template: ChatTemplate, messages: Messages, **options: Any) -> str:
         """`render` beside the event loop, where a slow template keeps back nobody but its own users.
 
         Raises SandboxBusyError too.
@@ -63,6 +76,9 @@ class ChatRenderer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         if add_generation_prompt and continue_final_message:
             raise RequestError("continue_final_message is true; add_generation_prompt must then be false")
@@ -72,7 +88,9 @@ class ChatRenderer:
             "cpu_s": RENDER_CPU_S,
             "template": template.source,
             "messages": [{k: v for k, v in m.items() if v is not None} for m in messages],
-            "variables": self._variables,
+            "tools": tools,
+            "documents": documents,
+            "variables": {**self._variables, **(variables or {})},
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "max_chars": MAX_CHARS,

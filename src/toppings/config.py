@@ -209,6 +209,12 @@ class EngineConfig(Settings):
         2048, "tokens of one step; longer prompts are prefilled in chunks", at_least=1
     )
     page_size: int = setting(16, "tokens in one page of the key-value cache", at_least=1)
+    enable_prefix_caching: str = setting(
+        "on",
+        "keep pages of the key-value cache after their request, and share them with requests that begin with"
+        " the same tokens",
+        choices=SWITCH,
+    )
     kv_cache_bytes: int = setting(
         0,
         "size of the key-value cache (0: on a GPU what gpu_memory_utilization leaves, else an eighth of the"
@@ -330,6 +336,24 @@ class ServerConfig(Settings):
     send_timeout_s: float = setting(
         60.0, "how long a client may leave an answer unread before it is dropped", above=0
     )
+    strict_fields: str = setting(
+        "off", "refuse requests with fields that nobody knows, instead of ignoring those", choices=SWITCH
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        "how models write tool calls (auto: as their chat template shows; generic: in a form that a system"
+        " message asks for)",
+        choices=("auto", "hermes", "llama3_json", "mistral", "generic"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "whether thoughts within <think> are told apart from the answer (auto: where the chat template knows"
+        " them; deepseek_r1 and qwen3 mean think)",
+        choices=("auto", "none", "think", "deepseek_r1", "qwen3"),
+    )
+    trust_request_chat_template: str = setting(
+        "off", "let requests bring chat templates of their own, run bounded as all are", choices=SWITCH
+    )
     max_queue: int = setting(256, "requests that may wait; more are answered 429", at_least=1)
     perf_model_file: str = setting(
         "", "performance model that /stats tells routers (empty: what `profile batches` measured here)"
@@ -371,6 +395,8 @@ def coerce(f: "Field[Any]", value: Any) -> Any:
             return f.metadata["read"](value)
         if f.name.endswith("_bytes"):
             return parse_bytes(value)
+        if f.metadata["choices"] == SWITCH and isinstance(value, bool):  # as YAML reads on and off
+            return SWITCH[not value]
         if isinstance(default, tuple):
             return tuple(str(v) for v in _as_list(value))
         if isinstance(default, int) and (isinstance(value, bool) or int(value) != float(value)):

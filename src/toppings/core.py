@@ -3,6 +3,7 @@
 Imports nothing of ours and no torch, so that the scheduler, the simulator and the router can use it bare.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -21,6 +22,11 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_SHOWN_CHARS = 200
 MAX_STRUCTURE_CHARS = 2**18
 """Length of a schema, pattern, list of choices or grammar."""
+MAX_SALT_CHARS = 1024
+
+BlockHash = Hashable
+"""Names the tokens of a full page of the key-value cache, all tokens before them, and whatever else their
+keys and values depend on: two pages of one name hold the same."""
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -61,6 +67,18 @@ def check_unicode(name: str, text: str) -> None:
 
 class RequestError(ValueError):
     """The request cannot be served; the message names the offending value and what would be right."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt is too long for the model's context, alone or with the output that was asked for.
+
+    The message begins as OpenAI's does: clients look for that to shorten their prompts. `asked` says what
+    there is too much of; `num_tokens` counts it, at least.
+    """
+
+    def __init__(self, limit: int, num_tokens: int, asked: str) -> None:
+        self.limit, self.num_tokens = limit, num_tokens
+        super().__init__(f"This model's maximum context length is {limit} tokens. However, {asked}")
 
 
 class FinishReason(StrEnum):
@@ -155,11 +173,15 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_is_open=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {shown(repr(self.ignore_eos))}; it must be true or false")
+        if not isinstance(self.structure, Structure | None):
+            raise RequestError(f"structure is {shown(repr(self.structure))}; it must be a Structure")
         if self.structure is not None and self.ignore_eos:
             raise RequestError(
                 f"structure ({self.structure.kind}) and ignore_eos were both given; a structured output ends"
@@ -170,6 +192,8 @@ class SamplingParams:
     def _check_stops(self) -> None:
         _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
         for text in self.stop:
+            if not isinstance(text, str):
+                raise RequestError(f"stop holds {shown(repr(text))}; it must hold strings")
             if not text:
                 raise RequestError(
                     "stop holds an empty string; each stop string needs at least one character"
@@ -201,6 +225,8 @@ def _check_range(name: str, value: float, low: float, high: float, *, low_is_ope
 
 
 def _check_length(name: str, values: tuple[object, ...], most: int, unit: str) -> None:
+    if not isinstance(values, tuple | list):
+        raise RequestError(f"{name} is {shown(repr(values))}; it must be a list of {unit}")
     if len(values) > most:
         raise RequestError(f"{name} holds {len(values)} {unit}; at most {most} are allowed")
 
@@ -212,6 +238,10 @@ class Request:
     `num_computed_tokens` counts the prompt and output tokens whose keys and values are in the cache;
     `page_table` lists the cache pages that hold them, in order; `num_pending_tokens` counts output
     tokens that are being drawn on the device, not known here yet, and will be computed on.
+
+    `block_hashes` name its full pages, first to last, as far as they are known. `num_cached_tokens` of its
+    prompt were in the cache when it first started. Where it is not `is_cacheable`, every token is computed,
+    and none is kept for others; nobody shares pages with requests of another `cache_salt`.
     """
 
     request_id: str
@@ -224,6 +254,10 @@ class Request:
     page_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     num_pending_tokens: int = 0
+    cache_salt: str | None = None
+    is_cacheable: bool = True
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -246,10 +280,12 @@ class Request:
 
 @dataclass(slots=True)
 class BatchItem:
-    """`num_tokens` of a request's uncomputed tokens, to be run in this step."""
+    """`num_tokens` of a request's uncomputed tokens, to be run in this step. `stop`, set when it is
+    committed: the request's computed tokens with them."""
 
     request: Request
     num_tokens: int
+    stop: int = 0
 
     @property
     def is_decode(self) -> bool:
@@ -283,10 +319,25 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
+    """`cache_salt`, `is_cacheable`: as of `Request`. Raises RequestError for a salt that is empty, no valid
+    Unicode or longer than `MAX_SALT_CHARS` characters."""
+
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter_id: int | None = None
+    cache_salt: str | None = None
+    is_cacheable: bool = True
+
+    def __post_init__(self) -> None:
+        salt = self.cache_salt
+        if salt is None:
+            return
+        if not 1 <= len(salt) <= MAX_SALT_CHARS:
+            raise RequestError(
+                f"cache_salt has {len(salt)} characters; it must have between 1 and {MAX_SALT_CHARS}"
+            )
+        check_unicode("cache_salt", salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +427,7 @@ class RequestOutput:
     error: str | None = None
     queue_ms: float | None = None  # with the first token: arrival to first scheduled
     cold_start: ColdStart | None = None  # with the first token of a cold request
+    num_cached_tokens: int | None = None  # with the first token: of its prompt, taken from the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Text in, text out: a checkpoint's tokeniser and chat template, incremental detokenisation, stop strings."""
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from toppings.chat_template import ChatRenderer, ChatTemplate, Messages
 from toppings.core import (
     ColdStart,
+    ContextLengthError,
     FinishReason,
     RequestError,
     RequestOutput,
@@ -59,7 +60,9 @@ class TextModel:
         """Of a text; more are refused without tokenising it to its end."""
         self._tokenizer = tokenizer
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
-        self.template = _template_of(tokenizer)
+        self.template = _template_of(tokenizer, "default")
+        self.tool_template = _template_of(tokenizer, "tool_use") or self.template
+        """For chats with tools."""
         self._renderer = ChatRenderer(getattr(tokenizer, "special_tokens_map", {}))
         self._max_token_chars = max(map(len, tokenizer.get_vocab()), default=1)
         self.token_text = lru_cache(TOKEN_TEXT_CACHE)(self._token_text)
@@ -96,10 +99,7 @@ class TextModel:
     def check_chars(self, num_chars: int) -> None:
         """Raises RequestError where so many characters have more than `max_tokens` for certain."""
         if self.max_tokens is not None and num_chars > self.max_tokens * self._max_token_chars:
-            raise RequestError(
-                f"the prompt has {num_chars} characters, so more than {self.max_tokens} tokens; "
-                f"the model's context holds {self.max_tokens} tokens"
-            )
+            raise _too_long(self.max_tokens, f"the prompt has {num_chars} characters")
 
     def _check_slices(self, text: str) -> None:
         """Tokenising takes some hundred bytes a token, so a long text is counted slice by slice before."""
@@ -108,10 +108,8 @@ class TextModel:
             piece = text[start : start + SLICE_CHARS]
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False)) - SLICE_SLACK
             if self.max_tokens is not None and num_tokens > self.max_tokens:
-                raise RequestError(
-                    f"the prompt has {len(text)} characters, of which the first {start + len(piece)} have "
-                    f"more than {self.max_tokens} tokens; the model's context holds {self.max_tokens} tokens"
-                )
+                begun = f"the prompt has {len(text)} characters, of which {start + len(piece)} were counted"
+                raise _too_long(self.max_tokens, begun)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(
@@ -119,7 +117,7 @@ class TextModel:
         )
         return text
 
-    def chat(self, messages: Messages, template: ChatTemplate | None = None, **options: bool) -> list[int]:
+    def chat(self, messages: Messages, template: ChatTemplate | None = None, **options: Any) -> list[int]:
         """Token ids of a conversation in the model's chat template, or another; `options` of `ChatRenderer`.
 
         Raises RequestError where the model has no template, or the template refuses the messages.
@@ -128,7 +126,7 @@ class TextModel:
         return self.encode(text, add_special_tokens=False)
 
     async def chat_text(
-        self, messages: Messages, template: ChatTemplate | None = None, **options: bool
+        self, messages: Messages, template: ChatTemplate | None = None, **options: Any
     ) -> str:
         """The text that `chat` would encode, made beside the event loop. Raises SandboxBusyError, too."""
         return await self._renderer.render_in_turn(self._template(template), messages, **options)
@@ -143,10 +141,19 @@ class TextModel:
         """Ends the processes that render templates; they also end with this object."""
         self._renderer.close()
 
+    def single_tokens(self, texts: Sequence[str]) -> dict[str, int]:
+        """Those of `texts` that are one token each, with its id."""
+        ids = {text: self.encode(text, add_special_tokens=False) for text in texts}
+        return {text: found[0] for text, found in ids.items() if len(found) == 1}
+
     def _token_text(self, token_id: int) -> str:
         """The text of one token as it stands inside a sentence, special tokens by their names."""
         anchor = self.decode(self._anchor, skip_special_tokens=False)
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(anchor) :]
+
+    def stored_tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """As the tokeniser's vocabulary writes them."""
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
 
     def token_name(self, token_id: int) -> str:
         """Its text; for a token that is part of a character its bytes, as `bytes:\\xe2\\x80`."""
@@ -167,23 +174,42 @@ class TextModel:
         return text.encode() if None in content else bytes(b for b in content if b is not None)
 
 
-def _template_of(tokenizer: Any) -> ChatTemplate | None:
-    """The template for plain conversations; a tokeniser may have several, by name."""
+def _too_long(limit: int, what: str) -> ContextLengthError:
+    asked = f"{what}, so more than {limit} tokens. Please reduce the length of the prompt."
+    return ContextLengthError(limit, limit + 1, asked)
+
+
+def _template_of(tokenizer: Any, name: str) -> ChatTemplate | None:
+    """A tokeniser may have several templates, by name; the only one is the default one."""
     found = getattr(tokenizer, "chat_template", None)
     if isinstance(found, dict):
-        found = found.get("default")
+        found = found.get(name)
+    elif name != "default":
+        return None
     return ChatTemplate(found, "the model") if found else None
 
 
 class Detokenizer:
-    """Token by token to text; a character that spans tokens is held until it is whole."""
+    """Token by token to text; a character that spans tokens is held until it is whole.
 
-    def __init__(self, model: TextModel, prompt_token_ids: Sequence[int] = ()) -> None:
+    `shown`: special tokens that are text all the same, by their ids.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
         self._model = model
+        self._shown = shown or {}
         self._context = list(prompt_token_ids[-CONTEXT_LEN:])
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
+        if token_id in self._shown:
+            return self.flush() + self._shown[token_id]
         self._pending.append(token_id)
         before, text = self._decoded()
         is_whole = len(text) > len(before) and not text.endswith(REPLACEMENT)
@@ -279,6 +305,7 @@ class TextOutput:
     stop_reason: str | int | None = None
     queue_ms: float | None = None
     cold_start: ColdStart | None = None
+    num_cached_tokens: int | None = None  # with the first token: of the prompt, taken from the cache
 
 
 class TokenSource(Protocol):
@@ -291,6 +318,7 @@ class TokenSource(Protocol):
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -304,9 +332,10 @@ class TextAssembler:
         sampling: SamplingParams,
         *,
         include_stop: bool = False,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         self._model = model
-        self._detokenizer = Detokenizer(model, prompt_token_ids)
+        self._detokenizer = Detokenizer(model, prompt_token_ids, shown=shown)
         self._matcher = StopMatcher(sampling.stop, include_stop=include_stop)
         self._sampling = sampling
         self._include_stop = include_stop
@@ -335,6 +364,7 @@ class TextAssembler:
             stop if stop is not None else output.stop_token_id,
             output.queue_ms,
             output.cold_start,
+            output.num_cached_tokens,
         )
 
     def _push_token(self, token_id: int) -> tuple[str, str | None]:
@@ -367,14 +397,20 @@ async def generate_text(
     adapter_id: int | None = None,
     *,
     include_stop: bool = False,
+    shown: Mapping[int, str] | None = None,
     request_id: str | None = None,
+    cache_salt: str | None = None,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
+    `shown`: special tokens that are text all the same, by their ids.
+
     Raises GenerationError where the engine gives up on the request, GenerationCutError where it shuts down.
     """
-    assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop)
-    outputs = source.generate(prompt_token_ids, sampling, adapter_id, request_id=request_id)
+    assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop, shown=shown)
+    outputs = source.generate(
+        prompt_token_ids, sampling, adapter_id, request_id=request_id, cache_salt=cache_salt
+    )
     async with aclosing(outputs):
         async for output in outputs:
             if output.finish_reason is FinishReason.ERROR:

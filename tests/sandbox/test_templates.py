@@ -67,14 +67,14 @@ TEMPLATES = {
 }
 
 
-def mine(template: str, messages: list[dict[str, Any]], **options: bool) -> str:
-    settings = {"add_generation_prompt": False, "continue_final_message": False, **options}
+def mine(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    settings: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": False, **options}
     return templates.render(
         template=template, messages=messages, variables=VARIABLES, max_chars=10**6, **settings
     )
 
 
-def theirs(template: str, messages: list[dict[str, Any]], **options: bool) -> str:
+def theirs(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     texts, _ = render_jinja_template([messages], chat_template=template, **VARIABLES, **options)
     text: str = texts[0]
     return text

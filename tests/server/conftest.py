@@ -1,12 +1,17 @@
+import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from huggingface_hub import constants
 
 from tests.fakes import VOCAB_SIZE, FakeEngineClient
+from tests.sources.hub_server import Hub, running_hub
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config
@@ -47,6 +52,19 @@ def registry(tmp_path: Path, model_dir: Path) -> Iterator[AdapterRegistry]:
     registry = AdapterRegistry(tmp_path / "state", "base", shapes, "float32")
     yield registry
     registry.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """`org/one` and `org/two` are adapters."""
+    for number, name in enumerate(("one", "two")):
+        shutil.copytree(adapters_dir / f"adapter-0000{number}", tmp_path / "hub" / "org" / name)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    with running_hub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets when it is imported
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
 
 
 @pytest.fixture
@@ -99,6 +117,19 @@ async def server(
     server = Server(engine, registry, text, config)
     yield server
     await server.http.aclose()
+
+
+@pytest.fixture
+async def url(server: Server) -> AsyncIterator[str]:
+    config = uvicorn.Config(server.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    listening = uvicorn.Server(config)
+    serving = asyncio.create_task(listening.serve())
+    while not listening.started:
+        await asyncio.sleep(0.005)
+    port = listening.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    listening.should_exit = True
+    await serving
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:

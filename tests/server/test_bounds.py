@@ -93,7 +93,7 @@ async def test_whole_surrogate_pairs_are_characters(server: Server) -> None:
         b"[" * 100_000,
         b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
         b'{"prompt": ' + b"9" * 10_000 + b"}",
-        b'{"n": ' + b"9" * 4_200 + b', "prompt": "x", "inputs": "x", "parameters": {}}',
+        b'{"max_tokens": 9%s, "prompt": 1, "inputs": 9%s, "parameters": {}}' % (b"9" * 4_200, b"9" * 4_200),
         "{}".encode("utf-16"),
         b"\xef\xbb\xbf{}",
         b"\x00",
@@ -149,6 +149,13 @@ async def test_integers_of_lightllm_have_bounds(server: Server, value: int) -> N
 )
 async def test_no_number_is_a_server_error(server: Server, name: str, value: object) -> None:
     assert (await server.complete(**{name: value})).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("value", [0, 1e-38, 0.009, 100.1])
+async def test_a_repetition_penalty_that_would_overflow_is_refused(server: Server, value: float) -> None:
+    reply = await server.complete(repetition_penalty=value)
+    assert (reply.status_code, "repetition_penalty" in reply.text) == (400, True)
+    assert not server.engine.calls
 
 
 async def test_choices_of_the_largest_seed_have_seeds_too(server: Server) -> None:
@@ -218,9 +225,9 @@ async def test_depth_is_bounded(depth: int) -> None:
         {"prompt": [0.5] * 50_000},
         {"prompt": ["x"] * 5_000 + [1]},
         {"prompt": "x", "stop": [0.5] * 50_000},
-        {"prompt": "x", **{f"odd{i}": 1 for i in range(5_000)}},
+        {"prompt": 1, **{f"odd{i}": 1 for i in range(5_000)}},
         {"prompt": "x", "model": "m" * 100_000},
-        {"prompt": "x", "m" * 100_000: 1},
+        {"prompt": 1, "m" * 100_000: 1},
         {"prompt": "x", "suffix": "m" * 100_000},
         {"prompt": "x" * 100_000},
         {"prompt": ["x"] * 300},
@@ -250,7 +257,9 @@ async def test_a_long_text_is_refused_before_it_is_tokenised(
     monkeypatch.setattr(server.state.text, "_max_token_chars", 1 << 20)
     for body in ({"prompt": "x" * 500_000}, {"prompt": ["x", "y" * 500_000]}):
         reply = await server.complete(**body)
-        assert (reply.status_code, "context holds 128 tokens" in reply.text) == (400, True)
+        assert (reply.status_code, "context length is 128 tokens" in reply.text) == (400, True), reply.text[
+            :600
+        ]
     message = {"role": "user", "content": "x" * 500_000}
     assert (await server.post("/v1/chat/completions", messages=[message])).status_code == 400
     assert max(seen) == 1 << 16

@@ -61,7 +61,7 @@ async def test_lightllms_stream_has_one_event_per_token(loaded: Server) -> None:
     [
         ({"inputs": "x", "lora_dir": "a"}, 400),
         ({"parameters": {}, "lora_dir": "a"}, 400),
-        ({"inputs": "x", "parameters": {"odd": 1}, "lora_dir": "a"}, 400),
+        ({"inputs": "x", "parameters": {"do_sample": 1}, "lora_dir": "a"}, 400),
         ({"inputs": "x", "parameters": {}, "lora_dir": "nope"}, 404),
         ({"inputs": "x", "parameters": {}, "lora_id": 99}, 404),
     ],

@@ -6,22 +6,8 @@ from collections.abc import AsyncIterator
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from tests.server.conftest import Server
-
-
-@pytest.fixture
-async def url(server: Server) -> AsyncIterator[str]:
-    config = uvicorn.Config(server.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-    listening = uvicorn.Server(config)
-    serving = asyncio.create_task(listening.serve())
-    while not listening.started:
-        await asyncio.sleep(0.005)
-    port = listening.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    listening.should_exit = True
-    await serving
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ WHITESPACE = r" |\r?\n( {0,32}|\t{0,16})"
 model may write blanks until it is cut off."""
 
 
+TOKEN_IDS = re.compile(r"<\[\d+\]>")
+"""Of the model's vocabulary, which is not here; one token stands for them all."""
 GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -79,7 +81,8 @@ def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
         text = _lark_of_gbnf(text)
     if structure_kind == "json_schema":
         text = _plain_schema(text)
-    matcher = matcher_of(byte_vocabulary(special_tokens), structure_kind, text)
+    tried = TOKEN_IDS.sub(f"<[{END + 1}]>", text) if structure_kind == "grammar" else text
+    matcher = matcher_of(byte_vocabulary(special_tokens), structure_kind, tried)
     for _ in range(NUM_TRIED):
         mask = matcher.compute_bitmask()
         raise_error_of(matcher)
@@ -174,7 +177,7 @@ class _Bytes:
     bos_token_id = None
 
     def __init__(self, special_tokens: list[str]) -> None:
-        names = [b"<end of output>", *(name.encode() for name in special_tokens)]
+        names = [b"<end of output>", b"<any other token>", *(name.encode() for name in special_tokens)]
         self.tokens = [bytes([byte]) for byte in range(END)] + names
         self.special_token_ids = list(range(END, len(self.tokens)))
 

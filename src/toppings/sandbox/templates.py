@@ -25,13 +25,15 @@ def render(
     add_generation_prompt: bool,
     continue_final_message: bool,
     max_chars: int,
+    tools: list[dict[str, Any]] | None = None,
+    documents: list[dict[str, Any]] | None = None,
 ) -> str:
     """The conversation's text. Raises ValueError or one of jinja2's errors, with the reason."""
     if continue_final_message:
         final = _text_of(messages[-1])
         messages = [*messages[:-1], {**messages[-1], "content": final + _CONTINUE_TAG}]
     names = {
-        **{"messages": messages, "tools": None, "documents": None},
+        **{"messages": messages, "tools": tools, "documents": documents},
         **{"add_generation_prompt": add_generation_prompt, **variables},
     }
     text = _collect(_compiled(template).generate(**names), max_chars)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from toppings import __version__
 from toppings.adapters.registry import AdapterRecord
 from toppings.core import AdapterStatus, EngineStats
 from toppings.engine.client import EngineDeadError
@@ -24,9 +25,9 @@ changing = APIRouter(dependencies=[Depends(may_change_state)])
 
 
 @router.get("/health")
-@router.head("/health", include_in_schema=False)
 @router.get("/healthz")
-@router.head("/healthz", include_in_schema=False)
+@router.get("/ping")
+@router.post("/ping")
 async def health(request: Request) -> Response:
     """Whether there is an engine: 503 with the reason while it is replaced, or when none will be."""
     client = state_of(request).client
@@ -36,11 +37,15 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ready")
-@router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> Response:
     """Whether new requests are taken: not while the server shuts down."""
     state_of(request).check_open()
     return json_response({"status": "ready"})
+
+
+@router.get("/version")
+async def version() -> Response:
+    return json_response({"version": __version__})
 
 
 @router.get("/stats")

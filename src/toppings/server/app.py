@@ -1,22 +1,30 @@
 """The application: every route over one engine client, registry and tokeniser."""
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
-from toppings.server import admin, chat, completions, generate, models
+from toppings.server import admin, chat, completions, generate, messages, models, openapi, responses, tokens
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware
 from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
+from toppings.server.exchange import ExchangeMiddleware
 from toppings.server.limits import BoundsMiddleware, body_limit
+from toppings.server.methods import HeadMiddleware
 from toppings.server.metrics import Metrics
 from toppings.server.resolver import Resolver
 from toppings.server.state import Client, ServerState
 from toppings.text import TextModel
+
+EXPOSED_HEADERS = ("X-Request-Id", "X-Toppings-Ignored", "Retry-After")
+"""What pages of `allowed_origins` may read of an answer beside its body."""
 
 
 def create_app(
@@ -25,22 +33,36 @@ def create_app(
     text_model: TextModel,
     config: Config,
     perf_model: PerfModel | None = None,
+    make_admin: Callable[[ServerState], AdapterAdmin] = AdapterAdmin,
 ) -> FastAPI:
     """An application that owns none of what it is given; `app.state.toppings` is its ServerState."""
-    app = FastAPI(title="Toppings", version=__version__, description="Many LoRA adapters of one base model.")
+    app = FastAPI(
+        title="Toppings",
+        version=__version__,
+        description="Many LoRA adapters of one base model.",
+        docs_url=None,
+        redoc_url=None,
+    )
     metrics = Metrics(client.info.model_name)
     state = ServerState(client, registry, text_model, config, metrics, perf_model)
     app.state.toppings = state
-    app.state.admin = AdapterAdmin(state)
+    app.state.admin = make_admin(state)
     if config.server.adapter_source:
         state.resolver = Resolver(state, app.state.admin)
     app.state.catalogue = Catalogue(state)
     # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.
-    for router in (admin.router, admin.changing, completions.router, chat.router, generate.router):
+    routers = (
+        *(admin.router, admin.changing, completions.router, chat.router, generate.router, tokens.router),
+        *(messages.router, responses.router),
+        *(models.router, models.changing, openapi.router),
+    )
+    for router in routers:
         app.include_router(router)
-    for router in (models.router, models.changing):
-        app.include_router(router)
+    openapi.install(app)
+    all_routes = (*app.routes, *(route for router in routers for route in router.routes))
+    app.state.routes = [route for route in all_routes if isinstance(route, Route)]
     install_error_handlers(app)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(
         BoundsMiddleware,
         max_body_bytes=body_limit(config.server.max_body_bytes, client.info.max_model_len),
@@ -55,5 +77,7 @@ def create_app(
             allow_methods=config.server.allowed_methods,
             allow_headers=config.server.allowed_headers,
             allow_credentials=config.server.allow_credentials == "on",
+            expose_headers=EXPOSED_HEADERS,
         )
+    app.add_middleware(ExchangeMiddleware, is_strict=config.server.strict_fields == "on")
     return app

@@ -1,18 +1,21 @@
 """Who may ask: the API key, and loopback only for what changes state where there is none."""
 
 from fastapi import Request
+from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from toppings.access import is_key, why_not_changed
-from toppings.server.errors import ApiError, json_response
+from toppings.access import is_key, is_same, why_not_changed
+from toppings.server.errors import ApiError, error_response, json_response
+from toppings.server.exchange import exchange_of
 from toppings.server.state import state_of
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 DENIED = "PermissionDeniedError"
 
 
 class KeyMiddleware:
-    """Asks for `Authorization: Bearer <api_key>` on every path but `OPEN_PATHS`; 401 without it."""
+    """Asks for `Authorization: Bearer <api_key>`, or `X-Api-Key: <api_key>` as Anthropic's clients send it,
+    on every path but `OPEN_PATHS`; 401 without it."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
@@ -20,14 +23,21 @@ class KeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
-            headers = {"WWW-Authenticate": "Bearer"}
-            await json_response({"error": "Unauthorized"}, 401, headers=headers)(scope, receive, send)
+            await self._refusal(scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return is_key(given, self._api_key)
+        headers = dict(reversed(scope["headers"]))  # the first of each name
+        is_bearer = is_key(headers.get(b"authorization", b""), self._api_key)
+        return is_bearer or is_same(headers.get(b"x-api-key", b""), self._api_key)
+
+    @staticmethod
+    def _refusal(scope: Scope) -> Response:
+        headers = {"WWW-Authenticate": "Bearer"}
+        if exchange_of(scope).is_message:
+            return error_response(ApiError(401, "the key is missing or wrong", headers=headers))
+        return json_response({"error": "Unauthorized"}, 401, headers=headers)
 
 
 def may_change_state(request: Request) -> None:

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
+from toppings.access import JSON_TYPE, why_not_json
 from toppings.core import RequestError, check_unicode, shown
 from toppings.server.errors import CLIENT_GONE, ApiError
 
@@ -21,7 +22,6 @@ MAX_TEXTS = 1 << 14
 MAX_DEPTH = 32
 BRACKETS = re.compile(rb"[\[\]{}]")
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-JSON_TYPE = "application/json"
 
 
 class JsonRequest(Request):
@@ -60,21 +60,18 @@ class JsonRoute(APIRoute):
 
 
 class TypedJsonRoute(JsonRoute):
-    """A `JsonRoute` that asks for the content type: no web page may send it unasked."""
+    """A `JsonRoute` that changes state: no web page may send its body unasked (`why_not_json`)."""
 
     needs_content_type = True
 
 
 def check_content_type(request: Request) -> None:
-    given = request.headers.get("content-type", "")
-    kind = given.partition(";")[0].strip().lower()
-    if kind != JSON_TYPE and not (kind.startswith("application/") and kind.endswith("+json")):
-        sent = f"it is {shown(given)!r}" if given else "there is none"
-        raise ApiError(
-            400,
-            f"1 validation error:\n  body: the header Content-Type must be {JSON_TYPE}; {sent}",
-            "Bad Request",
-        )
+    """Raises ApiError 400."""
+    headers = request.headers
+    has_key = bool(request.app.state.toppings.config.server.api_key)
+    reason = why_not_json(headers.get("content-type", ""), headers.keys(), has_key=has_key)
+    if reason is not None:
+        raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
 
 
 async def read_json(request: Request) -> Any:

@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
-from toppings.core import RequestError, shown
+from toppings.core import ContextLengthError, RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
+from toppings.server.exchange import Exchange, current_exchange, exchange_of
+from toppings.server.methods import allowed_methods
 from toppings.text import GenerationCutError, GenerationError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ PLAIN_STATUSES = (404, 405)
 """Unknown routes and wrong methods keep the framework's `{"detail": ...}`, as vLLM's clients know it."""
 
 CLIENT_GONE = 499
+CONTEXT_LENGTH = "context_length_exceeded"
 MAX_MESSAGE_CHARS = 2000
 """Of an answer that says what was wrong: it does not send a client's megabytes back."""
 MAX_PROBLEMS = 10
@@ -33,13 +36,15 @@ RETRY_AFTER_S = 1
 
 @dataclass
 class ApiError(Exception):
-    """An answer with `status` and the usual error object; `kind` is its `type`. A long message is cut."""
+    """An answer with `status` and the usual error object; `kind` is its `type`, `code` what stands for the
+    status where clients look for a word. A long message is cut."""
 
     status: int
     message: str
     kind: str = "BadRequestError"
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    code: str | None = None
 
     def __post_init__(self) -> None:
         self.message = shown(self.message, MAX_MESSAGE_CHARS)
@@ -49,16 +54,39 @@ class ApiError(Exception):
         return self.message
 
     def body(self) -> dict[str, Any]:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        return {"error": error}
+        code = self.code or self.status
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": code}}
 
 
 def json_response(content: object, status: int = 200, *, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-def error_response(error: ApiError) -> Response:
-    return json_response(error.body(), error.status, headers=error.headers)
+def error_response(error: ApiError, exchange: Exchange | None = None) -> Response:
+    """In the dialect of the route that was asked, in this exchange or the current one."""
+    exchange = exchange or current_exchange.get()
+    body = error.body()
+    if exchange is not None and exchange.is_message:
+        body = {"type": "error", "error": message_error(error), "request_id": exchange.request_id}
+    return json_response(body, error.status, headers=error.headers)
+
+
+MESSAGE_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def message_error(error: ApiError) -> dict[str, str]:
+    """The error as Anthropic's clients know it; one of a prompt that is too long begins as theirs do."""
+    kind = MESSAGE_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    is_long = error.code == CONTEXT_LENGTH
+    return {"type": kind, "message": f"prompt is too long: {error}" if is_long else error.message}
 
 
 KINDS: tuple[tuple[type[Exception], int, str], ...] = (
@@ -94,7 +122,8 @@ def describe(error: BaseException) -> ApiError:
     for exception, status, kind in KINDS:
         if isinstance(error, exception):
             headers = {"Retry-After": "1"} if status == 503 else {}
-            return ApiError(status, str(error), kind, headers=headers)
+            code = CONTEXT_LENGTH if isinstance(error, ContextLengthError) else None
+            return ApiError(status, str(error), kind, headers=headers, code=code)
     logger.error("a request failed for an unforeseen reason", exc_info=error)
     return ApiError(500, "the server failed; its log says why", "InternalServerError")
 
@@ -133,16 +162,20 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle_unforeseen(request: Request, error: Exception) -> Response:
         """What comes here goes on to whoever serves the application, which closes the connection."""
-        response = error_response(describe(error))
-        response.headers["Connection"] = "close"
+        exchange = exchange_of(request.scope)
+        response = error_response(describe(error), exchange)
+        response.headers.update({"Connection": "close", **exchange.headers()})
         return response
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(allowed_methods(request))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         if error.status_code in PLAIN_STATUSES:
-            return json_response(
-                {"detail": error.detail}, error.status_code, headers=dict(error.headers or {})
-            )
+            return json_response({"detail": error.detail}, error.status_code, headers=headers)
         return error_response(ApiError(error.status_code, str(error.detail), "Bad Request"))
 
     foreseen = (ApiError, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)

@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import RequestError, SamplingParams, shown
-from toppings.server.errors import ApiError
+from toppings.core import ContextLengthError, RequestError, SamplingParams, shown
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
@@ -40,7 +39,8 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Job:
-    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`."""
+    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`.
+    `num_cached_tokens` of the prompts were in the engine's cache, as far as is known yet."""
 
     state: ServerState
     target: Target
@@ -48,6 +48,10 @@ class Job:
     sampling: SamplingParams
     num_choices: int = 1
     include_stop: bool = False
+    shown: Mapping[int, str] | None = None
+    """Special tokens that are text all the same, by their ids."""
+    cache_salt: str | None = None
+    num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
@@ -71,8 +75,11 @@ class Job:
             async for item in outputs:
                 yield item
 
+    def new_choice(self) -> Choice:
+        return Choice()
+
     async def collect(self, lease: Lease) -> list[Choice]:
-        choices = [Choice() for _ in range(self.num_sequences)]
+        choices = [self.new_choice() for _ in range(self.num_sequences)]
         async with aclosing(self.stream(lease)) as outputs:
             async for index, output in outputs:
                 choices[index].add(output)
@@ -88,6 +95,8 @@ class Job:
                     if timer.num_tokens == 0:
                         lease.note_started()
                     timer.note(output)
+                    if index % self.num_choices == 0:  # the others share what this one has computed
+                        self.num_cached_tokens += output.num_cached_tokens or 0
                     yield output
         except Exception as error:
             timer.outcome = "error"
@@ -97,10 +106,40 @@ class Job:
             timer.ended_at = time.perf_counter()
             self.state.metrics.observe(timer)
 
-    def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
-        state, sampling = self.state, self._sampling_of(index % self.num_choices)
+    async def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
+        """Begun once more where an adapter was damaged and is whole again."""
+        sampling = self._sampling_of(index % self.num_choices)
+        has_begun = False
+        try:
+            async with aclosing(self._generated(prompt, sampling, self.target.adapter_id)) as outputs:
+                async for output in outputs:
+                    has_begun = True
+                    yield output
+            return
+        except GenerationError:
+            resolver, is_adapter = self.state.resolver, self.target.adapter_id is not None
+            if has_begun or resolver is None or not is_adapter:
+                raise
+            target = await resolver.repair(self.target)
+            if target is None:
+                raise
+        async with aclosing(self._generated(prompt, sampling, target.adapter_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def _generated(
+        self, prompt: list[int], sampling: SamplingParams, adapter_id: int | None
+    ) -> AsyncGenerator[TextOutput, None]:
+        state = self.state
         return generate_text(
-            state.client, state.text, prompt, sampling, self.target.adapter_id, include_stop=self.include_stop
+            state.client,
+            state.text,
+            prompt,
+            sampling,
+            adapter_id,
+            include_stop=self.include_stop,
+            shown=self.shown,
+            cache_salt=self.cache_salt,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:
@@ -120,15 +159,16 @@ class Job:
 
 
 def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None:
-    """Raises ApiError for an empty prompt, or one that is too long together with `max_tokens`."""
+    """Raises RequestError for an empty prompt, or one that is too long together with `max_tokens`."""
     limit = state.client.info.max_model_len
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least one token")
     if len(prompt) + max_tokens > limit:
-        raise ApiError(
-            400,
-            f"the prompt has {len(prompt)} tokens and up to {max_tokens} were asked for; "
-            f"the model's context holds {limit} tokens",
+        raise ContextLengthError(
+            limit,
+            len(prompt) + max_tokens,
+            f"you requested {len(prompt) + max_tokens} tokens ({len(prompt)} in the messages, {max_tokens} in"
+            " the completion). Please reduce the length of the messages or completion.",
         )
     check_token_ids(state, "prompt", prompt)
 

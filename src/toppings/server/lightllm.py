@@ -4,20 +4,19 @@ What a request leaves out is the model's `generation_config.json`'s, `do_sample`
 """
 
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.core import SamplingParams
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.fields import Int, LenientBody, Name, PathText, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.protocol import Int, Name, PathText, Texts
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.text import TextLogprob, TextOutput
@@ -27,8 +26,27 @@ SAMPLING_FIELDS = (
 )
 
 
-class Parameters(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Parameters(LenientBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"group_request_id", "suggested_dp_index"})
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "best_of": (1,),
+        "n": (1,),
+        "min_p": (0,),
+        "seed": (-1,),
+        "min_new_tokens": (0, 1),
+        "input_penalty": (False,),
+        "skip_special_tokens": (True,),
+        "add_special_tokens": (True,),
+        "add_spaces_between_special_tokens": (True,),
+        "print_eos_token": (False,),
+        "exponential_decay_length_penalty": ([1, 1.0],),
+        "regular_constraint": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "allowed_token_ids": ([],),
+        "image_max_patch_num": (-1,),
+        "move_kv_to_decode_node": (),
+    }
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -61,9 +79,7 @@ class Parameters(BaseModel):
         )
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class Body(LenientBody):
     inputs: str
     parameters: Parameters
     lora_dir: PathText | None = None

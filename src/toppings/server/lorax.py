@@ -5,9 +5,9 @@ whatever the model's `generation_config.json` says of sampling.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from fastapi import Request
@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from toppings.core import FinishReason, SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.fields import Int, LenientBody, Name, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.protocol import Int, Name, Texts
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.server.structures import Schema, checked_structure, named_structure, schema_text
@@ -50,8 +50,11 @@ class Format(BaseModel):
     schema_: Schema | None = Field(default=None, alias="schema")
 
 
-class Parameters(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Parameters(LenientBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "top_n_tokens": (0,),
+        "adapter_parameters": (),
+    }
 
     adapter_id: Name | None = None
     adapter_source: Name | None = None
@@ -66,7 +69,7 @@ class Parameters(BaseModel):
     max_new_tokens: Int | None = None
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: Texts = []
+    stop: Texts = []  # noqa: RUF012  (pydantic copies it)
     seed: Int | None = None
     details: bool = False
     return_k_alternatives: Int | None = None
@@ -137,9 +140,7 @@ class Parameters(BaseModel):
         )
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class Body(LenientBody):
     inputs: str
     parameters: Parameters = Parameters()
     stream: bool = False

@@ -11,7 +11,7 @@ from toppings.server.auth import may_change_state
 from toppings.server.bodies import TypedJsonRoute
 from toppings.server.catalogue import Catalogue, adapter_card, base_card, encode_all, records_of
 from toppings.server.errors import ApiError, describe, json_response
-from toppings.server.protocol import Int, Name, PathText
+from toppings.server.fields import Int, Name, PathText
 from toppings.server.state import state_of
 
 router = APIRouter()

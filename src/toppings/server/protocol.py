@@ -1,15 +1,21 @@
-"""Bodies of the OpenAI routes. Every field is honoured or refused by name; none is silently ignored."""
+"""Bodies of the OpenAI routes. `fields.py` says what becomes of fields that none of them has."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from toppings.core import MAX_INT, RequestError, SamplingParams, Structure, shown
+from toppings.core import RequestError, SamplingParams, Structure, shown
 from toppings.server.errors import ApiError
+from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts, TokenIds
 from toppings.server.structures import StructureFields
 
-HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
+HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"),
+        *("request_id", "guided_decoding_backend"),
+    }
+)
 """Fields for the caller's own bookkeeping: they change no answer."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -37,25 +43,32 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "echo": (False,),
     "priority": (0,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "logprob_token_ids": ([],),
+    "logits_processors": ([],),
+    "guided_whitespace_pattern": (),
+    "mm_processor_kwargs": ({},),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": ({},),
+    "lora_path": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "stop_regex": ([],),
+    "typical_p": (1,),
+    "repeat_penalty": (1,),
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
 }
 """Fields of such APIs that are not supported, with the values (beside null) that ask for nothing."""
 
 NO_TOOLS = {"tools": "tool_choice", "functions": "function_call"}
 """What a request may hold all the same where the field beside it says "none": it asks for no calls."""
 
-Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-"""What any integer of a body fits; most have narrower bounds, in `SamplingParams`."""
-Count = Annotated[int, Field(ge=1, le=MAX_INT)]
-Name = Annotated[str, Field(max_length=1024)]
-PathText = Annotated[str, Field(max_length=4096)]
-# A list is refused at its first bad item: one error an item would take a multiple of the body's own size.
-Texts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[Int], Field(fail_fast=True)]
 
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(LenientBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool | None = None
@@ -64,7 +77,8 @@ class StreamOptions(BaseModel):
 class GenerationBody(StructureFields):
     """What completions and chat have in common; null means the default."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
     model: Name | None = None
     max_tokens: Int | None = None
@@ -84,20 +98,18 @@ class GenerationBody(StructureFields):
     ignore_eos: bool | None = None
     min_tokens: Int | None = None
     add_special_tokens: bool | None = None
+    cache_salt: Salt | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
+    def _drop_uncalled_tools(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {n: v for n, v in data.items() if n not in NO_TOOLS or data.get(NO_TOOLS[n]) != "none"}
-        for name in [n for n in data if n in NEUTRAL and n not in cls.model_fields]:
-            if data[name] is not None and data[name] not in NEUTRAL[name]:
-                raise ApiError(400, f"{name} is not supported; leave it out", param=name)
-        dropped = (HARMLESS | NEUTRAL.keys()) - cls.model_fields.keys()
-        return {name: value for name, value in data.items() if name not in dropped}
+        return {n: v for n, v in data.items() if n not in NO_TOOLS or data.get(NO_TOOLS[n]) != "none"}
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationBody":
@@ -170,61 +182,3 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
-
-
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Name | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
-        """Answers of this API sent back to it hold fields that say nothing, such as `refusal: null`."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value for name, value in data.items() if name in cls.model_fields or value not in (None, [])
-        }
-
-    @model_validator(mode="after")
-    def _check_content(self) -> "Message":
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"content is needed; only that of an assistant may be null, not of {self.role}")
-        return self
-
-    def for_template(self) -> dict[str, str]:
-        """Templates know `system`, not its newer name `developer`."""
-        content = (
-            self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
-        )
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
-    max_completion_tokens: Int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_limits(self) -> "ChatBody":
-        if None not in (self.max_tokens, self.max_completion_tokens) and (
-            self.max_tokens != self.max_completion_tokens
-        ):
-            raise ApiError(400, "max_tokens and max_completion_tokens differ; give one", param="max_tokens")
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
-        return self

@@ -1,17 +1,18 @@
 """How a job's output becomes an answer: whole or as a stream, and what both have in common."""
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from toppings.server.errors import CLIENT_GONE, json_response
+from toppings.server.errors import CLIENT_GONE, ApiError, json_response
 from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.text import TextModel
 
 T = TypeVar("T")
 
@@ -19,16 +20,17 @@ PART_LEN = 1000
 
 
 class Reply(Protocol):
-    """The shape of one route's answers."""
+    """The shape of one route's answers; `error_event` ends a stream that has begun."""
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]: ...
     def events(self, lease: Lease) -> AsyncGenerator[bytes, None]: ...
+    def error_event(self, error: ApiError) -> bytes: ...
 
 
 async def answer(request: Request, job: Job, lease: Lease, reply: Reply, *, is_stream: bool) -> Response:
     """Runs the job in its place in the queue; a client that leaves ends the job at once."""
     if is_stream:
-        return EventStream(reply.events(lease), lease)
+        return EventStream(reply.events(lease), lease, error_event=reply.error_event)
     with lease:
         try:
             choices = await until_gone(request.receive, job.collect(lease))
@@ -48,16 +50,23 @@ def raw_list(lists: Iterable[list[Any]]) -> msgspec.Raw:
     return msgspec.Raw(b"[" + b",".join(msgspec.json.encode(each)[1:-1] for each in lists) + b"]")
 
 
-def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+def usage(job: Job, num_tokens: int) -> dict[str, Any]:
+    """What the job has read, and `num_tokens` that it has generated."""
     return {
-        "prompt_tokens": num_prompt_tokens,
+        "prompt_tokens": job.num_prompt_tokens,
         "completion_tokens": num_tokens,
-        "total_tokens": num_prompt_tokens + num_tokens,
+        "total_tokens": job.num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": job.num_cached_tokens},
     }
+
+
+def namer(body: GenerationBody, text: TextModel) -> Callable[[int], str]:
+    """How log-probabilities name tokens: by their texts, or by their ids where texts may be the same."""
+    return (lambda token_id: f"token_id:{token_id}") if body.return_tokens_as_token_ids else text.token_name
 
 
 def running_usage(body: GenerationBody, job: Job, num_tokens: int) -> dict[str, Any]:
     """What an event before the last says of usage: null where a usage event follows, else nothing."""
     if body.continuous_usage:
-        return {"usage": usage(job.num_prompt_tokens, num_tokens)}
+        return {"usage": usage(job, num_tokens)}
     return {"usage": None} if body.include_usage else {}

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from toppings.core import RequestError, Structure, StructureKind
 from toppings.server.errors import ApiError
+from toppings.server.fields import LenientBody
 from toppings.server.state import ServerState
 
 Choices = Annotated[list[str], Field(fail_fast=True)]
@@ -49,7 +50,7 @@ class StructuredOutputs(BaseModel):
         return "" if self.json_object else None
 
 
-class StructureFields(BaseModel):
+class StructureFields(LenientBody):
     """The fields of a body that may hold its output to something; one of them at most."""
 
     response_format: ResponseFormat | None = None

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,30 +12,30 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from toppings.access import is_key, why_not_changed
+from toppings import __version__
+from toppings.access import is_key, is_same, why_not_changed, why_not_json
 from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
 from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, NO_JSON, Call, not_json, parse_call
 from toppings.cluster.router.cards import Card, Cards
-from toppings.cluster.router.connections import listen, watched
+from toppings.cluster.router.connections import listen
 from toppings.cluster.router.forward import forward
+from toppings.cluster.router.middlewares import LAYERS, Handler, add_id
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import Answer, Upstream
+from toppings.cluster.router.upstream import ROUTER_HEADER, Answer, Upstream
 from toppings.config import ConfigError
 from toppings.open_files import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
 UNKNOWN_MODEL_REFRESH_S = 1.0
 SHUTDOWN_S = 30.0  # that requests in flight get
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Router:
@@ -63,8 +63,11 @@ class Router:
             ("GET", "/health", self.health),
             ("GET", "/healthz", self.health),
             ("GET", "/ready", self.ready),
+            *((method, "/ping", self.health) for method in ("GET", "POST")),
+            ("GET", "/version", self.version),
             ("GET", "/metrics", self.metrics),
         ]
+        plain += [("HEAD", path, handler) for method, path, handler in plain if method == "GET"]
         return [web.route(method, path, self._guarded(handler)) for method, path, handler in plain]
 
     def _guarded(self, handler: Handler) -> Handler:
@@ -73,12 +76,13 @@ class Router:
                 self._check_key(request)
                 return await handler(request)
             except ApiError as error:
-                return error.response()
+                return error.response(request.path)
             except (asyncio.CancelledError, ConnectionError):
                 raise  # the client has left
             except Exception:
                 logger.exception("%s %s failed", request.method, request.path)
-                return ApiError(500, "the router failed; its log says why", "InternalServerError").response()
+                failure = ApiError(500, "the router failed; its log says why", "InternalServerError")
+                return failure.response(request.path)
 
         return guarded
 
@@ -86,8 +90,9 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        given = request.headers.get("Authorization", "")
-        if not is_key(given.encode("utf-8", "surrogateescape"), key):
+        names = ("Authorization", "X-Api-Key")
+        bearer, plain = (request.headers.get(n, "").encode("utf-8", "surrogateescape") for n in names)
+        if not (is_key(bearer, key) or is_same(plain, key)):
             raise Unauthorized
 
     # --- inference ---
@@ -168,8 +173,11 @@ class Router:
 
     async def _read_change(self, request: web.Request) -> dict[str, Any]:
         self._check_may_change(request)
-        if request.content_type != "application/json":
-            raise ApiError(400, "1 validation error:\n  the body must be application/json", "Bad Request")
+        names = [name.lower() for name in request.headers]
+        has_key = bool(self.state.config.api_key)
+        reason = why_not_json(request.headers.get("Content-Type", ""), names, has_key=has_key)
+        if reason is not None:
+            raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
         with self._budget.share() as share:
             body = await read_body(request, self.state.config, share, MAX_ADMIN_BYTES)
         try:
@@ -204,12 +212,16 @@ class Router:
             raise ApiError(
                 409, f"instance {config.instance_id!r} is another server, {known.config.url}", "Conflict"
             )
-        if known is not None:
+        if known is not None and not known.is_itself:
             known.is_draining = known.is_removed = False
             self.state.refresh_open(known)
             return json_response(self._describe(known))
-        upstream = self.state.add_instance(config)
-        await self.monitor.take_in(upstream)
+        upstream = known or self.state.add_instance(config)
+        if known is None:
+            await self.monitor.take_in(upstream)
+        if upstream.is_itself:
+            upstream.is_draining = upstream.is_removed = True
+            raise ApiError(400, f"{config.url} is this router itself; an instance is a server")
         return json_response(self._describe(upstream), 201)
 
     async def drain_instance(self, request: web.Request) -> web.Response:
@@ -257,7 +269,10 @@ class Router:
     # --- itself ---
 
     async def health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(headers={ROUTER_HEADER: self.state.router_id})
+
+    async def version(self, request: web.Request) -> web.Response:
+        return json_response({"version": __version__})
 
     async def ready(self, request: web.Request) -> web.Response:
         if not self.state.fleet.is_open.any():
@@ -275,23 +290,14 @@ class Unauthorized(ApiError):
     def __init__(self) -> None:
         super().__init__(401, "Unauthorized")
 
-    def response(self) -> web.Response:
+    def response(self, path: str = "") -> web.Response:
+        if path.startswith(replies.MESSAGES):
+            return super().response(path)
         return json_response({"error": "Unauthorized"}, 401)
 
 
 def _plain_headers(status: int) -> dict[str, str]:
     return {"Content-Type": "application/json" if status >= 400 else "text/plain; charset=utf-8"}
-
-
-@web.middleware
-async def _plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Unknown routes and wrong methods as `{"detail": ...}`."""
-    try:
-        return await handler(request)
-    except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
-        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        text = "Not Found" if error.status == 404 else "Method Not Allowed"
-        return json_response({"detail": text}, error.status, allow)
 
 
 @asynccontextmanager
@@ -304,7 +310,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         for instance in config.instances:
             state.add_instance(instance)
         router = Router(state)
-        app = web.Application(client_max_size=config.max_body_bytes, middlewares=[watched, _plain_errors])
+        app = web.Application(client_max_size=config.max_body_bytes, middlewares=LAYERS)
+        app.on_response_prepare.append(add_id)
         app.add_routes(router.routes())
         runner = web.AppRunner(
             app,

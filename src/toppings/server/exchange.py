@@ -1,0 +1,115 @@
+"""One request and its answer: the id that both go by, and what of the request was not looked at."""
+
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from toppings.core import shown
+from toppings.request_ids import REQUEST_ID, request_id_of
+
+logger = logging.getLogger(__name__)
+
+MESSAGES, MESSAGES_ID = "/v1/messages", "request-id"
+"""Anthropic's routes, and the name that its clients look for the id under."""
+IGNORED = "x-toppings-ignored"
+MAX_NAMES, MAX_NAME_LEN, MAX_NAMES_BYTES = 64, 64, 1024
+"""Of fields that were ignored: those that an exchange remembers, and those that its header names."""
+MAX_WARNED = 256
+"""Names that a server warns of in its life; clients that make up more are told by the header alone."""
+
+
+class Warned:
+    """The names that a server has warned of: once each, and so many at most."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def note(self, name: str, path: str) -> None:
+        if name in self._names or len(self._names) >= MAX_WARNED:
+            return
+        self._names.add(name)
+        logger.warning(
+            "%s: the field %r is ignored (told once a name; --strict-fields on refuses unknown ones)",
+            shown(path),
+            name,
+        )
+
+
+@dataclass(slots=True)
+class Exchange:
+    """`is_strict`: fields that nobody knows are refused."""
+
+    request_id: str
+    path: str = ""
+    is_strict: bool = False
+    warned: Warned = field(default_factory=Warned)
+    ignored: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def is_message(self) -> bool:
+        """Whether it is in Anthropic's dialect."""
+        return self.path.startswith(MESSAGES)
+
+    def ignore(self, name: str) -> None:
+        name = shown(name, MAX_NAME_LEN)
+        if len(self.ignored) < MAX_NAMES:
+            self.ignored[name] = None
+        self.warned.note(name, self.path)
+
+    def headers(self) -> dict[str, str]:
+        """Names of ignored fields are percent-encoded and parted by commas; `...` where there are more."""
+        headers = {REQUEST_ID.lower(): self.request_id}
+        if self.is_message:
+            headers[MESSAGES_ID] = self.request_id
+        if not self.ignored:
+            return headers
+        names: list[str] = []
+        for name in map(quote, self.ignored):
+            if sum(map(len, names)) + len(name) > MAX_NAMES_BYTES:
+                names.append("...")
+                break
+            names.append(name)
+        return {**headers, IGNORED: ", ".join(names)}
+
+
+current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    exchange: Exchange = scope["toppings.exchange"]
+    return exchange
+
+
+class ExchangeMiddleware:
+    """Outside of all others: every answer has the request's id, the client's own where that is of use."""
+
+    def __init__(self, app: ASGIApp, *, is_strict: bool) -> None:
+        self._app = app
+        self._is_strict = is_strict
+        self._warned = Warned()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name = REQUEST_ID.lower().encode()
+        given = next((value for header, value in scope["headers"] if header == name), b"")
+        exchange = Exchange(
+            request_id_of(given.decode("latin-1")), scope["path"], self._is_strict, self._warned
+        )
+        scope["toppings.exchange"] = exchange
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.encode(), value.encode()) for name, value in exchange.headers().items()]
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
+            await send(message)
+
+        token = current_exchange.set(exchange)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            current_exchange.reset(token)
