@@ -67,7 +67,7 @@ OF_ANSWERS = {
     ),
     "tool_result",
 }
-FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
+FOLDERS = ("benchmarks", "scripts", "configs", "docker", "docs", "examples", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
