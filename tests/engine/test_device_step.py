@@ -32,6 +32,7 @@ from toppings.model.weights import weight_shapes
 from toppings.ops import dispatch
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.lora import LoraSegments
+from toppings.ops.sampling import SampleOutput
 
 GPU = torch.device("meta")
 PAGE_SIZE = 4
@@ -132,7 +133,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def to_output(plan: Any, rows: Any, parts: Any) -> Any:
         drawn.append(parts)
-        return SimpleNamespace(token_ids=[0] * len(rows), logprobs=[None] * len(rows))
+        return SampleOutput([0] * len(rows), [None] * len(rows))
 
     monkeypatch.setattr("toppings.engine.drawing.to_output", to_output)
     uniform = "toppings.ops.device_sampling.draw_uniform"
@@ -224,7 +225,7 @@ def test_every_kind_of_draw_stays_on_the_device(world: World) -> None:
     ]
     world.runner.start(Batch([item(str(i), 5, 0, None, **kind) for i, kind in enumerate(kinds)])).result()
     (drawn,) = world.drawn
-    assert [part.shape[0] for part in drawn] == [5, 2, 2, 2, 2]
+    assert [part.shape[0] for part in drawn] == [5, 5, 2, 2, 2, 2]
 
 
 def test_a_replayed_step_stays_on_the_device_and_takes_one_copy(world: World) -> None:
