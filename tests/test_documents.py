@@ -25,14 +25,27 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import MODES, EngineConfig, ServerConfig
 from toppings.core import EngineStats, SamplingParams
 from toppings.engine.assist import Assist
+from toppings.server import lightllm, lorax
+from toppings.server.chat_body import ChatBody
+from toppings.server.fields import LenientBody
+from toppings.server.messages_body import MessagesBody
 from toppings.server.metrics import Metrics
+from toppings.server.protocol import CompletionBody, StreamOptions
+from toppings.server.responses_body import ResponsesBody
+from toppings.server.tokens import DetokenizeBody, TokenizeBody
 from toppings.sim.settings import SimConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig)
 OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
-OF_REQUESTS = {"api_token", "apply_chat_template", "client_gone", "do_sample", "lora_path", "max_new_tokens"}
+BODIES = (
+    *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
+    *(lorax.Body, lorax.Parameters, lightllm.Body, lightllm.Parameters, StreamOptions),
+)
+OF_BODIES = {name for each in BODIES for name in (*each.known(), *each.neutral, *each.harmless)}
+OF_REQUESTS = {"client_gone", "src", "lora_name", "lora_int_id", "budget_tokens", "max_model_len"}
+OF_ANSWERS = {"context_length_exceeded", "token_strs", "is_error", "tool_result", "reasoning_text"}
 FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
@@ -109,6 +122,13 @@ def test_the_routers_settings_are_documented_with_their_defaults() -> None:
     assert documented == defaults
 
 
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: f"{body.__module__}.{body.__name__}")
+def test_every_field_of_a_body_is_documented(body: type[LenientBody]) -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    named = set(re.findall(r"`([A-Za-z_]+)`", text))
+    assert {*body.known(), *body.neutral, *body.harmless} - named == set()
+
+
 def _anchors(text: str) -> set[str]:
     """Of headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
@@ -171,7 +191,7 @@ def test_the_table_of_the_routers_metrics_has_all_of_them() -> None:
 def test_names_are_those_of_settings_or_known_others(document: Path, stats: EngineStats) -> None:
     """A setting that has gone, or is misspelt, is none of these."""
     known = {field.name for each in (*SETTINGS, SamplingParams, LoraConfig) for field in fields(each)}
-    known |= {*MODES, *POLICIES, *stats.counters, *OF_MODELS, *OF_REQUESTS}
+    known |= {*MODES, *POLICIES, *stats.counters, *OF_MODELS, *OF_REQUESTS, *OF_BODIES, *OF_ANSWERS}
     known |= set(
         re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))
     )  # of a server with workers

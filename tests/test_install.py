@@ -123,7 +123,7 @@ def test_an_image_serves_as_a_user_without_rights_on_the_port_that_is_checked(
 ) -> None:
     configs: list[Config] = []
 
-    def run_server(config: Config) -> int:
+    def run_server(config: Config, _: object) -> int:
         configs.append(config)
         return 0
 

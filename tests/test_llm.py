@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import PATIENCE_S
-from toppings import LLM, SamplingParams
-from toppings.adapters.errors import AdapterNotFound, StateHeldError
+from toppings import LLM, SamplingParams, Structure, StructureKind
+from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason, RequestError
 from toppings.demo import demo_adapters_dir
@@ -50,6 +51,19 @@ def test_a_stream_yields_the_text_of_generate(llm: LLM) -> None:
         return "".join([output.text async for output in llm.stream("What is a river?", GREEDY)])
 
     assert asyncio.run(stream()) == llm.generate("What is a river?", GREEDY)[0].text
+
+
+def test_outputs_are_held_to_a_structure(llm: LLM) -> None:
+    def held(kind: StructureKind, text: str) -> str:
+        params = SamplingParams(temperature=0.0, max_tokens=60, structure=Structure(kind, text))
+        [answer] = llm.generate("What colour is the sea?", params, adapter="pirate")
+        assert answer.finish_reason is FinishReason.STOP
+        return answer.text
+
+    assert held(StructureKind.CHOICE, '["blue", "green"]') in ("blue", "green")
+    assert held(StructureKind.GRAMMAR, 'root ::= "sea " [0-9]').startswith("sea ")
+    with pytest.raises(RequestError, match=r"the json_schema cannot be followed: .*uniqueItems"):
+        held(StructureKind.JSON_SCHEMA, '{"type": "array", "uniqueItems": true}')
 
 
 def test_streams_may_be_left_early(llm: LLM) -> None:
@@ -88,6 +102,17 @@ def test_reloading_an_adapter_serves_the_new_weights(llm: LLM, tmp_path: Path) -
         llm.generate("x", GREEDY, adapter="reloaded")
 
 
+def test_an_adapter_that_is_registered_as_it_is_stays(llm: LLM, tmp_path: Path) -> None:
+    """So a program runs a second time with what its first run has left."""
+    one, other = sorted(demo_adapters_dir().iterdir())[:2]
+    copy = shutil.copytree(one, tmp_path / "copy")
+    first = llm.load_adapter("again", one)
+    assert llm.load_adapter("again", one) == llm.load_adapter("again", copy) == first
+    with pytest.raises(AdapterExists, match=r"other files \(.*replace=True"):
+        llm.load_adapter("again", other)
+    llm.unload_adapter("again")
+
+
 def test_bad_input_is_named(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 adapters for 1 prompts"):
         llm.generate(["x"], adapter=["a", "b"])
@@ -105,6 +130,7 @@ def test_tokens_outside_the_vocabulary_are_named_and_hurt_nobody(llm: LLM) -> No
 
 DYING = """
 import os
+import shutil
 from toppings import LLM
 from toppings.engine.client import EngineClient
 

@@ -51,17 +51,21 @@ def known_routes(document: dict[str, Any], adapter_path: str = "nowhere") -> lis
 
 
 def _good_body(path: str, adapter_path: str) -> dict[str, Any]:
-    if path == "/v1/completions":
-        return {"model": "pirate", "prompt": "Hello.", "max_tokens": MAX_TOKENS}
-    if path == "/v1/chat/completions":
-        return {"model": "toppings-demo", "messages": MESSAGES, "max_tokens": MAX_TOKENS}
-    if path == "/adapters":
-        return {"name": "odd", "src": adapter_path}
-    if "unload" in path:
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"model": "pirate", "prompt": "Hello.", "max_tokens": MAX_TOKENS},
+        "/v1/chat/completions": {"model": "toppings-demo", "messages": MESSAGES, "max_tokens": MAX_TOKENS},
+        "/v1/responses": {"model": "pirate", "input": MESSAGES, "max_output_tokens": MAX_TOKENS},
+        "/v1/messages": {"model": "pirate", "messages": MESSAGES[1:], "max_tokens": MAX_TOKENS},
+        "/v1/messages/count_tokens": {"model": "pirate", "messages": MESSAGES[1:]},
+        "/tokenize": {"model": "pirate", "prompt": "Hello."},
+        "/detokenize": {"model": "pirate", "tokens": [1, 2, 3]},
+        "/adapters": {"name": "odd", "src": adapter_path},
+    }
+    if path not in bodies and "unload" in path:
         return {"lora_name": "odd"}
-    if "load" in path:
+    if path not in bodies and "load" in path:
         return {"lora_name": "odd", "lora_path": adapter_path}
-    return {}
+    return bodies.get(path, {})
 
 
 def _schema_of(model: Any) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from hostile.routes import JSON, Route, with_value
 from hostile.values import MEGABYTE, ODD_VALUES
 
-NOTHING_TO_ADD = ("/health", "/ready", "/stats", "/metrics", "/adapters", "/v1/models", "/openapi.json")
+NOTHING_TO_ADD = (
+    *("/health", "/ready", "/ping", "/version", "/stats", "/metrics", "/adapters", "/v1/models"),
+    *("/openapi.json", "/docs"),
+)
 LONG_PATH = "a" * 8000
 
 

@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toppings.core import SamplingParams as SamplingParams
+    from toppings.core import Structure as Structure
+    from toppings.core import StructureKind as StructureKind
     from toppings.llm import LLM as LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "Structure", "StructureKind", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,8 +18,8 @@ def __getattr__(name: str) -> Any:
         from toppings.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from toppings.core import SamplingParams
+    if name in ("SamplingParams", "Structure", "StructureKind"):
+        from toppings import core
 
-        return SamplingParams
+        return getattr(core, name)
     raise AttributeError(f"module 'toppings' has no attribute {name!r}")

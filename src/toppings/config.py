@@ -3,8 +3,9 @@
 import json
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -73,6 +74,14 @@ def setting(
     return field(default=default, metadata=metadata, repr=not is_secret)
 
 
+def _advice(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, else all that may be."""
+    meant = get_close_matches(name, known, cutoff=0.75)
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
+    return f"; known: {', '.join(sorted(known))}"
+
+
 class Settings:
     """Base of the frozen dataclasses of settings. A field that is one itself gives its settings to the one
     flat list of names that YAML and the command line know.
@@ -101,7 +110,7 @@ class Settings:
         known = base.to_settings()
         unknown = sorted(settings.keys() - known.keys())
         if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown setting {unknown[0]!r}{_advice(unknown[0], known)}")
         return base._with(settings)
 
     def _with(self, settings: dict[str, Any]) -> Self:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from toppings.adapters.errors import AdapterNotFound, StateHeldError
+from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
 from toppings.core import FinishReason, RequestError, SamplingParams
@@ -96,8 +96,20 @@ class LLM:
             raise
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterRecord:
-        """Register a PEFT checkpoint. Raises AdapterError with the reason where it cannot be served."""
-        previous = self._find(name) if replace else None
+        """Register a PEFT checkpoint; one that is registered as it is stays. What is registered outlives an
+        `LLM` where its state directory does.
+
+        Raises AdapterExists where another one has the name, unless `replace`; AdapterError with the reason
+        where it cannot be served.
+        """
+        previous = self._find(name)
+        if previous is not None and not replace:
+            if self._registry.is_of_content(previous, path):
+                return previous
+            raise AdapterExists(
+                f"an adapter named {name!r} is registered already, from other files ({previous.path}); "
+                "replace=True puts this one in its place"
+            )
         record = self._registry.register(name, Path(path), replace=replace)
         if previous is not None and previous.adapter_id != record.adapter_id:
             self._remove(previous.adapter_id)

@@ -2,6 +2,8 @@
 
 import msgspec
 import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from tests.cluster.conftest import Start
 from tests.cluster.fakes import FakeToppings, serving
@@ -32,6 +34,33 @@ async def test_what_a_server_tells_of_itself_is_what_it_is_judged_by(start_route
             told, silent = (client.router.state.fleet.instance(name) for name in ("s0", "s1"))
     assert (told.perf_model, told.max_num_seqs) == (FAST, 3)
     assert (silent.perf_model, silent.max_num_seqs) == (load_perf_model(RouterConfig().perf_model), 5)
+
+
+async def test_costs_that_nobody_has_measured_are_told_of(
+    start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(server_with(FAST)) as first, serving(server_with(None)) as second:
+        async with start_router(first, second):
+            told = [record.message for record in caplog.records if "no measured step times" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("s1 ")
+
+
+class Locked(FakeToppings):
+    """It asks the router for a key, as it asks everybody."""
+
+    async def stats(self, request: Request) -> Response:
+        return JSONResponse({"error": "Unauthorized"}, 401)
+
+
+async def test_a_server_that_wants_a_key_of_the_router_is_told_of(
+    start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(Locked()) as url:
+        async with start_router(url) as client, client.complete() as response:
+            assert response.status == 200  # with a key of the client's
+    assert "s0 answers the router with 401" in caplog.text
+    assert "upstream_api_key" in caplog.text
 
 
 @pytest.mark.parametrize("fast", [0, 1])

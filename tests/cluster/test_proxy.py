@@ -108,7 +108,7 @@ async def test_unknown_model_is_refused_as_servers_do(two_servers: Any, start_ro
         error = (await response.json())["error"]
     assert response.status == 404
     assert error == {
-        "message": "The model `nope` does not exist. Valid aliases: base.",
+        "message": "The model `nope` does not exist. Valid aliases: base and what GET /v1/models lists.",
         "type": "NotFoundError",
         "param": "model",
         "code": 404,

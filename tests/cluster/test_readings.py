@@ -145,7 +145,8 @@ def test_yaml_settings_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"polcy": "random"}, "unknown setting 'polcy'"),
+        ({"polcy": "random"}, "unknown setting 'polcy'; did you mean policy"),
+        ({"qqq": "random"}, "unknown setting 'qqq'; known: admin_timeout_s, "),
         ({"policy": "best"}, "policy is 'best'; choose one of rank_aware"),
         ({"slo_tpt_ms": 0}, "slo_tpt_ms is 0.0; it must be above 0"),
         ({"port": 70000}, "port is 70000"),

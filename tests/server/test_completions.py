@@ -143,7 +143,7 @@ async def test_an_answer_can_be_sent_back_as_a_message(server: Server) -> None:
         ({"prompt": [512]}, "token id 512"),
         ({"prompt": [-1]}, "token id -1"),
         ({"prompt": 5}, "body.prompt"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"n": 300}, "300 sequences"),
     ],
 )

@@ -4,8 +4,10 @@ import logging
 
 import pytest
 
-from tests.server.conftest import Server
-from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED, REQUEST_ID, VALID_ID
+from tests.fakes import echo_script
+from tests.server.conftest import Server, events
+from toppings.request_ids import REQUEST_ID, VALID_ID
+from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETION = {"prompt": "hello", "max_tokens": 2}
@@ -176,7 +178,7 @@ async def test_an_id_that_is_of_no_use_is_replaced(server: Server, given: bytes)
         for _ in range(2)
     ]
     assert ids[0] != ids[1]
-    assert all(VALID_ID.fullmatch(each.encode()) for each in ids)
+    assert all(VALID_ID.fullmatch(each) for each in ids)
 
 
 async def test_answers_to_what_went_wrong_have_an_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +188,39 @@ async def test_answers_to_what_went_wrong_have_an_id(server: Server, monkeypatch
     monkeypatch.setattr(server.engine, "stats", fail)
     reply = await server.http.get("/stats", headers={REQUEST_ID: "mine"})
     assert (reply.status_code, reply.headers[REQUEST_ID]) == (500, "mine")
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES[:2])
+async def test_token_ids_are_returned_where_they_are_asked_for(
+    server: Server, path: str, body: dict[str, object]
+) -> None:
+    prompt = {"prompt": ["abc", "xyz"]} if "prompt" in body else {}
+    asked = {**body, **prompt, "return_token_ids": True, "n": 2}
+    whole = (await server.post(path, **asked)).json()
+    chunks = events(await server.post(path, **asked, stream=True))
+    calls = server.engine.calls[: len(whole["choices"])]
+    for index, (choice, call) in enumerate(zip(whole["choices"], calls, strict=True)):
+        parts = [each for chunk in chunks for each in chunk["choices"] if each["index"] == index]
+        streamed = [token for part in parts for token in part.get("token_ids", [])]
+        assert choice["token_ids"] == streamed == echo_script(call)[: call.num_sent]
+        told = [x["prompt_token_ids"] for x in (choice, *parts) if x.get("prompt_token_ids") is not None]
+        if "prompt" in body:
+            assert told == [call.prompt_token_ids] * 2
+    if "prompt" not in body:
+        told = [each["prompt_token_ids"] for each in (whole, *chunks) if "prompt_token_ids" in each]
+        assert told == [calls[0].prompt_token_ids] * 3  # whole, and with the first event of each choice
+    plain = (await server.post(path, **body)).json()
+    assert "token_ids" not in plain["choices"][0]
+
+
+async def test_log_probabilities_may_name_tokens_by_their_ids(server: Server) -> None:
+    options = {"return_tokens_as_token_ids": True, "max_tokens": 2}
+    reply = (await server.complete([70, 71], logprobs=1, **options)).json()
+    logprobs = reply["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:70", "token_id:71"]
+    assert all(name.startswith("token_id:") for top in logprobs["top_logprobs"] for name in top)
+    body = {**CHAT, **options, "logprobs": True, "top_logprobs": 1}
+    content = (await server.post("/v1/chat/completions", **body)).json()["choices"][0]["logprobs"]["content"]
+    for each in content:
+        assert each["token"].startswith("token_id:")
+        assert each["top_logprobs"][0]["token"].startswith("token_id:")

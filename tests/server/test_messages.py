@@ -102,7 +102,7 @@ async def test_tools(server: Server, client: anthropic.AsyncAnthropic) -> None:
             {"type": "text", "text": "well?"},
         ],
     }
-    turns: list[MessageParam] = [USER, {"role": "assistant", "content": reply.content}, result]  # type: ignore[typeddict-item]
+    turns: list[MessageParam] = [USER, {"role": "assistant", "content": reply.content}, result]
     after = await client.messages.create(messages=turns, **options)
     assert [b.text for b in after.content if b.type == "text"] == ["cold"]
     shown = server.state.text.decode(server.engine.calls[-1].prompt_token_ids)
@@ -142,7 +142,7 @@ async def test_how_a_message_ends(server: Server) -> None:
 async def test_an_answer_that_is_begun_goes_on(server: Server) -> None:
     begun = [USER, {"role": "assistant", "content": "I think"}]
     await server.post("/v1/messages", **{**BODY, "messages": begun})
-    options = {"add_generation_prompt": False, "continue_final_message": True}
+    options: Any = {"add_generation_prompt": False, "continue_final_message": True}
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I think"}]
     assert server.engine.calls[0].prompt_token_ids == server.state.text.chat(chat, **options)
 

@@ -110,3 +110,18 @@ async def test_pings_and_versions(server: Server) -> None:
     assert [(await server.http.request(m, "/ping")).status_code for m in ("GET", "POST")] == [200, 200]
     server.engine.died.set()
     assert [(await server.http.request(m, "/ping")).status_code for m in ("GET", "POST")] == [503, 503]
+
+
+async def test_what_curl_sends_with_d_is_json_all_the_same(server: Server) -> None:
+    headers = {
+        "User-Agent": "curl/8.5.0",
+        "Accept": "*/*",
+        "Content-Type": "application/x-www-form-urlencoded",
+    }
+    for path, body in (
+        ("/v1/completions", b'{"prompt": "hi"}'),
+        ("/generate", b'{"inputs": "hi"}'),
+        ("/tokenize", b'{"prompt": "hi"}'),
+    ):
+        reply = await server.http.post(path, content=body, headers=headers)
+        assert reply.status_code == 200, reply.text

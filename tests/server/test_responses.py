@@ -44,7 +44,7 @@ async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 async def test_a_response(server: Server, client: openai.AsyncOpenAI) -> None:
     says(server, "hello")
     reply = await client.responses.create(model="base", input="hi", instructions="You answer.", store=True)
-    assert (reply.output_text, reply.status, reply.store) == ("hello", "completed", False)
+    assert (reply.output_text, reply.status, reply.to_dict()["store"]) == ("hello", "completed", False)
     chat = [{"role": "system", "content": "You answer."}, {"role": "user", "content": "hi"}]
     prompt = server.engine.calls[0].prompt_token_ids
     assert prompt == server.state.text.chat(chat)

@@ -1,5 +1,7 @@
 """`/tokenize` and `/detokenize` against the tokeniser and the chat template themselves."""
 
+from typing import Any
+
 import pytest
 
 from tests.server.conftest import Server
@@ -24,7 +26,7 @@ async def test_a_prompt_and_back(server: Server) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"add_generation_prompt": False}])
-async def test_a_chat(server: Server, options: dict[str, bool]) -> None:
+async def test_a_chat(server: Server, options: dict[str, Any]) -> None:
     reply = await server.post("/tokenize", messages=MESSAGES, **options)
     assert reply.json()["tokens"] == server.state.text.chat(MESSAGES, **options)
 

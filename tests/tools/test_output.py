@@ -59,6 +59,8 @@ CALLS: list[tuple[ToolFormat, str, Answer]] = [
     (HERMES, f"Let me see.\n\n<tool_call>{REVERSED}</tool_call>\n", Answer("Let me see.", ONE)),
     (HERMES, f'<tool_call>{CALL}</tool_call>\n<tool_call>{{"name":"time"}}</tool_call>', Answer("", TWO)),
     (HERMES, f"<tool_call>{CALL}", Answer("", ONE)),
+    (HERMES, f"<tool_call>{CALL}\n</tool_c", Answer("", ONE)),
+    (HERMES, f"<tool_call>{CALL}\n</tools>", Answer("</tools>", ONE)),
     (HERMES, f"<tool_call>{CALL}</tool_call> done ", Answer(" done", ONE)),
     (LLAMA, CALL.replace("arguments", "parameters"), Answer("", ONE)),
     (LLAMA, f"\n {CALL}", Answer("", ONE)),
@@ -74,6 +76,8 @@ CALLS: list[tuple[ToolFormat, str, Answer]] = [
     (MISTRAL, f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]time[ARGS]{{}}", Answer("", TWO)),
     (MISTRAL, f"[TOOL_CALLS]weather[CALL_ID]abc123def[ARGS]{ARGUMENTS}", Answer("", ONE)),
     (MISTRAL, f"[TOOL_CALLS]weather {ARGUMENTS}", Answer("", ONE)),
+    (MISTRAL, f'[TOOL_CALLS][{CALL}, {{"na', Answer("", ONE)),
+    (HERMES, f'<tool_call>{CALL}</tool_call>\n<tool_call>{{"na', Answer("", ONE)),
 ]
 CONTENT: list[tuple[ToolFormat, str]] = [
     (HERMES, " Plain, with a < and <tool and <tool_cal. \n"),
@@ -136,8 +140,8 @@ def test_plain_text_comes_through_as_it_is(text: str) -> None:
 def test_arguments_come_as_they_are_written() -> None:
     parser = parser_of(HERMES)
     assert parser.push('<tool_call>\n{"name": "weather", ').calls == []
-    [begun] = parser.push('"arguments": ').calls or parser.push('{"city"').calls[:1]
-    assert (begun.name, begun.index) == ("weather", 0)
+    [begun] = parser.push('"arguments": {"city"').calls
+    assert (begun.name, begun.index, begun.arguments) == ("weather", 0, '{"city"')
     assert re.fullmatch(r"call_[a-zA-Z0-9]{24}", begun.id or "")
     assert "".join(call.arguments for call in parser.push(': "Ro').calls) == ': "Ro'
     assert not parser.has_called

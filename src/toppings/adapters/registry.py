@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from toppings.adapters.capacity import Capacity
-from toppings.adapters.checkpoint import fingerprint
+from toppings.adapters.checkpoint import fingerprint, read_checkpoint
 from toppings.adapters.directories import find_adapters
 from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StateError
 from toppings.adapters.latest import Latest
@@ -190,6 +190,11 @@ class AdapterRegistry:
         if (doubt := self.doubt_of(record)) is not None:
             logger.warning("%s", doubt)
         return record
+
+    def is_of_content(self, record: AdapterRecord, path: str | Path) -> bool:
+        """Whether `record` was made from what is in `path`. Raises AdapterError where that is no adapter that
+        can be served."""
+        return record.digest == read_checkpoint(Path(path), self.shapes).digest
 
     def adopt(self, candidates: Candidates) -> Records:
         """Registers packed files that were made elsewhere, in one transaction; they are the registry's from

@@ -380,11 +380,13 @@ class Engine:
 
     def _finish_reason(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
         sampling, num_output = request.sampling, len(request.output_token_ids)
-        if num_output >= sampling.min_tokens:
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP, token_id
-            if token_id in self._eos_token_ids and not sampling.ignore_eos:
-                return FinishReason.STOP, None
+        may_stop = num_output >= sampling.min_tokens
+        if may_stop and token_id in sampling.stop_token_ids:
+            return FinishReason.STOP, token_id
+        # A complete structure ends before `min_tokens`: nothing else may be drawn then.
+        may_end = may_stop or sampling.structure is not None
+        if may_end and token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP, None
         if num_output >= sampling.max_tokens or request.num_tokens >= self.info.max_model_len:
             return FinishReason.LENGTH, None
         return None, None

@@ -65,7 +65,10 @@ def _lark_of(choices: Any) -> str:
             raise ValueError(
                 f"it holds {json.dumps(choice)[:100]}; each choice must be a string that is not empty"
             )
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+    # One terminal: the lexer goes through thousands of words at once, the parser one by one.
+    return "start: CHOICE\nCHOICE: " + " | ".join(
+        json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices)
+    )
 
 
 def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
@@ -79,9 +82,7 @@ def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
     if structure_kind == "json_schema":
         text = _plain_schema(text)
     tried = TOKEN_IDS.sub(f"<[{END + 1}]>", text) if structure_kind == "grammar" else text
-    matcher = llguidance.LLMatcher(
-        _bytes(special_tokens), grammar_of(structure_kind, tried), log_level=0, limits=limits()
-    )
+    matcher = matcher_of(byte_vocabulary(special_tokens), structure_kind, tried)
     for _ in range(NUM_TRIED):
         mask = matcher.compute_bitmask()
         raise_error_of(matcher)
@@ -99,7 +100,8 @@ def raise_error_of(matcher: Any) -> None:
         raise ValueError(_EXPLAINED.get(reason, reason)[:MAX_REASON_CHARS])
 
 
-_EXPLAINED = {"NoExtensionBias": "it allows no output at all", "NoExtension": "it allows no output at all"}
+_NO_OUTPUT = "it allows no output at all"
+_EXPLAINED = {"NoExtensionBias": _NO_OUTPUT, "NoExtension": _NO_OUTPUT}
 
 
 # --- schemas ---
@@ -121,7 +123,12 @@ HOLDS_MAP = ("properties", "patternProperties", "$defs", "definitions", "depende
 
 def _plain_schema(text: str) -> str:
     try:
-        return json.dumps(_plain(json.loads(text, parse_constant=_refuse_constant)), ensure_ascii=False)
+        schema = json.loads(text, parse_constant=_refuse_constant)
+        if schema is False:
+            raise ValueError(_NO_OUTPUT)
+        if not isinstance(schema, dict | bool):
+            raise ValueError(f"it is {json.dumps(schema)[:100]}; a schema must be an object or boolean")
+        return json.dumps({} if schema is True else _plain(schema), ensure_ascii=False)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -134,7 +141,7 @@ def _plain(schema: Any) -> Any:
     """Without formats of nobody's, `uniqueItems: false`, and whole numbers written as 2.0."""
     if not isinstance(schema, dict):
         return schema
-    plain = {}
+    plain: dict[str, Any] = {}
     for key, value in schema.items():
         if key in HOLDS_MAP and isinstance(value, dict):
             plain[key] = {name: _plain(each) for name, each in value.items()}
@@ -160,7 +167,7 @@ def _lark_of_gbnf(text: str) -> str:
         raise ValueError(f"it is read as GBNF, for its rules have '::=': {error}; Lark's have ':'") from error
 
 
-def _bytes(special_tokens: list[str]) -> Any:
+def byte_vocabulary(special_tokens: list[str]) -> Any:
     """A vocabulary of every byte, an end, and special tokens."""
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(special_tokens)), slices=[])
 

@@ -8,7 +8,7 @@ from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
-from toppings.server import admin, chat, completions, generate, messages, models, responses, tokens
+from toppings.server import admin, chat, completions, generate, messages, models, openapi, responses, tokens
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware
 from toppings.server.catalogue import Catalogue
@@ -33,7 +33,13 @@ def create_app(
     perf_model: PerfModel | None = None,
 ) -> FastAPI:
     """An application that owns none of what it is given; `app.state.toppings` is its ServerState."""
-    app = FastAPI(title="Toppings", version=__version__, description="Many LoRA adapters of one base model.")
+    app = FastAPI(
+        title="Toppings",
+        version=__version__,
+        description="Many LoRA adapters of one base model.",
+        docs_url=None,
+        redoc_url=None,
+    )
     metrics = Metrics(client.info.model_name)
     state = ServerState(client, registry, text_model, config, metrics, perf_model)
     app.state.toppings = state
@@ -45,10 +51,11 @@ def create_app(
     routers = (
         *(admin.router, admin.changing, completions.router, chat.router, generate.router, tokens.router),
         *(messages.router, responses.router),
-        *(models.router, models.changing),
+        *(models.router, models.changing, openapi.router),
     )
     for router in routers:
         app.include_router(router)
+    openapi.install(app)
     all_routes = (*app.routes, *(route for router in routers for route in router.routes))
     app.state.routes = [route for route in all_routes if isinstance(route, Route)]
     install_error_handlers(app)

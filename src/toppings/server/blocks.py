@@ -85,7 +85,7 @@ def blocks_of(choice: ChatChoice) -> list[Block]:
     found = [(Kind.THOUGHTS, "", "", choice.reasoning), (Kind.TEXT, "", "", choice.text)]
     found = [each for each in found if each[-1]]
     found += [(Kind.CALL, call.id, call.name, call.arguments) for call in choice.calls]
-    blocks = [Block(kind, i, *rest) for i, (kind, *rest) in enumerate(found)]
+    blocks = [Block(kind, i, call_id, name, text) for i, (kind, call_id, name, text) in enumerate(found)]
     if blocks:
         blocks[-1].is_cut = choice.finish_reason == FinishReason.LENGTH
     return blocks

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from toppings.server.chat_body import ChatBody
 from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, chat_job
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice
-from toppings.server.replies import answer, parts, raw_list, running_usage, usage
+from toppings.server.replies import answer, namer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.text import TextLogprob, TextModel
@@ -48,7 +48,8 @@ class ChatReply:
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
         total = usage(self._job.num_prompt_tokens, num_tokens)
-        return {**self._head("chat.completion"), "choices": content, "usage": total}
+        head = {**self._head("chat.completion"), **self._prompt()}
+        return {**head, "choices": content, "usage": total}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
         head, num_tokens, begun = self._head("chat.completion.chunk"), 0, set()
@@ -59,9 +60,11 @@ class ChatReply:
                     begun.add(i)
                     opening = {"role": "assistant", "content": ""}
                     choice = {"index": i, "delta": opening, "logprobs": None, "finish_reason": None}
-                    yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, 0)})
+                    told = {**self._prompt(), "choices": [choice]}
+                    yield sse({**head, **told, **running_usage(self._body, self._job, 0)})
                 delta = self._delta(output)
-                if not delta and output.finish_reason is None and not output.logprobs:
+                has_tokens = bool(output.logprobs or (self._body.return_token_ids and output.token_ids))
+                if not delta and output.finish_reason is None and not has_tokens:
                     continue  # its text is kept back until it is known what it is
                 choice = {"index": i, "delta": delta, **self._ending(output.logprobs or [], output)}
                 yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)})
@@ -80,20 +83,25 @@ class ChatReply:
             delta["tool_calls"] = [_call_delta(call) for call in output.calls]
         return delta
 
+    def _prompt(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._job.prompts[0]} if self._body.return_token_ids else {}
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._job.target.name}
 
     def _ending(self, logprobs: list[TextLogprob], output: ChatChoice | ChatOutput) -> dict[str, Any]:
         text = self._job.state.text
+        name = namer(self._body, text)
         content = None
         if self._body.logprobs:
             content = {
-                "content": raw_list([_logprob(text, each) for each in part] for part in parts(logprobs))
+                "content": raw_list([_logprob(text, name, each) for each in part] for part in parts(logprobs))
             }
         finish_reason: str | None = output.finish_reason
         if finish_reason == FinishReason.STOP and output.has_called:
             finish_reason = "tool_calls"
-        return {"logprobs": content, "finish_reason": finish_reason, "stop_reason": output.stop_reason}
+        told = {"logprobs": content, "finish_reason": finish_reason, "stop_reason": output.stop_reason}
+        return {**told, "token_ids": output.token_ids} if self._body.return_token_ids else told
 
 
 def _message(choice: ChatChoice) -> dict[str, Any]:
@@ -124,14 +132,14 @@ def _call_delta(call: CallDelta) -> dict[str, Any]:
     }
 
 
-def _logprob(text: TextModel, each: TextLogprob) -> dict[str, Any]:
-    top = [_token(text, token_id, logprob) for token_id, _, logprob in each.top]
-    return {**_token(text, each.token_id, each.logprob), "top_logprobs": top}
+def _logprob(text: TextModel, name: Callable[[int], str], each: TextLogprob) -> dict[str, Any]:
+    top = [_token(text, name, token_id, logprob) for token_id, _, logprob in each.top]
+    return {**_token(text, name, each.token_id, each.logprob), "top_logprobs": top}
 
 
-def _token(text: TextModel, token_id: int, logprob: float) -> dict[str, Any]:
+def _token(text: TextModel, name: Callable[[int], str], token_id: int, logprob: float) -> dict[str, Any]:
     return {
-        "token": text.token_name(token_id),
+        "token": name(token_id),
         "logprob": logprob,
         "bytes": list(text.token_bytes(token_id)),
     }

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -56,21 +56,21 @@ class CalledFunction(LenientBody):
 
 
 class ToolCall(LenientBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"index"})
+    """Of pieces of streamed answers, put together by clients that send it back."""
+
     id: Name = ""
     type: Literal["function"] = "function"
     function: CalledFunction
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_index(cls, data: Any) -> Any:
-        """Pieces of streamed answers have one; clients that put them together may send it back."""
-        return {n: v for n, v in data.items() if n != "index"} if isinstance(data, dict) else data
 
     def for_template(self) -> dict[str, Any]:
         return {"id": self.id, "type": self.type, "function": self.function.for_template()}
 
 
 class Message(LenientBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations"})
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"function_call": (), "audio": ()}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Name | None = None
@@ -78,16 +78,6 @@ class Message(LenientBody):
     tool_call_id: Name | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
-        """Answers of this API sent back to it hold fields that say nothing, such as `refusal: null`."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value for name, value in data.items() if name in cls.model_fields or value not in (None, [])
-        }
 
     @model_validator(mode="after")
     def _check_role(self) -> "Message":

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,7 @@ from toppings.server.bodies import JsonRoute
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice, Job, beside_loop, room_for_output, tokens_of
 from toppings.server.protocol import CompletionBody
-from toppings.server.replies import answer, parts, raw_list, running_usage, usage
+from toppings.server.replies import answer, namer, parts, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.server.structures import checked_structure
@@ -82,8 +82,7 @@ class CompletionReply:
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         content = [
-            self._choice(i, self._echo_of(i) + c.text, c, _logprobs(self._text, c.logprobs, 0))
-            for i, c in enumerate(choices)
+            self._choice(i, self._echo_of(i) + c.text, c, 0, is_first=True) for i, c in enumerate(choices)
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
         return {**self._head, "choices": content, "usage": usage(self._job.num_prompt_tokens, num_tokens)}
@@ -95,10 +94,10 @@ class CompletionReply:
         async with aclosing(self._job.stream(lease)) as outputs:
             async for i, output in outputs:
                 num_tokens += len(output.token_ids)
+                is_first = i in echoes
                 text = echoes.pop(i, "") + output.text
-                logprobs = output.logprobs or []
-                choice = self._choice(i, text, output, _logprobs(self._text, logprobs, offsets[i]))
-                offsets[i] += sum(_num_chars(self._text, each) for each in logprobs)
+                choice = self._choice(i, text, output, offsets[i], is_first=is_first)
+                offsets[i] += sum(_num_chars(self._text, each) for each in output.logprobs or [])
                 yield sse(
                     {**self._head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)}
                 )
@@ -110,30 +109,40 @@ class CompletionReply:
         return openai_error_event(error)
 
     def _choice(
-        self, index: int, text: str, ending: Choice | TextOutput, logprobs: dict[str, Any]
+        self, index: int, text: str, output: Choice | TextOutput, offset: int, *, is_first: bool
     ) -> dict[str, Any]:
-        return {
+        """`offset` is where the text of its first token begins."""
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = _logprobs(self._text, output.logprobs or [], offset, namer(self._body, self._text))
+        choice = {
             "index": index,
             "text": text,
-            "logprobs": None if self._body.logprobs is None else logprobs,
-            "finish_reason": ending.finish_reason,
-            "stop_reason": ending.stop_reason,
+            "logprobs": logprobs,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
         }
+        if self._body.return_token_ids:
+            prompt = self._job.prompts[index // self._job.num_choices] if is_first else None
+            choice |= {"token_ids": output.token_ids, "prompt_token_ids": prompt}
+        return choice
 
     def _echo_of(self, index: int) -> str:
         return self._echoes[index // self._job.num_choices]
 
 
-def _logprobs(text: TextModel, logprobs: list[TextLogprob], offset: int) -> dict[str, Any]:
+def _logprobs(
+    text: TextModel, logprobs: list[TextLogprob], offset: int, name: Callable[[int], str]
+) -> dict[str, Any]:
     """The completions form; `offset` is where the first token's text begins."""
     offsets = []
     for each in logprobs:
         offsets.append(offset)
         offset += _num_chars(text, each)
     return {
-        "tokens": [text.token_name(each.token_id) for each in logprobs],
+        "tokens": [name(each.token_id) for each in logprobs],
         "token_logprobs": [each.logprob for each in logprobs],
-        "top_logprobs": raw_list([_top(text, each) for each in part] for part in parts(logprobs)),
+        "top_logprobs": raw_list([_top(name, each) for each in part] for part in parts(logprobs)),
         "text_offset": offsets,
     }
 
@@ -143,12 +152,11 @@ def _num_chars(text: TextModel, each: TextLogprob) -> int:
     return sum(byte & 0xC0 != 0x80 for byte in text.token_bytes(each.token_id))
 
 
-def _top(text: TextModel, each: TextLogprob) -> dict[str, float]:
+def _top(name: Callable[[int], str], each: TextLogprob) -> dict[str, float]:
     """The alternatives by name. A name that two tokens share is that of the chosen, else of the likelier."""
-    ids = {text.token_name(each.token_id): each.token_id}
+    ids = {name(each.token_id): each.token_id}
     top = {}
     for token_id, _, value in each.top:
-        name = text.token_name(token_id)
-        is_owner = ids.setdefault(name, token_id) == token_id
-        top[name if is_owner else f"token_id:{token_id}"] = value
+        is_owner = ids.setdefault(name(token_id), token_id) == token_id
+        top[name(token_id) if is_owner else f"token_id:{token_id}"] = value
     return top

@@ -1,8 +1,6 @@
 """One request and its answer: the id that both go by, and what of the request was not looked at."""
 
 import logging
-import re
-import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -10,14 +8,13 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toppings.core import shown
+from toppings.request_ids import REQUEST_ID, request_id_of
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = "x-request-id"
 MESSAGES, MESSAGES_ID = "/v1/messages", "request-id"
 """Anthropic's routes, and the name that its clients look for the id under."""
 IGNORED = "x-toppings-ignored"
-VALID_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
 MAX_NAMES, MAX_NAME_LEN, MAX_NAMES_BYTES = 64, 64, 1024
 """Of fields that were ignored: those that an exchange remembers, and those that its header names."""
 MAX_WARNED = 256
@@ -35,7 +32,7 @@ class Warned:
             return
         self._names.add(name)
         logger.warning(
-            "%s: the field %r is not known and is ignored (told once; --strict-fields on refuses such)",
+            "%s: the field %r is ignored (told once a name; --strict-fields on refuses unknown ones)",
             shown(path),
             name,
         )
@@ -64,7 +61,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """Names of ignored fields are percent-encoded and parted by commas; `...` where there are more."""
-        headers = {REQUEST_ID: self.request_id}
+        headers = {REQUEST_ID.lower(): self.request_id}
         if self.is_message:
             headers[MESSAGES_ID] = self.request_id
         if not self.ignored:
@@ -98,8 +95,11 @@ class ExchangeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = request_id_of(scope["headers"])
-        exchange = Exchange(request_id, scope["path"], self._is_strict, self._warned)
+        name = REQUEST_ID.lower().encode()
+        given = next((value for header, value in scope["headers"] if header == name), b"")
+        exchange = Exchange(
+            request_id_of(given.decode("latin-1")), scope["path"], self._is_strict, self._warned
+        )
         scope["toppings.exchange"] = exchange
 
         async def send_with_headers(message: Message) -> None:
@@ -113,9 +113,3 @@ class ExchangeMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             current_exchange.reset(token)
-
-
-def request_id_of(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's `X-Request-Id` if it is 1 to 128 letters, digits or `._:/+=@~-`, else a new one."""
-    given = next((value for name, value in headers if name == REQUEST_ID.encode()), b"")
-    return given.decode() if VALID_ID.fullmatch(given) else uuid.uuid4().hex

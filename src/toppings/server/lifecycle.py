@@ -206,7 +206,7 @@ async def run_until_stopped(
 async def _drain(state: ServerState, client: EngineClient, stop: "Stop") -> None:
     """New requests get 503; running ones finish, or are cut at the deadline or a second signal."""
     timeout_s = state.config.server.shutdown_timeout_s
-    logger.info("shutting down: %d open requests get up to %g s", state.num_open, timeout_s)
+    logger.info("shutting down; requests that get up to %g s: %d", timeout_s, state.num_open)
     state.is_draining = True
     stop.rearm()
     shutdown = asyncio.create_task(client.shutdown(timeout_s))

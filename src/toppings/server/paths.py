@@ -9,7 +9,7 @@ class AdapterRoots:
     """Adapters are read only below these directories, with every symbolic link followed first."""
 
     def __init__(self, roots: list[Path]) -> None:
-        self._roots = [root.resolve() for root in roots]
+        self._roots = list(dict.fromkeys(root.resolve() for root in roots))
 
     def locate(self, name: str, path: str) -> Path:
         """The directory that `path` means; a relative one is looked for below each root in turn.
@@ -30,7 +30,10 @@ class AdapterRoots:
             except OSError as error:  # it lies in a directory that may not be entered
                 message = f"Loading lora {name} failed: cannot read {path}: {error.strerror}"
                 raise ApiError(400, message, "InvalidUserInput", "lora_path") from error
-        raise ApiError(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
+        message = (
+            f"Loading lora {name} failed: No adapter found for {path}; looked below {self._told_roots()}"
+        )
+        raise ApiError(404, message, "NotFoundError")
 
     def _is_below(self, path: Path) -> bool:
         return any(path.is_relative_to(root) for root in self._roots)
@@ -38,7 +41,10 @@ class AdapterRoots:
     def _refusal(self, path: str) -> str:
         if not self._roots:
             return "no adapters may be loaded over HTTP: the server has no adapter_roots"
-        return f"{path} is not below the server's adapter roots: {', '.join(map(str, self._roots))}"
+        return f"{path} is not below the server's adapter roots: {self._told_roots()}"
+
+    def _told_roots(self) -> str:
+        return ", ".join(map(str, self._roots))
 
     @staticmethod
     def _resolve(path: Path) -> Path:

@@ -10,7 +10,12 @@ from toppings.server.errors import ApiError
 from toppings.server.fields import Count, Int, LenientBody, Name, Texts, TokenIds
 from toppings.server.structures import StructureFields
 
-HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
+HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"),
+        *("request_id", "guided_decoding_backend"),
+    }
+)
 """Fields for the caller's own bookkeeping: they change no answer."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -38,6 +43,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "echo": (False,),
     "priority": (0,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "logprob_token_ids": ([],),
+    "logits_processors": ([],),
+    "guided_whitespace_pattern": (),
+    "mm_processor_kwargs": ({},),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": ({},),
+    "lora_path": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "stop_regex": ([],),
+    "typical_p": (1,),
+    "repeat_penalty": (1,),
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
 }
 """Fields of such APIs that are not supported, with the values (beside null) that ask for nothing."""
 
@@ -77,6 +100,8 @@ class GenerationBody(StructureFields):
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """How a job's output becomes an answer: whole or as a stream, and what both have in common."""
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -12,6 +12,7 @@ from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
+from toppings.text import TextModel
 
 T = TypeVar("T")
 
@@ -55,6 +56,11 @@ def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
     }
+
+
+def namer(body: GenerationBody, text: TextModel) -> Callable[[int], str]:
+    """How log-probabilities name tokens: by their texts, or by their ids where texts may be the same."""
+    return (lambda token_id: f"token_id:{token_id}") if body.return_tokens_as_token_ids else text.token_name
 
 
 def running_usage(body: GenerationBody, job: Job, num_tokens: int) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class Items:
         place = {"item_id": self._id(block), "output_index": block.index}
         _, event, field = NAMES[block.kind]
         inner = place if block.kind is Kind.CALL else {**place, "content_index": 0}
-        extra = {"logprobs": []} if block.kind is Kind.TEXT else {}
+        extra: dict[str, Any] = {"logprobs": []} if block.kind is Kind.TEXT else {}
         has_parts = block.kind is not Kind.CALL
         if step is Step.BEGUN:
             item = {**self.whole(block, "in_progress"), **({"content": []} if has_parts else {})}

@@ -151,7 +151,9 @@ class ServerState:
             return Target(self.base_name)
         record = self.registry.find_named(model)
         if record is None:
-            message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}."
+            num = self.registry.count()
+            others = f" and {num} adapters, which GET /v1/models lists" if num else ""
+            message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}{others}."
             raise ApiError(404, message, "NotFoundError", "model")
         self._names.note(record.adapter_id, model)
         return Target(model, record.adapter_id)

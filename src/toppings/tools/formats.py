@@ -84,7 +84,7 @@ class Hermes(ToolFormat):
                 yield from parts.text.skip_blanks()
                 yield from parts.call()
                 yield from parts.text.skip_blanks()
-                yield from parts.text.try_take(end)
+                yield from parts.text.skip_mark(end)
 
 
 class Generic(Hermes):

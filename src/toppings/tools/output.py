@@ -4,9 +4,9 @@ import secrets
 import string
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from toppings.tools.reader import MalformedError, PiecewiseText, Reading
+from toppings.tools.reader import CutError, MalformedError, PiecewiseText, Reading
 
 ARGUMENTS_KEYS = ("arguments", "parameters")
 OTHER_KEYS = ("id", "type")
@@ -96,12 +96,13 @@ class Parts:
     @contextmanager
     def trying(self, mark: str = "") -> Iterator[None]:
         """What is read inside may turn out to be no call, from `mark`, which has been read, on: as far as it
-        has not been given away as a call, it is content then."""
+        has not been given away as a call, it is content then, unless it was cut after other calls."""
         self._mark, self._mark_text, self._is_clean = self.text.position, mark, True
         try:
             yield
-        except MalformedError:
-            if self._is_clean:
+        except MalformedError as error:
+            is_cut = isinstance(error, CutError) and self.num_calls > 0
+            if self._is_clean and not is_cut:
                 self.text.position = self._mark
                 self.say(self._mark_text)
 
@@ -163,8 +164,8 @@ class Parts:
         if self.is_done:
             return
         calls, index = self._delta.calls, self._num_begun - 1
-        if calls and calls[-1].index == index and calls[-1].name is None:
-            calls[-1] = CallDelta(index, arguments=calls[-1].arguments + text)
+        if calls and calls[-1].index == index:
+            calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + text)
         else:
             calls.append(CallDelta(index, arguments=text))
 

@@ -21,6 +21,10 @@ class MalformedError(ValueError):
     """The text is not what was begun; it is content then."""
 
 
+class CutError(MalformedError):
+    """The text ends within what was begun."""
+
+
 class PiecewiseText:
     """What has come and has not been read lies between `position` and the end."""
 
@@ -64,8 +68,8 @@ class PiecewiseText:
     def take(self, literal: str) -> Reading[None]:
         """Raises MalformedError where something else follows."""
         for char in literal:
-            if (yield from self.peek()) != char:
-                raise MalformedError(f"{literal!r} does not follow")
+            if (found := (yield from self.peek())) != char:
+                raise (MalformedError if found else CutError)(f"{literal!r} does not follow")
             self.position += 1
 
     def try_take(self, literal: str) -> Reading[bool]:
@@ -77,6 +81,16 @@ class PiecewiseText:
             self.position = start
             return False
         return True
+
+    def skip_mark(self, mark: str) -> Reading[None]:
+        """Reads `mark`, or as much of it as there is where the text ends within it; else nothing."""
+        start = self.position
+        for char in mark:
+            if (found := (yield from self.peek())) != char:
+                if found:
+                    self.position = start
+                return
+            self.position += 1
 
     def pass_until(self, mark: str, give: Callable[[str], object]) -> Reading[bool]:
         """Gives away what stands before `mark`, and reads it; false where the text ends without one.
@@ -148,7 +162,7 @@ class PiecewiseText:
 
     def _next_in_value(self) -> Reading[str]:
         if not (char := (yield from self.peek())):
-            raise MalformedError("the text ends within a JSON value")
+            raise CutError("the text ends within a JSON value")
         return char
 
     def _pass_to(self, pattern: re.Pattern[str], give: Callable[[str], object]) -> None:

@@ -36,7 +36,7 @@ def test_yaml_is_read_and_options_override_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"replica": 2}, "unknown setting 'replica'"),
+        ({"replica": 2}, "unknown setting 'replica'; did you mean replicas"),
         ({"replicas": 0}, "replicas is 0"),
         ({"replicas": "two"}, "replicas is 'two'"),
         ({"min_replicas": 1}, "min_replicas needs max_replicas"),

@@ -7,13 +7,23 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from toppings.cluster.router import replies
-from toppings.cluster.router.calls import count_generated
+from toppings.cluster.router.calls import MESSAGES, RESPONSES, count_generated
 from toppings.cluster.router.upstream import read_bounded
 
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 EVENT_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":", b"\n", b"\r")
 END_OF_STREAM = b"[DONE]"
 TAIL_LEN = 16
+EVENT_NAME = b"\nevent: "
+LAST_EVENTS = {
+    RESPONSES: (b"response.completed", b"response.incomplete", b"response.failed", b"error"),
+    MESSAGES: (b"message_stop", b"error"),
+}
+"""Of routes whose events have names: one of these ends a stream. None stands inside of data: JSON has no line
+feeds."""
+GROWTH = {RESPONSES: b".delta\n", MESSAGES: b"event: content_block_delta\n"}
+"""What an event with more of the answer has once; elsewhere all events have more."""
+NAME_LEN = len(EVENT_NAME) + max(len(name) for names in LAST_EVENTS.values() for name in names) + 1
 
 
 class BadAnswerError(Exception):
@@ -76,13 +86,20 @@ def check_last_event(chunk: bytes) -> None:
         check_event(start)
 
 
+def count_events(path: str, chunk: bytes) -> int:
+    """Events of a chunk that say more of the answer."""
+    return chunk.count(GROWTH.get(path, b"data:"))
+
+
 class StreamWatch:
     """Follows a stream's bytes, which pass on as they come: is it between events, has it come to its end?"""
 
     def __init__(self, path: str, status: int) -> None:
         self._has_mark = status == 200 and path.startswith("/v1/")
+        self._last_events = LAST_EVENTS.get(path)
         self._is_checked = status == 200
-        self._tail = b""
+        self._tail = b"\n"
+        self._name = b""
 
     @property
     def is_between_events(self) -> bool:
@@ -96,9 +113,21 @@ class StreamWatch:
             check_last_event(chunk)
 
     def note(self, chunk: bytes) -> None:
+        if self._last_events is not None:
+            self._note_name(chunk)
         self._tail = (self._tail + chunk[-TAIL_LEN:])[-TAIL_LEN:]
 
+    def _note_name(self, chunk: bytes) -> None:
+        """Keeps how the last event begins: with its name."""
+        seen = self._tail + chunk
+        start = seen.rfind(EVENT_NAME)
+        self._name = (self._name + chunk if start < 0 else seen[start:])[:NAME_LEN]
+
     def check_end(self) -> None:
-        """Raises BadAnswerError where a stream of the OpenAI routes ends before it says so."""
-        if self._has_mark and not self._tail.rstrip().endswith(END_OF_STREAM):
+        """Raises BadAnswerError where a stream of the OpenAI or Anthropic routes ends before it says so."""
+        if self._last_events is not None:
+            name = self._name.removeprefix(EVENT_NAME).partition(b"\n")[0].strip()
+            if self._has_mark and name not in self._last_events:
+                raise BadAnswerError("ended the stream without its last event")
+        elif self._has_mark and not self._tail.rstrip().endswith(END_OF_STREAM):
             raise BadAnswerError("ended the stream without [DONE]")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,14 +12,16 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from toppings import __version__
 from toppings.access import is_key, is_same, why_not_changed, why_not_json
 from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
 from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, NO_JSON, Call, not_json, parse_call
 from toppings.cluster.router.cards import Card, Cards
-from toppings.cluster.router.connections import listen, watched
+from toppings.cluster.router.connections import listen
 from toppings.cluster.router.forward import forward
+from toppings.cluster.router.middlewares import LAYERS, Handler, add_id
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
@@ -30,12 +32,10 @@ from toppings.open_files import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
 UNKNOWN_MODEL_REFRESH_S = 1.0
 SHUTDOWN_S = 30.0  # that requests in flight get
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Router:
@@ -63,8 +63,11 @@ class Router:
             ("GET", "/health", self.health),
             ("GET", "/healthz", self.health),
             ("GET", "/ready", self.ready),
+            *((method, "/ping", self.health) for method in ("GET", "POST")),
+            ("GET", "/version", self.version),
             ("GET", "/metrics", self.metrics),
         ]
+        plain += [("HEAD", path, handler) for method, path, handler in plain if method == "GET"]
         return [web.route(method, path, self._guarded(handler)) for method, path, handler in plain]
 
     def _guarded(self, handler: Handler) -> Handler:
@@ -73,12 +76,13 @@ class Router:
                 self._check_key(request)
                 return await handler(request)
             except ApiError as error:
-                return error.response()
+                return error.response(request.path)
             except (asyncio.CancelledError, ConnectionError):
                 raise  # the client has left
             except Exception:
                 logger.exception("%s %s failed", request.method, request.path)
-                return ApiError(500, "the router failed; its log says why", "InternalServerError").response()
+                failure = ApiError(500, "the router failed; its log says why", "InternalServerError")
+                return failure.response(request.path)
 
         return guarded
 
@@ -86,10 +90,8 @@ class Router:
         key = self.state.config.api_key
         if not key or request.path in OPEN_PATHS:
             return
-        bearer, plain = (
-            request.headers.get(name, "").encode("utf-8", "surrogateescape")
-            for name in ("Authorization", "X-Api-Key")
-        )
+        names = ("Authorization", "X-Api-Key")
+        bearer, plain = (request.headers.get(n, "").encode("utf-8", "surrogateescape") for n in names)
         if not (is_key(bearer, key) or is_same(plain, key)):
             raise Unauthorized
 
@@ -265,6 +267,9 @@ class Router:
     async def health(self, request: web.Request) -> web.Response:
         return web.Response()
 
+    async def version(self, request: web.Request) -> web.Response:
+        return json_response({"version": __version__})
+
     async def ready(self, request: web.Request) -> web.Response:
         if not self.state.fleet.is_open.any():
             raise replies.unavailable("no server is up", self.state.config.retry_after_s)
@@ -281,23 +286,14 @@ class Unauthorized(ApiError):
     def __init__(self) -> None:
         super().__init__(401, "Unauthorized")
 
-    def response(self) -> web.Response:
+    def response(self, path: str = "") -> web.Response:
+        if path.startswith(replies.MESSAGES):
+            return super().response(path)
         return json_response({"error": "Unauthorized"}, 401)
 
 
 def _plain_headers(status: int) -> dict[str, str]:
     return {"Content-Type": "application/json" if status >= 400 else "text/plain; charset=utf-8"}
-
-
-@web.middleware
-async def _plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Unknown routes and wrong methods as `{"detail": ...}`."""
-    try:
-        return await handler(request)
-    except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
-        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        text = "Not Found" if error.status == 404 else "Method Not Allowed"
-        return json_response({"detail": text}, error.status, allow)
 
 
 @asynccontextmanager
@@ -310,7 +306,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         for instance in config.instances:
             state.add_instance(instance)
         router = Router(state)
-        app = web.Application(client_max_size=config.max_body_bytes, middlewares=[watched, _plain_errors])
+        app = web.Application(client_max_size=config.max_body_bytes, middlewares=LAYERS)
+        app.on_response_prepare.append(add_id)
         app.add_routes(router.routes())
         runner = web.AppRunner(
             app,

@@ -13,7 +13,13 @@ MAX_NAME_LEN = 512
 SAMPLE_BYTES = 2**16
 """So much of a prompt is looked at to estimate its tokens."""
 
-INFERENCE_PATHS = ("/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream")
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+TOKEN_PATHS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+"""They generate nothing, and go where the model is all the same."""
+INFERENCE_PATHS = (
+    *("/v1/completions", CHAT, RESPONSES, MESSAGES, "/generate", "/generate_stream"),
+    *TOKEN_PATHS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,8 @@ class _Body(msgspec.Struct):
     messages: msgspec.Raw = msgspec.Raw(b'""')
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    input: msgspec.Raw = msgspec.Raw(b'""')
     inputs: msgspec.Raw = msgspec.Raw(b'""')
     parameters: dict[str, Any] | None = None
     lora_id: int | None = None
@@ -65,16 +73,30 @@ def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
         raise not_json(error) from error
     if path.startswith("/generate"):
         return _parse_generate(path, body, parsed, bytes_per_token)
-    is_chat = path == "/v1/chat/completions"
-    max_tokens = parsed.max_completion_tokens if is_chat and parsed.max_tokens is None else parsed.max_tokens
+    if path in TOKEN_PATHS:
+        return Call(path, body, model=parsed.model or None, max_tokens=1)
+    prompt, max_tokens = _asked(path, parsed)
     return Call(
         path=path,
         body=body,
         model=parsed.model or None,
         is_stream=bool(parsed.stream),
-        prompt_tokens=_count_tokens(parsed.messages if is_chat else parsed.prompt, bytes_per_token),
-        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None and not is_chat else max_tokens,
+        prompt_tokens=_count_tokens(prompt, bytes_per_token),
+        max_tokens=max_tokens,
     )
+
+
+def _asked(path: str, parsed: _Body) -> tuple[msgspec.Raw, int | None]:
+    """What makes the prompt, and how much may follow it."""
+    match path:
+        case "/v1/chat/completions":
+            is_new = parsed.max_tokens is None
+            return parsed.messages, parsed.max_completion_tokens if is_new else parsed.max_tokens
+        case "/v1/messages":
+            return parsed.messages, parsed.max_tokens
+        case "/v1/responses":
+            return parsed.input, parsed.max_output_tokens
+    return parsed.prompt, DEFAULT_MAX_TOKENS if parsed.max_tokens is None else parsed.max_tokens
 
 
 def _parse_generate(path: str, body: bytes, parsed: _Body, bytes_per_token: float) -> Call:
@@ -103,7 +125,10 @@ def _count_tokens(raw: msgspec.Raw, bytes_per_token: float) -> int:
 
 
 class _Usage(msgspec.Struct):
+    """OpenAI's newer routes, and Anthropic's, say output where the others say completion."""
+
     completion_tokens: int = 0
+    output_tokens: int = 0
 
 
 class _Answer(msgspec.Struct):
@@ -122,4 +147,5 @@ def count_generated(body: bytes) -> int | None:
         return None
     except NO_JSON as error:
         raise ValueError(str(error)) from error
-    return answer.usage.completion_tokens if answer.usage else answer.count_output_tokens
+    usage = answer.usage
+    return usage.completion_tokens or usage.output_tokens if usage else answer.count_output_tokens

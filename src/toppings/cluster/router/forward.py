@@ -21,13 +21,16 @@ from toppings.cluster.router.answers import (
     StreamWatch,
     Whole,
     check_whole,
+    count_events,
     read_start,
 )
 from toppings.cluster.router.flight import Flight
+from toppings.cluster.router.middlewares import request_id
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
+from toppings.request_ids import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
         try:
             return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
-            logger.info("request %s on %s: %s", flight.request.request_id, choice.instance_id, error)
+            logger.info("request %s on %s: %s", request_id.get(), choice.instance_id, error)
             if flight.move_to is not None:
                 flight.num_moves += 1
                 state.meters.moves.inc()
@@ -133,7 +136,7 @@ async def _open(
             answer = await state.session.post(
                 _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
-                headers=_request_headers(http_request.headers, settings.upstream_api_key),
+                headers=_request_headers(http_request, settings.upstream_api_key),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
             )
@@ -213,7 +216,7 @@ async def _stream(
     ends_at = asyncio.get_running_loop().time() + state.config.stream_timeout_s
     while chunk:
         await response.write(chunk)
-        num_events = chunk.count(b"data:")
+        num_events = count_events(flight.call.path, chunk)
         num_generated += num_events
         state.flights.grow(flight, num_events)
         watch.note(chunk)
@@ -277,7 +280,7 @@ async def _cut(
     is_between_events: bool,
 ) -> None:
     message = f"server {flight.instance_id} {reason} after the first token; the answer is incomplete"
-    logger.warning("request %s: %s", flight.request.request_id, message)
+    logger.warning("request %s: %s", request_id.get(), message)
     if response.content_type == replies.EVENT_STREAM:
         await response.write(
             replies.stream_error(flight.call.path, message, is_between_events=is_between_events)
@@ -292,9 +295,12 @@ def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
 
 
-def _request_headers(headers: CIMultiDictProxy[str], upstream_api_key: str) -> CIMultiDict[str]:
-    kept = _end_to_end(headers)
+def _request_headers(request: web.Request, upstream_api_key: str) -> CIMultiDict[str]:
+    """The client's own, with the id that its attempts have in common and the servers' key."""
+    kept = _end_to_end(request.headers)
+    kept[REQUEST_ID] = request_id.get()
     if upstream_api_key:
+        kept.popall("X-Api-Key", None)
         kept["Authorization"] = f"Bearer {upstream_api_key}"
     return kept
 

@@ -106,6 +106,8 @@ class Monitor:
     async def _open(self, upstream: Upstream) -> None:
         report = await upstream.ask_report()
         logger.info("%s is up (%s)", upstream.instance_id, upstream.kind)
+        if report is None or report.perf_model is None:
+            self._state.tell_of_assumed_costs(upstream)
         upstream.is_alive, upstream.num_failures, upstream.num_errors = True, 0, 0
         self._state.refresh_open(upstream)
         if report is not None:

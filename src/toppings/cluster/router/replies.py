@@ -24,10 +24,29 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.kind, self.param, self.headers = status, kind, param, headers or {}
 
-    def response(self) -> web.Response:
+    def response(self, path: str = "") -> web.Response:
+        """In the dialect of the route at `path`."""
+        if path.startswith(MESSAGES):
+            return json_response(message_error(self.status, str(self)), self.status, self.headers)
         return json_response(
             error_body(self.status, str(self), self.kind, self.param), self.status, self.headers
         )
+
+
+MESSAGES = "/v1/messages"
+MESSAGE_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+
+
+def message_error(status: int, message: str) -> dict[str, Any]:
+    """Anthropic's form."""
+    kind = MESSAGE_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
@@ -55,16 +74,23 @@ def unavailable(message: str, retry_after_s: int) -> ApiError:
 def unknown_model(model: str, aliases: list[str]) -> ApiError:
     """A name of any length may have been asked for; its beginning is told."""
     told = model if len(model) <= MAX_TOLD_LEN else f"{model[:MAX_TOLD_LEN]}..."
-    text = f"The model `{told}` does not exist. Valid aliases: {', '.join(aliases)}."
+    known = f"{', '.join(aliases)} and what GET /v1/models lists"
+    text = f"The model `{told}` does not exist. Valid aliases: {known}."
     return ApiError(404, text, "NotFoundError", param="model")
 
 
 def stream_error(path: str, message: str, *, is_between_events: bool) -> bytes:
-    """The event that ends a stream whose server failed; `/generate_stream` has its own shape."""
+    """The event that ends a stream whose server failed, in the dialect of the route."""
     start = b"" if is_between_events else b"\n\n"
     if path == "/generate_stream":
         return (
             start + b"data:" + msgspec.json.encode({"error": message, "error_type": "generation"}) + b"\n\n"
         )
-    body = msgspec.json.encode(error_body(502, message, "UpstreamError"))
-    return start + b"data: " + body + b"\n\n"
+    body = error_body(502, message, "UpstreamError")
+    name = b""
+    if path == MESSAGES:
+        name, body = b"event: error\n", message_error(502, message)
+    elif path == "/v1/responses":
+        name, told = b"event: error\n", {"code": "502", "message": message, "param": None}
+        body = {"type": "error", **told, **body}
+    return start + name + b"data: " + msgspec.json.encode(body) + b"\n\n"

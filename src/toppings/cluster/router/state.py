@@ -56,6 +56,15 @@ class RouterState:
         self.refresh_open(upstream)
         return upstream
 
+    def tell_of_assumed_costs(self, upstream: Upstream) -> None:
+        """A server that tells of no costs, and for which none are configured, is judged by another's."""
+        if not upstream.config.perf_model and self.config.perf_model == RouterConfig().perf_model:
+            logger.warning(
+                "%s tells of no measured step times; it is judged by the published ones (Llama-2-7B, A100): "
+                "measure with `toppings profile batches`",
+                upstream.instance_id,
+            )
+
     def remove_instance(self, instance_id: str) -> None:
         """Forget an instance that has no request of ours."""
         self.dispatcher.remove_instance(instance_id)

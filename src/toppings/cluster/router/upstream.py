@@ -123,8 +123,16 @@ class Upstream:
             return Health.UNASKED if is_out_of_files(error) else Health.SILENT
 
     async def detect_kind(self) -> None:
-        """A server whose `/stats` reads as ours is a Toppings server, any other an OpenAI-compatible one."""
+        """A server whose `/stats` reads as ours is a Toppings server, any other an OpenAI-compatible one, and
+        so is one that does not let the router look."""
         answer = await self.call("GET", "/stats")
+        if answer.status in (401, 403):
+            logger.warning(
+                "%s answers the router with %d: its load and adapters are not known, nor changed (setting "
+                "upstream_api_key); clients' own keys are passed on",
+                self.instance_id,
+                answer.status,
+            )
         try:
             if answer.status == 200:
                 read_report(answer.body)

@@ -189,7 +189,7 @@ def simulate(options: SimulateOptions) -> None:
         run_validation(validation, is_json=options.json_output, figures=options.figures)
         return
     if (options.trace is None) == (options.synth is None):
-        raise ValueError("give either --trace FILE or --synth WORKLOAD")
+        raise ValueError(f"give either --trace FILE or --synth WORKLOAD, one of {', '.join(PRESETS)}")
     config, seeds = options.config(), range(options.seed, options.seed + options.seeds)
     sources = options.sources(seeds)
     jobs = [

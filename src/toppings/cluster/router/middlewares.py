@@ -1,0 +1,42 @@
+"""What every answer of the router has: an id, and its form where a route or a method is not there."""
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+
+from aiohttp import web
+
+from toppings.cluster.router.connections import watched
+from toppings.cluster.router.replies import json_response
+from toppings.request_ids import REQUEST_ID, request_id_of
+
+request_id: ContextVar[str] = ContextVar("request_id")
+"""Of the request that is being answered."""
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def identified(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A request's id: the client's where that is of use, else a new one. Servers get it, too."""
+    request_id.set(request_id_of(request.headers.get(REQUEST_ID, "")))
+    return await handler(request)
+
+
+async def add_id(request: web.Request, response: web.StreamResponse) -> None:
+    """As the head of an answer leaves; what a server said of it stays."""
+    response.headers.setdefault(REQUEST_ID, request_id.get())
+
+
+@web.middleware
+async def plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Unknown routes and wrong methods as `{"detail": ...}`; OPTIONS is told the methods there are."""
+    try:
+        return await handler(request)
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
+        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        if request.method == "OPTIONS" and error.status == 405:
+            return web.Response(status=204, headers=allow)
+        text = "Not Found" if error.status == 404 else "Method Not Allowed"
+        return json_response({"detail": text}, error.status, allow)
+
+
+LAYERS = (watched, identified, plain_errors)

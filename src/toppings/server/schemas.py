@@ -1,0 +1,326 @@
+"""What answers look like, for the OpenAPI document alone: answers are written without them.
+
+A field without a default is always there; one with a default may be left out.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int | str = Field(description="the status, or `context_length_exceeded`")
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class Unauthorized(BaseModel):
+    error: Literal["Unauthorized"]
+
+
+class MessageErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class MessageError(BaseModel):
+    type: Literal["error"]
+    error: MessageErrorDetail
+    request_id: str | None = None
+
+
+class LoraxError(BaseModel):
+    error: str
+    error_type: Literal["validation", "generation", "overloaded"]
+
+
+class LightllmError(BaseModel):
+    message: str
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(BaseModel):
+    """Events of a stream have the same shape; `usage` is in those that `stream_options` asks it of."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class AnsweredFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class AnsweredCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[AnsweredCall] | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: dict[str, Any]
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseItem(BaseModel):
+    id: str
+    type: Literal["message", "reasoning", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"] | None = None
+    content: list[dict[str, Any]] | None = None
+    summary: list[dict[str, Any]] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ResponseObject(BaseModel):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: dict[str, str] | None
+    model: str
+    output: list[ResponseItem]
+    usage: ResponseUsage
+    store: Literal[False]
+
+
+class ResponseEvent(BaseModel):
+    type: str
+    sequence_number: int
+
+
+class MessageBlock(BaseModel):
+    type: Literal["text", "thinking", "tool_use"]
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+
+
+class MessageUsage(BaseModel):
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+
+
+class MessageObject(BaseModel):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[MessageBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageEvent(BaseModel):
+    type: str
+
+
+class TokenCount(BaseModel):
+    input_tokens: int
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Prompt(BaseModel):
+    prompt: str
+
+
+class LoraxAnswer(BaseModel):
+    generated_text: str
+    details: dict[str, Any] | None = None
+
+
+class LightllmAnswer(BaseModel):
+    generated_text: list[str]
+    count_output_tokens: int
+    tokens: list[dict[str, Any]] | None = None
+
+
+class GenerateEvent(BaseModel):
+    """Of both families; `finished` is LightLLM's."""
+
+    token: dict[str, Any]
+    generated_text: str | None
+    details: dict[str, Any] | None
+    finished: bool | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class AdapterRow(BaseModel):
+    name: str
+    id: int
+    path: str
+    rank: int
+    targets: list[str]
+    bytes: int
+    digest: str
+    is_pinned: bool
+    state: Literal["device", "host", "disk"]
+    layers_on_device: int
+    hits: int
+    running: int
+    waiting: int
+
+
+class AdapterList(BaseModel):
+    adapters: list[AdapterRow]
+
+
+class Pin(BaseModel):
+    name: str
+    is_pinned: bool
+
+
+class SglangAnswer(BaseModel):
+    success: bool
+    error_message: str
+    loaded_adapters: dict[str, str]
+    warning: str | None = None
+
+
+class Status(BaseModel):
+    status: str
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Stats(BaseModel):
+    """What the engine and its queue hold; more fields than these."""
+
+    model: str
+    mode: str
+    num_open: int
+    num_pending: int
+    max_queue: int
+    num_adapters: int
+    num_running: int
+    num_waiting: int
