@@ -473,6 +473,11 @@ class PromptLogprobs:
     top_ids: bytes
     top_logprobs: bytes
 
+    @property
+    def num_values(self) -> int:
+        """Log-probabilities told."""
+        return (len(self.logprobs) + len(self.top_logprobs)) // 4
+
     def tokens(self, token_ids: list[int]) -> list[TokenLogprobs]:
         """`token_ids`: the P tokens."""
         logprobs, top_logprobs = (
@@ -582,6 +587,7 @@ class EngineReady:
     device_pool_bytes: int
     host_store_bytes: int
     decode_lora_form: str = ""  # of the kernels on a GPU
+    hidden_size: int = 0  # of an embedding
 
 
 @dataclass(frozen=True, slots=True)

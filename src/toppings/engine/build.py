@@ -202,6 +202,7 @@ def _build_engine(
         device_pool_bytes=config.device_pool_bytes,
         host_store_bytes=config.host_store_bytes,
         decode_lora_form=decode_form if config.device == "cuda" else "",
+        hidden_size=model.hidden_size,
     )
     return Engine(
         info,
