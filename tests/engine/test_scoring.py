@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "mode": "on_demand",
     "page_size": 4,
 }
-CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 1e-4}
 LENGTHS = (1, 2, 23, 24, 25, 61, 63)
 
 Checkpoints = tuple[Path, dict[str, Path]]
@@ -164,12 +164,12 @@ def test_logits_of_a_prompt_are_made_some_rows_at_a_time(
 def test_what_makes_no_sense_is_refused_by_name(driver: Driver) -> None:
     vocab_size = driver.engine.info.vocab_size
     driver.add("too long", make_prompt(1, 65), 0, prompt_logprobs=0)
-    driver.add("bias", [5], 1, logit_bias=((vocab_size, 1.0),))
-    driver.add("allowed", [5], 1, allowed_token_ids=(vocab_size,))
+    driver.add("refused bias", [5], 1, logit_bias=((vocab_size, 1.0),))
+    driver.add("refused ids", [5], 1, allowed_token_ids=(vocab_size,))
     errors = driver.errors()
     assert "at most 64 fit" in str(errors["too long"])
-    assert f"logit_bias holds token id {vocab_size}" in str(errors["bias"])
-    assert f"allowed_token_ids holds token id {vocab_size}" in str(errors["allowed"])
+    assert f"logit_bias holds token id {vocab_size}" in str(errors["refused bias"])
+    assert f"allowed_token_ids holds token id {vocab_size}" in str(errors["refused ids"])
     driver.run()
 
 

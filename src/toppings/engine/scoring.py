@@ -163,16 +163,18 @@ def _read(head: Head, hidden: Tensor, plan: ReadingPlan, targets: Tensor) -> lis
 
 def _readings(plan: ReadingPlan, parts: Sequence[Tensor]) -> dict[str, Reading]:
     """By request id. `parts`: what `_read` gave, in host memory."""
-    *columns, sums = (part.numpy() for part in parts)
+    logprobs, ranks, top_ids, top_logprobs, sums = (part.numpy() for part in parts)
+    spans = zip(plan.request_ids, plan.starts, plan.scored, plan.pooled, sums, strict=True)
     return {
         request_id: Reading(
             start,
-            *(column[scored] for column in columns),
+            logprobs[scored],
+            ranks[scored],
+            top_ids[scored],
+            top_logprobs[scored],
             total if pooled.stop > pooled.start else None,
         )
-        for request_id, start, scored, pooled, total in zip(
-            plan.request_ids, plan.starts, plan.scored, plan.pooled, sums, strict=True
-        )
+        for request_id, start, scored, pooled, total in spans
     }
 
 

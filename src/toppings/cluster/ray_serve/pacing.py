@@ -93,4 +93,6 @@ def join(outputs: list[RequestOutput]) -> RequestOutput:
         error=last.error,
         queue_ms=first.queue_ms,
         cold_start=first.cold_start,
+        prompt_logprobs=first.prompt_logprobs,
+        embedding=last.embedding,
     )
