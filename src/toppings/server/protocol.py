@@ -181,6 +181,7 @@ class GenerationBody(StructureFields):
 
 
 TOKEN_ID = re.compile("[0-9]{1,10}")
+MAX_BEST_OF = 20
 
 
 class CompletionBody(GenerationBody):
@@ -191,11 +192,10 @@ class CompletionBody(GenerationBody):
     def _check_best_of(self) -> None:
         if self.best_of is None or self.best_of == self.num_choices:
             return
-        if self.best_of < self.num_choices or self.stream:
-            reason = "cannot be streamed, so it must be n" if self.stream else "must be at least n"
-            raise ApiError(
-                400, f"best_of is {shown(self.best_of)}; it {reason}, {self.num_choices}", param="best_of"
-            )
+        if self.stream or not self.num_choices < self.best_of <= MAX_BEST_OF:
+            bounds = f"at least n, {self.num_choices}, and at most {MAX_BEST_OF}"
+            reason = f"n, {self.num_choices}, in a stream" if self.stream else bounds
+            raise ApiError(400, f"best_of is {shown(self.best_of)}; it must be {reason}", param="best_of")
 
     @property
     def num_drawn(self) -> int:
