@@ -144,6 +144,24 @@ def test_a_prompt_that_was_preempted_is_told_of_once(checkpoints: Checkpoints, t
         )
 
 
+def test_cold_prompts_that_cpu_workers_assist_are_told_of_alike(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    model, adapters = checkpoints
+    settings = {**SETTINGS, "mode": "cpu_assisted", "link_gbps": 0.01}
+    with drive(model, tmp_path, adapters, **settings) as driver:
+        for i, name in enumerate(NAMES):
+            driver.add(f"{name}", make_prompt(i, 50), 0, name, prompt_logprobs=1)
+            driver.add(f"mean {name}", make_prompt(i, 50), 0, name, pooling="mean")
+        driver.run()
+        assert driver.engine.stats(0).counters["assist_cpu_products"] > 0
+    for i, name in enumerate(NAMES):
+        prompt = make_prompt(i, 50)
+        check_prompt(checkpoints, name, prompt, driver.last[f"{name}"])
+        found = embedding(driver.last[f"mean {name}"])
+        torch.testing.assert_close(found, expected_embedding(checkpoints, name, prompt, "mean"), **CLOSE)
+
+
 def test_logits_of_a_prompt_are_made_some_rows_at_a_time(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

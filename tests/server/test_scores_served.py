@@ -1,5 +1,5 @@
-"""Scores over HTTP are those of transformers and PEFT, in fp32: what lm-eval's local-completions asks for, and
-embeddings, of the base model and an adapter."""
+"""Scores over HTTP are those of transformers and PEFT, in fp32, of the base model and an adapter: what
+lm-eval's local-completions asks for, and embeddings."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -37,7 +37,9 @@ def post(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> It
     """Posts to a server of a real engine."""
     settings = {"model": str(paths["base"]), "state_dir": str(tmp_path_factory.mktemp("state"))}
     numbers = {"num_threads": 1, "kv_cache_bytes": 8 * 2**20, "device_pool_bytes": 2**24}
-    config = Config.from_settings({**settings, **numbers, "dtype": "float32", "max_num_batched_tokens": 48})
+    config = Config.from_settings(
+        {**settings, **numbers, "dtype": "float32", "max_num_batched_tokens": 48, "max_num_seqs": 4}
+    )
     with asyncio.Runner() as runner:
         registry = open_registry(config.engine)
         registry.register("all-r8", paths["all-r8"])
