@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import aclosing, closing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.waiting import PATIENCE_S
@@ -120,6 +122,41 @@ def test_bad_input_is_named(llm: LLM) -> None:
         llm.generate([[]])
     with pytest.raises(ConfigError, match="colour"):
         LLM(colour="red")
+
+
+@pytest.mark.parametrize("prompts", [b"hi", 5, None, [None], [b"hi"], {"a": 1}, [1.5], [[True]], [["a"]]])
+def test_a_prompt_of_another_type_is_named(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="it must be a text"):
+        llm.generate(prompts, GREEDY)
+
+
+def test_arrays_of_token_ids_are_prompts(llm: LLM) -> None:
+    ids = llm.text_model.encode("What is a river?")
+    array: Any = np.array(ids)
+    expected = llm.generate(ids, GREEDY)
+    assert llm.generate(array, GREEDY) == expected
+    assert llm.generate([array], GREEDY) == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "arguments"),
+    [("sampling", {"sampling": {}}), ("adapter", {"adapter": 5}), ("adapter", {"adapter": [5]})],
+)
+def test_an_argument_of_another_type_is_named(llm: LLM, named: str, arguments: Any) -> None:
+    with pytest.raises(RequestError, match=f"{named} is"):
+        llm.generate("hi", **{"sampling": GREEDY, **arguments})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        *({"stop": [1]}, {"stop": "ab"}, {"stop": None}, {"stop_token_ids": None}, {"stop_token_ids": 3}),
+        *({"ignore_eos": "no"}, {"structure": {"kind": "regex"}}),
+    ],
+)
+def test_a_sampling_parameter_of_another_type_is_named(params: Any) -> None:
+    with pytest.raises(RequestError, match=f"{next(iter(params))} (is|holds)"):
+        SamplingParams(**params)
 
 
 def test_tokens_outside_the_vocabulary_are_named_and_hurt_nobody(llm: LLM) -> None:

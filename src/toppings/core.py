@@ -3,6 +3,7 @@
 Imports nothing of ours and no torch, so that the scheduler, the simulator and the router can use it bare.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -28,6 +29,11 @@ MAX_BIASES = 1024
 MAX_ALLOWED_TOKEN_IDS = 2**18
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
+MAX_SALT_CHARS = 1024
+
+BlockHash = Hashable
+"""Names the tokens of a full page of the key-value cache, all tokens before them, and whatever else their
+keys and values depend on: two pages of one name hold the same."""
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -196,15 +202,19 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_is_open=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {shown(repr(self.ignore_eos))}; it must be true or false")
         if self.prompt_logprobs is not None:
             _check_count("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.pooling is not None:
             self._check_pooling()
+        if not isinstance(self.structure, Structure | None):
+            raise RequestError(f"structure is {shown(repr(self.structure))}; it must be a Structure")
         if self.structure is not None and self.ignore_eos:
             raise RequestError(
                 f"structure ({self.structure.kind}) and ignore_eos were both given; a structured output ends"
@@ -253,6 +263,8 @@ class SamplingParams:
     def _check_stops(self) -> None:
         _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
         for text in self.stop:
+            if not isinstance(text, str):
+                raise RequestError(f"stop holds {shown(repr(text))}; it must hold strings")
             if not text:
                 raise RequestError(
                     "stop holds an empty string; each stop string needs at least one character"
@@ -284,6 +296,8 @@ def _check_range(name: str, value: float, low: float, high: float, *, low_is_ope
 
 
 def _check_length(name: str, values: tuple[object, ...], most: int, unit: str) -> None:
+    if not isinstance(values, tuple | list):
+        raise RequestError(f"{name} is {shown(repr(values))}; it must be a list of {unit}")
     if len(values) > most:
         raise RequestError(f"{name} holds {len(values)} {unit}; at most {most} are allowed")
 
@@ -295,6 +309,10 @@ class Request:
     `num_computed_tokens` counts the prompt and output tokens whose keys and values are in the cache;
     `page_table` lists the cache pages that hold them, in order; `num_pending_tokens` counts output
     tokens that are being drawn on the device, not known here yet, and will be computed on.
+
+    `block_hashes` name its full pages, first to last, as far as they are known. `num_cached_tokens` of its
+    prompt were in the cache when it first started. Where it is not `is_cacheable`, every token is computed,
+    and none is kept for others; nobody shares pages with requests of another `cache_salt`.
     """
 
     request_id: str
@@ -307,6 +325,10 @@ class Request:
     page_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     num_pending_tokens: int = 0
+    cache_salt: str | None = None
+    is_cacheable: bool = True
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -338,10 +360,12 @@ class Request:
 
 @dataclass(slots=True)
 class BatchItem:
-    """`num_tokens` of a request's uncomputed tokens, to be run in this step."""
+    """`num_tokens` of a request's uncomputed tokens, to be run in this step. `stop`, set when it is
+    committed: the request's computed tokens with them."""
 
     request: Request
     num_tokens: int
+    stop: int = 0
 
     @property
     def is_decode(self) -> bool:
@@ -380,10 +404,25 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
+    """`cache_salt`, `is_cacheable`: as of `Request`. Raises RequestError for a salt that is empty, no valid
+    Unicode or longer than `MAX_SALT_CHARS` characters."""
+
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter_id: int | None = None
+    cache_salt: str | None = None
+    is_cacheable: bool = True
+
+    def __post_init__(self) -> None:
+        salt = self.cache_salt
+        if salt is None:
+            return
+        if not 1 <= len(salt) <= MAX_SALT_CHARS:
+            raise RequestError(
+                f"cache_salt has {len(salt)} characters; it must have between 1 and {MAX_SALT_CHARS}"
+            )
+        check_unicode("cache_salt", salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,6 +551,7 @@ class RequestOutput:
     error: str | None = None
     queue_ms: float | None = None  # with the first token: arrival to first scheduled
     cold_start: ColdStart | None = None  # with the first token of a cold request
+    num_cached_tokens: int | None = None  # with the first token: of its prompt, taken from the cache
     prompt_logprobs: PromptLogprobs | None = None  # with the first token, or the end
     embedding: bytes | None = None  # with the end
 

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import threading
 from array import array
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
-from toppings.core import FinishReason, Pooling, RequestError, SamplingParams
+from toppings.core import FinishReason, Pooling, RequestError, SamplingParams, shown
 from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
@@ -132,20 +133,24 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        cache_salt: str | None = None,
     ) -> list[Completion]:
         """One completion per prompt (text or token ids), in one batch. `adapter`: one for all or one each.
+        With a `cache_salt`, what is computed is kept for prompts with the same salt only.
 
         Without `sampling`, the model's `generation_config.json` says how (`default_sampling`).
 
-        Raises RequestError for a bad prompt, AdapterNotFound for an unknown adapter.
+        Raises RequestError for a bad prompt or a value of the wrong type, AdapterNotFound for an unknown
+        adapter.
         """
         all_prompts = _as_prompts(prompts)
         num = len(all_prompts)
-        adapters = [adapter] * num if adapter is None or isinstance(adapter, str) else list(adapter)
+        is_each = not isinstance(adapter, str | None) and _is_list(adapter)
+        adapters = list(cast(Sequence[str | None], adapter)) if is_each else [cast(str | None, adapter)] * num
         if len(adapters) != num:
             raise RequestError(f"{len(adapters)} adapters for {num} prompts; give one for all or one each")
-        sampling = sampling or self.default_sampling
-        requests = [(p, sampling, a) for p, a in zip(all_prompts, adapters, strict=True)]
+        sampling = self.default_sampling if sampling is None else sampling
+        requests = [(p, sampling, a, cache_salt) for p, a in zip(all_prompts, adapters, strict=True)]
         return self._run(self._generate_all(requests))
 
     def embed(
@@ -160,7 +165,12 @@ class LLM:
         return [completion.embedding or [] for completion in found]
 
     async def stream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[TextOutput, None]:
         """Text as it is made; closing the generator early aborts the request. Raises as `generate`."""
         here = asyncio.get_running_loop()
@@ -170,7 +180,9 @@ class LLM:
             last: BaseException | None = EngineDeadError("the LLM was closed")
             try:
                 async with aclosing(
-                    self._outputs(prompt, sampling or self.default_sampling, adapter)
+                    self._outputs(
+                        prompt, self.default_sampling if sampling is None else sampling, adapter, cache_salt
+                    )
                 ) as source:
                     async for output in source:
                         here.call_soon_threadsafe(outputs.put_nowait, output)
@@ -249,13 +261,15 @@ class LLM:
             raise EngineDeadError("the LLM was closed")
 
     async def _generate_all(
-        self, requests: list[tuple[Prompt, SamplingParams, str | None]]
+        self, requests: list[tuple[Prompt, SamplingParams, str | None, str | None]]
     ) -> list[Completion]:
         return list(await asyncio.gather(*(self._complete(*request) for request in requests)))
 
-    async def _complete(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> Completion:
-        completion, token_ids = Completion(), self._token_ids(prompt, sampling)
-        async for output in self._outputs(token_ids, sampling, adapter):
+    async def _complete(
+        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
+    ) -> Completion:
+        completion, token_ids = Completion(), self._token_ids(prompt, sampling, adapter)
+        async for output in self._outputs(token_ids, sampling, adapter, cache_salt):
             completion.append(output)
             if output.prompt_logprobs is not None:
                 told = output.prompt_logprobs.tokens(token_ids[1:])
@@ -264,22 +278,25 @@ class LLM:
                 completion.embedding = [*array("f", output.embedding)]
         return completion
 
-    def _token_ids(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
+    def _token_ids(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> list[int]:
         """Raises RequestError for a prompt that cannot be served."""
-        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        _check_types(sampling, adapter)
+        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         most = self._client.info.max_model_len - min(1, sampling.max_tokens)
         if not 0 < len(token_ids) <= most:
             raise RequestError(f"the prompt has {len(token_ids)} tokens; between 1 and {most} can be served")
         return token_ids
 
     async def _outputs(
-        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None
+        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
     ) -> AsyncGenerator[TextOutput, None]:
-        token_ids = self._token_ids(prompt, sampling)
+        token_ids = self._token_ids(prompt, sampling, adapter)
         adapter_id = None if adapter is None else self._registry.get(adapter).adapter_id
         if sampling.structure is not None:
             sampling = replace(sampling, structure=await self._checker.checked(sampling.structure))
-        outputs = generate_text(self._client, self.text_model, token_ids, sampling, adapter_id)
+        outputs = generate_text(
+            self._client, self.text_model, token_ids, sampling, adapter_id, cache_salt=cache_salt
+        )
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
@@ -292,8 +309,37 @@ class LLM:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, also where one was given, as text or as token ids."""
+    """A list of prompts, also where one was given, as text or as token ids. Raises RequestError."""
     if isinstance(prompts, str):
         return [prompts]
-    is_single = bool(prompts) and isinstance(prompts[0], int)
+    if not _is_list(prompts):
+        raise _no_prompt(prompts)
+    is_single = len(prompts) > 0 and not isinstance(prompts[0], str) and not _is_list(prompts[0])
     return cast(list[Prompt], [prompts] if is_single else list(prompts))
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """As integers of Python's. Raises RequestError for what is no list of integers."""
+    try:
+        if _is_list(prompt) and not any(isinstance(each, bool) for each in prompt):
+            return list(map(index, prompt))
+    except TypeError:
+        pass
+    raise _no_prompt(prompt)
+
+
+def _is_list(value: object) -> bool:
+    """Arrays and tensors count; bytes, though a sequence of integers, are a text that was not decoded."""
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return is_sequence and not isinstance(value, str | bytes | bytearray | memoryview | Mapping)
+
+
+def _no_prompt(value: object) -> RequestError:
+    return RequestError(f"a prompt is {shown(repr(value))}; it must be a text (str) or a list of token ids")
+
+
+def _check_types(sampling: object, adapter: object) -> None:
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is {shown(repr(sampling))}; it must be SamplingParams")
+    if not isinstance(adapter, str | None):
+        raise RequestError(f"adapter is {shown(repr(adapter))}; it must be a name or None")

@@ -345,6 +345,7 @@ class TextOutput:
     stop_reason: str | int | None = None
     queue_ms: float | None = None
     cold_start: ColdStart | None = None
+    num_cached_tokens: int | None = None  # with the first token: of the prompt, taken from the cache
     prompt_logprobs: PromptLogprobs | None = None
     embedding: bytes | None = None
 
@@ -359,6 +360,7 @@ class TokenSource(Protocol):
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -404,6 +406,7 @@ class TextAssembler:
             stop if stop is not None else output.stop_token_id,
             output.queue_ms,
             output.cold_start,
+            output.num_cached_tokens,
             output.prompt_logprobs,
             output.embedding,
         )
@@ -435,6 +438,7 @@ async def generate_text(
     include_stop: bool = False,
     shown: Mapping[int, str] | None = None,
     request_id: str | None = None,
+    cache_salt: str | None = None,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
@@ -444,7 +448,9 @@ async def generate_text(
     """
     sampling = model.with_bad_token_ids(sampling)
     assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop, shown=shown)
-    outputs = source.generate(prompt_token_ids, sampling, adapter_id, request_id=request_id)
+    outputs = source.generate(
+        prompt_token_ids, sampling, adapter_id, request_id=request_id, cache_salt=cache_salt
+    )
     async with aclosing(outputs):
         async for output in outputs:
             if output.finish_reason is FinishReason.ERROR:

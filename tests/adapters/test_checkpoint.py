@@ -12,7 +12,9 @@ from toppings.adapters.checkpoint import module_name, read_checkpoint
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import pack_weights
+from toppings.adapters.peft_matches import MAX_DIRECT_CHARS
 from toppings.core import MODULES
+from toppings.sandbox.patterns import match_all
 
 KINDS: dict[str, dict[str, Any]] = {
     "list": {"target_modules": ["q_proj", "down_proj"]},
@@ -264,6 +266,23 @@ def test_a_pattern_that_backtracks_for_ever_is_refused_by_its_option(
         read_checkpoint(tmp_path, SHAPES)
 
 
+def test_long_patterns_are_matched_within_bounds_of_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even those that cannot backtrack take seconds to compile, and hold the interpreter as long."""
+    in_place: list[int] = []
+
+    def counted(patterns: list[str], names: list[str], *, is_full: bool = False) -> Any:
+        in_place.append(sum(map(len, patterns)))
+        return match_all(patterns, names, is_full=is_full)
+
+    monkeypatch.setattr(peft_matches, "match_all", counted)
+    pattern = {f"{i:04}" + "x" * 4000: 4 for i in range(1000)}
+    with pytest.raises(AdapterError, match=r"rank_pattern: it takes longer than 1 s to match"):
+        read_checkpoint(write_adapter(tmp_path, rank_pattern=pattern), SHAPES)
+    assert sum(in_place) <= MAX_DIRECT_CHARS
+
+
 def header_file(path: Path, header: bytes, num_bytes: int) -> None:
     """A sparse weights file of `num_bytes` after this header."""
     with open(path / "adapter_model.safetensors", "wb") as file:
@@ -281,7 +300,10 @@ def entry(shape: list[Any], offsets: list[Any], dtype: str = "F32") -> bytes:
         (entry([4, 32], [0, 512]), 1 << 40, "do not fill the 1099511627776 bytes"),
         (entry([4, 32], [0, 600]), 600, "another size"),
         (entry([4, 32], [88, 600]), 600, "do not fill"),
-        (entry([10**30], [0, 4 * 10**30]), 512, "do not fill"),
+        (entry([10**30], [0, 4 * 10**30]), 512, "whole numbers from 0 to"),
+        (entry([2**48], [0, 4]), 4, "whole numbers from 0 to"),
+        (entry([10**3990 + 7] * 1000, [0, 4]), 4, "1000 dimensions; at most 8"),
+        (entry([1] * 9, [0, 4]), 4, "9 dimensions; at most 8"),
         (entry([-4, -32], [0, 512]), 512, "whole numbers"),
         (entry([True], [0, 4]), 4, "whole numbers"),
         (entry([4], [4, 0]), 4, "whole numbers"),

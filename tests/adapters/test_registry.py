@@ -10,7 +10,7 @@ import pytest
 
 from tests.adapters.fixtures import SHAPES, make_tensors, open_registry, tensor_key, write_adapter
 from toppings.adapters import recent_names
-from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound
+from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StateError
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import check_packed
 from toppings.adapters.registry import AdapterRegistry
@@ -196,20 +196,59 @@ def test_missing_directory_is_an_error(registry: AdapterRegistry, tmp_path: Path
         registry.register_directory(tmp_path / "none")
 
 
+def test_what_utf8_cannot_write_is_refused_by_name_and_the_rest_registered(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    for name in ("a", "z"):
+        write_adapter(tmp_path / "all" / name)
+    write_adapter(tmp_path / "all" / "half", base_model_name_or_path="a\ud800b")
+    write_adapter(tmp_path / "all" / os.fsdecode(b"odd\xff"))
+    report = registry.register_directory(tmp_path / "all")
+    assert [record.name for record in report.registered] == ["a", "z"]
+    assert "base_model_name_or_path is no valid Unicode" in str(report.failures.pop("half"))
+    [error] = report.failures.values()
+    assert "odd" in str(error)
+    report.log()
+
+
+def test_a_path_that_utf8_cannot_write_is_refused_by_name(registry: AdapterRegistry, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / os.fsdecode(b"caf\xe9") / "a")
+    with pytest.raises(AdapterError, match=r"caf\\udce9.*half of a surrogate pair"):
+        registry.register("a", path)
+    report = registry.register_directory(path.parent)
+    assert (report.registered, list(report.failures)) == ([], ["a"])
+    assert packed_files(registry) == []
+
+
 # --- damage ---
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "short", "garbage", "fifo"])
 def test_damaged_packed_file_is_made_again(registry: AdapterRegistry, tmp_path: Path, damage: str) -> None:
     record = registry.register("a", write_adapter(tmp_path / "a"))
     file = Path(record.packed_path)
     content = file.read_bytes()
     if damage == "missing":
         file.unlink()
+    elif damage == "fifo":
+        file.unlink()
+        os.mkfifo(file)
     else:
         file.write_bytes(content[:100] if damage == "short" else b"?" * len(content))
     registry.open_packed(record.adapter_id).close()
     assert file.read_bytes() == content
+
+
+def test_packed_file_whose_place_is_taken_leaves_no_temporary_one(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    record = registry.register("a", write_adapter(tmp_path / "a"))
+    file = Path(record.packed_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StateError, match="cannot keep the packed file"):
+        registry.open_packed(record.adapter_id)
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
 
 
 def test_damaged_packed_file_with_a_changed_source_is_an_error(

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
-from toppings.adapters.checkpoint import read_checkpoint
-from toppings.adapters.text_files import MAX_TEMPLATE_BYTES, TextFiles, base_tokens
+from toppings.adapters.checkpoint import AdapterError, read_checkpoint
+from toppings.adapters.peft_config import CONFIG_FILE
+from toppings.adapters.stored_tensors import WEIGHTS_FILE
+from toppings.adapters.text_files import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, TEXT_FILES, TextFiles, base_tokens
 
 BASE = {"<s>": 0, "</s>": 1}
 
@@ -68,6 +70,36 @@ def test_a_gigantic_file_is_not_read(tmp_path: Path) -> None:
     text = TextFiles.read(tmp_path)
     assert text.chat_template is None
     assert len(text.warnings) == 2
+
+
+@pytest.mark.parametrize("name", [*TEXT_FILES, CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "kernel", "out of the roots"])
+def test_a_file_that_is_none_of_the_adapters_own_is_refused_by_name_at_once(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    file = write_adapter(tmp_path / "roots" / "a") / name
+    file.unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("{}")
+    places = {"kernel": "/proc/self/environ", "out of the roots": str(tmp_path / "secret")}
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to(places[kind])
+    with pytest.raises(AdapterError, match=name):
+        read_checkpoint(file.parent, SHAPES, roots=[tmp_path / "roots"])
+    if kind == "kernel":
+        with pytest.raises(AdapterError, match=name):
+            read_checkpoint(file.parent, SHAPES)
+
+
+def test_links_within_the_roots_are_followed(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "roots" / "a")
+    (tmp_path / "roots" / "shared.jinja").write_text("own")
+    (path / TEMPLATE_FILE).symlink_to("../shared.jinja")
+    (tmp_path / "link").symlink_to("roots")
+    assert read_checkpoint(path, SHAPES, roots=[tmp_path / "link"]).chat_template == "own"
 
 
 @pytest.mark.parametrize("tokens", [{"<pad>": 2}, {"</s>": 7}, {**BASE, "<a>": 2, "<b>": 3}])

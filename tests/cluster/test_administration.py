@@ -4,13 +4,17 @@ import asyncio
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import openai
+import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import until
 from toppings.cluster.router.memory import AdapterMemory
+from toppings.cluster.router.settings import InstanceConfig
+from toppings.cluster.router.upstream import Health
 
 NEW = {"lora_name": "new", "lora_path": "/adapters/new"}
 
@@ -18,6 +22,57 @@ NEW = {"lora_name": "new", "lora_path": "/adapters/new"}
 async def change(client: Client, verb: str, body: object) -> tuple[int, str]:
     async with client.call("POST", f"/v1/{verb}_lora_adapter", body) as response:
         return response.status, await response.text()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://" + "a" * 64 + ":80", "http://a..b", "http://.", "http://-a", 'http://a"b', "http://a_b-"),
+        *("http://" + ".".join(["a" * 60] * 5), "http://[::g]"),
+    ],
+)
+async def test_a_host_that_cannot_be_looked_up_is_refused_and_changes_nothing(
+    two_servers: Any, start_router: Start, url: str
+) -> None:
+    (_, first), _ = two_servers
+    async with start_router(first) as client:
+        async with client.call("POST", "/instances", {"url": url}) as response:
+            assert (response.status, "instance url is" in await response.text()) == (400, True)
+        assert list(client.router.state.upstreams) == ["s0"]
+        async with client.complete("nowhere") as response:
+            assert response.status == 404
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a_b.svc:80", "http://a.b.", "http://[::1]:9", "http://10.0.0.1", "https://A-1"]
+)
+def test_hosts_of_clusters_are_taken(url: str) -> None:
+    assert InstanceConfig(url=url).url == url
+
+
+async def test_a_call_that_fails_in_whatever_way_is_a_failure_of_its_server(
+    two_servers: Any, start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a name cannot be encoded to be looked up."""
+    (_, first), _ = two_servers
+    async with start_router(first) as client:
+        error = UnicodeError("encoding with 'idna' codec failed")
+        monkeypatch.setattr(client.router.state.session, "_request", AsyncMock(side_effect=error))
+        monkeypatch.setattr(client.router.state.session, "post", AsyncMock(side_effect=error))
+        async with client.complete("small") as response:
+            assert response.status == 503
+        upstream = client.router.state.upstreams["s0"]
+        assert await upstream.check_health() is Health.SILENT
+
+
+async def test_a_router_is_no_instance_of_itself(two_servers: Any, start_router: Start) -> None:
+    (_, first), _ = two_servers
+    async with start_router(first) as client:
+        for _ in range(2):
+            async with client.call("POST", "/instances", {"url": client.url, "id": "self"}) as response:
+                assert (response.status, "this router itself" in await response.text()) == (400, True)
+        await until(lambda: list(client.router.state.upstreams) == ["s0"])
+        assert (await change(client, "load", NEW))[0] == 200
 
 
 async def test_loaded_adapter_is_on_every_server_and_served(two_servers: Any, start_router: Start) -> None:

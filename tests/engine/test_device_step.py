@@ -151,9 +151,11 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         cache = KVCache.allocate(3, 9, PAGE_SIZE, 2, 16, torch.float32, GPU)
         staging = FakeStaging()
         cuda = SimpleNamespace(Event=lambda: SimpleNamespace(record=int, synchronize=int))
-        device = {"sample": DeviceSampler(staging, cuda), "read": DeviceReader(staging, cuda)}
+        sampler, reader = DeviceSampler(staging, cuda), DeviceReader(staging, cuda)
         inputs = InputBuilder(PAGE_SIZE, 32, staging)
-        runner = ModelRunner(decoder, cache, adapters, PipelinedMode(), inputs=inputs, **device)
+        runner = ModelRunner(
+            decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=sampler, read=reader
+        )
         spec = GraphSpec(4, 32, 8, runner.out_offsets)
         runner.graphs = DecodeGraphs(decoder, cache, pool, spec, staging, Graphs())
         staging.num_copies = 0

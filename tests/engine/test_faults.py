@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.core import AdapterStatus, AddRequest, Batch, Request, SamplingParams
+from toppings.engine.drawing import Drawing
 from toppings.engine.engine import MAX_FAILURES
 from toppings.engine.faults import is_sticky
-from toppings.engine.model_runner import StepInFlight, StepResult
+from toppings.engine.model_runner import ModelRunner, StepInFlight, StepResult
+from toppings.ops.sampling import SamplingRow
 from toppings.vital import EngineLostError
 
 
@@ -84,6 +87,29 @@ def test_steps_that_fail_now_and_then_end_their_requests_alone(driver: Driver, r
         driver.run()
         assert "once" in str(driver.errors()[f"fails-{i}"])
         assert len(driver.tokens[f"runs-{i}"]) == 3
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "logprobs": 2}])
+def test_a_request_whose_logits_are_not_finite_fails_alone(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    runner = driver.engine._runner
+    assert isinstance(runner, ModelRunner)
+    take = runner._sample
+
+    def spoil(logits: torch.Tensor, rows: list[SamplingRow]) -> Drawing:
+        for i, row in enumerate(rows):
+            if row.prompt_token_ids == make_prompt(1, 9) and row.output_token_ids:
+                logits[i] = torch.nan
+        return take(logits, rows)
+
+    monkeypatch.setattr(runner, "_sample", spoil)
+    name = f"not finite {len(sampling)}"
+    driver.add(name, make_prompt(1, 9), 3, **sampling)
+    driver.add(f"beside {name}", make_prompt(0, 9), 3)
+    tokens = driver.run()
+    assert "not finite" in str(driver.errors()[name])
+    assert (len(tokens[name]), len(tokens[f"beside {name}"])) == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,21 @@ def test_prompts_and_embeddings_are_the_references(driver: Driver, checkpoints: 
             assert driver.tokens[f"draw {i}"] == driver.tokens[f"plain {i}"] == expected
 
 
+def test_a_prompt_that_is_in_the_cache_is_read_whole(driver: Driver, checkpoints: Checkpoints) -> None:
+    prompt = make_prompt(40, 50)
+    for name in ("first", "second"):
+        driver.add(f"{name} of two", prompt, 2)
+        driver.run()
+    assert driver.first["second of two"].num_cached_tokens == 48
+    driver.add("scored after two", prompt, 0, prompt_logprobs=1)
+    driver.add("pooled after two", prompt, 0, pooling="mean")
+    driver.run()
+    assert driver.last["scored after two"].num_cached_tokens == 0
+    check_prompt(checkpoints, None, prompt, driver.last["scored after two"])
+    found = embedding(driver.last["pooled after two"])
+    torch.testing.assert_close(found, expected_embedding(checkpoints, None, prompt, "mean"), **CLOSE)
+
+
 def test_a_prompt_that_was_preempted_is_told_of_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Room for one of the long prompts and a little: others are computed again from their beginning."""
     model, adapters = checkpoints

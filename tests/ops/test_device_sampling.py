@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,6 +91,50 @@ def test_draws_and_reports_what_the_reference_does() -> None:
             drawn = draw(logits, plan, arrays)
         assert to_output(plan, rows, drawn) == expected
         assert torch.equal(logits, before)
+
+
+def spoiled(logits: torch.Tensor, how: str) -> torch.Tensor:
+    """Row 1 is no distribution, or becomes none by its temperature."""
+    logits = logits.clone()
+    if how == "all excluded":
+        logits[1] = -torch.inf
+    else:
+        logits[1, 3] = {"NaN": torch.nan, "infinite": torch.inf, "overflows": 3e38}[how]
+    return logits
+
+
+@pytest.mark.parametrize("how", ["NaN", "infinite", "all excluded", "overflows"])
+@pytest.mark.parametrize(
+    "params", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 300}, {"logprobs": 2}]
+)
+def test_a_row_that_is_no_distribution_fails_alone(how: str, params: dict[str, Any]) -> None:
+    fine = 3 * torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
+
+    def rows() -> list[SamplingRow]:
+        kinds: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.1, **params}, {"temperature": 0.0})
+        return [
+            SamplingRow(SamplingParams(**({"logprobs": 1} | kind)), [], [], torch.Generator().manual_seed(i))
+            for i, kind in enumerate(kinds)
+        ]
+
+    expected, logits, on_device = sample(fine, rows()), spoiled(fine, how), rows()
+    plan = SamplingPlan.of(on_device, VOCAB_SIZE)
+    drawn = draw(logits, plan, [torch.from_numpy(array.copy()) for array in plan.arrays])
+    for output in (sample(logits, rows()), to_output(plan, on_device, drawn)):
+        assert output.undrawable == [1]
+        assert 0 <= output.token_ids[1] < VOCAB_SIZE
+        for i in (0, 2):
+            assert (output.token_ids[i], output.logprobs[i]) == (expected.token_ids[i], expected.logprobs[i])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_greedy_row_with_a_value_that_is_not_finite_fails_too(value: float) -> None:
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[0, 5] = value
+    rows = [SamplingRow(SamplingParams(temperature=0.0), [], []) for _ in range(2)]
+    plan = SamplingPlan.of(rows, VOCAB_SIZE)
+    drawn = draw(logits, plan, [torch.from_numpy(array.copy()) for array in plan.arrays])
+    assert sample(logits, rows).undrawable == to_output(plan, rows, drawn).undrawable == [0]
 
 
 def test_greedy_rows_bring_nothing_to_the_device() -> None:

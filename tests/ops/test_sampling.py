@@ -169,7 +169,7 @@ def test_draws_that_are_too_few_leave_no_row_with_a_token_of_its_own(
     monkeypatch: pytest.MonkeyPatch, num_lost: int
 ) -> None:
     """A row without its draw would go on with the likeliest token, as if it had asked for that."""
-    monkeypatch.setattr(sampling, "_draw", lambda logits, rows: [0] * (len(rows) - num_lost))
+    monkeypatch.setattr(sampling, "_draw", lambda logits, temperature, rows: [0] * (len(rows) - num_lost))
     rows = [row(temperature=1.0) for _ in range(3)]
     with pytest.raises(ValueError, match="zip"):
         sample(torch.randn(3, 8), rows)
@@ -178,7 +178,8 @@ def test_draws_that_are_too_few_leave_no_row_with_a_token_of_its_own(
 def test_log_probabilities_that_are_too_few_are_not_handed_out() -> None:
     rows = [row(logprobs=1) for _ in range(2)]
     plan = SamplingPlan.of(rows, 8)
-    drawn = [torch.zeros(2), torch.zeros(1), torch.ones(1), torch.zeros(1, 1), torch.zeros(1, 1)]
+    drawn = [torch.zeros(2), torch.ones(2), torch.zeros(1), torch.ones(1)]
+    drawn += [torch.zeros(1, 1), torch.zeros(1, 1)]
     with pytest.raises(ValueError, match="zip"):
         to_output(plan, rows, drawn)
 

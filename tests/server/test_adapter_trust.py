@@ -288,6 +288,27 @@ async def test_a_locked_registry_is_503_with_the_reason(locked: Server) -> None:
     assert [record.name for record in locked.registry.list()] == ["a"]
 
 
+async def test_a_queue_of_loads_is_told_of_a_lock_as_soon_as_the_first(
+    locked: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first has packed its adapter, for nothing."""
+    num_packed = 0
+    pack = PackedDir.pack
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        nonlocal num_packed
+        num_packed += 1
+        return pack(*arguments, **more)
+
+    monkeypatch.setattr(PackedDir, "pack", counted)
+    answers = await asyncio.gather(*(load(locked, f"b{i}") for i in range(12)))
+    assert {status for status, _ in answers} == {503}
+    assert all("locked by another process" in text for _, text in answers)
+    assert num_packed == 1
+    assert (await load(locked, "later"))[0] == 503
+    assert num_packed == 2
+
+
 async def test_a_full_disk_is_507_with_the_reason(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -372,7 +393,7 @@ async def test_ten_thousand_adapters_are_listed_without_holding_the_loop(
     async with LoopWatch() as watch:
         reply = await server.http.get(route)
     assert len(reply.json().get("data") or reply.json()["adapters"]) >= 10_001
-    assert watch.longest_s < 0.02
+    assert watch.longest_s < 0.05
 
 
 async def test_listed_models_are_encoded_once(

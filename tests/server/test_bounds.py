@@ -151,6 +151,13 @@ async def test_no_number_is_a_server_error(server: Server, name: str, value: obj
     assert (await server.complete(**{name: value})).status_code in (200, 400)
 
 
+@pytest.mark.parametrize("value", [0, 1e-38, 0.009, 100.1])
+async def test_a_repetition_penalty_that_would_overflow_is_refused(server: Server, value: float) -> None:
+    reply = await server.complete(repetition_penalty=value)
+    assert (reply.status_code, "repetition_penalty" in reply.text) == (400, True)
+    assert not server.engine.calls
+
+
 async def test_choices_of_the_largest_seed_have_seeds_too(server: Server) -> None:
     assert (await server.complete(n=3, seed=2**63 - 1)).status_code == 200
     seeds = {call.sampling.seed for call in server.engine.calls}

@@ -1,6 +1,7 @@
 """Clients that say nothing, half of something or nonsense, and clients that do not listen; real sockets."""
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 from tests.server.conftest import Server
 from toppings.adapters.errors import StateError, StateFullError
 from toppings.server import connections, lifecycle
+from toppings.server.upgrades import UpgradeFilter
 
 SOON_S = 60.0
 """Far longer than any wait here takes; only a failure waits so long."""
@@ -103,6 +105,42 @@ async def test_a_head_without_end_is_cut_before_it_fills_the_memory(
     answer = await listening.answer(b"GET / HTTP/1.1\r\n" + piece * 300_000)
     assert answer == b"" or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
     assert await listening.is_healthy()
+
+
+OFFERS = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQ\r\n",
+    b"upgrade: websocket\r\nConnection: upgrade\r\n",
+)
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+@pytest.mark.parametrize("step", [1, 7, 10_000])
+async def test_an_offer_of_another_protocol_is_ignored(listening: Listening, offer: bytes, step: int) -> None:
+    """Twice on one connection, in parts of `step` bytes."""
+    body = b'{"model": "base", "prompt": "upgrade:\\nx", "max_tokens": 1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    request = head + offer + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    reader, writer = await listening.connect()
+    for _ in range(2):
+        for start in range(0, len(request), step):
+            writer.write(request[start : start + step])
+            await asyncio.sleep(0)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON_S)
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        length = int(re.search(rb"content-length: (\d+)", answer)[1])  # type: ignore[index]
+        assert b'"choices"' in await reader.readexactly(length)
+    writer.close()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 100])
+def test_a_head_loses_its_offers_and_nothing_else(step: int) -> None:
+    head = b"\r\nPOST /upgrade: HTTP/1.1\r\nUp: 1\r\nX: Upgrade: y\r\n%sUpgrades: 2\r\nU: 3\r\n\r\n"
+    body = b"\r\n\r\nUpgrade: no head\r\n\r\n"
+    given = head % b"UPGRADE: h2c\r\n  more\r\nupgrade:\r\n" + body
+    filter_ = UpgradeFilter()
+    passed = b"".join(filter_.pass_on(given[i : i + step]) for i in range(0, len(given), step))
+    assert passed == head % b"" + body
+    assert filter_.is_done
 
 
 async def test_a_body_that_stalls_is_408_and_closed(listening: Listening) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import Server
+from tests.waiting import PATIENCE_S
 from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
 from toppings.engine.spawn import Spawner
@@ -214,6 +215,39 @@ def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+HANGING = """
+import sys, time
+from toppings.server import lifecycle
+def hang(config):
+    print("loading", flush=True)
+    time.sleep(3600)
+lifecycle._text_model = hang
+from toppings.command import main
+main()
+"""
+
+
+def test_a_signal_during_the_start_ends_it_whatever_is_being_read(tmp_path: Path) -> None:
+    """The thread that reads cannot be stopped, and no exit waits for it."""
+    command = [sys.executable, "-c", HANGING, "serve", "--model", "demo", "--port", "0"]
+    options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("host", ["\udcff", "no such host", "a" * 64 + ".example", "\0"])
+def test_an_address_that_is_none_is_a_setting_that_is_wrong(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        lifecycle.listening_socket(Config.from_settings({"host": host, "port": 0}))
 
 
 def _wait_for_url(process: "subprocess.Popen[bytes]", log: Path) -> str:

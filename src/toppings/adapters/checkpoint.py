@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.peft_config import CONFIG_FILE, PeftConfig, shorten
 from toppings.adapters.peft_matches import PeftMatches
+from toppings.adapters.regular_files import open_regular
 from toppings.adapters.stored_tensors import FLOATS, WEIGHTS_FILE, StoredTensor, StoredTensors
 from toppings.adapters.text_files import TEXT_FILES, TextFiles
-from toppings.core import MODULES
+from toppings.core import MODULES, RequestError, check_unicode, shown
 
 if TYPE_CHECKING:
     import torch
@@ -94,20 +95,28 @@ def fingerprint(path: str | Path) -> str:
 
 
 def read_checkpoint(
-    path: str | Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None = None
+    path: str | Path,
+    shapes: BaseShapes,
+    base_tokens: Mapping[str, int] | None = None,
+    roots: Sequence[Path] | None = None,
 ) -> AdapterCheckpoint:
     """The adapter in the directory `path`, all of it in memory and checked against the base model's `shapes`.
 
     `base_tokens`: the added tokens of the base model's tokeniser, to warn where the adapter's differ.
+    `roots`: its files must lie below one of these directories, with every link followed; None: anywhere.
     Warnings are logged, too. Raises AdapterError with the reason; AdapterNotFound where `path` is no
     directory.
     """
     path = Path(path).absolute()
     try:
+        check_unicode("path", str(path))
+    except RequestError as error:  # the registry could not keep it
+        raise AdapterError(f"adapter {shown(ascii(str(path)))}: {error}; rename it") from error
+    try:
         if not path.is_dir():
             raise AdapterNotFound(f"no adapter directory at {path}")
         _check_files(path)
-        checkpoint = _read(path, shapes, base_tokens)
+        checkpoint = _read(path, shapes, base_tokens, roots)
     except OSError as error:
         raise AdapterError(f"cannot read adapter {path}: {error}") from error
     for warning in checkpoint.warnings:
@@ -115,13 +124,15 @@ def read_checkpoint(
     return checkpoint
 
 
-def _read(path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None) -> AdapterCheckpoint:
+def _read(
+    path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None, roots: Sequence[Path] | None
+) -> AdapterCheckpoint:
     mark = fingerprint(path)
     try:
-        config_bytes = _read_config(path / CONFIG_FILE)
+        config_bytes = _read_config(path / CONFIG_FILE, roots)
         config = PeftConfig.read(config_bytes)
         digest = hashlib.sha256(len(config_bytes).to_bytes(8, "little") + config_bytes)
-        with _naming(WEIGHTS_FILE), open(path / WEIGHTS_FILE, "rb") as file:
+        with _naming(WEIGHTS_FILE), open_regular(path / WEIGHTS_FILE, roots) as file:
             stored = StoredTensors(file)
             plan = _Plan(stored.by_key, config, shapes)
             digest.update(stored.head)
@@ -129,7 +140,7 @@ def _read(path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None)
         weights = plan.weights(tensors)
     except AdapterError as error:
         raise AdapterError(f"adapter {path}: {error}") from error
-    text = TextFiles.read(path)
+    text = TextFiles.read(path, roots)
     if text.chat_template is not None:
         digest.update(b"chat_template" + text.chat_template.encode("utf-8", "surrogatepass"))
     differences = text.differences(base_tokens) if base_tokens is not None else []
@@ -145,8 +156,8 @@ def _read(path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None)
     )
 
 
-def _read_config(file: Path) -> bytes:
-    with _naming(CONFIG_FILE), open(file, "rb") as stream:
+def _read_config(file: Path, roots: Sequence[Path] | None) -> bytes:
+    with _naming(CONFIG_FILE), open_regular(file, roots) as stream:
         data = stream.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")

@@ -20,6 +20,7 @@ import numpy as np
 from toppings.adapters.checkpoint import AdapterCheckpoint
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
+from toppings.adapters.regular_files import open_regular
 from toppings.core import MODULES
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class PackedAdapter:
     def open(cls, file: str | Path) -> "PackedAdapter":
         """Raises PackedFileError where it is missing, of another version, cut short or its header damaged."""
         try:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            with open_regular(file) as stream:
+                fd = os.dup(stream.fileno())
         except OSError as error:
             raise PackedFileError(f"cannot open packed adapter {file}: {error}") from error
         try:
@@ -190,6 +192,11 @@ class PackedAdapter:
             raise PackedFileError(f"cannot read packed adapter {self._file}: {error}") from error
         if num_read != len(into) or zlib.crc32(view) != self.header.block_crcs[layer]:
             raise PackedFileError(f"packed adapter {self._file} is damaged in layer {layer}")
+
+    def check(self) -> None:
+        """Reads all layers. Raises PackedFileError where the content is damaged."""
+        for layer in range(self.layout.num_layers):
+            self.read_layer(layer, np.empty(self.layout.layer_bytes(layer), np.uint8))
 
     def close(self) -> None:
         """A second call does nothing."""

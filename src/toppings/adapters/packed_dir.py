@@ -3,7 +3,7 @@
 import errno
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,16 @@ class PackedDir:
     def file(self, adapter_id: int) -> Path:
         return self._directory / f"{adapter_id}.pack"
 
-    def pack(self, path: str | Path, *, is_synced: bool) -> PackedCandidate:
-        """Packs the PEFT checkpoint in `path`; `is_synced`: flushed to the disk.
+    def pack(
+        self, path: str | Path, *, is_synced: bool, roots: Sequence[Path] | None = None
+    ) -> PackedCandidate:
+        """Packs the PEFT checkpoint in `path`; `is_synced`: flushed to the disk; `roots`: where its files may
+        lie (None: anywhere).
 
         Raises AdapterError with the reason, StateError where no file can be written; none is left then.
         """
         try:
-            checkpoint = read_checkpoint(path, self.shapes, self.base_tokens)
+            checkpoint = read_checkpoint(path, self.shapes, self.base_tokens, roots)
         except OSError as error:
             raise AdapterError(f"cannot read adapter {path}: {error.strerror}") from error
         temp_file = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}.tmp"
@@ -66,10 +69,11 @@ class PackedDir:
         return PackedCandidate(checkpoint, header, temp_file)
 
     def adopt(self, candidate: PackedCandidate, adapter_id: int) -> None:
-        """Gives the candidate its place, atomically. Raises StateError."""
+        """Gives the candidate its place, atomically. Raises StateError; the candidate is gone then."""
         try:
             os.replace(candidate.temp_file, self.file(adapter_id))
         except OSError as error:
+            candidate.discard()
             raise _state_error(f"cannot keep the packed file {self.file(adapter_id)}", error) from error
 
     def open(self, adapter_id: int, digest: str) -> PackedAdapter:

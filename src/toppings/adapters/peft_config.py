@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
-from toppings.core import MODULES
+from toppings.core import MODULES, RequestError, check_unicode
 
 MAX_RANK = 512
 MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32
@@ -89,7 +89,7 @@ class PeftConfig:
         _refuse_unsupported(fields)
         _check_init(fields.get("init_lora_weights"))
         config = cls(
-            base_model=str(fields.get("base_model_name_or_path") or ""),
+            base_model=_text("base_model_name_or_path", fields.get("base_model_name_or_path")),
             rank=_rank("r", fields.get("r", 8)),
             alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
             use_rslora=_flag("use_rslora", fields.get("use_rslora", False)),
@@ -175,6 +175,17 @@ def _number(name: str, value: Any) -> float:
     if not is_number or not abs(value) <= MAX_ALPHA:  # false for NaN, too
         raise AdapterError(f"{name} is {shorten(value)}; it must be a number of at most {MAX_ALPHA:g}")
     return float(value)
+
+
+def _text(name: str, value: Any) -> str:
+    text = str(value or "")
+    if len(text) > MAX_PATTERN_CHARS:
+        raise AdapterError(f"{name} has {len(text)} characters; at most {MAX_PATTERN_CHARS} are read")
+    try:
+        check_unicode(name, text)
+    except RequestError as error:
+        raise AdapterError(str(error)) from error
+    return text
 
 
 def _flag(name: str, value: Any) -> bool:

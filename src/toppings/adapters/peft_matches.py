@@ -15,6 +15,8 @@ from toppings.sandbox.patterns import match_all
 
 PATTERN_CPU_S = 1.0
 MAX_DIRECT_PAIRS = 100_000
+MAX_DIRECT_CHARS = 50_000
+"""Of all patterns that are matched in place: so many are compiled within some tenths of a second."""
 ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # of a path's numbers, the first one
 _CAN_BACKTRACK = re.compile(r"[*+?{|(]")
 _sandbox = Sandbox()  # its process starts with the first pattern that needs it
@@ -103,8 +105,12 @@ class PeftMatches:
     ) -> _Matches:
         """`given`: what of `patterns` the checkpoint says, the rest being PEFT's own and harmless."""
         can_backtrack = any(_CAN_BACKTRACK.search(pattern) for pattern in given or patterns)
+        is_little = (
+            len(patterns) * len(self._modules) <= MAX_DIRECT_PAIRS
+            and sum(map(len, patterns)) <= MAX_DIRECT_CHARS
+        )
         try:
-            if not can_backtrack and len(patterns) * len(self._modules) <= MAX_DIRECT_PAIRS:
+            if not can_backtrack and is_little:
                 return match_all(patterns, self._modules, is_full=is_full)
             found: _Matches = _sandbox.run(
                 "match", cpu_s=PATTERN_CPU_S, patterns=patterns, names=self._modules, is_full=is_full

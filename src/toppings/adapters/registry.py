@@ -11,7 +11,7 @@ What start-up options name lasts as long as they name it; all else until it is r
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
@@ -160,18 +160,20 @@ class AdapterRegistry:
         digest: str = "",
         origin: Origin = Origin.LIBRARY,
         source: str = "",
+        roots: Sequence[Path] | None = None,
     ) -> AdapterRecord:
         """Validates and packs the PEFT checkpoint in `path`; on any failure nothing is left behind.
 
         With `replace`, an adapter of this name becomes a removed one as the new one takes its name and pin.
         With `digest`, only this content will do. `source` says where the files came from that are in `path`
-        for now; the record says it too, and an adapter of another base model is refused then. Raises
-        AdapterExists, AdapterNotFound (no directory at `path`), AdapterError (the reason).
+        for now; the record says it too, and an adapter of another base model is refused then. `roots`: where
+        links of its files may lead; None: anywhere. Raises AdapterExists, AdapterNotFound (no directory at
+        `path`), AdapterError (the reason).
         """
         check_name(name, self.base_model)
         if not replace and self.find_named(name) is not None:
             raise AdapterExists(f"an adapter named {name!r} is registered already")
-        candidate = self._packed_dir.pack(path, is_synced=True)
+        candidate = self._packed_dir.pack(path, is_synced=True, roots=roots)
         try:
             if digest and candidate.header.digest != digest:
                 raise AdapterError(
@@ -398,13 +400,24 @@ class AdapterRegistry:
             self._told.pop(adapter_id, None)
             return self._packed_dir.open(adapter_id, record.digest)
 
+    def is_intact(self, adapter_id: int) -> bool:
+        """Whether the packed file is there and whole: all of it is read. Raises AdapterNotFound."""
+        record = self.get_by_id(adapter_id)
+        try:
+            with self._packed_dir.open(adapter_id, record.digest) as packed:
+                packed.check()
+        except PackedFileError:
+            return False
+        return True
+
     def rebuild(self, adapter_id: int) -> None:
-        """Makes the packed file again. Raises AdapterError where the source is gone or has changed."""
+        """Makes the packed file again. Raises AdapterError where the source is gone or has changed, or is not
+        on this machine: then a server fetches it again."""
         record = self.get_by_id(adapter_id)
         if not record.path.startswith("/"):
             raise AdapterError(
-                f"the packed file of adapter {record.name!r} is damaged; unload it, and load it again from "
-                f"{record.path}"
+                f"the packed file of adapter {record.name!r} is damaged, and it came from {record.path}; "
+                "pull or load it again"
             )
         candidate = self._packed_dir.pack(record.path, is_synced=True)
         if candidate.header.digest != record.digest:

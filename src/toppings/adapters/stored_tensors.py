@@ -32,6 +32,9 @@ FLOATS = {
     "F8_E5M2": ("float8_e5m2", 1),
 }
 """Types by their names in a file: their names in torch, and their bytes."""
+MAX_DIMENSIONS = 8
+MAX_SIZE = 2**48 - 1
+"""Of a dimension, in values, and of an offset, in bytes."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -109,9 +112,13 @@ def _check_metadata(metadata: Any) -> None:
 
 def _entry(key: str, value: Any) -> StoredTensor:
     start, end = value["data_offsets"]
+    if len(value["shape"]) > MAX_DIMENSIONS:
+        raise ValueError(
+            f"{key[:200]!r} has {len(value['shape'])} dimensions; at most {MAX_DIMENSIONS} are read"
+        )
     numbers = (*value["shape"], start, end)
-    if not all(type(number) is int and number >= 0 for number in numbers) or end < start:
-        raise ValueError(f"shape or offsets of {key[:200]!r} are not whole numbers")
+    if not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers) or end < start:
+        raise ValueError(f"shape or offsets of {key[:200]!r} are no whole numbers from 0 to {MAX_SIZE}")
     return StoredTensor(key, str(value["dtype"]), tuple(value["shape"]), start, end)
 
 

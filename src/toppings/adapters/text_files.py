@@ -4,12 +4,13 @@ The base model's tokeniser serves all its adapters, so that an adapter's own is 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toppings.adapters.bounded_json import MAX_VALUES, parse_bounded
+from toppings.adapters.regular_files import open_regular
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -30,14 +31,14 @@ class TextFiles:
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: Path) -> "TextFiles":
-        """Raises OSError where a file that is there cannot be read."""
+    def read(cls, path: Path, roots: Sequence[Path] | None = None) -> "TextFiles":
+        """Raises OSError where a file that is there cannot be read, or `open_regular` may not open it."""
         warnings: list[str] = []
-        config = _read_config(path / TOKENIZER_CONFIG_FILE, warnings)
-        template = _read_bounded(path / TEMPLATE_FILE, MAX_TEMPLATE_BYTES, warnings)
+        config = _read_config(path / TOKENIZER_CONFIG_FILE, roots, warnings)
+        template = _read_bounded(path / TEMPLATE_FILE, MAX_TEMPLATE_BYTES, roots, warnings)
         if template is None:
             template = _default_template(config.get("chat_template"), warnings)
-        return cls(template, _added_tokens(config, path / TOKENIZER_FILE), tuple(warnings))
+        return cls(template, _added_tokens(config, path / TOKENIZER_FILE, roots), tuple(warnings))
 
     def differences(self, base_tokens: Mapping[str, int]) -> list[str]:
         """A warning that names tokens which the base's tokeniser has under another id, or not at all."""
@@ -52,9 +53,11 @@ class TextFiles:
         ]
 
 
-def _read_bounded(file: Path, max_bytes: int, warnings: list[str]) -> str | None:
+def _read_bounded(
+    file: Path, max_bytes: int, roots: Sequence[Path] | None, warnings: list[str]
+) -> str | None:
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file, roots) as stream:
             data = stream.read(max_bytes + 1)
         if len(data) > max_bytes:
             warnings.append(f"{file.name} is larger than {max_bytes} bytes and is not used")
@@ -67,8 +70,8 @@ def _read_bounded(file: Path, max_bytes: int, warnings: list[str]) -> str | None
         return None
 
 
-def _read_config(file: Path, warnings: list[str]) -> dict[str, Any]:
-    text = _read_bounded(file, MAX_CONFIG_BYTES, warnings)
+def _read_config(file: Path, roots: Sequence[Path] | None, warnings: list[str]) -> dict[str, Any]:
+    text = _read_bounded(file, MAX_CONFIG_BYTES, roots, warnings)
     try:
         config = parse_bounded(text or "{}")
     except (ValueError, RecursionError):
@@ -93,11 +96,13 @@ def _default_template(value: Any, warnings: list[str]) -> str | None:
     return None
 
 
-def _added_tokens(config: dict[str, Any], tokenizer_file: Path) -> dict[str, int]:
+def _added_tokens(
+    config: dict[str, Any], tokenizer_file: Path, roots: Sequence[Path] | None
+) -> dict[str, int]:
     """Of both files; the ids of malformed entries count as -1, which no token of a base model has."""
     decoder = config.get("added_tokens_decoder")
     entries = [{**_mapping(v), "id": k} for k, v in _mapping(decoder).items()] + _listed_tokens(
-        tokenizer_file
+        tokenizer_file, roots
     )
     return {
         str(entry.get("content")): int(i) if (i := str(entry.get("id"))).isdecimal() and len(i) < 19 else -1
@@ -109,9 +114,9 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _listed_tokens(file: Path) -> list[Any]:
+def _listed_tokens(file: Path, roots: Sequence[Path] | None) -> list[Any]:
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file, roots) as stream:
             head = stream.read(HEAD_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return []

@@ -131,6 +131,8 @@ class Engine:
             message.sampling,
             message.adapter_id,
             arrived_at=time.perf_counter(),
+            cache_salt=message.cache_salt,
+            is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
         )
         try:
             if message.request_id in self._progress:
@@ -241,6 +243,7 @@ class Engine:
             outputs += self._fail_step(step.batch, error)
             return
         self._num_failures = 0
+        self.scheduler.cache.keep(filter(self._is_alive, step.batch.items))
         outputs += self._postprocess(step, result)
 
     def _fail_step(self, batch: Batch, error: Exception) -> list[RequestOutput]:
@@ -269,8 +272,10 @@ class Engine:
 
     def is_removed(self, adapter_id: int) -> bool:
         """Free an adapter whose removal was requested, once no request needs it; to be asked until True."""
-        is_needed = any(p.request.adapter_id == adapter_id for p in self._progress.values())
-        return not is_needed and self.adapters.is_removed(adapter_id)
+        if any(p.request.adapter_id == adapter_id for p in self._progress.values()):
+            return False
+        self.scheduler.pages.drop(adapter_id)
+        return self.adapters.is_removed(adapter_id)
 
     def stats(self, call_id: int, *, only_changes: bool = False) -> EngineStats:
         """`only_changes`: of adapters that have changed since it was last asked so."""
@@ -374,6 +379,7 @@ class Engine:
             output,
             queue_ms=ms((progress.first_scheduled_at or 0.0) - request.arrived_at),
             cold_start=progress.cold_start(self.adapters),
+            num_cached_tokens=request.num_cached_tokens,
             prompt_logprobs=None if num_top is None else progress.notes.logprobs(num_top),
             embedding=progress.notes.embedding() if is_pooled else None,
         )

@@ -25,6 +25,11 @@ from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
 
+NO_LOGITS = (
+    "the model's logits for it are not finite: weights of the adapter or of the base model overflow for this"
+    " prompt"
+)
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -64,7 +69,7 @@ class StepInFlight:
             load_wait_s=self.load_wait_s,
             copy_ms=self.copy_ms,
             assist=self.assist,
-            failed=self.failed,
+            failed={self.items[i].request.request_id: NO_LOGITS for i in drawn.undrawable} | self.failed,
             readings=self.readings(),
         )
 

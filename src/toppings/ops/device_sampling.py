@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from toppings.core import TokenLogprobs
-from toppings.ops.sampling import SampleOutput, SamplingRow, choose, draw_uniform
+from toppings.ops.sampling import SampleOutput, SamplingRow, can_draw, choose, draw_uniform
 from toppings.ops.token_mask import device_flags, num_words
 from toppings.ops.truncation import NUM_CANDIDATES, cut, likeliest
 
@@ -109,21 +109,24 @@ class SamplingPlan:
 
 
 def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[Tensor]:
-    """The tokens drawn, int64 [R], and of the rows reported: log-probabilities, ranks, the likeliest tokens'
-    ids and log-probabilities. logits: fp32 [R, V], not changed; `arrays`: the plan's, on the device."""
+    """The tokens drawn, int64 [R], which rows could be drawn, bool [R], and of the rows reported:
+    log-probabilities, ranks, the likeliest tokens' ids and log-probabilities. logits: fp32 [R, V], not
+    changed; `arrays`: the plan's, on the device."""
     drawn, parameters, top_k, uniform, uncut, few, many, reported, *changes = arrays
     kinds = (uncut, few, many)
     adjusted = _adjusted(logits, *changes) if any(each.size for each in plan.changes) else logits
     token_ids = adjusted.argmax(-1)
+    temperature, top_p, min_p = parameters
+    is_drawable = can_draw(adjusted, token_ids, drawn, temperature)
     if plan.drawn.size:
-        temperature, top_p, min_p = parameters
         probs = (adjusted[drawn] / temperature[:, None]).softmax(-1)
         for kind, members in zip(("uncut", "few", "many"), kinds, strict=True):
             if len(members):
                 limits = top_k[members], top_p[members], min_p[members]
                 weights, ids = _weights(kind, probs[members], *limits)
                 token_ids.index_put_((drawn[members],), choose(weights, ids, uniform[members]))
-    return [token_ids, *_report(logits, token_ids, reported, plan.num_top)] if len(reported) else [token_ids]
+    report = _report(logits, token_ids, reported, plan.num_top) if len(reported) else []
+    return [token_ids, is_drawable, *report]
 
 
 def _adjusted(
@@ -172,13 +175,14 @@ def to_output(plan: SamplingPlan, rows: Sequence[SamplingRow], drawn: Sequence[T
     """`drawn`: what `draw` gave, in host memory."""
     token_ids: list[int] = drawn[0].tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-    if len(drawn) > 1:
+    undrawable = [i for i, can_be in enumerate(drawn[1].tolist()) if not can_be]
+    if len(drawn) > 2:
         for i, value, rank, ids, values in zip(
-            plan.reported.tolist(), *(part.tolist() for part in drawn[1:]), strict=True
+            plan.reported.tolist(), *(part.tolist() for part in drawn[2:]), strict=True
         ):
             top = list(zip(ids, values, strict=True))[: rows[i].params.logprobs]
             logprobs[i] = TokenLogprobs(token_ids[i], value, rank, top)
-    return SampleOutput(token_ids, logprobs)
+    return SampleOutput(token_ids, logprobs, undrawable)
 
 
 def _repetitions(rows: Sequence[SamplingRow]) -> tuple[list[tuple[int, int]], list[float]]:

@@ -78,8 +78,12 @@ class SamplingRow:
 
 @dataclass(slots=True)
 class SampleOutput:
+    """`undrawable`: rows whose logits are no distribution (NaN, infinite, or nothing may be drawn). Their
+    tokens are of the vocabulary, but mean nothing."""
+
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    undrawable: list[int] = field(default_factory=list)
 
 
 def sample(logits: Tensor, rows: list[SamplingRow]) -> SampleOutput:
@@ -91,12 +95,25 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> SampleOutput:
     if not rows:
         return SampleOutput([])
     adjusted = _penalise(_bias(_forbid(logits, rows), rows), rows)
-    token_ids = adjusted.argmax(-1).tolist()
+    likeliest_ids = adjusted.argmax(-1)
+    token_ids = likeliest_ids.tolist()
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
+    temperature = torch.tensor([rows[i].params.temperature for i in drawn], device=logits.device)
     if drawn:
-        for i, token_id in zip(drawn, _draw(adjusted[drawn], [rows[i] for i in drawn]), strict=True):
+        chosen = _draw(adjusted[drawn], temperature, [rows[i] for i in drawn])
+        for i, token_id in zip(drawn, chosen, strict=True):
             token_ids[i] = token_id
-    return SampleOutput(token_ids, _logprobs(logits, rows, token_ids))
+    index = torch.tensor(drawn, dtype=torch.int64, device=logits.device)
+    is_drawable = can_draw(adjusted, likeliest_ids, index, temperature).tolist()
+    undrawable = [i for i, can_be in enumerate(is_drawable) if not can_be]
+    return SampleOutput(token_ids, _logprobs(logits, rows, token_ids), undrawable)
+
+
+def can_draw(logits: Tensor, likeliest_ids: Tensor, drawn: Tensor, temperature: Tensor) -> Tensor:
+    """bool [R]: the logits [R, V], of the rows `drawn` [D] divided by `temperature` [D], have a softmax.
+    `likeliest_ids` [R] are their argmax, a NaN's place where there is one: the largest alone tells."""
+    largest = logits.gather(1, likeliest_ids[:, None])[:, 0]
+    return largest.index_put((drawn,), largest[drawn] / temperature).isfinite()
 
 
 def _forbid(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
@@ -151,12 +168,12 @@ def _penalise_row_(logits: Tensor, row: SamplingRow) -> None:
         logits[drawn] -= params.frequency_penalty * times + params.presence_penalty
 
 
-def _draw(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
+def _draw(logits: Tensor, temperature: Tensor, rows: list[SamplingRow]) -> list[int]:
     """Inverse transform sampling: the first token at which the cumulated probability exceeds a uniform
     number."""
-    temperature, min_p, top_p = (
+    min_p, top_p = (
         torch.tensor([getattr(row.params, name) for row in rows], device=logits.device)
-        for name in ("temperature", "min_p", "top_p")
+        for name in ("min_p", "top_p")
     )
     top_k = torch.tensor([row.params.top_k for row in rows], device=logits.device)
     uniform = draw_uniform(rows)
@@ -174,11 +191,11 @@ def draw_uniform(rows: list[SamplingRow]) -> Tensor:
 
 def choose(weights: Tensor, token_ids: Tensor | None, uniform: Tensor) -> Tensor:
     """int64 [n]: per row, where the cumulated weights [n, N] exceed `uniform` of their sum: a column's token
-    id, or without `token_ids` the column."""
+    id, or without `token_ids` the column. Some column also where the weights are NaN."""
     cumulated = weights.double().cumsum(-1)
     total = cumulated[:, -1:]
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(cumulated, target, right=True)
+    place = torch.searchsorted(cumulated, target, right=True).clamp_(max=weights.shape[1] - 1)
     return (place if token_ids is None else token_ids.gather(1, place))[:, 0]
 
 

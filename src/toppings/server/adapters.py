@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,7 @@ from toppings.adapters.errors import (
     AdapterNameReserved,
     AdapterNotFound,
     StateError,
+    StateFullError,
 )
 from toppings.adapters.registry import AdapterRecord, Origin
 from toppings.core import RequestError
@@ -43,6 +45,7 @@ class AdapterAdmin:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._lock = asyncio.Lock()
+        self._refusal: tuple[float, StateError] | None = None
         self._drains: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(NUM_THREADS, "registry")
         self.roots = AdapterRoots(adapter_roots(state))
@@ -59,15 +62,18 @@ class AdapterAdmin:
             if record is None:
                 raise
             return record
-        async with self._lock:
-            return await self._register(name, directory, in_place=in_place)
+        async with self._turn():
+            return await self._register(name, directory, self.roots.directories, in_place=in_place)
 
     async def register_found(
-        self, name: str, directory: Path, *, in_place: bool, origin: Origin, source: str
+        self, name: str, directory: Path, root: Path, *, in_place: bool, origin: Origin, source: str
     ) -> AdapterRecord:
-        """What was fetched from `source` into `directory`, which is not needed afterwards."""
-        async with self._lock:
-            return await self._register(name, directory, in_place=in_place, origin=origin, source=source)
+        """What was fetched from `source` into `directory`, which is not needed afterwards; no link of it may
+        lead out of `root`."""
+        async with self._turn():
+            return await self._register(
+                name, directory, [root], in_place=in_place, origin=origin, source=source
+            )
 
     async def _load_from_source(self, name: str, path: str, *, in_place: bool) -> AdapterRecord | None:
         """None where `path` is none of the configured sources' places."""
@@ -99,7 +105,7 @@ class AdapterAdmin:
     async def pin(self, name: str, is_pinned: bool) -> None:
         """Keep an adapter on the device, now and after a restart, or let it be evicted again."""
         registry, client = self._state.registry, self._state.client
-        async with self._lock:  # not while a reload gives the name to another generation
+        async with self._turn():  # not while a reload gives the name to another generation
             record = self.record(name)
             try:
                 if is_pinned:
@@ -115,6 +121,22 @@ class AdapterAdmin:
                 self.record(name)  # it may have been unloaded meanwhile
                 raise
 
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Who has waited while the state directory could not be written is told so at once: a queue of those
+        who each try for themselves would be told after as many times that long."""
+        came_at = time.monotonic()
+        async with self._lock:
+            if self._refusal is not None and self._refusal[0] >= came_at:
+                raise StateError(str(self._refusal[1])) from self._refusal[1]
+            try:
+                yield
+            except StateFullError:  # a smaller one may have room
+                raise
+            except StateError as error:
+                self._refusal = (time.monotonic(), error)
+                raise
+
     def record(self, name: str) -> AdapterRecord:
         """Raises ApiError 404 for a name that is not registered."""
         record = self._state.registry.find_named(name)
@@ -126,6 +148,7 @@ class AdapterAdmin:
         self,
         name: str,
         directory: Path,
+        roots: list[Path],
         *,
         in_place: bool,
         origin: Origin = Origin.HTTP,
@@ -135,7 +158,11 @@ class AdapterAdmin:
         old = registry.find_named(name) if in_place else None
         try:
             record = await self._in_thread(
-                registry.register, name, directory, replace=in_place, origin=origin, source=source
+                partial(registry.register, roots=roots),
+                *(name, directory),
+                replace=in_place,
+                origin=origin,
+                source=source,
             )
         except AdapterExists as error:
             message = (

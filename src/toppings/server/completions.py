@@ -59,6 +59,7 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
         ),
         num_choices=body.num_drawn,
         include_stop=bool(body.include_stop_str_in_output),
+        cache_salt=body.cache_salt,
         started_at=started_at,
     )
 
@@ -110,7 +111,7 @@ class CompletionReply:
         content = [
             self._choice(i, self._echo_of(i) + c.text, c, 0, is_first=True) for i, c in enumerate(told)
         ]
-        return {**self._head, "choices": content, "usage": usage(self._job.num_prompt_tokens, num_tokens)}
+        return {**self._head, "choices": content, "usage": usage(self._job, num_tokens)}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
         offsets = [0] * self._job.num_sequences
@@ -127,7 +128,7 @@ class CompletionReply:
                     {**self._head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)}
                 )
         if self._body.include_usage:
-            yield sse({**self._head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
+            yield sse({**self._head, "choices": [], "usage": usage(self._job, num_tokens)})
         yield DONE
 
     async def _begun(

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from toppings.open_files import raise_file_limit
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
+from toppings.server.upgrades import UpgradeFilter
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
         def connection_made(self, transport: Any) -> None: ...
         def connection_lost(self, exc: Exception | None) -> None: ...
         def data_received(self, data: bytes) -> None: ...
+        def on_message_begin(self) -> None: ...
+        def on_message_complete(self) -> None: ...
         def on_response_complete(self) -> None: ...
         def pause_writing(self) -> None: ...
         def resume_writing(self) -> None: ...
@@ -113,6 +116,8 @@ class Bounded(_Base):
         self._all = connections
         self._num_head_bytes = 0
         self._is_refused = False
+        self._upgrades = UpgradeFilter()
+        self._is_between = False  # two requests, as the parser tells
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -133,7 +138,10 @@ class Bounded(_Base):
             return
         if self._all.idle.pop(self, None) is not None:
             self._all.silent[self] = time.monotonic()
-        super().data_received(data)
+        if self._is_between and self._upgrades.is_done:
+            self._upgrades = UpgradeFilter()
+        if passed := self._upgrades.pass_on(data):
+            super().data_received(passed)
         if self._is_busy:
             self._all.silent.pop(self, None)
             self._num_head_bytes = 0
@@ -141,6 +149,14 @@ class Bounded(_Base):
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES + MAX_URL_BYTES:
                 self._refuse(431, "Request Header Fields Too Large", "the request's head is too large")
+
+    def on_message_begin(self) -> None:
+        self._is_between = False
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._is_between = True
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

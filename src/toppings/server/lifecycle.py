@@ -4,13 +4,14 @@ import asyncio
 import faulthandler
 import gc
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import uvicorn
 import yaml
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
+START_END_S = 0.5
+"""How long a start that is given up may take to end what it has begun."""
 LAST_RESORT_S = 20.0
 """How long an orderly end may take beyond `shutdown_timeout_s`."""
 MAX_LOG_CHARS = 4000
@@ -115,9 +118,8 @@ async def _serve(config: Config, spawner: Spawner) -> int:
         await stop.or_done(startup)
         if not startup.done():
             startup.cancel()
-            with suppress(asyncio.CancelledError):
-                await startup
-            return 0
+            await asyncio.wait({startup}, timeout=START_END_S)
+            _leave(spawner)
         client, registry, text, perf_model = startup.result()
         try:
             app = create_app(client, registry, text, config, perf_model)
@@ -125,6 +127,14 @@ async def _serve(config: Config, spawner: Spawner) -> int:
         finally:
             await client.shutdown(0.0)
             registry.close()
+
+
+def _leave(spawner: Spawner) -> NoReturn:
+    """Ends a process that has not served yet, whose threads import or read what may take long: an orderly end
+    would wait for them, though there is nothing of theirs to keep."""
+    spawner.close()
+    logging.shutdown()
+    os._exit(0)
 
 
 async def _start(
@@ -284,9 +294,9 @@ def listening_socket(config: Config) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two of a name that none can have
         listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+        raise ConfigError(f"cannot listen on {shown(host)}:{port}: {error}") from error
     return listener
 
 

@@ -11,6 +11,11 @@ class AdapterRoots:
     def __init__(self, roots: list[Path]) -> None:
         self._roots = list(dict.fromkeys(root.resolve() for root in roots))
 
+    @property
+    def directories(self) -> list[Path]:
+        """Links in an adapter's directory may not lead out of these either."""
+        return self._roots
+
     def locate(self, name: str, path: str) -> Path:
         """The directory that `path` means; a relative one is looked for below each root in turn.
 

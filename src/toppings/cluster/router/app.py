@@ -26,7 +26,7 @@ from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import Answer, Upstream
+from toppings.cluster.router.upstream import ROUTER_HEADER, Answer, Upstream
 from toppings.config import ConfigError
 from toppings.open_files import raise_file_limit
 
@@ -212,12 +212,16 @@ class Router:
             raise ApiError(
                 409, f"instance {config.instance_id!r} is another server, {known.config.url}", "Conflict"
             )
-        if known is not None:
+        if known is not None and not known.is_itself:
             known.is_draining = known.is_removed = False
             self.state.refresh_open(known)
             return json_response(self._describe(known))
-        upstream = self.state.add_instance(config)
-        await self.monitor.take_in(upstream)
+        upstream = known or self.state.add_instance(config)
+        if known is None:
+            await self.monitor.take_in(upstream)
+        if upstream.is_itself:
+            upstream.is_draining = upstream.is_removed = True
+            raise ApiError(400, f"{config.url} is this router itself; an instance is a server")
         return json_response(self._describe(upstream), 201)
 
     async def drain_instance(self, request: web.Request) -> web.Response:
@@ -265,7 +269,7 @@ class Router:
     # --- itself ---
 
     async def health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(headers={ROUTER_HEADER: self.state.router_id})
 
     async def version(self, request: web.Request) -> web.Response:
         return json_response({"version": __version__})

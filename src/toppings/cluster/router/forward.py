@@ -27,7 +27,7 @@ from toppings.cluster.router.answers import (
 from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.middlewares import request_id
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import AnswerTooLongError, Upstream
+from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
 from toppings.request_ids import REQUEST_ID
@@ -145,7 +145,7 @@ async def _open(
         flight.deadline = None
         if answer is not None:
             answer.close()
-        if not isinstance(error, aiohttp.ClientError | TimeoutError | OSError | BadAnswerError):
+        if not isinstance(error, (*CALL_FAILURES, BadAnswerError)):
             raise
         raise _explain(state, flight, upstream, error, limit_s) from error
     finally:
@@ -223,7 +223,7 @@ async def _stream(
         try:
             chunk = await _next(state, flight, answer, ends_at)
             watch.check_next(chunk) if chunk else watch.check_end()
-        except (aiohttp.ClientError, TimeoutError, OSError, BadAnswerError) as error:
+        except (*CALL_FAILURES, BadAnswerError) as error:
             reason = _why_cut(state, flight, error, ends_at)
             await _cut(
                 state, http_request, response, flight, reason, is_between_events=watch.is_between_events

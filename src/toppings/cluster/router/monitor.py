@@ -59,6 +59,9 @@ class Monitor:
         if health is Health.UNASKED:
             logger.error("%s is not checked: the router has too many files open", upstream.instance_id)
             return
+        if health is Health.ITSELF and not upstream.is_itself:
+            upstream.is_itself = True
+            logger.error("%s is this router itself; it gets no requests", upstream.instance_id)
         if health is not Health.OK:
             self._state.note_failure(upstream, is_silent=health is Health.SILENT)
             return

@@ -2,7 +2,9 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +14,8 @@ from toppings.cluster.policies import POLICIES
 from toppings.config import LOG_LEVELS, ConfigError, Settings, setting
 
 _ID = re.compile(r"[A-Za-z0-9._:@\[\]~+=-]{1,128}")
+_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+"""What dots part in a host's name."""
 _URL = re.compile(r"[!-~]{1,2000}")
 
 
@@ -148,12 +152,21 @@ def _host_of(url: str) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise wrong from error
-    if parts.scheme not in ("http", "https") or not host or not _URL.fullmatch(url):
+    if parts.scheme not in ("http", "https") or not _is_host(host) or not _URL.fullmatch(url):
         raise wrong
     if parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(f"instance url is {url[:200]!r}; it must have no query, fragment or credentials")
     host = f"[{host}]" if ":" in host else host
     return host if port is None else f"{host}:{port}"
+
+
+def _is_host(host: str) -> bool:
+    """An address, or a name that can be looked up: of at most 253 characters, with 1 to 63 letters, digits,
+    hyphens or underscores between dots."""
+    with suppress(ValueError):
+        ip_address(host)
+        return True
+    return len(host) <= 253 and all(map(_NAME.fullmatch, host.removesuffix(".").split(".")))
 
 
 def _check_perf_model(spec: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import uuid
 from collections import Counter
 
 import aiohttp
@@ -31,6 +32,7 @@ MAX_MASKS = 10_000
 class RouterState:
     def __init__(self, config: RouterConfig, session: aiohttp.ClientSession) -> None:
         self.config, self.session = config, session
+        self.router_id = uuid.uuid4().hex
         settings = PolicySettings(config.slo_tpt_ms, config.seed, config.candidates)
         self.dispatcher = Dispatcher(
             make_policy(config.policy, settings), response_tokens=config.response_tokens
@@ -50,7 +52,7 @@ class RouterState:
         model = load_perf_model(instance.perf_model or self.config.perf_model)
         snapshot = InstanceSnapshot(instance_id=instance.instance_id, perf_model=model, is_open=False)
         self.dispatcher.add_instance(snapshot, keeps_model=bool(instance.perf_model))
-        upstream = Upstream(instance, self.config, self.session)
+        upstream = Upstream(instance, self.config, self.session, self.router_id)
         self.upstreams[instance.instance_id] = upstream
         self.models_changed()
         self.refresh_open(upstream)

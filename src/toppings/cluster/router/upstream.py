@@ -16,7 +16,10 @@ from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
 
-CALL_FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
+CALL_FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError, UnicodeError)
+"""Of any call to a server; UnicodeError: its name is none that may be looked up."""
+ROUTER_HEADER = "X-Toppings-Router"
+"""Of a router's own answers to checks: by its id a router knows itself."""
 MAX_REPORT_BYTES = 32 * 2**20
 """What a server tells of itself, with ten thousand adapters, is a tenth of this."""
 
@@ -34,18 +37,21 @@ class Kind(StrEnum):
 
 
 class Health(StrEnum):
-    """What a check says: it serves, it says that it does not, nothing is heard; or it could not be made."""
+    """What a check says: it serves, it says that it does not, nothing is heard; or it could not be made. Or
+    the router itself has answered."""
 
     OK = "ok"
     UNREADY = "unready"
     SILENT = "silent"
     UNASKED = "unasked"
+    ITSELF = "itself"
 
 
 @dataclass(slots=True)
 class Answer:
     status: int
     body: bytes
+    router_id: str = ""
 
     @property
     def text(self) -> str:
@@ -54,8 +60,9 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Upstream:
-    """State of one server. Open for requests: `is_alive` and not `is_draining`. One that is down
-    `is_silent` where nothing at all is heard of it.
+    """State of one server, as the router `router_id` sees it. Open for requests: `is_alive` and not
+    `is_draining`. One that is down `is_silent` where nothing at all is heard of it, and `is_itself` where it
+    is the router.
 
     `cards` are its entries of `/v1/models`, None before they were read: then any model may be there. They are
     what the `last_look` of `num_looks` at them told.
@@ -67,11 +74,13 @@ class Upstream:
     config: InstanceConfig
     settings: RouterConfig
     session: aiohttp.ClientSession
+    router_id: str
     kind: Kind = Kind.UNKNOWN
     is_alive: bool = False
     is_silent: bool = False
     is_draining: bool = False
     is_removed: bool = False
+    is_itself: bool = False
     num_failures: int = 0
     num_errors: int = 0
     synced_at: float | None = None
@@ -103,7 +112,8 @@ class Upstream:
         async with self.session.request(
             method, url, data=data, headers=headers, timeout=timeout, auto_decompress=True
         ) as response:
-            return Answer(response.status, await read_bounded(response, MAX_REPORT_BYTES))
+            body = await read_bounded(response, MAX_REPORT_BYTES)
+            return Answer(response.status, body, response.headers.get(ROUTER_HEADER, ""))
 
     async def change(self, path: str, body: object) -> Answer:
         """A call that changes its adapters, of at most `admin_timeout_s`, or until it goes down."""
@@ -118,7 +128,10 @@ class Upstream:
     async def check_health(self) -> Health:
         path = "/ready" if self.kind is Kind.TOPPINGS else "/health"
         try:
-            return Health.OK if (await self.call("GET", path)).status == 200 else Health.UNREADY
+            answer = await self.call("GET", path)
+            if answer.router_id == self.router_id:
+                return Health.ITSELF
+            return Health.OK if answer.status == 200 else Health.UNREADY
         except CALL_FAILURES as error:
             return Health.UNASKED if is_out_of_files(error) else Health.SILENT
 
