@@ -133,7 +133,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def to_output(plan: Any, rows: Any, parts: Any) -> Any:
         drawn.append(parts)
-        return SimpleNamespace(token_ids=[0] * len(rows), logprobs=[None] * len(rows))
+        return SimpleNamespace(token_ids=[0] * len(rows), logprobs=[None] * len(rows), undrawable=[])
 
     monkeypatch.setattr("toppings.engine.drawing.to_output", to_output)
     uniform = "toppings.ops.device_sampling.draw_uniform"
