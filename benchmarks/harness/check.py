@@ -1,14 +1,14 @@
 """lm-eval over a server gives what lm-eval over transformers and PEFT gives, base model and adapter, in fp32.
 
     pip install 'lm-eval[api]'                 # beside toppings, in an environment of its own
-    python benchmarks/lm_eval/check.py         # SmolLM2-135M-Instruct and the adapter `sentiment`
-    python benchmarks/lm_eval/check.py --items 3
+    python benchmarks/harness/check.py         # SmolLM2-135M-Instruct and the adapter `sentiment`
+    python benchmarks/harness/check.py --items 3
 
 Writes two local tasks of its own: facts with four choices each (loglikelihood), and sums to be gone on with
 (generate_until). Starts `toppings serve` with the same checkpoint, then has lm-eval run both tasks over its
-`hf` model and over its `local-completions`, both with batches. Ends in one JSON line: by model, the largest difference
-of a log-likelihood, whether both think the same ones greedy, and how many generated texts differ. The exit
-status is 1 where a difference is above 1e-3 or anything else differs.
+`hf` model and over its `local-completions`, both in batches. Ends in one JSON line: by model, the largest
+difference of a log-likelihood, how often only one of both finds a choice greedy, and how many texts differ. The
+exit status is 1 where a log-likelihood differs by more than 1e-3, or anything else differs.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from toppings.engine.base import model_path
 from toppings.lab.http.server import free_port, running_server
 from toppings.lab.machine import describe_machine
 from toppings.lab.script import finish, make_parser, parse
+from toppings.sources.models import with_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -134,20 +135,27 @@ async def check(config: Config, directory: Path, adapter: str) -> dict[str, Any]
 
 def main() -> int:
     parser = make_parser(__doc__, "two items of each task")
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="as toppings serve takes it")
+    parser.add_argument("--model", default="", help="as toppings serve takes it")
     parser.add_argument("--adapters", default="examples/adapters", help="directory of the adapters")
     parser.add_argument("--adapter", default="sentiment", help="name of one of them")
     parser.add_argument("--items", type=int, default=24, help="of each task")
     options = parse(parser)
     with tempfile.TemporaryDirectory(prefix="toppings-lm-eval-") as name:
         write_tasks(Path(name), 2 if options.toy else options.items)
+        given = Config.from_settings({"model": options.model}).engine
         settings = {
-            **{"model": options.model, "dtype": "float32", "port": free_port()},
+            **{"model": str(model_path(with_model(given))), "dtype": "float32", "port": free_port()},
             **{"served_model_name": "base", "adapters": str(Path(options.adapters).resolve())},
             **{"state_dir": f"{name}/state", "log_dir": f"{name}/logs", "max_model_len": 1024},
         }
         results = asyncio.run(check(Config.from_settings(settings), Path(name), options.adapter))
-    finish(options, "lm_eval", model=options.model, results=results, machine=describe_machine())
+    finish(
+        options,
+        "lm_eval",
+        model=options.model or "SmolLM2-135M-Instruct",
+        results=results,
+        machine=describe_machine(),
+    )
     is_same = all(
         each["largest_difference"] <= MOST_DIFFERENCE and not each["greedy_differ"] + each["texts_differ"]
         for each in results.values()
