@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.engine.driver import Driver, drive
-from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
+from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
 from tests.gate import ONE_GPU
 from tests.waiting import PATIENCE_S
 from toppings.config import ConfigError, EngineConfig
@@ -156,6 +156,28 @@ def test_a_structured_output_is_what_it_is_held_to(
         assert end == 2
         assert tokenizer.decode(tokens) in ("left", "right")
     assert len(driver.tokens["free"]) == 20
+
+
+def test_scores_of_prompts_are_those_of_the_whole_model(
+    driver: Driver, checkpoints: tuple[Path, dict[str, Path]]
+) -> None:
+    """Prompts in chunks, beside others of which nothing is asked."""
+    model, adapters = checkpoints
+    names: tuple[str | None, ...] = (None, "all-r8", "o-down-r16")
+    for i, name in enumerate(names):
+        driver.add(f"scored {i}", make_prompt(i, 41), i, name, prompt_logprobs=2)
+        driver.add(f"beside {i}", make_prompt(i, 20), 3, name)
+    driver.run()
+    for i, name in enumerate(names):
+        prompt = make_prompt(i, 41)
+        reference = reference_model(model, adapters[name] if name else None)
+        with torch.inference_mode():
+            expected = reference(input_ids=torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        told = driver.first[f"scored {i}"].prompt_logprobs
+        assert told is not None
+        values = torch.tensor([each.logprob for each in told.tokens(prompt[1:])])
+        wanted = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        torch.testing.assert_close(values, wanted, atol=1e-3, rtol=0.0)
 
 
 def test_adapters_add_no_communication(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ async def test_each_is_warned_of_once_and_so_many_at_most(
     ("path", "body"),
     [
         ("/v1/completions", {**COMPLETION, "priority": 3}),
-        ("/v1/completions", {**COMPLETION, "truncate_prompt_tokens": 3}),
+        ("/v1/completions", {**COMPLETION, "use_beam_search": True}),
         ("/generate", {**LORAX, "parameters": {"top_n_tokens": 3}}),
         ("/generate", {**LIGHTLLM, "parameters": {"regular_constraint": "a+"}}),
     ],
