@@ -20,6 +20,7 @@ from toppings.core import (
     RequestOutput,
     TokenLogprobs,
 )
+from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
 from toppings.engine.faults import is_sticky
 from toppings.engine.model_runner import StepInFlight, StepResult
@@ -137,6 +138,8 @@ class Engine:
                 raise RequestError(f"request id {message.request_id!r} is already in use")
             self._check_tokens(request.prompt_token_ids)
             tier = self._tier(request)
+            if request.adapter_id is not None:
+                activate(request, self.adapters.invocation_tokens_of(request.adapter_id))
             if self._is_compiled(request):
                 self.scheduler.add(request)
         except ValueError as error:
