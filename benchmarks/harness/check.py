@@ -7,7 +7,7 @@
 Writes two local tasks of its own: facts with four choices each (loglikelihood), and sums to be gone on with
 (generate_until). Starts `toppings serve` with the same checkpoint, then has lm-eval run both tasks over its
 `hf` model and over its `local-completions`, both in batches. Ends in one JSON line: by model, the largest
-difference of a log-likelihood, how often only one of both finds a choice greedy, and how many texts differ. The
+difference of a log-likelihood, how often only one of both finds a choice greedy, how many texts differ. The
 exit status is 1 where a log-likelihood differs by more than 1e-3, or anything else differs.
 """
 

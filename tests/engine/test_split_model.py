@@ -37,6 +37,8 @@ ADAPTERS: dict[str, dict[str, object]] = {
     "mlp-r5-rslora": {"rank": 5, "targets": ("gate_proj", "up_proj", "down_proj"), "use_rslora": True},
     "one-layer": {"rank": 12, "targets": ("v_proj", "o_proj"), "layers_to_transform": [1]},
 }
+INVOCATION = [11, 12, 13]
+ADAPTERS["activated"] = {"rank": 8, "alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
 POOL_BYTES = 160 * 1024
 PAGE_BYTES = 16 * 2 * 1 * 16 * 4 * 3  # tokens · (k, v) · kv heads of a part · head dim · fp32 · layers
 
@@ -122,6 +124,7 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
     model, adapters = checkpoints
     names: list[str | None] = [*adapters, None]
     prompts = {name: make_prompt(i, 23 + 9 * i) for i, name in enumerate(names)}
+    prompts["activated"][40:40] = INVOCATION
     for turn in range(2):
         for name, prompt in prompts.items():
             driver.add(f"{name} {turn}", prompt, 16, name)
