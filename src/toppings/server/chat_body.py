@@ -230,3 +230,12 @@ class ChatBody(GenerationBody):
             return ()
         wanted = self._wanted_names()
         return [t.as_tool() for t in self.tools or [] if not wanted or t.function.name in wanted]
+
+
+OF_CHATS: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(ChatBody.known(), (False,)),
+    **ChatBody.neutral,
+    "n": (1,),
+    "best_of": (1,),
+}
+"""Fields of chats, for other dialects: they refuse by name those that they have not."""
