@@ -66,7 +66,7 @@ class Scale:
     num_rounds: int
 
 
-FULL = Scale("small-211m", 1000, 2000, 9, 20, 800, 262_144, 48, 15)
+FULL = Scale("small-211m", 1000, 2000, 5, 20, 800, 262_144, 48, 15)
 TOY = Scale("tiny", 100, 200, 2, 4, 40, 32_768, 8, 2)
 
 

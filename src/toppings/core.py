@@ -386,7 +386,10 @@ class BatchItem:
     @property
     def adapter_id(self) -> int | None:
         """Whose weights it needs, beside the base model's."""
-        return self.request.adapter_id if self.num_base_tokens < self.num_tokens else None
+        request = self.request
+        if request.adapter_start >= request.num_computed_tokens + self.num_tokens:
+            return None
+        return request.adapter_id
 
     @property
     def is_last(self) -> bool:

@@ -156,11 +156,14 @@ def lora_segments(
             indptr.append(end)
 
     for item in items:
-        adapter_id, num_base = item.adapter_id, item.num_base_tokens
+        adapter_id = item.adapter_id
+        if adapter_id is None:
+            append(-1, item.num_tokens)
+            continue
+        num_base = item.num_base_tokens if item.request.adapter_start else 0
         if num_base:
             append(-1, num_base)
-        if adapter_id is not None:
-            append(slots[adapter_id], item.num_tokens - num_base)
+        append(slots[adapter_id], item.num_tokens - num_base)
     return LoraSegments(indptr, segment_slots, max_rank, decode_form)
 
 
