@@ -70,7 +70,15 @@ OF_ANSWERS = {
     "tool_result",
 }
 OF_TOOLS = {
-    *("allowed_tools", "deepseek_r1", "llama3_json", "mistral_named", "reasoning_content", "tool_call_id"),
+    *(
+        "allowed_tools",
+        "deepseek_r1",
+        "enable_thinking",
+        "llama3_json",
+        "mistral_named",
+        "reasoning_content",
+        "tool_call_id",
+    ),
     *("tool_calls", "tool_use"),
 }
 FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "scripts", "src", "tests")
