@@ -75,6 +75,7 @@ def check_prefix_cache(result: Result) -> None:
     assert 0.3 < result["trace"]["hit_share"] < result["trace"]["hit_share_unbounded"] < 1
     assert result["chat"]["computed_over_new"] < 1.3
     assert result["ttft"]["second_over_first"] > 0
+    assert result["chain"]["ratio"] > 0
     assert result["overhead"]["engine_us_per_request"] > 0
 
 

@@ -77,8 +77,7 @@ async def test_each_is_warned_of_once_and_so_many_at_most(
     ("path", "body"),
     [
         ("/v1/completions", {**COMPLETION, "priority": 3}),
-        ("/v1/completions", {**COMPLETION, "truncate_prompt_tokens": 3}),
-        ("/v1/completions", {**COMPLETION, "allowed_token_ids": [1]}),
+        ("/v1/completions", {**COMPLETION, "use_beam_search": True}),
         ("/v1/completions", {**COMPLETION, "max_completion_tokens": 3}),
         ("/v1/chat/completions", {**CHAT, "lora_path": "a"}),
         ("/v1/responses", {"input": "hi", "max_tokens": 3}),
