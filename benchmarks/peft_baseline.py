@@ -77,7 +77,8 @@ def serve(pipe: Connection, make: Callable[[Path, list[Path]], Side], model: Pat
 
 
 def ours(model: Path, paths: list[Path]) -> Side:
-    llm = LLM(model, state_dir=str(model.parent / "state"), kv_cache_bytes="512MiB")
+    settings = {"kv_cache_bytes": "512MiB", "enable_prefix_caching": "off"}
+    llm = LLM(model, state_dir=str(model.parent / "state"), **settings)
     for path in paths:
         llm.load_adapter(path.name, path)
     names = [path.name for path in paths]

@@ -226,7 +226,8 @@ def suite(folder: Path) -> dict[str, Any]:
             counts["exact"] += all(allowed == valid for valid, allowed in verdicts)
         by_keyword[file.stem] = dict(counts)
         total += counts
-    return {**total, "by_keyword": by_keyword}
+    names = ("schemas", "compiled", "allow_invalid", "exact")
+    return {**{name: total[name] for name in names}, "by_keyword": by_keyword}
 
 
 def _allows(text: str, value: Any) -> bool:

@@ -28,6 +28,7 @@ class Call:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter_id: int | None
+    cache_salt: str | None = None
     num_sent: int = 0
     has_ended: bool = False
     was_aborted: bool = False
@@ -52,6 +53,7 @@ class FakeEngineClient:
     delay_s: float = 0.0
     error: str | None = None
     cold_start: ColdStart | None = None
+    num_cached_tokens: int = 0
     adapters: list[AdapterStatus] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
@@ -81,9 +83,10 @@ class FakeEngineClient:
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
-        call = Call(prompt_token_ids, sampling, adapter_id)
+        call = Call(prompt_token_ids, sampling, adapter_id, cache_salt)
         self.calls.append(call)
         self.num_pending += 1
         try:
@@ -143,7 +146,10 @@ class FakeEngineClient:
             waiting_ranks=[],
             waiting_tokens=0,
             context_tokens=12,
-            counters={"preemptions": 3, "device_hits": 5},
+            counters={
+                **{"preemptions": 3, "device_hits": 5},
+                **{"prefix_cache_queries": 64, "prefix_cache_hits": 32},
+            },
         )
 
     def _check_alive(self) -> None:
@@ -173,6 +179,7 @@ class FakeEngineClient:
             stop_token_id=token_id if is_last and token_id in call.sampling.stop_token_ids else None,
             queue_ms=1.5 if index == 0 else None,
             cold_start=self.cold_start if index == 0 else None,
+            num_cached_tokens=self.num_cached_tokens if index == 0 else None,
         )
 
     @staticmethod

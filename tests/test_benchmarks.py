@@ -69,6 +69,15 @@ def check_soak(result: Result) -> None:
     assert set(end["rss_by_part"]) == {"server", "forker", "engine", "worker", "sandbox"}
 
 
+def check_prefix_cache(result: Result) -> None:
+    assert result["kept"]["recency"] == {"hits_over_lru": 1.0, "spared_over_lru": 1.0}
+    assert result["trace"]["over_lru"] > 0.9
+    assert 0.3 < result["trace"]["hit_share"] < result["trace"]["hit_share_unbounded"] < 1
+    assert result["chat"]["computed_over_new"] < 1.3
+    assert result["ttft"]["second_over_first"] > 0
+    assert result["overhead"]["engine_us_per_request"] > 0
+
+
 def check_fuzz(result: Result) -> None:
     requests, adapters = result["requests"], result["adapters"]
     assert requests["sent"] == sum(requests["statuses"].values()) + requests["never_whole"]
@@ -77,6 +86,7 @@ def check_fuzz(result: Result) -> None:
 
 
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,
     "soak": check_soak,
     "ipc": check_ipc,

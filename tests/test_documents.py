@@ -44,8 +44,29 @@ BODIES = (
     *(lorax.Body, lorax.Parameters, lightllm.Body, lightllm.Parameters, StreamOptions),
 )
 OF_BODIES = {name for each in BODIES for name in (*each.known(), *each.neutral, *each.harmless)}
-OF_REQUESTS = {"client_gone", "src", "lora_name", "lora_int_id", "budget_tokens", "max_model_len"}
-OF_ANSWERS = {"context_length_exceeded", "token_strs", "is_error", "tool_result", "reasoning_text"}
+OF_REQUESTS = {
+    *(
+        "budget_tokens",
+        "cache_control",
+        "client_gone",
+        "count_tokens",
+        "hash_ids",
+        "lora_int_id",
+        "lora_name",
+    ),
+    *("max_model_len", "src"),
+}
+OF_ANSWERS = {
+    *(
+        "cached_tokens",
+        "context_length_exceeded",
+        "finish_reason",
+        "is_error",
+        "reasoning_text",
+        "token_strs",
+    ),
+    "tool_result",
+}
 FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")

@@ -188,7 +188,7 @@ class Bench:
         self.config = EngineConfig(
             device=options.device,
             state_dir=state_dir,
-            **{**model, **settings},
+            **{"enable_prefix_caching": "off", **model, **settings},
         )
         self.model = model_config(self.config)
         self.kinds: dict[str, list[AdapterRecord]] = {}

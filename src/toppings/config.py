@@ -209,6 +209,12 @@ class EngineConfig(Settings):
         2048, "tokens of one step; longer prompts are prefilled in chunks", at_least=1
     )
     page_size: int = setting(16, "tokens in one page of the key-value cache", at_least=1)
+    enable_prefix_caching: str = setting(
+        "on",
+        "keep pages of the key-value cache after their request, and share them with requests that begin with"
+        " the same tokens",
+        choices=SWITCH,
+    )
     kv_cache_bytes: int = setting(
         0,
         "size of the key-value cache (0: on a GPU what gpu_memory_utilization leaves, else an eighth of the"
@@ -389,6 +395,8 @@ def coerce(f: "Field[Any]", value: Any) -> Any:
             return f.metadata["read"](value)
         if f.name.endswith("_bytes"):
             return parse_bytes(value)
+        if f.metadata["choices"] == SWITCH and isinstance(value, bool):  # as YAML reads on and off
+            return SWITCH[not value]
         if isinstance(default, tuple):
             return tuple(str(v) for v in _as_list(value))
         if isinstance(default, int) and (isinstance(value, bool) or int(value) != float(value)):

@@ -3,6 +3,7 @@
 Imports nothing of ours and no torch, so that the scheduler, the simulator and the router can use it bare.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -21,6 +22,11 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_SHOWN_CHARS = 200
 MAX_STRUCTURE_CHARS = 2**18
 """Length of a schema, pattern, list of choices or grammar."""
+MAX_SALT_CHARS = 1024
+
+BlockHash = Hashable
+"""Names the tokens of a full page of the key-value cache, all tokens before them, and whatever else their
+keys and values depend on: two pages of one name hold the same."""
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -232,6 +238,10 @@ class Request:
     `num_computed_tokens` counts the prompt and output tokens whose keys and values are in the cache;
     `page_table` lists the cache pages that hold them, in order; `num_pending_tokens` counts output
     tokens that are being drawn on the device, not known here yet, and will be computed on.
+
+    `block_hashes` name its full pages, first to last, as far as they are known. `num_cached_tokens` of its
+    prompt were in the cache when it first started. Where it is not `is_cacheable`, every token is computed,
+    and none is kept for others; nobody shares pages with requests of another `cache_salt`.
     """
 
     request_id: str
@@ -244,6 +254,10 @@ class Request:
     page_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     num_pending_tokens: int = 0
+    cache_salt: str | None = None
+    is_cacheable: bool = True
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -266,10 +280,12 @@ class Request:
 
 @dataclass(slots=True)
 class BatchItem:
-    """`num_tokens` of a request's uncomputed tokens, to be run in this step."""
+    """`num_tokens` of a request's uncomputed tokens, to be run in this step. `stop`, set when it is
+    committed: the request's computed tokens with them."""
 
     request: Request
     num_tokens: int
+    stop: int = 0
 
     @property
     def is_decode(self) -> bool:
@@ -303,10 +319,25 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
+    """`cache_salt`, `is_cacheable`: as of `Request`. Raises RequestError for a salt that is empty, no valid
+    Unicode or longer than `MAX_SALT_CHARS` characters."""
+
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter_id: int | None = None
+    cache_salt: str | None = None
+    is_cacheable: bool = True
+
+    def __post_init__(self) -> None:
+        salt = self.cache_salt
+        if salt is None:
+            return
+        if not 1 <= len(salt) <= MAX_SALT_CHARS:
+            raise RequestError(
+                f"cache_salt has {len(salt)} characters; it must have between 1 and {MAX_SALT_CHARS}"
+            )
+        check_unicode("cache_salt", salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +427,7 @@ class RequestOutput:
     error: str | None = None
     queue_ms: float | None = None  # with the first token: arrival to first scheduled
     cold_start: ColdStart | None = None  # with the first token of a cold request
+    num_cached_tokens: int | None = None  # with the first token: of its prompt, taken from the cache
 
 
 @dataclass(frozen=True, slots=True)

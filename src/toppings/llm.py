@@ -129,8 +129,10 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        cache_salt: str | None = None,
     ) -> list[Completion]:
         """One completion per prompt (text or token ids), in one batch. `adapter`: one for all or one each.
+        With a `cache_salt`, what is computed is kept for prompts with the same salt only.
 
         Without `sampling`, the model's `generation_config.json` says how (`default_sampling`).
 
@@ -144,11 +146,16 @@ class LLM:
         if len(adapters) != num:
             raise RequestError(f"{len(adapters)} adapters for {num} prompts; give one for all or one each")
         sampling = self.default_sampling if sampling is None else sampling
-        requests = [(p, sampling, a) for p, a in zip(all_prompts, adapters, strict=True)]
+        requests = [(p, sampling, a, cache_salt) for p, a in zip(all_prompts, adapters, strict=True)]
         return self._run(self._generate_all(requests))
 
     async def stream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[TextOutput, None]:
         """Text as it is made; closing the generator early aborts the request. Raises as `generate`."""
         here = asyncio.get_running_loop()
@@ -158,7 +165,9 @@ class LLM:
             last: BaseException | None = EngineDeadError("the LLM was closed")
             try:
                 async with aclosing(
-                    self._outputs(prompt, self.default_sampling if sampling is None else sampling, adapter)
+                    self._outputs(
+                        prompt, self.default_sampling if sampling is None else sampling, adapter, cache_salt
+                    )
                 ) as source:
                     async for output in source:
                         here.call_soon_threadsafe(outputs.put_nowait, output)
@@ -237,18 +246,20 @@ class LLM:
             raise EngineDeadError("the LLM was closed")
 
     async def _generate_all(
-        self, requests: list[tuple[Prompt, SamplingParams, str | None]]
+        self, requests: list[tuple[Prompt, SamplingParams, str | None, str | None]]
     ) -> list[Completion]:
         return list(await asyncio.gather(*(self._complete(*request) for request in requests)))
 
-    async def _complete(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> Completion:
+    async def _complete(
+        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
+    ) -> Completion:
         completion = Completion()
-        async for output in self._outputs(prompt, sampling, adapter):
+        async for output in self._outputs(prompt, sampling, adapter, cache_salt):
             completion.append(output)
         return completion
 
     async def _outputs(
-        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None
+        self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
     ) -> AsyncGenerator[TextOutput, None]:
         _check_types(sampling, adapter)
         token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
@@ -260,7 +271,9 @@ class LLM:
         adapter_id = None if adapter is None else self._registry.get(adapter).adapter_id
         if sampling.structure is not None:
             sampling = replace(sampling, structure=await self._checker.checked(sampling.structure))
-        outputs = generate_text(self._client, self.text_model, token_ids, sampling, adapter_id)
+        outputs = generate_text(
+            self._client, self.text_model, token_ids, sampling, adapter_id, cache_salt=cache_salt
+        )
         async with aclosing(outputs):
             async for output in outputs:
                 yield output

@@ -305,6 +305,7 @@ class TextOutput:
     stop_reason: str | int | None = None
     queue_ms: float | None = None
     cold_start: ColdStart | None = None
+    num_cached_tokens: int | None = None  # with the first token: of the prompt, taken from the cache
 
 
 class TokenSource(Protocol):
@@ -317,6 +318,7 @@ class TokenSource(Protocol):
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -362,6 +364,7 @@ class TextAssembler:
             stop if stop is not None else output.stop_token_id,
             output.queue_ms,
             output.cold_start,
+            output.num_cached_tokens,
         )
 
     def _push_token(self, token_id: int) -> tuple[str, str | None]:
@@ -396,6 +399,7 @@ async def generate_text(
     include_stop: bool = False,
     shown: Mapping[int, str] | None = None,
     request_id: str | None = None,
+    cache_salt: str | None = None,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
@@ -404,7 +408,9 @@ async def generate_text(
     Raises GenerationError where the engine gives up on the request, GenerationCutError where it shuts down.
     """
     assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop, shown=shown)
-    outputs = source.generate(prompt_token_ids, sampling, adapter_id, request_id=request_id)
+    outputs = source.generate(
+        prompt_token_ids, sampling, adapter_id, request_id=request_id, cache_salt=cache_salt
+    )
     async with aclosing(outputs):
         async for output in outputs:
             if output.finish_reason is FinishReason.ERROR:

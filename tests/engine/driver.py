@@ -35,8 +35,10 @@ class Driver:
             name, prompt, params, None if adapter is None else self.registry.get(adapter).adapter_id
         )
 
-    def add_by_id(self, name: str, prompt: list[int], params: SamplingParams, adapter_id: int | None) -> None:
-        refusal = self.engine.add(AddRequest(name, prompt, params, adapter_id))
+    def add_by_id(
+        self, name: str, prompt: list[int], params: SamplingParams, adapter_id: int | None, **more: Any
+    ) -> None:
+        refusal = self.engine.add(AddRequest(name, prompt, params, adapter_id, **more))
         self.tokens[name] = []
         if refusal is not None:
             self._note(refusal)

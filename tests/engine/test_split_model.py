@@ -135,6 +135,7 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
     assert stats.counters["preemptions"] > 0
     assert stats.counters["device_evictions"] > 0
     assert stats.counters["adapter_loads"] > len(adapters)
+    assert stats.counters["prefix_cache_hits"] > 0
     assert stats.device_bytes_used <= POOL_BYTES
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from huggingface_hub import constants
 
 from tests.fakes import VOCAB_SIZE, FakeEngineClient
+from tests.sources.hub_server import Hub, running_hub
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config
@@ -49,6 +52,19 @@ def registry(tmp_path: Path, model_dir: Path) -> Iterator[AdapterRegistry]:
     registry = AdapterRegistry(tmp_path / "state", "base", shapes, "float32")
     yield registry
     registry.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """`org/one` and `org/two` are adapters."""
+    for number, name in enumerate(("one", "two")):
+        shutil.copytree(adapters_dir / f"adapter-0000{number}", tmp_path / "hub" / "org" / name)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    with running_hub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets when it is imported
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
 
 
 @pytest.fixture

@@ -393,7 +393,7 @@ async def test_ten_thousand_adapters_are_listed_without_holding_the_loop(
     async with LoopWatch() as watch:
         reply = await server.http.get(route)
     assert len(reply.json().get("data") or reply.json()["adapters"]) >= 10_001
-    assert watch.longest_s < 0.02
+    assert watch.longest_s < 0.05
 
 
 async def test_listed_models_are_encoded_once(

@@ -17,7 +17,12 @@ async def test_a_completion_has_the_usual_shape(server: Server) -> None:
         "finish_reason": "length",
         "stop_reason": None,
     }
-    assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert reply["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 async def test_prompts_and_choices_are_indexed_in_order(server: Server) -> None:
@@ -307,3 +312,27 @@ async def test_a_place_that_is_never_entered_is_given_back(server: Server) -> No
     with server.state.lease(2):
         assert (server.state.num_open, server.state.num_waiting) == (1, 2)
     assert server.state.num_open == 0
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+async def test_usage_tells_what_of_each_prompt_was_cached(server: Server, route: str) -> None:
+    """Once for all choices of a prompt: the others share what the first has computed."""
+    server.engine.num_cached_tokens = 2
+    messages = [{"role": "user", "content": "hello"}]
+    prompts = {"prompt": ["abcd", "xyz"]} if route == "completions" else {"messages": messages}
+    body = {"model": "base", "max_tokens": 3, "n": 3, "cache_salt": "mine", **prompts}
+    url = f"/v1/{route}"
+    whole = (await server.http.post(url, json=body)).json()["usage"]
+    assert whole["prompt_tokens_details"] == {"cached_tokens": 2 * len(prompts.get("prompt", [0]))}
+    assert {call.cache_salt for call in server.engine.calls} == {"mine"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = events(await server.http.post(url, json={**body, "stream": True, "stream_options": options}))
+    assert stream[-1]["usage"] == stream[-2]["usage"] == whole
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 1025, 7])
+async def test_a_salt_that_is_none_is_refused_by_name(server: Server, salt: object) -> None:
+    reply = await server.complete("abc", cache_salt=salt)
+    assert reply.status_code == 400
+    assert "cache_salt" in reply.json()["error"]["message"]
+    assert not server.engine.calls

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -35,7 +34,10 @@ class Serving:
             *options,
         ]
         self.stderr = (root / "stderr").open("w+")
-        self.process = subprocess.Popen(command, stderr=self.stderr)
+        self.temporary = root / "tmp"
+        self.temporary.mkdir()
+        environment = {**os.environ, "TMPDIR": str(self.temporary)}
+        self.process = subprocess.Popen(command, stderr=self.stderr, env=environment)
         self.url = self._await(r"Uvicorn running on (\S+)")
 
     @property
@@ -143,7 +145,7 @@ def test_health_tells_that_the_engine_is_restarting(serving: Serving) -> None:
 
 def test_nothing_is_left_in_the_temporary_folder_while_it_serves(serving: Serving) -> None:
     serving.await_good_answer()
-    assert not list(Path(tempfile.gettempdir()).glob("toppings-meet-engine-*"))
+    assert not list(serving.temporary.glob("toppings-meet-engine-*"))
 
 
 def test_two_signals_end_it_although_the_engine_is_stopped(serving: Serving) -> None:

@@ -108,7 +108,7 @@ async def test_malformed_bodies_are_400(server: Server, content: str, media_type
 
 
 @pytest.mark.parametrize("path", [LOAD, "/v1/unload_lora_adapter", "/load_lora_adapter", "/adapters"])
-@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}])
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"cookie": "a=b"}])
 async def test_what_changes_state_names_the_content_type_it_needs(
     server: Server, path: str, headers: dict[str, str]
 ) -> None:

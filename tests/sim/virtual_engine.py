@@ -26,11 +26,13 @@ from toppings.engine.drawing import Drawing
 from toppings.engine.engine import Engine
 from toppings.engine.model_runner import StepInFlight
 from toppings.engine.pages import PageAllocator
+from toppings.engine.prefix_cache import BlockNames
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.step_log import StepLog
 from toppings.lab.outcome import Outcome
 from toppings.lab.players.engine import EnginePlayer, PlayedStep, preload_host
 from toppings.ops.sampling import SampleOutput
+from toppings.sim.blocks import TraceNames
 from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
 
@@ -188,9 +190,11 @@ class CountingPool(DevicePool):
 
 
 @contextmanager
-def virtual_engine(registry: AdapterRegistry, config: SimConfig, clock: VirtualClock) -> Iterator[Engine]:
+def virtual_engine(
+    registry: AdapterRegistry, config: SimConfig, clock: VirtualClock, names: BlockNames | None = None
+) -> Iterator[Engine]:
     """An engine with the limits of `config`, all its adapters in host memory; `play` it with the same
-    clock."""
+    clock. `names`: of pages that requests may share."""
     assert config.page_size == PAGE_SIZE
     assert (config.num_layers, config.bytes_per_rank) == (NUM_LAYERS, BYTES_PER_RANK)
     settings = EngineConfig(
@@ -216,7 +220,7 @@ def virtual_engine(registry: AdapterRegistry, config: SimConfig, clock: VirtualC
         clock.now_ns = loader.free_ns = 0.0
         preload_host(adapters, registry.live_ids())
         info = EngineReady("virtual", config.max_model_len, config.max_num_seqs, 512, PAGE_SIZE, 0, 0, 0)
-        scheduler = Scheduler(limits, PageAllocator(config.num_pages, PAGE_SIZE), adapters)
+        scheduler = Scheduler(limits, PageAllocator(config.num_pages, PAGE_SIZE), adapters, names)
         engine = Engine(info, scheduler, runner, adapters, eos_token_ids=(), step_log=StepLog(""))
         try:
             yield engine
@@ -230,7 +234,8 @@ def play_virtually(
     """What became of the requests, the steps, and by how much the engine's counters grew."""
     clock = VirtualClock()
     steps: list[PlayedStep] = []
-    with virtual_engine(registry, config, clock) as engine:
+    names = None if trace.blocks is None else TraceNames(trace.blocks, PAGE_SIZE)
+    with virtual_engine(registry, config, clock, names) as engine:
         before = engine.stats(0).counters
         adapter_ids = [a + 1 for a in range(len(trace.ranks))]
         outcomes = EnginePlayer(engine, adapter_ids, clock, on_step=steps.append).play(trace)

@@ -193,6 +193,11 @@ class PackedAdapter:
         if num_read != len(into) or zlib.crc32(view) != self.header.block_crcs[layer]:
             raise PackedFileError(f"packed adapter {self._file} is damaged in layer {layer}")
 
+    def check(self) -> None:
+        """Reads all layers. Raises PackedFileError where the content is damaged."""
+        for layer in range(self.layout.num_layers):
+            self.read_layer(layer, np.empty(self.layout.layer_bytes(layer), np.uint8))
+
     def close(self) -> None:
         """A second call does nothing."""
         if self._fd >= 0:

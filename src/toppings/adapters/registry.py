@@ -400,13 +400,24 @@ class AdapterRegistry:
             self._told.pop(adapter_id, None)
             return self._packed_dir.open(adapter_id, record.digest)
 
+    def is_intact(self, adapter_id: int) -> bool:
+        """Whether the packed file is there and whole: all of it is read. Raises AdapterNotFound."""
+        record = self.get_by_id(adapter_id)
+        try:
+            with self._packed_dir.open(adapter_id, record.digest) as packed:
+                packed.check()
+        except PackedFileError:
+            return False
+        return True
+
     def rebuild(self, adapter_id: int) -> None:
-        """Makes the packed file again. Raises AdapterError where the source is gone or has changed."""
+        """Makes the packed file again. Raises AdapterError where the source is gone or has changed, or is not
+        on this machine: then a server fetches it again."""
         record = self.get_by_id(adapter_id)
         if not record.path.startswith("/"):
             raise AdapterError(
-                f"the packed file of adapter {record.name!r} is damaged; unload it, and load it again from "
-                f"{record.path}"
+                f"the packed file of adapter {record.name!r} is damaged, and it came from {record.path}; "
+                "pull or load it again"
             )
         candidate = self._packed_dir.pack(record.path, is_synced=True)
         if candidate.header.digest != record.digest:

@@ -24,6 +24,7 @@ from toppings.engine.base import (
     served_model_name,
     state_dir,
 )
+from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.drawing import DeviceSampler, draw_on_host
 from toppings.engine.engine import Engine
@@ -187,6 +188,8 @@ def _build_engine(
     if isinstance(mode, AssistMode):
         assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
     adapters.start()
+    pages = PageAllocator(num_pages, config.page_size, double_cost_len=model.double_cost_len)
+    names = BlockHasher(config.page_size) if config.enable_prefix_caching == "on" else None
     info = EngineReady(
         model_name=served_model_name(config),
         max_model_len=limits.max_model_len,
@@ -200,7 +203,7 @@ def _build_engine(
     )
     return Engine(
         info,
-        Scheduler(limits, PageAllocator(num_pages, config.page_size), adapters),
+        Scheduler(limits, pages, adapters, names),
         runner if followers is None else followers.leading(runner, adapters),
         adapters,
         eos_token_ids=model.eos_token_ids,

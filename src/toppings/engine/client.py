@@ -137,17 +137,20 @@ class EngineClient:
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs as the engine draws tokens; closing the iterator early aborts the request.
+        """Outputs as the engine draws tokens; closing the iterator early aborts the request. With a
+        `cache_salt`, its tokens are shared with requests of the same salt only.
 
-        Raises EngineDeadError where the engine goes away, RequestError for a request id already in use or a
-        value that no message can carry.
+        Raises EngineDeadError where the engine goes away, RequestError for a request id already in use, a bad
+        salt or a value that no message can carry.
         """
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._streams:
             raise RequestError(f"request id {request_id!r} is already in use")
         life = self._alive()
-        send = life.prepare(AddRequest(request_id, prompt_token_ids, sampling, adapter_id))
+        message = AddRequest(request_id, prompt_token_ids, sampling, adapter_id, cache_salt)
+        send = life.prepare(message)
         stream = self._streams[request_id] = asyncio.Queue()
         self._pending.add(request_id)
         has_ended = False

@@ -129,6 +129,8 @@ class Engine:
             message.sampling,
             message.adapter_id,
             arrived_at=time.perf_counter(),
+            cache_salt=message.cache_salt,
+            is_cacheable=message.is_cacheable,
         )
         try:
             if message.request_id in self._progress:
@@ -235,6 +237,7 @@ class Engine:
             outputs += self._fail_step(step.batch, error)
             return
         self._num_failures = 0
+        self.scheduler.cache.keep(filter(self._is_alive, step.batch.items))
         outputs += self._postprocess(step, result)
 
     def _fail_step(self, batch: Batch, error: Exception) -> list[RequestOutput]:
@@ -263,8 +266,10 @@ class Engine:
 
     def is_removed(self, adapter_id: int) -> bool:
         """Free an adapter whose removal was requested, once no request needs it; to be asked until True."""
-        is_needed = any(p.request.adapter_id == adapter_id for p in self._progress.values())
-        return not is_needed and self.adapters.is_removed(adapter_id)
+        if any(p.request.adapter_id == adapter_id for p in self._progress.values()):
+            return False
+        self.scheduler.pages.drop(adapter_id)
+        return self.adapters.is_removed(adapter_id)
 
     def stats(self, call_id: int, *, only_changes: bool = False) -> EngineStats:
         """`only_changes`: of adapters that have changed since it was last asked so."""
@@ -346,6 +351,7 @@ class Engine:
             stop_token_id=stop_token_id,
             queue_ms=ms((progress.first_scheduled_at or 0.0) - request.arrived_at) if is_first else None,
             cold_start=progress.cold_start(self.adapters) if is_first else None,
+            num_cached_tokens=request.num_cached_tokens if is_first else None,
         )
         if finish_reason is not None:
             self._forget(request)

@@ -1,43 +1,215 @@
-"""Pages of the key-value cache: who owns which."""
+"""Pages of the key-value cache: who owns which, and which are kept for whoever begins with the same tokens.
+
+    free ─── grow ───> one owner, no name ─── keep ───> owners, a name ─── free ───> a name, nobody's
+                                                              <─── share ───
+         <──────────────── free ───────────           <───────────── evict, drop ──────────────
+
+A page with a name is a block: it is full, and nobody writes to it any more. Whoever owns a block owns those
+of all tokens before it, and no block leaves before those that continue it. So of a sequence's blocks, those
+that can be found are its first ones, and so are, among these, those that somebody owns.
+"""
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from toppings.core import BlockHash
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
+@dataclass(slots=True, eq=False)
+class Block:
+    """A page that is found by `name`. `parent` holds the tokens before it, `adapter_id` has made it."""
+
+    page: int
+    name: BlockHash
+    parent: "Block | None"
+    adapter_id: int | None
+    depth: int
+    num_owners: int = 1
+    num_children: int = 0
+    worth: tuple[float, int] = (0.0, 0)  # and when it was given up last, counted
+    is_listed: bool = False  # among those that may be evicted
+
+    @property
+    def is_idle_leaf(self) -> bool:
+        return not self.num_owners and not self.num_children
+
+
 class PageAllocator:
     """Hands out page numbers 0 … `num_pages` - 1; knows nothing of tensors.
 
-    A page belongs to the free list or to exactly one request's page table.
+    Blocks that nobody owns are evicted when pages run out, least worth first: GreedyDual (Young, 1994), with
+    what a block costs to compute, 1 + tokens before it / `double_cost_len`, and recency among equals. A block
+    that costs twice as much as another is kept for twice as long.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, double_cost_len: float = math.inf) -> None:
+        """`double_cost_len`: tokens of context with which a token costs twice what it costs without."""
         self.num_pages = num_pages
         self.page_size = page_size
+        self.num_evictions = 0
         self._free = list(range(num_pages - 1, -1, -1))
+        self._blocks: dict[int, Block] = {}  # by page
+        self._named: dict[BlockHash, Block] = {}
+        self._of_adapter: dict[int, set[Block]] = {}
+        self._num_idle = 0  # blocks that nobody owns
+        self._cost_per_depth = page_size / double_cost_len
+        self._leaving: list[tuple[tuple[float, int], Block]] = []  # heap of every idle leaf, and some others
+        self._num_given_up = 0
+        self._worth_evicted = 0.0
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that may be handed out, those of idle blocks among them."""
+        return len(self._free) + self._num_idle
 
     @property
     def num_used(self) -> int:
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_free
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
         """Extend `table` in place to hold `num_tokens`; False, and nothing changed, where pages run out."""
         num_missing = pages_for(num_tokens, self.page_size) - len(table)
-        if num_missing > len(self._free):
+        if num_missing > self.num_free:
             return False
+        self._make_free(num_missing)
         table.extend(self._free.pop() for _ in range(num_missing))
         return True
 
     def free(self, table: list[int]) -> None:
-        """Take back all pages of `table` and empty it."""
-        self._free.extend(reversed(table))
+        """Take back all pages of `table` and empty it; blocks stay until they are evicted."""
+        for page in reversed(table):
+            block = self._blocks.get(page)
+            if block is None:
+                self._free.append(page)
+                continue
+            block.num_owners -= 1
+            self._num_given_up += 1
+            cost = 1.0 + block.depth * self._cost_per_depth
+            block.worth = (self._worth_evicted + cost, self._num_given_up)
+            if not block.num_owners:
+                self._num_idle += 1
+                self._list(block)
         table.clear()
 
+    # --- blocks ---
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    def num_found(self, names: Sequence[BlockHash]) -> int:
+        """How many of a sequence's blocks, counted from its first, are there."""
+        if not names or names[0] not in self._named:
+            return 0
+        return bisect_left(names, True, lo=1, key=lambda name: name not in self._named)
+
+    def num_owned(self, names: Sequence[BlockHash], num_found: int) -> int:
+        """How many of its first `num_found` blocks somebody owns."""
+        return bisect_left(names, True, hi=num_found, key=lambda name: not self._named[name].num_owners)
+
+    def share(self, table: list[int], names: Sequence[BlockHash]) -> None:
+        """Append these blocks, which are there and continue `table`."""
+        for block in map(self._named.__getitem__, names):
+            self._own(block)
+            table.append(block.page)
+
+    def keep(self, table: list[int], index: int, name: BlockHash, adapter_id: int | None = None) -> None:
+        """Page `index` of `table`, whose pages before it are blocks, is full: it is a block from now on.
+
+        Where there is one of that name, `table` gets it instead of its own. `adapter_id`: whose block it is.
+        """
+        page, known = table[index], self._named.get(name)
+        if known is not None:
+            self._own(known)
+            self._free.append(page)
+            table[index] = known.page
+            return
+        parent = self._blocks[table[index - 1]] if index else None
+        block = self._named[name] = self._blocks[page] = Block(page, name, parent, adapter_id, index)
+        if parent is not None:
+            parent.num_children += 1
+        if adapter_id is not None:
+            self._of_adapter.setdefault(adapter_id, set()).add(block)
+
+    def drop(self, adapter_id: int) -> None:
+        """Free an adapter's blocks, which nobody owns."""
+        blocks = self._of_adapter.pop(adapter_id, None)
+        if blocks is None:
+            return
+        for block in sorted(blocks, key=lambda block: -block.depth):
+            assert not block.num_owners, "a block is dropped while it is in use"
+            self._forget(block)
+        self._leaving = [entry for entry in self._leaving if self._is_there(entry[1])]
+        heapify(self._leaving)
+
+    def _own(self, block: Block) -> None:
+        self._num_idle -= not block.num_owners
+        block.num_owners += 1
+
+    def _list(self, block: Block) -> None:
+        """A block that is listed already stays where its worth was then, which was less, until it is met."""
+        if block.is_idle_leaf and not block.is_listed:
+            block.is_listed = True
+            heappush(self._leaving, (block.worth, block))
+
+    def _make_free(self, num: int) -> None:
+        while len(self._free) < num:
+            self._evict()
+
+    def _evict(self) -> None:
+        while True:
+            worth, block = heappop(self._leaving)
+            block.is_listed = False
+            if not self._is_there(block) or not block.is_idle_leaf:
+                continue
+            if block.worth > worth:
+                self._list(block)
+                continue
+            self._worth_evicted = max(self._worth_evicted, worth[0])
+            self.num_evictions += 1
+            self._forget(block)
+            return
+
+    def _is_there(self, block: Block) -> bool:
+        return self._blocks.get(block.page) is block
+
+    def _forget(self, block: Block) -> None:
+        del self._blocks[block.page], self._named[block.name]
+        self._num_idle -= 1
+        self._free.append(block.page)
+        if block.adapter_id is not None and block.adapter_id in self._of_adapter:
+            self._of_adapter[block.adapter_id].discard(block)
+        if block.parent is not None:
+            block.parent.num_children -= 1
+            self._list(block.parent)
+
+    # --- proof ---
+
     def check_integrity(self, tables: list[list[int]]) -> None:
-        """Every page is free or in exactly one of `tables`."""
-        pages = self._free + [page for table in tables for page in table]
-        assert sorted(pages) == list(range(self.num_pages)), "a page is lost or owned twice"
+        """Every page is free, a block, or in exactly one of `tables`; blocks count owners and children."""
+        owners = Counter(page for table in tables for page in table)
+        plain = [page for page in owners.elements() if page not in self._blocks]
+        assert sorted([*self._free, *plain, *self._blocks]) == list(range(self.num_pages)), (
+            "a page is lost or owned twice"
+        )
+        children = Counter(id(block.parent) for block in self._blocks.values() if block.parent is not None)
+        for page, block in self._blocks.items():
+            parent = block.parent
+            assert block.page == page, "a block is at another page"
+            assert self._named[block.name] is block, "a block has another's name"
+            assert block.num_owners == owners[page], "a block counts its owners wrongly"
+            assert block.num_children == children[id(block)], "a block counts its children wrongly"
+            assert parent is None or (self._is_there(parent) and parent.num_owners >= block.num_owners), (
+                "a block has outlived the one before it"
+            )
+            assert block.is_listed or not block.is_idle_leaf, "a block can never be evicted"
+        assert len(self._named) == len(self._blocks), "a name has no block"
+        assert self._num_idle == sum(not block.num_owners for block in self._blocks.values())

@@ -9,6 +9,9 @@ A request's pages and its adapter pin, and who owns them:
              may be under way)           pins its adapter
                      <---- preempted ----
                      gives both back, computes again from its first token
+
+What it computed may stay in pages that it gives back (`prefix_cache.py`): whoever begins with the same
+tokens, itself as well, computes the rest.
 """
 
 from collections import deque
@@ -18,6 +21,7 @@ from typing import Protocol
 
 from toppings.core import Admission, Batch, BatchItem, Request, RequestError
 from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.prefix_cache import BlockNames, PrefixCache
 
 
 class AdapterPlacement(Protocol):
@@ -62,13 +66,21 @@ class Drain:
 
 
 class Scheduler:
-    """First come first served over `waiting`; whoever waits for an adapter is overtaken, never starved."""
+    """First come first served over `waiting`, but for a lead that the prefix cache gives; whoever waits for
+    an adapter is overtaken, never starved. `names`: of what the cache keeps, if it is to keep anything."""
 
-    def __init__(self, limits: SchedulerLimits, pages: PageAllocator, adapters: AdapterPlacement) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pages: PageAllocator,
+        adapters: AdapterPlacement,
+        names: BlockNames | None = None,
+    ) -> None:
         assert pages.num_pages * pages.page_size >= limits.max_model_len, "one sequence may not fit the cache"
         self.limits = limits
         self.pages = pages
         self.adapters = adapters
+        self.cache = PrefixCache(pages, names)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -90,6 +102,7 @@ class Scheduler:
             )
         if request.adapter_id is not None:
             self.adapters.prefetch(request.adapter_id)
+        self.cache.add(request)
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -107,9 +120,13 @@ class Scheduler:
         return failed
 
     def commit(self, batch: Batch) -> None:
-        """The batch has run: its tokens are in the cache."""
+        """The batch has been started: to its requests' next steps, its tokens are in the cache.
+
+        To others they are once `cache.keep` was told that they are right.
+        """
         for item in batch.items:
             item.request.num_computed_tokens += item.num_tokens
+            item.stop = item.request.num_computed_tokens
 
     # --- one step ---
 
@@ -119,7 +136,7 @@ class Scheduler:
             self._advance_drain(now)
         items, budget, was_preempted = self._schedule_running()
         if admits and not was_preempted:
-            items += self._schedule_waiting(now, budget)
+            self._schedule_waiting(now, budget, items)
         items.sort(key=_batch_order)
         return Batch(items)
 
@@ -150,53 +167,63 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, now: float, budget: int) -> list[BatchItem]:
-        items: list[BatchItem] = []
+    def _schedule_waiting(self, now: float, budget: int, items: list[BatchItem]) -> None:
+        """Adds to the `items` of those that run."""
         refused: set[int] = set()  # adapters that were asked for in this step and cannot start
-        for request in list(self.waiting):
-            if budget == 0 or len(self.running) >= self.limits.max_num_seqs or not self._has_pages(request):
+        for request in self.cache.in_turn(self.waiting) if self._may_start_any(budget) else ():
+            num_found = self.cache.num_found(request)
+            if not self._may_start_any(budget) or not self._has_pages(request, num_found):
                 break
             if request.adapter_id in refused or not self._may_start(request):
                 continue
-            admission = self._acquire(request, now)
+            if self.cache.is_awaited(request, num_found, items, now):
+                continue
+            admission = self._acquire(request, now, num_found)
             if admission is not Admission.READY:
                 refused.add(request.adapter_id if request.adapter_id is not None else -1)
                 continue
-            items.append(self._start(request, budget))
+            items.append(self._start(request, num_found, budget))
             budget -= items[-1].num_tokens
-        return items
 
-    def _start(self, request: Request, budget: int) -> BatchItem:
+    def _may_start_any(self, budget: int) -> bool:
+        return budget > 0 and len(self.running) < self.limits.max_num_seqs
+
+    def _start(self, request: Request, num_found: int, budget: int) -> BatchItem:
         self.waiting.remove(request)
         self._unblock(request)
+        self.cache.take(request, num_found)
         # Kept in order of arrival, so that the last one is always the one to preempt.
         is_latest = not self.running or self.running[-1].arrived_at <= request.arrived_at
         self.running.append(request)
         if not is_latest:
             self.running.sort(key=lambda r: r.arrived_at)
         num_tokens = min(request.num_uncomputed_tokens, budget)
-        has_grown = self.pages.grow(request.page_table, num_tokens)
+        has_grown = self.pages.grow(request.page_table, request.num_computed_tokens + num_tokens)
         assert has_grown, "pages were counted before the adapter was acquired"
         return BatchItem(request, num_tokens)
 
     @property
     def may_admit(self) -> bool:
         """The next step may start a waiting request, for all that is known without asking for its adapter."""
-        is_full = len(self.running) >= self.limits.max_num_seqs
-        return bool(self.waiting) and not is_full and self._has_pages(self.waiting[0])
+        if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
+            return False
+        first = self.waiting[0]
+        return self._has_pages(first, self.cache.num_found(first))
 
-    def _has_pages(self, request: Request) -> bool:
+    def _has_pages(self, request: Request, num_found: int) -> bool:
         """Room for all it has to compute, and a page for each that runs, lest one be preempted at once."""
-        num_needed = pages_for(request.num_tokens + 1, self.pages.page_size)
-        return not self.running or num_needed + len(self.running) <= self.pages.num_free
+        if not self.running:
+            return True
+        num_owned = self.cache.num_owned(request, num_found)
+        num_needed = pages_for(request.num_tokens + 1, self.pages.page_size) - num_owned
+        return num_needed + len(self.running) <= self.pages.num_free
 
-    def _acquire(self, request: Request, now: float) -> Admission:
+    def _acquire(self, request: Request, now: float, num_found: int) -> Admission:
         if request.adapter_id is None:
             return Admission.READY
+        num_tokens = request.num_uncomputed_tokens - num_found * self.pages.page_size
         try:
-            admission = self.adapters.try_acquire(
-                request.adapter_id, now, num_tokens=request.num_uncomputed_tokens
-            )
+            admission = self.adapters.try_acquire(request.adapter_id, now, num_tokens=num_tokens)
         except ValueError as error:
             self.finish(request)
             self._failed.append((request, str(error)))
@@ -250,6 +277,7 @@ class Scheduler:
 
     def _unblock(self, request: Request) -> None:
         self._blocked_at.pop(request.request_id, None)
+        self.cache.forget(request)
         if self._drain is not None and self._drain.request is request:
             self._drain = None
 
@@ -265,7 +293,7 @@ class Scheduler:
         yield from self.waiting
 
     def check_integrity(self) -> None:
-        """Pages belong to running requests only, and nobody is both waiting and running."""
+        """Running requests alone own pages, and nobody is both waiting and running."""
         self.pages.check_integrity([r.page_table for r in self.running])
         assert not any(r.page_table for r in self.waiting), "a waiting request owns pages"
         ids = [r.request_id for r in self.requests()]

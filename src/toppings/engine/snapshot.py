@@ -22,7 +22,7 @@ def snapshot(
     def rank(request: Request) -> int:
         return 0 if request.adapter_id is None else adapters.rank_of(request.adapter_id)
 
-    pages, pool, host = scheduler.pages, adapters.pool, adapters.host
+    pages, cache, pool, host = scheduler.pages, scheduler.cache, adapters.pool, adapters.host
     running, waiting = list(scheduler.running), list(scheduler.waiting)
     num_waiting = Counter(r.adapter_id for r in waiting if r.adapter_id is not None)
     return EngineStats(
@@ -46,5 +46,9 @@ def snapshot(
             **adapters.counters(),
             "preemptions": scheduler.num_preemptions,
             "drains": scheduler.num_drains,
+            "prefix_cache_queries": cache.num_queries,
+            "prefix_cache_hits": cache.num_hits,
+            "prefix_cache_waits": cache.num_waits,
+            "prefix_cache_evictions": pages.num_evictions,
         },
     )

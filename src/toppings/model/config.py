@@ -112,6 +112,12 @@ class ModelConfig:
             (inter, hidden),
         )
 
+    @property
+    def double_cost_len(self) -> float:
+        """Tokens of context with which attending to them costs a token as many FLOPs as all projections: two
+        per weight there; in attention, two per query value and key, and two per value, in each layer."""
+        return sum(num_in * num_out for num_in, num_out in self.base_shapes()[1]) / (2 * self.q_size)
+
     def group_out_offsets(self) -> dict[str, tuple[int, ...]]:
         """Per projection group, the first column of each of its projections in the group's fused output."""
         sizes = [num_out for _, num_out in self.base_shapes()[1]]

@@ -1,5 +1,7 @@
 """The application: every route over one engine client, registry and tokeniser."""
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Route
@@ -31,6 +33,7 @@ def create_app(
     text_model: TextModel,
     config: Config,
     perf_model: PerfModel | None = None,
+    make_admin: Callable[[ServerState], AdapterAdmin] = AdapterAdmin,
 ) -> FastAPI:
     """An application that owns none of what it is given; `app.state.toppings` is its ServerState."""
     app = FastAPI(
@@ -43,7 +46,7 @@ def create_app(
     metrics = Metrics(client.info.model_name)
     state = ServerState(client, registry, text_model, config, metrics, perf_model)
     app.state.toppings = state
-    app.state.admin = AdapterAdmin(state)
+    app.state.admin = make_admin(state)
     if config.server.adapter_source:
         state.resolver = Resolver(state, app.state.admin)
     app.state.catalogue = Catalogue(state)

@@ -47,7 +47,7 @@ class ChatReply:
             for i, c in enumerate(cast(list[ChatChoice], choices))
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
-        total = usage(self._job.num_prompt_tokens, num_tokens)
+        total = usage(self._job, num_tokens)
         head = {**self._head("chat.completion"), **self._prompt()}
         return {**head, "choices": content, "usage": total}
 
@@ -69,7 +69,7 @@ class ChatReply:
                 choice = {"index": i, "delta": delta, **self._ending(output.logprobs or [], output)}
                 yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)})
         if self._body.include_usage:
-            yield sse({**head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
+            yield sse({**head, "choices": [], "usage": usage(self._job, num_tokens)})
         yield DONE
 
     def error_event(self, error: ApiError) -> bytes:

@@ -51,6 +51,7 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
         ),
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
+        cache_salt=body.cache_salt,
         started_at=started_at,
     )
 
@@ -85,7 +86,7 @@ class CompletionReply:
             self._choice(i, self._echo_of(i) + c.text, c, 0, is_first=True) for i, c in enumerate(choices)
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
-        return {**self._head, "choices": content, "usage": usage(self._job.num_prompt_tokens, num_tokens)}
+        return {**self._head, "choices": content, "usage": usage(self._job, num_tokens)}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
         offsets = [0] * self._job.num_sequences
@@ -102,7 +103,7 @@ class CompletionReply:
                     {**self._head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)}
                 )
         if self._body.include_usage:
-            yield sse({**self._head, "choices": [], "usage": usage(self._job.num_prompt_tokens, num_tokens)})
+            yield sse({**self._head, "choices": [], "usage": usage(self._job, num_tokens)})
         yield DONE
 
     def error_event(self, error: ApiError) -> bytes:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from toppings.core import MAX_INT
+from toppings.core import MAX_INT, MAX_SALT_CHARS
 from toppings.server.errors import ApiError
 from toppings.server.exchange import current_exchange
 
@@ -32,6 +32,7 @@ Int = Annotated[ItemInt, BeforeValidator(_whole)]
 """What any integer of a body fits; most have narrower bounds, in `SamplingParams`."""
 Count = Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_whole)]
 Name = Annotated[str, Field(max_length=1024)]
+Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)]
 PathText = Annotated[str, Field(max_length=4096)]
 # A list is refused at its first bad item: one error an item would take a multiple of the body's own size.
 Texts = Annotated[list[str], Field(fail_fast=True)]

@@ -39,7 +39,8 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Job:
-    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`."""
+    """Choice `i` of prompt `p` has index `p * num_choices + i`. `started_at` is of `time.perf_counter`.
+    `num_cached_tokens` of the prompts were in the engine's cache, as far as is known yet."""
 
     state: ServerState
     target: Target
@@ -49,6 +50,8 @@ class Job:
     include_stop: bool = False
     shown: Mapping[int, str] | None = None
     """Special tokens that are text all the same, by their ids."""
+    cache_salt: str | None = None
+    num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
@@ -92,6 +95,8 @@ class Job:
                     if timer.num_tokens == 0:
                         lease.note_started()
                     timer.note(output)
+                    if index % self.num_choices == 0:  # the others share what this one has computed
+                        self.num_cached_tokens += output.num_cached_tokens or 0
                     yield output
         except Exception as error:
             timer.outcome = "error"
@@ -101,16 +106,40 @@ class Job:
             timer.ended_at = time.perf_counter()
             self.state.metrics.observe(timer)
 
-    def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
-        state, sampling = self.state, self._sampling_of(index % self.num_choices)
+    async def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
+        """Begun once more where an adapter was damaged and is whole again."""
+        sampling = self._sampling_of(index % self.num_choices)
+        has_begun = False
+        try:
+            async with aclosing(self._generated(prompt, sampling, self.target.adapter_id)) as outputs:
+                async for output in outputs:
+                    has_begun = True
+                    yield output
+            return
+        except GenerationError:
+            resolver, is_adapter = self.state.resolver, self.target.adapter_id is not None
+            if has_begun or resolver is None or not is_adapter:
+                raise
+            target = await resolver.repair(self.target)
+            if target is None:
+                raise
+        async with aclosing(self._generated(prompt, sampling, target.adapter_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def _generated(
+        self, prompt: list[int], sampling: SamplingParams, adapter_id: int | None
+    ) -> AsyncGenerator[TextOutput, None]:
+        state = self.state
         return generate_text(
             state.client,
             state.text,
             prompt,
             sampling,
-            self.target.adapter_id,
+            adapter_id,
             include_stop=self.include_stop,
             shown=self.shown,
+            cache_salt=self.cache_salt,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:

@@ -70,15 +70,16 @@ class MessageReply:
         return _event("error", error=message_error(error))
 
     def _head(self, num_tokens: int) -> dict[str, Any]:
+        num_cached = self._job.num_cached_tokens
         return {
             "id": self._id,
             "type": "message",
             "role": "assistant",
             "model": self._job.target.name,
             "usage": {
-                "input_tokens": self._job.num_prompt_tokens,
+                "input_tokens": self._job.num_prompt_tokens - num_cached,
                 "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": 0,
+                "cache_read_input_tokens": num_cached,
                 "output_tokens": num_tokens,
             },
         }

@@ -15,6 +15,12 @@ from toppings.text import TextOutput
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
+VLLM_COUNTERS = {
+    "preemptions": ("num_preemptions", "Preemptions by recomputation."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Tokens of started prompts."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Tokens of started prompts that were in the cache."),
+}
+"""The engine's counters by their names here, with those that vLLM gives them."""
 COLD_START_PARTS = ("read", "copy", "exposed", "compute")
 
 
@@ -148,8 +154,8 @@ class EngineCollector(Collector):
         yield from self._memory()
         for name, value in sorted(stats.counters.items()):
             yield CounterMetricFamily(f"toppings:{name}", f"The engine's count of {name}.", value=value)
-        preemptions = stats.counters.get("preemptions", 0)
-        yield CounterMetricFamily("vllm:num_preemptions", "Preemptions by recomputation.", value=preemptions)
+        for name, (told, help_text) in VLLM_COUNTERS.items():
+            yield CounterMetricFamily(f"vllm:{told}", help_text, value=stats.counters.get(name, 0))
 
     def _cache_config(self) -> Metric:
         family = GaugeMetricFamily(

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from toppings.core import RequestError, SamplingParams, Structure, shown
 from toppings.server.errors import ApiError
-from toppings.server.fields import Count, Int, LenientBody, Name, Texts, TokenIds
+from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts, TokenIds
 from toppings.server.structures import StructureFields
 
 HARMLESS = frozenset(
@@ -98,6 +98,7 @@ class GenerationBody(StructureFields):
     ignore_eos: bool | None = None
     min_tokens: Int | None = None
     add_special_tokens: bool | None = None
+    cache_salt: Salt | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None

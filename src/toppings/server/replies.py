@@ -50,11 +50,13 @@ def raw_list(lists: Iterable[list[Any]]) -> msgspec.Raw:
     return msgspec.Raw(b"[" + b",".join(msgspec.json.encode(each)[1:-1] for each in lists) + b"]")
 
 
-def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+def usage(job: Job, num_tokens: int) -> dict[str, Any]:
+    """What the job has read, and `num_tokens` that it has generated."""
     return {
-        "prompt_tokens": num_prompt_tokens,
+        "prompt_tokens": job.num_prompt_tokens,
         "completion_tokens": num_tokens,
-        "total_tokens": num_prompt_tokens + num_tokens,
+        "total_tokens": job.num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": job.num_cached_tokens},
     }
 
 
@@ -66,5 +68,5 @@ def namer(body: GenerationBody, text: TextModel) -> Callable[[int], str]:
 def running_usage(body: GenerationBody, job: Job, num_tokens: int) -> dict[str, Any]:
     """What an event before the last says of usage: null where a usage event follows, else nothing."""
     if body.continuous_usage:
-        return {"usage": usage(job.num_prompt_tokens, num_tokens)}
+        return {"usage": usage(job, num_tokens)}
     return {"usage": None} if body.include_usage else {}

@@ -24,11 +24,14 @@ from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.config import ServerConfig
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.errors import RETRY_AFTER_S, ApiError, describe
-from toppings.server.state import ServerState
+from toppings.server.state import ServerState, Target
 from toppings.sources.adapters import (
+    FETCHED,
+    PRIVATE,
     AdapterSource,
     Found,
     find_adapter,
+    find_again,
     find_reference,
     is_safe_name,
     parse_source,
@@ -47,10 +50,8 @@ MAX_PENDING = 64
 FAILURE_S = 10.0
 """How long a failure is remembered."""
 MAX_FAILURES = 4096
-FETCHED = "fetching"
-"""Below the state directory: what is under way."""
-PRIVATE = "private "
-"""Begins the path of an adapter that only those may use whose own token may read it."""
+AGAIN = "again"
+"""Stands for a kind of source in the key of what was damaged."""
 
 
 class Resolver:
@@ -97,6 +98,20 @@ class Resolver:
         if name in self._held:
             self._held.move_to_end(name)
         return record
+
+    async def repair(self, target: Target) -> Target | None:
+        """The adapter of a request that has failed: fetched again where its packed file is damaged and came
+        from a source, None where that is not why. Raises ApiError where it cannot be had."""
+        registry = self._state.registry
+        record = registry.find_named(target.name)
+        if record is None or record.path.startswith("/"):  # those the engine makes again itself
+            return None
+        if record.adapter_id == target.adapter_id:
+            if await self._in_thread(registry.is_intact, record.adapter_id):
+                return None
+            logger.warning("the packed file of adapter %s is damaged; it is fetched again", record.name)
+            record = await self._once((record.name, AGAIN, ""), partial(self._bring_again, record))
+        return Target(record.name, record.adapter_id)
 
     def has(self, kind: str) -> bool:
         """Whether a source of this kind is configured."""
@@ -190,6 +205,24 @@ class Resolver:
         self._keep(record)
         self._checked[name] = time.monotonic()
         return record
+
+    async def _bring_again(self, record: AdapterRecord) -> AdapterRecord:
+        """As a new generation; what a client has loaded is brought in the same revision."""
+        if record.path.startswith(PRIVATE):
+            await self._leave(record.name)
+            message = (
+                f"adapter {record.name!r} was damaged here; ask again, to have it fetched with your token"
+            )
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            raise ApiError(503, message, "ServiceUnavailableError", headers=headers)
+        if record.origin is Origin.SOURCE:
+            return await self._bring(record.name, None, None)
+        try:
+            found = await self._in_thread(find_again, self.sources, record.name, record.path)
+        except AdapterError as error:
+            message = f"adapter {record.name!r} is damaged here, and cannot be had again: {error}"
+            raise ApiError(502, message, "BadGatewayError", "model") from error
+        return await self.load(record.name, found, in_place=True, origin=record.origin)
 
     # --- who may use what another's token has brought ---
 

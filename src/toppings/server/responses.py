@@ -127,7 +127,7 @@ class ResponseReply:
         num_thoughts = min(num_tokens, len(encode(thoughts, add_special_tokens=False))) if thoughts else 0
         return {
             "input_tokens": num_prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._job.num_cached_tokens},
             "output_tokens": num_tokens,
             "output_tokens_details": {"reasoning_tokens": num_thoughts},
             "total_tokens": num_prompt_tokens + num_tokens,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from toppings.sim.blocks import PromptBlocks
 from toppings.sim.seeds import generator
 from toppings.sim.synth.lengths import draw_lengths
 from toppings.sim.synth.popularity import draw_adapters
@@ -84,7 +85,12 @@ def trace_of_functions(
 
 
 def trace_of_lengths(
-    times_s: FloatArray, prompt: IntArray, response: IntArray, options: TraceOptions, origin: str
+    times_s: FloatArray,
+    prompt: IntArray,
+    response: IntArray,
+    options: TraceOptions,
+    origin: str,
+    blocks: PromptBlocks | None = None,
 ) -> Trace:
     """A trace of requests [N] in any order with known lengths: adapters are drawn.
 
@@ -110,6 +116,7 @@ def trace_of_lengths(
         max(float(arrivals_s[-1]), 1e-9),
         origin,
         num_dropped=num_dropped,
+        blocks=None if blocks is None else blocks.take(order),
     )
     return windowed(trace, options)
 

@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from toppings.cluster.batch_sums import BatchSums
 from toppings.core import BatchItem, Request
 from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.prefix_cache import BlockNames
 from toppings.engine.scheduler import AdapterPlacement, Scheduler, SchedulerLimits
 from toppings.sim.request import SimRequest
 
@@ -62,15 +63,47 @@ class ClaimedPages(PageAllocator):
         assert self.num_left >= 0, "more pages are claimed than there are"
 
 
+class ClaimedBlocks(PageAllocator):
+    """The engine's pages with numbers, for requests that share some: an idle block makes way for a claim."""
+
+    num_claimed = 0
+
+    @property
+    def num_free(self) -> int:
+        return super().num_free - self.num_claimed
+
+    @property
+    def num_left(self) -> int:
+        return self.num_free
+
+    def claim(self, num: int) -> None:
+        """As of `ClaimedPages`."""
+        self.num_claimed += num
+        self._make_free(0)
+
+    def _make_free(self, num: int) -> None:
+        super()._make_free(self.num_claimed + num)
+
+    def check_integrity(self, tables: list[list[int]]) -> None:
+        super().check_integrity(tables)
+        assert self.num_free >= 0, "more pages are claimed than there are"
+
+
 class CohortScheduler(Scheduler):
     """`may_jump` False keeps the cohort empty: every step is the engine's own code and nothing else."""
 
-    pages: ClaimedPages
+    pages: ClaimedPages | ClaimedBlocks
 
     def __init__(
-        self, limits: SchedulerLimits, pages: ClaimedPages, adapters: AdapterPlacement, *, may_jump: bool
+        self,
+        limits: SchedulerLimits,
+        pages: ClaimedPages | ClaimedBlocks,
+        adapters: AdapterPlacement,
+        names: BlockNames | None = None,
+        *,
+        may_jump: bool,
     ) -> None:
-        super().__init__(limits, pages, adapters)
+        super().__init__(limits, pages, adapters, names)
         self.sums = BatchSums()
         self.num_steps = 0
         self._may_jump = may_jump
@@ -167,12 +200,17 @@ class CohortScheduler(Scheduler):
 
     def _dissolve(self) -> None:
         for request in list(self._offsets):
-            num_computed = self._leave(request)
-            request.output_token_ids.extend([0] * (num_computed - request.num_computed_tokens))
-            request.num_computed_tokens = num_computed
-            has_grown = self.pages.grow(request.page_table, num_computed)
-            assert has_grown, "its pages were claimed"
+            self._settle(request, self._leave(request))
         self._ends.clear()
+
+    def _settle(self, request: Request, num_computed: int) -> None:
+        """It gets what it has generated since it joined."""
+        num_tokens = num_computed - request.num_computed_tokens
+        request.output_token_ids.extend([0] * num_tokens)
+        request.num_computed_tokens = num_computed
+        has_grown = self.pages.grow(request.page_table, num_computed)
+        assert has_grown, "its pages were claimed"
+        self.cache.keep([BatchItem(request, num_tokens, stop=num_computed)])
 
     # --- the engine's scheduler ---
 
@@ -180,7 +218,9 @@ class CohortScheduler(Scheduler):
         if request not in self._offsets:
             super().finish(request)
             return
-        self._leave(request)  # it runs, so that nobody waits for its adapter or its end
+        num_computed = self._leave(request)  # it runs, so that nobody waits for its adapter or its end
+        if self.cache.is_on:
+            self._settle(request, num_computed)
         self.running.remove(request)
         self._take_back(request)
 

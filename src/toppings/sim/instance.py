@@ -1,14 +1,16 @@
 """One simulated server: the engine's scheduler on virtual time, its adapters, and the steps under way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 
 import numpy as np
 
 from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.report import RequestEntry, ServerReport
-from toppings.core import Batch
+from toppings.core import Batch, BatchItem
+from toppings.engine.prefix_cache import BlockNames
 from toppings.engine.scheduler import SchedulerLimits
-from toppings.sim.cohort import ClaimedPages, CohortScheduler
+from toppings.sim.cohort import ClaimedBlocks, ClaimedPages, CohortScheduler
 from toppings.sim.costs import StepCosts, to_ns
 from toppings.sim.loading import MODES, ColdStep, LinkLoad
 from toppings.sim.placement import make_placement
@@ -24,7 +26,14 @@ batch, in which the engine ends them too."""
 class Instance:
     """Idle while `run` is None. Instants and times are ns."""
 
-    def __init__(self, config: SimConfig, adapter_names: list[str], adapter_bytes: list[int]) -> None:
+    def __init__(
+        self,
+        config: SimConfig,
+        adapter_names: list[str],
+        adapter_bytes: list[int],
+        names: BlockNames | None = None,
+    ) -> None:
+        """`names`: of pages that requests may share."""
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -32,8 +41,10 @@ class Instance:
             max_adapter_wait_s=config.max_adapter_wait_s,
         )
         self.placement = make_placement(config, adapter_names, adapter_bytes)
-        pages = ClaimedPages(config.num_pages, config.page_size)
-        self.scheduler = CohortScheduler(limits, pages, self.placement, may_jump=not config.is_stepwise)
+        make_pages = ClaimedPages if names is None else ClaimedBlocks
+        pages = make_pages(config.num_pages, config.page_size)
+        may_jump = not config.is_stepwise
+        self.scheduler = CohortScheduler(limits, pages, self.placement, names, may_jump=may_jump)
         self.run: Run | None = None
         self.busy_time = self.exposed_time = 0
         self.num_steps = self.num_tokens = 0
@@ -100,6 +111,7 @@ class Instance:
 
     def _end_batch(self, batch: Batch, started: list[SimRequest], ended: list[SimRequest]) -> None:
         self.scheduler.commit(batch)
+        self.scheduler.cache.keep(batch.items)
         for item in batch.items:
             request = item.request
             assert isinstance(request, SimRequest)
@@ -120,7 +132,10 @@ class Instance:
     def _single_step(self, now: int, batch: Batch) -> Run:
         sums, context, prefills = self.scheduler.sums, self.scheduler.context_sum, batch.items
         if not sums.sequences:  # beside a cohort there are prefills only
-            sums, context = _sums_of(batch)
+            sums, context = _sums_of(batch.items)
+            prefills = [item for item in batch.items if not item.is_decode]
+        elif any(item.is_decode for item in batch.items):  # and prompts whose last token alone is not cached
+            sums, context = _sums_of(batch.items, deepcopy(sums), context)
             prefills = [item for item in batch.items if not item.is_decode]
         ms = self._costs.decode_ms(sums) + self._costs.decode_context_ms * context
         if prefills:
@@ -230,10 +245,12 @@ def _decode_order(request: SimRequest) -> tuple[int, int]:
     return request.adapter_id, request.index
 
 
-def _sums_of(batch: Batch) -> tuple[BatchSums, int]:
-    """The decodes of a batch, and the keys they attend to."""
-    sums, context = BatchSums(), 0
-    for item in batch.items:
+def _sums_of(
+    items: Iterable[BatchItem], sums: BatchSums | None = None, context: int = 0
+) -> tuple[BatchSums, int]:
+    """The decodes among them, and the keys they attend to; added to `sums` and `context`."""
+    sums = sums or BatchSums()
+    for item in items:
         if item.is_decode:
             request = item.request
             assert isinstance(request, SimRequest)

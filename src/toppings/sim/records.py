@@ -25,6 +25,8 @@ class InstanceTotals:
     num_drains: int
     num_adapter_hits: int
     num_adapter_loads: int
+    num_queried_tokens: int  # of prompts that may share some
+    num_cached_tokens: int
 
     @classmethod
     def of(cls, instance: Instance, now: int) -> "InstanceTotals":
@@ -38,6 +40,8 @@ class InstanceTotals:
             num_drains=instance.scheduler.num_drains,
             num_adapter_hits=instance.placement.num_hits,
             num_adapter_loads=instance.placement.num_loads,
+            num_queried_tokens=instance.scheduler.cache.num_queries,
+            num_cached_tokens=instance.scheduler.cache.num_hits,
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.policies import POLICIES
-from toppings.config import EVICTION_POLICIES, ConfigError, EngineConfig, Settings, setting
+from toppings.config import EVICTION_POLICIES, SWITCH, ConfigError, EngineConfig, Settings, setting
 from toppings.sim.loading import MODES
 
 NS_PER_S = 1_000_000_000
@@ -41,6 +41,9 @@ class SimConfig(Settings):
     )
     max_model_len: int = setting(32768, at_least=1)
     page_size: int = setting(EngineConfig.page_size, at_least=1)
+    enable_prefix_caching: str = setting(
+        EngineConfig.enable_prefix_caching, "for traces that tell what prompts share", choices=SWITCH
+    )
     kv_cache_tokens: int = setting(65536, "of a server", at_least=1)
     max_adapter_wait_s: float = setting(EngineConfig.max_adapter_wait_s, at_least=0)
     device_pool_bytes: int = setting(8 * 2**30, "of a server", at_least=1)

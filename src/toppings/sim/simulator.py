@@ -6,6 +6,7 @@ the next one, and requests that arrive together at an idle server are in one ste
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush, heapreplace
@@ -16,6 +17,7 @@ from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
 from toppings.core import RequestError, SamplingParams
+from toppings.sim.blocks import TraceNames
 from toppings.sim.instance import Instance
 from toppings.sim.records import InstanceTotals, Records, SimResult
 from toppings.sim.request import SimRequest
@@ -52,6 +54,15 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
+def _instants(arrivals_ns: Sequence[int]) -> list[float]:
+    """In seconds, no two alike: an engine sees none at one instant."""
+    last, instants = -math.inf, []
+    for at in arrivals_ns:
+        last = max(at / NS_PER_S, math.nextafter(last, math.inf))
+        instants.append(last)
+    return instants
+
+
 class Simulator:
     """One run over one trace. Raises ValueError where an adapter's rank makes it larger than any server's
     pool.
@@ -63,11 +74,14 @@ class Simulator:
         bytes_of = {rank: config.adapter_bytes(rank) for rank in set(self._ranks)}  # one number of each size
         adapter_bytes = [bytes_of[rank] for rank in self._ranks]
         self._names, self._bytes = trace.adapter_names, adapter_bytes
-        self.instances = [Instance(config, self._names, adapter_bytes) for _ in range(config.num_instances)]
+        self._shares = trace.blocks is not None and config.enable_prefix_caching == "on"
+        self.instances = [self._make_instance() for _ in range(config.num_instances)]
         self._ids = [f"instance-{i}" for i in range(config.num_instances)]
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
         self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
         self._arrivals_ns = [round(at * NS_PER_S) for at in trace.arrivals_s.tolist()]
+        # Without leads in the queue, the scheduler only compares arrivals.
+        self._arrived_at = _instants(self._arrivals_ns) if self._shares else range(len(trace))
         self._adapters, self._prompts = trace.adapters.tolist(), trace.prompt_tokens.tolist()
         room = config.max_model_len - trace.prompt_tokens
         self._nums_to_generate = np.maximum(1, np.minimum(trace.response_tokens, room)).tolist()
@@ -81,6 +95,11 @@ class Simulator:
             self._report,
             self._rebalance,
         ]
+
+    def _make_instance(self) -> Instance:
+        blocks = self.trace.blocks if self._shares else None
+        names = None if blocks is None else TraceNames(blocks, self.config.page_size)
+        return Instance(self.config, self._names, self._bytes, names)
 
     def _make_dispatcher(self, index: int) -> Dispatcher:
         """Router `index`. It counts what it sent itself; row i of its fleet is instance i."""
@@ -230,7 +249,7 @@ class Simulator:
             range(self._prompts[index]),  # type: ignore[arg-type]  # its length is all that is ever asked
             ANY,
             adapter,
-            float(index),  # the scheduler only compares arrivals; an engine never sees two at one instant
+            self._arrived_at[index],
             index=index,
             router=index % len(self.dispatchers),
             rank=self._ranks[adapter],

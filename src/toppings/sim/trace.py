@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from toppings.sim.blocks import PromptBlocks
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
@@ -29,6 +31,7 @@ class Trace:
     `arrivals_s` [N] float64, ascending, 0 … `duration_s`; `adapters` [N] int32, index of the adapter;
     `prompt_tokens`, `response_tokens` [N] int32, at least 1; `ranks` [A] int32. `names` [A] is empty where
     adapters have no names of their own. `num_dropped` requests of the source are left out: they failed there.
+    `blocks`: what prompts have in common, where the source tells of it.
 
     Raises ValueError where an array breaks this.
     """
@@ -42,11 +45,13 @@ class Trace:
     origin: str
     names: Sequence[str] = ()
     num_dropped: int = 0
+    blocks: PromptBlocks | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(a) for a in (self.arrivals_s, self.adapters, self.prompt_tokens, self.response_tokens)}
         assert len(lengths) == 1, f"columns of different lengths {lengths}"
         assert len(self.names) in (0, len(self.ranks))
+        assert self.blocks is None or len(self.blocks) == len(self)
         if not self.duration_s > 0:
             raise ValueError(
                 f"{self.origin}: the trace lasts {self.duration_s} s; it must last longer than 0 s"
@@ -100,12 +105,13 @@ class Trace:
             arrivals_s=self.arrivals_s[first:last] - start_s,
             **{name: getattr(self, name)[first:last] for name in columns},
             duration_s=min(stop_s, self.duration_s) - start_s,
+            blocks=None if self.blocks is None else self.blocks.take(range(int(first), int(last))),
         )
 
 
 def write_trace(trace: Trace, path: Path) -> None:
     """Write our own CSV; times keep nanoseconds. Only adapters that are asked for come back when it is
-    read.
+    read, and no `blocks`.
     """
     names, ranks = trace.adapter_names, trace.ranks.tolist()
     with path.open("w", newline="") as file:

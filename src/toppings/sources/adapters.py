@@ -27,6 +27,10 @@ from toppings.sources.remote import SCHEMES, RemoteFiles, scheme_of
 WANTED = frozenset({CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES})
 DIR, HUB = "dir", "hub"
 KINDS = (DIR, HUB, *SCHEMES)
+FETCHED = "fetching"
+"""Below the state directory: what is under way."""
+PRIVATE = "private "
+"""Begins a record's path where only those may use the adapter whose own token may read it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Found:
 
 
 class AdapterSource(ABC):
-    """One of the configured places. All methods may wait for a disk or a network."""
+    """One of the configured places; `text` is it as settings have it, with a whole path. All methods may wait
+    for a disk or a network."""
 
     def __init__(self, text: str, kind: str, patterns: tuple[str, ...]) -> None:
         self.text, self.kind, self._patterns = text, kind, patterns
@@ -71,9 +76,9 @@ class AdapterSource(ABC):
 
 
 class DirSource(AdapterSource):
-    def __init__(self, text: str, path: str, patterns: tuple[str, ...]) -> None:
-        super().__init__(text, DIR, patterns)
-        self._root = Path(path).resolve()
+    def __init__(self, path: Path, patterns: tuple[str, ...]) -> None:
+        super().__init__(",".join((f"{DIR}:{path.absolute()}", *patterns)), DIR, patterns)
+        self._root = path.resolve()
 
     def find(self, name: str, token: str | None = None) -> Found:
         place = self._root / name
@@ -143,7 +148,7 @@ def parse_source(text: str) -> AdapterSource:
         path = Path(place.removeprefix(f"{DIR}:"))
         if not path.is_dir():
             raise ConfigError(f"adapter_source {text!r}: no directory at {path}")
-        return DirSource(text, str(path), allowed)
+        return DirSource(path, allowed)
     if place.startswith(f"{HUB}:"):
         first = place.removeprefix(f"{HUB}:")
         if not first:
@@ -190,6 +195,17 @@ def find_reference(sources: list[AdapterSource], reference: str, token: str | No
         if name is not None and is_safe_name(name, "") and source.allows(name):
             return source.find(name, token)
     return None
+
+
+def find_again(sources: list[AdapterSource], name: str, where: str) -> Found:
+    """What was `Found` before, by this name, at `where`. Raises FetchError where no source has it, or has
+    another revision by now."""
+    where = where.removeprefix(PRIVATE)
+    place = where if where.startswith(f"{HUB}:") else where.rpartition("@")[0]
+    found = find_reference(sources, place) or find_adapter(sources, name)
+    if found.where != where:
+        raise FetchError(f"{where} is not to be had any more; there is {found.where} now")
+    return found
 
 
 def any_place(reference: str) -> AdapterSource:

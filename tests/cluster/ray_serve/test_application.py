@@ -85,6 +85,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(path / "base", PRESETS["tiny"])
     write_adapters(path / "adapters", path / "base", AdapterShape(ranks=(4, 16)), count=2)
     write_adapters(path / "more", path / "base", AdapterShape(ranks=(8,)), count=2, seed=1)
+    write_adapters(path / "sourced" / "team", path / "base", AdapterShape(ranks=(8,)), count=1, seed=2)
     return path
 
 
@@ -94,6 +95,7 @@ def up(home: Path) -> Iterator[Up]:
         "model": home / "base",
         "adapters": home / "adapters",
         "adapter_roots": [str(home / "more")],
+        "adapter_source": [f"dir:{os.path.relpath(home / 'sourced')}"],
         "state_dir": home / "state",
         "log_dir": home / "logs",
     }
@@ -183,6 +185,17 @@ def test_adapters_loaded_and_unloaded_at_run_time_reach_both_engines(up: Up) -> 
     assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
     assert up.post("/v1/completions", model="new", prompt="hello").status_code == 404
     assert not any("new" in row["adapters_on_device"] for row in up.replicas())
+
+
+def test_an_adapter_comes_from_a_source_when_a_request_names_it(up: Up) -> None:
+    name = "team/adapter-00000"
+    with ThreadPoolExecutor(8) as pool:
+        texts = {*pool.map(lambda _: up.complete(name, max_tokens=40), range(8))}
+    assert len(texts) == 1
+    assert texts != {up.complete("base", max_tokens=40)}
+    assert up.post("/v1/completions", model="team/none", prompt="hello").status_code == 404
+    assert up.post("/v1/unload_lora_adapter", lora_name=name).status_code == 200
+    assert {up.complete(name, max_tokens=40)} == texts  # fetched again
 
 
 def test_statistics_are_of_all_engines(up: Up) -> None:

@@ -1,30 +1,34 @@
 """A replica's adapters, on the front's machine and on another one, without Ray."""
 
+import asyncio
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.fakes import FakeEngineClient
+from tests.sources.hub_server import running_hub
 from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
-from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.registry import AdapterRegistry, Origin
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, open_node_registry
 from toppings.config import Config
 from toppings.engine.base import hold_state, open_registry
+from toppings.sources.adapters import FETCHED, parse_source
+from toppings.sources.fetch import Room
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 
 class Machine:
     """A machine with a registry, and replicas on it."""
 
-    def __init__(self, model: Path, state_dir: Path) -> None:
-        self.config = Config.from_settings({"model": str(model), "state_dir": str(state_dir)})
+    def __init__(self, model: Path, state_dir: Path, **settings: object) -> None:
+        self.config = Config.from_settings({"model": str(model), "state_dir": str(state_dir), **settings})
         self.registry = open_registry(self.config.engine)
 
     def replica(self) -> tuple[ReplicaAdapters, FakeEngineClient]:
         engine = FakeEngineClient()
-        return ReplicaAdapters(open_registry(self.config.engine), engine), engine
+        return ReplicaAdapters(open_registry(self.config.engine), engine, self.config.server), engine
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,49 @@ async def test_elsewhere_it_is_registered_from_its_path_when_first_named(
     shutil.rmtree(ref.path)  # from now on it is the machine's own
     assert await adapters.resolve(ref) == adapter_id
     assert await elsewhere.replica()[0].resolve(ref) == adapter_id
+
+
+async def fetch(machine: Machine, name: str, tmp_path: Path) -> AdapterRef:
+    """As the front does it for a request."""
+    [source] = (parse_source(text) for text in machine.config.server.adapter_source)
+    found = source.find("one/resolve/main")
+    path = found.bring(tmp_path / "part", Room(1 << 20, 60.0))
+    record = machine.registry.register(name, path, origin=Origin.SOURCE, source=found.where)
+    shutil.rmtree(path)
+    return AdapterRef.of(record)
+
+
+async def test_elsewhere_what_came_from_a_source_is_fetched_once_for_all_replicas(
+    model: Path, sources: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sources / "adapter-00000", tmp_path / "hub" / "org" / "one")
+    with running_hub(tmp_path / "hub") as hub:
+        settings = {"adapter_source": [f"{hub.url}/org"]}
+        front, elsewhere = (Machine(model, tmp_path / name, **settings) for name in ("front", "elsewhere"))
+        ref = await fetch(front, "one/resolve/main", tmp_path)
+        assert await front.replica()[0].resolve(ref) == ref.generation
+        replicas = [elsewhere.replica()[0] for _ in range(3)]
+        ids = await asyncio.gather(*(replica.resolve(ref) for replica in replicas * 2))
+        record = elsewhere.registry.get(ref.name)
+        assert {*ids} == {record.adapter_id}
+        assert (record.path, record.digest) == (ref.path, ref.digest)
+        assert hub.num_fetched["org/one/adapter_model.safetensors"] == 2  # by each machine once
+        assert list((elsewhere.registry.state_dir / FETCHED).iterdir()) == []
+
+
+async def test_elsewhere_another_revision_or_none_is_said(model: Path, sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "adapter-00000", tmp_path / "hub" / "org" / "one")
+    with running_hub(tmp_path / "hub") as hub:
+        front = Machine(model, tmp_path / "front", adapter_source=[f"{hub.url}/org"])
+        ref = await fetch(front, "one/resolve/main", tmp_path)
+        change(tmp_path / "hub" / "org" / "one", sources / "adapter-00001")
+        other = Machine(model, tmp_path / "other", adapter_source=[f"{hub.url}/org"])
+        with pytest.raises(AdapterError, match="is not to be had any more; there is"):
+            await other.replica()[0].resolve(ref)
+        bare = Machine(model, tmp_path / "bare")
+        with pytest.raises(AdapterNotFound, match="no adapter source may be asked"):
+            await bare.replica()[0].resolve(ref)
+        assert bare.registry.count() == other.registry.count() == 0
 
 
 async def test_content_that_is_not_what_the_front_registered_is_refused(
@@ -201,6 +248,20 @@ def test_a_replica_that_starts_late_does_not_bring_back_what_was_unloaded(model:
     front.remove("adapter-00000")
     replica = open_node_registry(config, is_front=False)
     assert [record.name for record in replica.list()] == ["adapter-00001"]
+
+
+def test_what_came_from_a_source_goes_with_it(model: Path, sources: Path, tmp_path: Path) -> None:
+    settings = {"model": str(model), "state_dir": str(tmp_path / "state")}
+    front = open_node_registry(Config.from_settings(settings), is_front=True)
+    source = f"dir:{sources}/adapter-00000@1"
+    front.register("adapter-00000", sources / "adapter-00000", origin=Origin.SOURCE, source=source)
+    front.close()
+    kept = open_node_registry(
+        Config.from_settings({**settings, "adapter_source": [f"dir:{sources}"]}), is_front=True
+    )
+    assert kept.count() == 1
+    kept.close()
+    assert open_node_registry(Config.from_settings(settings), is_front=True).count() == 0
 
 
 def test_two_fronts_do_not_share_a_directory(model: Path, tmp_path: Path) -> None:

@@ -65,9 +65,10 @@ class Front:
             replica_timeout_s=fleet.replica_timeout_s,
         )
         await replicas.start()
-        self._http = create_app(replicas, registry, text, config)
+        self._http = create_app(
+            replicas, registry, text, config, make_admin=lambda state: FleetAdmin(state, replicas)
+        )
         self._http.state.replicas = replicas
-        self._http.state.admin = FleetAdmin(self._http.state.toppings, replicas)
         self._http.include_router(router)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

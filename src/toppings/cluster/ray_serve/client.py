@@ -9,6 +9,7 @@ from contextlib import aclosing
 from contextvars import Context
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -16,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.cluster.dispatcher import ResponseLengths
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
@@ -86,6 +87,7 @@ class ReplicaClient:
         adapter_id: int | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as a replica's engine draws tokens; closing the iterator early aborts the request.
 
@@ -98,7 +100,8 @@ class ReplicaClient:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
         expected = self._lengths.expected(sampling.max_tokens)
-        call, num_tokens = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided()), 0
+        call = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided(), cache_salt=cache_salt)
+        num_tokens = 0
         self.num_pending += 1
         try:
             async with aclosing(self._with_retries(call)) as outputs:
@@ -259,10 +262,21 @@ class FleetAdmin(AdapterAdmin):
         self._replicas = replicas
         self._adopting = asyncio.Lock()
 
-    async def load(self, name: str, path: str, *, in_place: bool = False) -> AdapterRecord:
+    async def _register(
+        self,
+        name: str,
+        directory: Path,
+        roots: list[Path],
+        *,
+        in_place: bool,
+        origin: Origin = Origin.HTTP,
+        source: str = "",
+    ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
-            record = await super().load(name, path, in_place=in_place)
+            record = await super()._register(
+                name, directory, roots, in_place=in_place, origin=origin, source=source
+            )
             refusals = await self._replicas.adopt(record)
         if not refusals:
             return record

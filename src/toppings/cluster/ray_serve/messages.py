@@ -55,6 +55,7 @@ class Call:
     response_tokens: float
     avoid: frozenset[str] = frozenset()
     sent_to: list[str] = field(default_factory=list)
+    cache_salt: str | None = None
 
     @property
     def origin(self) -> str:

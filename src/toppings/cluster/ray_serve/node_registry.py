@@ -1,14 +1,17 @@
 """The registry of one machine, which the front and all replicas there share, and a replica's view of it.
 
 The front decides which adapters exist. What it names in a call is found here by name and content; on another
-machine than the front's it is registered from its path when it is first named.
+machine than the front's it is registered from its path when it is first named, or fetched from its source.
 """
 
 import asyncio
 import fcntl
 import logging
+import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
@@ -16,8 +19,11 @@ from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.state_lock import StateLock
 from toppings.cluster.ray_serve.messages import AdapterRef
-from toppings.config import Config
+from toppings.config import Config, ConfigError, ServerConfig
 from toppings.core import RequestError
+from toppings.server.resolver import drop_unconfigured
+from toppings.sources.adapters import FETCHED, AdapterSource, find_again, parse_source
+from toppings.sources.fetch import Room
 from toppings.sources.models import find_model
 
 logger = logging.getLogger(__name__)
@@ -48,6 +54,7 @@ def open_node_registry(config: Config, *, is_front: bool) -> AdapterRegistry:
         if front is not None:
             registry.register_directory(directory or None).log()
             if is_front:
+                drop_unconfigured(registry, config.server)
                 registry.clean_up()
                 registry.keep_open(front)
             else:
@@ -66,7 +73,14 @@ def _front_lock(registry: AdapterRegistry) -> StateLock | None:
 
 @contextmanager
 def _registering(registry: AdapterRegistry) -> Iterator[None]:
-    with open(registry.state_dir / "register.lock", "w") as file:
+    with _alone(registry.state_dir / "register.lock"):
+        yield
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -81,33 +95,65 @@ class Engine(Protocol):
 class ReplicaAdapters:
     """The front's generations by this machine's adapter ids; used from one event loop."""
 
-    def __init__(self, registry: AdapterRegistry, engine: Engine) -> None:
-        self._registry, self._engine = registry, engine
+    def __init__(self, registry: AdapterRegistry, engine: Engine, config: ServerConfig) -> None:
+        self._registry, self._engine, self._config = registry, engine, config
+        self._sources = list(_sources_here(config))
         self._ids: dict[int, int] = {}
         self._retired: dict[int, int] = {}
         self._names = RecentNames(registry)
-        self._resolving = asyncio.Lock()
+        self._resolving: dict[int, asyncio.Task[int]] = {}
 
     async def resolve(self, ref: AdapterRef) -> int:
         """This machine's id of an adapter. Raises AdapterError where it is not here and cannot be had."""
         adapter_id = self._ids.get(ref.generation)
         if adapter_id is not None:
             return adapter_id
-        async with self._resolving:
-            if ref.generation not in self._ids:
-                record = await asyncio.to_thread(self._find_or_register, ref)
-                self._ids[ref.generation] = record.adapter_id
-                if ref.is_pinned:
-                    await self._pin_quietly(record)
-        return self._ids[ref.generation]
+        task = self._resolving.get(ref.generation)
+        if task is None:  # a fetch may take its time, and keeps back nobody who asks for another adapter
+            task = self._resolving[ref.generation] = asyncio.create_task(self._resolve(ref))
+            task.add_done_callback(lambda _: self._resolving.pop(ref.generation))
+        return await asyncio.shield(task)
+
+    async def _resolve(self, ref: AdapterRef) -> int:
+        record = await asyncio.to_thread(self._find_or_register, ref)
+        self._ids[ref.generation] = record.adapter_id
+        if ref.is_pinned:
+            await self._pin_quietly(record)
+        return record.adapter_id
 
     def _find_or_register(self, ref: AdapterRef) -> AdapterRecord:
+        if not ref.path.startswith("/"):
+            return self._find_or_fetch(ref)
         with _registering(self._registry):
-            found = self._registry.find(ref.name, ref.digest)
-            if found is not None and found.adapter_id not in self._retired.values():
-                return found
-            logger.info("adapter %s is registered here from %s", ref.name, ref.path)
-            return self._registry.register(ref.name, ref.path, replace=True, digest=ref.digest)
+            found = self._find(ref)
+            return found or self._register(ref, Path(ref.path))
+
+    def _find(self, ref: AdapterRef) -> AdapterRecord | None:
+        found = self._registry.find(ref.name, ref.digest)
+        return found if found is not None and found.adapter_id not in self._retired.values() else None
+
+    def _find_or_fetch(self, ref: AdapterRef) -> AdapterRecord:
+        """Of the replicas of a machine, one fetches what came from a source; the others find it then."""
+        if (found := self._find(ref)) is not None:
+            return found
+        fetched = self._registry.state_dir / FETCHED
+        fetched.mkdir(exist_ok=True)
+        part, lock = fetched / uuid.uuid4().hex, fetched / f"{ref.digest[:16]}.lock"
+        with _alone(lock):
+            try:
+                if (found := self._find(ref)) is not None:
+                    return found
+                room = Room(self._config.source_max_bytes, self._config.source_timeout_s)
+                path = find_again(self._sources, ref.name, ref.path).bring(part, room)
+                with _registering(self._registry):
+                    return self._register(ref, path, ref.path)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    def _register(self, ref: AdapterRef, path: Path, source: str = "") -> AdapterRecord:
+        logger.info("adapter %s is registered here from %s", ref.name, ref.path)
+        return self._registry.register(ref.name, path, replace=True, digest=ref.digest, source=source)
 
     async def _pin_quietly(self, record: AdapterRecord) -> None:
         try:
@@ -160,6 +206,13 @@ class ReplicaAdapters:
                 self._registry.remove(name)
         except AdapterNotFound:
             pass
+
+
+def _sources_here(config: ServerConfig) -> Iterator[AdapterSource]:
+    """A directory that only the front's machine has is none of this one's."""
+    for text in config.adapter_source:
+        with suppress(ConfigError):
+            yield parse_source(text)
 
 
 def explain(error: AdapterError | RequestError, replica_id: str) -> str:

@@ -93,4 +93,5 @@ def join(outputs: list[RequestOutput]) -> RequestOutput:
         error=last.error,
         queue_ms=first.queue_ms,
         cold_start=first.cold_start,
+        num_cached_tokens=first.num_cached_tokens,
     )

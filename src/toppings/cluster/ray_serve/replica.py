@@ -59,7 +59,7 @@ class EngineReplica:
             engine, after=registering, log=EngineLog(config.server.log_level)
         )
         registry = registering.result()
-        self._adapters = ReplicaAdapters(registry, self._client)
+        self._adapters = ReplicaAdapters(registry, self._client, config.server)
         self._perf_model = _measured_model(config.engine, registry)
         self._watch = asyncio.create_task(self._end_with_engine())
 
@@ -78,7 +78,9 @@ class EngineReplica:
         try:
             yield self._id
             adapter_id = await self._adapters.resolve(adapter) if adapter else None
-            outputs = self._client.generate(call.prompt_token_ids, call.sampling, adapter_id)
+            outputs = self._client.generate(
+                call.prompt_token_ids, call.sampling, adapter_id, cache_salt=call.cache_salt
+            )
             paced_outputs = paced(outputs, self._period_s)
             async with aclosing(with_signs_of_life(paced_outputs, SIGN_PERIOD_S)) as messages:
                 async for message in messages:

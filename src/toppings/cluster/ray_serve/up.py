@@ -22,6 +22,7 @@ from toppings.config import OFF, Config, ConfigError
 from toppings.log_files import LOG_FORMAT
 from toppings.model.files import read_json
 from toppings.server.lifecycle import listening_socket, run_dir
+from toppings.sources.adapters import parse_source
 from toppings.sources.models import with_model
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,6 @@ def run_up(config: UpConfig, *, on_ready: Callable[[str], None]) -> None:
 
     Raises ConfigError, or UpError where Ray, an engine or the front did not start.
     """
-    if config.server.server.adapter_source:
-        raise ConfigError("adapter_source is for `toppings serve`; `toppings up` takes --adapters")
     level = config.server.server.log_level.upper()
     logging.basicConfig(level=level, format=LOG_FORMAT)
     with suppress(KeyboardInterrupt), _cluster(config) as resolved:
@@ -121,10 +120,9 @@ def _on_this_machine(config: UpConfig) -> UpConfig:
     names = ["model", "state_dir", *(["step_log"] if engine.step_log != OFF else [])]
     paths: dict[str, Any] = {name: _whole(getattr(engine, name)) for name in names}
     places: dict[str, Any] = {name: _whole(getattr(server, name)) for name in ("adapters", "log_dir")}
-    roots = tuple(map(_whole, server.adapter_roots))
-    resolved = Config(
-        engine=replace(engine, **paths), server=replace(server, port=port, adapter_roots=roots, **places)
-    )
+    places["adapter_roots"] = tuple(map(_whole, server.adapter_roots))
+    places["adapter_source"] = tuple(parse_source(text).text for text in server.adapter_source)
+    resolved = Config(engine=replace(engine, **paths), server=replace(server, port=port, **places))
     directory = run_dir(resolved)
     directory.mkdir(parents=True, exist_ok=True)
     config = replace(config, server=resolved)

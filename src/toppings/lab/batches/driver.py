@@ -57,7 +57,8 @@ class BatchDriver:
         prompt = [_TOKEN_ID] * (num_context + row.num_tokens)
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         adapter_id = None if row.adapter is None else self._adapter_ids[row.adapter]
-        refusal = self._engine.add(AddRequest(str(next(self._request_ids)), prompt, sampling, adapter_id))
+        message = AddRequest(str(next(self._request_ids)), prompt, sampling, adapter_id, is_cacheable=False)
+        refusal = self._engine.add(message)
         if refusal is not None:
             raise RuntimeError(f"the engine refused a sequence of {len(prompt)} tokens: {refusal.error}")
         request = self._engine.scheduler.waiting[-1]

@@ -103,6 +103,7 @@ async def _with_adapters(spec: ModesSpec, work_dir: Path, on_progress: OnProgres
     settings: dict[str, Any] = {
         "state_dir": str(work_dir / "state"),
         "shutdown_timeout_s": SHUTDOWN_S,
+        "enable_prefix_caching": "off",  # every mode's every prefill is to compute its whole prompt
         "max_queue": max(spec.base.server.max_queue, spec.load.num_requests),
         "model": spec.base.engine.model or DEMO,
     }

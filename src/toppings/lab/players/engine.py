@@ -117,6 +117,7 @@ class EnginePlayer:
                 list(map(int, call.prompt)),
                 SamplingParams(max_tokens=call.max_tokens, temperature=0.0, ignore_eos=True),
                 self._adapter_ids[adapter],
+                is_cacheable=trace.blocks is not None,  # a random prompt is that of other traces, too
             )
             for index, (adapter, call) in enumerate(zip(trace.adapters.tolist(), calls_of(trace)))
         ]

@@ -37,6 +37,7 @@ class RunSummary:
     num_preemptions: int
     adapter_hit_rate: float
     exposed_share: float
+    cached_share: float  # of prompt tokens; NaN where prompts share nothing
     ranks: Sequence[int]
     rank_mix: Sequence[Sequence[int]]
 
@@ -81,6 +82,9 @@ def summarize_run(result: SimResult) -> RunSummary:
         num_preemptions=sum(t.num_preemptions for t in totals),
         adapter_hit_rate=_share(num_hits, num_hits + num_loads),
         exposed_share=sum(t.exposed_s for t in totals) / max(busy_s, 1e-9),
+        cached_share=_share(
+            sum(t.num_cached_tokens for t in totals), sum(t.num_queried_tokens for t in totals)
+        ),
         ranks=ranks.tolist(),
         rank_mix=mix.tolist(),
     )
