@@ -27,6 +27,7 @@ from toppings.core import EngineStats, SamplingParams
 from toppings.engine.assist import Assist
 from toppings.server import lightllm, lorax
 from toppings.server.chat_body import ChatBody
+from toppings.server.embeddings import EmbeddingBody, ScoreBody
 from toppings.server.fields import LenientBody
 from toppings.server.messages_body import MessagesBody
 from toppings.server.metrics import Metrics
@@ -41,6 +42,7 @@ SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfi
 OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
 BODIES = (
     *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
+    *(EmbeddingBody, ScoreBody),
     *(lorax.Body, lorax.Parameters, lightllm.Body, lightllm.Parameters, StreamOptions),
 )
 OF_BODIES = {name for each in BODIES for name in (*each.known(), *each.neutral, *each.harmless)}
