@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from toppings.core import (
     TokenLogprobs,
 )
 from toppings.engine.client import EngineDeadError
+from toppings.sandbox.grammars import matcher_of
 
 VOCAB_SIZE = 512
 
@@ -40,6 +42,30 @@ class Call:
 def echo_script(call: Call) -> list[int]:
     """The prompt's tokens over and over."""
     return list(itertools.islice(itertools.cycle(call.prompt_token_ids), call.sampling.max_tokens))
+
+
+def following_script(vocabulary: Any, eos_token_id: int) -> Callable[[Call], list[int]]:
+    """A random output that the structure allows, ended where it may; without one, the prompt's tokens.
+
+    `vocabulary`: an `llguidance.LLTokenizer`.
+    """
+
+    def follow(call: Call) -> list[int]:
+        structure, draw = call.sampling.structure, random.Random(0)
+        if structure is None:
+            return echo_script(call)
+        matcher = matcher_of(vocabulary, structure.kind, structure.text)
+        tokens: list[int] = []
+        while len(tokens) < call.sampling.max_tokens:
+            mask = matcher.compute_bitmask()
+            allowed = [i for i in range(VOCAB_SIZE) if mask[i // 8] >> i % 8 & 1]
+            tokens.append(eos_token_id if eos_token_id in allowed else draw.choice(allowed))
+            if tokens[-1] == eos_token_id:
+                break
+            matcher.consume_token(tokens[-1])
+        return tokens
+
+    return follow
 
 
 @dataclass

@@ -69,7 +69,19 @@ OF_ANSWERS = {
     ),
     "tool_result",
 }
-FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
+OF_TOOLS = {
+    *(
+        "allowed_tools",
+        "deepseek_r1",
+        "enable_thinking",
+        "llama3_json",
+        "mistral_named",
+        "reasoning_content",
+        "tool_call_id",
+    ),
+    *("tool_calls", "tool_use"),
+}
+FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "scripts", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
@@ -148,7 +160,7 @@ def test_the_routers_settings_are_documented_with_their_defaults() -> None:
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: f"{body.__module__}.{body.__name__}")
 def test_every_field_of_a_body_is_documented(body: type[LenientBody]) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    named = set(re.findall(r"`([A-Za-z_]+)`", text))
+    named = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
     assert {*body.known(), *body.neutral, *body.harmless} - named == set()
 
 
@@ -214,7 +226,16 @@ def test_the_table_of_the_routers_metrics_has_all_of_them() -> None:
 def test_names_are_those_of_settings_or_known_others(document: Path, stats: EngineStats) -> None:
     """A setting that has gone, or is misspelt, is none of these."""
     known = {field.name for each in (*SETTINGS, SamplingParams, LoraConfig) for field in fields(each)}
-    known |= {*MODES, *POLICIES, *stats.counters, *OF_MODELS, *OF_REQUESTS, *OF_BODIES, *OF_ANSWERS}
+    known |= {
+        *MODES,
+        *POLICIES,
+        *stats.counters,
+        *OF_MODELS,
+        *OF_REQUESTS,
+        *OF_BODIES,
+        *OF_ANSWERS,
+        *OF_TOOLS,
+    }
     known |= set(
         re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))
     )  # of a server with workers

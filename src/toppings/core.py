@@ -313,6 +313,8 @@ class Request:
     `block_hashes` name its full pages, first to last, as far as they are known. `num_cached_tokens` of its
     prompt were in the cache when it first started. Where it is not `is_cacheable`, every token is computed,
     and none is kept for others; nobody shares pages with requests of another `cache_salt`.
+
+    Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
     """
 
     request_id: str
@@ -329,6 +331,7 @@ class Request:
     is_cacheable: bool = True
     block_hashes: list[BlockHash] = field(default_factory=list)
     num_cached_tokens: int = 0
+    adapter_start: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -371,6 +374,22 @@ class BatchItem:
     def is_decode(self) -> bool:
         """True for a single token that continues a sequence with earlier tokens in the cache."""
         return self.num_tokens == 1 and self.request.num_computed_tokens > 0
+
+    @property
+    def num_base_tokens(self) -> int:
+        """Of its tokens, those that come before its adapter acts: all, where it has none."""
+        request = self.request
+        if request.adapter_id is None:
+            return self.num_tokens
+        return min(self.num_tokens, max(0, request.adapter_start - request.num_computed_tokens))
+
+    @property
+    def adapter_id(self) -> int | None:
+        """Whose weights it needs, beside the base model's."""
+        request = self.request
+        if request.adapter_start >= request.num_computed_tokens + self.num_tokens:
+            return None
+        return request.adapter_id
 
     @property
     def is_last(self) -> bool:

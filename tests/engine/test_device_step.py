@@ -33,6 +33,7 @@ from toppings.model.weights import weight_shapes
 from toppings.ops import dispatch
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.lora import LoraSegments
+from toppings.ops.sampling import SampleOutput
 
 GPU = torch.device("meta")
 PAGE_SIZE = 4
@@ -133,7 +134,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def to_output(plan: Any, rows: Any, parts: Any) -> Any:
         drawn.append(parts)
-        return SimpleNamespace(token_ids=[0] * len(rows), logprobs=[None] * len(rows), undrawable=[])
+        return SampleOutput([0] * len(rows), [None] * len(rows))
 
     monkeypatch.setattr("toppings.engine.drawing.to_output", to_output)
     uniform = "toppings.ops.device_sampling.draw_uniform"

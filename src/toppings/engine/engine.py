@@ -20,6 +20,7 @@ from toppings.core import (
     RequestOutput,
     TokenLogprobs,
 )
+from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
 from toppings.engine.faults import is_sticky
 from toppings.engine.model_runner import StepInFlight, StepResult
@@ -141,6 +142,8 @@ class Engine:
             self._check_tokens("logit_bias", [token for token, _ in request.sampling.logit_bias])
             self._check_tokens("allowed_token_ids", request.sampling.allowed_token_ids)
             tier = self._tier(request)
+            if request.adapter_id is not None:
+                activate(request, self.adapters.invocation_tokens_of(request.adapter_id))
             if self._is_compiled(request):
                 self.scheduler.add(request)
         except ValueError as error:

@@ -188,14 +188,14 @@ class ModelRunner:
 
     def _loads(self, items: list[BatchItem]) -> dict[int, LoadHandle]:
         """By adapter id, the loads under way of the batch's adapters."""
-        adapter_ids = {item.request.adapter_id for item in items}
+        adapter_ids = {item.adapter_id for item in items}
         return {
             a: load for a in adapter_ids if a is not None and (load := self._adapters.load_of(a)) is not None
         }
 
     def _segments(self, items: list[BatchItem]) -> LoraSegments | None:
         """None where the base model alone is asked for."""
-        adapter_ids = {item.request.adapter_id for item in items}
+        adapter_ids = {item.adapter_id for item in items}
         slots = {a: self._adapters.slot_of(a) for a in adapter_ids if a is not None}
         if not slots:
             return None
@@ -216,7 +216,7 @@ class ModelRunner:
 
 
 def _num_tokens_of(items: list[BatchItem], adapter_id: int) -> int:
-    return sum(item.num_tokens for item in items if item.request.adapter_id == adapter_id)
+    return sum(item.num_tokens - item.num_base_tokens for item in items if item.adapter_id == adapter_id)
 
 
 def _last_rows(items: list[BatchItem]) -> list[int]:

@@ -34,8 +34,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class StepItem(msgspec.Struct, frozen=True, array_like=True):
-    """`token_ids`: those of this step; `slot`: of its adapter; `num_scored`: rows, from the first on, whose
-    logits are wanted beside those to draw from."""
+    """`token_ids`: those of this step, of which the first `num_base_tokens` are the base model's; `slot`: of
+    its adapter; `num_scored`: rows, from the first on, whose logits are wanted beside those to draw from."""
 
     token_ids: list[int]
     num_computed_tokens: int
@@ -43,6 +43,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     slot: int | None
     needs_sample: bool
     num_scored: int
+    num_base_tokens: int
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -117,6 +118,7 @@ class _StepRequest(Request):
             item.slot,
             num_computed_tokens=item.num_computed_tokens,
             page_table=item.page_table,
+            adapter_start=item.num_computed_tokens + item.num_base_tokens,
         )
         self.needs_sample = item.needs_sample
         self.num_scored = item.num_scored
@@ -141,9 +143,10 @@ def step_of(batch: Batch, slots: dict[int, int]) -> Step:
                 _new_tokens(item),
                 item.request.num_computed_tokens,
                 item.request.page_table,
-                None if item.request.adapter_id is None else slots[item.request.adapter_id],
+                None if item.adapter_id is None else slots[item.adapter_id],
                 item.needs_sample,
                 len(item.request.scored_token_ids(item.num_tokens)),
+                item.num_base_tokens,
             )
             for item in batch.items
         ]

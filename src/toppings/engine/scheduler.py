@@ -222,7 +222,8 @@ class Scheduler:
     def _acquire(self, request: Request, now: float, num_found: int) -> Admission:
         if request.adapter_id is None:
             return Admission.READY
-        num_tokens = request.num_uncomputed_tokens - num_found * self.pages.page_size
+        num_cached = num_found * self.pages.page_size
+        num_tokens = request.num_uncomputed_tokens - max(num_cached, request.adapter_start)
         try:
             admission = self.adapters.try_acquire(request.adapter_id, now, num_tokens=num_tokens)
         except ValueError as error:

@@ -186,6 +186,16 @@ MAX_BEST_OF = 20
 
 
 class CompletionBody(GenerationBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **NEUTRAL,
+        "messages": (),
+        "max_completion_tokens": (),
+        "top_logprobs": (),
+        "add_generation_prompt": (),
+        "continue_final_message": (False,),
+        "include_reasoning": (True, False),
+    }
+
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: Int | None = None
     echo: bool | None = None
