@@ -7,8 +7,8 @@
 Writes two local tasks of its own: facts with four choices each (loglikelihood), and sums to be gone on with
 (generate_until). Starts `toppings serve` with the same checkpoint, then has lm-eval run both tasks over its
 `hf` model and over its `local-completions`, both in batches. Ends in one JSON line: by model, the largest
-difference of a log-likelihood, how often only one of both finds a choice greedy, how many texts differ. The
-exit status is 1 where a log-likelihood differs by more than 1e-3, or anything else differs.
+difference of a log-likelihood, how often only one of both finds a choice greedy, and how many texts differ.
+The exit status is 1 where a log-likelihood differs by more than 1e-3, or anything else differs.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,14 @@ def write_tasks(directory: Path, num_items: int) -> None:
         (directory / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, file=file, rest=rest))
 
 
-def run_tasks(directory: Path, model: str, **arguments: Any) -> dict[str, list[Any]]:
+def run_tasks(directory: Path, kind: str, arguments: dict[str, Any]) -> dict[str, list[Any]]:
     """lm-eval's answers by task: per document its (log-likelihood, is greedy) pairs or its text."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(directory), include_defaults=False)
     result = lm_eval.simple_evaluate(
-        model=model,
+        model=kind,
         model_args=arguments,
         tasks=list(TASKS),
         task_manager=manager,
@@ -123,12 +122,11 @@ async def check(config: Config, directory: Path, adapter: str) -> dict[str, Any]
     results: dict[str, Any] = {}
     async with running_server(config):
         for name, weights in names.items():
-            run: Callable[..., Any] = run_tasks
             served = {"base": config.engine.served_model_name}.get(name, name)
             remote = {"base_url": url, "model": served, "tokenizer": str(path), "num_concurrent": 2}
-            found = await asyncio.to_thread(run, directory, "local-completions", **remote)
+            found = await asyncio.to_thread(run_tasks, directory, "local-completions", remote)
             local = {"pretrained": str(path), "dtype": "float32", "device": "cpu", **weights}
-            expected = await asyncio.to_thread(run, directory, "hf", **local)
+            expected = await asyncio.to_thread(run_tasks, directory, "hf", local)
             results[name] = compare(expected, found)
     return results
 
