@@ -17,6 +17,7 @@ MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32
 MAX_PATTERNS = 8192  # of one option; the largest models have some 900 projections
 MAX_PATTERN_CHARS = 4096
 MAX_INVOCATION_TOKENS = 256
+MAX_ALL_CHARS = 2**19  # of all patterns of one option: more take longer to compile than matching them may
 CONFIG_FILE = "adapter_config.json"
 
 _MEANINGLESS = frozenset(
@@ -211,6 +212,8 @@ def _pattern(name: str, value: Any, check: Callable[[str, Any], T]) -> dict[str,
 def _check_patterns(name: str, patterns: list[str]) -> None:
     if len(patterns) > MAX_PATTERNS:
         raise AdapterError(f"{name} has {len(patterns)} entries; at most {MAX_PATTERNS} are read")
+    if (num_chars := sum(map(len, patterns))) > MAX_ALL_CHARS:
+        raise AdapterError(f"{name} has {num_chars} characters of patterns; at most {MAX_ALL_CHARS} are read")
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN_CHARS:
             raise AdapterError(
