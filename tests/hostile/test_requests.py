@@ -4,6 +4,7 @@ The bounds of time here are for any machine; `benchmarks/fuzz.py` has the promis
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from hostile.fuzzing import (
 from hostile.routes import known_routes
 from hostile.served import Served, Usage
 from hostile.shots import draw_shots
+
+from toppings.demo import demo_adapters_dir
 
 NUM_REQUESTS = 1200
 LIMIT_S = 10.0
@@ -104,16 +107,26 @@ def test_bad_adapters_over_http_are_refused_with_a_reason_or_served(served: Serv
     assert result["health_ms"]["max"] < HEALTH_S * 1e3
 
 
-def test_forced_calls_of_the_demo_fit_their_tools(served: Served) -> None:
+def test_forced_calls_fit_their_tools(served: Served, roots: Path) -> None:
+    """In the form of the adapter's own template, which is short, as this server's context is."""
+    shutil.copytree(demo_adapters_dir() / "pirate", roots / "caller")
+    template = (
+        "{{ messages[0].content }}{% for t in tools %} {{ t.function.name }}{% endfor %}{# [TOOL_CALLS] #}"
+    )
+    (roots / "caller" / "chat_template.jinja").write_text(told + "{# [TOOL_CALLS] #}")
+    named = {"lora_name": "caller", "lora_path": str(roots / "caller")}
+    assert served.ask("/v1/load_lora_adapter", named, timeout_s=100)[0] == 200
+    days = {"type": "integer", "minimum": 1, "maximum": 9}
     schema = {
         "type": "object",
-        "properties": {"city": {"enum": ["Rome", "K\u00f6ln"]}, "days": {"type": "integer", "maximum": 9}},
+        "properties": {"city": {"enum": ["Rome", "K\u00f6ln"]}, "days": days},
         "required": ["city", "days"],
     }
     tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("a", "b")]
-    body = {"messages": [{"role": "user", "content": "Weather?"}], "tools": tools, "max_tokens": 200, "n": 3}
+    chat = [{"role": "user", "content": "Weather?"}]
     for choice in ("required", {"type": "function", "function": {"name": "b"}}):
-        forced = {**body, "tool_choice": choice, "parallel_tool_calls": False}
+        body = {"model": "caller", "messages": chat, "tools": tools, "tool_choice": choice, "n": 3}
+        forced = {**body, "parallel_tool_calls": False, "max_tokens": 150}
         status, content = served.ask("/v1/chat/completions", forced, timeout_s=100)
         assert status == 200, content
         for answer in content["choices"]:
@@ -121,6 +134,7 @@ def test_forced_calls_of_the_demo_fit_their_tools(served: Served) -> None:
             assert answer["finish_reason"] == "tool_calls"
             assert call["function"]["name"] in ("a", "b")[choice != "required" :]
             jsonschema.Draft202012Validator(schema).validate(json.loads(call["function"]["arguments"]))
+    assert served.ask("/v1/unload_lora_adapter", {"lora_name": "caller"}, timeout_s=100)[0] == 200
 
 
 def test_a_seed_gives_the_same_requests(served: Served) -> None:
