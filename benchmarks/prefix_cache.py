@@ -4,14 +4,17 @@
     python benchmarks/prefix_cache.py --toy
 
 `ttft`: of a request whose first 1,000 tokens another one has computed, over that one's; the median of pairs.
-`chat`: prompt tokens computed in 20 turns of a chat, over those that were new. `trace`: multi-turn
-conversations with system prompts in common, on one simulated server with the engine's own scheduler; its hits
-over those of an LRU cache of the same size that sees one request after another, computed offline. `kept`:
-pages alone, one request after another, by recency and by recency and cost: hits, and the cost that they
-spare, over LRU's. `overhead`: processor time that naming, keeping and evicting pages adds to the scheduler's
-when no prompts are alike, over all that the engine takes for the same tokens. Ends in one JSON line.
+`chain`: time to the first token of an activated LoRA that judges what the base model has just read and said,
+over that of an ordinary LoRA; medians. `chat`: prompt tokens computed in 20 turns of a chat, over those that
+were new. `trace`: multi-turn conversations with system prompts in common, on one simulated server with the
+engine's own scheduler; its hits over those of an LRU cache of the same size that sees one request after
+another, computed offline. `kept`: pages alone, one request after another, by recency and by recency and cost:
+hits, and the cost that they spare, over LRU's. `overhead`: processor time that naming, keeping and evicting
+pages adds to the scheduler's when no prompts are alike, over all that the engine takes for the same tokens.
+Ends in one JSON line.
 """
 
+import json
 import statistics
 import tempfile
 import time
@@ -26,6 +29,7 @@ import numpy as np
 from toppings.cluster.perf_model import load_perf_model
 from toppings.config import EngineConfig
 from toppings.core import AddRequest, Admission, BlockHash, Request, SamplingParams
+from toppings.engine.base import open_registry
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.engine import Engine
 from toppings.engine.pages import PageAllocator, pages_for
@@ -36,12 +40,13 @@ from toppings.sim.blocks import PromptBlocks, TraceNames
 from toppings.sim.settings import SimConfig
 from toppings.sim.simulator import Simulator
 from toppings.sim.trace import Trace
-from toppings.synth import PRESETS, write_model
+from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 PAGE_SIZE = 16
 BLOCK_LEN = 512
 DOUBLE_COST_LEN = 8192.0
 MAX_CONTEXT = 30_000
+INVOCATION = [251, 252, 253]
 SESSION_GAP_S = 3.0
 LIMITS = SchedulerLimits(
     max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=1024, max_adapter_wait_s=1.0
@@ -52,6 +57,7 @@ LIMITS = SchedulerLimits(
 class Scale:
     preset: str
     num_shared: int
+    num_chain: int
     num_pairs: int
     num_turns: int
     num_sessions: int
@@ -60,8 +66,8 @@ class Scale:
     num_rounds: int
 
 
-FULL = Scale("small-211m", 1000, 9, 20, 800, 262_144, 48, 15)
-TOY = Scale("tiny", 100, 2, 4, 40, 32_768, 8, 2)
+FULL = Scale("small-211m", 1000, 2000, 5, 20, 800, 262_144, 48, 15)
+TOY = Scale("tiny", 100, 200, 2, 4, 40, 32_768, 8, 2)
 
 
 # --- the engine ---
@@ -72,11 +78,13 @@ def prompt_of(rng: np.random.Generator, num_tokens: int) -> list[int]:
     return tokens
 
 
-def answer(engine: Engine, name: str, prompt: list[int], num_tokens: int) -> tuple[float, list[int]]:
+def answer(
+    engine: Engine, name: str, prompt: list[int], num_tokens: int, adapter_id: int | None = None
+) -> tuple[float, list[int]]:
     """Seconds to the first token, and all of them."""
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     started_at = time.perf_counter()
-    assert engine.add(AddRequest(name, prompt, sampling)) is None
+    assert engine.add(AddRequest(name, prompt, sampling, adapter_id)) is None
     first_s, tokens = 0.0, list[int]()
     while engine.has_requests:
         tokens += [token for output in engine.step() for token in output.token_ids]
@@ -94,6 +102,33 @@ def ttft(engine: Engine, scale: Scale, rng: np.random.Generator) -> dict[str, fl
     first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(second / first for first, second in pairs)
     return {"first_ms": first, "second_ms": second, "second_over_first": ratio}
+
+
+def register(directory: Path, config: EngineConfig) -> dict[str, int]:
+    """The ids of one adapter of rank 16, and of the same as an activated one."""
+    write_adapters(directory / "adapters", directory / "model", AdapterShape(ranks=(16,)), count=2)
+    registry, ids = open_registry(config), {}
+    for kind, path in zip(("ordinary", "activated"), sorted((directory / "adapters").iterdir()), strict=True):
+        if kind == "activated":
+            file = path / "adapter_config.json"
+            activated = {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
+            file.write_text(json.dumps({**json.loads(file.read_text()), **activated}))
+        ids[kind] = registry.register(kind, path).adapter_id
+    registry.close()
+    return ids
+
+
+def chain(engine: Engine, scale: Scale, ids: dict[str, int], rng: np.random.Generator) -> dict[str, float]:
+    times: dict[str, list[float]] = {kind: [] for kind in ids}
+    for turn in range(scale.num_pairs):
+        context = prompt_of(rng, scale.num_chain)
+        judged = [*context, *answer(engine, f"context {turn}", context, 8)[1], *INVOCATION]
+        for kind, adapter_id in ids.items():
+            if not turn:
+                answer(engine, f"load {kind}", prompt_of(rng, 20), 2, adapter_id)
+            times[kind].append(answer(engine, f"{kind} {turn}", judged, 2, adapter_id)[0] * 1e3)
+    ordinary, activated = (statistics.median(times[kind]) for kind in ("ordinary", "activated"))
+    return {"ordinary_ms": ordinary, "activated_ms": activated, "ratio": activated / ordinary}
 
 
 def chat(engine: Engine, scale: Scale, rng: np.random.Generator) -> dict[str, float]:
@@ -307,11 +342,12 @@ def run(scale: Scale, directory: Path) -> dict[str, Any]:
     config = EngineConfig(
         model=str(directory / "model"), state_dir=str(directory / "state"), kv_cache_bytes=512 * 2**20
     )
-    rng = np.random.default_rng(1)
+    ids, rng = register(directory, config), np.random.default_rng(1)
     result: dict[str, Any] = {}
     with running_engine(config) as engine:
         answer(engine, "warm-up", prompt_of(rng, 300), 3)
         result["ttft"] = ttft(engine, scale, rng)
+        result["chain"] = chain(engine, scale, ids, rng)
         result["chat"] = chat(engine, scale, rng)
         result["overhead"] = overhead(engine, replace(scale, num_unshared=min(16, scale.num_unshared)), rng)
     return {**result, **traces(scale)}

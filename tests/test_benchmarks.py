@@ -75,6 +75,7 @@ def check_prefix_cache(result: Result) -> None:
     assert 0.3 < result["trace"]["hit_share"] < result["trace"]["hit_share_unbounded"] < 1
     assert result["chat"]["computed_over_new"] < 1.3
     assert result["ttft"]["second_over_first"] > 0
+    assert result["chain"]["ratio"] > 0
     assert result["overhead"]["engine_us_per_request"] > 0
 
 
@@ -85,7 +86,15 @@ def check_fuzz(result: Result) -> None:
     assert result["serves_afterwards"]
 
 
+def check_structured_output(result: Result) -> None:
+    assert result["answers"]["valid"] == result["answers"]["schemas"] > 0
+    assert result["refusals"]["accepted"] == []
+    assert result["masks"]["num_masks"] > 0
+    assert result["throughput"]["ratio"] > 0
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,
     "soak": check_soak,

@@ -72,8 +72,11 @@ def edit_config(path: Path, **fields: Any) -> None:
         ("peft_type", "LOHA", "LOHA"),
         ("peft_type", None, "peft_type"),
         ("use_dora", True, "DoRA"),
-        ("alora_invocation_tokens", [1, 2], "aLoRA"),
-        ("alora_invocation_tokens", [], "aLoRA"),
+        ("alora_invocation_tokens", [1, 2], "task_type is None.*CAUSAL_LM"),
+        ("alora_invocation_tokens", [], "a list of 1 to 256 token ids"),
+        ("alora_invocation_tokens", [1, True], "a list of 1 to 256 token ids"),
+        ("alora_invocation_tokens", [-1], "a list of 1 to 256 token ids"),
+        ("alora_invocation_tokens", [3] * 257, "a list of 1 to 256 token ids"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("bias", "some", "bias is 'some'.*none, all, lora_only"),
         ("arrow_config", {"top_k": 2}, "Arrow"),
@@ -277,10 +280,20 @@ def test_long_patterns_are_matched_within_bounds_of_time(
         return match_all(patterns, names, is_full=is_full)
 
     monkeypatch.setattr(peft_matches, "match_all", counted)
-    pattern = {f"{i:04}" + "x" * 4000: 4 for i in range(1000)}
-    with pytest.raises(AdapterError, match=r"rank_pattern: it takes longer than 1 s to match"):
-        read_checkpoint(write_adapter(tmp_path, rank_pattern=pattern), SHAPES)
+    pattern = {f"{i:04}" + "x" * 400: 4 for i in range(1000)}
+    assert read_outcome(tmp_path, pattern) in ("served", "too long")
     assert sum(in_place) <= MAX_DIRECT_CHARS
+    assert "patterns; at most" in read_outcome(tmp_path, {f"{i:04}" + "x" * 4000: 4 for i in range(1000)})
+
+
+def read_outcome(path: Path, rank_pattern: dict[str, int]) -> str:
+    """`too long`: for its patterns, on a machine that is slow or busy."""
+    try:
+        read_checkpoint(write_adapter(path, rank_pattern=rank_pattern), SHAPES)
+    except AdapterError as error:
+        is_slow = "longer than" in str(error) or "no answer in time" in str(error)
+        return "too long" if is_slow else str(error)
+    return "served"
 
 
 def header_file(path: Path, header: bytes, num_bytes: int) -> None:

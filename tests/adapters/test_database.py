@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_as_such_and_changes_nothing(registry: AdapterRegist
     [[pages]] = registry._rows._db._writer.execute("PRAGMA page_count").fetchall()
     registry._rows._db._writer.execute(f"PRAGMA max_page_count = {pages}")
     before = registry.list()
-    fields = {**vars(before[0]), "name": "x" * 2**20, "targets": "q_proj"}
+    fields = {**vars(before[0]), "name": "x" * 2**20, "targets": "q_proj", "invocation_tokens": ""}
     with pytest.raises(StateFullError, match="full"), registry._rows.change() as change:
         change.insert(fields, replace=False)
     assert registry.list() == before
@@ -132,6 +132,19 @@ def test_a_registry_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> Non
         old.execute("CREATE TABLE base (fields TEXT NOT NULL)")
     with pytest.raises(StateError, match="another version of Toppings; delete it"):
         open_owned(tmp_path / "state")
+
+
+def test_a_registry_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
+    registry = open_owned(tmp_path / "state")
+    registry.register("a", write_adapter(tmp_path / "a"))
+    registry.close()
+    with closing(sqlite3.connect(tmp_path / "state" / "registry.sqlite", isolation_level=None)) as old:
+        old.execute("ALTER TABLE adapters DROP COLUMN invocation_tokens")
+        old.execute("PRAGMA user_version = 2")
+    for _ in range(2):
+        registry = open_owned(tmp_path / "state")
+        assert registry.get("a").invocation_tokens == ()
+        registry.close()
 
 
 def test_a_start_that_changes_nothing_writes_nothing(registry: AdapterRegistry, tmp_path: Path) -> None:

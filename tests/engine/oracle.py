@@ -88,6 +88,13 @@ def reference_tokens(
     model_path: Path, adapter_path: Path | None, prompt: list[int], num_tokens: int
 ) -> list[int]:
     """Greedy tokens of transformers + PEFT, past the end of sequence if need be."""
+    return list(_reference_tokens(model_path, adapter_path, tuple(prompt), num_tokens))
+
+
+@lru_cache(maxsize=1024)
+def _reference_tokens(
+    model_path: Path, adapter_path: Path | None, prompt: tuple[int, ...], num_tokens: int
+) -> list[int]:
     model = reference_model(model_path, adapter_path)
     with torch.inference_mode():
         output = model.generate(

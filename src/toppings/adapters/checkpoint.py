@@ -56,7 +56,8 @@ class AdapterCheckpoint:
     """A valid adapter for `shapes`. `weights` is keyed by (layer, `MODULES` index).
 
     `digest` is the SHA-256 of all that it is served by; `fingerprint` sizes and modification times of its
-    files before they were read; `chat_template` its own, if it brings one; `warnings` what was ignored.
+    files before they were read; `chat_template` its own, if it brings one; `invocation_tokens` those of an
+    activated LoRA; `warnings` what was ignored.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class AdapterCheckpoint:
     digest: str
     fingerprint: str
     chat_template: str | None = None
+    invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def ranks(self) -> list[list[int]]:
@@ -147,6 +149,7 @@ def _read(
     return AdapterCheckpoint(
         path=path,
         base_model=config.base_model,
+        invocation_tokens=config.invocation_tokens,
         shapes=shapes,
         weights=weights,
         digest=digest.hexdigest(),

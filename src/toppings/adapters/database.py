@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ LOCKED_WAIT_S, LOCKED_MEMORY_S = 0.05, 1.0
 """Once one has waited in vain, those of the next second wait only so long: a queue of writes ends soon."""
 TURN_WAIT_S = 10.0
 """How long a write waits for those of this process that came before."""
-VERSION = 2
+VERSION = 3
 _ADVICE = (
     "delete it and packed/ beside it: adapters of the start-up options are registered anew, others must be"
     " loaded again"
@@ -29,8 +29,10 @@ class Database:
     Raises StateError, StateFullError: in words for an operator, whichever way SQLite says it.
     """
 
-    def __init__(self, file: Path, schema: str) -> None:
+    def __init__(self, file: Path, schema: str, upgrades: Mapping[int, str] | None = None) -> None:
+        """`upgrades`: by version, the statement that makes a file of it one of the next."""
         self.file = file
+        self._upgrades = upgrades or {}
         self._turn, self._reading = threading.Lock(), threading.Lock()
         self._locked_until = 0.0
         with self._explained():
@@ -41,6 +43,8 @@ class Database:
 
     def _create(self, schema: str) -> None:
         [[version]] = self._writer.execute("PRAGMA user_version").fetchall()
+        if version in self._upgrades:
+            version = self._upgrade()
         if version == VERSION:
             return
         if version or self._writer.execute("SELECT name FROM sqlite_master WHERE name = 'base'").fetchall():
@@ -52,6 +56,16 @@ class Database:
             for statement in schema.split(";"):
                 self._writer.execute(statement)
             self._writer.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _upgrade(self) -> int:
+        """The version it has then; another process may have been faster."""
+        with self.transaction():
+            [[version]] = self._writer.execute("PRAGMA user_version").fetchall()
+            while version in self._upgrades:
+                self._writer.execute(self._upgrades[version])
+                version += 1
+                self._writer.execute(f"PRAGMA user_version = {version}")
+        return int(version)
 
     def check(self) -> None:
         """Raises StateError where the file is damaged or cannot be written to now."""

@@ -180,6 +180,10 @@ class AdapterManager:
     def rank_of(self, adapter_id: int) -> int:
         return self._record(adapter_id).rank
 
+    def invocation_tokens_of(self, adapter_id: int) -> tuple[int, ...]:
+        """Empty but for an activated LoRA. Raises AdapterError."""
+        return self._record(adapter_id).invocation_tokens
+
     def tier_of(self, adapter_id: int) -> str:
         """What a request that arrives now finds: "device", "host" or "disk". Raises AdapterError."""
         self._record(adapter_id)

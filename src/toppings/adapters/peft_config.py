@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
-from toppings.core import MODULES, RequestError, check_unicode
+from toppings.core import MAX_INT, MODULES, RequestError, check_unicode
 
 MAX_RANK = 512
 MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32
 MAX_PATTERNS = 8192  # of one option; the largest models have some 900 projections
 MAX_PATTERN_CHARS = 4096
+MAX_INVOCATION_TOKENS = 256
+MAX_ALL_CHARS = 2**19  # of all patterns of one option: more take longer to compile than matching them may
 CONFIG_FILE = "adapter_config.json"
 
 _MEANINGLESS = frozenset(
@@ -36,12 +38,11 @@ _UNDERSTOOD = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
-        "fan_in_fan_out",
+        *("fan_in_fan_out", "alora_invocation_tokens"),
     }
 )
 _UNSUPPORTED = {
     "use_dora": "DoRA is not supported",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
     "arrow_config": "a mixture of adapters (Arrow) is not supported",
     "kasa_config": "KaSA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -63,7 +64,10 @@ _BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of the configuration changes the result; `warnings` says what was ignored, as PEFT ignores it."""
+    """What of the configuration changes the result; `warnings` says what was ignored, as PEFT ignores it.
+
+    `invocation_tokens`: of an activated LoRA, which acts from their last place in the prompt on; else empty.
+    """
 
     base_model: str
     rank: int
@@ -75,6 +79,7 @@ class PeftConfig:
     exclude_modules: str | list[str]
     layers_to_transform: list[int]
     layers_pattern: list[str]
+    invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -99,6 +104,7 @@ class PeftConfig:
             exclude_modules=_names("exclude_modules", fields.get("exclude_modules")),
             layers_to_transform=_layers(fields.get("layers_to_transform")),
             layers_pattern=as_list(_names("layers_pattern", fields.get("layers_pattern"))),
+            invocation_tokens=_invocation(fields.get("alora_invocation_tokens"), fields.get("task_type")),
             warnings=tuple(_ignored(fields)),
         )
         config._check_consistency()
@@ -124,9 +130,9 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
     for name, reason in _UNSUPPORTED.items():
         if fields.get(name):
             raise AdapterError(f"{name} is {shorten(fields[name])}: {reason}")
-    for name in ("alora_invocation_tokens", "trainable_token_indices"):
-        if fields.get(name) is not None:
-            raise AdapterError(f"{name} is {shorten(fields[name])}: {_UNSUPPORTED[name]}")
+    if fields.get("trainable_token_indices") is not None:
+        value, reason = fields["trainable_token_indices"], _UNSUPPORTED["trainable_token_indices"]
+        raise AdapterError(f"trainable_token_indices is {shorten(value)}: {reason}")
 
 
 def _check_init(init: Any) -> None:
@@ -206,6 +212,8 @@ def _pattern(name: str, value: Any, check: Callable[[str, Any], T]) -> dict[str,
 def _check_patterns(name: str, patterns: list[str]) -> None:
     if len(patterns) > MAX_PATTERNS:
         raise AdapterError(f"{name} has {len(patterns)} entries; at most {MAX_PATTERNS} are read")
+    if (num_chars := sum(map(len, patterns))) > MAX_ALL_CHARS:
+        raise AdapterError(f"{name} has {num_chars} characters of patterns; at most {MAX_ALL_CHARS} are read")
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN_CHARS:
             raise AdapterError(
@@ -231,6 +239,23 @@ def _layers(value: Any) -> list[int]:
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
         raise AdapterError(f"layers_to_transform is {shorten(value)}; it must be a layer or a list of layers")
     return layers
+
+
+def _invocation(value: Any, task_type: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    is_list = isinstance(value, list) and 1 <= len(value) <= MAX_INVOCATION_TOKENS
+    if not is_list or not all(type(token) is int and 0 <= token <= MAX_INT for token in value):
+        raise AdapterError(
+            f"alora_invocation_tokens is {shorten(value)}; it must be a list of 1 to {MAX_INVOCATION_TOKENS}"
+            " token ids"
+        )
+    if task_type != "CAUSAL_LM":
+        raise AdapterError(
+            f"task_type is {shorten(task_type)}, with which PEFT never activates an adapter with"
+            " alora_invocation_tokens; it must be 'CAUSAL_LM'"
+        )
+    return tuple(value)
 
 
 def as_list(names: str | list[str]) -> list[str]:

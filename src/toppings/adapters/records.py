@@ -37,6 +37,7 @@ class AdapterRecord:
     origin: Origin
     trained_on: str  # its configuration's base_model_name_or_path, "" where that says nothing
     fingerprint: str  # of its source's files when it was registered
+    invocation_tokens: tuple[int, ...]  # of an activated LoRA; else empty
 
 
 Records: TypeAlias = list[AdapterRecord]

@@ -342,6 +342,7 @@ class AdapterRegistry:
             "origin": origin,
             "trained_on": candidate.checkpoint.base_model,
             "fingerprint": header.fingerprint,
+            "invocation_tokens": ",".join(map(str, candidate.checkpoint.invocation_tokens)),
         }
         adapter_id = change.insert(fields, replace=replace)
         self._packed_dir.adopt(candidate, adapter_id)

@@ -15,7 +15,7 @@ from toppings.adapters.records import AdapterRecord, Origin, Records, RecordTabl
 DATABASE_FILE = "registry.sqlite"
 _COLUMNS = (
     "adapter_id, name, path, base_model, rank, targets, num_bytes, digest, created_at, is_pinned, origin, "
-    "trained_on, fingerprint"
+    "trained_on, fingerprint, invocation_tokens"
 )
 _FIELDS = tuple(_COLUMNS.split(", "))
 _SCHEMA = """
@@ -25,11 +25,13 @@ CREATE TABLE IF NOT EXISTS adapters (
     name TEXT NOT NULL, path TEXT NOT NULL, base_model TEXT NOT NULL, rank INTEGER NOT NULL,
     targets TEXT NOT NULL, num_bytes INTEGER NOT NULL, digest TEXT NOT NULL, created_at REAL NOT NULL,
     is_pinned INTEGER NOT NULL, origin TEXT NOT NULL, trained_on TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    removed_at REAL
+    removed_at REAL, invocation_tokens TEXT NOT NULL DEFAULT ''
 );
 CREATE UNIQUE INDEX IF NOT EXISTS live_names ON adapters (name) WHERE removed_at IS NULL;
 CREATE INDEX IF NOT EXISTS live_paths ON adapters (path) WHERE removed_at IS NULL
 """
+_UPGRADES = {2: "ALTER TABLE adapters ADD COLUMN invocation_tokens TEXT NOT NULL DEFAULT ''"}
+"""What makes a file of this version one of the next."""
 _LIVE = "removed_at IS NULL"
 _IS_NAMED = f"name = ? AND {_LIVE}"
 _VALUES = ", ".join(f":{name}" for name in _FIELDS[1:])
@@ -47,7 +49,7 @@ class AdapterRows:
 
     def __init__(self, state_dir: Path, packed_dir: Path) -> None:
         self._packed_dir = packed_dir
-        self._db = Database(state_dir / DATABASE_FILE, _SCHEMA)
+        self._db = Database(state_dir / DATABASE_FILE, _SCHEMA, _UPGRADES)
         self._table: RecordTable | None = None
 
     def keep_in_memory(self) -> None:
@@ -138,6 +140,8 @@ class AdapterRows:
         fields = dict(zip(_FIELDS, row, strict=True))
         fields["packed_path"] = str(self._packed_dir / f"{fields['adapter_id']}.pack")
         fields["targets"] = tuple(fields["targets"].split(","))
+        tokens = fields["invocation_tokens"]
+        fields["invocation_tokens"] = tuple(map(int, tokens.split(","))) if tokens else ()
         fields["is_pinned"] = bool(fields["is_pinned"])
         fields["origin"] = Origin(fields["origin"])
         return AdapterRecord(**fields)
@@ -173,7 +177,7 @@ class AdapterRows:
 
 def check_rows(state_dir: Path) -> None:
     """Raises StateError where the registry in this directory is damaged or cannot be written to now."""
-    database = Database(state_dir / DATABASE_FILE, _SCHEMA)
+    database = Database(state_dir / DATABASE_FILE, _SCHEMA, _UPGRADES)
     try:
         database.check()
     finally:

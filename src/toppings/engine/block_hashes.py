@@ -10,8 +10,9 @@ HASH_BYTES = 16
 
 
 class BlockHasher:
-    """A block's name is a hash of the name of the block before it, of the adapter that has made it (its id: a
-    generation, which is never used twice) and of its tokens; before the first one comes the request's salt.
+    """A block's name is a hash of the name of the block before it, of the adapter that acted on it (its id: a
+    generation, which is never used twice), if one did, and of its tokens; before the first one comes the
+    request's salt. Where an activated LoRA begins to act within a block, the place counts as well.
 
     BLAKE2b, of 128 bits, from a beginning that is drawn for each process: nobody can look for two prompts of
     one name beforehand.
@@ -29,12 +30,19 @@ class BlockHasher:
             return
         tokens = array("i", request.token_ids(start, stop))
         step, data = page_size * tokens.itemsize, tokens.tobytes()
-        adapter = b"" if request.adapter_id is None else request.adapter_id.to_bytes(8, "little")
         name = names[-1] if names else self._root(request.cache_salt)
         assert isinstance(name, bytes)
         for at in range(0, len(data), step):
+            adapter = self._adapter(request, len(names))
             name = blake2b(name + data[at : at + step] + adapter, digest_size=HASH_BYTES).digest()
             names.append(name)
+
+    def _adapter(self, request: Request, index: int) -> bytes:
+        """What the adapter has to do with block `index`."""
+        adapter_id, start = request.adapter_id, request.adapter_start - index * self._page_size
+        if adapter_id is None or start >= self._page_size:
+            return b""
+        return adapter_id.to_bytes(8, "little") + max(0, start).to_bytes(4, "little")
 
     def _root(self, salt: str | None) -> bytes:
         return self._seed if salt is None else blake2b(self._seed + salt.encode(), digest_size=16).digest()

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import BatchItem, Request, SamplingParams
+from toppings.core import MAX_LOGPROBS, BatchItem, Request, SamplingParams
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.pages import pages_for
+from toppings.engine.scoring import score
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
 from toppings.model.decoder import Decoder
@@ -60,8 +61,8 @@ def measure(decoder: Decoder, config: EngineConfig, cuda: Any) -> DeviceMemory:
 
 @torch.inference_mode()
 def _run_largest_step(decoder: Decoder, config: EngineConfig, cuda: Any) -> None:
-    """A prompt as long as a step may be, all of whose pages are the same one, and as many draws as there may
-    be, each from the whole vocabulary."""
+    """A prompt as long as a step may be, all of whose pages are the same one and every token of which is
+    scored, and as many draws as there may be, each from the whole vocabulary."""
     model, num_tokens, num_draws = decoder.config, config.max_num_batched_tokens, config.max_num_seqs
     sizes = (model.num_layers, 1, config.page_size, model.num_kv_heads, model.head_dim)
     cache = KVCache.allocate(*sizes, decoder.dtype, decoder.device)
@@ -70,6 +71,9 @@ def _run_largest_step(decoder: Decoder, config: EngineConfig, cuda: Any) -> None
     request.page_table = [0] * pages_for(num_tokens, config.page_size)
     staging = Staging(decoder.device, cuda)
     builder = InputBuilder(config.page_size, num_tokens, staging)
-    inputs = builder.build([BatchItem(request, num_tokens)], [num_tokens - 1] * num_draws, None)
-    logits = decoder.forward(inputs.token_ids, inputs.positions, cache, inputs.meta, inputs.logit_rows)
+    rows = [num_tokens - 1] * num_draws + list(range(num_tokens))
+    inputs = builder.build([BatchItem(request, num_tokens)], rows, None)
+    hidden = decoder.hidden(inputs.token_ids, inputs.positions, cache, inputs.meta, inputs.logit_rows)
+    logits = decoder.logits(hidden[:num_draws])
+    score(decoder, hidden[num_draws:], inputs.token_ids, MAX_LOGPROBS)
     DeviceSampler(staging, cuda)(logits, [SamplingRow(params, [0], []) for _ in range(num_draws)]).wait()

@@ -326,7 +326,7 @@ class LeadRunner:
     def start(self, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight:
         """Raises FollowerLostError where the step breaks off."""
         assert previous is None, "the parts of a model take one step at a time"
-        ids = {item.request.adapter_id for item in batch.items}
+        ids = {item.adapter_id for item in batch.items}
         slots = {a: self._adapters.slot_of(a) for a in ids if a is not None}
         return self._followers.run(self._runner, batch, slots)
 

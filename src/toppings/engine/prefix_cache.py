@@ -126,7 +126,9 @@ class PrefixCache:
             self._names.extend(request, item.stop)
             for index in range(first, min(last, len(request.block_hashes))):
                 name = request.block_hashes[index]
-                self._pages.keep(request.page_table, index, name, request.adapter_id)
+                is_adapted = (index + 1) * self._page_size > request.adapter_start
+                adapter_id = request.adapter_id if is_adapted else None
+                self._pages.keep(request.page_table, index, name, adapter_id)
 
 
 def _num_alike(names: Sequence[BlockHash], others: Sequence[BlockHash], num_most: int) -> int:

@@ -146,15 +146,24 @@ def lora_segments(
     adapter id."""
     indptr: list[int] = [0]
     segment_slots: list[int] = []
-    for item in items:
-        adapter_id = item.request.adapter_id
-        slot = -1 if adapter_id is None else slots[adapter_id]
-        end = indptr[-1] + item.num_tokens
+
+    def append(slot: int, num_rows: int) -> None:
+        end = indptr[-1] + num_rows
         if segment_slots and segment_slots[-1] == slot:
             indptr[-1] = end
         else:
             segment_slots.append(slot)
             indptr.append(end)
+
+    for item in items:
+        adapter_id = item.adapter_id
+        if adapter_id is None:
+            append(-1, item.num_tokens)
+            continue
+        num_base = item.num_base_tokens if item.request.adapter_start else 0
+        if num_base:
+            append(-1, num_base)
+        append(slots[adapter_id], item.num_tokens - num_base)
     return LoraSegments(indptr, segment_slots, max_rank, decode_form)
 
 
