@@ -2,8 +2,11 @@
 
 import asyncio
 import itertools
+import random
+from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from toppings.core import (
     AdapterStatus,
@@ -11,12 +14,14 @@ from toppings.core import (
     EngineReady,
     EngineStats,
     FinishReason,
+    PromptLogprobs,
     RequestError,
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
 )
 from toppings.engine.client import EngineDeadError
+from toppings.sandbox.grammars import matcher_of
 
 VOCAB_SIZE = 512
 
@@ -39,6 +44,30 @@ def echo_script(call: Call) -> list[int]:
     return list(itertools.islice(itertools.cycle(call.prompt_token_ids), call.sampling.max_tokens))
 
 
+def following_script(vocabulary: Any, eos_token_id: int) -> Callable[[Call], list[int]]:
+    """A random output that the structure allows, ended where it may; without one, the prompt's tokens.
+
+    `vocabulary`: an `llguidance.LLTokenizer`.
+    """
+
+    def follow(call: Call) -> list[int]:
+        structure, draw = call.sampling.structure, random.Random(0)
+        if structure is None:
+            return echo_script(call)
+        matcher = matcher_of(vocabulary, structure.kind, structure.text)
+        tokens: list[int] = []
+        while len(tokens) < call.sampling.max_tokens:
+            mask = matcher.compute_bitmask()
+            allowed = [i for i in range(VOCAB_SIZE) if mask[i // 8] >> i % 8 & 1]
+            tokens.append(eos_token_id if eos_token_id in allowed else draw.choice(allowed))
+            if tokens[-1] == eos_token_id:
+                break
+            matcher.consume_token(tokens[-1])
+        return tokens
+
+    return follow
+
+
 @dataclass
 class FakeEngineClient:
     """Answers each request with `script(call)`, one token per output, held back while `gate` is unset.
@@ -48,7 +77,9 @@ class FakeEngineClient:
 
     script: Callable[[Call], list[int]] = echo_script
     info: EngineReady = field(
-        default_factory=lambda: EngineReady("base", 128, 8, VOCAB_SIZE, 16, 64, 1 << 20, 1 << 21)
+        default_factory=lambda: EngineReady(
+            "base", 128, 8, VOCAB_SIZE, 16, 64, 1 << 20, 1 << 21, hidden_size=8
+        )
     )
     delay_s: float = 0.0
     error: str | None = None
@@ -91,6 +122,11 @@ class FakeEngineClient:
         self.num_pending += 1
         try:
             tokens = self.script(call)
+            if sampling.max_tokens == 0:
+                await self._wait()
+                call.num_sent += 1
+                self.num_pending -= 1
+                yield RequestOutput("x", [], finish_reason=FinishReason.LENGTH, **self._told(call))
             for index, token_id in enumerate(tokens):
                 await self._wait()
                 if index == 0:
@@ -180,7 +216,27 @@ class FakeEngineClient:
             queue_ms=1.5 if index == 0 else None,
             cold_start=self.cold_start if index == 0 else None,
             num_cached_tokens=self.num_cached_tokens if index == 0 else None,
+            **(self._told(call) if index == 0 else {}),
         )
+
+    def _told(self, call: Call) -> dict[str, Any]:
+        """Of the prompt: token t has the log-probability -t, and alternatives t + 1, t + 2 that have -1, -2;
+        its embedding points along the axis of its length."""
+        told: dict[str, Any] = {}
+        tokens, num_top = call.prompt_token_ids[1:], call.sampling.prompt_logprobs
+        if num_top is not None:
+            top = [(t + 1 + i, -1.0 - i) for t in tokens for i in range(num_top)]
+            told["prompt_logprobs"] = PromptLogprobs(
+                num_top,
+                array("f", [-t for t in tokens]).tobytes(),
+                array("i", [3] * len(tokens)).tobytes(),
+                array("i", [token_id for token_id, _ in top]).tobytes(),
+                array("f", [value for _, value in top]).tobytes(),
+            )
+        if call.sampling.pooling is not None:
+            axes = [float(i == len(tokens)) for i in range(self.info.hidden_size)]
+            told["embedding"] = array("f", axes).tobytes()
+        return told
 
     @staticmethod
     def _logprob(call: Call, token_id: int) -> TokenLogprobs:

@@ -86,7 +86,15 @@ def check_fuzz(result: Result) -> None:
     assert result["serves_afterwards"]
 
 
+def check_structured_output(result: Result) -> None:
+    assert result["answers"]["valid"] == result["answers"]["schemas"] > 0
+    assert result["refusals"]["accepted"] == []
+    assert result["masks"]["num_masks"] > 0
+    assert result["throughput"]["ratio"] > 0
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,
     "soak": check_soak,

@@ -27,6 +27,7 @@ from toppings.core import EngineStats, SamplingParams
 from toppings.engine.assist import Assist
 from toppings.server import lightllm, lorax
 from toppings.server.chat_body import ChatBody
+from toppings.server.embeddings import EmbeddingBody, ScoreBody
 from toppings.server.fields import LenientBody
 from toppings.server.messages_body import MessagesBody
 from toppings.server.metrics import Metrics
@@ -41,6 +42,7 @@ SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfi
 OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
 BODIES = (
     *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
+    *(EmbeddingBody, ScoreBody),
     *(lorax.Body, lorax.Parameters, lightllm.Body, lightllm.Parameters, StreamOptions),
 )
 OF_BODIES = {name for each in BODIES for name in (*each.known(), *each.neutral, *each.harmless)}
@@ -67,7 +69,19 @@ OF_ANSWERS = {
     ),
     "tool_result",
 }
-FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "src", "tests")
+OF_TOOLS = {
+    *(
+        "allowed_tools",
+        "deepseek_r1",
+        "enable_thinking",
+        "llama3_json",
+        "mistral_named",
+        "reasoning_content",
+        "tool_call_id",
+    ),
+    *("tool_calls", "tool_use"),
+}
+FOLDERS = ("benchmarks", "configs", "docker", "docs", "examples", "scripts", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
@@ -146,7 +160,7 @@ def test_the_routers_settings_are_documented_with_their_defaults() -> None:
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: f"{body.__module__}.{body.__name__}")
 def test_every_field_of_a_body_is_documented(body: type[LenientBody]) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    named = set(re.findall(r"`([A-Za-z_]+)`", text))
+    named = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
     assert {*body.known(), *body.neutral, *body.harmless} - named == set()
 
 
@@ -212,7 +226,16 @@ def test_the_table_of_the_routers_metrics_has_all_of_them() -> None:
 def test_names_are_those_of_settings_or_known_others(document: Path, stats: EngineStats) -> None:
     """A setting that has gone, or is misspelt, is none of these."""
     known = {field.name for each in (*SETTINGS, SamplingParams, LoraConfig) for field in fields(each)}
-    known |= {*MODES, *POLICIES, *stats.counters, *OF_MODELS, *OF_REQUESTS, *OF_BODIES, *OF_ANSWERS}
+    known |= {
+        *MODES,
+        *POLICIES,
+        *stats.counters,
+        *OF_MODELS,
+        *OF_REQUESTS,
+        *OF_BODIES,
+        *OF_ANSWERS,
+        *OF_TOOLS,
+    }
     known |= set(
         re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))
     )  # of a server with workers

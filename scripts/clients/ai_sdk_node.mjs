@@ -17,7 +17,8 @@ const Weather = z.object({
 const weather = tool({
   description: "Tells the weather.", inputSchema: Weather, execute: async ({ city }) => `sun in ${city}`,
 });
-const forced = { ...options, tools: { weather }, toolChoice: "required" };
+const providerOptions = { toppings: { parallel_tool_calls: false } };
+const forced = { ...options, tools: { weather }, toolChoice: "required", providerOptions };
 
 await main("ai", {
   async text() {

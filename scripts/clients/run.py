@@ -68,11 +68,12 @@ def installed(program: str, folder: Path) -> list[str]:
         for script in HERE.glob("*.mjs"):  # modules are looked for beside the program
             shutil.copy(script, node)
         return ["node", str(node / f"{program}.mjs")]
-    python = folder / program / "bin" / "python"
-    if not python.exists():
+    python, is_done = folder / program / "bin" / "python", folder / program / "installed"
+    if not is_done.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / program)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", PYTHON_PACKAGES[program]]
         subprocess.run(pip, check=True)
+        is_done.touch()
     return [str(python), str(HERE / f"{program}.py")]
 
 

@@ -343,7 +343,7 @@ class ServerConfig(Settings):
         "auto",
         "how models write tool calls (auto: as their chat template shows; generic: in a form that a system"
         " message asks for)",
-        choices=("auto", "hermes", "llama3_json", "mistral", "generic"),
+        choices=("auto", "hermes", "llama3_json", "mistral", "mistral_named", "generic"),
     )
     reasoning_parser: str = setting(
         "auto",

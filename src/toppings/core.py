@@ -22,6 +22,13 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_SHOWN_CHARS = 200
 MAX_STRUCTURE_CHARS = 2**18
 """Length of a schema, pattern, list of choices or grammar."""
+MAX_PROMPT_LOGPROBS = 2**19
+"""Log-probabilities of prompts that one request may be told: of each token and its alternatives."""
+MAX_BIAS = 100.0
+MAX_BIASES = 1024
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
 MAX_SALT_CHARS = 1024
 
 BlockHash = Hashable
@@ -136,14 +143,30 @@ class Structure:
             )
 
 
+class Pooling(StrEnum):
+    """Which final hidden states a prompt's embedding is made of; its length is 1 in any case."""
+
+    LAST = "last"  # the last token's
+    MEAN = "mean"  # the mean of all tokens'
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
-    `logprobs` is how many alternatives to report beside each chosen token (None: no logprobs at all).
+    `logprobs` is how many alternatives to report beside each chosen token (None: no logprobs at all), and
+    `prompt_logprobs` beside each token of the prompt but the first.
     `stop` strings are matched by the front end on text; the engine itself only knows `stop_token_ids`.
-    `structure` is what the output is held to: no token is drawn that cannot lead to it.
     There may be `MAX_STOP_STRINGS` of up to `MAX_STOP_CHARS` characters, and `MAX_STOP_TOKEN_IDS` ids.
+    `structure` is what the output is held to: no token is drawn that cannot lead to it.
+
+    `logit_bias`: (token id, what is added to its logit), at most `MAX_BIASES` of -`MAX_BIAS` to `MAX_BIAS`.
+    `allowed_token_ids`: only these are drawn, where there are any. `bad_words`, up to `MAX_BAD_WORDS` of
+    `MAX_BAD_WORD_CHARS` characters, are told the engine by the front end as `bad_token_ids`: where the output
+    ends with all of such a sequence but its last token, that one is not drawn.
+
+    With `max_tokens` 0 the prompt is read and nothing drawn: for `prompt_logprobs`, or for the embedding that
+    `pooling` asks for.
 
     Raises RequestError for a value of another type or outside its range.
     """
@@ -162,10 +185,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     structure: Structure | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
-        _check_count("max_tokens", self.max_tokens, 1, MAX_INT)
+        _check_count("max_tokens", self.max_tokens, 0 if self.reads_prompt else 1, MAX_INT)
         _check_count("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, low_is_open=True)
@@ -180,6 +209,10 @@ class SamplingParams:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {shown(repr(self.ignore_eos))}; it must be true or false")
+        if self.prompt_logprobs is not None:
+            _check_count("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.pooling is not None:
+            self._check_pooling()
         if not isinstance(self.structure, Structure | None):
             raise RequestError(f"structure is {shown(repr(self.structure))}; it must be a Structure")
         if self.structure is not None and self.ignore_eos:
@@ -188,6 +221,44 @@ class SamplingParams:
                 " where it is complete, so leave ignore_eos out"
             )
         self._check_stops()
+        self._check_choice()
+
+    @property
+    def reads_prompt(self) -> bool:
+        """It asks for something of every token of the prompt, so that all of them must be computed."""
+        return self.prompt_logprobs is not None or self.pooling is not None
+
+    def _check_pooling(self) -> None:
+        if self.pooling not in list(Pooling):
+            kinds = ", ".join(Pooling)
+            raise RequestError(f"pooling is {shown(repr(self.pooling))}; it must be one of {kinds}")
+        if self.max_tokens or self.prompt_logprobs is not None:
+            raise RequestError("pooling goes with max_tokens 0 and without prompt_logprobs")
+
+    def _check_choice(self) -> None:
+        """Of what changes which tokens may be drawn."""
+        _check_length("logit_bias", self.logit_bias, MAX_BIASES, "biases")
+        for token_id, bias in self.logit_bias:
+            _check_count("logit_bias holds an id that", token_id, 0, MAX_INT)
+            _check_range(f"logit_bias of token {token_id}", bias, -MAX_BIAS, MAX_BIAS)
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise RequestError("logit_bias names a token id twice; give each one bias")
+        _check_length("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS, "ids")
+        for token_id in self.allowed_token_ids:
+            _check_count("allowed_token_ids holds an id that", token_id, 0, MAX_INT)
+        if self.allowed_token_ids and self.structure is not None:
+            raise RequestError(
+                f"allowed_token_ids and structure ({self.structure.kind}) were both given; the structure says"
+                " which tokens are allowed, so leave allowed_token_ids out"
+            )
+        _check_length("bad_words", self.bad_words, MAX_BAD_WORDS, "words")
+        for word in self.bad_words:
+            if not 1 <= len(word.lstrip(" ")) <= MAX_BAD_WORD_CHARS:
+                raise RequestError(
+                    f"bad_words holds {shown(repr(word))}; each needs 1 to {MAX_BAD_WORD_CHARS} characters"
+                    " that are no leading spaces"
+                )
+            check_unicode("bad_words", word)
 
     def _check_stops(self) -> None:
         _check_length("stop", self.stop, MAX_STOP_STRINGS, "strings")
@@ -280,6 +351,15 @@ class Request:
             + self.output_token_ids[max(0, start - num_prompt) : stop - num_prompt]
         )
 
+    def scored_token_ids(self, num_tokens: int) -> list[int]:
+        """Tokens of the prompt of which the next `num_tokens` rows are to tell how likely they were: those
+        behind these rows, unless that has been told."""
+        has_been_told = bool(self.output_token_ids or self.num_pending_tokens)
+        if self.sampling.prompt_logprobs is None or has_been_told:
+            return []
+        start = self.num_computed_tokens + 1
+        return self.prompt_token_ids[start : start + num_tokens]
+
 
 @dataclass(slots=True)
 class BatchItem:
@@ -312,9 +392,14 @@ class BatchItem:
         return request.adapter_id
 
     @property
-    def needs_sample(self) -> bool:
-        """True where this step computes the sequence's last token, so that a next one can be drawn."""
+    def is_last(self) -> bool:
+        """True where this step computes the sequence's last token."""
         return self.num_tokens == self.request.num_uncomputed_tokens
+
+    @property
+    def needs_sample(self) -> bool:
+        """True where a next token is to be drawn after this step."""
+        return self.is_last and self.request.sampling.max_tokens > 0
 
 
 @dataclass(slots=True)
@@ -435,8 +520,47 @@ class ColdStart:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of P tokens of a prompt, as packed numbers in the machine's order of bytes: natural-log probabilities
+    of the tokens, float32 [P], their ranks, int32 [P] (1 is the likeliest), and the `num_top` likeliest
+    tokens at each place, ids int32 [P, num_top] and log-probabilities float32 [P, num_top]."""
+
+    num_top: int
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes
+    top_logprobs: bytes
+
+    @property
+    def num_values(self) -> int:
+        """Log-probabilities told."""
+        return (len(self.logprobs) + len(self.top_logprobs)) // 4
+
+    def tokens(self, token_ids: list[int]) -> list[TokenLogprobs]:
+        """`token_ids`: the P tokens."""
+        logprobs, top_logprobs = (
+            memoryview(b).cast("f").tolist() for b in (self.logprobs, self.top_logprobs)
+        )
+        ranks, top_ids = (memoryview(b).cast("i").tolist() for b in (self.ranks, self.top_ids))
+        k = self.num_top
+        return [
+            TokenLogprobs(
+                token_id,
+                logprobs[i],
+                ranks[i],
+                list(zip(top_ids[k * i : k * i + k], top_logprobs[k * i : k * i + k], strict=True)),
+            )
+            for i, token_id in enumerate(token_ids)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """New tokens of one request; the last one carries `finish_reason`, and `error` where that is ERROR."""
+    """New tokens of one request; the last one carries `finish_reason`, and `error` where that is ERROR.
+
+    `prompt_logprobs`: of all tokens of the prompt but its first; `embedding`: of the prompt, float32 [hidden]
+    in the machine's order of bytes, of length 1.
+    """
 
     request_id: str
     token_ids: list[int]
@@ -447,6 +571,8 @@ class RequestOutput:
     queue_ms: float | None = None  # with the first token: arrival to first scheduled
     cold_start: ColdStart | None = None  # with the first token of a cold request
     num_cached_tokens: int | None = None  # with the first token: of its prompt, taken from the cache
+    prompt_logprobs: PromptLogprobs | None = None  # with the first token, or the end
+    embedding: bytes | None = None  # with the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -520,6 +646,7 @@ class EngineReady:
     device_pool_bytes: int
     host_store_bytes: int
     decode_lora_form: str = ""  # of the kernels on a GPU
+    hidden_size: int = 0  # of an embedding
 
 
 @dataclass(frozen=True, slots=True)

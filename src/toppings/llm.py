@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+from array import array
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import Config
-from toppings.core import FinishReason, RequestError, SamplingParams, shown
+from toppings.core import FinishReason, Pooling, RequestError, SamplingParams, shown
 from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
@@ -35,12 +36,15 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class Completion:
-    """What came of one prompt; `logprobs` has one entry per token where they were asked for."""
+    """What came of one prompt; `logprobs` has one entry per token where they were asked for, and
+    `prompt_logprobs` one for every token of the prompt but its first."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TextLogprob] | None = None
+    prompt_logprobs: list[TextLogprob] | None = None
+    embedding: list[float] | None = None
 
     def append(self, output: TextOutput) -> None:
         self.text += output.text
@@ -149,6 +153,17 @@ class LLM:
         requests = [(p, sampling, a, cache_salt) for p, a in zip(all_prompts, adapters, strict=True)]
         return self._run(self._generate_all(requests))
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        pooling: Pooling = Pooling.LAST,
+    ) -> list[list[float]]:
+        """An embedding of length 1 for each prompt: its pooled final hidden states. Raises as `generate`."""
+        found = self.generate(prompts, SamplingParams(max_tokens=0, pooling=pooling), adapter=adapter)
+        return [completion.embedding or [] for completion in found]
+
     async def stream(
         self,
         prompt: Prompt,
@@ -253,21 +268,29 @@ class LLM:
     async def _complete(
         self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
     ) -> Completion:
-        completion = Completion()
-        async for output in self._outputs(prompt, sampling, adapter, cache_salt):
+        completion, token_ids = Completion(), self._token_ids(prompt, sampling, adapter)
+        async for output in self._outputs(token_ids, sampling, adapter, cache_salt):
             completion.append(output)
+            if output.prompt_logprobs is not None:
+                told = output.prompt_logprobs.tokens(token_ids[1:])
+                completion.prompt_logprobs = [self.text_model.told(each) for each in told]
+            if output.embedding is not None:
+                completion.embedding = [*array("f", output.embedding)]
         return completion
+
+    def _token_ids(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> list[int]:
+        """Raises RequestError for a prompt that cannot be served."""
+        _check_types(sampling, adapter)
+        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        most = self._client.info.max_model_len - min(1, sampling.max_tokens)
+        if not 0 < len(token_ids) <= most:
+            raise RequestError(f"the prompt has {len(token_ids)} tokens; between 1 and {most} can be served")
+        return token_ids
 
     async def _outputs(
         self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
     ) -> AsyncGenerator[TextOutput, None]:
-        _check_types(sampling, adapter)
-        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
-        limit = self._client.info.max_model_len
-        if not 0 < len(token_ids) < limit:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; between 1 and {limit - 1} can be served"
-            )
+        token_ids = self._token_ids(prompt, sampling, adapter)
         adapter_id = None if adapter is None else self._registry.get(adapter).adapter_id
         if sampling.structure is not None:
             sampling = replace(sampling, structure=await self._checker.checked(sampling.structure))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from toppings.core import (
     ColdStart,
     ContextLengthError,
     FinishReason,
+    PromptLogprobs,
     RequestError,
     RequestOutput,
     SamplingParams,
@@ -28,6 +29,7 @@ MAX_PENDING = 8
 """A character has at most four bytes; text that is still incomplete after more tokens never becomes valid."""
 TOKEN_TEXT_CACHE = 1 << 16
 SLICE_CHARS = 1 << 16
+END_CHARS_PER_TOKEN = 8
 SLICE_SLACK = 64
 """Tokens that a slice may have more than its part of the whole text: a cut can split words and tokens."""
 
@@ -96,6 +98,21 @@ class TextModel:
             self._check_slices(text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
+    def encode_end(self, text: str, num_tokens: int, *, add_special_tokens: bool = True) -> list[int]:
+        """The last `num_tokens` tokens of a text of any length, of which no more is tokenised than they need.
+
+        Raises RequestError for one that is no valid Unicode.
+        """
+        check_unicode("the text", text)
+        num_chars = END_CHARS_PER_TOKEN * num_tokens + SLICE_CHARS
+        while True:
+            end = text[-num_chars:]
+            ids: list[int] = list(self._tokenizer.encode(end, add_special_tokens=add_special_tokens))
+            # Where the text was cut, some tokens are others than they would be in the whole of it.
+            if len(end) == len(text) or len(ids) >= num_tokens + SLICE_SLACK:
+                return ids[-num_tokens:]
+            num_chars *= 2
+
     def check_chars(self, num_chars: int) -> None:
         """Raises RequestError where so many characters have more than `max_tokens` for certain."""
         if self.max_tokens is not None and num_chars > self.max_tokens * self._max_token_chars:
@@ -145,6 +162,26 @@ class TextModel:
         """Those of `texts` that are one token each, with its id."""
         ids = {text: self.encode(text, add_special_tokens=False) for text in texts}
         return {text: found[0] for text, found in ids.items() if len(found) == 1}
+
+    def told(self, each: TokenLogprobs) -> "TextLogprob":
+        """With texts."""
+        top = [(token_id, self.token_text(token_id), value) for token_id, value in each.top]
+        return TextLogprob(each.token_id, self.token_text(each.token_id), each.logprob, top, each.rank)
+
+    def with_bad_token_ids(self, sampling: SamplingParams) -> SamplingParams:
+        """The tokens of its `bad_words`, as they are at the beginning of a text and, where that is one more
+        form of the same length, behind a space."""
+        found = []
+        for word in sampling.bad_words:
+            plain, spaced = (
+                tuple(self.encode(space + word.lstrip(" "), add_special_tokens=False)) for space in ("", " ")
+            )
+            found += [plain, spaced] if len(spaced) == len(plain) and spaced[:1] != plain[:1] else [plain]
+        return (
+            replace(sampling, bad_token_ids=(*sampling.bad_token_ids, *filter(None, found)))
+            if found
+            else sampling
+        )
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token as it stands inside a sentence, special tokens by their names."""
@@ -283,12 +320,14 @@ class _BegunStop:
 
 @dataclass(frozen=True, slots=True)
 class TextLogprob:
-    """A chosen token with its text, natural-log probability and the best alternatives (id, text, logprob)."""
+    """A chosen token with its text, natural-log probability, rank and the best alternatives (id, text,
+    logprob)."""
 
     token_id: int
     text: str
     logprob: float
     top: list[tuple[int, str, float]]
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +335,7 @@ class TextOutput:
     """What one step added to a request; `text` may lag behind `token_ids`, but is whole with the last one.
 
     `stop_reason` is the stop string or stop token id that ended the text; None at the end of the sequence.
+    What the engine tells of the prompt is with the first one.
     """
 
     text: str
@@ -306,6 +346,8 @@ class TextOutput:
     queue_ms: float | None = None
     cold_start: ColdStart | None = None
     num_cached_tokens: int | None = None  # with the first token: of the prompt, taken from the cache
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: bytes | None = None
 
 
 class TokenSource(Protocol):
@@ -365,6 +407,8 @@ class TextAssembler:
             output.queue_ms,
             output.cold_start,
             output.num_cached_tokens,
+            output.prompt_logprobs,
+            output.embedding,
         )
 
     def _push_token(self, token_id: int) -> tuple[str, str | None]:
@@ -381,12 +425,7 @@ class TextAssembler:
     def _texts(self, logprobs: list[TokenLogprobs] | None, num_used: int) -> list[TextLogprob] | None:
         if logprobs is None:
             return None
-        return [self._text(each) for each in logprobs[:num_used]]
-
-    def _text(self, each: TokenLogprobs) -> TextLogprob:
-        text = self._model.token_text
-        top = [(token_id, text(token_id), value) for token_id, value in each.top]
-        return TextLogprob(each.token_id, text(each.token_id), each.logprob, top)
+        return [self._model.told(each) for each in logprobs[:num_used]]
 
 
 async def generate_text(
@@ -407,6 +446,7 @@ async def generate_text(
 
     Raises GenerationError where the engine gives up on the request, GenerationCutError where it shuts down.
     """
+    sampling = model.with_bad_token_ids(sampling)
     assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop, shown=shown)
     outputs = source.generate(
         prompt_token_ids, sampling, adapter_id, request_id=request_id, cache_salt=cache_salt

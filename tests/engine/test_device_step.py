@@ -24,6 +24,7 @@ from toppings.core import Batch, BatchItem, Request, SamplingParams
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.graphs import DecodeGraphs, GraphSpec
 from toppings.engine.model_runner import ModelRunner
+from toppings.engine.scoring import DeviceReader
 from toppings.engine.staging import Array, Staging, packed_bytes, unpack
 from toppings.engine.step_inputs import InputBuilder
 from toppings.model.config import ModelConfig
@@ -32,6 +33,7 @@ from toppings.model.weights import weight_shapes
 from toppings.ops import dispatch
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.lora import LoraSegments
+from toppings.ops.sampling import SampleOutput
 
 GPU = torch.device("meta")
 PAGE_SIZE = 4
@@ -132,7 +134,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def to_output(plan: Any, rows: Any, parts: Any) -> Any:
         drawn.append(parts)
-        return SimpleNamespace(token_ids=[0] * len(rows), logprobs=[None] * len(rows))
+        return SampleOutput([0] * len(rows), [None] * len(rows))
 
     monkeypatch.setattr("toppings.engine.drawing.to_output", to_output)
     uniform = "toppings.ops.device_sampling.draw_uniform"
@@ -149,11 +151,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         decoder = Decoder(config, {name: torch.empty(shape, device=GPU) for name, shape in shapes})
         cache = KVCache.allocate(3, 9, PAGE_SIZE, 2, 16, torch.float32, GPU)
         staging = FakeStaging()
-        sampler = DeviceSampler(
-            staging, SimpleNamespace(Event=lambda: SimpleNamespace(record=int, synchronize=int))
-        )
+        cuda = SimpleNamespace(Event=lambda: SimpleNamespace(record=int, synchronize=int))
+        sampler, reader = DeviceSampler(staging, cuda), DeviceReader(staging, cuda)
         inputs = InputBuilder(PAGE_SIZE, 32, staging)
-        runner = ModelRunner(decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=sampler)
+        runner = ModelRunner(
+            decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=sampler, read=reader
+        )
         spec = GraphSpec(4, 32, 8, runner.out_offsets)
         runner.graphs = DecodeGraphs(decoder, cache, pool, spec, staging, Graphs())
         staging.num_copies = 0
@@ -224,7 +227,26 @@ def test_every_kind_of_draw_stays_on_the_device(world: World) -> None:
     ]
     world.runner.start(Batch([item(str(i), 5, 0, None, **kind) for i, kind in enumerate(kinds)])).result()
     (drawn,) = world.drawn
-    assert [part.shape[0] for part in drawn] == [5, 2, 2, 2, 2]
+    assert [part.shape[0] for part in drawn] == [5, 5, 2, 2, 2, 2]
+
+
+def test_reading_prompts_stays_on_the_device_and_takes_one_copy_more(world: World) -> None:
+    batch = Batch(
+        [
+            item("drawn", 9, 8, None, temperature=0.0),
+            item("scored", 11, 4, 7, prompt_logprobs=2, max_tokens=0),
+            item("scored and drawn", 6, 0, 7, prompt_logprobs=1, temperature=0.0),
+            item("pooled", 5, 0, None, pooling="mean", max_tokens=0),
+        ]
+    )
+    readings = world.runner.start(batch).result().readings
+    assert world.staging.num_copies == 2
+    assert {name: (r.start, len(r.logprobs)) for name, r in readings.items()} == {
+        "scored": (4, 6),
+        "scored and drawn": (0, 5),
+        "pooled": (0, 0),
+    }
+    assert [name for name, reading in readings.items() if reading.total is not None] == ["pooled"]
 
 
 def test_a_replayed_step_stays_on_the_device_and_takes_one_copy(world: World) -> None:

@@ -15,18 +15,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from tests.engine.driver import Driver, drive
-from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
+from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
 from tests.gate import ONE_GPU
 from tests.waiting import PATIENCE_S
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import SamplingParams
+from toppings.core import SamplingParams, Structure, StructureKind
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.engine import FollowerLostError
 from toppings.engine.heartbeat import open_lifeline
+from toppings.synth import write_tokenizer
 
 ADAPTERS: dict[str, dict[str, object]] = {
     "all-r8": {"rank": 8},
@@ -58,6 +60,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     root = tmp_path_factory.mktemp("llama")
     model = make_model(root / "model", attention_bias=True, mlp_bias=True, vocab_size=321)
     draw_biases(model)
+    write_tokenizer(model, 321)
     adapters = {
         name: make_adapter(root / name, model, seed=i, **kind)  # type: ignore[arg-type]
         for i, (name, kind) in enumerate(ADAPTERS.items())
@@ -140,6 +143,44 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
     assert stats.counters["adapter_loads"] > len(adapters)
     assert stats.counters["prefix_cache_hits"] > 0
     assert stats.device_bytes_used <= POOL_BYTES
+
+
+def test_a_structured_output_is_what_it_is_held_to(
+    driver: Driver, checkpoints: tuple[Path, dict[str, Path]]
+) -> None:
+    structure = Structure(StructureKind.CHOICE, '["left", "right"]')
+    for name in (None, "all-r8"):
+        driver.add(f"held {name}", [5] * 9, 20, name, structure=structure, ignore_eos=False)
+    driver.add("free", [5] * 9, 20)
+    driver.run()
+    tokenizer = Tokenizer.from_file(str(checkpoints[0] / "tokenizer.json"))
+    for name in (None, "all-r8"):
+        *tokens, end = driver.tokens[f"held {name}"]
+        assert end == 2
+        assert tokenizer.decode(tokens) in ("left", "right")
+    assert len(driver.tokens["free"]) == 20
+
+
+def test_scores_of_prompts_are_those_of_the_whole_model(
+    driver: Driver, checkpoints: tuple[Path, dict[str, Path]]
+) -> None:
+    """Prompts in chunks, beside others of which nothing is asked."""
+    model, adapters = checkpoints
+    names: tuple[str | None, ...] = (None, "all-r8", "o-down-r16")
+    for i, name in enumerate(names):
+        driver.add(f"scored {i}", make_prompt(i, 41), i, name, prompt_logprobs=2)
+        driver.add(f"beside {i}", make_prompt(i, 20), 3, name)
+    driver.run()
+    for i, name in enumerate(names):
+        prompt = make_prompt(i, 41)
+        reference = reference_model(model, adapters[name] if name else None)
+        with torch.inference_mode():
+            expected = reference(input_ids=torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        told = driver.first[f"scored {i}"].prompt_logprobs
+        assert told is not None
+        values = torch.tensor([each.logprob for each in told.tokens(prompt[1:])])
+        wanted = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        torch.testing.assert_close(values, wanted, atol=1e-3, rtol=0.0)
 
 
 def test_adapters_add_no_communication(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

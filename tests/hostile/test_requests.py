@@ -3,11 +3,13 @@
 The bounds of time here are for any machine; `benchmarks/fuzz.py` has the promised ones, and more requests.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hostile.adapters import ADAPTER_KINDS
 from hostile.fuzzing import (
@@ -100,6 +102,25 @@ def test_bad_adapters_over_http_are_refused_with_a_reason_or_served(served: Serv
     assert result["failures"] == []
     assert result["refused"] + result["served"] == len(OVER_HTTP)
     assert result["health_ms"]["max"] < HEALTH_S * 1e3
+
+
+def test_forced_calls_of_the_demo_fit_their_tools(served: Served) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "K\u00f6ln"]}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city", "days"],
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("a", "b")]
+    body = {"messages": [{"role": "user", "content": "Weather?"}], "tools": tools, "max_tokens": 200, "n": 3}
+    for choice in ("required", {"type": "function", "function": {"name": "b"}}):
+        forced = {**body, "tool_choice": choice, "parallel_tool_calls": False}
+        status, content = served.ask("/v1/chat/completions", forced, timeout_s=100)
+        assert status == 200, content
+        for answer in content["choices"]:
+            [call] = answer["message"]["tool_calls"]
+            assert answer["finish_reason"] == "tool_calls"
+            assert call["function"]["name"] in ("a", "b")[choice != "required" :]
+            jsonschema.Draft202012Validator(schema).validate(json.loads(call["function"]["arguments"]))
 
 
 def test_a_seed_gives_the_same_requests(served: Served) -> None:

@@ -45,6 +45,8 @@ def random_params(rng: random.Random) -> dict[str, Any]:
         "presence_penalty": [0.9],
         "min_tokens": [10],
         "logprobs": [0, 3],
+        "logit_bias": [((3, 5.0), (11, -100.0)), ((12, 100.0),)],
+        "bad_token_ids": [((11,), (5, 6)), ((7,), (1, 2, 12))],
     }
     for name, values in choices.items():
         if rng.random() < 0.3:

@@ -6,8 +6,10 @@ import pytest
 
 from tests.fakes import echo_script
 from tests.server.conftest import Server, events
+from toppings.log_files import LOG_FORMAT
 from toppings.request_ids import REQUEST_ID, VALID_ID
 from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED
+from toppings.server.lifecycle import _ShortFormatter
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETION = {"prompt": "hello", "max_tokens": 2}
@@ -75,7 +77,15 @@ async def test_each_is_warned_of_once_and_so_many_at_most(
     ("path", "body"),
     [
         ("/v1/completions", {**COMPLETION, "priority": 3}),
-        ("/v1/completions", {**COMPLETION, "truncate_prompt_tokens": 3}),
+        ("/v1/completions", {**COMPLETION, "use_beam_search": True}),
+        ("/v1/completions", {**COMPLETION, "max_completion_tokens": 3}),
+        ("/v1/chat/completions", {**CHAT, "lora_path": "a"}),
+        ("/v1/responses", {"input": "hi", "max_tokens": 3}),
+        ("/v1/responses", {"input": "hi", "logit_bias": {"5": 1}}),
+        ("/v1/messages", {**CHAT, "model": "base", "min_tokens": 3}),
+        ("/v1/messages", {**CHAT, "model": "base", "n": 2}),
+        ("/generate", {**LORAX, "max_new_tokens": 3}),
+        ("/generate", {**LIGHTLLM, "temperature": 0.5}),
         ("/generate", {**LORAX, "parameters": {"top_n_tokens": 3}}),
         ("/generate", {**LIGHTLLM, "parameters": {"regular_constraint": "a+"}}),
     ],
@@ -224,3 +234,40 @@ async def test_log_probabilities_may_name_tokens_by_their_ids(server: Server) ->
     for each in content:
         assert each["token"].startswith("token_id:")
         assert each["top_logprobs"][0]["token"].startswith("token_id:")
+
+
+async def test_lines_of_the_log_name_their_request(server: Server) -> None:
+    formatter = _ShortFormatter(LOG_FORMAT)
+    lines: list[str] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(formatter.format(record))
+
+    handler = Keeping()
+    logging.getLogger("toppings.server").addHandler(handler)
+    try:
+        body = {"prompt": "x", "odd": 1}
+        await server.http.post("/v1/completions", json=body, headers={REQUEST_ID: "mine"})
+        logging.getLogger("toppings.server.test").warning("of no request")
+    finally:
+        logging.getLogger("toppings.server").removeHandler(handler)
+    assert [line.endswith("[request mine]") for line in lines] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "continue_final_message": False, "messages": None}),
+        ("/v1/responses", {"input": "hi", "max_tokens": None, "n": 1, "logprobs": False}),
+        ("/v1/messages", {**CHAT, "model": "base", "n": 1, "min_tokens": 0}),
+        ("/v1/messages/count_tokens", {**CHAT, "model": "base", "stream": True}),
+        ("/generate", {**LORAX, "max_new_tokens": None}),
+    ],
+)
+async def test_a_known_field_that_asks_for_nothing_is_no_error(
+    server: Server, path: str, body: dict[str, object]
+) -> None:
+    reply = await server.post(path, **body)
+    assert reply.status_code == 200, reply.text
+    assert IGNORED not in reply.headers

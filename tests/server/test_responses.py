@@ -156,7 +156,7 @@ async def test_an_answer_that_is_cut_is_incomplete(server: Server, client: opena
 
 
 async def test_sampling_reaches_the_engine(server: Server) -> None:
-    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 3.0, "stop": "x", "seed": 7}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 3.0, "stop": "x", "seed": 7, "cache_salt": "s"}
     reply = await server.post("/v1/responses", **BODY, **sampling)
     told = server.engine.calls[0].sampling
     assert (told.temperature, told.top_p, told.top_k, told.stop, told.seed) == (0.5, 0.9, 3, ("x",), 7)

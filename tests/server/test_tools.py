@@ -127,6 +127,26 @@ async def test_parallel_calls_can_be_switched_off_and_the_engine_stops_then(serv
     assert server.engine.calls[-1].was_aborted
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("", "{}"),
+        ('{"a": "K\u00f6ln"}', '{"a": "K\u00f6ln"}'),
+        ("[1]", '"[1]"'),
+        ("no JSON", '"no JSON"'),
+        ('{"a":' * 900 + "1" + "}" * 900, '"{'),
+    ],
+)
+async def test_earlier_arguments_of_any_kind_reach_the_template(
+    server: Server, tmp_path: Path, arguments: str, shown: str
+) -> None:
+    make_adapter(server, tmp_path, "own", QWEN)
+    says(server, "x")
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    await ask(server, model="own", messages=[*CHAT, {"role": "assistant", "tool_calls": [call]}, *CHAT])
+    assert f'"arguments": {shown}' in prompt_of(server)
+
+
 async def test_malformed_calls_are_content(server: Server) -> None:
     text = '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>'
     says(server, text)

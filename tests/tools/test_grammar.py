@@ -28,6 +28,7 @@ Call = tuple[str, dict[str, Any]]
 
 ROME: Call = ("weather", {"city": "Rome", "days": 3})
 NOW: Call = ("time", {})
+B = {"properties": {"b": {}}, "required": ["b"]}
 BAD: list[Call] = [
     ("weather", {"city": "Rome"}),
     ("weather", {"city": 3, "days": 3}),
@@ -134,3 +135,24 @@ def test_what_cannot_be_followed_is_left_out_unless_the_tool_is_strict(judge: Ju
     strict = answer_grammar(form, [Tool("f", schema, is_strict=True)], judge.tokens)
     with pytest.raises(AssertionError, match="not"):
         judge.accepts(strict, "")
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"properties": {"a": {}}}, {"a": 1}, {"b": 1}),
+        ({"properties": {"a": {"properties": {"b": {}}}}}, {"a": {"b": 1}}, {"a": {"c": 1}}),
+        ({"properties": {"a": {"items": {"properties": {"b": {}}}}}}, {"a": [{"b": 1}]}, {"a": [{"c": 1}]}),
+        ({"properties": {"a": {}}, "additionalProperties": True}, {"b": 1}, None),
+        ({"properties": {"a": {}}, "anyOf": [B]}, {"a": 1, "b": 1}, {}),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"a": 1, "b": 1}, None),
+        ({}, {"anything": []}, None),
+    ],
+)
+def test_a_call_has_the_arguments_that_its_tool_knows(
+    judge: Judge, schema: dict[str, Any], good: dict[str, Any], bad: dict[str, Any] | None
+) -> None:
+    form = FORMATS["hermes"]
+    grammar = answer_grammar(form, [Tool("f", {"type": "object", **schema})], judge.tokens)
+    assert judge.accepts(grammar, written(form, ("f", good)))
+    assert bad is None or not judge.accepts(grammar, written(form, ("f", bad)))

@@ -26,7 +26,7 @@ from toppings.engine.base import (
 )
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.decode_form import choose_decode_form
-from toppings.engine.drawing import DeviceSampler, draw_on_host
+from toppings.engine.drawing import DeviceSampler, Sampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
 from toppings.engine.memory import measure
@@ -34,6 +34,7 @@ from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.products import choose_products
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scoring import DeviceReader, Reader, read_on_host
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
 from toppings.engine.step_log import StepLog
@@ -102,7 +103,10 @@ def make_runner(
 ) -> ModelRunner:
     inputs = InputBuilder(config.page_size, max_model_len, staging)
     is_cuda = staging is not None and config.device == "cuda"
-    draw = DeviceSampler(staging, torch.cuda) if staging is not None and is_cuda else draw_on_host
+    draw: Sampler = draw_on_host
+    read: Reader = read_on_host
+    if staging is not None and is_cuda:
+        draw, read = DeviceSampler(staging, torch.cuda), DeviceReader(staging, torch.cuda)
     runs_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and is_cuda)
     return ModelRunner(
         decoder,
@@ -111,6 +115,7 @@ def make_runner(
         mode,
         inputs=inputs,
         sample=draw,
+        read=read,
         runs_ahead=runs_ahead,
         decode_form=decode_form,
     )
@@ -200,6 +205,7 @@ def _build_engine(
         device_pool_bytes=config.device_pool_bytes,
         host_store_bytes=config.host_store_bytes,
         decode_lora_form=decode_form if config.device == "cuda" else "",
+        hidden_size=model.hidden_size,
     )
     return Engine(
         info,

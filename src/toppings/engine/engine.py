@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from toppings.adapters.errors import AdapterError
@@ -68,9 +68,11 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class Step:
-    """One that was started. `record`: what the step log says of its batch."""
+    """One that was started. `read_out`: items with which a prompt is read to its end, and nothing is to be
+    drawn; `record`: what the step log says of its batch."""
 
     batch: Batch
+    read_out: list[BatchItem]
     flight: StepInFlight
     started_at: float
     num_prompt_tokens: int
@@ -131,12 +133,14 @@ class Engine:
             message.adapter_id,
             arrived_at=time.perf_counter(),
             cache_salt=message.cache_salt,
-            is_cacheable=message.is_cacheable,
+            is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
         )
         try:
             if message.request_id in self._progress:
                 raise RequestError(f"request id {message.request_id!r} is already in use")
-            self._check_tokens(request.prompt_token_ids)
+            self._check_tokens("the prompt", request.prompt_token_ids)
+            self._check_tokens("logit_bias", [token for token, _ in request.sampling.logit_bias])
+            self._check_tokens("allowed_token_ids", request.sampling.allowed_token_ids)
             tier = self._tier(request)
             if request.adapter_id is not None:
                 activate(request, self.adapters.invocation_tokens_of(request.adapter_id))
@@ -226,7 +230,9 @@ class Engine:
             outputs += self._fail_step(batch, error)
             return None
         num_prompt_tokens = sum(i.num_tokens for i in batch.items if not i.is_decode)
-        step = Step(batch, flight, started_at, num_prompt_tokens, describe(batch, self.adapters.rank_of))
+        read_out = [i for i in batch.items if i.is_last and not i.needs_sample]
+        record = describe(batch, self.adapters.rank_of)
+        step = Step(batch, read_out, flight, started_at, num_prompt_tokens, record)
         self.scheduler.commit(batch)
         for item in flight.items:
             item.request.num_pending_tokens += self._may_go_on(item.request)
@@ -329,6 +335,8 @@ class Engine:
             if not item.request.output_token_ids:
                 progress.prefill_s += step_s
                 progress.load_wait_s += result.load_wait_s
+            if (reading := result.readings.get(item.request.request_id)) is not None:
+                progress.notes.add(reading)
         outputs = [
             self._token_output(item.request, token_id, logprobs)
             if item.request.request_id not in result.failed
@@ -337,6 +345,7 @@ class Engine:
             if self._is_alive(item)
         ]
         self._count(step, result, len(outputs))
+        outputs += [self._end_of_reading(i.request) for i in step.read_out if self._is_alive(i)]
         self._step_log.write_step(step.record, result, step_s)
         return outputs
 
@@ -345,20 +354,38 @@ class Engine:
         request.output_token_ids.append(token_id)
         request.num_pending_tokens = max(0, request.num_pending_tokens - 1)
         finish_reason, stop_token_id = self._finish_reason(request, token_id)
-        progress = self._progress[request.request_id]
         output = RequestOutput(
             request.request_id,
             [token_id],
             logprobs=None if logprobs is None else [logprobs],
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
-            queue_ms=ms((progress.first_scheduled_at or 0.0) - request.arrived_at) if is_first else None,
-            cold_start=progress.cold_start(self.adapters) if is_first else None,
-            num_cached_tokens=request.num_cached_tokens if is_first else None,
         )
+        if is_first:
+            output = self._with_start(output, request)
         if finish_reason is not None:
             self._forget(request)
         return output
+
+    def _end_of_reading(self, request: Request) -> RequestOutput:
+        """All that is said of a prompt after which nothing is to be drawn."""
+        output = RequestOutput(request.request_id, [], finish_reason=FinishReason.LENGTH)
+        output = self._with_start(output, request)
+        self._forget(request)
+        return output
+
+    def _with_start(self, output: RequestOutput, request: Request) -> RequestOutput:
+        """With what is told of the prompt and of the time until it was read."""
+        progress, sampling = self._progress[request.request_id], request.sampling
+        num_top, is_pooled = sampling.prompt_logprobs, sampling.pooling is not None
+        return replace(
+            output,
+            queue_ms=ms((progress.first_scheduled_at or 0.0) - request.arrived_at),
+            cold_start=progress.cold_start(self.adapters),
+            num_cached_tokens=request.num_cached_tokens,
+            prompt_logprobs=None if num_top is None else progress.notes.logprobs(num_top),
+            embedding=progress.notes.embedding() if is_pooled else None,
+        )
 
     def _finish_reason(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
         sampling, num_output = request.sampling, len(request.output_token_ids)
@@ -394,14 +421,12 @@ class Engine:
 
     # --- small things ---
 
-    def _check_tokens(self, token_ids: list[int]) -> None:
+    def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
         """One wrong id would fail the step of everyone, or a device for ever."""
         vocab_size = self.info.vocab_size
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-            raise RequestError(
-                f"the prompt holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}"
-            )
+            raise RequestError(f"{name} holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
 
     def _tier(self, request: Request) -> str:
         if request.adapter_id is None:

@@ -19,6 +19,7 @@ from toppings.engine.drawing import Drawing, Sampler, draw_on_host
 from toppings.engine.graphs import DecodeGraphs
 from toppings.engine.pages import pages_for
 from toppings.engine.sampling_rows import SamplingRows
+from toppings.engine.scoring import Reader, Reading, ReadingPlan, Readings, read_nothing, read_on_host
 from toppings.engine.step_inputs import InputBuilder, Pending, StepInputs, lora_segments
 from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
@@ -41,6 +42,7 @@ class StepResult:
     copy_ms: float  # what the loads of its adapters copied meanwhile
     assist: AssistStats | None
     failed: dict[str, str]  # by request id, why its output cannot go on; its token means nothing
+    readings: dict[str, Reading] = field(default_factory=dict)  # by request id, of prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class StepInFlight:
     copy_ms: float
     assist: AssistStats | None
     failed: dict[str, str] = field(default_factory=dict)
+    readings: Readings = read_nothing
 
     def result(self) -> StepResult:
         """Waits for the tokens. Raises what made them wrong."""
@@ -67,6 +70,7 @@ class StepInFlight:
             copy_ms=self.copy_ms,
             assist=self.assist,
             failed={self.items[i].request.request_id: NO_LOGITS for i in drawn.undrawable} | self.failed,
+            readings=self.readings(),
         )
 
 
@@ -91,6 +95,7 @@ class ModelRunner:
         *,
         inputs: InputBuilder,
         sample: Sampler = draw_on_host,
+        read: Reader = read_on_host,
         runs_ahead: bool = False,
         decode_form: LoraForm = DEFAULT_DECODE_FORM,
     ) -> None:
@@ -100,11 +105,12 @@ class ModelRunner:
         self._mode = mode
         self._inputs = inputs
         self._sample = sample
+        self._read = read
         self._runs_ahead = runs_ahead
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: DecodeGraphs | None = None  # likewise
-        self.rows = SamplingRows(decoder.config.eos_token_ids)
+        self.rows = SamplingRows(decoder.config.eos_token_ids, decoder.config.vocab_size)
         self.out_offsets = decoder.config.group_out_offsets()
 
     @torch.inference_mode()
@@ -123,15 +129,20 @@ class ModelRunner:
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
-        pending = None
+        pending, readings = None, read_nothing
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
         if self.graphs is not None and not loads and self.graphs.can_run(items):
             logits = self.graphs.run(items, segments, pending)
         else:
-            inputs = self._inputs.build(items, [row for row, _ in sampled], segments, pending)
+            plan = ReadingPlan.of(items)
+            rows_wanted = [row for row, _ in sampled] + (plan.rows if plan is not None else [])
+            inputs = self._inputs.build(items, rows_wanted, segments, pending)
             with self._lora(items, segments, loads) as lora:
-                logits = self._forward(inputs, lora)
+                hidden = self._hidden(inputs, lora)
+                logits = self._decoder.logits(hidden[: len(sampled)])
+            if plan is not None:
+                readings = self._read(self._decoder, hidden[len(sampled) :], plan)
         copied_ms += sum(load.copy_ms for load in loads.values())
         if previous is None:
             rows, failed = self.rows.finish(begun, [], None)
@@ -144,6 +155,7 @@ class ModelRunner:
             copy_ms=copied_ms,
             assist=lora.stats if isinstance(lora, AssistLora) else None,
             failed=failed,
+            readings=readings,
         )
 
     def can_run_ahead(self, requests: Sequence[Request]) -> bool:
@@ -163,10 +175,10 @@ class ModelRunner:
         pages = list(range(pages_for(num_tokens, self._cache.page_size)))
         request = Request("dry-run", [0] * num_tokens, SamplingParams(), page_table=pages)
         inputs = self._inputs.build([BatchItem(request, num_tokens)], [num_tokens - 1], None)
-        self._forward(inputs, lora)
+        self._decoder.logits(self._hidden(inputs, lora))
 
-    def _forward(self, inputs: StepInputs, lora: LoraContext | None) -> torch.Tensor:
-        return self._decoder.forward(
+    def _hidden(self, inputs: StepInputs, lora: LoraContext | None) -> torch.Tensor:
+        return self._decoder.hidden(
             inputs.token_ids, inputs.positions, self._cache, inputs.meta, inputs.logit_rows, lora
         )
 

@@ -12,6 +12,7 @@ from toppings.core import Batch, BatchItem, Request, SamplingParams
 from toppings.model.config import ModelConfig
 
 _GREEDY = SamplingParams(temperature=0.0)
+_SCORED = SamplingParams(temperature=0.0, prompt_logprobs=0)
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -34,13 +35,14 @@ class Begin(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class StepItem(msgspec.Struct, frozen=True, array_like=True):
     """`token_ids`: those of this step, of which the first `num_base_tokens` are the base model's; `slot`: of
-    its adapter."""
+    its adapter; `num_scored`: rows, from the first on, whose logits are wanted beside those to draw from."""
 
     token_ids: list[int]
     num_computed_tokens: int
     page_table: list[int]
     slot: int | None
     needs_sample: bool
+    num_scored: int
     num_base_tokens: int
 
 
@@ -106,19 +108,20 @@ def receive_reply(connection: Connection) -> FromFollower:
 class _StepRequest(Request):
     """A request of which only this step is known: its tokens stand in `prompt_token_ids`."""
 
-    __slots__ = ("needs_sample",)
+    __slots__ = ("needs_sample", "num_scored")
 
     def __init__(self, number: int, item: StepItem) -> None:
         super().__init__(
             str(number),
             item.token_ids,
-            _GREEDY,
+            _SCORED if item.num_scored else _GREEDY,
             item.slot,
             num_computed_tokens=item.num_computed_tokens,
             page_table=item.page_table,
             adapter_start=item.num_computed_tokens + item.num_base_tokens,
         )
         self.needs_sample = item.needs_sample
+        self.num_scored = item.num_scored
 
     @property
     def num_tokens(self) -> int:
@@ -126,6 +129,10 @@ class _StepRequest(Request):
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         return self.prompt_token_ids
+
+    def scored_token_ids(self, num_tokens: int) -> list[int]:
+        """As many as there are; the lead knows them."""
+        return [0] * self.num_scored
 
 
 def step_of(batch: Batch, slots: dict[int, int]) -> Step:
@@ -138,6 +145,7 @@ def step_of(batch: Batch, slots: dict[int, int]) -> Step:
                 item.request.page_table,
                 None if item.adapter_id is None else slots[item.adapter_id],
                 item.needs_sample,
+                len(item.request.scored_token_ids(item.num_tokens)),
                 item.num_base_tokens,
             )
             for item in batch.items

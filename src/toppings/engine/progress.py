@@ -1,9 +1,10 @@
 """What an engine knows of a request beside what the scheduler does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from toppings.adapters.manager import AdapterManager
 from toppings.core import ColdStart, Request
+from toppings.engine.scoring import PromptNotes
 
 
 @dataclass(slots=True)
@@ -15,6 +16,7 @@ class Progress:
     first_scheduled_at: float | None = None
     prefill_s: float = 0.0  # its steps up to the first token
     load_wait_s: float = 0.0  # the part of them that waited for adapter loads
+    notes: PromptNotes = field(default_factory=PromptNotes)
 
     def cold_start(self, adapters: AdapterManager) -> ColdStart | None:
         """What the request waited for, once its first token is there; None where it was warm."""

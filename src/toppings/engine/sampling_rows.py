@@ -10,6 +10,7 @@ from toppings.core import Request
 from toppings.engine.drawing import Drawing
 from toppings.engine.structures import StepMasks, Structures
 from toppings.ops.sampling import SamplingRow
+from toppings.ops.token_mask import TokenMask, mask_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,11 @@ class RowsBegun:
 class SamplingRows:
     """`structures`: set once, before the first request that has one."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
         self.structures: Structures | None = None
         self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._allowed: dict[str, TokenMask] = {}
         self._generators: dict[str, torch.Generator] = {}
 
     def begin(self, requests: list[Request]) -> RowsBegun:
@@ -58,15 +61,19 @@ class SamplingRows:
                 output_token_ids=outputs[r.request_id],
                 generator=self._generator(r),
                 eos_token_ids=self._eos_token_ids,
-                allowed=masks.get(r.request_id),
+                allowed=masks.get(r.request_id, self._allowed_of(r)),
             )
             for r in requests
         ]
+        for request, row in zip(requests, rows, strict=True):
+            if row.is_stuck(self._vocab_size):
+                failed.setdefault(request.request_id, "bad_words leave no token that may be drawn")
         return rows, failed
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
         self._generators.pop(request.request_id, None)
+        self._allowed.pop(request.request_id, None)
         if self.structures is not None:
             self.structures.forget(request)
 
@@ -81,6 +88,12 @@ class SamplingRows:
         assert self.structures is not None, "a request with a structure is refused without"
         return self.structures.start_masks({name: outputs[name] for name in structured})
 
+    def _allowed_of(self, request: Request) -> TokenMask | None:
+        token_ids = request.sampling.allowed_token_ids
+        if token_ids and request.request_id not in self._allowed:
+            self._allowed[request.request_id] = mask_of(token_ids, self._vocab_size)
+        return self._allowed.get(request.request_id)
+
     def _generator(self, request: Request) -> torch.Generator | None:
         seed = request.sampling.seed
         if seed is not None and request.request_id not in self._generators:
@@ -92,4 +105,5 @@ def _looks_back(request: Request) -> bool:
     """Its next draw but one depends on the next."""
     row = SamplingRow(request.sampling, [], request.output_token_ids)
     is_held = request.sampling.min_tokens > len(request.output_token_ids)
-    return row.has_penalty or is_held or request.sampling.structure is not None
+    has_bad_words = bool(request.sampling.bad_token_ids)
+    return row.has_penalty or is_held or has_bad_words or request.sampling.structure is not None

@@ -96,9 +96,10 @@ class Scheduler:
         num_prompt, limit = len(request.prompt_token_ids), self.limits.max_model_len
         if not num_prompt:
             raise RequestError("the prompt is empty; it needs at least one token")
-        if num_prompt >= limit:
+        most = limit - min(1, request.sampling.max_tokens)
+        if num_prompt > most:
             raise RequestError(
-                f"the prompt has {num_prompt} tokens; at most {limit - 1} fit max_model_len {limit}"
+                f"the prompt has {num_prompt} tokens; at most {most} fit max_model_len {limit}"
             )
         if request.adapter_id is not None:
             self.adapters.prefetch(request.adapter_id)

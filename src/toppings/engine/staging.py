@@ -11,7 +11,7 @@ from torch import Tensor
 Array = npt.NDArray[Any]
 
 ALIGNMENT_BYTES = 16
-_NUM_BUFFERS = 4  # a step sends twice, and the next step's arrays are written while its copies are under way
+_NUM_BUFFERS = 6  # a step sends three times at most; the next one's arrays are written while it copies
 _SMALLEST_BUFFER = 1 << 16
 
 

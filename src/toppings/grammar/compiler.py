@@ -33,7 +33,7 @@ def load_vocabulary(path: Path, vocab_size: int, eos_token_ids: Sequence[int]) -
         raise StructureError(f"structured output needs the model's {TOKENIZER_FILE}: {error}") from error
     try:
         return llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-    except ValueError as error:
+    except BaseException as error:  # a panic in the library is no Exception
         raise StructureError(f"structured output cannot use the model's {TOKENIZER_FILE}: {error}") from error
 
 
@@ -71,7 +71,7 @@ class Compiler:
         vocabulary = loaded.result()  # it was there before, in this very thread
         try:
             return matcher_of(vocabulary, structure.kind, structure.text)
-        except ValueError as error:
+        except BaseException as error:  # a panic in the library is no Exception
             raise StructureError(f"the {structure.kind} cannot be followed: {error}") from error
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ class Guide:
             self._follow(output)
             self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             raise_error_of(self._matcher)
-        except ValueError as error:
+        except BaseException as error:  # a panic in the library is no Exception
             raise StructureError(f"the output's structure cannot be followed any further: {error}") from error
         return mask
 

@@ -140,10 +140,23 @@ class Decoder:
         logit_rows: Tensor,
         lora: LoraContext | None = None,
     ) -> Tensor:
-        """One step: writes the tokens' keys and values to the cache, returns logits, fp32 [R, vocab].
+        """One step: as `hidden`, but returns the rows' logits, fp32 [R, vocab]."""
+        return self.logits(self.hidden(input_ids, positions, cache, meta, logit_rows, lora))
 
-        input_ids, positions: int64 [T], rows as `meta` groups them; logit_rows: int64 [R], the rows to
-        compute logits for.
+    @torch.inference_mode()
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        rows: Tensor,
+        lora: LoraContext | None = None,
+    ) -> Tensor:
+        """One step: writes the tokens' keys and values to the cache, returns final hidden states, normalised
+        as the output layer reads them, [R, hidden] of the model's dtype.
+
+        input_ids, positions: int64 [T], rows as `meta` groups them; rows: int64 [R], those to return.
         """
         step = _Step(*self._rope.cos_sin(positions), cache, meta, lora)
         residual = functional.embedding(input_ids, self._embed)
@@ -155,9 +168,13 @@ class Decoder:
             if index + 1 < len(self._layers):
                 following = self._layers[index + 1].input_norm
                 x = add_rms_norm_(x, residual, following, self.config.rms_norm_eps)
-        x, residual = x[logit_rows], residual[logit_rows]
-        x = add_rms_norm_(x, residual, self._norm, self.config.rms_norm_eps)
-        return self._lm_head(x, is_wide=True)  # rounded to bfloat16, likely tokens would often be equals
+        x, residual = x[rows], residual[rows]
+        return add_rms_norm_(x, residual, self._norm, self.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [R, vocab] of rows that `hidden` returned."""
+        return self._lm_head(hidden, is_wide=True)  # rounded to bfloat16, likely tokens would often be equals
 
     def _attend(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         config, cache = self.config, step.cache

@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.model.config import ModelConfig
-from toppings.model.decoder import Decoder, LoraContext, _Step
+from toppings.model.decoder import Decoder, _Step
 from toppings.model.dummy import dummy_weights
 from toppings.model.parts import SUMMED_GROUPS, Part
 from toppings.model.weights import read_weights
-from toppings.ops.attention import AttentionMetadata, KVCache
 
 
 class PartDecoder(Decoder):
@@ -51,18 +50,11 @@ class PartDecoder(Decoder):
         return cls(part, weights)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        cache: KVCache,
-        meta: AttentionMetadata,
-        logit_rows: Tensor,
-        lora: LoraContext | None = None,
-    ) -> Tensor:
-        logits = super().forward(input_ids, positions, cache, meta, logit_rows, lora)
-        if not logit_rows.shape[0]:
-            return logits.new_empty(0, self.config.vocab_size)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """To be asked for by every part, of the same rows."""
+        if not hidden.shape[0]:
+            return torch.empty(0, self.config.vocab_size, device=hidden.device)
+        logits = super().logits(hidden)
         parts = [torch.empty_like(logits) for _ in range(self._num_parts)]
         dist.all_gather(parts, logits)
         return torch.cat(parts, dim=1)[:, : self.config.vocab_size]

@@ -31,8 +31,9 @@ class SamplingPlan:
     `drawn`: rows that are not greedy; by position among them, `parameters` float32 [3, D] (temperature,
     top-p, min-p), `top_k`, `uniform` float64, and which are `uncut`, to be sorted in part (`few`) or whole.
     `masked`: rows with a mask, and their `masks`, int32 [N, W] (token_mask.py).
-    `forbidden`: int64 [2, F], (rows, token ids). `repeated`: int64 [2, N] with `repetition` [N], the factor.
-    `counted`: int64 [2, M] with `subtracted` [M]. `reported`: rows that want logprobs, `num_top` of them.
+    `forbidden`: int64 [2, F], (rows, token ids). `biased`: int64 [2, B] with `biases` [B], which are added.
+    `repeated`: int64 [2, N] with `repetition` [N], the factor. `counted`: int64 [2, M] with
+    `subtracted` [M]. `reported`: rows that want logprobs, `num_top` of them.
     """
 
     drawn: Array
@@ -45,6 +46,8 @@ class SamplingPlan:
     masked: Array
     masks: Array
     forbidden: Array
+    biased: Array
+    biases: Array
     repeated: Array
     repetition: Array
     counted: Array
@@ -61,6 +64,7 @@ class SamplingPlan:
         is_uncut = [p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0 for p in params]
         places = [(i, t) for i, row in enumerate(rows) for t in row.forbidden_ids(vocab_size)]
         masks = {i: row.allowed for i, row in enumerate(rows) if row.allowed is not None}
+        biases = [(i, *each) for i, row in enumerate(rows) for each in row.params.logit_bias]
         repeated, factors = _repetitions(rows)
         counted, subtracted = _counts(rows)
         reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -77,6 +81,8 @@ class SamplingPlan:
             masked=_longs(list(masks)),
             masks=np.array(list(masks.values()), np.int32).reshape(-1, num_words(vocab_size)),
             forbidden=_pairs(places),
+            biased=_pairs([(i, token) for i, token, _ in biases]),
+            biases=np.array([bias for _, _, bias in biases], np.float32),
             repeated=_pairs(repeated),
             repetition=np.array(factors, np.float32),
             counted=_pairs(counted),
@@ -89,8 +95,8 @@ class SamplingPlan:
     def changes(self) -> list[Array]:
         """What changes logits before a draw."""
         return [
-            *(self.masked, self.masks, self.forbidden, self.repeated, self.repetition),
-            *(self.counted, self.subtracted),
+            *(self.masked, self.masks, self.forbidden, self.biased, self.biases),
+            *(self.repeated, self.repetition, self.counted, self.subtracted),
         ]
 
     @property
@@ -128,6 +134,8 @@ def _adjusted(
     masked: Tensor,
     masks: Tensor,
     forbidden: Tensor,
+    biased: Tensor,
+    biases: Tensor,
     repeated: Tensor,
     factors: Tensor,
     counted: Tensor,
@@ -137,6 +145,7 @@ def _adjusted(
     is_allowed = device_flags(masks, logits.shape[1])
     adjusted.index_copy_(0, masked, adjusted[masked].masked_fill(~is_allowed, -torch.inf))
     adjusted.index_put_(tuple(forbidden), adjusted.new_full((), -torch.inf))
+    adjusted.index_put_(tuple(biased), adjusted[tuple(biased)] + biases)
     scores = adjusted[tuple(repeated)]
     adjusted.index_put_(tuple(repeated), torch.where(scores > 0, scores / factors, scores * factors))
     adjusted.index_put_(tuple(counted), adjusted[tuple(counted)] - subtracted)

@@ -1,9 +1,9 @@
 """Drawing the next token of every row: penalties, temperature, truncation, logprobs.
 
 The order is vLLM's: reported log-probabilities are those of the model's own distribution; then what a row may
-not draw is excluded, and the penalties change the logits; greedy rows take the largest; the others divide by
-the temperature, drop what min-p, then top-k, then top-p exclude, and draw. Ties go to the lower token id
-everywhere.
+not draw is excluded, biases are added, and the penalties change the logits; greedy rows take the largest; the
+others divide by the temperature, drop what min-p, then top-k, then top-p exclude, and draw. Ties go to the
+lower token id everywhere.
 """
 
 from collections import Counter
@@ -24,8 +24,9 @@ GREEDY_BELOW = 1e-5
 class SamplingRow:
     """What one row's draw depends on beside its logits. `generator` None draws from torch's global one.
 
-    `eos_token_ids` and the parameters' `stop_token_ids` are not drawn before `min_tokens` tokens are out,
-    unless `allowed`, the tokens that may be drawn at all, holds nothing else.
+    `allowed`: the tokens that may be drawn at all. Not drawn are those that would complete one of the
+    parameters' `bad_token_ids`, and before `min_tokens` tokens are out `eos_token_ids` and `stop_token_ids`;
+    what would leave nothing to draw does not count.
     """
 
     params: SamplingParams
@@ -46,10 +47,33 @@ class SamplingRow:
 
     def forbidden_ids(self, vocab_size: int) -> list[int]:
         """Beside what `allowed` leaves out."""
+        bad = self.bad_ids(vocab_size)
+        bad = bad if self._leaves_some(bad, vocab_size) else []
         if len(self.output_token_ids) >= self.params.min_tokens:
-            return []
-        ids = [t for t in (*self.eos_token_ids, *self.params.stop_token_ids) if t < vocab_size]
-        return ids if self.allowed is None or allows_more_than(self.allowed, ids, vocab_size) else []
+            return bad
+        ends = [t for t in (*self.eos_token_ids, *self.params.stop_token_ids) if t < vocab_size]
+        ids = list({*bad, *ends})
+        return ids if self._leaves_some(ids, vocab_size) else bad
+
+    def bad_ids(self, vocab_size: int) -> list[int]:
+        """Tokens that would complete one of `bad_token_ids`."""
+        output = self.output_token_ids
+        found = {
+            sequence[-1]
+            for sequence in self.params.bad_token_ids
+            if len(sequence) == 1 or tuple(output[1 - len(sequence) :]) == sequence[:-1]
+        }
+        return [token for token in found if token < vocab_size]
+
+    def is_stuck(self, vocab_size: int) -> bool:
+        """Bad words leave nothing to draw."""
+        return bool(self.params.bad_token_ids) and not self._leaves_some(self.bad_ids(vocab_size), vocab_size)
+
+    def _leaves_some(self, token_ids: list[int], vocab_size: int) -> bool:
+        """`token_ids` have no number twice."""
+        if self.allowed is None:
+            return len(token_ids) < vocab_size
+        return not token_ids or allows_more_than(self.allowed, token_ids, vocab_size)
 
 
 @dataclass(slots=True)
@@ -70,7 +94,7 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> SampleOutput:
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
     if not rows:
         return SampleOutput([])
-    adjusted = _penalise(_forbid(logits, rows), rows)
+    adjusted = _penalise(_bias(_forbid(logits, rows), rows), rows)
     likeliest_ids = adjusted.argmax(-1)
     token_ids = likeliest_ids.tolist()
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
@@ -106,6 +130,16 @@ def _forbid(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
         row_index, token_ids = torch.tensor(places, device=logits.device).unbind(1)
         logits[row_index, token_ids] = -torch.inf
     return logits
+
+
+def _bias(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """Adds each row's `logit_bias`."""
+    biases = [(i, *each) for i, row in enumerate(rows) for each in row.params.logit_bias]
+    if not biases:
+        return logits
+    row_index, token_ids, added = zip(*biases, strict=True)
+    places = (torch.tensor(row_index, device=logits.device), torch.tensor(token_ids, device=logits.device))
+    return logits.index_put(places, torch.tensor(added, device=logits.device), accumulate=True)
 
 
 def _penalise(logits: Tensor, rows: list[SamplingRow]) -> Tensor:

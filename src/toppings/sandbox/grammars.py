@@ -27,7 +27,7 @@ def limits() -> llguidance.LLParserLimits:
         initial_lexer_fuel=1_000_000,  # some 20 ms
         step_lexer_fuel=50_000,
         step_max_items=20_000,
-        max_lexer_states=50_000,  # of up to 2 KiB
+        max_lexer_states=20_000,  # of up to 2 KiB
         max_grammar_size=100_000,
         verbose_errors=False,
     )

@@ -10,7 +10,18 @@ from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
-from toppings.server import admin, chat, completions, generate, messages, models, openapi, responses, tokens
+from toppings.server import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    generate,
+    messages,
+    models,
+    openapi,
+    responses,
+    tokens,
+)
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware
 from toppings.server.catalogue import Catalogue
@@ -53,7 +64,7 @@ def create_app(
     # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.
     routers = (
         *(admin.router, admin.changing, completions.router, chat.router, generate.router, tokens.router),
-        *(messages.router, responses.router),
+        *(messages.router, responses.router, embeddings.router),
         *(models.router, models.changing, openapi.router),
     )
     for router in routers:

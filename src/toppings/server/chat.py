@@ -15,7 +15,7 @@ from toppings.server.chat_body import ChatBody
 from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, chat_job
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice
-from toppings.server.replies import answer, namer, parts, raw_list, running_usage, usage
+from toppings.server.replies import answer, namer, parts, prompt_logprobs, raw_list, running_usage, usage
 from toppings.server.state import Lease, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.text import TextLogprob, TextModel
@@ -42,6 +42,7 @@ class ChatReply:
         self._created = int(time.time())
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        text = self._job.state.text
         content = [
             {"index": i, "message": _message(c), **self._ending(c.logprobs, c)}
             for i, c in enumerate(cast(list[ChatChoice], choices))
@@ -49,6 +50,9 @@ class ChatReply:
         num_tokens = sum(len(c.token_ids) for c in choices)
         total = usage(self._job, num_tokens)
         head = {**self._head("chat.completion"), **self._prompt()}
+        if self._body.prompt_logprobs is not None:
+            told = prompt_logprobs(self._body, text, self._job.prompts[0], choices[0])
+            head["prompt_logprobs"] = told
         return {**head, "choices": content, "usage": total}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:

@@ -1,6 +1,5 @@
 """The body of a chat completion: messages, tools, and what the chat template is told."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from toppings.core import shown
+from toppings.server.bodies import parse
 from toppings.server.errors import ApiError
 from toppings.server.fields import Int, LenientBody, Name
 from toppings.server.protocol import GenerationBody
@@ -43,11 +43,11 @@ class CalledFunction(LenientBody):
     arguments: str
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write the arguments as JSON themselves, so they take an object; a text that is none is
-        left as it is."""
+        """Templates write the arguments as JSON themselves, so they take an object; a text that is none, or
+        one that is larger than a body may be, is left as it is."""
         try:
-            arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
+            arguments = parse(self.arguments.encode() or b"{}")
+        except ApiError:
             arguments = None
         return {
             "name": self.name,
@@ -230,3 +230,12 @@ class ChatBody(GenerationBody):
             return ()
         wanted = self._wanted_names()
         return [t.as_tool() for t in self.tools or [] if not wanted or t.function.name in wanted]
+
+
+OF_CHATS: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(ChatBody.known(), (False,)),
+    **ChatBody.neutral,
+    "n": (1,),
+    "best_of": (1,),
+}
+"""Fields of chats, for other dialects: they refuse by name those that they have not."""

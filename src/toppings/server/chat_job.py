@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from toppings.core import FinishReason
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_plan import ChatPlan, chat_plan
-from toppings.server.jobs import Choice, Job, room_for_output, tokens_of
+from toppings.server.jobs import Choice, Job, num_last_tokens, room_for_output, tokens_of
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.structures import checked_structure
 from toppings.text import TextOutput
@@ -107,6 +107,7 @@ class ChatJob(Job):
             output.queue_ms,
             output.cold_start,
             output.num_cached_tokens,
+            output.prompt_logprobs,
             reasoning=thoughts,
             calls=calls,
             has_called=has_called,
@@ -155,5 +156,8 @@ async def chat_tokens(state: ServerState, body: ChatBody, target: Target) -> lis
 
 async def _prompt(state: ServerState, body: ChatBody, plan: ChatPlan) -> tuple[str, list[int]]:
     text = await state.text.chat_text(plan.messages, plan.template, **plan.options)
-    [token_ids] = await tokens_of(state, [text], add_special_tokens=bool(body.add_special_tokens))
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    num_last = num_last_tokens(state, body.truncate_prompt_tokens, wanted)
+    is_special = bool(body.add_special_tokens)
+    [token_ids] = await tokens_of(state, [text], add_special_tokens=is_special, num_last=num_last)
     return text, token_ids

@@ -114,7 +114,8 @@ async def chat_plan(state: ServerState, body: ChatBody, target: Target) -> ChatP
     form = format_of(source) if chosen == "auto" else FORMATS[chosen]
     thinks = {"auto": reasoning.END in source, "none": False}.get(settings.reasoning_parser, True)
     messages = with_names([message.for_template() for message in body.messages])
-    state.text.check_chars(sum(len(message["content"]) for message in messages))
+    if body.truncate_prompt_tokens is None:
+        state.text.check_chars(sum(len(message["content"]) for message in messages))
     marks = (*(form.marks if tools else ()), *(reasoning.MARKS if thinks else ()))
     tokens = state.text.single_tokens(marks)
     return ChatPlan(

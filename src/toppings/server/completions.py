@@ -4,6 +4,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,9 +13,9 @@ from fastapi.responses import Response
 
 from toppings.server.bodies import JsonRoute
 from toppings.server.errors import ApiError
-from toppings.server.jobs import Choice, Job, beside_loop, room_for_output, tokens_of
+from toppings.server.jobs import Choice, Job, beside_loop, num_last_tokens, room_for_output, tokens_of
 from toppings.server.protocol import CompletionBody
-from toppings.server.replies import answer, namer, parts, raw_list, running_usage, usage
+from toppings.server.replies import answer, namer, parts, prompt_logprobs, raw_list, running_usage, usage
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.server.structures import checked_structure
@@ -27,16 +29,18 @@ DEFAULT_MAX_TOKENS = 16
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     state, prompts = state_of(request), body.prompts()
-    lease = state.lease(len(prompts) * body.num_choices)
+    lease = state.lease(len(prompts) * body.num_drawn)
     job = await lease.during(_job(state, body, prompts))
-    reply = CompletionReply(job, body, await lease.during(_echoes(state, body, prompts)))
+    reply = CompletionReply(job, body, await lease.during(_echoes(job, body, prompts)))
     return await answer(request, job, lease, reply, is_stream=bool(body.stream))
 
 
 async def _job(state: ServerState, body: CompletionBody, given: list[str | list[int]]) -> Job:
     started_at = time.perf_counter()
     target = await state.find_target(body.model)
-    prompts = await tokens_of(state, given, add_special_tokens=body.add_special_tokens is not False)
+    is_special = body.add_special_tokens is not False
+    num_last = num_last_tokens(state, body.truncate_prompt_tokens, body.max_tokens)
+    prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)
     max_tokens = body.max_tokens
     if max_tokens is None:
         default = min(DEFAULT_MAX_TOKENS, state.defaults.get("max_tokens", DEFAULT_MAX_TOKENS))
@@ -47,22 +51,42 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
         target=target,
         prompts=prompts,
         sampling=body.sampling(
-            max_tokens=max_tokens, logprobs=body.logprobs, defaults=state.defaults, structure=structure
+            max_tokens=max_tokens,
+            logprobs=0 if body.logprobs is None and body.num_drawn > body.num_choices else body.logprobs,
+            defaults=state.defaults,
+            structure=structure,
+            prompt_logprobs=body.num_prompt_logprobs,
         ),
-        num_choices=body.num_choices,
+        num_choices=body.num_drawn,
         include_stop=bool(body.include_stop_str_in_output),
         cache_salt=body.cache_salt,
         started_at=started_at,
     )
 
 
-async def _echoes(state: ServerState, body: CompletionBody, prompts: list[str | list[int]]) -> list[str]:
+async def _echoes(job: Job, body: CompletionBody, given: list[str | list[int]]) -> list[str]:
     def decode() -> list[str]:
-        return [prompt if isinstance(prompt, str) else state.text.decode(prompt) for prompt in prompts]
+        is_whole = body.truncate_prompt_tokens is None
+        return [
+            prompt if isinstance(prompt, str) and is_whole else job.state.text.decode(token_ids)
+            for prompt, token_ids in zip(given, job.prompts, strict=True)
+        ]
 
     if not body.echo:
-        return [""] * len(prompts)
-    return await beside_loop(state, sum(map(len, prompts)), decode)
+        return [""] * len(given)
+    return await beside_loop(job.state, sum(map(len, given)), decode)
+
+
+def likeliest_choices(choices: list[Choice], num_drawn: int, num_told: int) -> list[Choice]:
+    """Of every prompt's `num_drawn` the `num_told` whose tokens are the likeliest on average, best first."""
+    if num_drawn == num_told:
+        return choices
+    groups = [choices[start : start + num_drawn] for start in range(0, len(choices), num_drawn)]
+    return [c for group in groups for c in sorted(group, key=_mean_logprob, reverse=True)[:num_told]]
+
+
+def _mean_logprob(choice: Choice) -> float:
+    return sum(each.logprob for each in choice.logprobs) / max(1, len(choice.logprobs))
 
 
 class CompletionReply:
@@ -82,10 +106,11 @@ class CompletionReply:
         self._echoes = echoes
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        content = [
-            self._choice(i, self._echo_of(i) + c.text, c, 0, is_first=True) for i, c in enumerate(choices)
-        ]
         num_tokens = sum(len(c.token_ids) for c in choices)
+        told = likeliest_choices(choices, self._body.num_drawn, self._body.num_choices)
+        content = [
+            self._choice(i, self._echo_of(i) + c.text, c, 0, is_first=True) for i, c in enumerate(told)
+        ]
         return {**self._head, "choices": content, "usage": usage(self._job, num_tokens)}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
@@ -97,14 +122,32 @@ class CompletionReply:
                 num_tokens += len(output.token_ids)
                 is_first = i in echoes
                 text = echoes.pop(i, "") + output.text
-                choice = self._choice(i, text, output, offsets[i], is_first=is_first)
-                offsets[i] += sum(_num_chars(self._text, each) for each in output.logprobs or [])
+                choice = await self._begun(i, text, output, offsets[i], is_first=is_first)
+                offsets[i] += self._num_chars(i, output, is_first=is_first)
                 yield sse(
                     {**self._head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)}
                 )
         if self._body.include_usage:
             yield sse({**self._head, "choices": [], "usage": usage(self._job, num_tokens)})
         yield DONE
+
+    async def _begun(
+        self, index: int, text: str, output: TextOutput, offset: int, *, is_first: bool
+    ) -> dict[str, Any]:
+        """`_choice`, made beside the event loop where it tells of a prompt."""
+        told = output.prompt_logprobs
+        return await beside_loop(
+            self._job.state,
+            0 if told is None else told.num_values,
+            lambda: self._choice(index, text, output, offset, is_first=is_first),
+        )
+
+    def _num_chars(self, index: int, output: TextOutput, *, is_first: bool) -> int:
+        """Of the tokens whose log-probabilities were told with `output`."""
+        token_ids = [each.token_id for each in output.logprobs or []]
+        if is_first and self._body.echo and self._body.logprobs is not None:
+            token_ids = self._prompt_of(index) + token_ids
+        return sum(_num_chars(self._text, token_id) for token_id in token_ids)
 
     def error_event(self, error: ApiError) -> bytes:
         return openai_error_event(error)
@@ -113,44 +156,64 @@ class CompletionReply:
         self, index: int, text: str, output: Choice | TextOutput, offset: int, *, is_first: bool
     ) -> dict[str, Any]:
         """`offset` is where the text of its first token begins."""
-        logprobs = None
-        if self._body.logprobs is not None:
-            logprobs = _logprobs(self._text, output.logprobs or [], offset, namer(self._body, self._text))
         choice = {
             "index": index,
             "text": text,
-            "logprobs": logprobs,
+            "logprobs": self._told(index, output, offset, is_first=is_first),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
+        prompt = self._prompt_of(index)
         if self._body.return_token_ids:
-            prompt = self._job.prompts[index // self._job.num_choices] if is_first else None
-            choice |= {"token_ids": output.token_ids, "prompt_token_ids": prompt}
+            given = prompt if is_first else None
+            choice |= {"token_ids": output.token_ids, "prompt_token_ids": given}
+        if self._body.prompt_logprobs is not None and isinstance(output, Choice):
+            choice["prompt_logprobs"] = prompt_logprobs(self._body, self._text, prompt, output)
         return choice
 
+    def _told(
+        self, index: int, output: Choice | TextOutput, offset: int, *, is_first: bool
+    ) -> dict[str, Any] | None:
+        """The log-probabilities of its tokens; with `echo` first those of the prompt's."""
+        if (num_top := self._body.logprobs) is None:
+            return None
+        logprobs, first = output.logprobs or [], None
+        if is_first and self._body.echo and output.prompt_logprobs is not None:
+            first, *others = self._prompt_of(index)
+            told = [self._text.told(each) for each in output.prompt_logprobs.tokens(others)]
+            logprobs = [*(replace(each, top=each.top[:num_top]) for each in told), *logprobs]
+        return _logprobs(self._text, first, logprobs, offset, namer(self._body, self._text))
+
+    def _prompt_of(self, index: int) -> list[int]:
+        return self._job.prompts[index // self._body.num_choices]
+
     def _echo_of(self, index: int) -> str:
-        return self._echoes[index // self._job.num_choices]
+        return self._echoes[index // self._body.num_choices]
 
 
 def _logprobs(
-    text: TextModel, logprobs: list[TextLogprob], offset: int, name: Callable[[int], str]
+    text: TextModel,
+    first: int | None,
+    logprobs: list[TextLogprob],
+    offset: int,
+    name: Callable[[int], str],
 ) -> dict[str, Any]:
-    """The completions form; `offset` is where the first token's text begins."""
-    offsets = []
-    for each in logprobs:
-        offsets.append(offset)
-        offset += _num_chars(text, each)
+    """The completions form; `first`: the first token of a prompt, which none makes likely; `offset` is where
+    the first token's text begins."""
+    token_ids = [*([] if first is None else [first]), *(each.token_id for each in logprobs)]
+    lead: list[None] = [] if first is None else [None]
+    tops = ([_top(name, each) for each in part] for part in parts(logprobs))
     return {
-        "tokens": [name(each.token_id) for each in logprobs],
-        "token_logprobs": [each.logprob for each in logprobs],
-        "top_logprobs": raw_list([_top(name, each) for each in part] for part in parts(logprobs)),
-        "text_offset": offsets,
+        "tokens": [name(token_id) for token_id in token_ids],
+        "token_logprobs": [*lead, *(each.logprob for each in logprobs)],
+        "top_logprobs": raw_list([lead, *tops]),
+        "text_offset": [*accumulate((_num_chars(text, t) for t in token_ids), initial=offset)][:-1],
     }
 
 
-def _num_chars(text: TextModel, each: TextLogprob) -> int:
+def _num_chars(text: TextModel, token_id: int) -> int:
     """Characters that begin in the token: those of its bytes that do not continue one."""
-    return sum(byte & 0xC0 != 0x80 for byte in text.token_bytes(each.token_id))
+    return sum(byte & 0xC0 != 0x80 for byte in text.token_bytes(token_id))
 
 
 def _top(name: Callable[[int], str], each: TextLogprob) -> dict[str, float]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import ContextLengthError, RequestError, SamplingParams, shown
+from toppings.core import (
+    MAX_PROMPT_LOGPROBS,
+    ContextLengthError,
+    PromptLogprobs,
+    RequestError,
+    SamplingParams,
+    shown,
+)
+from toppings.server.errors import ApiError
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
@@ -29,12 +37,16 @@ class Choice:
     logprobs: list[TextLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: bytes | None = None
 
     def add(self, output: TextOutput) -> None:
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs or []
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        self.embedding = self.embedding or output.embedding
 
 
 @dataclass(kw_only=True)
@@ -58,7 +70,21 @@ class Job:
     def __post_init__(self) -> None:
         for prompt in self.prompts:
             check_prompt(self.state, prompt, self.sampling.max_tokens)
-        check_token_ids(self.state, "stop_token_ids", self.sampling.stop_token_ids)
+        sampling = self.sampling
+        check_token_ids(self.state, "stop_token_ids", sampling.stop_token_ids)
+        check_token_ids(self.state, "allowed_token_ids", sampling.allowed_token_ids)
+        check_token_ids(self.state, "logit_bias", [token_id for token_id, _ in sampling.logit_bias])
+        if sampling.prompt_logprobs is not None:
+            self._check_told(self.num_choices * self.num_prompt_tokens, sampling.prompt_logprobs + 1)
+
+    @staticmethod
+    def _check_told(num_tokens: int, num_each: int) -> None:
+        """Raises RequestError for more log-probabilities of prompts than an answer may hold."""
+        if num_tokens * num_each > MAX_PROMPT_LOGPROBS:
+            raise RequestError(
+                f"the request asks for {num_tokens * num_each} log-probabilities of prompts ({num_tokens}"
+                f" tokens, {num_each} each); at most {MAX_PROMPT_LOGPROBS} are told at once"
+            )
 
     @property
     def num_sequences(self) -> int:
@@ -188,21 +214,46 @@ def room_for_output(state: ServerState, prompts: list[list[int]]) -> int:
 
 
 async def tokens_of(
-    state: ServerState, prompts: list[str | list[int]], *, add_special_tokens: bool = True
+    state: ServerState,
+    prompts: list[str | list[int]],
+    *,
+    add_special_tokens: bool = True,
+    num_last: int | None = None,
 ) -> list[list[int]]:
-    """Raises RequestError for a text that is too long, before it is tokenised to its end."""
-    for prompt in prompts:
-        state.text.check_chars(len(prompt) if isinstance(prompt, str) else 0)
+    """With `num_last`, the last so many of each at most. Raises RequestError for a text that is too long,
+    before it is tokenised to its end."""
+    if num_last is None:
+        for prompt in prompts:
+            state.text.check_chars(len(prompt) if isinstance(prompt, str) else 0)
 
-    def encode() -> list[list[int]]:
-        return [
-            state.text.encode(prompt, add_special_tokens=add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in prompts
-        ]
+    def tokens(prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt if num_last is None else prompt[-num_last:]
+        if num_last is None:
+            return state.text.encode(prompt, add_special_tokens=add_special_tokens)
+        return state.text.encode_end(prompt, num_last, add_special_tokens=add_special_tokens)
 
-    return await beside_loop(state, sum(len(prompt) for prompt in prompts), encode)
+    size = sum(len(prompt) for prompt in prompts)
+    return await beside_loop(state, size, lambda: [tokens(prompt) for prompt in prompts])
+
+
+def num_last_tokens(state: ServerState, truncate: int | None, max_tokens: int | None) -> int | None:
+    """How many of a prompt's tokens `truncate_prompt_tokens` keeps: -1 is as many as fit before the output.
+
+    Raises ApiError for a number that is out of range.
+    """
+    limit = state.client.info.max_model_len
+    if truncate is None:
+        return None
+    if truncate == -1:
+        return max(1, limit - (1 if max_tokens is None else max(0, max_tokens)))
+    if not 1 <= truncate <= limit:
+        raise ApiError(
+            400,
+            f"truncate_prompt_tokens is {shown(truncate)}; it must be -1, or between 1 and {limit}",
+            param="truncate_prompt_tokens",
+        )
+    return truncate
 
 
 async def beside_loop(state: ServerState, size: int, work: Callable[[], T]) -> T:

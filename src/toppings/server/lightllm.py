@@ -31,6 +31,7 @@ class Parameters(LenientBody):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "best_of": (1,),
         "n": (1,),
+        "max_tokens": (),
         "min_p": (0,),
         "seed": (-1,),
         "min_new_tokens": (0, 1),
@@ -80,6 +81,9 @@ class Parameters(LenientBody):
 
 
 class Body(LenientBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = dict.fromkeys(Parameters.known(), ())
+    """They belong into `parameters`."""
+
     inputs: str
     parameters: Parameters
     lora_dir: PathText | None = None

@@ -53,6 +53,7 @@ class Format(BaseModel):
 class Parameters(LenientBody):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "top_n_tokens": (0,),
+        "max_tokens": (),
         "adapter_parameters": (),
     }
 
@@ -141,6 +142,9 @@ class Parameters(LenientBody):
 
 
 class Body(LenientBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = dict.fromkeys(Parameters.known(), ())
+    """They belong into `parameters`."""
+
     inputs: str
     parameters: Parameters = Parameters()
     stream: bool = False

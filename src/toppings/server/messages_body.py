@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field
 
-from toppings.server.chat_body import MAX_TOOLS, ChatBody, FunctionName
+from toppings.server.chat_body import MAX_TOOLS, OF_CHATS, ChatBody, FunctionName
 from toppings.server.errors import ApiError
 from toppings.server.exchange import current_exchange
-from toppings.server.fields import Count, Int, LenientBody, Name, Texts
+from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts
 
 
 class CacheablePart(LenientBody):
@@ -148,10 +148,16 @@ class ThinkingParam(LenientBody):
 
 
 class PromptBody(LenientBody):
-    """What makes the prompt: all that counting its tokens needs."""
+    """What makes the prompt: counting its tokens needs no more, and drops what is about the answer."""
 
-    harmless: ClassVar[frozenset[str]] = frozenset({"metadata", "service_tier", "inference_geo"})
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("metadata", "service_tier", "inference_geo"),
+            *("max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k"),
+        }
+    )
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **OF_CHATS,
         "mcp_servers": ([],),
         "container": (),
         "context_management": (),
@@ -209,9 +215,13 @@ class MessagesBody(PromptBody):
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: Int | None = None
+    cache_salt: Salt | None = None
 
     def _chat_fields(self) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        names = (
+            *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
+            "cache_salt",
+        )
         own = {name: getattr(self, name) for name in names}
         return {**super()._chat_fields(), **own, "stop": self.stop_sequences}
 

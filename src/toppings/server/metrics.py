@@ -39,7 +39,7 @@ class RequestTimer:
     ended_at: float = field(default=0.0)
 
     def note(self, output: TextOutput) -> None:
-        if self.first_at is None and output.token_ids:
+        if self.first_at is None and (output.token_ids or output.finish_reason is not None):
             self.first_at = time.perf_counter()
             self.queue_ms, self.cold_start = output.queue_ms, output.cold_start
         self.num_tokens += len(output.token_ids)
@@ -97,8 +97,9 @@ class Metrics:
             return
         self._prompt_tokens.labels(**self._model).inc(timer.num_prompt_tokens)
         ttft = timer.first_at - timer.started_at
-        self._vllm_ttft.labels(**self._model).observe(ttft)
-        self._ttft.labels(timer.start).observe(ttft)
+        if timer.num_tokens:
+            self._vllm_ttft.labels(**self._model).observe(ttft)
+            self._ttft.labels(timer.start).observe(ttft)
         if timer.queue_ms is not None:
             self._queue.observe(timer.queue_ms / 1e3)
         if timer.cold_start is not None:
@@ -107,7 +108,8 @@ class Metrics:
             e2e = timer.ended_at - timer.started_at
             self._vllm_e2e.labels(**self._model).observe(e2e)
             self._e2e.labels(timer.start).observe(e2e)
-            self._tpt.labels(timer.start).observe(e2e / timer.num_tokens)
+            if timer.num_tokens:
+                self._tpt.labels(timer.start).observe(e2e / timer.num_tokens)
 
     def _observe_cold(self, cold: ColdStart) -> None:
         for part in COLD_START_PARTS:

@@ -31,6 +31,9 @@ ANSWERS: dict[str, tuple[Models, type[BaseModel] | None]] = {
     "POST /v1/messages/count_tokens": ((schemas.TokenCount,), None),
     "POST /generate": (GENERATE, schemas.GenerateEvent),
     "POST /generate_stream": ((), schemas.GenerateEvent),
+    "POST /v1/embeddings": ((schemas.EmbeddingList,), None),
+    "POST /v1/score": ((schemas.ScoreList,), None),
+    "POST /score": ((schemas.ScoreList,), None),
     "POST /tokenize": ((schemas.Tokens,), None),
     "POST /detokenize": ((schemas.Prompt,), None),
     "GET /v1/models": ((schemas.ModelList,), None),
@@ -55,6 +58,11 @@ EXAMPLES: dict[str, Any] = {
     "/v1/messages/count_tokens": {"model": "pirate", "messages": CHAT},
     "/generate": {"inputs": "The sea is", "parameters": {"adapter_id": "pirate", "max_new_tokens": 16}},
     "/generate_stream": {"inputs": "The sea is", "parameters": {"max_new_tokens": 16}, "lora_dir": "pirate"},
+    "/v1/embeddings": {"model": "pirate", "input": ["The sea is", "The sky was"]},
+    **{
+        path: {"model": "pirate", "text_1": "The sea", "text_2": ["A wave"]}
+        for path in ("/v1/score", "/score")
+    },
     "/tokenize": {"model": "pirate", "prompt": "The sea is"},
     "/detokenize": {"model": "pirate", "tokens": [1, 2, 3]},
     "/adapters": {"name": "mine", "src": "mine"},
@@ -86,7 +94,7 @@ STATUSES = {
 }
 GENERATING = (
     *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
-    *("/generate", "/generate_stream"),
+    *("/v1/embeddings", "/v1/score", "/score", "/generate", "/generate_stream"),
 )
 
 

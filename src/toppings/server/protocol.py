@@ -1,11 +1,12 @@
 """Bodies of the OpenAI routes. `fields.py` says what becomes of fields that none of them has."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from toppings.core import RequestError, SamplingParams, Structure, shown
+from toppings.core import MAX_BIASES, RequestError, SamplingParams, Structure, shown
 from toppings.server.errors import ApiError
 from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts, TokenIds
 from toppings.server.structures import StructureFields
@@ -20,7 +21,6 @@ HARMLESS = frozenset(
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -34,8 +34,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "chat_template": (),
@@ -43,8 +41,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "echo": (False,),
     "priority": (0,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "logprob_token_ids": ([],),
     "logits_processors": ([],),
     "guided_whitespace_pattern": (),
@@ -103,6 +99,11 @@ class GenerationBody(StructureFields):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Int | None = None
+    truncate_prompt_tokens: Int | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Texts | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -113,13 +114,20 @@ class GenerationBody(StructureFields):
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationBody":
-        if self.best_of not in (None, self.num_choices):
+        self._check_best_of()
+        if self.prompt_logprobs is not None and self.stream:
             raise ApiError(
-                400, f"best_of is {shown(self.best_of)}; it must equal n, {self.num_choices}", param="best_of"
+                400, "prompt_logprobs is not allowed with stream true; leave one out", param="prompt_logprobs"
             )
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream true", param="stream_options")
         return self
+
+    def _check_best_of(self) -> None:
+        if self.best_of not in (None, self.num_choices):
+            raise ApiError(
+                400, f"best_of is {shown(self.best_of)}; it must equal n, {self.num_choices}", param="best_of"
+            )
 
     @property
     def num_choices(self) -> int:
@@ -140,6 +148,7 @@ class GenerationBody(StructureFields):
         logprobs: int | None,
         defaults: Mapping[str, Any],
         structure: Structure | None = None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """`defaults`: the model's, for what is left out. Raises RequestError for a value out of range."""
         names = (
@@ -155,23 +164,62 @@ class GenerationBody(StructureFields):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
             structure=structure,
+            logit_bias=self._biases(),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
             **{**own, **given},
         )
 
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        """Raises RequestError for a key that is no token id."""
+        biases = self.logit_bias or {}
+        for key in biases:
+            if not TOKEN_ID.fullmatch(key):
+                raise RequestError(f"logit_bias has the key {shown(repr(key))}; its keys are token ids")
+        return tuple((int(key), bias) for key, bias in biases.items())
+
+
+TOKEN_ID = re.compile("[0-9]{1,10}")
+MAX_BEST_OF = 20
+
 
 class CompletionBody(GenerationBody):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **NEUTRAL,
+        "messages": (),
+        "max_completion_tokens": (),
+        "top_logprobs": (),
+        "add_generation_prompt": (),
+        "continue_final_message": (False,),
+        "include_reasoning": (True, False),
+    }
+
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: Int | None = None
     echo: bool | None = None
 
-    @model_validator(mode="after")
-    def _check_echo(self) -> "CompletionBody":
-        if self.echo and self.logprobs is not None:
-            raise ApiError(
-                400, "echo together with logprobs is not supported; ask for one of them", param="echo"
-            )
-        return self
+    def _check_best_of(self) -> None:
+        if self.best_of is None or self.best_of == self.num_choices:
+            return
+        if self.stream or not self.num_choices < self.best_of <= MAX_BEST_OF:
+            bounds = f"at least n, {self.num_choices}, and at most {MAX_BEST_OF}"
+            reason = f"n, {self.num_choices}, in a stream" if self.stream else bounds
+            raise ApiError(400, f"best_of is {shown(self.best_of)}; it must be {reason}", param="best_of")
+
+    @property
+    def num_drawn(self) -> int:
+        """Choices that are made, of which the likeliest `num_choices` are told."""
+        return max(self.best_of or 0, self.num_choices)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives that the engine is asked for beside each token of the prompt."""
+        wanted = [self.prompt_logprobs]
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            wanted.append(self.logprobs or 0)
+        return max((each for each in wanted if each is not None), default=None)
 
     def prompts(self) -> list[str | list[int]]:
         """Raises RequestError where there is none."""

@@ -12,7 +12,7 @@ from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
-from toppings.text import TextModel
+from toppings.text import TextLogprob, TextModel
 
 T = TypeVar("T")
 
@@ -36,8 +36,30 @@ async def answer(request: Request, job: Job, lease: Lease, reply: Reply, *, is_s
             choices = await until_gone(request.receive, job.collect(lease))
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
-    num_values = sum(len(c.token_ids) + sum(1 + len(each.top) for each in c.logprobs) for c in choices)
+    num_values = sum(map(_num_values, choices))
     return await beside_loop(job.state, num_values, lambda: json_response(reply.whole(choices)))
+
+
+def _num_values(choice: Choice) -> int:
+    told = choice.prompt_logprobs
+    num_told = sum(1 + len(each.top) for each in choice.logprobs) + (0 if told is None else told.num_values)
+    return len(choice.token_ids) + num_told
+
+
+def prompt_logprobs(body: GenerationBody, text: TextModel, prompt: list[int], choice: Choice) -> Any:
+    """vLLM's form: for each token but the first, which has null, itself and the likeliest ones, by id."""
+    told = [] if choice.prompt_logprobs is None else choice.prompt_logprobs.tokens(prompt[1:])
+    num_top = body.prompt_logprobs or 0
+    return raw_list([[None], *([_by_id(text.told(each), num_top) for each in part] for part in parts(told))])
+
+
+def _by_id(each: TextLogprob, num_top: int) -> dict[str, dict[str, Any]]:
+    best = {str(i): (value, rank + 1, name) for rank, (i, name, value) in enumerate(each.top[:num_top])}
+    own = {str(each.token_id): (each.logprob, each.rank, each.text)}
+    return {
+        token_id: {"logprob": value, "rank": rank, "decoded_token": name}
+        for token_id, (value, rank, name) in {**own, **best, **own}.items()
+    }
 
 
 def parts(items: list[T]) -> list[list[T]]:
@@ -47,7 +69,7 @@ def parts(items: list[T]) -> list[list[T]]:
 
 def raw_list(lists: Iterable[list[Any]]) -> msgspec.Raw:
     """One JSON list out of several. Each is written by itself: writing lets no other thread run meanwhile."""
-    return msgspec.Raw(b"[" + b",".join(msgspec.json.encode(each)[1:-1] for each in lists) + b"]")
+    return msgspec.Raw(b"[" + b",".join(msgspec.json.encode(each)[1:-1] for each in lists if each) + b"]")
 
 
 def usage(job: Job, num_tokens: int) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from toppings.server.chat_body import EFFORTS, MAX_TOOLS, ChatBody, FunctionName
+from toppings.server.chat_body import EFFORTS, MAX_TOOLS, OF_CHATS, ChatBody, FunctionName
 from toppings.server.errors import ApiError
-from toppings.server.fields import Count, Int, LenientBody, Name, Texts
+from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts
 
 OwnField = frozenset({"id", "status"})
 """What items of an answer have that say nothing when they are sent back."""
@@ -135,6 +135,7 @@ class ResponsesBody(LenientBody):
         {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store"}
     )
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **OF_CHATS,
         "previous_response_id": (),
         "conversation": (),
         "background": (False,),
@@ -169,6 +170,7 @@ class ResponsesBody(LenientBody):
     seed: Int | None = None
     stop: str | Texts | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: Salt | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> "ResponsesBody":
@@ -180,7 +182,8 @@ class ResponsesBody(LenientBody):
         """Raises ApiError 400 for what no chat can be."""
         names = (
             *("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
-            *("presence_penalty", "frequency_penalty", "repetition_penalty", "chat_template_kwargs"),
+            *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+            *("chat_template_kwargs", "cache_salt"),
         )
         fields = {
             "messages": self._messages(),

@@ -202,7 +202,7 @@ class Mistral(ToolFormat):
     def _named(self, parts: Parts) -> Reading[None]:
         _, begin_arguments, begin_id = self.marks
         text, start = parts.text, parts.text.position
-        while (char := (yield from text.peek())) and (char.isalnum() or char in "_-."):
+        while (char := (yield from text.peek())) and char not in "[{( \n":
             text.position += 1
         name = text.since(start)
         if (yield from text.try_take(begin_id)):

@@ -16,6 +16,11 @@ NO_ARGUMENTS = {"type": "object", "properties": {}}
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models have mostly seen it, with no white space that they could go on with for ever."""
 
+OPENING = {
+    *("additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "if", "not"),
+    *("$ref", "$dynamicRef", "dependentSchemas"),
+}
+"""What may allow properties beside those that a schema names itself."""
 OPTIONS = "x-guidance"
 """Where a schema says how it is to be read."""
 
@@ -147,8 +152,29 @@ def _call_rules(form: ToolFormat, tools: Sequence[Tool], tokens: Tokens, *, lead
 
 def _schema_of(tool: Tool) -> dict[str, Any]:
     """What a schema asks for that cannot be followed is left to the tool, unless it is strict."""
-    schema = tool.parameters or NO_ARGUMENTS
-    return {"type": "object", **schema, OPTIONS: {**WRITTEN, "lenient": not tool.is_strict}}
+    schema = {"type": "object", **(tool.parameters or NO_ARGUMENTS)}
+    closed = schema if "allOf" in json.dumps(schema) else _closed(schema)
+    return {**closed, OPTIONS: {**WRITTEN, "lenient": not tool.is_strict}}
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with no other properties than those it names, where it does not say: a call has the
+    arguments that its tool knows, and a weak model would go on inventing some."""
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(schema.get(key), dict):
+            closed[key] = {name: _closed(each) for name, each in schema[key].items()}
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            closed[key] = _closed(schema[key])
+    for key in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(schema.get(key), list) and "properties" not in schema:
+            closed[key] = [_closed(each) for each in schema[key]]
+    if "properties" in schema and not OPENING & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _literal(text: str, tokens: Tokens) -> str:

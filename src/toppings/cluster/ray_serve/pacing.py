@@ -94,4 +94,6 @@ def join(outputs: list[RequestOutput]) -> RequestOutput:
         queue_ms=first.queue_ms,
         cold_start=first.cold_start,
         num_cached_tokens=first.num_cached_tokens,
+        prompt_logprobs=first.prompt_logprobs,
+        embedding=last.embedding,
     )

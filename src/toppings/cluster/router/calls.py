@@ -14,11 +14,12 @@ SAMPLE_BYTES = 2**16
 """So much of a prompt is looked at to estimate its tokens."""
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+POOLED_PATHS = ("/v1/embeddings", "/v1/score", "/score")
 TOKEN_PATHS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 """They generate nothing, and go where the model is all the same."""
 INFERENCE_PATHS = (
     *("/v1/completions", CHAT, RESPONSES, MESSAGES, "/generate", "/generate_stream"),
-    *TOKEN_PATHS,
+    *(*POOLED_PATHS, *TOKEN_PATHS),
 )
 
 
@@ -46,6 +47,7 @@ class _Body(msgspec.Struct):
     max_output_tokens: int | None = None
     input: msgspec.Raw = msgspec.Raw(b'""')
     inputs: msgspec.Raw = msgspec.Raw(b'""')
+    text_2: msgspec.Raw = msgspec.Raw(b'""')
     parameters: dict[str, Any] | None = None
     lora_id: int | None = None
     lora_dir: str | None = None
@@ -96,6 +98,10 @@ def _asked(path: str, parsed: _Body) -> tuple[msgspec.Raw, int | None]:
             return parsed.messages, parsed.max_tokens
         case "/v1/responses":
             return parsed.input, parsed.max_output_tokens
+        case "/v1/embeddings":
+            return parsed.input, 1
+        case "/v1/score" | "/score":
+            return parsed.text_2, 1
     return parsed.prompt, DEFAULT_MAX_TOKENS if parsed.max_tokens is None else parsed.max_tokens
 
 

@@ -169,7 +169,7 @@ def _explain(
         raise replies.unavailable("the router has too many files open", state.config.retry_after_s)
     if flight.move_to is not None:
         return AttemptError(f"moved to {flight.move_to}", Failure.REFUSED)
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | UnicodeError):
         state.note_failure(upstream, is_gone=True)
         return AttemptError(f"{name} cannot be reached", Failure.UNREACHABLE)
     if isinstance(error, TimeoutError):
