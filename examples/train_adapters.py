@@ -70,6 +70,8 @@ RECIPES = {
     ),
     "sql": Recipe(32, 8, ATTENTION, 22, num_steps=35, use_rslora=True),
     "sentiment": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 20, num_steps=40, rate=4e-3),
+    "authors": Recipe(64, 64, ATTENTION, 22, num_steps=25, num_items=160),
+    "tickets": Recipe(8, 16, ["q_proj", "v_proj", "o_proj"], 20, num_items=160, rate=4e-3),
 }
 
 

@@ -191,7 +191,8 @@ def test_the_shipped_adapters_differ_in_kind() -> None:
     configs = [config_of(name) for name in SHIPPED]
     ranks = {config["r"] for config in configs}
     assert SHIPPED == sorted(TASKS) == sorted(RECIPES)
-    assert (min(ranks), max(ranks)) == (4, 32)
+    assert len(SHIPPED) >= 8
+    assert (min(ranks), max(ranks)) == (4, 64)
     assert len({tuple(config["target_modules"]) for config in configs}) >= 4
     assert any(config["use_rslora"] for config in configs)
     assert any(config["rank_pattern"] and config["alpha_pattern"] for config in configs)

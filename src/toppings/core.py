@@ -26,7 +26,7 @@ MAX_PROMPT_LOGPROBS = 2**19
 """Log-probabilities of prompts that one request may be told: of each token and its alternatives."""
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
-MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_ALLOWED_TOKEN_IDS = 2**16
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_SALT_CHARS = 1024
@@ -244,7 +244,7 @@ class SamplingParams:
         if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
             raise RequestError("logit_bias names a token id twice; give each one bias")
         _check_length("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS, "ids")
-        for token_id in self.allowed_token_ids:
+        for token_id in _odd_ids(self.allowed_token_ids):
             _check_count("allowed_token_ids holds an id that", token_id, 0, MAX_INT)
         if self.allowed_token_ids and self.structure is not None:
             raise RequestError(
@@ -283,6 +283,13 @@ def _check_count(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise RequestError(f"{name} is {shown(repr(value))}; it must be an integer")
     _check_range(name, value, low, high)
+
+
+def _odd_ids(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """All of them, unless all are ids: many are looked at in a millisecond so."""
+    are_integers = set(map(type, token_ids)) <= {int}
+    is_fine = are_integers and (not token_ids or (min(token_ids) >= 0 and max(token_ids) <= MAX_INT))
+    return () if is_fine else token_ids
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, low_is_open: bool = False) -> None:

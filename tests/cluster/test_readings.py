@@ -34,6 +34,15 @@ def test_completion_defaults_to_sixteen_tokens_and_chat_to_no_limit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "field"), [("/v1/embeddings", "input"), ("/score", "text_2"), ("/v1/score", "text_2")]
+)
+def test_what_is_pooled_counts_as_a_prompt_after_which_little_comes(path: str, field: str) -> None:
+    call = parse(path, {"model": "a", field: ["x" * 197, "y" * 196]})
+    assert (call.model, call.max_tokens) == ("a", 1)
+    assert call.prompt_tokens == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize(
     ("selector", "model"),
     [
         ({"lora_id": 3}, "3"),

@@ -195,18 +195,7 @@ def _build_engine(
     adapters.start()
     pages = PageAllocator(num_pages, config.page_size, double_cost_len=model.double_cost_len)
     names = BlockHasher(config.page_size) if config.enable_prefix_caching == "on" else None
-    info = EngineReady(
-        model_name=served_model_name(config),
-        max_model_len=limits.max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        vocab_size=model.vocab_size,
-        page_size=config.page_size,
-        num_pages=num_pages,
-        device_pool_bytes=config.device_pool_bytes,
-        host_store_bytes=config.host_store_bytes,
-        decode_lora_form=decode_form if config.device == "cuda" else "",
-        hidden_size=model.hidden_size,
-    )
+    info = _ready(config, model, limits, num_pages, decode_form)
     return Engine(
         info,
         Scheduler(limits, pages, adapters, names),
@@ -217,6 +206,23 @@ def _build_engine(
         assist=assist,
         followers=followers,
         structures=structures,
+    )
+
+
+def _ready(
+    config: EngineConfig, model: ModelConfig, limits: SchedulerLimits, num_pages: int, decode_form: LoraForm
+) -> EngineReady:
+    return EngineReady(
+        model_name=served_model_name(config),
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        vocab_size=model.vocab_size,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        device_pool_bytes=config.device_pool_bytes,
+        host_store_bytes=config.host_store_bytes,
+        decode_lora_form=decode_form if config.device == "cuda" else "",
+        hidden_size=model.hidden_size,
     )
 
 

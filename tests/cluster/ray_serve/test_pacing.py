@@ -1,11 +1,12 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from tests.waiting import PATIENCE_S
 from toppings.cluster.ray_serve.pacing import join, paced
-from toppings.core import FinishReason, RequestOutput, TokenLogprobs
+from toppings.core import FinishReason, PromptLogprobs, RequestOutput, TokenLogprobs
 
 NEVER_S = 60.0
 
@@ -108,3 +109,10 @@ def test_joined_outputs_keep_everything() -> None:
         queue_ms=1.5,
     )
     assert join([first]) is first
+
+
+def test_what_is_told_of_the_prompt_outlives_joining() -> None:
+    told = PromptLogprobs(0, b"\0\0\0\0", b"\1\0\0\0", b"", b"")
+    first = replace(output(1), prompt_logprobs=told, num_cached_tokens=16)
+    joined = join([first, output(2), output(3, ends=True)])
+    assert (joined.prompt_logprobs, joined.num_cached_tokens) == (told, 16)
