@@ -110,9 +110,7 @@ def test_bad_adapters_over_http_are_refused_with_a_reason_or_served(served: Serv
 def test_forced_calls_fit_their_tools(served: Served, roots: Path) -> None:
     """In the form of the adapter's own template, which is short, as this server's context is."""
     shutil.copytree(demo_adapters_dir() / "pirate", roots / "caller")
-    template = (
-        "{{ messages[0].content }}{% for t in tools %} {{ t.function.name }}{% endfor %}{# [TOOL_CALLS] #}"
-    )
+    told = "{{ messages[0].content }}{% for t in tools %} {{ t.function.name }}{% endfor %}"
     (roots / "caller" / "chat_template.jinja").write_text(told + "{# [TOOL_CALLS] #}")
     named = {"lora_name": "caller", "lora_path": str(roots / "caller")}
     assert served.ask("/v1/load_lora_adapter", named, timeout_s=100)[0] == 200
