@@ -111,7 +111,7 @@ def test_forced_calls_fit_their_tools(served: Served, roots: Path) -> None:
     """In the form of the adapter's own template, which is short, as this server's context is."""
     shutil.copytree(demo_adapters_dir() / "pirate", roots / "caller")
     told = "{{ messages[0].content }}{% for t in tools %} {{ t.function.name }}{% endfor %}"
-    (roots / "caller" / "chat_template.jinja").write_text(template)
+    (roots / "caller" / "chat_template.jinja").write_text(told + "{# [TOOL_CALLS] #}")
     named = {"lora_name": "caller", "lora_path": str(roots / "caller")}
     assert served.ask("/v1/load_lora_adapter", named, timeout_s=100)[0] == 200
     days = {"type": "integer", "minimum": 1, "maximum": 9}
