@@ -28,7 +28,7 @@ import numpy as np
 
 from toppings.cluster.perf_model import load_perf_model
 from toppings.config import EngineConfig
-from toppings.core import AddRequest, Admission, BlockHash, Request, SamplingParams
+from toppings.core import Admission, BlockHash, Request
 from toppings.engine.base import open_registry
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.engine import Engine
@@ -36,6 +36,8 @@ from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.lab.engines import running_engine
 from toppings.lab.script import finish, make_parser, parse
+from toppings.messages import AddRequest
+from toppings.sampling_params import SamplingParams
 from toppings.sim.blocks import PromptBlocks, TraceNames
 from toppings.sim.settings import SimConfig
 from toppings.sim.simulator import Simulator

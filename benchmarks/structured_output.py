@@ -29,7 +29,8 @@ from structured.refused import REFUSED
 from structured.schemas import random_schema
 
 from toppings import LLM, SamplingParams, Structure, StructureKind
-from toppings.core import FinishReason, RequestError
+from toppings.bad_input import RequestError
+from toppings.core import FinishReason
 from toppings.grammar.compiler import Compiler
 from toppings.grammar.guide import Guide
 from toppings.lab.machine import describe_machine

@@ -8,19 +8,19 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from toppings.core import (
+from toppings.bad_input import RequestError
+from toppings.core import FinishReason
+from toppings.engine.client import EngineDeadError
+from toppings.messages import (
     AdapterStatus,
     ColdStart,
     EngineReady,
     EngineStats,
-    FinishReason,
     PromptLogprobs,
-    RequestError,
     RequestOutput,
-    SamplingParams,
     TokenLogprobs,
 )
-from toppings.engine.client import EngineDeadError
+from toppings.sampling_params import SamplingParams
 from toppings.sandbox.grammars import matcher_of
 
 VOCAB_SIZE = 512

@@ -23,8 +23,9 @@ from toppings.cluster.ray_serve.settings import FleetConfig
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import MODES, EngineConfig, ServerConfig
-from toppings.core import EngineStats, SamplingParams
 from toppings.engine.assist import Assist
+from toppings.messages import EngineStats
+from toppings.sampling_params import SamplingParams
 from toppings.server import lightllm, lorax
 from toppings.server.chat_body import ChatBody
 from toppings.server.embeddings import EmbeddingBody, ScoreBody

@@ -19,8 +19,9 @@ import pytest
 from tests.waiting import PATIENCE_S
 from toppings import LLM, SamplingParams, Structure, StructureKind
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
+from toppings.bad_input import RequestError
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import FinishReason, RequestError
+from toppings.core import FinishReason
 from toppings.demo import demo_adapters_dir
 from toppings.engine.base import hold_state
 from toppings.engine.client import EngineDeadError

@@ -7,7 +7,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.fakes import Call, FakeEngineClient
-from toppings.core import FinishReason, RequestError, SamplingParams
+from toppings.bad_input import RequestError
+from toppings.core import FinishReason
+from toppings.sampling_params import SamplingParams
 from toppings.synth import write_tokenizer
 from toppings.text import (
     Detokenizer,

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from common import Bench, at_least, finish, greedy, make_parser, median, open_bench, random_prompt, serve
 
-from toppings.core import AddRequest
 from toppings.engine.engine import Engine
 from toppings.lab.players.engine import preload_host
+from toppings.messages import AddRequest
 
 RANKS = (8, 16, 32, 64)
 FEW = 5

@@ -36,11 +36,11 @@ from common import (
 from toppings.assist.cost import CostProfile
 from toppings.assist.plan import Comparison, compare
 from toppings.config import MODES
-from toppings.core import AddRequest
 from toppings.engine.assist import profile_path
 from toppings.engine.base import open_registry, state_dir
 from toppings.engine.engine import Engine
 from toppings.lab.players.engine import preload_host
+from toppings.messages import AddRequest
 
 FILLER = "filler"
 MISS = 0.15

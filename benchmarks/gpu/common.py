@@ -20,15 +20,16 @@ import torch
 from toppings.adapters.layout import DTYPE_BYTES
 from toppings.adapters.registry import AdapterRecord
 from toppings.config import EngineConfig
-from toppings.core import AddRequest, RequestOutput, SamplingParams
 from toppings.engine.base import model_config, open_registry
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
 from toppings.lab.engines import running_engine
 from toppings.lab.machine import describe_machine
 from toppings.lab.random_adapters import register_random
+from toppings.messages import AddRequest, RequestOutput
 from toppings.model.config import ModelConfig
 from toppings.model.weights import weight_shapes
+from toppings.sampling_params import SamplingParams
 from toppings.sources.models import DEMO
 from toppings.synth import AdapterShape
 

@@ -44,8 +44,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from toppings.config import MODES
-from toppings.core import AddRequest, RequestOutput
 from toppings.engine.engine import Engine
+from toppings.messages import AddRequest, RequestOutput
 from toppings.synth import AdapterShape, ModelShape, write_adapters, write_model
 
 DTYPES = ("float32", "bfloat16")

@@ -34,9 +34,9 @@ from common import (
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from toppings.core import AddRequest
 from toppings.demo import demo_model_dir
 from toppings.lab.transformers_side import generate
+from toppings.messages import AddRequest
 from toppings.model.named import NAMED_MODELS
 
 NUM_ADAPTERS = 8

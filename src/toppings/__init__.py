@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toppings.core import SamplingParams as SamplingParams
-    from toppings.core import Structure as Structure
-    from toppings.core import StructureKind as StructureKind
     from toppings.llm import LLM as LLM
+    from toppings.sampling_params import SamplingParams as SamplingParams
+    from toppings.sampling_params import Structure as Structure
+    from toppings.sampling_params import StructureKind as StructureKind
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "Structure", "StructureKind", "__version__"]

@@ -13,8 +13,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from toppings.bad_input import shown
 from toppings.config import Config, ConfigError
-from toppings.core import shown
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from toppings.core import RequestError
+from toppings.bad_input import RequestError
 from toppings.sandbox import Sandbox, SandboxError
 
 NUM_PROCESSES = 2

@@ -15,13 +15,15 @@ from typing import Any, TypeVar, cast
 
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.adapters.registry import AdapterRecord
+from toppings.bad_input import RequestError, shown
 from toppings.config import Config
-from toppings.core import FinishReason, Pooling, RequestError, SamplingParams, shown
+from toppings.core import FinishReason
 from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.grammar.checker import StructureChecker
 from toppings.sampling_defaults import read_sampling_defaults
+from toppings.sampling_params import Pooling, SamplingParams
 from toppings.sources.models import with_model
 from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
 

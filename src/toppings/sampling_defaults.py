@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from toppings.core import RequestError, SamplingParams
+from toppings.bad_input import RequestError
 from toppings.model.files import read_generation_config
+from toppings.sampling_params import SamplingParams
 
 FIELDS = {
     "temperature": float,

@@ -8,19 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from toppings.bad_input import ContextLengthError, RequestError, check_unicode
 from toppings.chat_template import ChatRenderer, ChatTemplate, Messages
-from toppings.core import (
-    ColdStart,
-    ContextLengthError,
-    FinishReason,
-    PromptLogprobs,
-    RequestError,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-    check_unicode,
-)
+from toppings.core import FinishReason
+from toppings.messages import ColdStart, PromptLogprobs, RequestOutput, TokenLogprobs
 from toppings.model.tokenizer import load_tokenizer
+from toppings.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
 CONTEXT_LEN = 6

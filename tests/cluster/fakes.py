@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from toppings.core import AdapterStatus, EngineStats
+from toppings.messages import AdapterStatus, EngineStats
 
 RANKS = {"small": 8, "large": 64}
 

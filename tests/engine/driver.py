@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from toppings.config import EngineConfig
-from toppings.core import AddRequest, FinishReason, RequestOutput, SamplingParams
+from toppings.core import FinishReason
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
+from toppings.messages import AddRequest, RequestOutput
+from toppings.sampling_params import SamplingParams
 
 
 class Driver:

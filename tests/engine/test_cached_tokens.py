@@ -8,8 +8,8 @@ import pytest
 from tests.engine.driver import Driver, drive
 from tests.engine.graph_fakes import FakeGraphs
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
-from toppings.core import SamplingParams
 from toppings.engine.model_runner import StepInFlight
+from toppings.sampling_params import SamplingParams
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all-r8": {"rank": 8},

@@ -13,10 +13,13 @@ import pytest_asyncio
 
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
 from tests.waiting import PATIENCE_S, until
+from toppings.bad_input import RequestError
 from toppings.config import EngineConfig
-from toppings.core import FinishReason, RequestError, RequestOutput, SamplingParams
+from toppings.core import FinishReason
 from toppings.engine.base import open_registry
 from toppings.engine.client import EngineClient, EngineDeadError, EngineStartError
+from toppings.messages import RequestOutput
+from toppings.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # of the engine that they share
 

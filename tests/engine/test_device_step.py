@@ -20,7 +20,7 @@ from tests.adapters.test_device_pool import layout
 from tests.ops.test_device_sampling import check_no_look_back
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.modes import PipelinedMode
-from toppings.core import Batch, BatchItem, Request, SamplingParams
+from toppings.core import Batch, BatchItem, Request
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.graphs import DecodeGraphs, GraphSpec
 from toppings.engine.model_runner import ModelRunner
@@ -34,6 +34,7 @@ from toppings.ops import dispatch
 from toppings.ops.attention import AttentionMetadata, KVCache
 from toppings.ops.lora import LoraSegments
 from toppings.ops.sampling import SampleOutput
+from toppings.sampling_params import SamplingParams
 
 GPU = torch.device("meta")
 PAGE_SIZE = 4

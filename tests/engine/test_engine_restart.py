@@ -12,11 +12,13 @@ import pytest_asyncio
 
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from tests.waiting import PATIENCE_S
+from toppings.bad_input import RequestError
 from toppings.config import EngineConfig
-from toppings.core import FinishReason, RequestError, SamplingParams
+from toppings.core import FinishReason
 from toppings.engine import client as client_module
 from toppings.engine.base import open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
+from toppings.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

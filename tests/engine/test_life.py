@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from toppings.config import EngineConfig
-from toppings.core import EngineReady
 from toppings.engine.client import EngineClient, EngineStartError
 from toppings.engine.heartbeat import _BEAT, BEAT_S, LOOK_S, Pulse, open_lifeline
 from toppings.engine.life import EngineLife
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner
+from toppings.messages import EngineReady
 
 READY = EngineReady("base", 128, 8, 512, 16, 64, 1 << 20, 1 << 21)
 

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from tests.engine.test_scheduler import FakePlacement
-from toppings.core import Admission, Batch, Request, SamplingParams
+from toppings.core import Admission, Batch, Request
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.pages import PageAllocator
 from toppings.engine.prefix_cache import MAX_LEAD_S, MAX_WAIT_S
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.sampling_params import SamplingParams
 
 SIZE = 4
 

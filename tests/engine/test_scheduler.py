@@ -4,9 +4,11 @@ import random
 
 import pytest
 
-from toppings.core import Admission, Batch, FinishReason, Request, RequestError, SamplingParams
+from toppings.bad_input import RequestError
+from toppings.core import Admission, Batch, FinishReason, Request
 from toppings.engine.pages import PageAllocator
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.sampling_params import SamplingParams
 
 
 class FakePlacement:

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
-from toppings.core import FinishReason, RequestOutput
+from toppings.core import FinishReason
 from toppings.engine import scoring
+from toppings.messages import RequestOutput
 from toppings.model.decoder import Decoder
 
 ADAPTERS: dict[str, dict[str, object]] = {

@@ -22,12 +22,12 @@ from tests.engine.oracle import make_adapter, make_model, make_prompt, reference
 from tests.gate import ONE_GPU
 from tests.waiting import PATIENCE_S
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import SamplingParams, Structure, StructureKind
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.engine import FollowerLostError
 from toppings.engine.heartbeat import open_lifeline
+from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.synth import write_tokenizer
 
 ADAPTERS: dict[str, dict[str, object]] = {

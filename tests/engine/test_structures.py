@@ -12,9 +12,10 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from tests.engine.driver import Driver, drive
 from tests.engine.graph_fakes import FakeGraphs
-from toppings.core import FinishReason, Structure, StructureKind
+from toppings.core import FinishReason
 from toppings.demo import demo_adapters_dir, demo_model_dir
 from toppings.engine.base import model_config
+from toppings.sampling_params import Structure, StructureKind
 from toppings.text import TextModel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -9,9 +9,10 @@ import pytest
 from structured.refused import REFUSED, Refused
 from structured.schemas import random_schema
 
-from toppings.core import RequestError, Structure, StructureKind
+from toppings.bad_input import RequestError
 from toppings.grammar import checker
 from toppings.grammar.checker import MAX_KEPT, StructureChecker
+from toppings.sampling_params import Structure, StructureKind
 from toppings.sandbox.grammars import GBNF_RULE
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toppings.core import Structure, StructureKind
 from toppings.demo import demo_model_dir
 from toppings.grammar import StructureError, compiler
 from toppings.grammar.compiler import Compiler, load_vocabulary
 from toppings.grammar.guide import Guide
 from toppings.model.config import ModelConfig
 from toppings.ops.token_mask import flags_of
+from toppings.sampling_params import Structure, StructureKind
 from toppings.text import TextModel
 
 MODEL = ModelConfig.from_checkpoint(demo_model_dir())

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toppings.core import SamplingParams
 from toppings.ops.device_sampling import SamplingPlan, draw, to_output
 from toppings.ops.sampling import SamplingRow, sample
 from toppings.ops.token_mask import TokenMask, mask_of
+from toppings.sampling_params import SamplingParams
 
 VOCAB_SIZE = 400
 LOOKS_BACK = (

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from toppings.core import SamplingParams
 from toppings.ops import sampling
 from toppings.ops.device_sampling import SamplingPlan, to_output
 from toppings.ops.sampling import SamplingRow, sample
 from toppings.ops.token_mask import device_flags, flags_of, mask_of
+from toppings.sampling_params import SamplingParams
 
 NUM_TOKENS = 5
 GREEDY: dict[str, Any] = {"temperature": 0.0}

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fakes import FakeEngineClient
 from tests.server.conftest import Server
 from tests.waiting import until
-from toppings.core import AdapterStatus, ColdStart, EngineStats
+from toppings.messages import AdapterStatus, ColdStart, EngineStats
 from toppings.server.metrics import lora_lists, num_slots
 
 

@@ -12,7 +12,9 @@ from tests.server.conftest import Server, events
 from tests.sources.hub_server import Hub
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
-from toppings.core import FinishReason, RequestOutput, SamplingParams
+from toppings.core import FinishReason
+from toppings.messages import RequestOutput
+from toppings.sampling_params import SamplingParams
 
 LOAD = "/v1/load_lora_adapter"
 WEIGHTS = "adapter_model.safetensors"

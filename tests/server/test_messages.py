@@ -11,7 +11,7 @@ from anthropic.types import MessageParam, ToolParam
 
 from tests.fakes import VOCAB_SIZE, FakeEngineClient
 from tests.server.conftest import Server
-from toppings.core import EngineReady
+from toppings.messages import EngineReady
 
 USER: MessageParam = {"role": "user", "content": "hi"}
 BODY: dict[str, Any] = {"model": "base", "max_tokens": 4, "messages": [USER]}

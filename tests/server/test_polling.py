@@ -12,7 +12,7 @@ from toppings.adapters import database
 from toppings.adapters.records import AdapterRecord
 from toppings.adapters.registry import AdapterRegistry
 from toppings.chat_template import ChatTemplate
-from toppings.core import AdapterStatus
+from toppings.messages import AdapterStatus
 from toppings.server import metrics
 
 NUM_REGISTERED, NUM_RESIDENT = 10_000, 1_000

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes import VOCAB_SIZE, FakeEngineClient
 from tests.server.conftest import Server
-from toppings.core import EngineReady
+from toppings.messages import EngineReady
 from toppings.server.responses_body import ResponsesBody
 
 BODY: dict[str, Any] = {"model": "base", "max_output_tokens": 4, "input": "hi"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Server
-from toppings.core import Structure, StructureKind
+from toppings.sampling_params import Structure, StructureKind
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 JSON_SCHEMA = Structure(StructureKind.JSON_SCHEMA, json.dumps(SCHEMA))

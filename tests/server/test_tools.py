@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import Call, FakeEngineClient
 from tests.server.conftest import Server, events
 from tests.tools.stand_ins import FAMILIES, QWEN
-from toppings.core import StructureKind
+from toppings.sampling_params import StructureKind
 from toppings.text import TextModel
 
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "Weather?"}]

@@ -13,8 +13,9 @@ from tests.sim.builders import make_trace, simulate, stepwise
 from tests.sim.test_exactness import RANKS, assert_agree, config_of, random_case
 from tests.sim.virtual_engine import make_registry
 from toppings.adapters.registry import AdapterRegistry
-from toppings.core import Request, SamplingParams
+from toppings.core import Request
 from toppings.engine import prefix_cache
+from toppings.sampling_params import SamplingParams
 from toppings.sim.assign import TraceOptions
 from toppings.sim.blocks import PromptBlocks, TraceNames
 from toppings.sim.readers import load_trace

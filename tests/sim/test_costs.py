@@ -9,7 +9,8 @@ from tests.sim.builders import EXTENDED, PUBLISHED
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.perf_model import PerfModel, batch_features
-from toppings.core import BatchItem, SamplingParams
+from toppings.core import BatchItem
+from toppings.sampling_params import SamplingParams
 from toppings.sim.costs import StepCosts, to_ns
 from toppings.sim.request import SimRequest
 from toppings.sim.settings import base_tpt_ms, parse_slo_ms

@@ -20,7 +20,7 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel, batch_features
 from toppings.config import EngineConfig
-from toppings.core import Batch, EngineReady, Request
+from toppings.core import Batch, Request
 from toppings.engine import engine as engine_module
 from toppings.engine.drawing import Drawing
 from toppings.engine.engine import Engine
@@ -31,6 +31,7 @@ from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.step_log import StepLog
 from toppings.lab.outcome import Outcome
 from toppings.lab.players.engine import EnginePlayer, PlayedStep, preload_host
+from toppings.messages import EngineReady
 from toppings.ops.sampling import SampleOutput
 from toppings.sim.blocks import TraceNames
 from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig

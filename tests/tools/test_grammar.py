@@ -10,8 +10,8 @@ import llguidance
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from toppings.core import Structure, StructureKind
 from toppings.demo import demo_model_dir
+from toppings.sampling_params import Structure, StructureKind
 from toppings.tools.formats import FORMATS, Tool, ToolFormat
 from toppings.tools.grammar import Thoughts, after_thoughts, answer_grammar, free_grammar, json_rule, rule_of
 

@@ -19,7 +19,8 @@ from toppings.adapters.peft_matches import PeftMatches
 from toppings.adapters.regular_files import open_regular
 from toppings.adapters.stored_tensors import FLOATS, WEIGHTS_FILE, StoredTensor, StoredTensors
 from toppings.adapters.text_files import TEXT_FILES, TextFiles
-from toppings.core import MODULES, RequestError, check_unicode, shown
+from toppings.bad_input import RequestError, check_unicode, shown
+from toppings.core import MODULES
 
 if TYPE_CHECKING:
     import torch

@@ -29,7 +29,8 @@ from toppings.adapters.modes import LoadingMode
 from toppings.adapters.parts import CutSource
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.config import EngineConfig
-from toppings.core import AdapterStatus, Admission
+from toppings.core import Admission
+from toppings.messages import AdapterStatus
 
 if TYPE_CHECKING:
     from toppings.adapters.mirror import Lead

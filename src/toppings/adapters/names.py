@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from toppings.adapters.errors import AdapterError, AdapterNameReserved
-from toppings.core import shown
+from toppings.bad_input import shown
 
 BASE_ALIASES = ("__base_model__",)
 """By these a request may ask for the base model, besides its own name."""

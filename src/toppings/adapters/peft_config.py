@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
-from toppings.core import MAX_INT, MODULES, RequestError, check_unicode
+from toppings.bad_input import MAX_INT, RequestError, check_unicode
+from toppings.core import MODULES
 
 MAX_RANK = 512
 MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32

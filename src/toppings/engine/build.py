@@ -14,7 +14,6 @@ from toppings.assist.cores import available_cores
 from toppings.assist.cuda_stream_ops import unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import EngineReady
 from toppings.engine.assist import Assist
 from toppings.engine.base import (
     dtype_name,
@@ -40,6 +39,7 @@ from toppings.engine.step_inputs import InputBuilder
 from toppings.engine.step_log import StepLog
 from toppings.engine.structures import Structures
 from toppings.grammar.compiler import Compiler
+from toppings.messages import EngineReady
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.dummy import dummy_weights

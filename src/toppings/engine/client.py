@@ -10,8 +10,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from toppings.bad_input import RequestError
 from toppings.config import EngineConfig
-from toppings.core import (
+from toppings.engine.life import EngineLife
+from toppings.engine.process import EngineLog
+from toppings.engine.spawn import Spawner
+from toppings.messages import (
     AbortRequest,
     AdapterStatus,
     AddRequest,
@@ -24,16 +28,12 @@ from toppings.core import (
     PinAdapter,
     RemoveAdapter,
     Reply,
-    RequestError,
     RequestOutput,
-    SamplingParams,
     Shutdown,
     StepOutputs,
     ToEngine,
 )
-from toppings.engine.life import EngineLife
-from toppings.engine.process import EngineLog
-from toppings.engine.spawn import Spawner
+from toppings.sampling_params import SamplingParams
 
 EXIT_GRACE_S = 5.0
 """How long an engine that was told to end may take beyond its deadline before it is killed."""

@@ -8,18 +8,8 @@ from typing import Protocol
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.manager import AdapterManager
-from toppings.core import (
-    AddRequest,
-    Batch,
-    BatchItem,
-    EngineReady,
-    EngineStats,
-    FinishReason,
-    Request,
-    RequestError,
-    RequestOutput,
-    TokenLogprobs,
-)
+from toppings.bad_input import RequestError
+from toppings.core import Batch, BatchItem, FinishReason, Request
 from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
 from toppings.engine.faults import is_sticky
@@ -29,6 +19,7 @@ from toppings.engine.scheduler import Scheduler
 from toppings.engine.snapshot import snapshot
 from toppings.engine.step_log import StepLog, describe
 from toppings.engine.structures import Structures
+from toppings.messages import AddRequest, EngineReady, EngineStats, RequestOutput, TokenLogprobs
 from toppings.vital import EngineLostError
 
 COUNTERS = (

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from toppings.config import EngineConfig
-from toppings.core import AddRequest, EngineReady, FromEngine, ToEngine
 from toppings.engine.heartbeat import LOOK_S
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner
 from toppings.engine.transport import ClientEnd
+from toppings.messages import AddRequest, EngineReady, FromEngine, ToEngine
 
 KILL_GRACE_S = 2.0
 """How long a process that was killed may take to go; beyond that, nobody waits for it."""

@@ -3,7 +3,8 @@
 import time
 from typing import TYPE_CHECKING
 
-from toppings.core import (
+from toppings.engine.engine import Engine, error_output
+from toppings.messages import (
     AbortRequest,
     AddRequest,
     GetStats,
@@ -16,7 +17,6 @@ from toppings.core import (
     ToEngine,
     Unreadable,
 )
-from toppings.engine.engine import Engine, error_output
 
 if TYPE_CHECKING:
     from toppings.engine.heartbeat import Heartbeat

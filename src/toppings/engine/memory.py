@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import MAX_LOGPROBS, BatchItem, Request, SamplingParams
+from toppings.core import BatchItem, Request
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.pages import pages_for
 from toppings.engine.scoring import score
@@ -16,6 +16,7 @@ from toppings.model.decoder import Decoder
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import MAX_RANK
 from toppings.ops.sampling import SamplingRow
+from toppings.sampling_params import MAX_LOGPROBS, SamplingParams
 
 _MOST_MODULES = 3  # of a projection group
 

@@ -13,7 +13,7 @@ from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode
 from toppings.assist.coordinator import AssistLora
 from toppings.assist.exchange import AssistStats
-from toppings.core import Batch, BatchItem, Request, SamplingParams, TokenLogprobs
+from toppings.core import Batch, BatchItem, Request
 from toppings.engine.device_lora import DeviceLora
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
 from toppings.engine.graphs import DecodeGraphs
@@ -21,9 +21,11 @@ from toppings.engine.pages import pages_for
 from toppings.engine.sampling_rows import SamplingRows
 from toppings.engine.scoring import Reader, Reading, ReadingPlan, Readings, read_nothing, read_on_host
 from toppings.engine.step_inputs import InputBuilder, Pending, StepInputs, lora_segments
+from toppings.messages import TokenLogprobs
 from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
+from toppings.sampling_params import SamplingParams
 
 NO_LOGITS = (
     "the model's logits for it are not finite: weights of the adapter or of the base model overflow for this"

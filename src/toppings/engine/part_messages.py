@@ -8,8 +8,9 @@ import torch
 
 from toppings.adapters.mirror import Free, Load, MarkLoaded, Place, PoolCommand
 from toppings.config import EngineConfig
-from toppings.core import Batch, BatchItem, Request, SamplingParams
+from toppings.core import Batch, BatchItem, Request
 from toppings.model.config import ModelConfig
+from toppings.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
 _SCORED = SamplingParams(temperature=0.0, prompt_logprobs=0)

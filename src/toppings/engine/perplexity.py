@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from toppings.config import QUANTIZATIONS, ConfigError, EngineConfig
-from toppings.core import BatchItem, Request, SamplingParams
+from toppings.core import BatchItem, Request
 from toppings.engine.base import model_config, model_path
 from toppings.engine.build import load_decoder, make_cache, set_threads
 from toppings.engine.pages import pages_for
@@ -16,6 +16,7 @@ from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.model.tokenizer import load_tokenizer
 from toppings.ops.attention import KVCache
+from toppings.sampling_params import SamplingParams
 
 WINDOW = 512
 """Tokens that are read in one forward, each predicted from those before it in the window."""

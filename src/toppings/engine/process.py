@@ -23,10 +23,10 @@ from pathlib import Path
 import msgspec
 
 from toppings.config import EngineConfig
-from toppings.core import Begin, EngineFailed, Shutdown
 from toppings.engine.heartbeat import Heartbeat
 from toppings.engine.transport import EngineEnd
 from toppings.log_files import LOG_FORMAT, log_handlers
+from toppings.messages import Begin, EngineFailed, Shutdown
 from toppings.vital import EngineLostError
 
 BEGIN_POLL_S = 0.5

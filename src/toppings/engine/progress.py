@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from toppings.adapters.manager import AdapterManager
-from toppings.core import ColdStart, Request
+from toppings.core import Request
 from toppings.engine.scoring import PromptNotes
+from toppings.messages import ColdStart
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from toppings.core import Admission, Batch, BatchItem, Request, RequestError
+from toppings.bad_input import RequestError
+from toppings.core import Admission, Batch, BatchItem, Request
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames, PrefixCache
 

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toppings.core import BatchItem, Pooling, PromptLogprobs
+from toppings.core import BatchItem
 from toppings.engine.staging import Array, Staging
+from toppings.messages import PromptLogprobs
 from toppings.model.config import ModelConfig
 from toppings.ops.truncation import likeliest
+from toppings.sampling_params import Pooling
 
 CHUNK_LOGITS = 2**22
 """Logits of prompt rows that exist at once, fp32."""

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from toppings.adapters.manager import AdapterManager
-from toppings.core import EngineStats, Request
+from toppings.core import Request
 from toppings.engine.scheduler import Scheduler
+from toppings.messages import EngineStats
 
 
 def snapshot(

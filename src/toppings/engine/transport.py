@@ -14,24 +14,25 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from toppings import core
-from toppings.core import FromEngine, RequestError, ToEngine, Unreadable
+from toppings import messages
+from toppings.bad_input import RequestError
+from toppings.messages import FromEngine, ToEngine, Unreadable
 
 _CLASSES: dict[bytes, Any] = {
     cls.__name__.encode(): cls
     for cls in (
-        core.Begin,
-        core.AddRequest,
-        core.AbortRequest,
-        core.RemoveAdapter,
-        core.PinAdapter,
-        core.GetStats,
-        core.Shutdown,
-        core.StepOutputs,
-        core.Reply,
-        core.EngineStats,
-        core.EngineReady,
-        core.EngineFailed,
+        messages.Begin,
+        messages.AddRequest,
+        messages.AbortRequest,
+        messages.RemoveAdapter,
+        messages.PinAdapter,
+        messages.GetStats,
+        messages.Shutdown,
+        messages.StepOutputs,
+        messages.Reply,
+        messages.EngineStats,
+        messages.EngineReady,
+        messages.EngineFailed,
     )
 }
 _ENCODER = msgspec.msgpack.Encoder()

@@ -5,7 +5,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from toppings.core import MAX_STRUCTURE_CHARS, RequestError, Structure, StructureKind
+from toppings.bad_input import RequestError
+from toppings.sampling_params import MAX_STRUCTURE_CHARS, Structure, StructureKind
 from toppings.sandbox import Sandbox, SandboxError
 
 NUM_PROCESSES = 2

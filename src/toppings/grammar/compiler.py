@@ -9,8 +9,8 @@ from typing import Any
 
 import llguidance
 
-from toppings.core import MAX_STRUCTURE_CHARS, Structure
 from toppings.grammar import StructureError
+from toppings.sampling_params import MAX_STRUCTURE_CHARS, Structure
 from toppings.sandbox.grammars import matcher_of
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from toppings.bad_input import RequestError
 from toppings.config import setting
-from toppings.core import RequestError
 from toppings.lab.outcome import PlannedCall
 from toppings.sim.seeds import generator
 from toppings.sim.synth.popularity import popularity

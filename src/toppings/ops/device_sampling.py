@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from toppings.core import TokenLogprobs
+from toppings.messages import TokenLogprobs
 from toppings.ops.sampling import SampleOutput, SamplingRow, can_draw, choose, draw_uniform
 from toppings.ops.token_mask import device_flags, num_words
 from toppings.ops.truncation import NUM_CANDIDATES, cut, likeliest

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toppings.core import SamplingParams, TokenLogprobs
+from toppings.messages import TokenLogprobs
 from toppings.ops.token_mask import TokenMask, allows_more_than, flags_of
 from toppings.ops.truncation import likeliest, truncate
+from toppings.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this draw the likeliest token: dividing by them would overflow."""

@@ -19,7 +19,7 @@ from toppings.adapters.errors import (
     StateFullError,
 )
 from toppings.adapters.registry import AdapterRecord, Origin
-from toppings.core import RequestError
+from toppings.bad_input import RequestError
 from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
 from toppings.server.paths import AdapterRoots

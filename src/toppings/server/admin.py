@@ -10,8 +10,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from toppings import __version__
 from toppings.adapters.registry import AdapterRecord
-from toppings.core import AdapterStatus, EngineStats
 from toppings.engine.client import EngineDeadError
+from toppings.messages import AdapterStatus, EngineStats
 from toppings.server.auth import may_change_state
 from toppings.server.catalogue import encode_all, records_of
 from toppings.server.errors import json_response

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from toppings.access import JSON_TYPE, why_not_json
-from toppings.core import RequestError, check_unicode, shown
+from toppings.bad_input import RequestError, check_unicode, shown
 from toppings.server.errors import CLIENT_GONE, ApiError
 
 MAX_ITEMS = 1 << 18

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from toppings.core import shown
+from toppings.bad_input import shown
 from toppings.server.bodies import parse
 from toppings.server.errors import ApiError
 from toppings.server.fields import Int, LenientBody, Name

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toppings.adapters.text_files import MAX_TEMPLATE_BYTES
+from toppings.bad_input import RequestError
 from toppings.chat_template import ChatTemplate
-from toppings.core import RequestError, Structure, StructureKind
+from toppings.sampling_params import Structure, StructureKind
 from toppings.server.chat_body import ChatBody
 from toppings.server.errors import ApiError
 from toppings.server.state import ServerState, Target

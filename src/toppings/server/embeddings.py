@@ -13,7 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from toppings.core import Pooling, RequestError, SamplingParams, shown
+from toppings.bad_input import RequestError, shown
+from toppings.sampling_params import Pooling, SamplingParams
 from toppings.server.bodies import JsonRoute
 from toppings.server.errors import CLIENT_GONE, ApiError, json_response
 from toppings.server.fields import Int, LenientBody, Name, Texts, TokenIds

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
-from toppings.core import ContextLengthError, RequestError, shown
+from toppings.bad_input import ContextLengthError, RequestError, shown
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
 from toppings.server.exchange import Exchange, current_exchange, exchange_of

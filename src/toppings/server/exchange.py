@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from toppings.core import shown
+from toppings.bad_input import shown
 from toppings.request_ids import REQUEST_ID, request_id_of
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from toppings.core import MAX_INT, MAX_SALT_CHARS
+from toppings.bad_input import MAX_INT
+from toppings.core import MAX_SALT_CHARS
 from toppings.server.errors import ApiError
 from toppings.server.exchange import current_exchange
 

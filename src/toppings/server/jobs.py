@@ -8,14 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import (
-    MAX_PROMPT_LOGPROBS,
-    ContextLengthError,
-    PromptLogprobs,
-    RequestError,
-    SamplingParams,
-    shown,
-)
+from toppings.bad_input import ContextLengthError, RequestError, shown
+from toppings.messages import PromptLogprobs
+from toppings.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
 from toppings.server.errors import ApiError
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target

@@ -20,10 +20,10 @@ from fastapi import FastAPI
 from toppings.access import with_api_key
 from toppings.adapters.registry import AdapterRegistry
 from toppings.adapters.state_lock import StateLock
+from toppings.bad_input import shown
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config, ConfigError
-from toppings.core import shown
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner

@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from toppings.adapters.errors import AdapterNotFound
-from toppings.core import SamplingParams
+from toppings.sampling_params import SamplingParams
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, PathText, Texts
 from toppings.server.jobs import Choice, Job, tokens_of

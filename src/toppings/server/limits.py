@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from toppings.core import shown
+from toppings.bad_input import shown
 from toppings.server.errors import RETRY_AFTER_S, ApiError, error_response
 
 MIN_BODY_LIMIT = 4 * 2**20

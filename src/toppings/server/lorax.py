@@ -14,7 +14,8 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from toppings.core import FinishReason, SamplingParams, Structure, StructureKind
+from toppings.core import FinishReason
+from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, Texts
 from toppings.server.jobs import Choice, Job, tokens_of

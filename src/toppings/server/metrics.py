@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from toppings.core import AdapterStatus, ColdStart, EngineStats, FinishReason
+from toppings.core import FinishReason
+from toppings.messages import AdapterStatus, ColdStart, EngineStats
 from toppings.text import TextOutput
 
 LATENCY_BUCKETS_S = (

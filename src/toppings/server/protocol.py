@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from toppings.core import MAX_BIASES, RequestError, SamplingParams, Structure, shown
+from toppings.bad_input import RequestError, shown
+from toppings.sampling_params import MAX_BIASES, SamplingParams, Structure
 from toppings.server.errors import ApiError
 from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts, TokenIds
 from toppings.server.structures import StructureFields

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from toppings.cluster.report import RequestEntry, ServerReport
-from toppings.core import EngineReady, EngineStats
+from toppings.messages import EngineReady, EngineStats
 from toppings.server.metrics import is_resident, num_slots
 
 

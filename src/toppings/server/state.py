@@ -16,8 +16,8 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
-from toppings.core import EngineReady, EngineStats
 from toppings.grammar.checker import StructureChecker
+from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.metrics import Metrics

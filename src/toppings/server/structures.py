@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from toppings.core import RequestError, Structure, StructureKind
+from toppings.bad_input import RequestError
+from toppings.sampling_params import Structure, StructureKind
 from toppings.server.errors import ApiError
 from toppings.server.fields import LenientBody
 from toppings.server.state import ServerState

@@ -13,10 +13,11 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
+from toppings.bad_input import RequestError
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
-from toppings.core import RequestError, SamplingParams
+from toppings.sampling_params import SamplingParams
 from toppings.sim.blocks import TraceNames
 from toppings.sim.instance import Instance
 from toppings.sim.records import InstanceTotals, Records, SimResult

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from toppings.core import Structure, StructureKind
+from toppings.sampling_params import Structure, StructureKind
 from toppings.tools import reasoning
 from toppings.tools.formats import Tool, ToolFormat
 

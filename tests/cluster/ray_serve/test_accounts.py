@@ -11,7 +11,7 @@ from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
 from toppings.cluster.ray_serve.messages import AdapterRef, Call
 from toppings.cluster.report import RequestEntry, ServerReport
-from toppings.core import SamplingParams
+from toppings.sampling_params import SamplingParams
 
 MODEL = load_perf_model("published:mbgmv")
 BOTH = {"a": None, "b": None}

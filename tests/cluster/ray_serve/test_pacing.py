@@ -6,7 +6,8 @@ import pytest
 
 from tests.waiting import PATIENCE_S
 from toppings.cluster.ray_serve.pacing import join, paced
-from toppings.core import FinishReason, PromptLogprobs, RequestOutput, TokenLogprobs
+from toppings.core import FinishReason
+from toppings.messages import PromptLogprobs, RequestOutput, TokenLogprobs
 
 NEVER_S = 60.0
 

@@ -6,7 +6,7 @@ from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.ray_serve.messages import ReplicaReport
 from toppings.cluster.ray_serve.reports import describe, merge_stats
 from toppings.cluster.report import RequestEntry, ServerReport, read_report
-from toppings.core import AdapterStatus, EngineReady, EngineStats
+from toppings.messages import AdapterStatus, EngineReady, EngineStats
 from toppings.server.report import make_report
 
 INFO = EngineReady(

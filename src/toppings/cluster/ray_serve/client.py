@@ -18,11 +18,14 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
+from toppings.bad_input import RequestError
 from toppings.cluster.dispatcher import ResponseLengths
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
-from toppings.core import EngineReady, EngineStats, FinishReason, RequestError, RequestOutput, SamplingParams
+from toppings.core import FinishReason
 from toppings.engine.client import EngineDeadError
+from toppings.messages import EngineReady, EngineStats, RequestOutput
+from toppings.sampling_params import SamplingParams
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.state import ServerState

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.snapshot import RequestSnapshot
-from toppings.core import AdapterStatus, EngineStats, SamplingParams
+from toppings.messages import AdapterStatus, EngineStats
+from toppings.sampling_params import SamplingParams
 
 SIGN_OF_LIFE = ""
 """What a replica sends for a request that has no new tokens, every `SIGN_PERIOD_S`."""

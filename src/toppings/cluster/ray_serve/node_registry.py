@@ -18,9 +18,9 @@ from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldErr
 from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.state_lock import StateLock
+from toppings.bad_input import RequestError
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.config import Config, ConfigError, ServerConfig
-from toppings.core import RequestError
 from toppings.server.resolver import drop_unconfigured
 from toppings.sources.adapters import FETCHED, AdapterSource, find_again, parse_source
 from toppings.sources.fetch import Room

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from toppings.core import RequestOutput
+from toppings.messages import RequestOutput
 
 
 async def paced(

@@ -15,6 +15,7 @@ from ray import serve
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.registry import AdapterRegistry
+from toppings.bad_input import RequestError
 from toppings.cluster.measured import read_perf_model
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.ray_serve.messages import (
@@ -30,10 +31,11 @@ from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, o
 from toppings.cluster.ray_serve.pacing import paced, with_signs_of_life
 from toppings.cluster.report import RequestEntry
 from toppings.config import OFF, Config, EngineConfig
-from toppings.core import EngineReady, FinishReason, RequestError, RequestOutput
+from toppings.core import FinishReason
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.log_files import LOG_FORMAT
+from toppings.messages import EngineReady, RequestOutput
 from toppings.server.report import make_report
 
 logger = logging.getLogger(__name__)

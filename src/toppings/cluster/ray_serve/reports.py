@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from toppings.cluster.ray_serve.messages import ReplicaReport
-from toppings.core import AdapterStatus, EngineStats
+from toppings.messages import AdapterStatus, EngineStats
 from toppings.server.metrics import is_resident
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from itertools import count
 
 from toppings.cluster.batch_row import BatchRow
-from toppings.core import AddRequest, SamplingParams
 from toppings.engine.engine import Engine
 from toppings.lab.batches.plan import Rows, StepLimits
+from toppings.messages import AddRequest
+from toppings.sampling_params import SamplingParams
 
 NUM_DECODE_STEPS = 2
 """Timed steps of a decode batch, after one that admits its sequences and is not timed."""

@@ -11,11 +11,13 @@ import numpy as np
 from toppings.adapters.link import sleep_until
 from toppings.adapters.manager import PRELOAD_POLL_S, AdapterManager
 from toppings.cluster.batch_row import BatchRow
-from toppings.core import AddRequest, FinishReason, Request, RequestOutput, SamplingParams
+from toppings.core import FinishReason, Request
 from toppings.engine.engine import Engine
 from toppings.engine.loop import LOADING_POLL_S
 from toppings.lab.outcome import Outcome
 from toppings.lab.workload import calls_of
+from toppings.messages import AddRequest, RequestOutput
+from toppings.sampling_params import SamplingParams
 from toppings.sim.trace import Trace
 
 PRELOAD_TIMEOUT_S = 60.0

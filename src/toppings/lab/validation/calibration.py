@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.fitting import fit_linear
 from toppings.cluster.perf_model import DECODE_FORMS, PREFILL_FORMS, LinearModel, PerfModel, batch_features
-from toppings.core import AddRequest, Admission, Batch, BatchItem, SamplingParams
+from toppings.core import Admission, Batch, BatchItem
 from toppings.engine.engine import Engine
 from toppings.lab.batches.driver import BatchDriver
 from toppings.lab.batches.plan import Rows
 from toppings.lab.validation.world import World
+from toppings.messages import AddRequest
+from toppings.sampling_params import SamplingParams
 from toppings.sim.settings import SimConfig
 from toppings.sim.simulator import Simulator
 from toppings.sim.trace import Trace

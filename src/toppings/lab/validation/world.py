@@ -12,12 +12,13 @@ import numpy as np
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import EngineConfig
-from toppings.core import AddRequest, SamplingParams
 from toppings.engine.base import open_registry
 from toppings.engine.engine import Engine
 from toppings.lab.engines import running_engine
 from toppings.lab.players.engine import preload_host
 from toppings.lab.random_adapters import register_random
+from toppings.messages import AddRequest
+from toppings.sampling_params import SamplingParams
 from toppings.sim.settings import SimConfig
 from toppings.sim.trace import IntArray
 from toppings.synth import PRESETS, AdapterShape, write_model
