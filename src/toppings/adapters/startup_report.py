@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.records import AdapterRecord, Origin, Records
+from toppings.bad_input import shown
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 5
+MAX_REASON_CHARS = 2000
 
 
 @dataclass
@@ -53,7 +55,7 @@ class DirectoryReport:
 
     def log(self) -> None:
         for name, error in self.failures.items():
-            logger.warning("adapter %s is left out: %s", name, error)
+            logger.warning("adapter %s is left out: %s", shown(name), shown(str(error), MAX_REASON_CHARS))
         for name in self.replaced:
             logger.warning(
                 "adapter %s, which was loaded while a server ran, gives way to the one in %s",
