@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name in ("SamplingParams", "Structure", "StructureKind"):
-        from toppings import core
+        from toppings import sampling_params
 
-        return getattr(core, name)
+        return getattr(sampling_params, name)
     raise AttributeError(f"module 'toppings' has no attribute {name!r}")

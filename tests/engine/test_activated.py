@@ -15,7 +15,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "activated-qkv": {"rank": 16, "targets": ("q_proj", "k_proj", "v_proj"), **ACTIVATED},
     "plain": {"rank": 8},
 }
-COLD = {"device_pool_bytes": 170 * 1024, "host_store_bytes": 250 * 1024, "link_gbps": 0.05}
+COLD = {"device_pool_bytes": 170 * 1024, "host_store_bytes": 250 * 1024, "link_gbps": 0.01}
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,9 @@ class RunSummary:
     num_preemptions: int
     adapter_hit_rate: float
     exposed_share: float
-    cached_share: float  # of prompt tokens; NaN where prompts share nothing
     ranks: Sequence[int]
     rank_mix: Sequence[Sequence[int]]
+    cached_share: float | None = None  # of prompt tokens, where prompts tell what they share
 
 
 def latencies_of(result: SimResult) -> Latencies:
@@ -59,6 +59,10 @@ def summarize_run(result: SimResult) -> RunSummary:
     span_s = max(1, int(result.ended_at.max(initial=first)) - first) / NS_PER_S
     busy_s = sum(t.busy_s for t in totals)
     num_hits, num_loads = sum(t.num_adapter_hits for t in totals), sum(t.num_adapter_loads for t in totals)
+    num_cached, num_queried = (
+        sum(t.num_cached_tokens for t in totals),
+        sum(t.num_queried_tokens for t in totals),
+    )
     ranks, kinds = np.unique(result.ranks, return_inverse=True)
     mix = np.zeros((config.num_instances, len(ranks)), dtype=np.int64)
     is_sent = result.rows >= 0
@@ -82,11 +86,9 @@ def summarize_run(result: SimResult) -> RunSummary:
         num_preemptions=sum(t.num_preemptions for t in totals),
         adapter_hit_rate=_share(num_hits, num_hits + num_loads),
         exposed_share=sum(t.exposed_s for t in totals) / max(busy_s, 1e-9),
-        cached_share=_share(
-            sum(t.num_cached_tokens for t in totals), sum(t.num_queried_tokens for t in totals)
-        ),
         ranks=ranks.tolist(),
         rank_mix=mix.tolist(),
+        cached_share=_share(num_cached, num_queried) if num_queried else None,
     )
 
 
