@@ -190,7 +190,7 @@ def test_the_score_script_asks_base_and_adapter_over_http(
 def test_the_shipped_adapters_differ_in_kind() -> None:
     configs = [config_of(name) for name in SHIPPED]
     ranks = {config["r"] for config in configs}
-    assert SHIPPED == sorted(TASKS) == sorted(RECIPES)
+    assert SHIPPED == sorted(TASKS) == sorted(RECIPES) == score_adapters.shipped()
     assert len(SHIPPED) >= 8
     assert (min(ranks), max(ranks)) == (4, 64)
     assert len({tuple(config["target_modules"]) for config in configs}) >= 4
