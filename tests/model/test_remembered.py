@@ -130,6 +130,14 @@ def test_a_tokeniser_is_the_one_that_the_library_chooses(name: str | None, tmp_p
         assert found.special_tokens_map == expected.special_tokens_map
 
 
+def test_a_damaged_memory_of_a_tokeniser_is_not_believed(tmp_path: Path, cache: Path) -> None:
+    load_tokenizer(demo_model_dir())
+    for damage in ({}, {"module": "os", "name": "system"}):
+        for file in cache.iterdir():
+            file.write_text(json.dumps(damage))
+        assert load_tokenizer(demo_model_dir()).encode("the sea")
+
+
 def test_a_server_whose_model_is_known_imports_no_torch(tmp_path: Path) -> None:
     """It takes longer than all else that a start needs."""
     empty = tmp_path / "adapters"

@@ -258,6 +258,17 @@ async def test_what_a_token_has_brought_is_for_those_whose_token_may_read_it(
     assert hub.num_fetched["org/one/adapter_model.safetensors"] == 1
 
 
+async def test_another_source_that_has_the_name_grants_nothing(
+    server: Server, hub: Hub, folder: Path, adapters_dir: Path
+) -> None:
+    hub.tokens["org/one"] = "sesame"
+    body = {"adapter_id": "org/one", "adapter_source": "hub", "max_new_tokens": 2, "api_token": "sesame"}
+    assert (await server.post("/generate", inputs="hello", parameters=body)).status_code == 200
+    shutil.copytree(adapters_dir / "adapter-00000", folder / "org" / "one")
+    asked = {"adapter_id": "org/one", "max_new_tokens": 2, "api_token": "wrong"}
+    assert (await server.post("/generate", inputs="hello", parameters=asked)).status_code == 403
+
+
 async def test_loraxs_sources_are_asked_alone(server: Server, hub: Hub) -> None:
     async def ask(name: str, source: str) -> int:
         body = {"adapter_id": name, "adapter_source": source, "max_new_tokens": 2}

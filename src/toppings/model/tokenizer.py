@@ -19,11 +19,11 @@ def load_tokenizer(path: Path) -> Any:
     def choose() -> dict[str, Any]:
         from transformers import AutoTokenizer
 
-        found.append(AutoTokenizer.from_pretrained(path, local_files_only=True))
+        found.append(AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
         return {"module": type(found[0]).__module__, "name": type(found[0]).__name__}
 
     chosen = remembered("tokenizer", path, FILES, choose, *sorted(file.name for file in path.iterdir()))
-    if not (found or str(chosen["module"]).startswith(LIBRARY)):
+    if not (found or str(chosen.get("module")).startswith(LIBRARY)):  # it is a file that anything may damage
         choose()
     if found:
         return found[0]

@@ -94,7 +94,7 @@ class Resolver:
         else:
             self._refresh(name)
         if record.path.startswith(PRIVATE):
-            await self._check_grant(name, kind, token)
+            await self._check_grant(name, token)
         if name in self._held:
             self._held.move_to_end(name)
         return record
@@ -226,12 +226,15 @@ class Resolver:
 
     # --- who may use what another's token has brought ---
 
-    async def _check_grant(self, name: str, kind: str | None, token: str | None) -> None:
+    async def _check_grant(self, name: str, token: str | None) -> None:
+        """Whether a source of the kind that it came from gives it for this token, too."""
         if token is None:
             message = f"adapter {name!r} is restricted: send the api_token of an account that may read it"
             raise ApiError(403, message, "PermissionDeniedError")
         if self._grants.get((name, _mark(token)), 0.0) > time.monotonic():
             return
+        record = self._state.registry.find_named(name)
+        kind = None if record is None else record.path.removeprefix(PRIVATE).partition(":")[0]
         try:
             await self._in_thread(partial(find_adapter, self.sources, name, kind=kind, token=token))
         except AdapterError as error:
