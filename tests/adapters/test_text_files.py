@@ -96,8 +96,8 @@ def test_a_file_that_is_none_of_the_adapters_own_is_refused_by_name_at_once(
 
 def test_links_within_the_roots_are_followed(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "roots" / "a")
-    (tmp_path / "roots" / "shared.jinja").write_text("own")
-    (path / TEMPLATE_FILE).symlink_to("../shared.jinja")
+    (tmp_path / "roots" / "common.jinja").write_text("own")
+    (path / TEMPLATE_FILE).symlink_to("../common.jinja")
     (tmp_path / "link").symlink_to("roots")
     assert read_checkpoint(path, SHAPES, roots=[tmp_path / "link"]).chat_template == "own"
 

@@ -16,6 +16,7 @@ from toppings.adapters.layout import BaseShapes
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config
 from toppings.core import MODULES
+from toppings.messages import EngineReady
 from toppings.server.app import create_app
 from toppings.server.state import ServerState
 from toppings.synth import AdapterShape, projection_sizes, write_adapters, write_tokenizer
@@ -137,3 +138,18 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+def says(server: Server, text: str) -> None:
+    """The engine's answer to whatever comes, and an end token."""
+    tokens = server.state.text.encode(text, add_special_tokens=False)
+    server.engine.script = lambda call: [*tokens, 0]
+
+
+def roomy_engine() -> FakeEngineClient:
+    """With room for tools in a prompt."""
+    info = EngineReady("base", 2048, 8, VOCAB_SIZE, 16, 64, 1 << 20, 1 << 21)
+    return FakeEngineClient(info=info)

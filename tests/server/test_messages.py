@@ -9,9 +9,8 @@ import httpx
 import pytest
 from anthropic.types import MessageParam, ToolParam
 
-from tests.fakes import VOCAB_SIZE, FakeEngineClient
-from tests.server.conftest import Server
-from toppings.messages import EngineReady
+from tests.fakes import FakeEngineClient
+from tests.server.conftest import CALL, Server, roomy_engine, says
 
 USER: MessageParam = {"role": "user", "content": "hi"}
 BODY: dict[str, Any] = {"model": "base", "max_tokens": 4, "messages": [USER]}
@@ -20,20 +19,11 @@ WEATHER: ToolParam = {
     "description": "of a city",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-
-
-def says(server: Server, text: str) -> None:
-    """The engine's answer to whatever comes, and an end token."""
-    tokens = server.state.text.encode(text, add_special_tokens=False)
-    server.engine.script = lambda call: [*tokens, 0]
 
 
 @pytest.fixture
 async def engine() -> FakeEngineClient:
-    """With room for tools in a prompt."""
-    info = EngineReady("base", 2048, 8, VOCAB_SIZE, 16, 64, 1 << 20, 1 << 21)
-    return FakeEngineClient(info=info)
+    return roomy_engine()
 
 
 @pytest.fixture

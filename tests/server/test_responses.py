@@ -7,9 +7,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.fakes import VOCAB_SIZE, FakeEngineClient
-from tests.server.conftest import Server
-from toppings.messages import EngineReady
+from tests.fakes import FakeEngineClient
+from tests.server.conftest import CALL, Server, roomy_engine, says
 from toppings.server.responses_body import ResponsesBody
 
 BODY: dict[str, Any] = {"model": "base", "max_output_tokens": 4, "input": "hi"}
@@ -19,20 +18,11 @@ WEATHER: Any = {
     "description": "of a city",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-
-
-def says(server: Server, text: str) -> None:
-    """The engine's answer to whatever comes, and an end token."""
-    tokens = server.state.text.encode(text, add_special_tokens=False)
-    server.engine.script = lambda call: [*tokens, 0]
 
 
 @pytest.fixture
 async def engine() -> FakeEngineClient:
-    """With room for tools in a prompt."""
-    info = EngineReady("base", 2048, 8, VOCAB_SIZE, 16, 64, 1 << 20, 1 << 21)
-    return FakeEngineClient(info=info)
+    return roomy_engine()
 
 
 @pytest.fixture

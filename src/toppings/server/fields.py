@@ -81,3 +81,17 @@ class LenientBody(BaseModel):
         if exchange.is_strict:
             raise ApiError(400, f"{name} is no field that this server knows; leave it out", param=name)
         exchange.ignore(name)
+
+
+class SamplingFields(LenientBody):
+    """How tokens are chosen, in the words that dialects share; null means the default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Int | None = None
+    stop: str | Texts | None = None

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from toppings.bad_input import RequestError, shown
 from toppings.sampling_params import MAX_BIASES, SamplingParams, Structure
 from toppings.server.errors import ApiError
-from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts, TokenIds
+from toppings.server.fields import Count, Int, LenientBody, Name, Salt, SamplingFields, Texts, TokenIds
 from toppings.server.structures import StructureFields
 
 HARMLESS = frozenset(
@@ -71,7 +71,7 @@ class StreamOptions(LenientBody):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(StructureFields):
+class GenerationBody(StructureFields, SamplingFields):
     """What completions and chat have in common; null means the default."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS
@@ -81,15 +81,6 @@ class GenerationBody(StructureFields):
     max_tokens: Int | None = None
     n: Count | None = None
     best_of: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Int | None = None
-    stop: str | Texts | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None

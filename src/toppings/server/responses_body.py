@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from toppings.server.chat_body import EFFORTS, MAX_TOOLS, OF_CHATS, ChatBody, FunctionName
 from toppings.server.errors import ApiError
-from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts
+from toppings.server.fields import Count, LenientBody, Name, Salt, SamplingFields
 
 OwnField = frozenset({"id", "status"})
 """What items of an answer have that say nothing when they are sent back."""
@@ -127,7 +127,7 @@ class ResponseStreamOptions(LenientBody):
     include_obfuscation: bool | None = None
 
 
-class ResponsesBody(LenientBody):
+class ResponsesBody(SamplingFields):
     """`store` is taken, and the answer says that it was not done. Sampling fields beyond OpenAI's are those
     of the other routes."""
 
@@ -160,15 +160,6 @@ class ResponsesBody(LenientBody):
     reasoning: ReasoningParam | None = None
     text: TextParam | None = None
     metadata: dict[str, str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Int | None = None
-    stop: str | Texts | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: Salt | None = None
 

@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ class Tool:
         return {"type": "function", "function": told}
 
 
-class ToolFormat:
+class ToolFormat(ABC):
     """Of templates that know tools and take calls as OpenAI's API has them, arguments as an object.
 
     What forced calls are written like: `start`, a call, `between` and a call for each further one, `end`; a
@@ -49,13 +50,13 @@ class ToolFormat:
     tells_template: ClassVar[bool] = True
     """The template itself tells the model of the tools."""
 
+    @abstractmethod
     def read(self, parts: Parts) -> Reading[None]:
         """An answer from its beginning to its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def around(self, name: str) -> tuple[str, str]:
         """What stands before and after the arguments of a call of `name`."""
-        raise NotImplementedError
 
     def new_id(self) -> str:
         return random_id()
