@@ -16,12 +16,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from toppings.core import FinishReason
+from toppings.detokenizer import TextOutput
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_plan import ChatPlan, chat_plan
 from toppings.server.jobs import Choice, Job, num_last_tokens, room_for_output, tokens_of
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.structures import checked_structure
-from toppings.text import TextOutput
 from toppings.tools.output import CallDelta, OutputParser
 
 

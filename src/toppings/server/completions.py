@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from toppings.detokenizer import TextOutput
 from toppings.server.bodies import JsonRoute
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice, Job, beside_loop, num_last_tokens, room_for_output, tokens_of
@@ -19,7 +20,7 @@ from toppings.server.replies import answer, namer, parts, prompt_logprobs, raw_l
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.server.structures import checked_structure
-from toppings.text import TextLogprob, TextModel, TextOutput
+from toppings.text import TextLogprob, TextModel
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -9,13 +9,14 @@ from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.bad_input import ContextLengthError, RequestError, shown
+from toppings.detokenizer import GenerationError, TextOutput, generate_text
 from toppings.messages import PromptLogprobs
 from toppings.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
 from toppings.server.errors import ApiError
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
-from toppings.text import GenerationError, TextLogprob, TextOutput, generate_text
+from toppings.text import TextLogprob
 
 LONG_TEXT = 4096
 """Characters, tokens or values of an answer above which they are worked on in a thread."""
