@@ -125,6 +125,8 @@ class Engine:
             arrived_at=time.perf_counter(),
             cache_salt=message.cache_salt,
             is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
+            tenant=message.tenant,
+            weight=message.weight,
         )
         try:
             if message.request_id in self._progress:
