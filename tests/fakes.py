@@ -34,6 +34,8 @@ class Call:
     sampling: SamplingParams
     adapter_id: int | None
     cache_salt: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
     num_sent: int = 0
     has_ended: bool = False
     was_aborted: bool = False
@@ -115,9 +117,11 @@ class FakeEngineClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
-        call = Call(prompt_token_ids, sampling, adapter_id, cache_salt)
+        call = Call(prompt_token_ids, sampling, adapter_id, cache_salt, tenant=tenant, weight=weight)
         self.calls.append(call)
         self.num_pending += 1
         try:

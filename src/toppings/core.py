@@ -60,6 +60,8 @@ class Request:
     and none is kept for others; nobody shares pages with requests of another `cache_salt`.
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
+
+    `tenant` is who asks ("": nobody in particular), and `weight` that tenant's share where several wait.
     """
 
     request_id: str
@@ -77,6 +79,8 @@ class Request:
     block_hashes: list[BlockHash] = field(default_factory=list)
     num_cached_tokens: int = 0
     adapter_start: int = 0
+    tenant: str = ""
+    weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:

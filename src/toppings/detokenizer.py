@@ -94,6 +94,8 @@ class TokenSource(Protocol):
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -172,6 +174,8 @@ async def generate_text(
     shown: Mapping[int, str] | None = None,
     request_id: str | None = None,
     cache_salt: str | None = None,
+    tenant: str = "",
+    weight: float = 1.0,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
@@ -182,7 +186,13 @@ async def generate_text(
     sampling = model.with_bad_token_ids(sampling)
     assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop, shown=shown)
     outputs = source.generate(
-        prompt_token_ids, sampling, adapter_id, request_id=request_id, cache_salt=cache_salt
+        prompt_token_ids,
+        sampling,
+        adapter_id,
+        request_id=request_id,
+        cache_salt=cache_salt,
+        tenant=tenant,
+        weight=weight,
     )
     async with aclosing(outputs):
         async for output in outputs:

@@ -16,8 +16,8 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """`cache_salt`, `is_cacheable`: as of `Request`. Raises RequestError for a salt that is empty, no valid
-    Unicode or longer than `MAX_SALT_CHARS` characters."""
+    """`cache_salt`, `is_cacheable`, `tenant`, `weight`: as of `Request`. Raises RequestError for a salt that
+    `check_salt` refuses."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -25,16 +25,23 @@ class AddRequest:
     adapter_id: int | None = None
     cache_salt: str | None = None
     is_cacheable: bool = True
+    tenant: str = ""
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
-        salt = self.cache_salt
-        if salt is None:
-            return
-        if not 1 <= len(salt) <= MAX_SALT_CHARS:
-            raise RequestError(
-                f"cache_salt has {len(salt)} characters; it must have between 1 and {MAX_SALT_CHARS}"
-            )
-        check_unicode("cache_salt", salt)
+        check_salt(self.cache_salt)
+
+
+def check_salt(salt: str | None) -> None:
+    """Raises RequestError for a salt that is empty, no valid Unicode or longer than `MAX_SALT_CHARS`
+    characters."""
+    if salt is None:
+        return
+    if not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise RequestError(
+            f"cache_salt has {len(salt)} characters; it must have between 1 and {MAX_SALT_CHARS}"
+        )
+    check_unicode("cache_salt", salt)
 
 
 @dataclass(frozen=True, slots=True)

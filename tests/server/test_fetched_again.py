@@ -34,6 +34,8 @@ class ReadingEngine(FakeEngineClient):
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AsyncGenerator[RequestOutput, None]:
         try:
             if self.registry is not None and adapter_id is not None:

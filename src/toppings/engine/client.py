@@ -138,9 +138,12 @@ class EngineClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as the engine draws tokens; closing the iterator early aborts the request. With a
-        `cache_salt`, its tokens are shared with requests of the same salt only.
+        `cache_salt`, its tokens are shared with requests of the same salt only. `tenant` and `weight`: as of
+        `Request`.
 
         Raises EngineDeadError where the engine goes away, RequestError for a request id already in use, a bad
         salt or a value that no message can carry.
@@ -149,7 +152,15 @@ class EngineClient:
         if request_id in self._streams:
             raise RequestError(f"request id {request_id!r} is already in use")
         life = self._alive()
-        message = AddRequest(request_id, prompt_token_ids, sampling, adapter_id, cache_salt)
+        message = AddRequest(
+            request_id,
+            prompt_token_ids,
+            sampling,
+            adapter_id,
+            cache_salt,
+            tenant=tenant,
+            weight=weight,
+        )
         send = life.prepare(message)
         stream = self._streams[request_id] = asyncio.Queue()
         self._pending.add(request_id)

@@ -16,6 +16,8 @@ def request_of(message: AddRequest, now: float) -> Request:
         arrived_at=now,
         cache_salt=message.cache_salt,
         is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
+        tenant=message.tenant,
+        weight=message.weight,
     )
 
 

@@ -91,6 +91,8 @@ class ReplicaClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as a replica's engine draws tokens; closing the iterator early aborts the request.
 
@@ -103,7 +105,17 @@ class ReplicaClient:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
         expected = self._lengths.expected(sampling.max_tokens)
-        call = Call(number, prompt_token_ids, sampling, ref, expected, self._avoided(), cache_salt=cache_salt)
+        call = Call(
+            number,
+            prompt_token_ids,
+            sampling,
+            ref,
+            expected,
+            self._avoided(),
+            cache_salt=cache_salt,
+            tenant=tenant,
+            weight=weight,
+        )
         num_tokens = 0
         self.num_pending += 1
         try:

@@ -57,6 +57,8 @@ class Call:
     avoid: frozenset[str] = frozenset()
     sent_to: list[str] = field(default_factory=list)
     cache_salt: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
 
     @property
     def origin(self) -> str:
