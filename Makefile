@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 SERVES := $(VENV)/.serves
 WHOLE := $(VENV)/.whole
 ARGS ?=
-# Processes that run tests; each takes whole stretches of modules, so that their fixtures are made once.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# Processes that run tests, two more than cores: many tests wait for the processes that they start.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + 2 : 8)))
+# Each takes whole modules, so that their fixtures are made once, and in the order of tests/order.py.
+DISTRIBUTION := --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup serve test lint types unit clean
 
@@ -35,7 +37,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(WORKERS) $(DISTRIBUTION) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build logs .mypy_cache .pytest_cache .ruff_cache
