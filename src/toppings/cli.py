@@ -307,12 +307,15 @@ def check_adapter(path: Path, model: Model = "") -> None:
     from toppings.adapters.checkpoint import read_checkpoint
     from toppings.adapters.layout import BaseShapes
     from toppings.adapters.text_files import base_tokens
-    from toppings.engine.base import model_path
+    from toppings.engine.base import base_weights, model_path
     from toppings.model.config import ModelConfig
 
-    directory = model_path(EngineConfig(model=model))
-    shapes = BaseShapes(*ModelConfig.from_checkpoint(directory).base_shapes())
-    checkpoint = read_checkpoint(path, shapes, base_tokens(directory))
+    engine_config = EngineConfig(model=model)
+    directory = model_path(engine_config)
+    model_config = ModelConfig.from_checkpoint(directory)
+    shapes = BaseShapes(*model_config.base_shapes())
+    weights = base_weights(engine_config, model_config)
+    checkpoint = read_checkpoint(path, shapes, base_tokens(directory), base=weights)
     ranks = checkpoint.ranks()
     targets = [name for index, name in enumerate(MODULES) if any(layer[index] for layer in ranks)]
     typer.echo(f"{path} fits: rank {max(map(max, ranks))}, targets {', '.join(targets)}")

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from toppings.adapters.base_weights import BaseWeights
 from toppings.adapters.capacity import Capacity
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.latest import Latest
@@ -32,7 +33,8 @@ class AdapterCatalogue:
     waits for the disk. Otherwise any number of threads and processes may use it at once. `base_model` is the
     name the base model goes by in requests, `base_names` others it is known by to adapters' configurations;
     with `is_strict`, those that name another one are refused. `identity` is that of its weights. `capacity`
-    bounds what is registered; None: nothing does.
+    bounds what is registered; None: nothing does. `weights`: the base model's, for adapters that are told
+    relative to them; without, these are refused.
 
     All that write raise StateError where the disk or another process does not let them; nothing has changed
     then. Raises ValueError where the directory belongs to another base model or dtype.
@@ -49,6 +51,7 @@ class AdapterCatalogue:
         base_names: Collection[str] = (),
         is_strict: bool = False,
         capacity: Capacity | None = None,
+        weights: BaseWeights | None = None,
         lock: StateLock | None = None,
     ) -> None:
         assert dtype in DTYPE_BYTES
@@ -62,7 +65,7 @@ class AdapterCatalogue:
         self._locks = [lock] if lock is not None else []
         self._is_only_writer = lock is not None and not lock.is_shared
         self._told: Latest[int, None] = Latest(MAX_TOLD)  # adapters whose packed file was said to be lost
-        self._packed_dir = PackedDir(self.state_dir / PACKED, shapes, dtype)
+        self._packed_dir = PackedDir(self.state_dir / PACKED, shapes, dtype, weights)
         self._rows = AdapterRows(self.state_dir, self.state_dir / PACKED)
         self._rows.check_base({**asdict(shapes), "dtype": dtype, "identity": identity})
         if self._is_only_writer:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from toppings.adapters.catalogue import AdapterCatalogue
-from toppings.adapters.checkpoint import fingerprint, read_checkpoint
+from toppings.adapters.checkpoint import fingerprint
 from toppings.adapters.directories import find_adapters
 from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StateError
 from toppings.adapters.names import check_name, is_same_base
@@ -89,7 +89,7 @@ class AdapterRegistry(AdapterCatalogue):
     def is_of_content(self, record: AdapterRecord, path: str | Path) -> bool:
         """Whether `record` was made from what is in `path`. Raises AdapterError where that is no adapter that
         can be served."""
-        return record.digest == read_checkpoint(Path(path), self.shapes).digest
+        return record.digest == self._packed_dir.digest_of(path)
 
     def adopt(self, candidates: Candidates) -> Records:
         """Registers packed files that were made elsewhere, in one transaction; they are the registry's from

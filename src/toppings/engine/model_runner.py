@@ -134,7 +134,8 @@ class ModelRunner:
         pending, readings = None, read_nothing
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
-        if self.graphs is not None and not loads and self.graphs.can_run(items):
+        has_extras = segments is not None and self._adapters.pool.has_extras(segments.slots)
+        if self.graphs is not None and not loads and not has_extras and self.graphs.can_run(items):
             logits = self.graphs.run(items, segments, pending)
         else:
             plan = ReadingPlan.of(items)
