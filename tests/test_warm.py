@@ -1,5 +1,6 @@
 """Children of tests that are forked are what `subprocess` would have started."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -24,6 +25,19 @@ def test_output_and_exit_codes_are_those_of_a_cold_start(tmp_path: Path) -> None
     wrong = subprocess.run([*VERSION, "--nonsense"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "--nonsense" in wrong.stderr
+
+
+async def test_asyncio_starts_them_warm_too() -> None:
+    """One that has loaded what only a server does."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "toppings.engine.process", str(theirs.fileno())]
+    with mine, theirs:
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(),))
+        try:
+            assert any("aiohttp" in row.path for row in psutil.Process(process.pid).memory_maps())
+        finally:
+            process.kill()
+        assert await process.wait() == -signal.SIGKILL
 
 
 def test_it_is_a_child_with_its_own_command_line_and_can_be_killed() -> None:

@@ -174,8 +174,8 @@ def _is_default(more: tuple[Any, ...]) -> bool:
 
 
 def _is_warm(args: Any, environment: dict[str, str]) -> bool:
-    is_module = isinstance(args, list) and len(args) > 2 and args[:2] == [sys.executable, "-m"]
-    return is_module and args[2] in MODULES and COLD not in environment
+    is_module = isinstance(args, list | tuple) and len(args) > 2 and [*args[:2]] == [sys.executable, "-m"]
+    return is_module and args[2] in MODULES and COLD not in environment  # asyncio gives a tuple
 
 
 def install() -> None:
