@@ -1,4 +1,4 @@
-"""A pytest plugin: the modules that take longest are run first, so that none is left to one process at the end."""
+"""A pytest plugin: modules that take longest come first, so that none is left to one worker at the end."""
 
 import pytest
 
