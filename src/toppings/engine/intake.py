@@ -15,7 +15,7 @@ def request_of(message: AddRequest, now: float) -> Request:
         message.adapter_id,
         arrived_at=now,
         cache_salt=message.cache_salt,
-        is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
+        is_cacheable=message.is_cacheable,
     )
 
 
