@@ -26,6 +26,7 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("the prompt", request.prompt_token_ids),
         ("logit_bias", [token for token, _ in sampling.logit_bias]),
         ("allowed_token_ids", sampling.allowed_token_ids),
+        ("logprob_token_ids", sampling.logprob_token_ids),
     ):
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
