@@ -55,7 +55,8 @@ class Request:
     `page_table` lists the cache pages that hold them, in order; `num_pending_tokens` counts output
     tokens that are being drawn on the device, not known here yet, and will be computed on.
 
-    `block_hashes` name its full pages, first to last, as far as they are known. `num_cached_tokens` of its
+    `block_hashes` name its full pages, first to last, as far as they are known; `num_kept_tokens`, of those
+    that are computed, were so by steps that have ended without a fault. `num_cached_tokens` of its
     prompt were in the cache when it first started. Where it is not `is_cacheable`, every token is computed,
     and none is kept for others; nobody shares pages with requests of another `cache_salt`.
 
@@ -77,6 +78,7 @@ class Request:
     cache_salt: str | None = None
     is_cacheable: bool = True
     block_hashes: list[BlockHash] = field(default_factory=list)
+    num_kept_tokens: int = 0
     num_cached_tokens: int = 0
     adapter_start: int = 0
     tenant: str = ""
@@ -113,11 +115,13 @@ class Request:
 @dataclass(slots=True)
 class BatchItem:
     """`num_tokens` of a request's uncomputed tokens, to be run in this step. `stop`, set when it is
-    committed: the request's computed tokens with them."""
+    committed: the request's computed tokens with them. `copy_page`: before the step, what the request's page
+    of the first of them holds of tokens before it is copied from there."""
 
     request: Request
     num_tokens: int
     stop: int = 0
+    copy_page: int | None = None
 
     @property
     def is_decode(self) -> bool:

@@ -96,7 +96,8 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probability of a chosen token, its rank (1 is the likeliest), and the best alternatives."""
+    """Natural-log probability of a chosen token, its rank (1 is the likeliest), and the best alternatives, or
+    the tokens that the request names."""
 
     token_id: int
     logprob: float

@@ -15,7 +15,7 @@ def request_of(message: AddRequest, now: float) -> Request:
         message.adapter_id,
         arrived_at=now,
         cache_salt=message.cache_salt,
-        is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
+        is_cacheable=message.is_cacheable,
         tenant=message.tenant,
         weight=message.weight,
     )
@@ -28,6 +28,7 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("the prompt", request.prompt_token_ids),
         ("logit_bias", [token for token, _ in sampling.logit_bias]),
         ("allowed_token_ids", sampling.allowed_token_ids),
+        ("logprob_token_ids", sampling.logprob_token_ids),
     ):
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             wrong = next(t for t in token_ids if not 0 <= t < vocab_size)

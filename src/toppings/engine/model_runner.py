@@ -124,6 +124,7 @@ class ModelRunner:
         without it, for nothing was committed.
         """
         items = batch.items
+        self._copy_pages(items)
         sampled = [
             (row, item) for row, item in zip(_last_rows(items), items, strict=True) if item.needs_sample
         ]
@@ -184,6 +185,17 @@ class ModelRunner:
         return self._decoder.hidden(
             inputs.token_ids, inputs.positions, self._cache, inputs.meta, inputs.logit_rows, lora
         )
+
+    def _copy_pages(self, items: list[BatchItem]) -> None:
+        """Before anything that may fail and be run again: by then a page may be another's."""
+        places = [
+            (item.copy_page, item.request.page_table[index], num_rows)
+            for item in items
+            if item.copy_page is not None
+            for index, num_rows in [divmod(item.request.num_computed_tokens, self._cache.page_size)]
+        ]
+        if places:
+            self._cache.copy(places)
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

@@ -13,16 +13,21 @@ OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 DENIED = "PermissionDeniedError"
 
 
+def is_open(path: str) -> bool:
+    """A document of the API is the same on every server of this version."""
+    return path in OPEN_PATHS or path in ("/openapi.json", "/docs") or path.startswith("/docs/")
+
+
 class KeyMiddleware:
     """Asks for `Authorization: Bearer <api_key>`, or `X-Api-Key: <api_key>` as Anthropic's clients send it,
-    on every path but `OPEN_PATHS`; 401 without it."""
+    on every path but `OPEN_PATHS` and the documents, which are no secret; 401 without it."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
         self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
+        if scope["type"] == "http" and not is_open(scope["path"]) and not self._is_allowed(scope):
             await self._refusal(scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -176,8 +176,9 @@ class CompletionReply:
         self, index: int, output: Choice | TextOutput, offset: int, *, is_first: bool
     ) -> dict[str, Any] | None:
         """The log-probabilities of its tokens; with `echo` first those of the prompt's."""
-        if (num_top := self._body.logprobs) is None:
+        if not self._body.tells_logprobs:
             return None
+        num_top = self._body.logprobs or 0
         logprobs, first = output.logprobs or [], None
         if is_first and self._body.echo and output.prompt_logprobs is not None:
             first, *others = self._prompt_of(index)

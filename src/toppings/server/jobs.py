@@ -69,6 +69,7 @@ class Job:
         sampling = self.sampling
         check_token_ids(self.state, "stop_token_ids", sampling.stop_token_ids)
         check_token_ids(self.state, "allowed_token_ids", sampling.allowed_token_ids)
+        check_token_ids(self.state, "logprob_token_ids", sampling.logprob_token_ids)
         check_token_ids(self.state, "logit_bias", [token_id for token_id, _ in sampling.logit_bias])
         if sampling.prompt_logprobs is not None:
             self._check_told(self.num_choices * self.num_prompt_tokens, sampling.prompt_logprobs + 1)
