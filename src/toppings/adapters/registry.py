@@ -54,14 +54,16 @@ class AdapterRegistry(AdapterCatalogue):
         origin: Origin = Origin.LIBRARY,
         source: str = "",
         roots: Sequence[Path] | None = None,
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """Validates and packs the PEFT checkpoint in `path`; on any failure nothing is left behind.
 
         With `replace`, an adapter of this name becomes a removed one as the new one takes its name and pin.
         With `digest`, only this content will do. `source` says where the files came from that are in `path`
         for now; the record says it too, and an adapter of another base model is refused then. `roots`: where
-        links of its files may lead; None: anywhere. Raises AdapterExists, AdapterNotFound (no directory at
-        `path`), AdapterError (the reason).
+        links of its files may lead; None: anywhere. `over`: with `replace`, the only one that may be
+        replaced, still there: what somebody did meanwhile is not undone. Raises AdapterExists,
+        AdapterNotFound (no directory at `path`), AdapterError (the reason).
         """
         check_name(name, self.base_model)
         if not replace and self.find_named(name) is not None:
@@ -81,7 +83,7 @@ class AdapterRegistry(AdapterCatalogue):
         except BaseException:
             candidate.discard()
             raise
-        [record] = self._commit([(name, candidate)], replace=replace, origin=origin, source=source)
+        [record] = self._commit([(name, candidate)], replace=replace, origin=origin, source=source, over=over)
         if (doubt := self.doubt_of(record)) is not None:
             logger.warning("%s", doubt)
         return record
@@ -193,7 +195,15 @@ class AdapterRegistry(AdapterCatalogue):
             with self._rows.change() as change:
                 change.set("origin", Origin.STARTUP, [record.adapter_id for record in records])
 
-    def _commit(self, candidates: Candidates, *, replace: bool, origin: Origin, source: str = "") -> Records:
+    def _commit(
+        self,
+        candidates: Candidates,
+        *,
+        replace: bool,
+        origin: Origin,
+        source: str = "",
+        over: AdapterRecord | None = None,
+    ) -> Records:
         """Rows and final file names in one transaction.
 
         A crash between the two leaves at most files without a row, under ids that the next adapters take.
@@ -203,7 +213,7 @@ class AdapterRegistry(AdapterCatalogue):
         try:
             with self._rows.change() as change:
                 new = [
-                    self._insert(change, *each, replace=replace, origin=origin, source=source)
+                    self._insert(change, *each, replace=replace, origin=origin, source=source, over=over)
                     for each in candidates
                 ]
         except BaseException:
@@ -221,6 +231,7 @@ class AdapterRegistry(AdapterCatalogue):
         replace: bool,
         origin: Origin,
         source: str,
+        over: AdapterRecord | None,
     ) -> int:
         header, layout = candidate.header, candidate.header.layout
         fields = {
@@ -237,7 +248,7 @@ class AdapterRegistry(AdapterCatalogue):
             "fingerprint": header.fingerprint,
             "invocation_tokens": ",".join(map(str, candidate.checkpoint.invocation_tokens)),
         }
-        adapter_id = change.insert(fields, replace=replace)
+        adapter_id = change.insert(fields, replace=replace, over=None if over is None else over.adapter_id)
         self._packed_dir.adopt(candidate, adapter_id)
         return adapter_id
 

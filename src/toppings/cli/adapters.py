@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,16 +102,18 @@ def pull_adapter(
         return
     from toppings.adapters.registry import Origin
     from toppings.config import ServerConfig
-    from toppings.sources.adapters import any_place, find_reference
+    from toppings.sources.adapters import any_place, clear_fetches, fetch_place, find_reference
     from toppings.sources.fetch import Room
 
     found = find_reference([any_place(place)], place)
     if found is None:
         raise ConfigError(f"{place!r} is no place of an adapter; write hub:org/name, s3://..., https://...")
     limits = ServerConfig()
-    with _held_registry(model, state_dir, dtype) as registry, TemporaryDirectory() as work:
-        path = found.bring(Path(work) / "adapter", Room(limits.source_max_bytes, limits.source_timeout_s))
-        record = registry.register(name, path, replace=replace, origin=Origin.CLI, source=found.where)
+    with _held_registry(model, state_dir, dtype) as registry:
+        clear_fetches(registry.state_dir)
+        with fetch_place(registry.state_dir) as part:
+            path = found.bring(part, Room(limits.source_max_bytes, limits.source_timeout_s))
+            record = registry.register(name, path, replace=replace, origin=Origin.CLI, source=found.where)
         doubt = registry.doubt_of(record)
     _tell_registered(record, doubt, f", from {found.where}")
 

@@ -66,13 +66,21 @@ class AdapterAdmin:
             return await self._register(name, directory, self.roots.directories, in_place=in_place)
 
     async def register_found(
-        self, name: str, directory: Path, root: Path, *, in_place: bool, origin: Origin, source: str
+        self,
+        name: str,
+        directory: Path,
+        root: Path,
+        *,
+        in_place: bool,
+        origin: Origin,
+        source: str,
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """What was fetched from `source` into `directory`, which is not needed afterwards; no link of it may
-        lead out of `root`."""
+        lead out of `root`. `over`: the only one whose name it may take."""
         async with self._turn():
             return await self._register(
-                name, directory, [root], in_place=in_place, origin=origin, source=source
+                name, directory, [root], in_place=in_place, origin=origin, source=source, over=over
             )
 
     async def _load_from_source(self, name: str, path: str, *, in_place: bool) -> AdapterRecord | None:
@@ -85,7 +93,7 @@ class AdapterAdmin:
         except AdapterNotFound as error:
             raise ApiError(404, f"Loading lora {name} failed: {error}", "NotFoundError") from error
         except AdapterError as error:
-            raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
+            raise ApiError(502, f"Loading lora {name} failed: {error}", "BadGatewayError") from error
         if found is None:
             return None
         return await resolver.load(name, found, in_place=in_place, origin=Origin.HTTP)
@@ -153,6 +161,7 @@ class AdapterAdmin:
         in_place: bool,
         origin: Origin = Origin.HTTP,
         source: str = "",
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
@@ -163,6 +172,7 @@ class AdapterAdmin:
                 replace=in_place,
                 origin=origin,
                 source=source,
+                over=over,
             )
         except AdapterExists as error:
             message = (

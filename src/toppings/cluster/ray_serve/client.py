@@ -286,11 +286,12 @@ class FleetAdmin(AdapterAdmin):
         in_place: bool,
         origin: Origin = Origin.HTTP,
         source: str = "",
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
             record = await super()._register(
-                name, directory, roots, in_place=in_place, origin=origin, source=source
+                name, directory, roots, in_place=in_place, origin=origin, source=source, over=over
             )
             refusals = await self._replicas.adopt(record)
         if not refusals:
