@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from toppings.bad_input import RequestError, check_unicode
-from toppings.core import MAX_SALT_CHARS, FinishReason
+from toppings.core import ALONE, MAX_SALT_CHARS, FinishReason, Standing
 from toppings.sampling_params import SamplingParams
 
 # --- client to engine ---
@@ -25,6 +25,7 @@ class AddRequest:
     adapter_id: int | None = None
     cache_salt: str | None = None
     is_cacheable: bool = True
+    standing: Standing = ALONE
 
     def __post_init__(self) -> None:
         salt = self.cache_salt

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from toppings.bad_input import ContextLengthError, RequestError, check_unicode
 from toppings.chat_template import ChatRenderer, ChatTemplate, Messages
-from toppings.core import FinishReason
+from toppings.core import ALONE, FinishReason, Standing
 from toppings.messages import ColdStart, PromptLogprobs, RequestOutput, TokenLogprobs
 from toppings.model.tokenizer import load_tokenizer
 from toppings.sampling_params import SamplingParams
@@ -354,6 +354,7 @@ class TokenSource(Protocol):
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -432,6 +433,7 @@ async def generate_text(
     shown: Mapping[int, str] | None = None,
     request_id: str | None = None,
     cache_salt: str | None = None,
+    standing: Standing = ALONE,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
@@ -442,7 +444,12 @@ async def generate_text(
     sampling = model.with_bad_token_ids(sampling)
     assembler = TextAssembler(model, prompt_token_ids, sampling, include_stop=include_stop, shown=shown)
     outputs = source.generate(
-        prompt_token_ids, sampling, adapter_id, request_id=request_id, cache_salt=cache_salt
+        prompt_token_ids,
+        sampling,
+        adapter_id,
+        request_id=request_id,
+        cache_salt=cache_salt,
+        standing=standing,
     )
     async with aclosing(outputs):
         async for output in outputs:

@@ -12,6 +12,7 @@ from typing import Any
 
 from toppings.bad_input import RequestError
 from toppings.config import EngineConfig
+from toppings.core import ALONE, Standing
 from toppings.engine.life import EngineLife
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner
@@ -138,6 +139,7 @@ class EngineClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as the engine draws tokens; closing the iterator early aborts the request. With a
         `cache_salt`, its tokens are shared with requests of the same salt only.
@@ -149,7 +151,9 @@ class EngineClient:
         if request_id in self._streams:
             raise RequestError(f"request id {request_id!r} is already in use")
         life = self._alive()
-        message = AddRequest(request_id, prompt_token_ids, sampling, adapter_id, cache_salt)
+        message = AddRequest(
+            request_id, prompt_token_ids, sampling, adapter_id, cache_salt, standing=standing
+        )
         send = life.prepare(message)
         stream = self._streams[request_id] = asyncio.Queue()
         self._pending.add(request_id)

@@ -125,6 +125,9 @@ class Engine:
             arrived_at=time.perf_counter(),
             cache_salt=message.cache_salt,
             is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
+            tenant=message.standing.tenant,
+            weight=message.standing.weight,
+            priority=message.standing.priority,
         )
         try:
             if message.request_id in self._progress:

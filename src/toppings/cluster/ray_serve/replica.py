@@ -81,7 +81,11 @@ class EngineReplica:
             yield self._id
             adapter_id = await self._adapters.resolve(adapter) if adapter else None
             outputs = self._client.generate(
-                call.prompt_token_ids, call.sampling, adapter_id, cache_salt=call.cache_salt
+                call.prompt_token_ids,
+                call.sampling,
+                adapter_id,
+                cache_salt=call.cache_salt,
+                standing=call.standing,
             )
             paced_outputs = paced(outputs, self._period_s)
             async with aclosing(with_signs_of_life(paced_outputs, SIGN_PERIOD_S)) as messages:
