@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from toppings.core import FinishReason
+from toppings.core import ALONE, FinishReason, Standing
 from toppings.messages import ColdStart, PromptLogprobs, RequestOutput, TokenLogprobs
 from toppings.sampling_params import SamplingParams
 from toppings.stop_strings import StopMatcher
@@ -94,8 +94,7 @@ class TokenSource(Protocol):
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -174,8 +173,7 @@ async def generate_text(
     shown: Mapping[int, str] | None = None,
     request_id: str | None = None,
     cache_salt: str | None = None,
-    tenant: str = "",
-    weight: float = 1.0,
+    standing: Standing = ALONE,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
@@ -191,8 +189,7 @@ async def generate_text(
         adapter_id,
         request_id=request_id,
         cache_salt=cache_salt,
-        tenant=tenant,
-        weight=weight,
+        standing=standing,
     )
     async with aclosing(outputs):
         async for output in outputs:

@@ -16,8 +16,9 @@ def request_of(message: AddRequest, now: float) -> Request:
         arrived_at=now,
         cache_salt=message.cache_salt,
         is_cacheable=message.is_cacheable,
-        tenant=message.tenant,
-        weight=message.weight,
+        tenant=message.standing.tenant,
+        weight=message.standing.weight,
+        priority=message.standing.priority,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.bad_input import ContextLengthError, RequestError, shown
+from toppings.core import ALONE, Standing
 from toppings.detokenizer import GenerationError, TextOutput, generate_text
 from toppings.messages import PromptLogprobs
 from toppings.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
@@ -59,6 +60,7 @@ class Job:
     shown: Mapping[int, str] | None = None
     """Special tokens that are text all the same, by their ids."""
     cache_salt: str | None = None
+    standing: Standing = ALONE
     num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
@@ -163,6 +165,7 @@ class Job:
             include_stop=self.include_stop,
             shown=self.shown,
             cache_salt=self.cache_salt,
+            standing=self.standing,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:
