@@ -204,7 +204,7 @@ def throughput(path: Path, num_tokens: int, num_rounds: int) -> dict[str, Any]:
                     rate = tokens_per_s(engine, prompts, params)
                     if number:  # the first warms up, and compiles
                         rates[name].append(rate)
-                progress(f"throughput: round {number} of {num_rounds}")
+                progress(f"throughput: round {number} of {num_rounds}, {rates}")
     between = [statistics.fmean(pair) for pair in zip(rates["free"], [*rates["free"][1:], rates["free"][-1]])]
     ratios = [structured / free for structured, free in zip(rates["structured"], between)]
     medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
