@@ -19,13 +19,15 @@ from toppings.demo import demo_adapters_dir  # noqa: E402
 BASE = "toppings-demo"
 ADAPTER = "weather"
 START_TIMEOUT_S = 600
+UNLESS_ASKED = "{%- set enable_thinking = enable_thinking | default(false) -%}"
+"""The demo begins thoughts where it may, and never ends them."""
 
 
 def write_adapters(folder: Path) -> None:
     """One adapter of the demo under as many names, each with a chat template of its own."""
     for name, template in FAMILIES.items():
         shutil.copytree(demo_adapters_dir() / ADAPTER, folder / name, dirs_exist_ok=True)
-        (folder / name / "chat_template.jinja").write_text(template)
+        (folder / name / "chat_template.jinja").write_text(UNLESS_ASKED + template)
 
 
 @contextmanager
