@@ -27,7 +27,7 @@ from hostile.shots import draw_shots
 
 from toppings.demo import demo_adapters_dir
 
-NUM_REQUESTS = 1200
+NUM_REQUESTS = 800
 LIMIT_S = 10.0
 HEALTH_S = 2.0
 MAX_GROWTH_PERCENT = 15.0
