@@ -7,18 +7,22 @@ from typing import Any
 
 @dataclass(slots=True)
 class BatchSums:
-    """`ranks` and `adapters` count the requests of each rank and of each adapter, by name or by number."""
+    """`ranks` and `adapters` count the requests of each rank and of each adapter, by name or by number;
+    `adapter_bytes` is what distinct adapters take together.
+    """
 
     sequences: int = 0
     tokens: float = 0.0
     rank_sum: float = 0.0
     distinct_rank_sum: float = 0.0
     context_tokens: float = 0.0
+    adapter_bytes: float = 0.0
     max_rank: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
     adapters: dict[Any, int] = field(default_factory=dict)
+    _bytes: dict[Any, int] = field(default_factory=dict, compare=False)
 
-    def add(self, rank: int, adapter: Hashable, tokens: int, context: float) -> None:
+    def add(self, rank: int, adapter: Hashable, tokens: int, context: float, adapter_bytes: int = 0) -> None:
         """A request of which so many tokens are in the batch, attending to `context` keys."""
         self.sequences += 1
         self.tokens += tokens
@@ -31,6 +35,8 @@ class BatchSums:
             self.adapters[adapter] = count + 1
             if not count:
                 self.distinct_rank_sum += rank
+                self.adapter_bytes += adapter_bytes
+                self._bytes[adapter] = adapter_bytes
 
     def remove(self, rank: int, adapter: Hashable, tokens: int, context: float) -> None:
         """The request leaves; what it counts for by now."""
@@ -49,6 +55,7 @@ class BatchSums:
             else:
                 del self.adapters[adapter]
                 self.distinct_rank_sum -= rank
+                self.adapter_bytes -= self._bytes.pop(adapter)
 
     def features(self) -> tuple[float, ...]:
         """In the order of `perf_model.FEATURES`; all zero for an empty batch. Nothing is cached before: no

@@ -12,14 +12,20 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import BoolArray, Instances
+from toppings.cluster.placement import EMPTY_PLAN, Placement, Plan
+from toppings.cluster.placement.demand import DemandMeter
+from toppings.cluster.placement.steering import steer
 from toppings.cluster.policies import Policy
 from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.cluster.snapshot import Choice, InstanceSnapshot, Move, RequestSnapshot
 
+LIMITS = ("kv_tokens_total", "max_num_seqs", "max_adapters", "adapter_bytes_total")
+"""Of a server, that its reports tell."""
 MAX_OTHERS = 1000
 """Requests of one rank that came another way and are counted at most: more than any server runs at once."""
 MAX_RECENT_ADAPTERS = 64
@@ -62,7 +68,9 @@ class _Knowledge:
 class Dispatcher:
     """`is_own` says of a request's id whether requests like it are placed here: others are counted where a
     server tells of them. With a `snapshot_interval` it decides on copies of its accounts, made at multiples
-    of that, and forgets what it sent since.
+    of that, and forgets what it sent since. With a `placement` requests go to their adapters' homes while
+    these have room and keep the objective; whoever owns the dispatcher has it plan from time to time.
+    `ticks_per_s`: of its instants.
     """
 
     def __init__(
@@ -73,8 +81,12 @@ class Dispatcher:
         response_tokens: float = RESPONSE_TOKENS,
         snapshot_interval: float = 0,
         is_own: Callable[[str], bool] = lambda request_id: True,
+        placement: Placement | None = None,
+        ticks_per_s: float = 1.0,
     ) -> None:
         self.policy, self.fleet = policy, Fleet(instances)
+        self.placement, self.plan = placement, None if placement is None else EMPTY_PLAN
+        self._meter = DemandMeter(ticks_per_s)
         self.lengths = ResponseLengths(response_tokens)
         self._is_own = is_own
         self._places: dict[str, str] = {}  # of each request on its way, the instance
@@ -129,10 +141,27 @@ class Dispatcher:
         if avoiding:
             others = ~self.fleet.rows_in(avoiding) & (True if among is None else among)
             among = others if (others & self.fleet.is_open).any() else among
-        choice = self.policy.choose(request, instances if among is None else instances.among(among))
+        if among is not None:
+            instances = instances.among(among)
+        if self.plan is None or request.adapter is None:
+            choice = self.policy.choose(request, instances)
+        else:
+            self._meter.note(request, now)
+            homes = self.fleet.rows_of(self.plan.homes_of(request.adapter))
+            choice = steer(request, instances, homes, self.policy)
         if choice is not None:
             self._book(request, choice.instance_id)
         return choice
+
+    # --- placement ---
+
+    def planning(self, now: float) -> Callable[[], Plan]:
+        """What finds the next plan, over copies of demand and accounts: it may be called in another thread.
+        The dispatcher must have a placement.
+        """
+        assert self.placement is not None
+        demand, instances = self._meter.demand(now), self.fleet.frozen()
+        return partial(self.placement.plan, demand, instances, self.plan)
 
     def _view(self, now: float) -> Instances:
         """The latest copy of the accounts."""
@@ -215,13 +244,11 @@ class Dispatcher:
     def _note_limits(self, instance_id: str, report: ServerReport) -> None:
         known = self._known[instance_id]
         self.fleet.set_limits(instance_id, kv_tokens_used=report.kv_tokens_used)
-        limits = report.kv_tokens_total, report.max_num_seqs, report.max_adapters
+        limits = tuple(getattr(report, name) for name in LIMITS)
         if limits != known.limits:
             known.limits = limits
-            total, max_num_seqs, max_adapters = (math.inf if limit is None else limit for limit in limits)
-            self.fleet.set_limits(
-                instance_id, kv_tokens_total=total, max_num_seqs=max_num_seqs, max_adapters=max_adapters
-            )
+            told = [math.inf if limit is None else limit for limit in limits]
+            self.fleet.set_limits(instance_id, **dict(zip(LIMITS, told, strict=True)))
         if report.perf_model != known.model and not known.keeps_model:
             known.model, model = report.perf_model, report.read_perf_model()
             if model is not None:

@@ -91,6 +91,7 @@ class Fleet(Instances):
             kv_tokens_used=snapshot.kv_tokens_used,
             max_num_seqs=snapshot.max_num_seqs,
             max_adapters=snapshot.max_adapters,
+            adapter_bytes_total=snapshot.adapter_bytes_total,
         )
         for request in (*snapshot.running, *snapshot.waiting):
             self.enqueue(snapshot.instance_id, request)
@@ -123,10 +124,15 @@ class Fleet(Instances):
         self.disk_ms_per_byte[row] = model.load_ms(1.0, is_on_host=False) - self.link_ms_per_byte[row]
 
     def set_limits(self, instance_id: str, **limits: float) -> None:
-        """Set some of `kv_tokens_total`, `kv_tokens_used`, `max_num_seqs`, `max_adapters`."""
+        """Set some of `kv_tokens_total`, `kv_tokens_used`, `max_num_seqs`, `max_adapters`,
+        `adapter_bytes_total`.
+        """
         row = self._rows[instance_id]
         for name, value in limits.items():
             getattr(self, name)[row] = value
+        if "max_adapters" in limits or "adapter_bytes_total" in limits:
+            is_unknown = np.isinf(self.adapter_bytes_total)
+            self.counts_slots = bool((is_unknown & np.isfinite(self.max_adapters)).any())
 
     def set_on_device(self, instance_id: str, adapters: set[str]) -> None:
         self.on_device[self._rows[instance_id]] = adapters
@@ -145,7 +151,8 @@ class Fleet(Instances):
         waiting[request.request_id] = request
         tokens = request.prompt_tokens
         account.waiting.add(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
-        account.active.add(request.rank, request.adapter, 1, tokens)
+        account.active.add(request.rank, request.adapter, 1, tokens, request.adapter_bytes)
+        self._note_adapters(row, account.active)
         self._changed[DECODE].add(row)
         self._changed[PREFILL].add(row)
         return row
@@ -185,9 +192,18 @@ class Fleet(Instances):
         request = account.running.pop(request_id)
         context = request.prompt_tokens + account.num_generated.pop(request_id, 0)
         account.active.remove(request.rank, request.adapter, 1, context)
+        self._note_adapters(row, account.active)
         self._changed[DECODE].add(row)
 
+    def _note_adapters(self, row: int, active: BatchSums) -> None:
+        self.adapter_bytes_used[row] = active.adapter_bytes
+        self.num_adapters[row] = len(active.adapters)
+
     # --- looked at ---
+
+    def rows_of(self, instance_ids: Iterable[str]) -> list[int]:
+        """Their rows, in their order; those that are not in the fleet are left out."""
+        return [row for each in instance_ids if (row := self._rows.get(each)) is not None]
 
     def rows_in(self, instance_ids: Container[str]) -> BoolArray:
         """Which rows are of these instances [N]."""
@@ -223,6 +239,7 @@ class Fleet(Instances):
             kv_tokens_used=float(self.kv_tokens_used[row]),
             max_num_seqs=float(self.max_num_seqs[row]),
             max_adapters=float(self.max_adapters[row]),
+            adapter_bytes_total=float(self.adapter_bytes_total[row]),
             is_open=bool(self.is_open[row]),
         )
 

@@ -32,6 +32,9 @@ COLUMNS = (
     "kv_tokens_used",
     "max_num_seqs",
     "max_adapters",
+    "adapter_bytes_total",
+    "adapter_bytes_used",
+    "num_adapters",
     "link_ms_per_byte",
     "disk_ms_per_byte",
 )
@@ -44,8 +47,9 @@ class Instances:
     Arrays, float64 [N] unless said: `is_open` bool; `batches` [2, F, N] are the features (`FEATURES`) of all
     running and waiting requests as one decode batch, and of the waiting ones as one prefill batch; `models`
     [2, F, N] are each instance's coefficients for the two, `max_ranks` [2, N] the batches' largest ranks;
-    `kv_tokens_*`, `max_num_seqs`, `max_adapters` are limits (inf: unknown); `link_ms_per_byte`,
-    `disk_ms_per_byte` are what loading an adapter costs.
+    `kv_tokens_*`, `max_num_seqs`, `max_adapters`, `adapter_bytes_total` are limits (inf: unknown);
+    `num_adapters` are in use by the requests there, and take `adapter_bytes_used` together;
+    `link_ms_per_byte`, `disk_ms_per_byte` are what loading an adapter costs.
 
     Lists of length N: `ids`; `active` and `queued_adapters`, adapter to its number of requests, of all and
     of those that wait; `queued`, the waiting requests by id, oldest first; `on_device`, `on_host`, adapters.
@@ -58,8 +62,11 @@ class Instances:
         self._max_ranks: FloatArray = np.zeros((2, 0))
         self.kv_tokens_total, self.kv_tokens_used = np.zeros(0), np.zeros(0)
         self.max_num_seqs, self.max_adapters = np.zeros(0), np.zeros(0)
+        self.adapter_bytes_total, self.adapter_bytes_used = np.zeros(0), np.zeros(0)
+        self.num_adapters = np.zeros(0)
         self.link_ms_per_byte, self.disk_ms_per_byte = np.zeros(0), np.zeros(0)
         self.uses_distinct_ranks = False  # whether any model has a coefficient for them
+        self.counts_slots = False  # whether any tells how many adapters fit, but not their bytes
         self.ids: list[str] = []
         self.active: list[dict[str, int]] = []
         self.queued_adapters: list[dict[str, int]] = []
@@ -109,6 +116,15 @@ class Instances:
         tokens = request.prompt_tokens + request.response_tokens
         room: BoolArray = (self.free_kv_tokens >= tokens) & (self.num_requests < self.max_num_seqs)
         return room
+
+    def has_adapter_room(self, request: RequestSnapshot, share: float = 1.0) -> BoolArray:
+        """Where the request's adapter, in use nowhere there, would fit that share of the device beside those
+        in use [N].
+        """
+        fits: BoolArray = self.adapter_bytes_used + request.adapter_bytes <= share * self.adapter_bytes_total
+        if self.counts_slots:
+            fits &= np.isfinite(self.adapter_bytes_total) | (self.num_adapters < share * self.max_adapters)
+        return fits
 
     def lacking_kv_share(self, request: RequestSnapshot) -> FloatArray:
         """What share of the cache must become free before prompt and response fit [N]; 0 where they fit."""
@@ -161,7 +177,7 @@ class Instances:
             setattr(taken, name, getattr(self, name)[..., rows])
         for name in LISTS:
             setattr(taken, name, [getattr(self, name)[row] for row in rows])
-        taken.uses_distinct_ranks = self.uses_distinct_ranks
+        taken.uses_distinct_ranks, taken.counts_slots = self.uses_distinct_ranks, self.counts_slots
         return taken
 
     def frozen(self) -> "Instances":

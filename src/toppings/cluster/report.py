@@ -42,6 +42,7 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     kv_tokens_used: float
     max_num_seqs: float | None = None
     max_adapters: float | None = msgspec.field(default=None, name="max_lora")
+    adapter_bytes_total: float | None = None
     on_device: Set[str] | None
     on_host: Set[str] | None
     in_use: Set[str] = frozenset()
@@ -55,7 +56,7 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         for ranks in (self.running_ranks, self.waiting_ranks):
             if ranks and not 0 <= min(ranks) <= max(ranks) <= MAX_RANK:
                 raise ValueError(f"it tells of requests of ranks {min(ranks)} to {max(ranks)}")
-        for limit in (self.kv_tokens_total, self.max_num_seqs, self.max_adapters):
+        for limit in (self.kv_tokens_total, self.max_num_seqs, self.max_adapters, self.adapter_bytes_total):
             if limit is not None and not limit > 0:
                 raise ValueError(f"it tells of a limit of {limit}; it must be above 0")
         if not 0 <= self.kv_tokens_used < math.inf:

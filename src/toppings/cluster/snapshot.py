@@ -30,7 +30,8 @@ class RequestSnapshot:
 class InstanceSnapshot:
     """One server: what runs and waits there, which adapters it holds, and what it has room for.
 
-    Limits are infinite where they are not known. `kv_tokens_used` is what the server itself reported last.
+    Limits are infinite where they are not known; of the device's room for adapters, `adapter_bytes_total`
+    counts where it is known, else `max_adapters`. `kv_tokens_used` is what the server itself reported last.
     `is_open` is False while it is down, draining, or otherwise not to be given requests.
     """
 
@@ -44,10 +45,11 @@ class InstanceSnapshot:
     kv_tokens_used: float = 0.0
     max_num_seqs: float = math.inf
     max_adapters: float = math.inf
+    adapter_bytes_total: float = math.inf
     is_open: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("kv_tokens_total", "max_num_seqs", "max_adapters"):
+        for name in ("kv_tokens_total", "max_num_seqs", "max_adapters", "adapter_bytes_total"):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"instance {self.instance_id!r}: {name} is {getattr(self, name)}, not above 0"

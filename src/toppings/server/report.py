@@ -25,6 +25,7 @@ def make_report(
         kv_tokens_used=float(stats.kv_pages_used * stats.page_size),
         max_num_seqs=info.max_num_seqs,
         max_adapters=num_slots(stats),
+        adapter_bytes_total=float(stats.device_bytes_total) or None,
         on_device=frozenset(name_of(a.adapter_id) for a in stats.adapters if is_resident(a)),
         on_host=frozenset(name_of(a.adapter_id) for a in stats.adapters if a.is_on_host),
         requests=None if requests is None else list(requests),

@@ -57,6 +57,11 @@ class Instance:
         self.placement.now_ns = now
         self.scheduler.add(request)
 
+    def requests(self) -> list[SimRequest]:
+        """All that are there, as they stand in line."""
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        return [request for request in queued if isinstance(request, SimRequest)]
+
     def withdraw(self, request: SimRequest) -> None:
         """Forget a request that waits."""
         self.scheduler.finish(request)
@@ -206,6 +211,7 @@ class Instance:
             kv_tokens_total=self.scheduler.pages.num_pages * config.page_size,
             kv_tokens_used=self.kv_tokens_used(now),
             max_num_seqs=config.max_num_seqs,
+            adapter_bytes_total=None if config.mode == "cached" else config.device_pool_bytes,
             on_device=placement.on_device,
             on_host=placement.on_host(),
             requests=list(self._progress(now)) if self._costs.decode_context_ms else [],

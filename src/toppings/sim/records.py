@@ -49,7 +49,8 @@ class InstanceTotals:
 class SimResult:
     """Arrays over the N requests that arrived: instants in ns (int64, -1 where it never came), `rows` int32
     of the server, `num_tokens` int32 to generate, `ranks` int32, `is_rejected` bool. `num_breaking`:
-    requests that the policy placed knowing that no server was within the SLO."""
+    requests that the policy placed knowing that no server was within the SLO. `num_moves`: of each plan,
+    homes that adapters did not have in the one before."""
 
     config: SimConfig
     arrived_at: NDArray[np.int64]
@@ -63,6 +64,7 @@ class SimResult:
     num_breaking: int
     wall_s: float
     instances: list[InstanceTotals] = field(default_factory=list)
+    num_moves: list[int] = field(default_factory=list)
 
     @property
     def has_ended(self) -> NDArray[np.bool_]:
@@ -97,6 +99,7 @@ class Records:
         self.rows = [NEVER] * num_requests
         self.nums_to_generate = nums_to_generate
         self.is_rejected = [False] * num_requests
+        self.num_moves: list[int] = []
 
     def result(
         self,
@@ -127,6 +130,7 @@ class Records:
             num_breaking=num_breaking,
             wall_s=wall_time / NS_PER_S,
             instances=totals,
+            num_moves=self.num_moves,
         )
         result.check()
         return result

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.placement import NO_PLACEMENT, PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.config import EVICTION_POLICIES, SWITCH, ConfigError, EngineConfig, Settings, setting
 from toppings.sim.loading import MODES
@@ -31,6 +32,9 @@ class SimConfig(Settings):
 
     perf_model: PerfModel
     policy: str = setting("rank_aware", choices=tuple(POLICIES))
+    placement: str = setting(NO_PLACEMENT, "which servers hold which adapter", choices=tuple(PLACEMENTS))
+    num_copies: int = setting(2, "homes of an adapter (static_k, shuffle_shard)", at_least=1)
+    placement_interval_s: float = setting(2.0, "s between two plans", above=0)
     num_instances: int = setting(1, "servers behind the router", at_least=1)
     mode: str = setting("pipelined", "cold adapters", choices=tuple(MODES))
     slo_tpt_ms: float = setting(math.inf, above=0)
@@ -62,6 +66,9 @@ class SimConfig(Settings):
         0.0, "s between copies of its accounts that a router decides on (0: no copies)", at_least=0
     )
     migration_interval_s: float = setting(0.1, above=0)
+    kill_at_s: float = setting(
+        0.0, "s after which the last server dies (0: never), while requests arrive", at_least=0
+    )
     is_stepwise: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +80,8 @@ class SimConfig(Settings):
             )
         if self.mode == "cpu_assisted" and not self.cpu_gflops:
             raise ConfigError("mode is 'cpu_assisted' and cpu_gflops is 0; say what the CPU computes")
+        if self.kill_at_s and self.num_instances < 2:
+            raise ConfigError(f"kill_at_s is {self.kill_at_s:g} and num_instances 1; nobody would be left")
         if self.num_pages * self.page_size < self.max_model_len:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}; kv_cache_tokens {self.kv_cache_tokens} hold less"

@@ -15,12 +15,13 @@ import numpy as np
 
 from toppings.bad_input import RequestError
 from toppings.cluster.dispatcher import Dispatcher
+from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
 from toppings.sampling_params import SamplingParams
 from toppings.sim.blocks import TraceNames
 from toppings.sim.instance import Instance
-from toppings.sim.records import InstanceTotals, Records, SimResult
+from toppings.sim.records import NEVER, InstanceTotals, Records, SimResult
 from toppings.sim.request import SimRequest
 from toppings.sim.run import Run
 from toppings.sim.settings import NS_PER_S, SimConfig
@@ -33,7 +34,7 @@ NUM_PROGRESS_CALLS = 100
 SEED_STRIDE = 1_000_003
 """Between the seeds of routers of one run."""
 
-STEP_END, REPORT, REBALANCE, END_OF_TIME = range(4)
+STEP_END, REPORT, KILL, PLAN, REBALANCE, END_OF_TIME = range(6)
 """Kinds of events; at one instant, in this order."""
 
 NEVER_NS = 1 << 62
@@ -91,9 +92,12 @@ class Simulator:
         self._num_arrived = 0
         self._num_present = 0  # arrived, neither ended nor rejected
         self._num_breaking = 0
+        self._dead: set[int] = set()
         self._handlers: list[Callable[[Event], Sequence[Event]]] = [
             self._end_step,
             self._report,
+            self._kill,
+            self._plan,
             self._rebalance,
         ]
 
@@ -114,6 +118,7 @@ class Simulator:
                     perf_model=config.perf_model,
                     kv_tokens_total=config.num_pages * config.page_size,
                     max_num_seqs=config.max_num_seqs,
+                    adapter_bytes_total=math.inf if config.mode == "cached" else config.device_pool_bytes,
                     on_device=everything if config.mode == "cached" else frozenset(),
                     on_host=frozenset() if config.host_store_bytes else everything,
                 )
@@ -121,6 +126,10 @@ class Simulator:
             ),
             response_tokens=config.response_tokens,
             snapshot_interval=round(config.snapshot_interval_s * NS_PER_S),
+            placement=make_placement(
+                config.placement, PlacementSettings(config.num_copies, config.slo_tpt_ms)
+            ),
+            ticks_per_s=NS_PER_S,
         )
 
     def run(
@@ -173,6 +182,10 @@ class Simulator:
         queue = [(NEVER_NS, END_OF_TIME, 0, 0)]
         if self._arrivals_ns:
             queue += [(0, REPORT, row, 0) for row in range(len(self.instances))]
+            if self.dispatchers[0].placement is not None:
+                queue.append((0, PLAN, 0, 0))
+            if 0 < (kill_at := round(self.config.kill_at_s * NS_PER_S)) <= self._arrivals_ns[-1]:
+                queue.append((kill_at, KILL, len(self.instances) - 1, 0))
             if self.dispatchers[0].policy.migrates and len(self.instances) > 1:
                 queue.append((0, REBALANCE, 0, 0))
         heapify(queue)
@@ -191,11 +204,14 @@ class Simulator:
             dispatcher.lengths.expected(),
             self._bytes[adapter_id],
         )
-        choice = dispatcher.place(snapshot, now)
-        assert choice is not None, "all instances are open"
-        self._num_breaking += choice.breaks_slo
         self._num_arrived += 1
         self._num_present += 1
+        return self._place(request, snapshot, now)
+
+    def _place(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event]:
+        choice = self.dispatchers[request.router].place(snapshot, now)
+        assert choice is not None, "an instance is open"
+        self._num_breaking += choice.breaks_slo
         return self._send(request, choice.row, now, now)
 
     def _end_step(self, event: Event) -> Sequence[Event]:
@@ -219,10 +235,40 @@ class Simulator:
 
     def _report(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
+        if row in self._dead:
+            return []
         report = self.instances[row].report(now)
         for dispatcher in self.dispatchers:
             dispatcher.report(self._ids[row], report)
         return self._again(event, self.config.report_interval_s)
+
+    def _kill(self, event: Event) -> Sequence[Event]:
+        """The instance dies as it stands: requests without a token are placed anew, all others are lost."""
+        now, _, row, _ = event
+        instance, instance_id = self.instances[row], self._ids[row]
+        self._dead.add(row)
+        self._versions[row] += 1
+        instance.run = None
+        events: list[Event] = []
+        for dispatcher in self.dispatchers:
+            dispatcher.fleet.set_open(instance_id, False)
+        for request in instance.requests():
+            dispatcher = self.dispatchers[request.router]
+            snapshot = dispatcher.fleet.request(instance_id, request.request_id)
+            if self.records.first_token_at[request.index] == NEVER:
+                events += self._place(self._request(request.index), snapshot, now)
+            else:
+                self._reject(request)
+        return events
+
+    def _plan(self, event: Event) -> Sequence[Event]:
+        now = event[0]
+        for dispatcher in self.dispatchers:
+            before, plan = dispatcher.plan, dispatcher.planning(now)()
+            assert before is not None
+            dispatcher.plan = plan
+            self.records.num_moves.append(plan.num_moves_from(before))
+        return self._again(event, self.config.placement_interval_s)
 
     def _rebalance(self, event: Event) -> Sequence[Event]:
         """Requests that wait on a server move. One whose prefill has begun is past that, unlike for the
@@ -311,7 +357,7 @@ class Simulator:
             instance.check_integrity()
         for dispatcher in self.dispatchers:
             dispatcher.fleet.check_integrity()
-        present = sum(len(i.scheduler.running) + len(i.scheduler.waiting) for i in self.instances)
+        present = sum(len(i.requests()) for row, i in enumerate(self.instances) if row not in self._dead)
         assert present == self._num_present, f"{present} requests are there, {self._num_present} were counted"
         return self.records.result(
             self.config,
