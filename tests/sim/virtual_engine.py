@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
+from toppings.adapters import device_memory
 from toppings.adapters import manager as manager_module
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.layout import AdapterLayout, BaseShapes, LoadOrder, by_layer
@@ -212,8 +213,8 @@ def virtual_engine(
     )
     mode, loader = make_mode(config.mode), VirtualLoader(clock, config.perf_model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager_module, "_make_loader", lambda *_: loader)
-        patch.setattr(manager_module, "DevicePool", CountingPool)
+        patch.setattr(manager_module, "make_loader", lambda *_: loader)
+        patch.setattr(device_memory, "DevicePool", CountingPool)
         patch.setattr(engine_module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
         adapters = AdapterManager(registry, settings, mode)
         runner: Any = VirtualRunner(clock, config.perf_model, adapters, mode)
