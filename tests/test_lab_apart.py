@@ -36,6 +36,13 @@ def test_what_serves_imports_nothing_that_measures() -> None:
     assert lab_modules(imported_by(f"import {', '.join(SERVING)}")) == []
 
 
+def test_what_serves_imports_nothing_that_only_tests_and_ray_install() -> None:
+    assert (
+        imported_by(f"import {', '.join(SERVING)}") & {"psutil", "ray", "httpx", "requests", "openai"}
+        == set()
+    )
+
+
 def test_replicas_on_ray_import_nothing_that_measures() -> None:
     pytest.importorskip("ray")
     assert lab_modules(imported_by(f"import {', '.join(REPLICAS)}")) == []

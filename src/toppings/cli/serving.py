@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from toppings import __version__
-from toppings.cluster.ray_serve.network import bind_ray, listeners
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.cluster.router.settings import RouterConfig
 from toppings.config import Config, ConfigError
@@ -67,12 +66,14 @@ def up(
 ) -> None:
     """Serve a base model from many engines with Ray Serve (without --model: the built-in one)."""
     resolved = UpConfig.from_settings(settings, UpConfig.from_yaml(config) if config else None)
-    if not resolved.fleet.ray_address:
-        bind_ray(resolved.fleet.ray_host)
     try:
+        from toppings.cluster.ray_serve.network import bind_ray, listeners
+
+        if not resolved.fleet.ray_address:
+            bind_ray(resolved.fleet.ray_host)  # before Ray is imported
         from toppings.cluster.ray_serve.up import UpError, run_up
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("ray"):
+        if (error.name or "").partition(".")[0] not in ("ray", "psutil"):
             raise
         raise ConfigError("`toppings up` needs Ray; install it with: pip install 'toppings[ray]'") from error
     number, prefix = resolved.fleet.replicas, resolved.fleet.route_prefix
