@@ -1,4 +1,6 @@
-"""What runs beside the requests: a watch over each server, and the policy's rebalancing of what waits."""
+"""What runs beside the requests: a watch over each server, the policy's rebalancing of what waits, and plans
+of where adapters should be.
+"""
 
 import asyncio
 import logging
@@ -23,13 +25,15 @@ class Monitor:
         self._state, self._admin = state, admin
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._syncs: dict[str, asyncio.Task[None]] = {}
-        self._rebalancing: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Look at every server once, then go on in the background."""
         await asyncio.gather(*(self.take_in(upstream) for upstream in self._state.upstreams.values()))
-        interval_s = self._state.config.migration_interval_s
-        self._rebalancing = start_loop("rebalancing", interval_s, self._rebalance)
+        config = self._state.config
+        self._loops.append(start_loop("rebalancing", config.migration_interval_s, self._rebalance))
+        if self._state.dispatcher.placement is not None:
+            self._loops.append(start_loop("placement", config.placement_interval_s, self._plan))
 
     async def take_in(self, upstream: Upstream) -> None:
         """Watch a server from now on. Returns when it was checked and, where it is up, has the adapters.
@@ -47,8 +51,7 @@ class Monitor:
             self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
 
     async def stop(self) -> None:
-        tasks = [*self._watches.values(), *self._syncs.values()]
-        tasks += [self._rebalancing] if self._rebalancing else []
+        tasks = [*self._watches.values(), *self._syncs.values(), *self._loops]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -130,6 +133,14 @@ class Monitor:
 
     async def _rebalance(self) -> bool:
         rebalance(self._state)
+        return True
+
+    async def _plan(self) -> bool:
+        """Where adapters should be from now on. Finding it takes up to a second, in a thread of its own."""
+        dispatcher = self._state.dispatcher
+        plan = await asyncio.to_thread(dispatcher.planning(time.monotonic()))
+        self._state.meters.placement_moves.inc(plan.num_moves_from(dispatcher.plan))
+        dispatcher.plan = plan
         return True
 
 
