@@ -61,6 +61,25 @@ async def test_a_hot_adapter_gets_homes_from_what_it_is_asked_for(start_router: 
             assert client.outcomes() == {"answered": 24}
 
 
+async def test_servers_read_ahead_what_is_given_a_home_there_and_is_not_there(start_router: Start) -> None:
+    """Of servers that hold nothing, both are told; a plan that changes nothing tells nobody."""
+    servers = [FakeToppings({"org/a b": 8}), FakeToppings({"org/a b": 8})]
+    for server in servers:
+        server.extra_stats = {"on_device": [], "on_host": []}
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serving(server)) for server in servers]
+        settings = {**FAST, "placement_interval_s": 3600.0, "placement": "adaptive", "policy": "first_fit"}
+        async with start_router(*urls, **settings) as client:
+            await ask(client, 3, "org/a b")
+            used = client.router.state.dispatcher.fleet
+            await until(lambda: not any(used.on_device))  # reported after the last request has ended
+            await client.router.monitor.plan()
+            assert set(plan_of(client).homes_of("org/a b")) == {"s0", "s1"}
+            assert [server.prefetched for server in servers] == [["org/a b"]] * 2
+            await client.router.monitor.plan()
+            assert [len(server.prefetched) for server in servers] == [1, 1]
+
+
 async def test_a_plan_that_fails_is_logged_and_the_next_one_is_made(
     start_router: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -41,6 +41,7 @@ ANSWERS: dict[str, tuple[Models, type[BaseModel] | None]] = {
     "GET /adapters": ((schemas.AdapterList,), None),
     "POST /adapters/{name}/pin": ((schemas.Pin,), None),
     "DELETE /adapters/{name}/pin": ((schemas.Pin,), None),
+    "POST /adapters/{name}/prefetch": ((schemas.Prefetch,), None),
     "POST /load_lora_adapter": ((schemas.SglangAnswer,), None),
     "POST /unload_lora_adapter": ((schemas.SglangAnswer,), None),
     **{f"GET {path}": ((schemas.Status,), None) for path in ("/health", "/healthz", "/ready", "/ping")},
