@@ -90,6 +90,7 @@ class FakeEngineClient:
     calls: list[Call] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
     pinned: dict[int, bool] = field(default_factory=dict)
+    prefetched: list[int] = field(default_factory=list)
     pin_error: str | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     died: asyncio.Event = field(default_factory=asyncio.Event)
@@ -154,6 +155,10 @@ class FakeEngineClient:
         if self.pin_error:
             raise RequestError(self.pin_error)
         self.pinned[adapter_id] = is_pinned
+
+    async def prefetch_adapter(self, adapter_id: int) -> None:
+        self._check_alive()
+        self.prefetched.append(adapter_id)
 
     async def shutdown(self, deadline_s: float) -> None:
         """Waits for running requests, then cuts them."""

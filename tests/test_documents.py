@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from tests.engine.driver import drive
 from tests.engine.oracle import make_model
 from toppings import command
+from toppings.cluster.placement import PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.cluster.ray_serve.settings import FleetConfig
 from toppings.cluster.router.meters import Meters
@@ -231,6 +232,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
     known |= {
         *MODES,
         *POLICIES,
+        *PLACEMENTS,
         *stats.counters,
         *OF_MODELS,
         *OF_REQUESTS,

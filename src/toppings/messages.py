@@ -66,6 +66,14 @@ class PinAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchAdapter:
+    """Read the adapter into host memory, since requests for it are about to come."""
+
+    call_id: int
+    adapter_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class GetStats:
     call_id: int
 
@@ -77,7 +85,9 @@ class Shutdown:
     deadline_s: float
 
 
-ToEngine = Begin | AddRequest | AbortRequest | RemoveAdapter | PinAdapter | GetStats | Shutdown
+ToEngine = (
+    Begin | AddRequest | AbortRequest | RemoveAdapter | PinAdapter | PrefetchAdapter | GetStats | Shutdown
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class FakeServer:
     extra_running_ranks: list[int] = field(default_factory=list)
     extra_stats: dict[str, Any] = field(default_factory=dict)
     admin_calls: list[dict[str, Any]] = field(default_factory=list)
+    prefetched: list[str] = field(default_factory=list)
 
     def app(self) -> Starlette:
         routes = [
@@ -167,7 +168,12 @@ class FakeToppings(FakeServer):
             Route("/stats", self.stats),
             Route("/adapters", self.list_adapters),
             Route("/ready", self.health),
+            Route("/adapters/{name:path}/prefetch", self.prefetch, methods=["POST"]),
         ]
+
+    async def prefetch(self, request: Request) -> Response:
+        self.prefetched.append(request.path_params["name"])
+        return JSONResponse({"name": request.path_params["name"]}, status_code=202)
 
     async def list_adapters(self, request: Request) -> Response:
         entries = [

@@ -164,6 +164,23 @@ async def test_pinning_loads_the_adapter_and_keeps_it(
         await client.pin_adapter(77, True)
 
 
+async def test_a_prefetched_adapter_is_in_host_memory_and_not_on_the_device(
+    client: EngineClient, shared_config: EngineConfig, checkpoints: tuple[Path, Path]
+) -> None:
+    adapter_id = open_registry(shared_config).register("ahead", checkpoints[1]).adapter_id
+    await client.prefetch_adapter(adapter_id)
+    async with asyncio.timeout(PATIENCE_S):
+        while not (
+            found := [
+                s for s in (await client.stats()).adapters if s.adapter_id == adapter_id and s.is_on_host
+            ]
+        ):
+            await asyncio.sleep(0.01)
+    assert found[0].device_layers == 0
+    with pytest.raises(RequestError, match="77"):
+        await client.prefetch_adapter(77)
+
+
 async def test_shutdown_lets_requests_finish_within_the_deadline(config: EngineConfig) -> None:
     client = await EngineClient.start(config)
     tokens: list[int] = []

@@ -73,7 +73,7 @@ async def test_a_name_of_the_base_model_is_refused_in_vllms_words(server: Server
     )
 
 
-@pytest.mark.parametrize("name", ["a/pin", "../a", "a//b", "/a"])
+@pytest.mark.parametrize("name", ["a/pin", "a/prefetch", "../a", "a//b", "/a"])
 async def test_a_name_that_would_break_routes_is_refused(server: Server, name: str) -> None:
     status, text = await load(server, name)
     assert status == 400
@@ -90,6 +90,7 @@ async def test_every_route_takes_every_name_that_is_allowed(server: Server, name
     assert reply.status_code == 200
     assert (await server.http.post(f"/adapters/{path}/pin")).json() == {"name": name, "is_pinned": True}
     assert (await server.http.delete(f"/adapters/{path}/pin")).json() == {"name": name, "is_pinned": False}
+    assert (await server.http.post(f"/adapters/{path}/prefetch")).json() == {"name": name}
     assert [row["name"] for row in (await server.http.get("/adapters")).json()["adapters"]] == [name]
     assert (await server.http.delete(f"/adapters/{path}")).status_code == 200
     assert server.registry.count() == 0

@@ -213,6 +213,7 @@ CHANGING = [
     ("DELETE", "/adapters/a", None),
     ("POST", "/adapters/a/pin", None),
     ("DELETE", "/adapters/a/pin", None),
+    ("POST", "/adapters/a/prefetch", None),
 ]
 
 

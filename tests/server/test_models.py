@@ -227,6 +227,14 @@ async def test_pins_reach_engine_and_registry(loaded: Server) -> None:
     assert (loaded.engine.pinned, loaded.registry.get("a0").is_pinned) == ({adapter_id: False}, False)
 
 
+async def test_a_prefetch_reaches_the_engine_and_an_unknown_name_is_refused(loaded: Server) -> None:
+    reply = await loaded.http.post("/adapters/a0/prefetch")
+    assert (reply.status_code, reply.json()) == (202, {"name": "a0"})
+    assert loaded.engine.prefetched == [loaded.registry.get("a0").adapter_id]
+    assert (await loaded.http.post("/adapters/nobody/prefetch")).status_code == 404
+    assert len(loaded.engine.prefetched) == 1
+
+
 async def test_a_pin_that_cannot_be_is_refused(loaded: Server) -> None:
     loaded.engine.pin_error = "the pool holds 100 bytes; adapter 1 needs 200"
     reply = await loaded.http.post("/adapters/a0/pin")

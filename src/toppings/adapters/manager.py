@@ -78,6 +78,11 @@ class AdapterManager:
         if not self.holds(adapter_id) and not self._records.is_removed(adapter_id):
             self.host.prefetch(adapter_id)
 
+    def read_ahead(self, adapter_id: int) -> None:
+        """`prefetch` for whom no request waits yet. Raises AdapterError where it is unknown."""
+        self._record(adapter_id)
+        self.prefetch(adapter_id)
+
     def holds(self, adapter_id: int) -> bool:
         """True where it has its room on the device already, whether its load is done or not."""
         return adapter_id in self._tier.residents

@@ -10,7 +10,7 @@ BASE_ALIASES = ("__base_model__",)
 """By these a request may ask for the base model, besides its own name."""
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff,]{1,256}")
-_ROUTE_ENDS = ("pin",)  # `/adapters/{name}/pin` could not be told from the adapter "{name}/pin"
+_ROUTE_ENDS = ("pin", "prefetch")  # `/adapters/{name}/pin` could not be told from the adapter "{name}/pin"
 _HUB_DIRECTORY = re.compile(r"models--(?:.+--)?(?P<name>.+?)")
 
 

@@ -27,6 +27,7 @@ from toppings.messages import (
     FromEngine,
     GetStats,
     PinAdapter,
+    PrefetchAdapter,
     RemoveAdapter,
     Reply,
     RequestOutput,
@@ -184,6 +185,10 @@ class EngineClient:
     async def pin_adapter(self, adapter_id: int, is_pinned: bool) -> None:
         """Raises RequestError where it cannot be pinned, EngineDeadError."""
         await self._call(lambda call_id: PinAdapter(call_id, adapter_id, is_pinned))
+
+    async def prefetch_adapter(self, adapter_id: int) -> None:
+        """Returns when its read is queued, where it is not in host memory. Raises as `pin_adapter`."""
+        await self._call(lambda call_id: PrefetchAdapter(call_id, adapter_id))
 
     async def stats(self) -> EngineStats:
         """Raises EngineDeadError."""

@@ -1,6 +1,8 @@
 """The engine's loop: read messages, step, send what came out."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from toppings.engine.ends import error_output
@@ -10,6 +12,7 @@ from toppings.messages import (
     AddRequest,
     GetStats,
     PinAdapter,
+    PrefetchAdapter,
     RemoveAdapter,
     Reply,
     RequestOutput,
@@ -86,7 +89,11 @@ class EngineLoop:
                 self._engine.adapters.request_removal(message.adapter_id)
                 self._removals.append(message)
             case PinAdapter():
-                self._end.send(self._pin(message))
+                pin = partial(self._engine.adapters.set_pinned, message.adapter_id, message.is_pinned)
+                self._end.send(_reply(message.call_id, pin))
+            case PrefetchAdapter():
+                read = partial(self._engine.adapters.read_ahead, message.adapter_id)
+                self._end.send(_reply(message.call_id, read))
             case GetStats():
                 self._end.send(self._engine.stats(message.call_id, only_changes=True))
             case Shutdown():
@@ -104,13 +111,6 @@ class EngineLoop:
         if message.call_id is not None:
             self._end.send(Reply(message.call_id, message.reason))
 
-    def _pin(self, message: PinAdapter) -> Reply:
-        try:
-            self._engine.adapters.set_pinned(message.adapter_id, message.is_pinned)
-        except ValueError as error:
-            return Reply(message.call_id, str(error))
-        return Reply(message.call_id)
-
     def _answer_removals(self) -> None:
         for removal in [r for r in self._removals if self._engine.is_removed(r.adapter_id)]:
             self._removals.remove(removal)
@@ -119,3 +119,12 @@ class EngineLoop:
     def _send(self, outputs: list[RequestOutput]) -> None:
         if outputs:
             self._end.send(StepOutputs(outputs))
+
+
+def _reply(call_id: int, change: Callable[[], None]) -> Reply:
+    """After the change; with what is wrong where it cannot be made."""
+    try:
+        change()
+    except ValueError as error:
+        return Reply(call_id, str(error))
+    return Reply(call_id)

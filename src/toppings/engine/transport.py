@@ -26,6 +26,7 @@ _CLASSES: dict[bytes, Any] = {
         messages.AbortRequest,
         messages.RemoveAdapter,
         messages.PinAdapter,
+        messages.PrefetchAdapter,
         messages.GetStats,
         messages.Shutdown,
         messages.StepOutputs,

@@ -129,6 +129,10 @@ class AdapterAdmin:
                 self.record(name)  # it may have been unloaded meanwhile
                 raise
 
+    async def prefetch(self, name: str) -> None:
+        """Have an adapter read into host memory before a request asks for it."""
+        await self._state.client.prefetch_adapter(self.record(name).adapter_id)
+
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         """Who has waited while the state directory could not be written is told so at once: a queue of those

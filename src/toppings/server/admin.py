@@ -114,6 +114,12 @@ async def unpin_adapter(name: str, request: Request) -> Response:
     return json_response({"name": name, "is_pinned": False})
 
 
+@changing.post("/adapters/{name:path}/prefetch")
+async def prefetch_adapter(name: str, request: Request) -> Response:
+    await admin_of(request).prefetch(name)
+    return json_response({"name": name}, 202)
+
+
 async def _stats_or_none(state: ServerState) -> EngineStats | None:
     try:
         return await state.client.stats()

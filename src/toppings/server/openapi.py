@@ -42,6 +42,7 @@ ANSWERS: dict[str, tuple[Models, type[BaseModel] | None]] = {
     "GET /adapters": ((administration.AdapterList,), None),
     "POST /adapters/{name}/pin": ((administration.Pin,), None),
     "DELETE /adapters/{name}/pin": ((administration.Pin,), None),
+    "POST /adapters/{name}/prefetch": ((administration.Prefetch,), None),
     "POST /load_lora_adapter": ((administration.SglangAnswer,), None),
     "POST /unload_lora_adapter": ((administration.SglangAnswer,), None),
     **{f"GET {path}": ((shared.Status,), None) for path in ("/health", "/healthz", "/ready", "/ping")},

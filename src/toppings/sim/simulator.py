@@ -264,10 +264,9 @@ class Simulator:
     def _plan(self, event: Event) -> Sequence[Event]:
         now = event[0]
         for dispatcher in self.dispatchers:
-            before, plan = dispatcher.plan, dispatcher.planning(now)()
-            assert before is not None
+            plan = dispatcher.planning(now)()
+            self.records.num_moves.append(plan.num_moves_from(dispatcher.plan))
             dispatcher.plan = plan
-            self.records.num_moves.append(plan.num_moves_from(before))
         return self._again(event, self.config.placement_interval_s)
 
     def _rebalance(self, event: Event) -> Sequence[Event]:

@@ -1,11 +1,11 @@
 """Homes by demand: each adapter on as few servers as its load needs, where it costs all requests least.
 
 An adapter's load is how many of its requests run at once: its rate times what a request takes. It has a
-home for every `COPY_LOAD` of a server's fair share, and two at least: a hot adapter has copies before it has a
-queue. Copies are then put one by one where `packing.py` says they cost least, which keeps low ranks apart from
-high ones where a step pays for the largest, and adapters that are in use together within each device. An
-adapter without a home is left to the routing policy, and what that chose is its first home. What stays costs
-no load, and only gains that are worth one move it.
+home for every `COPY_LOAD` of a server's fair share, and two at least: a hot adapter has copies before it has
+a queue. Copies are then put one by one where `packing.py` says they cost least, which keeps low ranks apart
+from high ones where a step pays for the largest, and adapters that are in use together within each device.
+An adapter without a home is left to the routing policy, and what that chose is its first home. What stays
+costs no load, and only gains that are worth one move it.
 """
 
 from collections.abc import Mapping

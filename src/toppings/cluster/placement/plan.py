@@ -76,8 +76,10 @@ class Plan:
             homes = self._others[adapter] = self.rule.homes_of(adapter)
         return homes
 
-    def num_moves_from(self, before: "Plan") -> int:
+    def num_moves_from(self, before: "Plan | None") -> int:
         """Homes of adapters that had other ones before."""
+        if before is None:
+            return 0
         pairs = ((homes, before.homes_of(each)) for each, homes in self.chosen.items())
         return sum(len(set(homes).difference(old)) for homes, old in pairs if old)
 

@@ -226,9 +226,11 @@ class ReplicaClient:
         """Raises RequestError where a replica cannot pin it."""
         ref = AdapterRef.of(self._registry.get_by_id(adapter_id))
         acks: list[Ack] = await self._broadcast("pin", ref, is_pinned)
-        for ack in acks:
-            if ack.error:
-                raise RequestError(f"replica {ack.replica_id}: {ack.error}")
+        _check(acks)
+
+    async def prefetch_adapter(self, adapter_id: int) -> None:
+        """On every replica. Raises as `pin_adapter`."""
+        _check(await self._broadcast("prefetch", AdapterRef.of(self._registry.get_by_id(adapter_id))))
 
     async def stats(self) -> EngineStats:
         """All replicas' together."""
@@ -309,3 +311,10 @@ class FleetAdmin(AdapterAdmin):
 def _unavailable(message: str) -> ApiError:
     headers = {"Retry-After": str(RETRY_AFTER_S)}
     return ApiError(503, message, "ServiceUnavailableError", headers=headers)
+
+
+def _check(acks: list[Ack]) -> None:
+    """Raises RequestError where a replica could not."""
+    for ack in acks:
+        if ack.error:
+            raise RequestError(f"replica {ack.replica_id}: {ack.error}")

@@ -88,6 +88,7 @@ class Engine(Protocol):
 
     async def remove_adapter(self, adapter_id: int) -> None: ...
     async def pin_adapter(self, adapter_id: int, is_pinned: bool) -> None: ...
+    async def prefetch_adapter(self, adapter_id: int) -> None: ...
 
 
 class ReplicaAdapters:
@@ -161,6 +162,10 @@ class ReplicaAdapters:
     async def pin(self, ref: AdapterRef, is_pinned: bool) -> None:
         """Raises AdapterError, or RequestError where the engine cannot pin it."""
         await self._engine.pin_adapter(await self.resolve(ref), is_pinned)
+
+    async def prefetch(self, ref: AdapterRef) -> None:
+        """Raises as `pin`."""
+        await self._engine.prefetch_adapter(await self.resolve(ref))
 
     async def retire(self, ref: AdapterRef) -> None:
         """Returns when the generation's requests here have ended and its memory is free.

@@ -129,6 +129,13 @@ class EngineReplica:
             return Ack(self._id, str(error))
         return Ack(self._id)
 
+    async def prefetch(self, ref: AdapterRef) -> Ack:
+        try:
+            await self._adapters.prefetch(ref)
+        except (AdapterError, RequestError) as error:
+            return Ack(self._id, str(error))
+        return Ack(self._id)
+
     # --- what it tells ---
 
     async def info(self) -> EngineReady:

@@ -25,6 +25,11 @@ class Meters:
             registry=self.registry,
         )
         self.moves = Counter("toppings_router_moves", "Waiting requests moved.", registry=self.registry)
+        self.placement_moves = Counter(
+            "toppings_router_placement_moves",
+            "Homes that adapters were given instead of, or beside, others.",
+            registry=self.registry,
+        )
         self.slo_at_risk = Counter(
             "toppings_router_slo_at_risk", "Requests no instance could take in time.", registry=self.registry
         )

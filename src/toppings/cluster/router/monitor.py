@@ -1,9 +1,15 @@
-"""What runs beside the requests: a watch over each server, and the policy's rebalancing of what waits."""
+"""What runs beside the requests: a watch over each server, the policy's rebalancing of what waits, and plans
+of where adapters should be.
+"""
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from itertools import islice
+from urllib.parse import quote
 
+from toppings.cluster.placement import Plan
 from toppings.cluster.router.adapters import AdapterAdmin
 from toppings.cluster.router.background import start_loop, start_once
 from toppings.cluster.router.state import RouterState
@@ -11,6 +17,9 @@ from toppings.cluster.router.upstream import CALL_FAILURES, Health, Kind, Upstre
 from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
+
+MAX_ORDERS = 32
+"""Adapters that servers are told to read at once: a plan may change many, and disks are slow."""
 
 
 class Monitor:
@@ -23,13 +32,15 @@ class Monitor:
         self._state, self._admin = state, admin
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._syncs: dict[str, asyncio.Task[None]] = {}
-        self._rebalancing: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Look at every server once, then go on in the background."""
         await asyncio.gather(*(self.take_in(upstream) for upstream in self._state.upstreams.values()))
-        interval_s = self._state.config.migration_interval_s
-        self._rebalancing = start_loop("rebalancing", interval_s, self._rebalance)
+        config = self._state.config
+        self._loops.append(start_loop("rebalancing", config.migration_interval_s, self._rebalance))
+        if self._state.dispatcher.placement is not None:
+            self._loops.append(start_loop("placement", config.placement_interval_s, self.plan))
 
     async def take_in(self, upstream: Upstream) -> None:
         """Watch a server from now on. Returns when it was checked and, where it is up, has the adapters.
@@ -47,8 +58,7 @@ class Monitor:
             self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
 
     async def stop(self) -> None:
-        tasks = [*self._watches.values(), *self._syncs.values()]
-        tasks += [self._rebalancing] if self._rebalancing else []
+        tasks = [*self._watches.values(), *self._syncs.values(), *self._loops]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,6 +141,42 @@ class Monitor:
     async def _rebalance(self) -> bool:
         rebalance(self._state)
         return True
+
+    async def plan(self) -> bool:
+        """Where adapters should be from now on. Finding it takes up to a second, in a thread of its own."""
+        dispatcher = self._state.dispatcher
+        plan = await asyncio.to_thread(dispatcher.planning(time.monotonic()))
+        before, dispatcher.plan = dispatcher.plan, plan
+        self._state.meters.placement_moves.inc(plan.num_moves_from(before))
+        await asyncio.gather(
+            *(self._order(each, upstream) for each, upstream in self._new_homes(plan, before))
+        )
+        return True
+
+    def _new_homes(self, plan: Plan, before: Plan | None) -> Iterator[tuple[str, Upstream]]:
+        """Adapters, the most loaded first, and servers that are to read them: `MAX_ORDERS` at most."""
+        state = self._state
+        rows = {each: row for row, each in enumerate(state.fleet.ids)}
+        new = (
+            (adapter, state.upstreams[home])
+            for adapter, homes in plan.chosen.items()
+            for home in homes
+            if home in rows
+            and state.upstreams[home].serves(adapter)
+            and (before is None or home not in before.homes_of(adapter))
+            and adapter not in state.fleet.on_host[rows[home]]
+            and adapter not in state.fleet.on_device[rows[home]]
+        )
+        return islice((each for each in new if each[1].kind is Kind.TOPPINGS), MAX_ORDERS)
+
+    async def _order(self, adapter: str, upstream: Upstream) -> None:
+        """A server that does not do it reads the adapter when a request comes."""
+        try:
+            answer = await upstream.call("POST", f"/adapters/{quote(adapter, safe='/')}/prefetch")
+            if answer.status >= 400:
+                logger.info("%s: no prefetch of %s: %d", upstream.instance_id, adapter, answer.status)
+        except CALL_FAILURES as error:
+            logger.info("%s: no prefetch of %s: %r", upstream.instance_id, adapter, error)
 
 
 def rebalance(state: RouterState) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from toppings.access import KEY_VARIABLE, UPSTREAM_KEY_VARIABLE, read_api_key
 from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.placement import NO_PLACEMENT, PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.config import LOG_LEVELS, ConfigError, Settings, setting
 
@@ -75,6 +76,9 @@ class RouterConfig(Settings):
         (), "servers: URLs, or mappings of url, id and perf_model", read=_instances
     )
     policy: str = setting("rank_aware", "how an instance is chosen", choices=tuple(POLICIES))
+    placement: str = setting(NO_PLACEMENT, "which servers adapters are kept on", choices=tuple(PLACEMENTS))
+    num_copies: int = setting(2, "servers of each adapter (static_k, shuffle_shard)", above=0)
+    placement_interval_s: float = setting(2.0, "between two looks at where adapters should be", above=0)
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
     seed: int = setting(0, "seed of policies that draw")
     candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)

@@ -11,6 +11,7 @@ import numpy as np
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.instances import BoolArray
 from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.report import ServerReport
 from toppings.cluster.router.calls import Call
@@ -35,7 +36,11 @@ class RouterState:
         self.router_id = uuid.uuid4().hex
         settings = PolicySettings(config.slo_tpt_ms, config.seed, config.candidates)
         self.dispatcher = Dispatcher(
-            make_policy(config.policy, settings), response_tokens=config.response_tokens
+            make_policy(config.policy, settings),
+            response_tokens=config.response_tokens,
+            placement=make_placement(
+                config.placement, PlacementSettings(config.num_copies, config.slo_tpt_ms)
+            ),
         )
         warm_up(config.policy)
         self.fleet = self.dispatcher.fleet

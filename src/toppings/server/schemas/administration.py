@@ -30,6 +30,10 @@ class Pin(BaseModel):
     is_pinned: bool
 
 
+class Prefetch(BaseModel):
+    name: str
+
+
 class SglangAnswer(BaseModel):
     success: bool
     error_message: str

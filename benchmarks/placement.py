@@ -1,0 +1,253 @@
+"""Placements compared by simulation: eight servers, each with room for 16 of 512 adapters.
+
+    python benchmarks/placement.py --json FILE                   # everything: ten minutes on one core
+    python benchmarks/placement.py --studies crowd --json FILE   # one study; FILE keeps the others' results
+    python benchmarks/placement.py --toy
+
+`zipf`, `flat`, `published`: the popularity, its hot set drifting every two minutes; adapters loaded at 1 and
+at 24 GB/s: SLO attainment (1.5 times the base model's time per token), adapters
+loaded per request, and TTFT of all requests and of those for the coldest tenth of the adapters, for each
+placement with the policies that go with it. `crowd`: within ten seconds one adapter comes to 30 % of the
+requests. `death`: one of the servers dies. For both, seconds until attainment, by arrival and over windows of
+5 s, is back above 95 % for the rest of a minute. `--form` is the performance model's. Figures are means over
+seeds, `spread` their standard deviations. Ends in one JSON line.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toppings.cluster.perf_model import PerfModel, load_perf_model
+from toppings.lab.script import finish, make_parser, parse
+from toppings.lab.summary import percentiles
+from toppings.sim.records import SimResult
+from toppings.sim.settings import LLAMA_7B_QKV_BYTES_PER_RANK, SimConfig, base_tpt_ms
+from toppings.sim.simulator import Simulator
+from toppings.sim.synth.workload import Workload
+from toppings.sim.trace import Trace
+
+SLO_FACTOR = 1.5
+MEAN_RANK = 30
+WINDOW_S, WATCHED_S, RECOVERED = 5.0, 60.0, 0.95
+CROWD_SHARE, CROWD_RISE_S = 0.3, 10.0
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`rates` by popularity, in requests/s; `pairs` of placement and policy."""
+
+    rates: dict[str, tuple[float, ...]]
+    pairs: tuple[tuple[str, str], ...]
+    gbps: tuple[float, ...] = (1.0, 24.0)
+    seeds: int = 5
+    duration_s: float = 180.0
+    num_servers: int = 8
+    num_adapters: int = 512
+    slots: int = 16
+    form: str = "bgmv"
+
+
+FULL = Plan(
+    {"zipf:1.0": (28.0, 32.0), "published": (32.0,), "uniform": (14.0,)},
+    (
+        *(("none", policy) for policy in ("rank_aware", "rank_aware_residency", "lora_affinity")),
+        *((name, "rank_aware_residency") for name in ("static_k", "shuffle_shard", "adaptive")),
+    ),
+)
+TOY = replace(
+    FULL,
+    rates=dict.fromkeys(FULL.rates, (4.0,)),
+    gbps=(1.0,),
+    seeds=1,
+    duration_s=15.0,
+    num_servers=2,
+    num_adapters=40,
+)
+SUDDEN_RATE = 24.0
+"""Requests/s of the studies of what comes suddenly: three quarters of what the fleet can take."""
+SUDDEN_PAIRS = tuple(
+    (name, "rank_aware_residency") for name in ("none", "static_k", "shuffle_shard", "adaptive")
+)
+
+
+def config_of(plan: Plan, placement: str, policy: str, gbps: float, seed: int, **more: Any) -> SimConfig:
+    model = model_of(plan, gbps)
+    return SimConfig(
+        perf_model=model,
+        policy=policy,
+        placement=placement,
+        num_instances=plan.num_servers,
+        slo_tpt_ms=SLO_FACTOR * base_tpt_ms(model),
+        device_pool_bytes=plan.slots * MEAN_RANK * LLAMA_7B_QKV_BYTES_PER_RANK,
+        max_model_len=8192,
+        seed=seed,
+        **more,
+    )
+
+
+def model_of(plan: Plan, gbps: float) -> PerfModel:
+    return replace(load_perf_model("published").using(plan.form), link_gbps=gbps)
+
+
+def workload_of(plan: Plan, popularity: str, rate: float) -> Workload:
+    return Workload(
+        popularity=popularity,
+        rate=rate,
+        duration_s=plan.duration_s,
+        num_adapters=plan.num_adapters,
+        drift_s=120.0,
+    )
+
+
+# --- studies ---
+
+
+def study_loads(plan: Plan, popularity: str) -> Iterator[Row]:
+    for gbps, rate in product(plan.gbps, plan.rates[popularity]):
+        traces = [workload_of(plan, popularity, rate).make_trace(seed) for seed in range(plan.seeds)]
+        for placement, policy in plan.pairs:
+            figures = [
+                figures_of(Simulator(config_of(plan, placement, policy, gbps, seed), trace).run(), trace)
+                for seed, trace in enumerate(traces)
+            ]
+            yield {"gbps": gbps, "rate": rate, "placement": placement, "policy": policy, **means(figures)}
+
+
+def figures_of(result: SimResult, trace: Trace) -> dict[str, float]:
+    ttft_ms = (result.first_token_at - result.arrived_at) / 1e6
+    has_ended, is_cold = result.has_ended, is_of_coldest_tenth(trace)
+    p99, cold_p99 = (percentiles(ttft_ms[mask], (99,))[0] for mask in (has_ended, has_ended & is_cold))
+    num_plans_per_minute = 60.0 / result.config.placement_interval_s
+    settled = result.num_moves[len(result.num_moves) // 4 :]
+    return {
+        "attainment": float(is_good(result).mean()),
+        "loads_per_request": sum(each.num_adapter_loads for each in result.instances) / len(trace),
+        "ttft_mean_ms": float(ttft_ms[has_ended].mean()),
+        "ttft_p99_ms": p99,
+        "cold_ttft_p99_ms": cold_p99,
+        "moves_per_minute": sum(settled) / max(len(settled), 1) * num_plans_per_minute,
+    }
+
+
+def is_good(result: SimResult) -> NDArray[np.bool_]:
+    """Which requests ended within the objective [N]."""
+    tpt_ms = (result.ended_at - result.arrived_at) / 1e6 / np.maximum(result.num_tokens, 1)
+    good: NDArray[np.bool_] = result.has_ended & (tpt_ms <= result.config.slo_tpt_ms)
+    return good
+
+
+def is_of_coldest_tenth(trace: Trace) -> NDArray[np.bool_]:
+    """Which requests are for the tenth of the adapters in use that are asked for least [N]."""
+    counts = np.bincount(trace.adapters, minlength=len(trace.ranks))
+    used = np.flatnonzero(counts)
+    coldest = used[np.argsort(counts[used], kind="stable")][: max(1, len(used) // 10)]
+    cold: NDArray[np.bool_] = np.isin(trace.adapters, coldest)
+    return cold
+
+
+def means(figures: list[dict[str, float]]) -> Row:
+    columns = {name: np.array([each[name] for each in figures]) for name in figures[0]}
+    spread = {name: float(column.std()) for name, column in columns.items()}
+    return {**{name: float(column.mean()) for name, column in columns.items()}, "spread": spread}
+
+
+def study_crowd(plan: Plan) -> Iterator[Row]:
+    yield from sudden(plan, with_crowd, lambda at_s: {})
+
+
+def study_death(plan: Plan) -> Iterator[Row]:
+    yield from sudden(plan, lambda trace, at_s, seed: trace, lambda at_s: {"kill_at_s": at_s})
+
+
+def sudden(
+    plan: Plan, change: Callable[[Trace, float, int], Trace], settings: Callable[[float], dict[str, Any]]
+) -> Iterator[Row]:
+    """Half-way something happens."""
+    rate, at_s = SUDDEN_RATE * plan.num_servers / FULL.num_servers, plan.duration_s / 2
+    for gbps, (placement, policy) in product(plan.gbps, SUDDEN_PAIRS):
+        times, after = [], []
+        for seed in range(plan.seeds):
+            workload = replace(workload_of(plan, "zipf:1.0", rate), drift_s=0.0)
+            trace = change(workload.make_trace(seed), at_s, seed)
+            result = Simulator(config_of(plan, placement, policy, gbps, seed, **settings(at_s)), trace).run()
+            good = is_good(result)
+            times.append(recovery_s(good, trace.arrivals_s - at_s))
+            after.append(
+                float(good[(trace.arrivals_s >= at_s) & (trace.arrivals_s < at_s + WATCHED_S)].mean())
+            )
+        recovered = [each for each in times if each is not None]
+        yield {
+            **{"gbps": gbps, "rate": rate, "placement": placement, "policy": policy},
+            "recovery_s": times,
+            "num_recovered": len(recovered),
+            "recovery_mean_s": float(np.mean(recovered)) if recovered else None,
+            "attainment_after": float(np.mean(after)),
+        }
+
+
+def with_crowd(trace: Trace, at_s: float, seed: int) -> Trace:
+    """From `at_s` on requests turn to one adapter that was rarely asked for, within `CROWD_RISE_S` 30 %."""
+    rng = np.random.default_rng(seed)
+    share = CROWD_SHARE * np.clip((trace.arrivals_s - at_s) / CROWD_RISE_S, 0.0, 1.0)
+    crowd = int(rng.integers(len(trace.ranks) // 2, len(trace.ranks)))
+    adapters = np.where(rng.random(len(trace)) < share, crowd, trace.adapters).astype(np.int32)
+    return replace(trace, adapters=adapters)
+
+
+def recovery_s(good: NDArray[np.bool_], since_s: NDArray[np.float64]) -> float | None:
+    """Until the end of the last window of arrivals, of those within `WATCHED_S`, that attained less; 0 where
+    there was none, None where it is the last of them.
+    """
+    windows = np.floor(since_s / WINDOW_S).astype(np.int64)
+    num = round(WATCHED_S / WINDOW_S)
+    bad = [w for w in range(num) if (here := windows == w).any() and good[here].mean() < RECOVERED]
+    if not bad:
+        return 0.0
+    return None if bad[-1] == num - 1 else (bad[-1] + 1) * WINDOW_S
+
+
+STUDIES: dict[str, Callable[[Plan], Iterator[Row]]] = {
+    "zipf": partial(study_loads, popularity="zipf:1.0"),
+    "flat": partial(study_loads, popularity="uniform"),
+    "published": partial(study_loads, popularity="published"),
+    "crowd": study_crowd,
+    "death": study_death,
+}
+
+
+def main() -> None:
+    args = parse_args()
+    names = args.studies.split(",")
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise SystemExit(f"placement.py: unknown study {unknown[0]!r}; choose from {', '.join(STUDIES)}")
+    plan = TOY if args.toy else replace(FULL, seeds=args.seeds, form=args.form)
+    results: dict[str, Any] = {}
+    if args.json is not None and args.json.is_file():
+        results = {n: rows for n, rows in json.loads(args.json.read_text()).items() if n in STUDIES}
+    for name in names:
+        results[name] = []
+        for row in STUDIES[name](plan):
+            results[name].append(row)
+            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "spread"}
+            print(name, shown, flush=True)
+    finish(args, "placement", plan=asdict(plan), **results)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__, "a few seconds")
+    parser.add_argument("--studies", default=",".join(STUDIES), help="names, with commas between")
+    parser.add_argument("--seeds", type=int, default=FULL.seeds, help="loads of each kind")
+    parser.add_argument("--form", default=FULL.form, help="decode form: bgmv or mbgmv")
+    return parse(parser)
+
+
+if __name__ == "__main__":
+    main()

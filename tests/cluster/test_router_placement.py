@@ -1,0 +1,99 @@
+"""The router keeps adapters on some servers: plans are made beside requests, and requests follow them."""
+
+from collections import Counter
+from contextlib import ExitStack
+
+import pytest
+
+from tests.cluster.conftest import Client, Start
+from tests.cluster.fakes import FakeToppings, FakeVllm, serving
+from tests.waiting import until
+from toppings.cluster.placement import Plan
+
+FAST = {"placement_interval_s": 0.05, "policy": "round_robin"}
+
+
+def plan_of(client: Client) -> Plan:
+    plan = client.router.state.dispatcher.plan
+    assert plan is not None
+    return plan
+
+
+async def ask(client: Client, num: int, model: str = "small") -> None:
+    for _ in range(num):
+        async with client.complete(model) as response:
+            assert response.status == 200
+
+
+def num_seen(servers: list[FakeVllm], model: str = "small") -> list[int]:
+    return [Counter(server.seen)[model] for server in servers]
+
+
+async def test_an_adapter_stays_on_its_server_until_that_goes_down(start_router: Start) -> None:
+    servers = [FakeVllm() for _ in range(3)]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serving(server)) for server in servers]
+        async with start_router(*urls, placement="static_k", num_copies=1, **FAST) as client:
+            await until(lambda: len(plan_of(client).instance_ids) == 3)
+            await ask(client, 6)
+            await ask(client, 6, "base")
+            assert sorted(num_seen(servers)) == [0, 0, 6]
+            assert sum(num_seen(servers, "base")) == 6
+            assert max(num_seen(servers, "base")) == 2  # the base model is everywhere
+            home = num_seen(servers).index(6)
+            servers[home].behaviour.is_healthy = False
+            await until(lambda: f"s{home}" not in plan_of(client).instance_ids)
+            await ask(client, 6)
+            assert sorted(num_seen(servers)) == [0, 6, 6]
+
+
+async def test_a_hot_adapter_gets_homes_from_what_it_is_asked_for(start_router: Start) -> None:
+    """Beside a server that tells how many bytes fit, and one that tells nothing of room."""
+    servers = [FakeToppings(), FakeVllm()]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serving(server)) for server in servers]
+        async with start_router(*urls, placement="adaptive", **FAST) as client:
+            await ask(client, 20)
+            await until(lambda: plan_of(client).homes_of("small") != ())
+            assert set(plan_of(client).homes_of("small")) == {"s0", "s1"}
+            assert plan_of(client).homes_of("large") == ()
+            await ask(client, 4, "large")
+            assert client.outcomes() == {"answered": 24}
+
+
+async def test_servers_read_ahead_what_is_given_a_home_there_and_is_not_there(start_router: Start) -> None:
+    """Of servers that hold nothing, both are told; a plan that changes nothing tells nobody."""
+    servers = [FakeToppings({"org/a b": 8}), FakeToppings({"org/a b": 8})]
+    for server in servers:
+        server.extra_stats = {"on_device": [], "on_host": []}
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serving(server)) for server in servers]
+        settings = {**FAST, "placement_interval_s": 3600.0, "placement": "adaptive", "policy": "first_fit"}
+        async with start_router(*urls, **settings) as client:
+            await ask(client, 3, "org/a b")
+            used = client.router.state.dispatcher.fleet
+            await until(lambda: not any(used.on_device))  # reported after the last request has ended
+            await client.router.monitor.plan()
+            assert set(plan_of(client).homes_of("org/a b")) == {"s0", "s1"}
+            assert [server.prefetched for server in servers] == [["org/a b"]] * 2
+            await client.router.monitor.plan()
+            assert [len(server.prefetched) for server in servers] == [1, 1]
+
+
+async def test_a_plan_that_fails_is_logged_and_the_next_one_is_made(
+    start_router: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(FakeVllm()) as url:
+        async with start_router(url, placement="static_k", **FAST) as client:
+            dispatcher = client.router.state.dispatcher
+            placement, dispatcher.placement = dispatcher.placement, None  # its assertion fails
+            await until(lambda: "placement failed" in caplog.text)
+            dispatcher.placement, dispatcher.plan = placement, Plan((), plan_of(client).rule)
+            await until(lambda: plan_of(client).instance_ids == ("s0",))
+
+
+async def test_without_a_placement_there_is_no_plan(start_router: Start) -> None:
+    with serving(FakeVllm()) as url:
+        async with start_router(url) as client:
+            await ask(client, 1)
+            assert client.router.state.dispatcher.plan is None
