@@ -228,6 +228,8 @@ class HostStore:
             waited_at = time.perf_counter()
             if not self._make_room(entry, packed.layout):
                 return
+            for offset, size in zip(entry.offsets, entry.sizes(), strict=True):
+                self.arena.use(offset, size)
             started_at += time.perf_counter() - waited_at  # waiting for room is not reading
             for layer in range(packed.layout.num_layers):
                 packed = self._read_layer(entry, packed, layer)
@@ -348,7 +350,9 @@ class HostStore:
     def _move(self, moves: list[tuple[HostEntry, int, int]]) -> None:
         """Without the lock, since it may take long: nobody else touches entries that are moving."""
         for entry, layer, target in moves:
-            self.arena.move(entry.offsets[layer], target, entry.layout.layer_bytes(layer))
+            num_bytes = entry.layout.layer_bytes(layer)
+            self.arena.use(target, num_bytes)
+            self.arena.move(entry.offsets[layer], target, num_bytes)
             entry.offsets[layer] = target
         with self._wake:
             for entry, _, _ in moves:

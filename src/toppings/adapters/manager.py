@@ -122,6 +122,16 @@ class AdapterManager:
         self._tier.acquire(resident)
         return Admission.READY
 
+    def may_acquire(self, adapter_id: int) -> bool:
+        """False where `try_acquire` would say LOADING or NO_ROOM now; changes nothing, and reads no disk."""
+        resident = self._tier.residents.get(adapter_id)
+        if resident is not None:
+            return resident.load.error is not None or not resident.is_loading or resident.entry.is_ready
+        entry = self.host.find(adapter_id)
+        if entry is None or entry.error is not None:
+            return True  # it is to be asked for (again)
+        return entry.has_room and self._tier.may_fit(entry.layout.num_bytes)
+
     def _count(self, resident: Resident) -> None:
         if resident.is_fresh or resident.is_loading:
             self._counters["device_misses"] += 1

@@ -11,8 +11,9 @@ from toppings.adapters.layout import DTYPE_BYTES
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.assist.cores import available_cores
-from toppings.assist.cuda_stream_ops import unavailable_reason
+from toppings.assist.cuda_stream_ops import failure_reason, unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
+from toppings.assist.pool import NoWorkersError
 from toppings.config import ConfigError, EngineConfig
 from toppings.engine.assist import Assist
 from toppings.engine.base import (
@@ -168,7 +169,8 @@ def _build_engine(
     choose_products(config, own, getattr(torch, dtype_name(config, model)), state_dir(config))
     structures = Structures(Compiler(model_path(config), model.vocab_size, model.eos_token_ids))
     decoder = load_decoder(config, model, part)
-    warm_up(decoder.dtype, config.quantization)
+    if config.device == "cpu":
+        warm_up(decoder.dtype, config.quantization)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
     cache = make_cache(config, own, num_pages, decoder.dtype)
     mode = _make_mode(config)
@@ -191,7 +193,10 @@ def _build_engine(
         runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
     assist = None
     if isinstance(mode, AssistMode):
-        assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
+        try:
+            assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
+        except NoWorkersError as error:
+            logger.warning("mode %s acts as pipelined: %s", config.mode, error)
     adapters.start()
     pages = PageAllocator(num_pages, config.page_size, double_cost_len=model.double_cost_len)
     names = BlockHasher(config.page_size) if config.enable_prefix_caching == "on" else None
@@ -233,7 +238,8 @@ def _make_mode(config: EngineConfig) -> LoadingMode:
         return PipelinedMode()
     if config.mode == "auto" and config.device == "cpu" and not config.link_gbps:
         return PipelinedMode()
-    if config.mode in ASSIST_MODES and config.device == "cuda" and (reason := unavailable_reason()):
+    is_asked = config.mode in ASSIST_MODES and config.device == "cuda"
+    if is_asked and (reason := unavailable_reason() or failure_reason()):
         logger.warning("mode %s acts as pipelined: %s", config.mode, reason)
         return PipelinedMode()
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)
