@@ -33,6 +33,7 @@ from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.products import choose_products
+from toppings.engine.prompt_graphs import PromptGraphs
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.scoring import DeviceReader, Reader, read_on_host
 from toppings.engine.staging import Staging
@@ -181,16 +182,28 @@ def _build_engine(
         followers.begin(num_pages, limits.max_model_len, adapters)
     # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
     can_capture = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
-    if graphs is None and can_capture and config.cuda_graphs == "on":
+    if graphs is None and can_capture and config.cuda_graphs != "off":
         graphs = CudaGraphs()
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
     runner.rows.structures = structures
+    sizes = (config.max_num_seqs, limits.max_model_len)
+    spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
     if graphs is not None and staging is not None:
-        sizes = (config.max_num_seqs, limits.max_model_len)
-        spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
-        runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
+        parts = (decoder, cache, adapters.pool, spec, staging, graphs)
+        runner.graphs = [DecodeGraphs(*parts)]
+        # Attention on the host takes the host's word for where prompts are, which no graph can follow.
+        if config.cuda_graphs == "on" and dispatch.gpu_kernels("attention", cache.k[0]) is not None:
+            prompts = PromptGraphs(*parts, max_num_tokens=limits.max_num_batched_tokens)
+            runner.graphs = [*runner.graphs, prompts]
+    if can_capture:
+        from toppings.engine.compile_steps import compile_steps  # needs Triton
+
+        inputs = InputBuilder(config.page_size, limits.max_model_len, staging)
+        num_tokens = limits.max_num_batched_tokens
+        compile_steps(decoder, cache, adapters.pool, inputs, spec, max_num_tokens=num_tokens)
+        runner.dry_draw()
     assist = None
     if isinstance(mode, AssistMode):
         try:
