@@ -30,14 +30,17 @@ class FakeStream:
 
     def advance(self) -> Clock:
         """One more operation is queued; what is over when it is."""
+        self.device.touch()
         merge(self.clock, self.device.host_clock)
         self.clock[self.name] = self.clock.get(self.name, 0) + 1
         return dict(self.clock)
 
     def wait_event(self, event: "FakeEvent") -> None:
+        self.device.touch()
         merge(self.clock, event.clock)
 
     def synchronize(self) -> None:
+        self.device.touch()
         merge(self.device.host_clock, self.clock)
 
 
@@ -51,6 +54,7 @@ class FakeEvent:
         self.clock = (stream or self.device.current_stream()).advance()
 
     def query(self) -> bool:
+        self.device.touch()
         is_over = self.is_over or self.device.is_idle
         if is_over:
             merge(self.device.host_clock, self.clock)
@@ -84,21 +88,33 @@ class Access:
 
 
 class Device:
-    """Stands in for `torch.cuda`. `is_idle`: whatever was queued is over, as far as queries say."""
+    """Stands in for `torch.cuda`. `is_idle`: whatever was queued is over, as far as queries say. From call
+    number `fails_from` on, its context is lost: every call raises what CUDA then raises."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fails_from: int | None = None) -> None:
         self.is_idle = False
+        self.fails_from = fails_from
+        self.num_calls = 0
+        self.threads_on_device: set[str] = set()
         self.host_clock: Clock = {}
         self.accesses: list[Access] = []
         self._names = itertools.count()
         self._compute = FakeStream(self, "compute")
         self._current = threading.local()
 
+    def touch(self) -> None:
+        self.num_calls += 1
+        if self.fails_from is not None and self.num_calls >= self.fails_from:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     def Stream(self) -> FakeStream:
         return FakeStream(self, f"stream {next(self._names)}")
 
     def Event(self, enable_timing: bool = False) -> FakeEvent:
         return FakeEvent(self)
+
+    def set_device(self, device: "Device") -> None:
+        self.threads_on_device.add(threading.current_thread().name)
 
     def current_stream(self) -> FakeStream:
         stream: FakeStream = getattr(self._current, "stream", self._compute)

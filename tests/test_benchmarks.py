@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def test_all_scripts_are_run_together_and_by_these_tests() -> None:
     lines = (GPU_BENCHMARKS / "all.sh").read_text().splitlines()
     run = {line.split()[1] for line in lines if line.startswith("run ")}
     assert run == {*GPU_SCRIPTS, "kernel_speed"}
-    others = {"common", "compile_kernels", "summary"}
+    others = {"common", "compile_here", "compile_kernels", "host_steps", "stream_ops", "summary"}
     assert {path.stem for path in GPU_BENCHMARKS.glob("*.py")} == run | others
 
 
@@ -250,16 +251,19 @@ def test_a_bare_process_is_enough() -> None:
 
 
 def test_all_sh_goes_on_after_a_failure_and_tells_of_it(tmp_path: Path) -> None:
-    """With an interpreter that fails, but for two scripts: one meets its aims, one misses one."""
+    """With an interpreter that fails, but for two scripts: one meets its aims, one misses one. A third one is
+    stopped, with a part of its result told."""
     aims = {"load": [True, True], "prefill": [True, False]}
     for name, are_met in aims.items():
         found = [{"what": "x", "value": 2.0, "limit": "<= 1", "is_met": is_met} for is_met in are_met]
         (tmp_path / f"{name}.line").write_text(json.dumps({"benchmark": name, "aims": found}))
+    stopped = json.dumps({"benchmark": "decode_step", "is_partial": True, "aims": [], "rounds": 2})
     fake = tmp_path / "python"
     real = f'PYTHONPATH="{ROOT}/src" exec "{sys.executable}" "$@"'
     fake.write_text(
         f'#!/bin/sh\ncase "$1" in\n*/load.py|*/prefill.py) cat "{tmp_path}/$(basename "$1" .py).line";;\n'
-        f"*/summary.py) {real};;\n*) echo gone wrong >&2; exit 3;;\nesac\n"
+        f"*/summary.py) {real};;\n*/decode_step.py) echo '{stopped}'; echo more; exit 124;;\n"
+        "*) echo gone wrong >&2; exit 3;;\nesac\n"
     )
     fake.chmod(0o755)
     command = [str(GPU_BENCHMARKS / "all.sh"), str(tmp_path / "out")]
@@ -270,5 +274,26 @@ def test_all_sh_goes_on_after_a_failure_and_tells_of_it(tmp_path: Path) -> None:
     assert "2 of 2 aims met" in done.stdout
     assert "1 of 2 aims met" in done.stdout
     assert "cold_start       FAILED" in done.stdout
-    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == {"load", "prefill"}
+    assert "decode_step      STOPPED" in done.stdout
+    assert json.loads((tmp_path / "out" / "decode_step.json").read_text())["rounds"] == 2
+    assert {p.stem for p in (tmp_path / "out").glob("*.json")} == {"load", "prefill", "decode_step"}
+    with tarfile.open(tmp_path / "out.tar.gz") as archive:
+        assert {"out/load.json", "out/cold_start.log", "out/summary.txt"} <= set(archive.getnames())
     assert "gone wrong" in (tmp_path / "out" / "cold_start.log").read_text()
+
+
+@needs_triton
+@pytest.mark.timeout(300)
+def test_nothing_is_compiled_once_an_engine_is_ready_and_launches_are_bounded() -> None:
+    """Of random steps and ranks; a step of decodes or of short prompts is one graph, with any adapters."""
+    command = [sys.executable, str(GPU_BENCHMARKS / "host_steps.py"), "--toy", "--random-steps", "40"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["late"] == result["confused"] == []  # what is launched directly is what Triton would launch
+    assert 20 < result["num_kinds"] < 60
+    launches = {name: step["launches"] for name, step in result["steps"].items()}
+    queued = launches.pop("a prompt of 2,048 with an adapter")
+    assert queued <= 2 * 14  # two layers: five kernels of the base model, eight of adapters
+    assert set(launches.values()) <= {0, 1}  # the sampler's

@@ -15,7 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 
-from common import Bench, at_least, finish, greedy, make_parser, median, open_bench, random_prompt, serve
+from common import (
+    Bench,
+    at_least,
+    finish,
+    greedy,
+    make_parser,
+    median,
+    note,
+    open_bench,
+    random_prompt,
+    serve,
+)
 
 from toppings.engine.engine import Engine
 from toppings.lab.players.engine import preload_host
@@ -89,6 +100,7 @@ def run(
             own = [named[(number * num_requests + i) % len(named)] for i in range(num_requests)]
             for name, ids in (("few", few), ("many", own)):
                 results[name].append(tokens_per_s(engine, ids, num_requests, num_prompt, num_out))
+                note("adapters_2000", bench.options, tokens_per_s=results)
     return results
 
 

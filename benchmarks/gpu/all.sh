@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # All GPU benchmarks in under 9 minutes:  benchmarks/gpu/all.sh FOLDER [OPTIONS FOR EVERY SCRIPT]
 #
-# Writes FOLDER/<name>.json, <name>.log and figures, goes on after a failure, and exits with 1 if a script failed
-# or an aim was missed. PYTHON names the interpreter, SECONDS_IN_ALL (540) bounds the whole.
+# Compiles all kernels first, on all cores, then runs what is short and tells most first. Writes FOLDER/<name>.json,
+# <name>.log and figures, and FOLDER.tar.gz of all of it. Goes on after a failure; a script that is stopped leaves what
+# it had measured by then. Exits with 1 if a script failed or an aim was missed. PYTHON names the interpreter,
+# SECONDS_IN_ALL (540) bounds the whole, ONLY names the scripts to run (default: all).
 set -u
 folder=${1:?usage: all.sh FOLDER [OPTIONS]}
 shift
@@ -17,6 +19,7 @@ started=$SECONDS
 run() { # NAME SECONDS OPTIONS…: no longer than SECONDS, nor than what is left of the whole
     local name=$1 seconds=$2 left=$((limit - 10 - (SECONDS - started)))
     shift 2
+    [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
     names+=("$name")
     rm -f "$folder/$name.json"
     ((left < seconds)) && seconds=$left
@@ -27,20 +30,28 @@ run() { # NAME SECONDS OPTIONS…: no longer than SECONDS, nor than what is left
     local began=$SECONDS status=0
     timeout --kill-after=5 "$seconds" "$python" "$here/$name.py" "$@" \
         >"$folder/$name.out" 2>"$folder/$name.log" || status=$?
-    tail -n 1 "$folder/$name.out" | grep '^{' >"$folder/$name.json" || rm -f "$folder/$name.json"
+    grep '^{' "$folder/$name.out" | tail -n 1 >"$folder/$name.json"
+    [[ -s "$folder/$name.json" ]] || rm "$folder/$name.json"
     cat "$folder/$name.out" >>"$folder/$name.log"
     rm "$folder/$name.out"
     echo "$name: status $status after $((SECONDS - began)) s"
 }
 
-run correctness 90 "$@"
-run kernel_speed 60 "$@"
-run decode_step 60 "$@"
-run prefill 40 "$@"
+# What the scripts launch is compiled by as many processes as there are cores: later steps find it in Triton's cache.
+timeout 60 "$python" "$here/compile_here.py" "$@" >"$folder/compile.log" 2>&1
+echo "compile: status $? after $((SECONDS - started)) s"
 run load 40 "$@"
+run prefill 40 "$@"
+run decode_step 60 "$@"
+run kernel_speed 60 "$@"
+run correctness 120 "$@"
 run cold_start 110 --rounds 8 "$@"
 run adapters_2000 90 "$@"
 run peft_throughput 60 "$@"
 run workloads 200 --scenarios S3 --seconds 6 --longest-response 256 --stop-after 130 "$@"
 echo
-"$python" "$here/summary.py" "$folder" "${names[@]}"
+status=0
+"$python" "$here/summary.py" "$folder" "${names[@]}" | tee "$folder/summary.txt"
+status=${PIPESTATUS[0]}
+tar -czf "${folder%/}.tar.gz" -C "$(dirname "$folder")" "$(basename "$folder")"
+exit "$status"

@@ -28,6 +28,7 @@ from common import (
     host_copy_gbps,
     make_parser,
     median,
+    note,
     noted,
     open_bench,
     random_prompt,
@@ -153,6 +154,10 @@ def aims_of(ms: dict[str, dict[str, float]]) -> list[Aim]:
     return aims
 
 
+def medians(samples: Times) -> dict[str, dict[str, float]]:
+    return {mode: {name: median(each) for name, each in times.items()} for mode, times in samples.items()}
+
+
 def predictions(ms: dict[str, dict[str, float]], compared: dict[str, Comparison]) -> dict[str, Any]:
     """By case: what auto does, and per mode the predicted ms (cached as measured, and the predicted
     overhead) over the measured ones, less 1."""
@@ -206,12 +211,13 @@ def main() -> int:
         for mode in modes:
             with noted(failures, mode):
                 samples[mode] = measure(bench, mode, options.rounds)
+                note("cold_start", options, ttft_ms=medians(samples))
         last = measure(bench, "cached", options.rounds)
         compared = plans(bench)
         num_bytes = {kind: records[0].num_bytes for kind, records in bench.kinds.items()}
     drift = {name: median(last[name]) / median(times) for name, times in samples["cached"].items()}
     samples["cached"] = {name: [*times, *last[name]] for name, times in samples["cached"].items()}
-    ms = {mode: {name: median(each) for name, each in times.items()} for mode, times in samples.items()}
+    ms = medians(samples)
     limit = host_copy_gbps(options)
     predicted = predictions(ms, compared)
     misses = [

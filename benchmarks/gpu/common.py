@@ -94,10 +94,7 @@ def finish(
     for aim in aims:
         print(f"{'met   ' if aim.is_met else 'MISSED'} {aim.what}: {aim.value:.4g}, aim {aim.limit}")
     line = {
-        "benchmark": benchmark,
-        "model": "built-in" if options.toy else options.model,
-        "device": CUDA.get_device_name() if options.device == "cuda" else "cpu",
-        "is_toy": options.toy,
+        **_subject(benchmark, options),
         "aims": [asdict(aim) for aim in aims],
         "failures": failures or {},
         **result,
@@ -105,6 +102,22 @@ def finish(
     }
     print(json.dumps(line))
     return 1 if failures else 0
+
+
+def note(benchmark: str, options: argparse.Namespace, **so_far: Any) -> None:
+    """After each case: what has been measured by now, as a JSON line of its own. The last line of a script
+    that is stopped is its result."""
+    line = {**_subject(benchmark, options), "is_partial": True, "aims": [], **so_far}
+    print(json.dumps(line), flush=True)
+
+
+def _subject(benchmark: str, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark,
+        "model": "built-in" if options.toy else options.model,
+        "device": CUDA.get_device_name() if options.device == "cuda" else "cpu",
+        "is_toy": options.toy,
+    }
 
 
 def progress(text: str) -> None:

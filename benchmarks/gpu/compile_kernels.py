@@ -4,7 +4,7 @@ that a program may have? Needs no GPU.
 Calls the operations as an engine does, on tensors of the model's shapes, and compiles each launch for the
 given compute capabilities instead of running it. Prints a line a kernel and, last, one JSON line.
 
-    python benchmarks/gpu/compile_kernels.py --capabilities 80 86 89 90
+    python benchmarks/gpu/compile_kernels.py --capabilities 80 86 89 90 120
     python benchmarks/gpu/compile_kernels.py --capabilities 86 --dtype float32
     python benchmarks/gpu/compile_kernels.py --matrix    # what is most likely to fail on each, in both types
 """
@@ -37,6 +37,7 @@ from toppings.ops.activation import silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
 from toppings.ops.columns import adjust_columns_
 from toppings.ops.gpu_plan import LoraBatch
+from toppings.ops.gpu_sampling import draw_uncertain_
 from toppings.ops.lora import LoraForm, LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.rope import Rope, rotate_and_store_
@@ -44,13 +45,14 @@ from toppings.ops.rope import Rope, rotate_and_store_
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
 H100_MULTIPROCESSORS = 132
-SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """What a program may have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
 @dataclass
 class Compiled:
-    """What one launch became. `local_bytes`: registers that did not fit (spills) and arrays, per thread."""
+    """What one launch became. `local_bytes`: registers that did not fit (spills) and arrays, per thread.
+    `num_buffers`: in shared memory, of the operand that has the fewest, 0 where nothing is loaded ahead."""
 
     capability: int
     dtype: str
@@ -61,6 +63,7 @@ class Compiled:
     shared_bytes: int
     product: str
     has_wide_loads: bool
+    num_buffers: int
 
 
 class FakeDriver:
@@ -91,17 +94,16 @@ class Recorder:
         self._seen: set[str] = set()
         run = JITFunction.run
 
-        def compile_only(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def compile_only(function: Any, *args: Any, **kwargs: Any) -> None:
             kwargs["warmup"] = True
-            kernel = run(function, *args, **kwargs)
-            self._record(kernel)
-            return kernel
+            self._record(run(function, *args, **kwargs))  # nothing for `gpu_launch.Kernel` to launch again
 
         JITFunction.run = compile_only
 
     def compile_for(self, capability: int, dtype: str) -> None:
         """From here on."""
         self.capability, self.dtype = capability, dtype
+        gpu_launch.CAPABILITY_WITHOUT_GPU = capability
         triton.runtime.driver.set_active(FakeDriver(capability))
 
     def record(self, operation: str, call: Callable[[], object]) -> None:
@@ -127,6 +129,7 @@ class Recorder:
                 kernel.metadata.shared,
                 product,
                 is_wide is not None,
+                _num_buffers(kernel.asm["ttgir"]),
             )
         )
 
@@ -141,6 +144,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _num_buffers(ttgir: str) -> int:
+    """Tiles that loads fill while products read others: [buffers, rows, columns]."""
+    buffers = [int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", ttgir)]
+    return min(buffers, default=0)
 
 
 def record_lora(
@@ -226,6 +235,13 @@ def record_attention(
     )
 
 
+def record_sampling(recorder: Recorder, model: ModelConfig) -> None:
+    probs, limits = torch.empty(2, model.vocab_size), torch.ones(2)
+    token_ids, top_k = torch.zeros(2, 2, dtype=torch.int64)
+    rows = (token_ids, probs, limits > 1, top_k, limits, limits, limits.double())
+    recorder.record("draw", lambda: draw_uncertain_(*rows))
+
+
 def compile_all(recorder: Recorder, model: ModelConfig, dtype: torch.dtype) -> None:
     record_elementwise(recorder, model, dtype, 32)
     for num_rows in (32, 1024):
@@ -233,6 +249,7 @@ def compile_all(recorder: Recorder, model: ModelConfig, dtype: torch.dtype) -> N
     for num in (1, 32):
         record_attention(recorder, model, dtype, [1] * num, 512)
     record_attention(recorder, model, dtype, [128, 128], 256)
+    record_sampling(recorder, model)
     forms: tuple[tuple[LoraForm, int], ...] = (("mbgmv", 32), ("bgmv", 32), ("sgmv", 1024))
     for form, num_rows in forms:
         record_lora(recorder, model, dtype, form, num_rows)
@@ -252,6 +269,7 @@ def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
             record_lora(recorder, model, dtype, "mbgmv", 32, ["down"])
     record_elementwise(recorder, model, torch.bfloat16, 32)
     record_columns(recorder, model, torch.bfloat16, 32)
+    record_sampling(recorder, model)
     record_lora(recorder, model, torch.bfloat16, "bgmv", 32, ["qkv"])
 
 
@@ -277,7 +295,7 @@ def main() -> int:
         print(
             f"{kernel.capability} {kernel.dtype:8} {kernel.operation:22} {kernel.kernel:26}"
             f" {kernel.registers:4} registers {kernel.local_bytes:5} B local {kernel.shared_bytes:7} B shared"
-            f"  product {kernel.product:6} wide loads {kernel.has_wide_loads}"
+            f"  product {kernel.product:6} wide loads {kernel.has_wide_loads} buffers {kernel.num_buffers}"
         )
 
     def names(is_meant: Callable[[Compiled], bool]) -> list[str]:

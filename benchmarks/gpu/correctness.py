@@ -35,6 +35,7 @@ from common import (
     finish,
     greedy,
     make_parser,
+    note,
     noted,
     open_bench,
     random_prompt,
@@ -111,6 +112,8 @@ def check_modes(
             first = tokens_of(engine, requests)
             again = tokens_of(engine, requests)
             found[mode] = {**first, **{f"{name} again": tokens for name, tokens in again.items()}}
+            so_far = {name: share_equal(found[name], found[modes[0]]) for name in found}
+            note("correctness", world.bench.options, dtype=world.bench.config.dtype, modes=so_far)
     expected = found[modes[0]]
     shares = {mode: share_equal(tokens, expected) for mode, tokens in found.items()}
     return shares, {name: tokens for name, tokens in expected.items() if "again" not in name}
@@ -159,8 +162,8 @@ def check_graphs(world: World, sizes: Sequence[int], num_prompt: int) -> int:
     """How many drawn tokens differ, themselves or in their logarithms, between replayed and queued steps."""
     found: list[list[tuple[Any, ...]]] = []
     is_cuda = world.bench.options.device == "cuda"
-    for switch in ("off", "on"):
-        graphs = RunAgain() if switch == "on" and not is_cuda else None
+    for switch in ("off", "decode"):
+        graphs = RunAgain() if switch == "decode" and not is_cuda else None
         with world.bench.engine("cached", graphs=graphs, cuda_graphs=switch) as engine:
             own: list[tuple[Any, ...]] = []
             for size in sizes:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import Aim, Bench, at_most, copy_gbps, finish, make_parser, median, open_bench, step_bytes
+from common import Aim, Bench, at_most, copy_gbps, finish, make_parser, median, note, open_bench, step_bytes
 
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.batch_row import BatchRow
@@ -53,6 +53,8 @@ def time_cases(
                 rows = case.rows(bench.kinds.get(case.kind, []), context)
                 steps = driver.decode_ms(rows, num_steps)
                 times[case.name] += steps if number else []
+            so_far = {name: median(values) for name, values in times.items() if values}
+            note("decode_step", bench.options, context=context, rounds=number, step_ms=so_far)
         form = engine.info.decode_lora_form
     return {name: median(values) for name, values in times.items()}, form
 

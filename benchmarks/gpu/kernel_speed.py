@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
-from common import at_most, copy_gbps, finish, make_parser, matmul_tflops
+from common import at_most, copy_gbps, finish, make_parser, matmul_tflops, note
 from torch import Tensor
 
 from toppings.core import GROUPS, MODULES
@@ -276,12 +276,10 @@ def main() -> int:
     result: dict[str, Any] = {"triton": triton.__version__, "errors": errors}
     if not options.toy:
         limits = Limits(copy_gbps(options), matmul_tflops(options))
-        timings = [
-            *time_lora_decode(model, limits),
-            *time_lora_prefill(model, limits),
-            *time_attention(model, limits),
-            *time_elementwise(model, limits),
-        ]
+        timings: list[Timing] = []
+        for time_all in (time_lora_decode, time_lora_prefill, time_attention, time_elementwise):
+            timings += time_all(model, limits)
+            note("kernel_speed", options, **result, timings=[asdict(t) for t in timings])
         for t in timings:
             print(f"{t.question:70} {t.us:8.1f} us  floor {t.floor_us:8.1f} us  ratio {t.ratio:5.2f}")
         result |= {"limits": asdict(limits), "timings": [asdict(t) for t in timings]}

@@ -21,6 +21,7 @@ from common import (
     host_copy_gbps,
     make_parser,
     median,
+    note,
     open_bench,
 )
 
@@ -54,7 +55,10 @@ def main() -> int:
     with open_bench(options) as bench:
         for kind, targets in KINDS.items():
             bench.register(kind, 2, ranks=(RANK,), targets=targets)
-        gbps = {kind: median(time_loads(bench, kind, rounds)) for kind in KINDS}
+        gbps: dict[str, float] = {}
+        for kind in KINDS:
+            gbps[kind] = median(time_loads(bench, kind, rounds))
+            note("load", options, load_gbps=gbps)
         num_bytes = {kind: bench.kinds[kind][0].num_bytes for kind in KINDS}
     limit = host_copy_gbps(options)
     aims = [

@@ -24,6 +24,7 @@ from common import (
     free_device,
     greedy,
     make_parser,
+    note,
     open_bench,
     progress,
     random_prompt,
@@ -96,6 +97,7 @@ def main() -> int:
         ours = ours_s(bench, prompts, options.tokens, options.rounds)
         context = options.requests * (options.prompt + options.tokens // 2)
         num_bytes = step_bytes(bench.model, context) + bench.adapter_bytes
+    note("peft_throughput", options, tokens_per_s={"ours": options.requests * options.tokens / ours})
     floor_s = options.tokens * num_bytes / copy_gbps(options) / 1e9
     theirs = theirs_s(options, prompts, options.tokens, options.rounds)
     num_tokens = options.requests * options.tokens

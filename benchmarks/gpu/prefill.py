@@ -19,6 +19,7 @@ from common import (
     make_parser,
     matmul_tflops,
     median,
+    note,
     open_bench,
 )
 
@@ -49,6 +50,8 @@ def time_prefills(bench: Bench, num_tokens: int, rounds: int) -> dict[str, float
             for name, row in rows.items():
                 steps = driver.prefill_ms((row,))
                 times[name] += steps if number >= 2 else []
+            so_far = {name: median(values) for name, values in times.items() if values}
+            note("prefill", bench.options, tokens=num_tokens, rounds=number, prefill_ms=so_far)
     return {name: median(values) for name, values in times.items()}
 
 

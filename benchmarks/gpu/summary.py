@@ -19,6 +19,9 @@ def print_line(name: str, result: dict[str, Any] | None) -> bool:
     if result is None:
         print(f"{name:16} FAILED: no result, see {name}.log")
         return False
+    if result.get("is_partial"):
+        print(f"{name:16} STOPPED: a part of its result is in {name}.json, see {name}.log")
+        return False
     missed = [aim for aim in result["aims"] if not aim["is_met"]]
     failures = result.get("failures", {})
     print(f"{name:16} {len(result['aims']) - len(missed)} of {len(result['aims'])} aims met")
@@ -48,9 +51,9 @@ def draw(folder: Path, results: dict[str, dict[str, Any]]) -> None:
         axes.tick_params(axis="y", labelsize=7)
         axes.invert_yaxis()
         save(figure, folder / "aims.png")
-    if (cold := results.get("cold_start")) is not None:
+    if (cold := results.get("cold_start")) is not None and cold["ttft_ms"]:
         draw_modes(cold["ttft_ms"], "first token, ms", folder / "cold_start.png")
-    if (workloads := results.get("workloads")) is not None:
+    if (workloads := results.get("workloads")) is not None and "over_cached" in workloads:
         over = {
             mode: {f"{case}: {m}": ratio for case, each in by_case.items() for m, ratio in each.items()}
             for mode, by_case in workloads["over_cached"].items()

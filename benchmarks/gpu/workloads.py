@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from common import Aim, Bench, at_most, finish, make_parser, noted, open_bench, progress
+from common import Aim, Bench, at_most, finish, make_parser, note, noted, open_bench, progress
 
 from toppings.engine.engine import Engine
 from toppings.lab.outcome import Outcome
@@ -162,6 +162,7 @@ def main() -> int:
                 continue
             with noted(failures, mode):
                 results[mode] = run_mode(bench, mode, traces, ids, loads, capacities)
+                note("workloads", options, capacity_rps=capacities, mean_ms=results)
         num_named = {kind: len(named) for kind, named in ids.items()}
     ratios = {
         mode: {case: over(own, results["cached"][case]) for case, own in by_case.items()}

@@ -168,7 +168,9 @@ class EngineConfig(Settings):
     )
     device: str = setting("cpu", "where the model runs", choices=DEVICES)
     cuda_graphs: str = setting(
-        "on", "on a GPU, replay captured decode steps, of which a start captures some dozens", choices=SWITCH
+        "on",
+        "on a GPU, replay captured steps, of which a start captures dozens (decode: those without prompts)",
+        choices=(*SWITCH, "decode"),
     )
     decode_lora_form: str = setting(
         "auto",
@@ -236,7 +238,7 @@ class EngineConfig(Settings):
         at_least=0,
     )
     assist_workers: int = setting(
-        0, "CPU processes for cold adapters (0: one per core the model leaves free)", at_least=0
+        0, "CPU processes for cold adapters (0: one per core the model leaves free, at most 16)", at_least=0
     )
     assist_cores: tuple[str, ...] = setting((), "cores of these processes (default: the last ones)")
     link_gbps: float = setting(

@@ -14,10 +14,12 @@ from tests.adapters.test_device_pool import layout
 from tests.adapters.test_loader import FakeSource
 from tests.streams import Device, Memory
 from tests.waiting import wait_until
+from toppings.adapters import arena as arena_module
 from toppings.adapters.cuda_loader import GROUP_BYTES, CudaLoader, CudaLoadHandle
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import AdapterLayout, b_first
+from toppings.vital import EngineLostError
 
 ITEM_BYTES = 4
 CAPACITY_BYTES = 12 << 10
@@ -114,6 +116,12 @@ def test_a_load_that_breaks_off_leaves_nothing_on_its_way(world: World) -> None:
     world.device.check()
 
 
+def test_the_loaders_thread_is_on_its_streams_device(world: World) -> None:
+    world.place("any", 4)
+    world.loads["any"].wait_all()
+    assert "adapter-loader" in world.device.threads_on_device
+
+
 def test_closing_leaves_nothing_on_its_way(world: World) -> None:
     world.place("late", 9)
     wait_until(lambda: len(world.loads["late"].events) == NUM_LAYERS)
@@ -164,9 +172,45 @@ def test_small_layers_share_an_event_and_large_ones_do_not(world: World) -> None
     assert len(set(map(id, load.events))) == NUM_LAYERS
 
 
+def test_no_copy_goes_over_the_border_of_two_pieces(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = 256
+    monkeypatch.setattr(arena_module, "PIECE_BYTES", piece)
+    source = FakeSource(layout(9))
+    world.place("cut", 9, source)
+    world.loads["cut"].wait_all()
+    for layer in range(NUM_LAYERS):
+        start = world.pool.layer_offset(world.slots["cut"], layer) * ITEM_BYTES
+        size = source.layout.layer_bytes(layer)
+        copies = [a for a in world.device.accesses if start <= a.start < start + size]
+        assert [a.start for a in copies[1:]] == [a.stop for a in copies[:-1]]
+        assert (copies[0].start, copies[-1].stop) == (start, start + size)
+        address = int(source.layer_view(layer).ctypes.data) - start
+        assert len(copies) > 1
+        assert all((address + a.start) // piece == (address + a.stop - 1) // piece for a in copies)
+
+
 def test_a_failed_read_reaches_whoever_waits(world: World) -> None:
     source = FakeSource(layout(4), num_layers_ready=0)
     source.error = AdapterError("gone")
     world.place("gone", 4, source)
     with pytest.raises(AdapterError, match="gone"):
         world.loads["gone"].wait(0)
+
+
+@pytest.mark.parametrize("fails_from", [1, 2, 4, 6, 9])
+def test_a_context_that_is_lost_blocks_nobody_and_ends_the_loader(world: World, fails_from: int) -> None:
+    """Also where what is asked of the device while cleaning up fails again."""
+
+    def use_three() -> None:
+        for i in range(3):  # raised here, by a wait, or by what asks how the loader is
+            world.place(f"{i}", 4)
+            for load in world.loads.values():
+                load.wait_all()
+            world.loader.check()
+
+    world.device.fails_from = fails_from
+    for _ in range(2):
+        with pytest.raises((EngineLostError, AdapterError, RuntimeError), match=r"CUDA error"):
+            use_three()
+    world.loader.close()
+    assert not world.loader._thread.is_alive()

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES
+from toppings.adapters import device_pool
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.layout import AdapterLayout
 
@@ -96,7 +97,11 @@ def fragmented_pool() -> tuple[DevicePool, list[int]]:
     return pool, [slots[1], slots[3]]
 
 
-def test_fragments_that_suffice_in_total_are_joined_and_contents_move_along() -> None:
+@pytest.mark.parametrize("move_bytes", [device_pool.MOVE_BYTES, 40])
+def test_fragments_that_suffice_in_total_are_joined_and_contents_move_along(
+    move_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_pool, "MOVE_BYTES", move_bytes)
     pool, slots = fragmented_pool()
     for slot in slots:
         pool.mark_loaded(slot)
@@ -107,6 +112,11 @@ def test_fragments_that_suffice_in_total_are_joined_and_contents_move_along() ->
     pool.check_integrity()
     assert_filled(pool, slots[0], layout(4), 100)
     assert_filled(pool, slots[1], layout(4), 200)
+
+
+def test_neighbours_that_move_equally_far_move_at_once() -> None:
+    moves = [(0, 4, 0), (10, 5, 4), (15, 5, 9), (30, 2, 14), (32, 2, 32), (40, 1, 34), (41, 1, 36)]
+    assert device_pool._joined(moves) == [(10, 10, 4), (30, 2, 14), (40, 1, 34), (41, 1, 36)]
 
 
 def test_blocks_under_load_do_not_move() -> None:

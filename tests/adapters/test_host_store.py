@@ -12,6 +12,7 @@ import pytest
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES, open_registry, write_adapter
 from tests.waiting import wait_until
+from toppings.adapters import arena as arena_module
 from toppings.adapters import host_entry
 from toppings.adapters.arena import HostArena
 from toppings.adapters.checkpoint import read_checkpoint
@@ -310,6 +311,46 @@ def test_pages_are_locked_and_unlocked_with_cuda() -> None:
     assert arena.lock_pages(cudart)
     arena.close()
     assert cudart.calls == [("register", address, 4096, 1), ("unregister", address)]
+
+
+def test_memory_is_locked_in_pieces_as_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = 1 << 16
+    monkeypatch.setattr(arena_module, "PIECE_BYTES", piece)
+    arena, cudart = HostArena(6 * piece), FakeCudart()
+    arena.lock_pages(cudart)
+    first = [call[2] for call in cudart.calls]
+    assert piece <= sum(first) < 3 * piece
+    middle = 3 * piece + 5000
+    assert len(list(arena_module.within_pieces(arena.view[middle : middle + 100]))) == 1
+    arena.use(middle, 100)
+    arena.use(middle, 100)
+    _, address, num_bytes, _ = cudart.calls[-1]
+    assert len(cudart.calls) == len(first) + 1
+    assert address % piece == 0
+    assert num_bytes == piece
+    assert address <= arena.address + middle < address + piece
+    arena.use_all()
+    ranges = sorted(call[1:3] for call in cudart.calls)
+    assert [start for start, _ in ranges[1:]] == [start + size for start, size in ranges[:-1]]
+    assert (ranges[0][0], sum(size for _, size in ranges)) == (arena.address, arena.size_bytes)
+    parts = list(arena_module.within_pieces(arena.view[100:-50]))
+    assert [size for _, size in ranges][1:-1] == [stop - start for start, stop in parts][1:-1]
+    arena.close()
+    assert sorted(call[1] for call in cudart.calls if call[0] == "unregister") == [s for s, _ in ranges]
+
+
+def test_where_no_more_can_be_locked_memory_serves_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(arena_module, "PIECE_BYTES", 1 << 16)
+    arena, cudart = HostArena(1 << 19), FakeCudart()
+    arena.lock_pages(cudart)
+    cudart.error = 2
+    arena.use_all()
+    arena.use_all()
+    arena.view[:] = 1
+    assert caplog.text.count("pageable memory") == 1
+    arena.close()
 
 
 def test_refusal_by_cuda_is_an_error() -> None:

@@ -205,11 +205,12 @@ class BrokenLoader(CpuLoader):
 
 def test_waiters_hear_of_a_device_that_has_failed_for_good(arena: torch.Tensor) -> None:
     loader = BrokenLoader(arena)
-    for _ in range(2):  # and the thread lives on
-        handle = loader.start(FakeSource(), offsets())
-        with pytest.raises(AdapterError, match="illegal memory access"):
-            handle.wait(0)
-    loader.check()
+    handle = loader.start(FakeSource(), offsets())
+    with pytest.raises(AdapterError, match="illegal memory access"):
+        handle.wait(0)
+    loader._thread.join(10)
+    with pytest.raises(EngineLostError, match="illegal memory access"):  # the engine is to end
+        loader.start(FakeSource(), offsets())
     loader.close()
 
 

@@ -2,16 +2,19 @@
 
 import os
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.assist.world import SIZES, World
 from tests.waiting import PATIENCE_S, wait_until
+from toppings.assist import pool as pool_module
 from toppings.assist import worker as worker_module
 from toppings.assist.channel import SLOT_WORDS, Channel
-from toppings.assist.cores import WorkerCores, choose_cores
-from toppings.assist.pool import WorkerPool
+from toppings.assist.cores import MAX_DEFAULT_WORKERS, WorkerCores, choose_cores
+from toppings.assist.pool import NoWorkersError, PoolSettings, WorkerPool
 from toppings.assist.product import Form, GroupWeights, Slice
 from toppings.assist.worker import Worker, WorkerSettings
 from toppings.core import GROUPS
@@ -29,6 +32,50 @@ def test_where_no_core_is_free_one_is_shared_and_the_log_says_so() -> None:
 
 def test_more_workers_than_free_cores_share() -> None:
     assert choose_cores((0, 1, 2, 3), 3, num_workers=2) == WorkerCores((2, 3), is_shared=True)
+
+
+def test_on_a_large_host_there_are_no_more_workers_than_a_prompt_has_rows_for() -> None:
+    cores = choose_cores(tuple(range(112)), 2)
+    assert cores == WorkerCores(tuple(range(112 - MAX_DEFAULT_WORKERS, 112)), is_shared=False)
+    assert len(choose_cores(tuple(range(112)), 2, num_workers=40).cores) == 40
+
+
+def test_workers_that_do_not_start_in_time_are_given_up(
+    world: World, workers: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(*, by_force: bool) -> None:
+        closed.append(by_force)
+
+    closed: list[bool] = []
+    ready = SimpleNamespace(is_ready=True, is_lost=False)
+    late = SimpleNamespace(is_ready=False, is_lost=False, close=close)
+    monkeypatch.setattr(pool_module, "_start_workers", lambda _: [late, ready, late])
+    pool = WorkerPool(workers.settings)
+    pool.wait_ready(0.02)
+    assert pool.workers_ready == [ready]
+    assert closed == [True, True]
+    monkeypatch.setattr(pool_module, "_start_workers", lambda _: [late])
+    with pytest.raises(NoWorkersError, match=r"no LoRA worker is ready after 0\.02 s"):
+        WorkerPool(workers.settings).wait_ready(0.02)
+
+
+def test_where_processes_run_out_there_are_fewer_workers(
+    workers: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(settings: PoolSettings, core: int) -> int:
+        if len(started) == limit:
+            raise OSError("no more processes")
+        started.append(core)
+        return core
+
+    started: list[int] = []
+    limit = 1
+    monkeypatch.setattr(pool_module, "Worker", start)
+    made: list[Any] = list(pool_module._start_workers(workers.settings))
+    assert made == [workers.settings.cores.cores[0]]
+    started, limit = [], 0
+    with pytest.raises(NoWorkersError):
+        pool_module._start_workers(workers.settings)
 
 
 def test_given_cores_are_taken() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.assist.stream_fakes import DeferredOps, EagerOps, WatchedOps, WatchedTensors
+from tests.assist.stream_fakes import DeferredOps, EagerOps, WatchedOps, WatchedTensors, word_at
 from tests.assist.world import (
     NUM_LAYERS,
     OUT_OFFSETS,
@@ -26,11 +26,19 @@ from tests.assist.world import (
     worker_pool,
 )
 from tests.waiting import wait_until
+from toppings.adapters.layout import BaseShapes
 from toppings.assist.coordinator import AssistLora, Coordinator
-from toppings.assist.cuda_stream_ops import CudaStreamOps, unavailable_reason
+from toppings.assist.cuda_stream_ops import CudaStreamOps, self_test, unavailable_reason
 from toppings.assist.plan import Choice
 from toppings.assist.pool import WorkerPool
-from toppings.assist.stream_exchange import GROUP_SLOTS, NUM_STREAM_SLOTS, StreamExchange, StreamOps
+from toppings.assist.stream_exchange import (
+    GROUP_SLOTS,
+    MAX_STREAM_ROWS,
+    NUM_STREAM_SLOTS,
+    StreamExchange,
+    StreamOps,
+)
+from toppings.engine.assist import widest
 from toppings.ops.lora import LoraSegments
 
 ALL = [16] * 7
@@ -89,9 +97,28 @@ def test_a_cold_adapter_gives_what_a_warm_one_gives(
     assert_same(got, expected(here, [load, warm], segments), here.dtype)
 
 
+def test_a_prompt_that_areas_cannot_hold_waits_for_its_weights(here: World, pool: WorkerPool) -> None:
+    """And one that they hold beside it does not."""
+    long, short = here.add_adapter([4] * 7), here.add_adapter([4] * 7)
+    segments = LoraSegments([0, MAX_STREAM_ROWS + 1, MAX_STREAM_ROWS + 41], [long.slot, short.slot])
+    assist, exchange = coordinator(here, pool, EagerOps())
+    with assist.step(segments, [cold(long), cold(short)]) as lora:
+        got = forward(lora, segments, here.dtype)
+    exchange.close()
+    assert (long.num_waits, short.num_waits) == (NUM_LAYERS, 0)
+    assert_same(got, expected(here, [long, short], segments), here.dtype)
+
+
+def test_a_channel_has_room_for_the_widest_group_and_no_more() -> None:
+    sizes = (((4096, 4096),) * 4) + (((4096, 11008),) * 2) + ((11008, 4096),)
+    assert widest(BaseShapes(32, sizes)) == (11008, 22016)
+
+
 def test_forwards_follow_one_another_and_memory_is_given_back(here: World, pool: WorkerPool) -> None:
     ops = EagerOps()
     assist, exchange = coordinator(here, pool, ops)
+    exchange.lock()
+    assert len(ops.locked) == 2
     load = here.add_adapter(ALL)
     segments = LoraSegments([0, 40], [load.slot])
     right = expected(here, [load], segments)
@@ -291,6 +318,46 @@ def test_words_are_written_and_waited_for_where_the_device_sees_them(driver: Fak
     ops.unlock(1000)
     with pytest.raises(KeyError, match="not page-locked"):
         ops.write(1008, 3)
+
+
+class QueuedOps(EagerOps):
+    """A device that stands still where a word has not come; `how` it fails, if it does."""
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how = how
+        self.awaited: list[tuple[int, int]] = []
+
+    def lock(self, address: int, num_bytes: int) -> None:
+        if self.how == "lock":
+            raise RuntimeError("cuMemHostRegister failed: CUDA_ERROR_NOT_SUPPORTED")
+        super().lock(address, num_bytes)
+
+    def write(self, address: int, value: int) -> None:
+        if self.how != "write":
+            super().write(address, value)
+
+    def wait(self, address: int, value: int) -> None:
+        if self.how != "wait":
+            self.awaited.append((address, value + (self.how == "hang")))
+
+    def mark(self) -> Callable[[], bool]:
+        return lambda: all(word_at(address).value >= value for address, value in self.awaited)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("", ""),
+        ("lock", "CUDA_ERROR_NOT_SUPPORTED"),
+        ("write", "write does not reach"),
+        ("wait", "does not wait"),
+        ("hang", "does not end within 0.02 s"),
+    ],
+)
+def test_stream_operations_are_tried_before_they_are_relied_on(how: str, reason: str) -> None:
+    told = self_test(QueuedOps(how), 0.02)
+    assert reason in told if reason else not told
 
 
 def test_a_driver_that_refuses_is_named(driver: FakeDriver) -> None:

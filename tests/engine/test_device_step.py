@@ -24,6 +24,7 @@ from toppings.core import Batch, BatchItem, Request
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.graphs import DecodeGraphs, GraphSpec
 from toppings.engine.model_runner import ModelRunner
+from toppings.engine.prompt_graphs import PromptGraphs
 from toppings.engine.scoring import DeviceReader
 from toppings.engine.staging import Array, Staging, packed_bytes, unpack
 from toppings.engine.step_inputs import InputBuilder
@@ -159,7 +160,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=sampler, read=reader
         )
         spec = GraphSpec(4, 32, 8, runner.out_offsets)
-        runner.graphs = DecodeGraphs(decoder, cache, pool, spec, staging, Graphs())
+        runner.graphs = [DecodeGraphs(decoder, cache, pool, spec, staging, Graphs())]
         staging.num_copies = 0
         kernels.calls.clear()
         yield World(runner, staging, kernels, drawn)
@@ -256,6 +257,21 @@ def test_a_replayed_step_stays_on_the_device_and_takes_one_copy(world: World) ->
     assert world.staging.num_copies == 1
     (drawn,) = world.drawn
     assert drawn[0].shape == (3,)
+
+
+def test_a_replayed_step_with_a_prompt_stays_on_the_device_and_takes_one_copy(world: World) -> None:
+    runner, staging = world.runner, world.staging
+    spec = GraphSpec(4, 32, 8, runner.out_offsets)
+    parts = (runner._decoder, runner._cache, runner._adapters.pool, spec, staging, Graphs())
+    runner.graphs = [*runner.graphs, PromptGraphs(*parts, max_num_tokens=64)]
+    assert {"paged_attention", "add_lora", "rotate_and_store", "silu_mul"} <= world.kernels.calls
+    world.kernels.calls.clear()
+    staging.num_copies = 0
+    runner.start(Batch([item("a", 9, 8, 7, temperature=0.0), item("b", 11, 4, 7, temperature=0.0)])).result()
+    assert not world.kernels.calls
+    assert staging.num_copies == 1
+    (drawn,) = world.drawn
+    assert drawn[0].shape == (2,)
 
 
 def test_the_check_finds_what_it_is_there_to_find(world: World) -> None:

@@ -14,9 +14,9 @@ from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.core import Batch, Request
 from toppings.engine.drawing import Drawing
 from toppings.engine.engine import MAX_FAILURES
-from toppings.engine.faults import is_sticky
 from toppings.engine.model_runner import ModelRunner, StepInFlight, StepResult
 from toppings.messages import AdapterStatus, AddRequest
+from toppings.ops.device_faults import is_sticky
 from toppings.ops.sampling import SamplingRow
 from toppings.sampling_params import SamplingParams
 from toppings.vital import EngineLostError

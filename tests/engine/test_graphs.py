@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine import tile_kernels
 from tests.engine.driver import Driver, drive
 from tests.engine.graph_fakes import FakeGraphs
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.engine.graphs import GROUP_SETS, batch_sizes
+from toppings.engine.prompt_graphs import row_counts
+from toppings.ops import attention, dispatch, lora
 
 ADAPTERS: dict[str, dict[str, object]] = {
     "qkv-r64": {"rank": 64, "targets": ("q_proj", "k_proj", "v_proj")},
@@ -67,6 +70,42 @@ def test_replayed_steps_give_the_same_tokens(
     assert len(used) == len(sizes) * len(GROUP_SETS)
     assert all(any(used[i : i + len(GROUP_SETS)]) for i in range(0, len(used), len(GROUP_SETS)))  # every size
     assert all(any(used[i :: len(GROUP_SETS)]) for i in range(len(GROUP_SETS)))  # every set of groups
+
+
+def run_mixed(driver: Driver) -> dict[str, list[int]]:
+    """Prompts of many lengths, in chunks, beside decodes of other adapters; sampled and greedy."""
+    for i in range(24):
+        sampling = {"temperature": 0.9, "seed": i} if i % 3 == 0 else {}
+        name = NAMES[i % len(NAMES)]
+        driver.add(f"{i}", make_prompt(i, 1 + 7 * (i % 11)), 2 + i % 7, name, **sampling)
+        driver.step()
+    return driver.run()
+
+
+def test_steps_with_prompts_are_replayed_and_give_the_same_tokens(
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapters = checkpoints
+    with drive(model, tmp_path / "eager", adapters, mode="cached", **SETTINGS) as driver:
+        expected = run_mixed(driver)
+    serving = {"attention": tile_kernels, "lora": tile_kernels}
+    for module in (dispatch, attention, lora):
+        monkeypatch.setattr(module, "gpu_kernels", lambda name, sample: serving.get(name))
+    backend, settings = FakeGraphs(), {**SETTINGS, "async_scheduling": "on"}
+    with drive(model, tmp_path / "graphs", adapters, mode="cached", graphs=backend, **settings) as driver:
+        assert run_mixed(driver) == expected
+        steps = driver.engine.stats(0).counters["steps"]
+    assert len(backend.graphs) == (len(batch_sizes(20)) + 1) * len(GROUP_SETS)  # one size of 64 rows
+    assert sum(graph.num_replays for graph in backend.graphs) == steps
+    assert sum(graph.num_replays for graph in backend.graphs[-len(GROUP_SETS) :]) > 10
+
+
+def test_sizes_of_steps_with_prompts_are_between_the_sequences_and_the_tokens_of_a_step() -> None:
+    assert row_counts(20, 64) == (64,)
+    assert row_counts(20, 8) == (64,)
+    assert row_counts(64, 2048) == (64, 128, 256, 512)
+    assert row_counts(200, 300) == (256,)
+    assert row_counts(600, 2048) == ()
 
 
 def test_sizes_reach_the_number_of_requests_that_may_run() -> None:

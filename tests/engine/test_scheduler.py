@@ -46,6 +46,12 @@ class FakePlacement:
             self.resident.remove(idle[0])
         return len(self.resident) < self.capacity
 
+    def may_acquire(self, adapter_id: int) -> bool:
+        if adapter_id in self.unreadable or adapter_id in self.resident:
+            return True
+        idle = [a for a in self.resident if not self.users.get(a)]
+        return adapter_id not in self.on_disk and (len(self.resident) < self.capacity or bool(idle))
+
     def release(self, adapter_id: int) -> None:
         self.users[adapter_id] -= 1
 
@@ -229,10 +235,28 @@ def test_a_step_ahead_admits_nobody() -> None:
     scheduler.add(make_request("a"))
     run_step(scheduler)
     scheduler.add(make_request("b", adapter_id=1))
-    assert scheduler.may_admit
+    assert scheduler.may_admit(0.0)
     assert names(scheduler.schedule(0.0, admits=False)) == ["a"]
     assert names(run_step(scheduler)) == ["a", "b"]
-    assert not scheduler.may_admit
+    assert not scheduler.may_admit(0.0)
+
+
+def test_whoever_waits_for_its_adapter_does_not_keep_steps_from_running_ahead() -> None:
+    """Until the adapter has been read or there is room, somebody behind can start, or room is to be made."""
+    placement = FakePlacement(capacity=1)
+    scheduler = make_scheduler(placement=placement)
+    scheduler.add(make_request("running", adapter_id=1))
+    run_step(scheduler)
+    placement.on_disk.add(2)
+    scheduler.add(make_request("unread", adapter_id=2))
+    assert not scheduler.may_admit(0.1)
+    placement.on_disk.clear()
+    assert not scheduler.may_admit(0.1)  # there is no room
+    scheduler.schedule(0.2)
+    assert not scheduler.may_admit(1.1)
+    assert scheduler.may_admit(1.3)  # it has waited for room for too long
+    scheduler.add(make_request("behind", adapter_id=1))
+    assert scheduler.may_admit(0.2)
 
 
 @pytest.mark.parametrize("num_prompt", [0, 64, 1000])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from toppings.engine.faults import FollowerLostError
 
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
@@ -25,7 +26,6 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
-from toppings.engine.faults import FollowerLostError
 from toppings.engine.heartbeat import open_lifeline
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.synth import write_tokenizer

@@ -15,7 +15,8 @@ from tests.ops.gpu_world import needs_triton
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "compile_kernels.py"
 
 
-CHIPS = {80, 86, 89, 90}
+CHIPS = {80, 86, 89, 90, 120}
+WITH_TWO_BUFFERS = {80, 90}
 
 
 @needs_triton
@@ -28,4 +29,8 @@ def test_kernels_compile_for_every_chip_without_spills_and_within_its_shared_mem
     assert {kernel["capability"] for kernel in report["kernels"]} == CHIPS
     assert (report["spilling"], report["over_shared"]) == ([], [])
     narrow = {name.split()[-1] for name in report["without_wide_loads"] if "bfloat16" in name}
-    assert narrow <= {"_combine_kernel"}
+    assert narrow <= {"combine_kernel"}
+    attention = [k for k in report["kernels"] if k["kernel"] in ("prefill_kernel", "decode_kernel")]
+    ahead = [k["num_buffers"] for k in attention if k["capability"] in WITH_TWO_BUFFERS]
+    assert len(ahead) == 4
+    assert min(ahead) >= 2, "keys and values are not loaded while products run"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from toppings.adapters.arena import within_pieces
 from toppings.adapters.layout import LoadOrder
 from toppings.adapters.loader import Loader, LoadHandle, LoadJob, LoadSource, LoadStep
 
@@ -20,8 +21,8 @@ GROUP_BYTES = 1 << 20
 
 
 class CudaLoader(Loader):
-    """Asynchronous copies from page-locked host memory, one a layer, on a stream of their own; an event after
-    each group of them.
+    """Asynchronous copies from page-locked host memory, one a layer (two at a border of the arena's pieces),
+    on a stream of their own; an event after each group of them.
 
     `cuda` is the `torch.cuda` module (tests give a fake). Host entries must stay until the handle is done.
     """
@@ -50,15 +51,17 @@ class CudaLoader(Loader):
     def _copy(self, job: LoadJob, steps: Sequence[LoadStep]) -> None:
         handle = job.handle
         assert isinstance(handle, CudaLoadHandle)
+        self._cuda.set_device(self._stream.device)  # threads begin on device 0, and leave a context there
         with self._cuda.stream(self._stream):
             if handle.begun is None:
                 self._stream.wait_event(handle.blocks_free)
                 handle.begun = self._record()
             for step in steps:
-                offset = job.offsets_bytes[step.layer]
-                if step.stop > step.start:
-                    source = torch.from_numpy(job.source.layer_view(step.layer)[step.start : step.stop])
-                    self._arena[offset + step.start : offset + step.stop].copy_(source, non_blocking=True)
+                first = job.offsets_bytes[step.layer] + step.start
+                view = job.source.layer_view(step.layer)[step.start : step.stop]
+                for start, stop in within_pieces(view):
+                    source = torch.from_numpy(view[start:stop])
+                    self._arena[first + start : first + stop].copy_(source, non_blocking=True)
             handle.events += [self._record()] * len(steps)
 
     def _settle(self) -> None:

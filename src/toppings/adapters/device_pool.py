@@ -20,6 +20,9 @@ from toppings.adapters.layout import (
 )
 from toppings.core import MODULES
 
+MOVE_BYTES = 1 << 25
+"""Scratch memory of a compaction, and what it moves at once."""
+
 
 @dataclass(slots=True)
 class _Placement:
@@ -150,12 +153,17 @@ class DevicePool:
         ]
         targets = plan_compaction(blocks, needed)
         moved_slots = set()
-        for (offset, size, slot, layer), target in zip(ranges, targets, strict=True):
+        for (offset, _, slot, layer), target in zip(ranges, targets, strict=True):
             if target != offset:
-                # The ranges may overlap, hence the copy in between: one block of scratch memory.
-                self.arena[target : target + size] = self.arena[offset : offset + size].clone()
                 self._placements[slot].offsets[layer] = target
                 moved_slots.add(slot)
+        moves = [(offset, size, target) for (offset, size, *_), target in zip(ranges, targets, strict=True)]
+        for offset, size, target in _joined(moves):
+            for start in range(0, size, step := MOVE_BYTES // self.arena.itemsize):
+                num = min(step, size - start)
+                # The ranges may overlap, hence the copy in between.
+                part = self.arena[offset + start : offset + start + num].clone()
+                self.arena[target + start : target + start + num] = part
         self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks, strict=True)])
         for slot in moved_slots:
             self._write_table(slot)
@@ -194,6 +202,22 @@ class DevicePool:
                 assert (self.table_cpu[slot, layer] == _table_rows(layout, placement.offsets[layer])).all()
                 assert (self.columns_cpu[slot, layer] == _column_rows(layout, placement.offsets[layer])).all()
                 assert placement.offsets[layer] % self._alignment == 0 or not layout.numel
+
+
+def _joined(moves: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """(offset, size, target) of what moves, by offset: neighbours that move equally far as one, since each
+    move is two launches on a GPU."""
+    joined: list[tuple[int, int, int]] = []
+    for offset, size, target in moves:
+        if target == offset:
+            continue
+        if joined:
+            before, num, its_target = joined[-1]
+            if (before + num, its_target + num) == (offset, target):
+                joined[-1] = before, num + size, its_target
+                continue
+        joined.append((offset, size, target))
+    return joined
 
 
 def _table_rows(layout: LayerLayout, offset: int) -> npt.NDArray[np.int64]:

@@ -135,6 +135,11 @@ class DeviceTier:
             num_slots += 1
         return candidates if room >= needed and num_slots > 0 else None
 
+    def may_fit(self, needed: int) -> bool:
+        """False where there is no room and nobody to make it: adapters in use or loading fill the pool."""
+        has_room = self.pool.free_bytes >= needed and self.pool.num_free_slots > 0
+        return has_room or bool(self._idle)
+
     def victims_for(self, needed: int) -> list[int]:
         """Adapters in use, least valuable first, no more than needed, whose end would make room.
 

@@ -82,7 +82,9 @@ class HostRoom:
     def move(self, moves: list[tuple[HostEntry, int, int]]) -> None:
         """Without the lock, since it may take long: nobody else touches entries that are moving."""
         for entry, layer, target in moves:
-            self._arena.move(entry.offsets[layer], target, entry.layout.layer_bytes(layer))
+            num_bytes = entry.layout.layer_bytes(layer)
+            self._arena.use(target, num_bytes)
+            self._arena.move(entry.offsets[layer], target, num_bytes)
             entry.offsets[layer] = target
         with self._wake:
             for entry, _, _ in moves:

@@ -228,6 +228,8 @@ class HostStore:
             waited_at = time.perf_counter()
             if not self._make_room(entry, packed.layout):
                 return
+            for offset, size in zip(entry.offsets, entry.sizes(), strict=True):
+                self.arena.use(offset, size)
             started_at += time.perf_counter() - waited_at  # waiting for room is not reading
             for layer in range(packed.layout.num_layers):
                 packed = self._read_layer(entry, packed, layer)

@@ -21,6 +21,7 @@ import torch
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import AdapterLayout, LoadOrder, by_layer
 from toppings.adapters.link import EmulatedLink
+from toppings.ops.device_faults import is_sticky
 from toppings.vital import VitalThread
 
 Bytes = npt.NDArray[np.uint8]
@@ -273,11 +274,14 @@ class Loader(ABC):
         except Exception as error:  # whatever it is, whoever waits for the layer must hear of it
             self._drop(job)
             self._fail(handle, error)
+            if is_sticky(error):
+                raise  # this thread's end is the engine's
 
     def _fail(self, handle: LoadHandle, error: Exception) -> None:
-        """Tells the waiters when nothing is on its way any more, so that who frees the blocks may; that much
-        is tried, but a device that has failed may well fail again."""
-        self._settle_quietly()
+        """Tells the waiters when nothing is on its way any more, so that who frees the blocks may. Where the
+        device's context is lost there is nothing to wait for."""
+        if not is_sticky(error):
+            self._settle_quietly()
         handle._fail(error if isinstance(error, AdapterError) else AdapterError(f"load failed: {error}"))
 
     def _drop(self, job: LoadJob) -> None:

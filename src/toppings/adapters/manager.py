@@ -80,7 +80,7 @@ class AdapterManager:
 
     def read_ahead(self, adapter_id: int) -> None:
         """`prefetch` for whom no request waits yet. Raises AdapterError where it is unknown."""
-        self._record(adapter_id)
+        self._records.get(adapter_id)
         self.prefetch(adapter_id)
 
     def holds(self, adapter_id: int) -> bool:
@@ -108,6 +108,16 @@ class AdapterManager:
         self._hits.note(resident)
         self._tier.acquire(resident)
         return Admission.READY
+
+    def may_acquire(self, adapter_id: int) -> bool:
+        """False where `try_acquire` would say LOADING or NO_ROOM now; changes nothing, and reads no disk."""
+        resident = self._tier.residents.get(adapter_id)
+        if resident is not None:
+            return resident.load.error is not None or not resident.is_loading or resident.entry.is_ready
+        entry = self.host.find(adapter_id)
+        if entry is None or entry.error is not None:
+            return True  # it is to be asked for (again)
+        return entry.has_room and self._tier.may_fit(entry.layout.num_bytes)
 
     def _place(self, adapter_id: int, num_tokens: int = 1) -> Admission:
         """Finds room on the device and begins the load; READY where that worked."""

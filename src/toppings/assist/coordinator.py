@@ -123,11 +123,12 @@ class AssistLora:
         self._pieces = []
         self._exchange.begin_group(self._workers or [])
         for adapter, rows in self._cold:
-            form = self._form(adapter, layer, group)
+            num_rows = sum(stop - start for start, stop in rows)
+            form = self._form(adapter, layer, group, num_rows)
             if form is None:
                 continue
             weights = self._locate(adapter, layer, group)
-            num_workers = self._num_workers(adapter, layer, sum(stop - start for start, stop in rows))
+            num_workers = self._num_workers(adapter, layer, num_rows)
             for start, stop in rows:
                 is_short = stop - start < MIN_SLICE_ROWS
                 # ops.lora keeps the shrunk rows of short segments in fp32, which the channel does not carry.
@@ -158,7 +159,7 @@ class AssistLora:
 
     # --- deciding ---
 
-    def _form(self, adapter: ColdAdapter, layer: int, group: str) -> Form | None:
+    def _form(self, adapter: ColdAdapter, layer: int, group: str, num_rows: int) -> Form | None:
         """What the CPU computes of this product, or None where the device does all of it."""
         if not _is_targeted(adapter, layer, group):
             return None
@@ -168,7 +169,7 @@ class AssistLora:
             choice is Choice.DEVICE
             or adapter.load.layer_ready(layer)
             or adapter.weights.num_layers_ready <= layer
-            or not self._exchange.has_room(self._awake_workers())
+            or not self._exchange.has_room(self._awake_workers(), num_rows)
         ):
             return None
         is_b_there = self._exchange.is_ordered or adapter.load.b_ready(layer)

@@ -3,6 +3,9 @@
 import os
 from dataclasses import dataclass
 
+MAX_DEFAULT_WORKERS = 16
+"""A prompt that the CPU is worth asking for has rows for no more (pricing.MIN_ROWS_PER_WORKER)."""
+
 
 @dataclass(frozen=True)
 class WorkerCores:
@@ -25,14 +28,14 @@ def available_cores() -> tuple[int, ...]:
 def choose_cores(
     available: tuple[int, ...], num_base_threads: int, *, num_workers: int = 0, cores: tuple[int, ...] = ()
 ) -> WorkerCores:
-    """`cores` if given, else the last `num_workers` of `available` (0: all that the base model's threads
-    leave free, and where they leave none, one shared core).
+    """`cores` if given, else the last `num_workers` of `available` (0: those that the base model's threads
+    leave free, at most `MAX_DEFAULT_WORKERS`, and where they leave none, one shared core).
 
     Raises ValueError for a core that is not available or more workers than cores.
     """
     num_free = max(0, len(available) - num_base_threads)
     if not cores:
-        wanted = num_workers or num_free or 1
+        wanted = num_workers or min(num_free, MAX_DEFAULT_WORKERS) or 1
         if wanted > len(available):
             raise ValueError(f"{wanted} workers asked for; only {len(available)} cores are available")
         cores = available[len(available) - wanted :]

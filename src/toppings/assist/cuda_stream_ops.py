@@ -5,11 +5,19 @@ NO_MEMORY_BARRIER); a wait holds back what follows it in the stream, and what th
 in memory by then (channel.py).
 """
 
+import ctypes
 import importlib
+import mmap
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from toppings.assist.stream_exchange import StreamOps
+
+SELF_TEST_S = 1.0
+_HELD: list[mmap.mmap] = []  # what a stream that hangs may still read
 
 _MAPPED = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP
 
@@ -28,6 +36,38 @@ def unavailable_reason(device_index: int = 0) -> str:
     except RuntimeError as error:
         return f"the CUDA driver does not tell what it can do: {error}"
     return "" if is_there else "the GPU cannot wait for 8-byte words in memory"
+
+
+def failure_reason() -> str:
+    """Why those that are there do not work, as in a sandbox that maps no host memory; empty where they do."""
+    cuda: Any = torch.cuda
+    with cuda.stream(cuda.Stream()):  # one that hangs holds up nobody
+        return self_test(CudaStreamOps())
+
+
+def self_test(ops: StreamOps, timeout_s: float = SELF_TEST_S) -> str:
+    """Why writes and waits of the current stream do not work; empty where they do."""
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    words = (ctypes.c_int64 * 2).from_buffer(memory)
+    written, awaited = ctypes.addressof(words), ctypes.addressof(words) + 8
+    try:
+        ops.lock(written, mmap.PAGESIZE)
+        ops.write(written, 7)
+        ops.wait(awaited, 5)
+        is_over = ops.mark()
+        has_waited = not is_over()
+        words[1] = 5
+        stop_at = time.monotonic() + timeout_s
+        while not is_over():
+            if time.monotonic() > stop_at:
+                _HELD.append(memory)
+                return f"a stream's wait does not end within {timeout_s:g} s"
+        ops.unlock(written)
+    except RuntimeError as error:
+        return f"stream memory operations fail: {error}"
+    if not has_waited:
+        return "a stream does not wait for a word in the host's memory"
+    return "" if words[0] == 7 else "a stream's write does not reach the host's memory"
 
 
 def call(driver: Any, name: str, *arguments: Any) -> tuple[Any, ...]:

@@ -55,8 +55,8 @@ class Exchange(Protocol):
     def begin_group(self, workers: list[Worker]) -> None:
         """All results so far have been taken."""
 
-    def has_room(self, workers: list[Worker]) -> bool:
-        """A projection group's pieces would find room now."""
+    def has_room(self, workers: list[Worker], num_rows: int) -> bool:
+        """Pieces of a projection group, `num_rows` in all, would find room now, whoever gets them."""
 
     def post(self, worker: Worker, piece: Piece, x: Tensor) -> None:
         """Sends the piece's rows of x [T, in]."""
@@ -90,8 +90,8 @@ class HostExchange:
         for worker in workers:
             worker.recycle()
 
-    def has_room(self, workers: list[Worker]) -> bool:
-        return bool(workers)
+    def has_room(self, workers: list[Worker], num_rows: int) -> bool:
+        return bool(workers)  # what finds none is computed in this process
 
     def post(self, worker: Worker, piece: Piece, x: Tensor) -> None:
         piece.ticket = worker.try_post(piece.form, piece.weights, x[piece.start : piece.stop])

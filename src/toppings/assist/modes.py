@@ -9,7 +9,8 @@ from toppings.assist.plan import Comparison, Plan, compare
 
 
 class AssistMode(PipelinedMode, ABC):
-    """A `LoadingMode` that knows what a cold start costs here; `calibrate` it before the first load.
+    """A `LoadingMode` that knows what a cold start costs here; `calibrate` it before the first load, or else
+    it acts as `pipelined`.
 
     Plans are cached: asking on the engine's loop costs milliseconds once, then nothing.
     """
@@ -30,6 +31,8 @@ class AssistMode(PipelinedMode, ABC):
         """One of the plans that were compared."""
 
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
+        if self._profile is None:
+            return super().load_order(layout, num_tokens)
         return self.plan(layout, num_tokens).order
 
 

@@ -36,6 +36,10 @@ _SPINS_PER_LOOK = 200
 log = logging.getLogger(__name__)
 
 
+class NoWorkersError(RuntimeError):
+    """No worker process can be had."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoolSettings:
     """`arena_fd`, `arena_bytes`: the host store's memory, elements of `dtype`. `max_input_bytes` and
@@ -195,13 +199,15 @@ class Worker:
 
 class WorkerPool:
     """One worker per core. To be made and used in a thread that lives as long as the engine: the kernel kills
-    workers when the thread that started them ends. Workers start in the background; `workers_ready` grows."""
+    workers when the thread that started them ends. Workers start in the background; `workers_ready` grows.
+
+    Fewer where there are no more processes or memory to be had. Raises NoWorkersError where there is none."""
 
     def __init__(self, settings: PoolSettings) -> None:
         log.info("%s", settings.cores)
         self.settings = settings
         self.num_restarts = 0
-        self._workers = [Worker(settings, core) for core in settings.cores.cores]
+        self._workers = _start_workers(settings)
         self._restart_delay_s = FIRST_RESTART_DELAY_S
         self._restart_after = time.monotonic()
         self._is_closed = False
@@ -211,17 +217,37 @@ class WorkerPool:
         return [worker.pid for worker in self._workers]
 
     @property
+    def workers(self) -> list[Worker]:
+        """All, ready or not."""
+        return list(self._workers)
+
+    @property
     def workers_ready(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.is_ready]
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Until all workers have started. Raises TimeoutError."""
+        """Until all workers have started; those that have not by then are given up. Raises NoWorkersError
+        where none has."""
         stop_at = time.monotonic() + timeout_s
         while len(self.workers_ready) < len(self._workers):
             self.restart_dead()
             if time.monotonic() > stop_at:
-                raise TimeoutError(f"LoRA workers are not ready after {timeout_s} s")
+                self._give_up_late_ones(timeout_s)
+                return
             time.sleep(0.005)
+
+    def _give_up_late_ones(self, timeout_s: float) -> None:
+        ready = self.workers_ready
+        if not ready:
+            raise NoWorkersError(f"no LoRA worker is ready after {timeout_s:g} s")
+        log.warning(
+            "%d of %d LoRA workers are ready after %g s; the others are given up",
+            *(len(ready), len(self._workers), timeout_s),
+        )
+        for worker in self._workers:
+            if worker not in ready:
+                worker.close(by_force=True)
+        self._workers = ready
 
     @contextmanager
     def session(self) -> Iterator[list[Worker]]:
@@ -272,6 +298,18 @@ class WorkerPool:
         self._is_closed = True
         for worker in self._workers:
             worker.close()
+
+
+def _start_workers(settings: PoolSettings) -> list[Worker]:
+    workers: list[Worker] = []
+    for core in settings.cores.cores:
+        try:
+            workers.append(Worker(settings, core))
+        except OSError as error:
+            log.warning("no LoRA worker can be started on core %d: %s", core, error)
+    if not workers:
+        raise NoWorkersError("no LoRA worker can be started")
+    return workers
 
 
 def _sleeps_between_requests(settings: PoolSettings) -> bool:

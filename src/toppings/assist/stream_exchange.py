@@ -31,6 +31,9 @@ NUM_STREAM_SLOTS = 4096
 """Requests of a whole forward stand in the ring of a channel."""
 GROUP_SLOTS = 256
 """What one projection group takes of them at most, or else the device waits for its weights."""
+MAX_STREAM_ROWS = 512
+"""Rows of a projection group that one worker may get: its areas, which are page-locked, hold as many. Longer
+prompts hide their loads behind their own products."""
 LOOK_S = 0.0005
 CLOSE_TIMEOUT_S = 10.0
 
@@ -83,7 +86,7 @@ class StreamExchange:
             return
         self._num_recomputed, self._attendant = self.num_recomputed, None
         workers = [worker for worker in self._pool.workers_ready if worker.channel.is_drained]
-        self._lock(workers)
+        self.lock()
         for worker in workers:
             worker.recycle()
             worker.channel.set_active(True)
@@ -100,8 +103,12 @@ class StreamExchange:
             worker.channel.reuse_areas()
             worker.num_rows_sent = 0
 
-    def has_room(self, workers: list[Worker]) -> bool:
-        return bool(workers) and all(worker.channel.num_free_slots >= GROUP_SLOTS for worker in workers)
+    def has_room(self, workers: list[Worker], num_rows: int) -> bool:
+        return bool(workers) and all(
+            worker.channel.num_free_slots >= GROUP_SLOTS
+            and worker.num_rows_sent + num_rows <= MAX_STREAM_ROWS
+            for worker in workers
+        )
 
     def post(self, worker: Worker, piece: Piece, x: Tensor) -> None:
         piece.ticket = worker.prepare(piece.form, piece.weights, x[piece.start : piece.stop])
@@ -113,8 +120,12 @@ class StreamExchange:
         self._ops.wait(piece.ticket.worker.channel.done_address, piece.ticket.number)
         return piece.ticket.result.to(x.device, non_blocking=True)
 
+    def lock(self) -> None:
+        """Page-locks all workers' channels, which takes long the first time. Nothing is under way: those of
+        workers that are gone can be let go. Raises RuntimeError."""
+        self._lock(self._pool.workers)
+
     def _lock(self, workers: list[Worker]) -> None:
-        """Nothing is under way: the channels of workers that are gone can be let go."""
         channels = {worker.channel.address: worker.channel for worker in workers}
         for address in self._locked.keys() - channels.keys():
             self._ops.unlock(address)

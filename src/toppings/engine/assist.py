@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from toppings.adapters.layout import BaseShapes
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.manager import AdapterManager
 from toppings.assist.coordinator import AssistLora, ColdAdapter, Coordinator
@@ -14,10 +15,11 @@ from toppings.assist.cost import CostProfile
 from toppings.assist.cuda_stream_ops import CudaStreamOps
 from toppings.assist.exchange import Exchange, HostExchange
 from toppings.assist.modes import AssistMode
-from toppings.assist.pool import NUM_SLOTS, PoolSettings, WorkerPool
+from toppings.assist.pool import NUM_SLOTS, NoWorkersError, PoolSettings, WorkerPool
 from toppings.assist.profile import SLICE_ROWS, EngineProbes, LinkProbe, measure
-from toppings.assist.stream_exchange import NUM_STREAM_SLOTS, StreamExchange, StreamOps
+from toppings.assist.stream_exchange import MAX_STREAM_ROWS, NUM_STREAM_SLOTS, StreamExchange, StreamOps
 from toppings.config import EngineConfig
+from toppings.core import GROUPS
 from toppings.engine.model_runner import ModelRunner
 from toppings.ops.lora import LoraSegments
 
@@ -44,34 +46,39 @@ class Assist:
     ) -> None:
         """`stream_ops`: where the device is not the host, by default CUDA's on a GPU.
 
-        Raises ValueError for worker cores that are not there, or a profile file that is none.
+        Raises ValueError for worker cores that are not there, or a profile file that is none; NoWorkersError.
         """
         self._mode = mode
         self._is_cuda = config.device == "cuda"
         self._adapters = adapters
         dtype, shapes = adapters.pool.arena.dtype, adapters.shapes
-        widest_in = max(num_in for num_in, _ in shapes.sizes)
-        widest_out = sum(num_out for _, num_out in shapes.sizes)
-        row_bytes = max(config.max_num_batched_tokens, *SLICE_ROWS) * dtype.itemsize
         stream_ops = stream_ops or (CudaStreamOps() if self._is_cuda else None)
+        max_rows = max(config.max_num_batched_tokens, *SLICE_ROWS)
+        if stream_ops is not None:  # all of it is page-locked
+            max_rows = min(max_rows, MAX_STREAM_ROWS)
+        row_bytes = [max_rows * width * dtype.itemsize for width in widest(shapes)]
         self._workers = WorkerPool(
             PoolSettings(
                 cores=worker_cores(config),
                 arena_fd=adapters.host.arena.fd,
                 arena_bytes=adapters.host.arena.size_bytes,
                 dtype=dtype,
-                max_input_bytes=row_bytes * widest_in + _AREA_SLACK_BYTES,
-                max_output_bytes=row_bytes * widest_out + _AREA_SLACK_BYTES,
+                max_input_bytes=row_bytes[0] + _AREA_SLACK_BYTES,
+                max_output_bytes=row_bytes[1] + _AREA_SLACK_BYTES,
                 num_slots=NUM_SLOTS if stream_ops is None else NUM_STREAM_SLOTS,
                 is_ordered=stream_ops is not None,
             )
         )
-        self.profile = self._read_or_measure(profile_path(config, state_dir), runner)
+        try:
+            self.profile = self._read_or_measure(profile_path(config, state_dir), runner)
+        except NoWorkersError:
+            self._workers.close()
+            raise
         mode.calibrate(self.profile)
         host_arena = torch.from_numpy(adapters.host.arena.view).view(dtype)
         self._exchange: Exchange = HostExchange(self._workers, host_arena)
         if stream_ops is not None:
-            self._exchange = StreamExchange(self._workers, host_arena, stream_ops)
+            self._exchange = self._stream_exchange(host_arena, stream_ops)
         self._coordinator = Coordinator(
             adapters.pool,
             self._workers,
@@ -81,6 +88,15 @@ class Assist:
             self.profile,
             host_arena,
         )
+
+    def _stream_exchange(self, host_arena: torch.Tensor, ops: StreamOps) -> StreamExchange:
+        exchange = StreamExchange(self._workers, host_arena, ops)
+        try:
+            exchange.lock()  # now, lest the first cold request waits for it
+        except RuntimeError as error:
+            self._workers.close()
+            raise NoWorkersError(f"the workers' memory cannot be page-locked: {error}") from error
+        return exchange
 
     def step(
         self, segments: LoraSegments, loads: Mapping[int, LoadHandle], num_tokens: Mapping[int, int]
@@ -115,6 +131,8 @@ class Assist:
         logger.info("measuring what a cold start costs here")
         self._workers.wait_ready()
         profile = self._measure(runner)
+        if len(self._workers.pids) < len(self._workers.settings.cores.cores):
+            return profile  # the next start may have all of them
         try:
             profile.write(path)
         except OSError as error:
@@ -140,6 +158,15 @@ class Assist:
             max_tokens=min(MAX_PROFILE_TOKENS, runner.max_dry_run_tokens),
             has_results_on_link=self._is_cuda,
         )
+
+
+def widest(shapes: BaseShapes) -> tuple[int, int]:
+    """(inputs, outputs) of a row in the widest projection group of each: a channel holds one at a time."""
+    sizes = shapes.sizes
+    return (
+        max(num_in for num_in, _ in sizes),
+        max(sum(sizes[module][1] for module in modules) for modules in GROUPS.values()),
+    )
 
 
 def worker_cores(config: EngineConfig) -> WorkerCores:

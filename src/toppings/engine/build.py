@@ -11,8 +11,9 @@ from toppings.adapters.layout import DTYPE_BYTES
 from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode, PipelinedMode, make_mode
 from toppings.assist.cores import available_cores
-from toppings.assist.cuda_stream_ops import unavailable_reason
+from toppings.assist.cuda_stream_ops import failure_reason, unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
+from toppings.assist.pool import NoWorkersError
 from toppings.config import ConfigError, EngineConfig
 from toppings.engine.assist import Assist
 from toppings.engine.base import (
@@ -32,6 +33,7 @@ from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.products import choose_products
+from toppings.engine.prompt_graphs import PromptGraphs
 from toppings.engine.scheduler import Scheduler, SchedulerLimits
 from toppings.engine.scoring import DeviceReader, Reader, read_on_host
 from toppings.engine.staging import Staging
@@ -168,7 +170,8 @@ def _build_engine(
     choose_products(config, own, getattr(torch, dtype_name(config, model)), state_dir(config))
     structures = Structures(Compiler(model_path(config), model.vocab_size, model.eos_token_ids))
     decoder = load_decoder(config, model, part)
-    warm_up(decoder.dtype, config.quantization)
+    if config.device == "cpu":
+        warm_up(decoder.dtype, config.quantization)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
     cache = make_cache(config, own, num_pages, decoder.dtype)
     mode = _make_mode(config)
@@ -179,19 +182,34 @@ def _build_engine(
         followers.begin(num_pages, limits.max_model_len, adapters)
     # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
     can_capture = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
-    if graphs is None and can_capture and config.cuda_graphs == "on":
+    if graphs is None and can_capture and config.cuda_graphs != "off":
         graphs = CudaGraphs()
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
     runner.rows.structures = structures
+    sizes = (config.max_num_seqs, limits.max_model_len)
+    spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
     if graphs is not None and staging is not None:
-        sizes = (config.max_num_seqs, limits.max_model_len)
-        spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
-        runner.graphs = DecodeGraphs(decoder, cache, adapters.pool, spec, staging, graphs)
+        parts = (decoder, cache, adapters.pool, spec, staging, graphs)
+        runner.graphs = [DecodeGraphs(*parts)]
+        # Attention on the host takes the host's word for where prompts are, which no graph can follow.
+        if config.cuda_graphs == "on" and dispatch.gpu_kernels("attention", cache.k[0]) is not None:
+            prompts = PromptGraphs(*parts, max_num_tokens=limits.max_num_batched_tokens)
+            runner.graphs = [*runner.graphs, prompts]
+    if can_capture:
+        from toppings.engine.compile_steps import compile_steps  # needs Triton
+
+        inputs = InputBuilder(config.page_size, limits.max_model_len, staging)
+        num_tokens = limits.max_num_batched_tokens
+        compile_steps(decoder, cache, adapters.pool, inputs, spec, max_num_tokens=num_tokens)
+        runner.dry_draw()
     assist = None
     if isinstance(mode, AssistMode):
-        assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
+        try:
+            assist = runner.assist = Assist(config, mode, adapters, runner, state_dir(config))
+        except NoWorkersError as error:
+            logger.warning("mode %s acts as pipelined: %s", config.mode, error)
     adapters.start()
     pages = PageAllocator(num_pages, config.page_size, double_cost_len=model.double_cost_len)
     names = BlockHasher(config.page_size) if config.enable_prefix_caching == "on" else None
@@ -233,7 +251,8 @@ def _make_mode(config: EngineConfig) -> LoadingMode:
         return PipelinedMode()
     if config.mode == "auto" and config.device == "cpu" and not config.link_gbps:
         return PipelinedMode()
-    if config.mode in ASSIST_MODES and config.device == "cuda" and (reason := unavailable_reason()):
+    is_asked = config.mode in ASSIST_MODES and config.device == "cuda"
+    if is_asked and (reason := unavailable_reason() or failure_reason()):
         logger.warning("mode %s acts as pipelined: %s", config.mode, reason)
         return PipelinedMode()
     return ASSIST_MODES[config.mode]() if config.mode in ASSIST_MODES else make_mode(config.mode)

@@ -10,7 +10,6 @@ from toppings.core import Batch, BatchItem, FinishReason, Request
 from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
 from toppings.engine.ends import Ends, error_output
-from toppings.engine.faults import is_sticky
 from toppings.engine.intake import check_tokens, request_of, tier_of
 from toppings.engine.model_runner import StepResult
 from toppings.engine.progress import Progress
@@ -20,6 +19,7 @@ from toppings.engine.step import Followers, Runner, Step
 from toppings.engine.step_log import StepLog, describe
 from toppings.engine.structures import Structures
 from toppings.messages import AddRequest, EngineReady, EngineStats, RequestOutput, TokenLogprobs
+from toppings.ops.device_faults import is_sticky
 from toppings.vital import EngineLostError
 
 COUNTERS = (
@@ -152,7 +152,8 @@ class Engine:
 
     def _can_run_ahead(self) -> bool:
         """While nobody is to be admitted: whose prompt joins a step is decided with all tokens known."""
-        return not self.scheduler.may_admit and self._runner.can_run_ahead(self.scheduler.running)
+        may_admit = self.scheduler.may_admit(time.perf_counter())
+        return not may_admit and self._runner.can_run_ahead(self.scheduler.running)
 
     def _start(self, outputs: list[RequestOutput], previous: Step | None = None) -> Step | None:
         """Schedules a step and queues its work; None where nothing can run or it could not be started.

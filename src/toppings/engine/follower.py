@@ -58,7 +58,8 @@ class Follower:
             torch.cuda.set_device(start.index)
         part = split_model(model, config.tensor_parallel_size)[start.index]
         decoder = load_decoder(config, model, part)
-        warm_up(decoder.dtype)
+        if config.device == "cpu":
+            warm_up(decoder.dtype)
         connection.send_bytes(encode(Loaded()))
         meet(config, start.store_path, start.index)
         begin = receive_command(connection)
@@ -121,6 +122,7 @@ def _make_adapters(
     loader: Loader
     if config.device == "cuda":
         arena.lock_pages()
+        arena.use_all()  # the lead does not tell how far it has come
         loader = CudaLoader(pool.arena)
     else:
         loader = CpuLoader(pool.arena, link_gbps=config.link_gbps)

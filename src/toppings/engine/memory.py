@@ -6,19 +6,19 @@ from typing import Any
 import torch
 
 from toppings.config import ConfigError, EngineConfig
-from toppings.core import BatchItem, Request
+from toppings.core import GROUPS, BatchItem, Request
 from toppings.engine.drawing import DeviceSampler
 from toppings.engine.pages import pages_for
 from toppings.engine.scoring import score
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
+from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.ops.attention import KVCache
+from toppings.ops.gpu_plan import TILES
 from toppings.ops.lora import MAX_RANK
 from toppings.ops.sampling import SamplingRow
 from toppings.sampling_params import MAX_LOGPROBS, SamplingParams
-
-_MOST_MODULES = 3  # of a projection group
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,19 @@ def measure(decoder: Decoder, config: EngineConfig, cuda: Any) -> DeviceMemory:
     before = cuda.memory_allocated()
     cuda.reset_peak_memory_stats()
     _run_largest_step(decoder, config, cuda)
-    shrunk_rows = 4 * _MOST_MODULES * MAX_RANK * config.max_num_batched_tokens  # fp32, of adapters
+    shrunk_rows = config.max_num_batched_tokens * _shrunk_row_bytes(decoder.config)
     activations = cuda.max_memory_allocated() - before + shrunk_rows
     cuda.empty_cache()
     free, total = cuda.mem_get_info()
     return DeviceMemory(total, free, activations)
+
+
+def _shrunk_row_bytes(model: ModelConfig) -> int:
+    """fp32, of adapters of the largest rank: a plane for each split of the input."""
+    _, sizes = model.base_shapes()
+    return 4 * max(
+        MAX_RANK * len(modules) * TILES["sgmv"].splits(sizes[modules[0]][0]) for modules in GROUPS.values()
+    )
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ from toppings.assist.exchange import AssistStats
 from toppings.core import Batch, BatchItem, Request
 from toppings.engine.device_lora import DeviceLora
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
-from toppings.engine.graphs import DecodeGraphs
 from toppings.engine.pages import pages_for
 from toppings.engine.sampling_rows import SamplingRows
 from toppings.engine.scoring import Reader, Reading, ReadingPlan, Readings, read_nothing, read_on_host
@@ -25,6 +24,7 @@ from toppings.messages import TokenLogprobs
 from toppings.model.decoder import Decoder, LoraContext
 from toppings.ops.attention import KVCache
 from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
+from toppings.ops.sampling import SamplingRow
 from toppings.sampling_params import SamplingParams
 
 NO_LOGITS = (
@@ -84,6 +84,18 @@ class StepAssist(Protocol):
     ) -> AssistLora: ...
 
 
+class CapturedSteps(Protocol):
+    """Steps of one kind that a device replays (graphs.py, prompt_graphs.py)."""
+
+    def can_run(self, items: Sequence[BatchItem]) -> bool: ...
+
+    def run(
+        self, items: Sequence[BatchItem], segments: LoraSegments | None, pending: Pending | None = None
+    ) -> torch.Tensor:
+        """Logits of the items that are drawn from, fp32 [drawn, vocab], until the next run. No adapter of
+        theirs is loading."""
+
+
 class ModelRunner:
     """The model, its cache and the adapters on one device. `start` changes no request. `runs_ahead`: a step
     may be started before the tokens of the one before are known."""
@@ -111,7 +123,7 @@ class ModelRunner:
         self._runs_ahead = runs_ahead
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
-        self.graphs: DecodeGraphs | None = None  # likewise
+        self.graphs: Sequence[CapturedSteps] = ()  # likewise
         self.rows = SamplingRows(decoder.config.eos_token_ids, decoder.config.vocab_size)
         self.out_offsets = decoder.config.group_out_offsets()
 
@@ -136,8 +148,10 @@ class ModelRunner:
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
         has_extras = segments is not None and self._adapters.pool.has_extras(segments.slots)
-        if self.graphs is not None and not loads and not has_extras and self.graphs.can_run(items):
-            logits = self.graphs.run(items, segments, pending)
+        may_capture = not loads and not has_extras
+        captured = next((g for g in self.graphs if g.can_run(items)), None) if may_capture else None
+        if captured is not None:
+            logits = captured.run(items, segments, pending)
         else:
             plan = ReadingPlan.of(items)
             rows_wanted = [row for row, _ in sampled] + (plan.rows if plan is not None else [])
@@ -180,6 +194,13 @@ class ModelRunner:
         request = Request("dry-run", [0] * num_tokens, SamplingParams(), page_table=pages)
         inputs = self._inputs.build([BatchItem(request, num_tokens)], [num_tokens - 1], None)
         self._decoder.logits(self._hidden(inputs, lora))
+
+    @torch.inference_mode()
+    def dry_draw(self) -> None:
+        """A draw from zeros, of the kind that has kernels of its own."""
+        row = SamplingRow(SamplingParams(top_p=0.9), [0], [])
+        shape = (1, self._decoder.config.vocab_size)
+        self._sample(torch.zeros(shape, device=self._decoder.device), [row]).wait()
 
     def _hidden(self, inputs: StepInputs, lora: LoraContext | None) -> torch.Tensor:
         return self._decoder.hidden(

@@ -17,12 +17,16 @@ tokens, itself as well, computes the rest.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from toppings.bad_input import RequestError
 from toppings.core import Admission, Batch, BatchItem, Request
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames, PrefixCache
+
+MAX_LOOKED_AT = 32
+"""Waiting requests whose adapters are asked for between steps; where there are more, one may find its own."""
 
 
 class AdapterPlacement(Protocol):
@@ -39,6 +43,9 @@ class AdapterPlacement(Protocol):
 
         Raises ValueError where it can never be served.
         """
+
+    def may_acquire(self, adapter_id: int) -> bool:
+        """False where `try_acquire` is known to give LOADING or NO_ROOM now; changes nothing."""
 
     def release(self, adapter_id: int) -> None:
         """One request less that needs it."""
@@ -204,13 +211,21 @@ class Scheduler:
         assert has_grown, "pages were counted before the adapter was acquired"
         return BatchItem(request, num_tokens, copy_page=copy_page)
 
-    @property
-    def may_admit(self) -> bool:
-        """The next step may start a waiting request, for all that is known without asking for its adapter."""
+    def may_admit(self, now: float) -> bool:
+        """The next step may start a waiting request, or make room for one, for all that can be told without
+        changing anything."""
         if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
             return False
         first = self.waiting[0]
-        return self._has_pages(first, self.cache.num_found(first))
+        if not self._has_pages(first, self.cache.num_found(first)):
+            return False
+        if self._drain is not None or self._has_starved(now):
+            return True
+        looked_at = list(islice(self.waiting, MAX_LOOKED_AT + 1))
+        return len(looked_at) > MAX_LOOKED_AT or any(map(self._may_find_adapter, looked_at))
+
+    def _may_find_adapter(self, request: Request) -> bool:
+        return request.adapter_id is None or self.adapters.may_acquire(request.adapter_id)
 
     def _has_pages(self, request: Request, num_found: int) -> bool:
         """Room for all it has to compute, and a page for each that runs, lest one be preempted at once."""
@@ -273,6 +288,10 @@ class Scheduler:
         victims = frozenset(self.adapters.victims_for(starved.adapter_id))
         self._drain = Drain(starved, victims, now)
         self.num_drains += 1
+
+    def _has_starved(self, now: float) -> bool:
+        longest = min(self._blocked_at.values(), default=now)
+        return now - longest > self.limits.max_adapter_wait_s
 
     def _is_starved(self, request: Request, now: float) -> bool:
         blocked_at = self._blocked_at.get(request.request_id)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from toppings.messages import TokenLogprobs
+from toppings.ops.dispatch import gpu_kernels
 from toppings.ops.sampling import (
     SampleOutput,
     SamplingRow,
@@ -27,9 +28,10 @@ from toppings.ops.sampling import (
     told_logprobs,
 )
 from toppings.ops.token_mask import device_flags, num_words
-from toppings.ops.truncation import NUM_CANDIDATES, cut, likeliest
+from toppings.ops.truncation import NUM_CANDIDATES, cut, cut_candidates, likeliest
 
 Array = npt.NDArray[Any]
+_NUM_LIKELY = 1024  # of a row whose top-k does not bound it: nearly always, top-p keeps fewer
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[T
         for kind, members in zip(("uncut", "few", "many"), kinds, strict=True):
             if len(members):
                 limits = top_k[members], top_p[members], min_p[members]
-                weights, ids = _weights(kind, probs[members], *limits)
-                token_ids.index_put_((drawn[members],), choose(weights, ids, uniform[members]))
+                chosen = _choose(kind, probs[members], uniform[members], *limits)
+                token_ids.index_put_((drawn[members],), chosen)
     report = _report(logits, token_ids, reported, named, plan.num_top) if len(reported) else []
     return [token_ids, is_drawable, *report]
 
@@ -163,16 +165,20 @@ def _adjusted(
     return adjusted
 
 
-def _weights(
-    kind: str, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _choose(kind: str, probs: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """int64 [n]: a token of each row of probs [n, V]."""
     if kind == "uncut":
-        return probs, None
-    if kind == "few":
-        values, ids = likeliest(probs, NUM_CANDIDATES)
-    else:
+        return choose(probs, None, uniform)
+    gpu = gpu_kernels("sampling", probs)
+    if kind == "many" and (gpu is None or probs.shape[1] <= _NUM_LIKELY):
         values, ids = probs.sort(dim=-1, descending=True, stable=True)
-    return cut(values, torch.ones_like(top_p), top_k, top_p, min_p), ids
+    else:
+        values, ids = likeliest(probs, NUM_CANDIDATES if kind == "few" else _NUM_LIKELY)
+    chosen = choose(cut(values, torch.ones_like(top_p), top_k, top_p, min_p), ids, uniform)
+    if kind == "many" and values.shape[1] < probs.shape[1]:
+        _, is_certain = cut_candidates(values, top_k, top_p, min_p)
+        gpu.draw_uncertain_(chosen, probs, is_certain, top_k, top_p, min_p, uniform)
+    return chosen
 
 
 def _report(logits: Tensor, token_ids: Tensor, reported: Tensor, named: Tensor, num_top: int) -> list[Tensor]:

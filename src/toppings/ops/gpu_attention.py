@@ -9,21 +9,20 @@
   queries may see, this step's own included, in the cache. Programs of one tile's heads are neighbours: they
   find keys in the L2 cache.
 
-Softmax is computed online in fp32; weights are rounded to the values' dtype for the product, as tensor cores
-want it. Sequences without keys (a graph's padding) give zeros.
+Loads of keys and values go ahead of the products by as many stages as shared memory has room for: the look-up
+of pages takes two of them.
 
-Checked with Triton's interpreter and compiled for compute capability 8.0 to 9.0; not yet run on a GPU.
+Checked with Triton's interpreter and compiled for compute capability 8.0 to 12.0; not yet run on a GPU.
 """
 
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from toppings.ops.attention import AttentionMetadata
-from toppings.ops.gpu_launch import dot_options, next_power_of_2, num_multiprocessors
+from toppings.ops.gpu_attention_kernels import combine_kernel, decode_kernel, prefill_kernel
+from toppings.ops.gpu_launch import capability, dot_options, next_power_of_2, num_multiprocessors
 from toppings.ops.gpu_plan import QUERIES, AttentionTiles
 from toppings.ops.gpu_varlen import attend_varlen, varlen_reason
 
@@ -33,211 +32,8 @@ _MIN_GROUP = 16  # rows of a tensor core's tile
 _MIN_SPLIT_KEYS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _LONGEST_WINDOW = 2**30
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
-    q,
-    positions,
-    k_cache,
-    v_cache,
-    page_table,
-    kv_head,
-    low,
-    high,
-    window,
-    scale_log2,
-    KV_STRIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """Online softmax of queries q [M, BLOCK_D] at `positions` [M] over the keys [low, high) of one key head:
-    (sum [M, BLOCK_D], largest score [M], sum of weights [M])."""
-    column = tl.arange(0, BLOCK_D)
-    ROWS: tl.constexpr = q.shape[0]
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([ROWS], tl.float32)
-    for start in range(low, high, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        pages = tl.load(page_table + keys // PAGE_SIZE, mask=keys < high, other=0)
-        rows = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
-        place = rows[:, None] * KV_STRIDE + kv_head * HEAD_DIM + column[None, :]
-        mask = (keys < high)[:, None] & (column < HEAD_DIM)[None, :]
-        k = tl.load(k_cache + place, mask=mask, other=0.0)
-        scores = tl.dot(q.to(OPERAND), tl.trans(k).to(OPERAND), input_precision=PRECISION) * scale_log2
-        seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] > positions[:, None] - window)
-        scores = tl.where(seen & (keys < high)[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(largest - base)
-        v = tl.load(v_cache + place, mask=mask, other=0.0)
-        total = tl.dot(
-            weights.to(v.dtype).to(OPERAND), v.to(OPERAND), total * decay[:, None], input_precision=PRECISION
-        )
-        weight_sum = weight_sum * decay + tl.sum(weights, axis=1)
-        largest = new_largest
-    return total, largest, weight_sum
-
-
-@triton.jit(do_not_specialize=["max_pages"])  # type: ignore[untyped-decorator]
-def _prefill_kernel(  # type: ignore[no-untyped-def]
-    out,
-    q,
-    k_cache,
-    v_cache,
-    page_tables,
-    context_lens,
-    tiles,
-    max_pages,
-    q_stride,
-    window,
-    scale_log2,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr,
-    PARTS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    head = tl.program_id(0)
-    tile = tiles + tl.program_id(1) // PARTS * 4
-    skipped = tl.program_id(1) % PARTS * QUERIES
-    start = tl.load(tile) + skipped
-    stop = tl.minimum(tl.load(tile + 1), start + QUERIES)
-    if start >= stop:
-        return
-    sequence, position = tl.load(tile + 2).to(tl.int64), tl.load(tile + 3) + skipped
-    rows = start + tl.arange(0, QUERIES)
-    column = tl.arange(0, BLOCK_D)
-    mask = (rows < stop)[:, None] & (column < HEAD_DIM)[None, :]
-    q_tile = tl.load(
-        q + rows.to(tl.int64)[:, None] * q_stride + head * HEAD_DIM + column[None, :], mask=mask, other=0.0
-    )
-    total, _, weight_sum = _attend(
-        q_tile,
-        position + tl.arange(0, QUERIES),
-        k_cache,
-        v_cache,
-        page_tables + sequence * max_pages,
-        head // (NUM_HEADS // NUM_KV_HEADS),
-        tl.maximum(position - window + 1, 0) // KEYS * KEYS,
-        position + stop - start,
-        window,
-        scale_log2,
-        KV_STRIDE=NUM_KV_HEADS * HEAD_DIM,
-        PAGE_SIZE=PAGE_SIZE,
-        HEAD_DIM=HEAD_DIM,
-        BLOCK_D=BLOCK_D,
-        KEYS=KEYS,
-        PRECISION=PRECISION,
-        OPERAND=OPERAND,
-    )
-    result = (total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]).to(out.dtype.element_ty)
-    place = rows.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + column[None, :]
-    tl.store(out + place, result, mask=mask)
-
-
-@triton.jit(do_not_specialize=["max_pages"])  # type: ignore[untyped-decorator]
-def _decode_kernel(  # type: ignore[no-untyped-def]
-    out,
-    sums,
-    marks,
-    q,
-    k_cache,
-    v_cache,
-    page_tables,
-    context_lens,
-    max_pages,
-    q_stride,
-    window,
-    scale_log2,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    kv_head, split = tl.program_id(0), tl.program_id(2)
-    sequence = tl.program_id(1).to(tl.int64)
-    context = tl.load(context_lens + sequence)
-    first = tl.maximum(context - window, 0)
-    part = ((context - first) + SPLITS * KEYS - 1) // (SPLITS * KEYS) * KEYS
-    low = first + split * part
-    member = tl.arange(0, BLOCK_GROUP)
-    head = kv_head * GROUP + member
-    column = tl.arange(0, BLOCK_D)
-    mask = (member < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
-    q_tile = tl.load(
-        q + sequence * q_stride + head[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0
-    )
-    total, largest, weight_sum = _attend(
-        q_tile,
-        tl.zeros([BLOCK_GROUP], tl.int32) + context - 1,
-        k_cache,
-        v_cache,
-        page_tables + sequence * max_pages,
-        kv_head,
-        low,
-        tl.minimum(low + part, context),
-        window,
-        scale_log2,
-        KV_STRIDE=NUM_KV_HEADS * HEAD_DIM,
-        PAGE_SIZE=PAGE_SIZE,
-        HEAD_DIM=HEAD_DIM,
-        BLOCK_D=BLOCK_D,
-        KEYS=KEYS,
-        PRECISION=PRECISION,
-        OPERAND=OPERAND,
-    )
-    row = sequence * NUM_HEADS + head
-    if SPLITS == 1:
-        result = (total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * HEAD_DIM + column[None, :], result, mask=mask)
-    else:
-        place = row * SPLITS + split
-        tl.store(sums + place[:, None] * HEAD_DIM + column[None, :], total, mask=mask)
-        tl.store(marks + place * 2, largest, mask=member < GROUP)
-        tl.store(marks + place * 2 + 1, weight_sum, mask=member < GROUP)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine_kernel(  # type: ignore[no-untyped-def]
-    out,
-    sums,
-    marks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """Adds up the splits of one sequence's head."""
-    row = tl.program_id(0).to(tl.int64)
-    split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
-    place = row * SPLITS + split
-    largest = tl.load(marks + place * 2, mask=split < SPLITS, other=float("-inf"))
-    base = tl.max(largest, axis=0)
-    decay = tl.exp2(largest - tl.where(base == float("-inf"), 0.0, base))
-    weight_sum = tl.sum(tl.load(marks + place * 2 + 1, mask=split < SPLITS, other=0.0) * decay, axis=0)
-    mask = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
-    total = tl.load(sums + place[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(total * decay[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
-    tl.store(out + row * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+_LARGE_SHARED_MEMORY = (80, 90, 100, 103)
+"""Compute capabilities with 160 KiB and more a multiprocessor."""
 
 
 def num_splits(num_sequences: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
@@ -271,8 +67,9 @@ def decode(
         sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
         marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(head_dim))
-    keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, 3)
-    _decode_kernel[(num_kv_heads, num, splits)](
+    keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, _num_stages(q.device))
+    decode_kernel(
+        (num_kv_heads, num, splits),
         out,
         sums,
         marks,
@@ -298,7 +95,8 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        _combine_kernel[(num * q.shape[1],)](
+        combine_kernel(
+            (num * q.shape[1], 1, 1),
             out,
             sums,
             marks,
@@ -324,9 +122,13 @@ def prefill(
     """Attention of the rows after the decodes' into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
     _, num_kv_heads, head_dim = k_cache.shape
-    queries, keys, warps, stages = (32, 32, 8, 1) if q.dtype == torch.float32 else (QUERIES, _KEYS, 4, 3)
+    warps = 8 if capability(q.device) >= 120 else 4  # with 4 there, registers spill
+    queries, keys, stages = QUERIES, _KEYS, _num_stages(q.device)
+    if q.dtype == torch.float32:
+        queries, keys, warps, stages = 32, 32, 8, 1
     parts = QUERIES // queries
-    _prefill_kernel[(q.shape[1], len(tiles.prefill_tiles) * parts)](
+    prefill_kernel(
+        (q.shape[1], len(tiles.prefill_tiles) * parts, 1),
         out,
         q,
         k_cache,
@@ -350,6 +152,10 @@ def prefill(
         num_warps=warps,
         num_stages=stages,
     )
+
+
+def _num_stages(device: torch.device) -> int:
+    return 5 if capability(device) in _LARGE_SHARED_MEMORY else 3
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> None:

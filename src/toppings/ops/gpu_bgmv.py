@@ -18,9 +18,10 @@ from torch import Tensor
 from toppings.ops.gpu_launch import (
     ALIGNMENT_BYTES,
     check_aligned,
+    chunk_room,
     column_tiles,
     columns_of,
-    next_power_of_2,
+    kernel,
 )
 from toppings.ops.gpu_plan import LoraBatch
 
@@ -39,10 +40,13 @@ def _largest_rank(  # type: ignore[no-untyped-def]
     return tl.max(largest, axis=0)
 
 
-_STEP_OPTIONS = {"do_not_specialize": ["num_chunks"], "do_not_specialize_on_alignment": ["places"]}
+_STEP_OPTIONS = {
+    "do_not_specialize": ["num_chunks", "places_stride", "max_rank", "h_stride", "h_split_stride"],
+    "do_not_specialize_on_alignment": ["places"],
+}
 
 
-@triton.jit(**_STEP_OPTIONS)  # type: ignore[untyped-decorator]
+@kernel(**_STEP_OPTIONS)
 def _shrink_rows_kernel(  # type: ignore[no-untyped-def]
     h,
     x,
@@ -91,7 +95,7 @@ def _shrink_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=ranks < max_rank)
 
 
-@triton.jit(**_STEP_OPTIONS)  # type: ignore[untyped-decorator]
+@kernel(**_STEP_OPTIONS)
 def _expand_rows_kernel(  # type: ignore[no-untyped-def]
     y,
     h,
@@ -149,14 +153,15 @@ def _expand_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 def shrink_rows(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batch: LoraBatch) -> Tensor:
-    """x Aᵀ, fp32 [splits, T, modules · max rank], each module's part as wide as the largest rank."""
+    """x Aᵀ, fp32 [splits, T, modules · rank room], each module's part as wide as the largest rank."""
     tiles, (num_rows, num_in) = batch.tiles(x.dtype), x.shape
     check_aligned(arena.dtype, num_in)
     assert x.stride(1) == 1
     splits = tiles.splits(num_in)
-    h = torch.empty(splits, num_rows, num_modules * batch.max_rank, dtype=torch.float32, device=x.device)
-    grid = (splits * num_modules * triton.cdiv(batch.max_rank, tiles.ranks), len(batch.chunks))
-    _shrink_rows_kernel[grid](
+    h = torch.empty(splits, num_rows, num_modules * batch.rank_room, dtype=torch.float32, device=x.device)
+    grid = (splits * num_modules * triton.cdiv(batch.rank_room, tiles.ranks), len(batch.chunks), 1)
+    _shrink_rows_kernel(
+        grid,
         h,
         x,
         arena,
@@ -166,11 +171,11 @@ def shrink_rows(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batc
         places.stride(0),
         x.stride(0),
         num_in,
-        batch.max_rank,
+        batch.rank_room,
         h.stride(1),
         h.stride(0),
         NUM_MODULES=num_modules,
-        MANY_CHUNKS=next_power_of_2(len(batch.chunks)),
+        MANY_CHUNKS=chunk_room(len(batch.chunks)),
         RANKS=tiles.ranks,
         DEPTH=tiles.depth,
         SPLITS=splits,
@@ -188,7 +193,8 @@ def expand_rows(
     tiles = batch.tiles(y.dtype)
     grid, ends = column_tiles(y, out_offsets, tiles.columns)
     check_aligned(arena.dtype, *ends)
-    _expand_rows_kernel[(grid, len(batch.chunks))](
+    _expand_rows_kernel(
+        (grid, len(batch.chunks), 1),
         y,
         h,
         arena,
@@ -197,12 +203,12 @@ def expand_rows(
         len(batch.chunks),
         places.stride(0),
         y.stride(0),
-        batch.max_rank,
+        batch.rank_room,
         h.stride(1),
         h.stride(0),
         *ends,
         NUM_MODULES=len(out_offsets),
-        MANY_CHUNKS=next_power_of_2(len(batch.chunks)),
+        MANY_CHUNKS=chunk_room(len(batch.chunks)),
         RANKS=tiles.expand_ranks,
         COLUMNS=tiles.columns,
         SPLITS=h.shape[0],

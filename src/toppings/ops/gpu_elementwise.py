@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_launch import next_power_of_2, num_warps_for
+from toppings.ops.gpu_launch import kernel, next_power_of_2, num_warps_for
 
 _SILU_COLUMNS = 1024
 _ROTATED_ELEMENTS = 2048  # half heads times head_dim / 2 that one program turns
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel()
 def _rms_norm_kernel(out, residual, x, weight, n, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
@@ -52,12 +52,21 @@ def _launch_norm(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: 
     if not num_rows:
         return
     block = next_power_of_2(n)
-    _rms_norm_kernel[(num_rows,)](
-        out, residual, x, weight, n, eps, ADD=add, BLOCK=block, num_warps=num_warps_for(block)
+    _rms_norm_kernel(
+        (num_rows, 1, 1),
+        out,
+        residual,
+        x,
+        weight,
+        n,
+        eps,
+        ADD=add,
+        BLOCK=block,
+        num_warps=num_warps_for(block),
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel()
 def _silu_mul_kernel(out, gate_up, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -74,11 +83,11 @@ def silu_mul(out: Tensor, gate_up: Tensor) -> None:
     if not num_rows:
         return
     block = min(next_power_of_2(n), _SILU_COLUMNS)
-    grid = (triton.cdiv(n, block), num_rows)
-    _silu_mul_kernel[grid](out, gate_up, n, BLOCK=block, num_warps=num_warps_for(block))
+    grid = (triton.cdiv(n, block), num_rows, 1)
+    _silu_mul_kernel(grid, out, gate_up, n, BLOCK=block, num_warps=num_warps_for(block))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel()
 def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     qkv,
     k_cache,
@@ -155,7 +164,8 @@ def rotate_and_store(
     all_heads = num_heads + 2 * num_kv_heads
     block_heads = min(next_power_of_2(all_heads), max(1, _ROTATED_ELEMENTS // block_half))
     q_norm, k_norm, eps = norm if norm is not None else (qkv, qkv, 0.0)
-    _rotate_and_store_kernel[(triton.cdiv(all_heads, block_heads), num_tokens)](
+    _rotate_and_store_kernel(
+        (triton.cdiv(all_heads, block_heads), num_tokens, 1),
         qkv,
         k_cache,
         v_cache,

@@ -1,7 +1,7 @@
 """What the launches of Triton kernels share."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,58 @@ ALIGNMENT_BYTES = 16
 it."""
 MULTIPROCESSORS_WITHOUT_GPU = 1
 """So that in the interpreter a program has more than one tile to do."""
+CAPABILITY_WITHOUT_GPU = 80
+"""Compute capability that kernels are chosen for where there is no GPU: 80 for 8.0."""
+_CHUNK_SIZES = (64, 1024)
+
+Grid = tuple[int, int, int]
+
+
+class Kernel:
+    """A Triton kernel, called as `kernel(grid, *arguments, **constants)`.
+
+    The first launch of a kind goes through Triton, which compiles what is new to it and works out for each
+    launch, in 20 to 35 us, which compiled form it is; later ones go to that form itself. Kinds are told apart
+    by what Triton tells them apart by, or more finely: constants, numbers but those that it is not to
+    specialise for, and each tensor's dtype and whether it starts on a multiple of 16 bytes. For one device in
+    a process.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[tuple[object, ...], Any] = {}
+        if not isinstance(function, triton.JITFunction):  # interpreted
+            return
+        params = function.params
+        self._constants = [param.name for param in params if param.is_constexpr]
+        self._free = {param.num for param in params if param.do_not_specialize}
+
+    def __call__(self, grid: Grid, *arguments: Any, **constants: Any) -> None:
+        if not isinstance(self._function, triton.JITFunction):
+            self._function[grid](*arguments, **constants)
+            return
+        key = self._kind_of(arguments, constants)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *[constants[name] for name in self._constants])
+            return
+        compiled = self._function[grid](*arguments, **constants)
+        if compiled is not None:
+            self._compiled[key] = compiled
+
+    def _kind_of(self, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[object, ...]:
+        free = self._free
+        kind = [
+            (each.dtype, each.data_ptr() % ALIGNMENT_BYTES) if isinstance(each, Tensor) else each
+            for i, each in enumerate(arguments)
+            if i not in free
+        ]
+        return (*kind, *constants.values())
+
+
+def kernel(**options: Any) -> Callable[[Any], Kernel]:
+    """`triton.jit` with its options, for what is launched."""
+    return lambda function: Kernel(triton.jit(function, **options))
 
 
 def next_power_of_2(n: int) -> int:
@@ -36,6 +88,25 @@ def num_multiprocessors(device: torch.device) -> int:
     return int(cuda.get_device_properties(device).multi_processor_count)
 
 
+def capability(device: torch.device) -> int:
+    """90 for 9.0."""
+    return _capability(device) if device.type == "cuda" else CAPABILITY_WITHOUT_GPU
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    cuda: Any = torch.cuda
+    major, minor = cuda.get_device_capability(device)
+    return int(10 * major + minor)
+
+
+def chunk_room(num_chunks: int) -> int:
+    """A number of chunks for which kernels are compiled, `num_chunks` at least: one of few, so that steps of
+    any size find theirs compiled."""
+    return next((size for size in _CHUNK_SIZES if size >= num_chunks), next_power_of_2(num_chunks))
+
+
+@cache
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:
     """Constants of kernels with `tl.dot`: fp32 operands are not cut to TF32, but are sums of two TF32 values
     (three products, near fp32's own accuracy, and on tensor cores), and Triton's interpreter, whose product
@@ -62,14 +133,19 @@ def columns_of(tile, end_0, end_1, end_2, COLUMNS: tl.constexpr):  # type: ignor
 def column_tiles(y: Tensor, out_offsets: Sequence[int], columns: int) -> tuple[int, tuple[int, int, int]]:
     """How many tiles of `columns` cover y's modules, and where each of three modules ends; one that is not
     there is empty."""
-    assert 1 <= len(out_offsets) <= 3
     assert y.stride(1) == 1
-    width = y.shape[1]
+    return _column_tiles(y.shape[1], tuple(out_offsets), columns)
+
+
+@cache
+def _column_tiles(width: int, out_offsets: tuple[int, ...], columns: int) -> tuple[int, tuple[int, int, int]]:
+    assert 1 <= len(out_offsets) <= 3
     bounds = [*out_offsets, *[width] * (4 - len(out_offsets))]
     ends = (bounds[1], bounds[2], bounds[3])
     return sum(triton.cdiv(high - low, columns) for low, high in zip(bounds[:3], ends, strict=True)), ends
 
 
+@cache
 def check_aligned(dtype: torch.dtype, *sizes: int) -> None:
     """Raises ValueError for a module size with which blocks would not start on `ALIGNMENT_BYTES`."""
     multiple = ALIGNMENT_BYTES // dtype.itemsize

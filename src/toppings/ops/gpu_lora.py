@@ -28,7 +28,7 @@ ranks and a quarter of 4,096 inputs is 32 KiB: 8 distinct adapters of rank 16 on
 rank 64 are 1,536, for 132 multiprocessors. A row's result does not depend on the other rows of its form's
 launch.
 
-Checked with Triton's interpreter and compiled for compute capability 8.0 to 9.0; not yet run on a GPU: the
+Checked with Triton's interpreter and compiled for compute capability 8.0 to 12.0; not yet run on a GPU: the
 tiles are first guesses, to be tuned by measurement.
 """
 
@@ -43,19 +43,23 @@ from toppings.ops.gpu_bgmv import expand_rows, shrink_rows
 from toppings.ops.gpu_launch import (
     ALIGNMENT_BYTES,
     check_aligned,
+    chunk_room,
     column_tiles,
     columns_of,
     dot_options,
-    next_power_of_2,
+    kernel,
     num_multiprocessors,
 )
-from toppings.ops.gpu_plan import LoraBatch
+from toppings.ops.gpu_plan import RANK_ROOM, LoraBatch
 from toppings.ops.lora import LoraSegments
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
-@triton.jit(do_not_specialize=["num_chunks"], do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
+@kernel(
+    do_not_specialize=["num_chunks", "places_stride", "h_stride", "h_split_stride"],
+    do_not_specialize_on_alignment=["places"],
+)
 def _shrink_kernel(  # type: ignore[no-untyped-def]
     h,
     x,
@@ -75,9 +79,12 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    RANK_ROOM: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
+    h_stride = tl.multiple_of(h_stride, RANK_ROOM)
+    h_split_stride = tl.multiple_of(h_split_stride, RANK_ROOM)
     chunk_ids = tl.arange(0, MANY_CHUNKS)
     slots = tl.load(chunks + chunk_ids * 3 + 2, mask=chunk_ids < num_chunks, other=-1)
     total_ranks = tl.zeros([MANY_CHUNKS], tl.int32)
@@ -119,7 +126,10 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, total, mask=(rows < stop)[:, None] & (ranks < total_rank)[None, :])
 
 
-@triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
+@kernel(
+    do_not_specialize=["places_stride", "h_stride", "h_split_stride"],
+    do_not_specialize_on_alignment=["places"],
+)
 def _expand_kernel(  # type: ignore[no-untyped-def]
     y,
     h,
@@ -139,9 +149,12 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    RANK_ROOM: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
+    h_stride = tl.multiple_of(h_stride, RANK_ROOM)
+    h_split_stride = tl.multiple_of(h_split_stride, RANK_ROOM)
     chunk = tl.program_id(1)
     slot = tl.load(chunks + chunk * 3 + 2)
     if slot < 0:
@@ -201,17 +214,18 @@ def add_lora(
 
 
 def shrink(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batch: LoraBatch) -> Tensor:
-    """x Aᵀ of every module of the group, fp32 [splits, T, modules · max rank]: a row's parts stand one after
-    another as wide as its adapter's ranks, what follows is not written."""
+    """x Aᵀ of every module of the group, fp32 [splits, T, modules · rank room]: a row's parts stand one
+    after another as wide as its adapter's ranks, what follows is not written."""
     tiles, (num_rows, num_in) = batch.tiles(x.dtype), x.shape
     check_aligned(arena.dtype, num_in)
     assert x.stride(1) == 1
     assert arena.dtype == x.dtype
     splits, num_chunks = tiles.splits(num_in), len(batch.chunks)
-    h = torch.empty(splits, num_rows, num_modules * batch.max_rank, dtype=torch.float32, device=x.device)
+    h = torch.empty(splits, num_rows, num_modules * batch.rank_room, dtype=torch.float32, device=x.device)
     most_tiles = num_chunks * triton.cdiv(num_modules * batch.max_rank, tiles.ranks) * splits
     num_programs = min(most_tiles, _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(x.device))
-    _shrink_kernel[(num_programs,)](
+    _shrink_kernel(
+        (num_programs, 1, 1),
         h,
         x,
         arena,
@@ -224,12 +238,13 @@ def shrink(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batch: Lo
         h.stride(1),
         h.stride(0),
         NUM_MODULES=num_modules,
-        MANY_CHUNKS=next_power_of_2(num_chunks),
+        MANY_CHUNKS=chunk_room(num_chunks),
         ROWS=tiles.rows,
         RANKS=tiles.ranks,
         DEPTH=tiles.depth,
         SPLITS=splits,
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
+        RANK_ROOM=RANK_ROOM,
         **dot_options(x.dtype),
         num_warps=tiles.shrink_warps,
         num_stages=tiles.stages,
@@ -244,7 +259,8 @@ def expand(
     tiles = batch.tiles(y.dtype)
     grid, ends = column_tiles(y, out_offsets, tiles.columns)
     check_aligned(arena.dtype, *ends)
-    _expand_kernel[(grid, len(batch.chunks))](
+    _expand_kernel(
+        (grid, len(batch.chunks), 1),
         y,
         h,
         arena,
@@ -261,6 +277,7 @@ def expand(
         COLUMNS=tiles.columns,
         SPLITS=h.shape[0],
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
+        RANK_ROOM=RANK_ROOM,
         **dot_options(y.dtype),
         num_warps=tiles.expand_warps,
         num_stages=tiles.expand_stages,

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 QUERIES = 64
 """Queries of one program of the prefill attention."""
 
-_SPLIT_INPUTS = 1024  # inputs that one split of a decode shrink goes over, at least
+RANK_ROOM = 16
+"""Shrunk rows have room for ranks in multiples of it, so that where they begin is known to be aligned."""
+
+_SPLIT_INPUTS = 1024  # inputs that one split of a shrink goes over, at least
 
 Ints = npt.NDArray[np.int32]
 
@@ -62,20 +65,25 @@ class AttentionTiles:
 
 def attention_arrays(meta: "AttentionMetadata") -> list[Ints]:
     """`context_lens`, `prefill_tiles` and `prefill_indptr` of `AttentionTiles`."""
+    starts = meta.query_indptr[meta.num_decodes :]
+    return [
+        np.array(meta.context_lens, np.int32),
+        prefill_tiles(meta.num_decodes, meta.query_indptr, meta.context_lens),
+        np.array(starts, np.int32) - starts[0],
+    ]
+
+
+def prefill_tiles(num_decodes: int, query_indptr: Sequence[int], context_lens: Sequence[int]) -> Ints:
+    """int32 [N, 4], those of `AttentionTiles`, of the sequences after the decodes."""
     tiles: list[tuple[int, int, int, int]] = []
-    for s in range(meta.num_decodes, len(meta.context_lens)):
-        start, stop = meta.query_indptr[s], meta.query_indptr[s + 1]
-        past = meta.context_lens[s] - (stop - start)
+    for s in range(num_decodes, len(context_lens)):
+        start, stop = query_indptr[s], query_indptr[s + 1]
+        past = context_lens[s] - (stop - start)
         tiles += [
             (row, min(row + QUERIES, stop), s, past + row - start) for row in range(start, stop, QUERIES)
         ]
     tiles.sort(key=lambda tile: -tile[3])  # those with most keys first: they take longest
-    starts = meta.query_indptr[meta.num_decodes :]
-    return [
-        np.array(meta.context_lens, np.int32),
-        np.array(tiles, np.int32).reshape(-1, 4),
-        np.array(starts, np.int32) - starts[0],
-    ]
+    return np.array(tiles, np.int32).reshape(-1, 4)
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,13 @@ class Tiles:
 
 
 TILES: "dict[LoraForm, Tiles]" = {
-    "sgmv": Tiles(64, 64, 64, 64, 128, 1, 4, 8, 3, 3),
+    "sgmv": Tiles(64, 64, 32, 64, 128, 4, 4, 8, 3, 1),
     "mbgmv": Tiles(16, 16, 32, 128, 128, 8, 4, 4, 4, 3),
     "bgmv": Tiles(1, 16, 16, 256, 128, 8, 4, 4, 3, 3),
 }
 FP32_TILES: "dict[LoraForm, Tiles]" = {
-    "sgmv": Tiles(64, 32, 32, 32, 64, 1, 8, 8, 2, 2),
-    "mbgmv": Tiles(16, 16, 32, 64, 128, 8, 4, 4, 3, 3),
+    "sgmv": Tiles(64, 32, 32, 32, 64, 4, 8, 8, 2, 1),
+    "mbgmv": Tiles(16, 16, 16, 64, 128, 8, 4, 4, 3, 2),
     "bgmv": TILES["bgmv"],
 }
 """Twice the bytes and, on tensor cores, three products: what fits every chip without spills. Chunks are as
@@ -121,6 +129,11 @@ class LoraBatch:
     chunks: Tensor
     form: "LoraForm"
     max_rank: int
+
+    @property
+    def rank_room(self) -> int:
+        """What shrunk rows have for each module."""
+        return -(-self.max_rank // RANK_ROOM) * RANK_ROOM
 
     def tiles(self, dtype: torch.dtype) -> Tiles:
         return (FP32_TILES if dtype == torch.float32 else TILES)[self.form]

@@ -30,7 +30,7 @@ def truncate(
     rows = is_cut.nonzero()[:, 0]
     limits = top_k[rows], top_p[rows], min_p[rows]
     values, ids = likeliest(probs[rows], NUM_CANDIDATES)
-    weights, is_certain = _cut_candidates(values, *limits)
+    weights, is_certain = cut_candidates(values, *limits)
     is_certain |= torch.full_like(is_certain, values.shape[1] == probs.shape[1])
     if is_certain.any():
         yield rows[is_certain], weights[is_certain], ids[is_certain]
@@ -41,7 +41,7 @@ def truncate(
         yield rows[rest], cut(values, total, *(limit[rest] for limit in limits)), ids
 
 
-def _cut_candidates(values: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+def cut_candidates(values: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
     """The weights of the likeliest tokens, and whether tokens outside could not change them [n].
 
     They could where a token outside passes top-k and min-p, unless both are off: then the total is 1; and

@@ -31,6 +31,7 @@ class SimPlacement(Protocol):
     def prefetch(self, adapter_id: int) -> None: ...
     def holds(self, adapter_id: int) -> bool: ...
     def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission: ...
+    def may_acquire(self, adapter_id: int) -> bool: ...
     def release(self, adapter_id: int) -> None: ...
     def victims_for(self, adapter_id: int) -> list[int]: ...
 
@@ -67,6 +68,9 @@ class AllResident:
     def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
         self.num_hits += 1
         return Admission.READY
+
+    def may_acquire(self, adapter_id: int) -> bool:
+        return True
 
     def release(self, adapter_id: int) -> None:
         pass
@@ -138,6 +142,9 @@ class Pool:
                 self._idle_bytes -= self._bytes[adapter_id]
         self._policy.touch(adapter_id, self._bytes[adapter_id])
         return Admission.READY
+
+    def may_acquire(self, adapter_id: int) -> bool:
+        return True
 
     def release(self, adapter_id: int) -> None:
         num_users = self._num_users[adapter_id] = self._num_users[adapter_id] - 1

@@ -1,10 +1,15 @@
-"""Which failures of a step no later step can get over."""
+"""Which failures of a device no later work on it can get over."""
+
+import re
 
 import torch
 
 from toppings.vital import EngineLostError
 
 _STICKY: type[Exception] | None = getattr(torch, "AcceleratorError", None)
+_WORDS = re.compile(
+    r"CUDA error|CUDA_ERROR_(?!OUT_OF_MEMORY)"
+)  # torch's, and those of the driver's own calls
 
 
 class FollowerLostError(EngineLostError):
@@ -17,7 +22,7 @@ def is_sticky(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return False
-        if (_STICKY is not None and isinstance(error, _STICKY)) or "CUDA error" in str(error):
+        if (_STICKY is not None and isinstance(error, _STICKY)) or _WORDS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
