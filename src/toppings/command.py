@@ -23,6 +23,7 @@ VERBS: Verbs = {
         "Serve a base model from many engines with Ray Serve (without --model: the built-in one).",
     ),
     "adapters": (SERVING, "The adapters of a model, or of a running server."),
+    "keys": ("toppings.keys_cli", "The API keys of tenants."),
     "plan": (
         SERVING,
         "Show what `auto` would do with a cold adapter, and the times it predicts for each mode.",

@@ -37,6 +37,8 @@ from toppings.sources.adapters import (
     parse_source,
 )
 from toppings.sources.fetch import FetchNotFound, Room
+from toppings.tenants.book import ADMIN
+from toppings.tenants.tenant import Tenant
 from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
@@ -125,7 +127,14 @@ class Resolver:
         return await self._in_thread(find_reference, self.sources, reference)
 
     async def load(
-        self, name: str, found: Found, *, in_place: bool, origin: Origin, is_private: bool = False
+        self,
+        name: str,
+        found: Found,
+        *,
+        in_place: bool,
+        origin: Origin,
+        is_private: bool = False,
+        tenant: Tenant = ADMIN,
     ) -> AdapterRecord:
         """Fetches and registers what was found. Raises ApiError."""
         part = self._directory / uuid.uuid4().hex
@@ -134,7 +143,13 @@ class Resolver:
             path = await self._in_thread(found.bring, part, room)
             where = f"{PRIVATE}{found.where}" if is_private else found.where
             return await self._admin.register_found(
-                name, path, found.root or path, in_place=in_place, origin=origin, source=where
+                name,
+                path,
+                found.root or path,
+                in_place=in_place,
+                origin=origin,
+                source=where,
+                tenant=tenant,
             )
         except AdapterError as error:
             raise ApiError(400, f"Loading lora {name} failed: {error}", "InvalidUserInput") from error

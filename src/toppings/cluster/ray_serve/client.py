@@ -29,6 +29,8 @@ from toppings.sampling_params import SamplingParams
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.state import ServerState
+from toppings.tenants.book import ADMIN
+from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -286,11 +288,18 @@ class FleetAdmin(AdapterAdmin):
         in_place: bool,
         origin: Origin = Origin.HTTP,
         source: str = "",
+        tenant: Tenant = ADMIN,
     ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
             record = await super()._register(
-                name, directory, roots, in_place=in_place, origin=origin, source=source
+                name,
+                directory,
+                roots,
+                in_place=in_place,
+                origin=origin,
+                source=source,
+                tenant=tenant,
             )
             refusals = await self._replicas.adopt(record)
         if not refusals:
