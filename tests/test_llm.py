@@ -23,10 +23,10 @@ from toppings.bad_input import RequestError
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import FinishReason
 from toppings.demo import demo_adapters_dir
+from toppings.detokenizer import GenerationError
 from toppings.engine.base import hold_state
 from toppings.engine.client import EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
-from toppings.text import GenerationError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 

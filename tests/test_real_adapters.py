@@ -187,10 +187,25 @@ def test_the_score_script_asks_base_and_adapter_over_http(
     assert TASKS["dates"].system in (tmp_path / "dates" / "README.md").read_text()
 
 
+def test_adapters_of_ones_own_are_asked_and_told_whatever_their_configuration_leaves_out(
+    tmp_path: Path,
+) -> None:
+    for name in ("dates", "of-no-job"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"r": 4, "target_modules": "q_proj"}')
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"")
+    assert score_adapters.askable(tmp_path) == ["dates"]
+    assert "| 4 | q | 0.0 | 1 | 2 |" in score_adapters.table(
+        {"dates": {"base": 1.0, "adapter": 2.0}}, tmp_path
+    )
+    with pytest.raises(ValueError, match="holds none of"):
+        score_adapters.askable(tmp_path / "dates")
+
+
 def test_the_shipped_adapters_differ_in_kind() -> None:
     configs = [config_of(name) for name in SHIPPED]
     ranks = {config["r"] for config in configs}
-    assert SHIPPED == sorted(TASKS) == sorted(RECIPES) == score_adapters.shipped()
+    assert SHIPPED == sorted(TASKS) == sorted(RECIPES) == score_adapters.askable(ADAPTERS)
     assert len(SHIPPED) >= 8
     assert (min(ranks), max(ranks)) == (4, 64)
     assert len({tuple(config["target_modules"]) for config in configs}) >= 4

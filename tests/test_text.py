@@ -9,17 +9,11 @@ from transformers import PreTrainedTokenizerFast
 from tests.fakes import Call, FakeEngineClient
 from toppings.bad_input import RequestError
 from toppings.core import FinishReason
+from toppings.detokenizer import Detokenizer, GenerationCutError, GenerationError, TextOutput, generate_text
 from toppings.sampling_params import SamplingParams
+from toppings.stop_strings import StopMatcher
 from toppings.synth import write_tokenizer
-from toppings.text import (
-    Detokenizer,
-    GenerationCutError,
-    GenerationError,
-    StopMatcher,
-    TextModel,
-    TextOutput,
-    generate_text,
-)
+from toppings.text import TextModel
 
 UNICODE = "naïve café — 東京 🦜🎉 end"
 

@@ -2,7 +2,8 @@
 
 Each would take seconds of a core to import torch and the rest. `install()` puts `WarmPopen` in the place of
 `subprocess.Popen`: a child is forked with the arguments, environment, working directory and descriptors that
-it was to get, and is a child of the process that asked. What measures imports goes `COLD`.
+it was to get, and is a child of the process that asked. A server soon starts one more, to fork engines: it
+has a child that was forked as warm and waits to become that one. What measures imports goes `COLD`.
 """
 
 import ctypes
@@ -21,10 +22,11 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 COLD = "TOPPINGS_TESTS_COLD"
 """A variable of the environment: where a child's has it, the child is started as ever."""
+SERVER = ["-m", "toppings", "serve"]
 MODULES = (
     "toppings",
     "toppings.engine.process",
@@ -33,7 +35,13 @@ MODULES = (
 )
 IMPORTED = (
     *("numpy", "torch", "numba", "zmq", "msgspec", "yaml", "uvicorn", "fastapi", "aiohttp", "transformers"),
-    *("safetensors.torch", "toppings", "toppings.cli", "toppings.engine.build", "toppings.engine.loop"),
+    *(
+        "safetensors.torch",
+        "toppings",
+        "toppings.cli.serving",
+        "toppings.engine.build",
+        "toppings.engine.loop",
+    ),
     *("toppings.engine.process", "toppings.assist.worker", "toppings.assist.product", "toppings.remote"),
     *("toppings.engine.follower_process", "toppings.server.app", "toppings.cluster.router.app"),
 )
@@ -72,17 +80,33 @@ class WarmProcess:
 
     def fork(self, job: Job, descriptors: list[int]) -> int:
         """Its process id. Raises OSError where there is nothing left to fork it."""
-        message = json.dumps(asdict(job)).encode()
         with self._lock:
             _adopt(True)
             try:
-                socket.send_fds(self._socket, [message], descriptors)
+                _send(self._socket, job, descriptors)
                 answer = self._socket.recv(MAX_BYTES)
             finally:
                 _adopt(False)
         if not answer:
             raise ConnectionResetError("what forks tests' processes has ended")
         return int(answer)
+
+
+class Spare:
+    """A child of this process that waits to become the first one that it starts."""
+
+    def __init__(self, control: socket.socket, pid: int) -> None:
+        self._socket, self._pid = control, pid
+
+    def fork(self, job: Job, descriptors: list[int]) -> int:
+        """Its process id, which stands already. Raises OSError where it has ended."""
+        with self._socket:
+            _send(self._socket, job, descriptors)
+        return self._pid
+
+
+def _send(control: socket.socket, job: Job, descriptors: list[int]) -> None:
+    socket.send_fds(control, [json.dumps(asdict(job)).encode()], descriptors)
 
 
 def _adopt(does: bool) -> None:
@@ -105,6 +129,9 @@ def warm_process() -> WarmProcess:
 class WarmPopen(subprocess.Popen[Any]):
     """`subprocess.Popen`, but for `python -m toppings...`."""
 
+    def _find_warm(self) -> WarmProcess | Spare | None:
+        return warm_process()
+
     def _execute_child(
         self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any,
         startupinfo: Any, creationflags: Any, shell: Any, *pipes_and_more: Any,
@@ -112,7 +139,8 @@ class WarmPopen(subprocess.Popen[Any]):
         environment = dict(os.environ if env is None else env)
         pipes, more = pipes_and_more[:6], pipes_and_more[7:]
         is_plain = executable is None and preexec_fn is None and not shell and _is_default(more)
-        if not is_plain or not _is_warm(args, environment):
+        warm = self._find_warm() if is_plain and _is_warm(args, environment) else None
+        if warm is None:
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env,
                 startupinfo, creationflags, shell, *pipes_and_more,
@@ -126,9 +154,18 @@ class WarmPopen(subprocess.Popen[Any]):
             str(cwd or os.getcwd()),
             [0, 1, 2, *pass_fds],
         )
-        self.pid = warm_process().fork(job, [*standard, *pass_fds])
+        self.pid = warm.fork(job, [*standard, *pass_fds])
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+class SparePopen(WarmPopen):
+    """In a server: warm once."""
+
+    spares: ClassVar[list[Spare]] = []
+
+    def _find_warm(self) -> Spare | None:
+        return self.spares.pop() if self.spares else None
 
 
 def _is_default(more: tuple[Any, ...]) -> bool:
@@ -137,8 +174,8 @@ def _is_default(more: tuple[Any, ...]) -> bool:
 
 
 def _is_warm(args: Any, environment: dict[str, str]) -> bool:
-    is_module = isinstance(args, list) and len(args) > 2 and args[:2] == [sys.executable, "-m"]
-    return is_module and args[2] in MODULES and COLD not in environment
+    is_module = isinstance(args, list | tuple) and len(args) > 2 and [*args[:2]] == [sys.executable, "-m"]
+    return is_module and args[2] in MODULES and COLD not in environment  # asyncio gives a tuple
 
 
 def install() -> None:
@@ -164,6 +201,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     job = _serve(control)
+    if job is not None and job.arguments[:3] == SERVER:
+        job = _leave_spare(job)
     if job is not None:
         _write_arguments(room, job)
         _run(job)
@@ -184,6 +223,25 @@ def _serve(control: socket.socket) -> Job | None:
         for descriptor in descriptors:
             os.close(descriptor)
         control.send(str(pid).encode())
+
+
+def _leave_spare(job: Job) -> Job | None:
+    """The job; in the child that waits, the one that it gets, None where the server has ended without it."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        SparePopen.spares.append(Spare(mine, pid))
+        subprocess.Popen = SparePopen  # type: ignore[misc]
+        return job
+    mine.close()
+    with theirs:
+        data, descriptors, _, _ = socket.recv_fds(theirs, MAX_BYTES, 200)
+    if not data:
+        return None
+    job = Job(**json.loads(data))
+    _place(descriptors, job.targets)
+    return job
 
 
 def _fork_orphan() -> int:

@@ -35,6 +35,7 @@ from toppings.model.named import NAMED_MODELS, named_config
 from toppings.ops import dispatch, gpu_launch
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
+from toppings.ops.columns import adjust_columns_
 from toppings.ops.gpu_plan import LoraBatch
 from toppings.ops.lora import LoraForm, LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
@@ -175,6 +176,17 @@ def record_lora(
         )
 
 
+def record_columns(recorder: Recorder, model: ModelConfig, dtype: torch.dtype, num_rows: int) -> None:
+    offsets = model.group_out_offsets()["qkv"]
+    y = torch.empty(num_rows, offsets[2] + model.kv_size, dtype=dtype)
+    places, arena = torch.zeros(8, 7, 2, dtype=torch.int64), torch.empty(1024, dtype=dtype)
+    segments = LoraSegments(list(range(0, num_rows + 1, num_rows // 8)), list(range(8)))
+    recorder.record(
+        "adjust columns",
+        partial(adjust_columns_, y, arena=arena, places=places, out_offsets=offsets, segments=segments),
+    )
+
+
 def record_elementwise(recorder: Recorder, model: ModelConfig, dtype: torch.dtype, num_rows: int) -> None:
     x, weight = (
         torch.empty(num_rows, model.hidden_size, dtype=dtype),
@@ -216,6 +228,8 @@ def record_attention(
 
 def compile_all(recorder: Recorder, model: ModelConfig, dtype: torch.dtype) -> None:
     record_elementwise(recorder, model, dtype, 32)
+    for num_rows in (32, 1024):
+        record_columns(recorder, model, dtype, num_rows)
     for num in (1, 32):
         record_attention(recorder, model, dtype, [1] * num, 512)
     record_attention(recorder, model, dtype, [128, 128], 256)
@@ -237,6 +251,7 @@ def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
             record_attention(recorder, model, dtype, [1], 512)
             record_lora(recorder, model, dtype, "mbgmv", 32, ["down"])
     record_elementwise(recorder, model, torch.bfloat16, 32)
+    record_columns(recorder, model, torch.bfloat16, 32)
     record_lora(recorder, model, torch.bfloat16, "bgmv", 32, ["qkv"])
 
 

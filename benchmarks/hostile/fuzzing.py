@@ -31,13 +31,13 @@ def demo_workshop() -> Workshop:
     return Workshop(BaseShapes(*ModelConfig.from_checkpoint(demo_model_dir()).base_shapes()))
 
 
-def warm(served: Served) -> None:
+def warm(served: Served, num_shots: int = WARM_UP_SHOTS) -> None:
     """Every model has answered, and every code path's memory is there."""
     for card in served.ask("/v1/models")[1]["data"]:
         served.complete(card["id"])
     served.ask("/v1/completions", {"prompt": "Hello.", "max_tokens": 4, "guided_regex": "[a-z]+"})
     routes = known_routes(served.ask("/openapi.json")[1])
-    warming = draw_shots(routes, seed=-1, count=WARM_UP_SHOTS)
+    warming = draw_shots(routes, seed=-1, count=num_shots)
     asyncio.run(fire(served.port, warming, concurrency=CONCURRENCY, limit_s=60.0))
     settle(served)
 

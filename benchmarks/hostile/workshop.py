@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from toppings.adapters.checkpoint import module_name
+from toppings.adapters.checkpoint_plan import module_name
 from toppings.adapters.layout import BaseShapes
 from toppings.core import MODULES
 

@@ -1,10 +1,12 @@
-"""Clients of today, unchanged, against a server that runs: each case of each, passed or what went wrong.
+"""Clients of today, unchanged, against a server: each case of each, passed or what went wrong.
 
-    make serve ARGS='--model demo'   # in another terminal
     python scripts/clients/run.py --folder /tmp/clients --json FILE
 
-The clients are installed into a virtual environments and a folder of npm's below --folder on first use, not
-into this project's own. Ends in one JSON line; the exit code is 1 where a case failed.
+Serves the built-in demo itself, with an adapter for each way in which chat templates write calls (Qwen's and
+Hermes', with thoughts, Llama 3's, Mistral's two, and one that knows no tools), unless --url names a server.
+Every client talks to the base model; those of `WITH_TEMPLATES` to the adapters as well. The clients are
+installed into virtual environments and a folder of npm's below --folder on first use, not into this project's
+own. Ends in one JSON line; the exit code is 1 where a case failed.
 """
 
 import argparse
@@ -13,8 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from server import BASE, FAMILIES, served
 
 HERE = Path(__file__).parent
 PYTHON_PACKAGES = {
@@ -29,23 +34,26 @@ PYTHON_PACKAGES = {
 """Each in an environment of its own: they want different versions of the same packages."""
 NODE_PACKAGES = ("openai", "ai", "@ai-sdk/openai-compatible", "zod")
 NODE_PROGRAMS = ("ai_sdk_node", "openai_node")
+WITH_TEMPLATES = ("langchain_python", "openai_python")
 TIMEOUT_S = 900
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--url", default="http://127.0.0.1:8080")
-    options.add_argument("--models", nargs="+", default=["toppings-demo"])
+    options.add_argument("--url", help="of a server that runs, with the models that are asked")
+    options.add_argument("--models", nargs="+", help="for every client, instead of those said above")
     options.add_argument("--folder", type=Path, required=True)
     options.add_argument("--only", nargs="+", default=[], help="programs, by the beginnings of their names")
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     folder = chosen.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
-    for program in sorted([*PYTHON_PACKAGES, *NODE_PROGRAMS]):
-        if not chosen.only or program.startswith(tuple(chosen.only)):
-            command = installed(program, folder)
-            results[program] = {model: run(command, folder, chosen.url, model) for model in chosen.models}
+    with served(folder) if chosen.url is None else nullcontext(chosen.url) as url:
+        for program in sorted([*PYTHON_PACKAGES, *NODE_PROGRAMS]):
+            if not chosen.only or program.startswith(tuple(chosen.only)):
+                command, models = installed(program, folder), chosen.models or models_of(program)
+                results[program] = {model: run(command, folder, url, model) for model in models}
     runs = [each for by_model in results.values() for each in by_model.values()]
     outcomes = [outcome for each in runs for outcome in each["cases"].values()]
     result = {"clients": results, "num_passed": outcomes.count("passed"), "num_cases": len(outcomes)}
@@ -53,6 +61,10 @@ def main() -> int:
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     return int(result["num_passed"] < result["num_cases"])
+
+
+def models_of(program: str) -> list[str]:
+    return [BASE, *(FAMILIES if program in WITH_TEMPLATES else ())]
 
 
 def installed(program: str, folder: Path) -> list[str]:

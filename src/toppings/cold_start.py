@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toppings.adapters.layout import AdapterLayout, BaseShapes
-from toppings.adapters.peft_config import MAX_RANK
+from toppings.adapters.peft_kinds import MAX_RANK
 from toppings.assist.cost import CostProfile
 from toppings.assist.plan import compare
 from toppings.config import ConfigError, EngineConfig

@@ -11,25 +11,28 @@ USER_ERROR = 2
 Verbs = dict[str, tuple[str, str]]
 """By name: the module whose Typer `app` has the verb, and what it does, which stands there too."""
 
-SERVING, LAB = "toppings.cli", "toppings.lab"
+CLI, LAB = "toppings.cli", "toppings.lab"
 VERBS: Verbs = {
     "serve": (
-        SERVING,
+        f"{CLI}.serving",
         "Serve a base model and its adapters over HTTP (without --model: the built-in one).",
     ),
-    "route": (SERVING, "Place requests on many servers of one base model: a streaming reverse proxy."),
+    "route": (
+        f"{CLI}.serving",
+        "Place requests on many servers of one base model: a streaming reverse proxy.",
+    ),
     "up": (
-        SERVING,
+        f"{CLI}.serving",
         "Serve a base model from many engines with Ray Serve (without --model: the built-in one).",
     ),
-    "adapters": (SERVING, "The adapters of a model, or of a running server."),
-    "keys": ("toppings.keys_cli", "The API keys of tenants."),
+    "adapters": (f"{CLI}.adapters", "The adapters of a model, or of a running server."),
+    "keys": (f"{CLI}.keys", "The API keys of tenants."),
     "plan": (
-        SERVING,
+        f"{CLI}.profile",
         "Show what `auto` would do with a cold adapter, and the times it predicts for each mode.",
     ),
-    "profile": (SERVING, "Measure what decisions rest on."),
-    "synth": (SERVING, "Random-weight checkpoints, for benchmarks."),
+    "profile": (f"{CLI}.profile", "Measure what decisions rest on."),
+    "synth": (f"{CLI}.synth", "Random-weight checkpoints, for benchmarks."),
     "bench": (f"{LAB}.cli", "Latencies of cold requests, here or on a running server."),
     "report": (
         f"{LAB}.cli",
@@ -44,7 +47,7 @@ VERBS: Verbs = {
         f"{LAB}.reproduce.cli",
         "The published evaluation again: figures, their data, and the published values.",
     ),
-    "version": (SERVING, "Print the version."),
+    "version": (f"{CLI}.serving", "Print the version."),
 }
 
 

@@ -3,10 +3,12 @@
 Imports nothing of ours and no torch, so that the scheduler, the simulator and the router can use it bare.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from toppings.bad_input import MAX_INT, RequestError, shown
 from toppings.sampling_params import SamplingParams
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,6 +49,30 @@ class Admission(Enum):
     NO_ROOM = "no room"  # the device pool is full of adapters in use
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whose a request is, and how it stands beside others': what a tenant gets of a contended engine grows
+    with its `weight`; of a lower `priority` is earlier, where the scheduling policy looks at it.
+
+    Raises RequestError for a weight that is not above 0 and finite, or a priority beyond 64 bits.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise RequestError(f"weight is {self.weight}; it must be above 0 and finite")
+        if not -MAX_INT <= self.priority <= MAX_INT:
+            raise RequestError(
+                f"priority is {shown(self.priority)}; it must be between {-MAX_INT} and {MAX_INT}"
+            )
+
+
+ALONE = Standing()
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence on its way through the engine; owned and changed by the scheduler alone.
@@ -55,13 +81,14 @@ class Request:
     `page_table` lists the cache pages that hold them, in order; `num_pending_tokens` counts output
     tokens that are being drawn on the device, not known here yet, and will be computed on.
 
-    `block_hashes` name its full pages, first to last, as far as they are known. `num_cached_tokens` of its
+    `block_hashes` name its full pages, first to last, as far as they are known; `num_kept_tokens`, of those
+    that are computed, were so by steps that have ended without a fault. `num_cached_tokens` of its
     prompt were in the cache when it first started. Where it is not `is_cacheable`, every token is computed,
     and none is kept for others; nobody shares pages with requests of another `cache_salt`.
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant` is who asks ("": nobody in particular), and `weight` that tenant's share where several wait.
+    `tenant`, `weight` and `priority`: as of `Standing`.
     """
 
     request_id: str
@@ -77,10 +104,12 @@ class Request:
     cache_salt: str | None = None
     is_cacheable: bool = True
     block_hashes: list[BlockHash] = field(default_factory=list)
+    num_kept_tokens: int = 0
     num_cached_tokens: int = 0
     adapter_start: int = 0
     tenant: str = ""
     weight: float = 1.0
+    priority: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -113,11 +142,13 @@ class Request:
 @dataclass(slots=True)
 class BatchItem:
     """`num_tokens` of a request's uncomputed tokens, to be run in this step. `stop`, set when it is
-    committed: the request's computed tokens with them."""
+    committed: the request's computed tokens with them. `copy_page`: before the step, what the request's page
+    of the first of them holds of tokens before it is copied from there."""
 
     request: Request
     num_tokens: int
     stop: int = 0
+    copy_page: int | None = None
 
     @property
     def is_decode(self) -> bool:

@@ -18,6 +18,7 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.bad_input import RequestError, shown
 from toppings.config import Config
 from toppings.core import FinishReason
+from toppings.detokenizer import TextOutput, generate_text
 from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
@@ -25,7 +26,7 @@ from toppings.grammar.checker import StructureChecker
 from toppings.sampling_defaults import read_sampling_defaults
 from toppings.sampling_params import Pooling, SamplingParams
 from toppings.sources.models import with_model
-from toppings.text import TextLogprob, TextModel, TextOutput, generate_text
+from toppings.text import TextLogprob, TextModel
 
 logger = logging.getLogger(__name__)
 

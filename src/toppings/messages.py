@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from toppings.bad_input import RequestError, check_unicode
-from toppings.core import MAX_SALT_CHARS, FinishReason
+from toppings.core import ALONE, MAX_SALT_CHARS, FinishReason, Standing
 from toppings.sampling_params import SamplingParams
 
 # --- client to engine ---
@@ -16,7 +16,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """`cache_salt`, `is_cacheable`, `tenant`, `weight`: as of `Request`. Raises RequestError for a salt that
+    """`cache_salt`, `is_cacheable`: as of `Request`. Raises RequestError for a salt that
     `check_salt` refuses."""
 
     request_id: str
@@ -25,8 +25,7 @@ class AddRequest:
     adapter_id: int | None = None
     cache_salt: str | None = None
     is_cacheable: bool = True
-    tenant: str = ""
-    weight: float = 1.0
+    standing: Standing = ALONE
 
     def __post_init__(self) -> None:
         check_salt(self.cache_salt)
@@ -96,7 +95,8 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probability of a chosen token, its rank (1 is the likeliest), and the best alternatives."""
+    """Natural-log probability of a chosen token, its rank (1 is the likeliest), and the best alternatives, or
+    the tokens that the request names."""
 
     token_id: int
     logprob: float

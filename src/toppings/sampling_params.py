@@ -6,6 +6,7 @@ from enum import StrEnum
 from toppings.bad_input import MAX_INT, RequestError, check_unicode, shown
 
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -70,7 +71,8 @@ class SamplingParams:
     """How to choose tokens and when to stop. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     `logprobs` is how many alternatives to report beside each chosen token (None: no logprobs at all), and
-    `prompt_logprobs` beside each token of the prompt but the first.
+    `prompt_logprobs` beside each token of the prompt but the first. Beside chosen tokens `logprob_token_ids`,
+    if there are any, are reported instead of the likeliest ones, in their order.
     `stop` strings are matched by the front end on text; the engine itself only knows `stop_token_ids`.
     There may be `MAX_STOP_STRINGS` of up to `MAX_STOP_CHARS` characters, and `MAX_STOP_TOKEN_IDS` ids.
     `structure` is what the output is held to: no token is drawn that cannot lead to it.
@@ -100,6 +102,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     structure: Structure | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -122,6 +125,7 @@ class SamplingParams:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_logprob_token_ids()
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {shown(repr(self.ignore_eos))}; it must be true or false")
         if self.prompt_logprobs is not None:
@@ -142,6 +146,18 @@ class SamplingParams:
     def reads_prompt(self) -> bool:
         """It asks for something of every token of the prompt, so that all of them must be computed."""
         return self.prompt_logprobs is not None or self.pooling is not None
+
+    @property
+    def num_top_logprobs(self) -> int:
+        """How many of the likeliest tokens are reported with each one that is chosen."""
+        return 0 if self.logprob_token_ids else self.logprobs or 0
+
+    def _check_logprob_token_ids(self) -> None:
+        _check_length("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS, "ids")
+        for token_id in self.logprob_token_ids:
+            _check_count("logprob_token_ids holds an id that", token_id, 0, MAX_INT)
+        if self.logprob_token_ids and self.logprobs is None:
+            raise RequestError("logprob_token_ids needs logprobs; give 0 or more")
 
     def _check_pooling(self) -> None:
         if self.pooling not in list(Pooling):

@@ -7,7 +7,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from toppings.adapters.checkpoint import module_name
+from toppings.adapters.checkpoint_plan import module_name
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.registry import AdapterRegistry
 from toppings.core import MODULES

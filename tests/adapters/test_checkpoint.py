@@ -8,7 +8,8 @@ import torch
 
 from tests.adapters.fixtures import HIDDEN, SHAPES, make_peft, make_tensors, tensor_key, write_adapter
 from toppings.adapters import peft_matches
-from toppings.adapters.checkpoint import module_name, read_checkpoint
+from toppings.adapters.checkpoint import read_checkpoint
+from toppings.adapters.checkpoint_plan import module_name
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import pack_weights
@@ -69,9 +70,10 @@ def edit_config(path: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
     [
-        ("peft_type", "LOHA", "LOHA"),
+        ("peft_type", "IA3", "IA3.*one of LORA"),
         ("peft_type", None, "peft_type"),
-        ("use_dora", True, "DoRA"),
+        ("use_dora", True, "has no lora_magnitude_vector"),
+        ("use_dora", 1, "use_dora is 1"),
         ("alora_invocation_tokens", [1, 2], "task_type is None.*CAUSAL_LM"),
         ("alora_invocation_tokens", [], "a list of 1 to 256 token ids"),
         ("alora_invocation_tokens", [1, True], "a list of 1 to 256 token ids"),
@@ -91,7 +93,7 @@ def edit_config(path: Path, **fields: Any) -> None:
         ("alpha_pattern", {"(?P<x>q": 4}, "not a valid pattern"),
         ("rank_pattern", {"a{1,99999999999}": 4}, "not a valid pattern"),
         ("layer_replication", [[0, 2]], "layer_replication"),
-        ("lora_bias", True, "lora_bias"),
+        ("lora_bias", True, "has no lora_B.bias beside it"),
         ("use_qalora", True, "use_qalora"),
         ("target_parameters", ["experts.w"], "target_parameters"),
         ("trainable_token_indices", [3], "trainable_token_indices"),
@@ -177,10 +179,10 @@ PREFIX = "base_model.model.model.layers.0."
         ({f"{PREFIX}mlp.q_proj.lora_A.weight": torch.zeros(4, HIDDEN)}, "mlp.q_proj"),
         ({f"{PREFIX}self_attn.qkv_proj.lora_A.weight": torch.zeros(4, HIDDEN)}, "qkv_proj.*matches no"),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, HIDDEN)}, "matches no"),
-        ({f"{PREFIX}self_attn.q_proj.lora_magnitude_vector": torch.zeros(HIDDEN)}, "DoRA"),
+        ({f"{PREFIX}self_attn.q_proj.lora_magnitude_vector": torch.zeros(HIDDEN)}, "use_dora is not set"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 64)}, "embedding"),
         ({"base_model.model.lm_head.weight": torch.zeros(64, HIDDEN)}, "lm_head"),
-        ({f"{PREFIX}self_attn.q_proj.lora_B.bias": torch.zeros(HIDDEN)}, "bias"),
+        ({f"{PREFIX}self_attn.q_proj.lora_B.bias": torch.zeros(HIDDEN)}, "lora_bias is not set"),
         ({f"{PREFIX}input_layernorm.weight": torch.zeros(HIDDEN)}, "whole weight"),
         ({f"base_model.model.model.layers.{'9' * 5000}.mlp.up_proj.lora_A.weight": torch.zeros(1)}, "99999"),
         ({f"{PREFIX}self_attn.q_proj.lora_A.default.weight": torch.zeros(4, HIDDEN)}, "are the same weight"),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
 from tests.waiting import PATIENCE_S, wait_until
-from toppings.adapters import manager as manager_module
+from toppings.adapters import known_records
 from toppings.adapters.checkpoint import read_checkpoint
 from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.manager import AdapterManager
@@ -342,7 +342,7 @@ def test_a_pin_outlives_a_read_that_fails(
     monkeypatch.setattr(registry, "open_packed", fail)
     manager = make(device=2)
     manager.set_pinned(1, True)
-    wait_until(lambda: not came(manager, 1) and not manager._pending_pins)
+    wait_until(lambda: not came(manager, 1) and not manager._pins.pending)
     monkeypatch.undo()
     for adapter_id in (1, 2, 3, 4):
         use(manager, adapter_id)
@@ -373,7 +373,7 @@ def test_an_adapter_that_cannot_be_looked_up_fails_its_own_request(
 def test_records_of_adapters_in_use_stay_at_hand(
     make: Make, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_module, "MAX_CACHED_RECORDS", 2)
+    monkeypatch.setattr(known_records, "MAX_CACHED_RECORDS", 2)
     manager = make()
     looked_up: list[int] = []
     get_by_id = registry.get_by_id

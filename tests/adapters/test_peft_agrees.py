@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from tests.adapters.fixtures import HIDDEN, SHAPES, make_tensors, tiny_llama, write_adapter
-from toppings.adapters.checkpoint import module_name, read_checkpoint
+from toppings.adapters.checkpoint import read_checkpoint
+from toppings.adapters.checkpoint_plan import module_name
 from toppings.adapters.packed import pack_weights
 from toppings.core import MODULES
 

@@ -64,8 +64,8 @@ def coordinator(
     world: World, pool: WorkerPool, ops: StreamOps, **options: Any
 ) -> tuple[Coordinator, StreamExchange]:
     exchange = StreamExchange(pool, world.arena, ops, **options)
-    item_bytes = world.dtype.itemsize
-    return Coordinator(world.pool, pool, exchange, item_bytes, OUT_OFFSETS, PROFILE), exchange
+    item_bytes, arena = world.dtype.itemsize, world.arena
+    return Coordinator(world.pool, pool, exchange, item_bytes, OUT_OFFSETS, PROFILE, arena), exchange
 
 
 @pytest.mark.parametrize("choice", [Choice.CPU, Choice.CPU_SHRINK])

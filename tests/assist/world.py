@@ -151,7 +151,7 @@ def worker_pool(settings: PoolSettings) -> Iterator[WorkerPool]:
 
 def make_coordinator(world: World, workers: WorkerPool) -> Coordinator:
     exchange = HostExchange(workers, world.arena)
-    return Coordinator(world.pool, workers, exchange, world.dtype.itemsize, OUT_OFFSETS, PROFILE)
+    return Coordinator(world.pool, workers, exchange, world.dtype.itemsize, OUT_OFFSETS, PROFILE, world.arena)
 
 
 def cold(load: FakeLoad, choice: Choice = Choice.CPU) -> ColdAdapter:

@@ -22,6 +22,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from toppings.adapters.state_lock import StateLock
+
 ADAPTER_BYTES = 1000
 PREFILL_S = 0.01
 LOAD_S = {"cached": 0.0, "on_demand": 0.03, "pipelined": 0.01, "cpu_assisted": 0.005}
@@ -175,4 +177,6 @@ if __name__ == "__main__":
     given = yaml.safe_load(Path(sys.argv[1]).read_text())
     if given["served_model_name"] == "broken":
         raise SystemExit("error: the model is broken")
+    home = given["state_dir"] or given["log_dir"]
+    lock = StateLock.take(Path(home), "fake server")  # as the real one: held until this process ends
     uvicorn.run(ModeScript(given).app(), host=given["host"], port=given["port"], log_level="error")

@@ -194,7 +194,7 @@ def test_servers_differ_in_mode_and_pool_only(ran: Ran) -> None:
     comparison, _, _ = ran
     cached, on_demand, _ = (result.settings for result in comparison.results)
     differing = {name for name in cached if cached[name] != on_demand[name]}
-    assert differing == {"mode", "device_pool_bytes", "port"}
+    assert differing == {"mode", "device_pool_bytes", "port", "state_dir"}
     assert cached["device_pool_bytes"] == NUM_ADAPTERS * fake_server.ADAPTER_BYTES
     assert on_demand["device_pool_bytes"] == NUM_ADAPTERS * fake_server.ADAPTER_BYTES // 4
 

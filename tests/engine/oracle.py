@@ -50,8 +50,8 @@ def make_model(path: Path, family: str = "llama", **overrides: Any) -> Path:
     dtype = getattr(torch, settings.pop("dtype", "float32"))
     config = AutoConfig.for_model(settings.pop("model_type", family), **settings)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    for parameter in model.parameters():  # sharper than the default, so that greedy tokens vary
-        if parameter.dim() > 1:
+    for name, parameter in model.named_parameters():  # sharper than the default, so that greedy tokens vary
+        if parameter.dim() > 1 or name.endswith(".bias"):
             parameter.data.normal_(0, 0.15)
     model.save_pretrained(path)
     return path
@@ -74,6 +74,26 @@ def make_adapter(
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.4 / rank**0.5 if "lora_B" in name else 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+def make_kind(path: Path, model_path: Path, config: Any, *, seed: int = 0) -> Path:
+    """An adapter of the kind that PEFT's `config` names, with random weights of a visible effect."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+        elif getattr(config, "init_lora_weights", None) in ("pissa", "olora"):
+            parameter.data += (
+                0.1 * parameter.data.std() * torch.randn_like(parameter) * parameter.requires_grad
+            )
+        elif parameter.requires_grad and any(kind in name for kind in ("lora_", "hada_", "lokr_")):
+            parameter.data.normal_(0, 0.3)
+        elif parameter.requires_grad:
+            parameter.data += 0.4 * torch.randn_like(parameter)
     model.save_pretrained(path)
     return path
 

@@ -105,6 +105,26 @@ def test_an_adapters_blocks_are_dropped_at_once_and_no_others() -> None:
     pages.drop(3)
 
 
+def test_a_tail_is_found_behind_its_block_and_leaves_before_it() -> None:
+    pages = make_pages(6)
+    for num_tokens, name in ((3, "ab?"), (1, "ab!"), (3, "ab?")):
+        sequence = run(pages, "ab")
+        assert pages.grow(sequence.table, 2 * SIZE + num_tokens)
+        pages.keep(sequence.table, 2, name, None, num_tokens)
+        pages.free(sequence.table)
+    assert pages.tail_lens("ab") == [3, 1]
+    assert pages.tail_lens("a") == []
+    assert (pages.num_blocks, pages.num_used) == (4, 0)
+    taken: list[list[int]] = [[]]
+    assert pages.grow(taken[0], 2 * SIZE)
+    for left in ([3], []):  # a row that is computed again costs the less the fewer there are
+        taken.append([])
+        assert pages.grow(taken[-1], SIZE)
+        assert (pages.tail_lens("ab"), pages.page_of("ab!")) == (left, None)
+        pages.check_integrity(taken)
+    assert pages.num_found(names_of("ab")) == 2
+
+
 def test_used_blocks_are_never_evicted() -> None:
     pages = make_pages(4)
     used, table = run(pages, "abc"), list[int]()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tests.engine.oracle import reference_model
 from tests.engine.test_quantization import dequantized
-from toppings.cli import app
+from toppings.cli.profile import app
 from toppings.config import ConfigError, EngineConfig
 from toppings.demo import demo_model_dir
 from toppings.engine import perplexity

@@ -63,6 +63,12 @@ class Cache:
             self.step(**step)
 
     def _write(self, batch: Batch) -> None:
+        copied = {}
+        for item in batch.items:
+            index, num_rows = divmod(item.stop - item.num_tokens, SIZE)
+            for row in range(num_rows if item.copy_page is not None else 0):
+                copied[item.request.page_table[index], row] = self.written[item.copy_page or 0, row]
+        self.written |= copied
         for item in batch.items:
             request = item.request
             start = item.stop - item.num_tokens
@@ -101,6 +107,98 @@ def test_the_next_turn_finds_the_answer_too() -> None:
     cache.add("b", [*first.prompt_token_ids, *first.output_token_ids, 50, 51])
     cache.run()
     assert cache.computed["b"] == 19 - 16
+
+
+def talk_on(cache: Cache, *, more: int = 3, **other: Any) -> Request:
+    """A request of 13 tokens that is answered with 5, and one that begins with both and has `more` tokens."""
+    first = cache.add("a", range(13), **{"adapter_id": 1, **other})
+    cache.run(finish_at=5)
+    return cache.add("b", [*first.token_ids(0, 18), *range(50, 50 + more)], **{"adapter_id": 1, **other})
+
+
+def test_the_next_turn_copies_the_page_that_the_last_one_did_not_fill() -> None:
+    cache = Cache()
+    second = talk_on(cache)  # 17 tokens are in the cache: the last one was drawn and not computed
+    assert cache.step(finish_at=9) == ["b"]
+    assert (cache.computed["b"], second.num_cached_tokens) == (4, 17)
+    assert cache.scheduler.pages.num_used == 6  # the tail itself is nobody's
+    cache.run()
+    assert cache.scheduler.pages.num_used == 0
+
+
+def test_a_tail_is_copied_though_its_page_is_given_away_in_the_same_step() -> None:
+    cache = Cache(num_pages=16, max_model_len=64)
+    second = talk_on(cache, more=45)
+    assert cache.step() == ["b"]
+    assert second.num_cached_tokens == 17
+    assert cache.scheduler.pages.num_evictions == 1
+
+
+def test_a_tail_never_stands_for_all_tokens_of_a_request() -> None:
+    cache = Cache()
+    first = cache.add("a", range(13))
+    cache.run(finish_at=5)
+    for name, num_tokens, num_computed in (("b", 17, 1), ("c", 18, 1), ("d", 19, 1)):
+        cache.add(name, [*first.token_ids(0, 18), 60][:num_tokens])
+        cache.run()
+        assert cache.computed[name] == num_computed, name
+
+
+def test_a_tail_with_another_token_is_not_taken() -> None:
+    cache = Cache()
+    first = cache.add("a", range(15))
+    cache.run(finish_at=1)
+    other = cache.add("b", [*first.token_ids(0, 14), 99, 98])
+    cache.run()
+    assert other.num_cached_tokens == 12
+
+
+def test_an_activated_adapter_takes_the_base_models_tail_and_nobody_its_own() -> None:
+    """Blocks are named when a request is queued, with the place from which its adapter acts."""
+    cache = Cache()
+
+    def ask(name: str, num_tokens: int, adapter_id: int | None, start: int) -> int:
+        request = Request(name, list(range(num_tokens)), SamplingParams(max_tokens=8), adapter_id)
+        request.adapter_start = start
+        cache.scheduler.add(request)
+        cache.scheduler.check_integrity()
+        batch = cache.scheduler.schedule(0.0)
+        cache.scheduler.commit(batch)
+        cache.scheduler.cache.keep(batch.items)
+        cache.scheduler.finish(request)
+        cache.scheduler.check_integrity()
+        return request.num_cached_tokens
+
+    assert ask("base", 14, None, 0) == 0
+    assert ask("acts behind it", 15, 1, 14) == 14
+    assert ask("acts within it", 15, 1, 13) == 12
+    assert ask("the same", 16, 1, 14) == 15
+    assert ask("acts elsewhere", 16, 1, 13) == 15
+    assert ask("another", 16, 2, 14) == 14
+    assert ask("ordinary", 16, 2, 0) == 0
+
+
+def test_a_failed_step_leaves_a_tail_of_what_was_right_before_it() -> None:
+    cache = Cache()
+    cache.add("a", range(14))
+    cache.step(finish_at=9)
+    cache.step(finish_at=9, fails=True)
+    other = cache.add("b", [*range(14), 0, 0, 0])
+    cache.run()
+    assert other.num_cached_tokens == 14
+
+
+def test_a_prompt_that_is_scored_takes_nothing_and_leaves_all() -> None:
+    cache = Cache()
+    scored = SamplingParams(max_tokens=8, prompt_logprobs=0)
+    for name in "ab":
+        cache.scheduler.add(Request(name, list(range(18)), scored))
+        cache.run()
+    third = cache.add("c", [*range(18), 3])
+    cache.run()
+    assert cache.computed == {"a": 18, "b": 18, "c": 1}
+    assert third.num_cached_tokens == 18
+    assert cache.scheduler.cache.num_queries == 19
 
 
 @pytest.mark.parametrize("other", [{"adapter_id": 2}, {"adapter_id": None}, {"cache_salt": "b"}])
@@ -205,7 +303,7 @@ def test_when_the_first_has_gone_the_next_one_computes() -> None:
     cache.step()
     cache.scheduler.finish(first)
     assert cache.step() == ["b"]
-    assert cache.computed["b"] == 10  # it found two pages; its budget is the step's
+    assert cache.computed["b"] == 8  # it found two pages and the half of one
 
 
 def test_who_is_in_the_cache_starts_earlier_but_not_by_more_than_the_lead() -> None:

@@ -24,14 +24,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return model, {name: make_adapter(root / name, model, rank=rank) for name, rank in RANKS.items()}
 
 
-def expected_tokens(
-    model: Path,
-    adapters: dict[str, Path],
-    state_dir: Path,
-    requests: dict[str, tuple[list[int], int, str | None]],
+@pytest.fixture(scope="module")
+def requests() -> Requests:
+    rng = random.Random(0)
+    return {
+        f"r{i}": (make_prompt(i, rng.randint(1, 60)), rng.randint(1, 24), rng.choice([None, *RANKS]))
+        for i in range(NUM_REQUESTS)
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(
+    checkpoints: tuple[Path, dict[str, Path]], requests: Requests, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[int]]:
-    """Each request alone, with room for everything."""
-    with drive(model, state_dir, adapters) as driver:
+    """The tokens of each request alone, with room for everything."""
+    model, adapters = checkpoints
+    with drive(model, tmp_path_factory.mktemp("reference"), adapters) as driver:
         for name, (prompt, num_tokens, adapter) in requests.items():
             driver.add(name, prompt, num_tokens, adapter)
             driver.run()
@@ -60,15 +68,14 @@ def run_randomly(driver: Driver, requests: Requests) -> set[str]:
 
 @pytest.mark.parametrize(("mode", "ahead"), [("pipelined", "off"), ("on_demand", "off"), ("pipelined", "on")])
 def test_every_request_ends_once_with_its_own_tokens(
-    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, mode: str, ahead: str
+    checkpoints: tuple[Path, dict[str, Path]],
+    requests: Requests,
+    expected: dict[str, list[int]],
+    tmp_path: Path,
+    mode: str,
+    ahead: str,
 ) -> None:
     model, adapters = checkpoints
-    rng = random.Random(0)
-    requests = {
-        f"r{i}": (make_prompt(i, rng.randint(1, 60)), rng.randint(1, 24), rng.choice([None, *adapters]))
-        for i in range(NUM_REQUESTS)
-    }
-    expected = expected_tokens(model, adapters, tmp_path / "reference", requests)
     scarce = {
         "kv_cache_bytes": 8 * PAGE_BYTES,
         "max_model_len": 96,

@@ -25,7 +25,7 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
-from toppings.engine.engine import FollowerLostError
+from toppings.engine.faults import FollowerLostError
 from toppings.engine.heartbeat import open_lifeline
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.synth import write_tokenizer
@@ -143,6 +143,18 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
     assert stats.counters["adapter_loads"] > len(adapters)
     assert stats.counters["prefix_cache_hits"] > 0
     assert stats.device_bytes_used <= POOL_BYTES
+
+
+def test_a_page_that_is_copied_is_copied_in_every_part(
+    driver: Driver, checkpoints: tuple[Path, dict[str, Path]]
+) -> None:
+    model, _ = checkpoints
+    prompt = make_prompt(77, 21)
+    driver.add("turn", prompt, 8, None)
+    more = [*prompt, *driver.run()["turn"], *make_prompt(78, 3)]
+    driver.add("next turn", more, 8, None)
+    assert driver.run()["next turn"] == reference_tokens(model, None, more, 8)
+    assert driver.first["next turn"].num_cached_tokens == 21 + 7
 
 
 def test_a_structured_output_is_what_it_is_held_to(

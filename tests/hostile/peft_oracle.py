@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tests.adapters.fixtures import SHAPES, tiny_llama
-from toppings.adapters.checkpoint import module_name, read_checkpoint
+from toppings.adapters.checkpoint import read_checkpoint
+from toppings.adapters.checkpoint_plan import module_name
 from toppings.core import MODULES
 
 Deltas = dict[str, torch.Tensor]

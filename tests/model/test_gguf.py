@@ -1,5 +1,9 @@
 """GGUF files: every type of tensor that is served, against the dequantisation of the format's own library."""
 
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,9 @@ from gguf import GGUFWriter, dequantize, quant_shape_to_byte_shape, quantize
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from tests.waiting import wait_until
 from toppings.model.config import ModelConfig
-from toppings.model.gguf import GgufError, convert_gguf, rope_parameters
+from toppings.model.gguf import GgufError, _write, convert_gguf, rope_parameters
 
 HIDDEN, HEADS, KV_HEADS = 256, 4, 2
 KINDS = {
@@ -53,7 +58,12 @@ def blocks(rng: np.random.Generator, kind: Kind, shape: tuple[int, int]) -> np.n
 
 
 def write(
-    path: Path, *, architecture: str = "llama", pre: str = "smollm", factors: np.ndarray | None = None
+    path: Path,
+    *,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    factors: np.ndarray | None = None,
+    kinds: dict[str, Kind] = KINDS,
 ) -> dict[str, torch.Tensor]:
     """A model of one layer; its projections as floats, in the file's order of rows."""
     rng = np.random.default_rng(0)
@@ -77,13 +87,15 @@ def write(
     writer.add_add_bos_token(False)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     floats = {}
-    writer.add_tensor("token_embd.weight", rng.normal(size=(len(TOKENS), HIDDEN)).astype(np.float16))
+    embedding = rng.normal(size=(len(TOKENS), HIDDEN))
+    is_full = set(kinds.values()) == {Kind.F32}
+    writer.add_tensor("token_embd.weight", embedding.astype(np.float32 if is_full else np.float16))
     writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
     for norm in ("attn_norm", "ffn_norm"):
         writer.add_tensor(f"blk.0.{norm}.weight", np.ones(HIDDEN, np.float32))
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
-    for name, kind in KINDS.items():
+    for name, kind in kinds.items():
         rows = HIDDEN // HEADS * KV_HEADS if name in ("attn_k", "attn_v") else HIDDEN
         stored = blocks(rng, kind, (rows, HIDDEN))
         writer.add_tensor(f"blk.0.{name}.weight", stored, raw_dtype=kind)
@@ -118,6 +130,47 @@ def test_all_kinds_of_tensors_become_what_the_format_says(
     for name, expected in floats.items():
         found = weights[f"model.layers.0.{PLACES[name]}.weight"]
         assert torch.equal(found, expected.bfloat16()), name
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16])
+def test_plain_floats_stay_what_they_are(tmp_path: Path, kind: Kind) -> None:
+    floats = write(tmp_path / "m.gguf", kinds=dict.fromkeys(KINDS, kind))
+    (tmp_path / "m").mkdir()
+    _write(tmp_path / "m.gguf", tmp_path / "m")  # in this process, which has imported what it needs
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    dtype = torch.float32 if kind is Kind.F32 else torch.float16
+    assert {each.dtype for each in weights.values()} == {dtype}
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], floats["ffn_up"].to(dtype))
+
+
+@pytest.mark.timeout(400)
+def test_a_conversion_ends_with_who_began_it_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    """The file is a pipe in which nothing comes: a conversion that nobody ends waits for ever."""
+    pipe, made = tmp_path / "m.gguf", tmp_path / "made"
+    os.mkfifo(pipe)
+    code = "import sys; from pathlib import Path; from toppings.model.gguf import convert_gguf; "
+    code += "convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(pipe), str(made / "m")])
+    pipe.write_bytes(b"GGUF")  # all that the parent itself reads
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    wait_until(lambda: children.read_text().split())
+    [child] = children.read_text().split()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not is_running(child))
+    assert list(made.iterdir()) != []
+    pipe.unlink()
+    pipe.write_bytes(b"GGUF")
+    with pytest.raises(GgufError):
+        convert_gguf(pipe, made / "m")
+    assert list(made.iterdir()) == []
+
+
+def is_running(pid: str) -> bool:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_tokeniser_template_and_end_tokens_come_along(

@@ -45,12 +45,15 @@ def random_params(rng: random.Random) -> dict[str, Any]:
         "presence_penalty": [0.9],
         "min_tokens": [10],
         "logprobs": [0, 3],
+        "logprob_token_ids": [(5,), (399, 0, 7)],
         "logit_bias": [((3, 5.0), (11, -100.0)), ((12, 100.0),)],
         "bad_token_ids": [((11,), (5, 6)), ((7,), (1, 2, 12))],
     }
     for name, values in choices.items():
         if rng.random() < 0.3:
             params[name] = rng.choice(values)
+    if "logprob_token_ids" in params:
+        params.setdefault("logprobs", 2)
     return params
 
 

@@ -153,6 +153,28 @@ def test_logprobs_are_those_before_temperature_and_penalties() -> None:
     assert [value for _, value in reported.top] == pytest.approx(expected[[1, 4]].tolist())
 
 
+def test_tokens_that_are_named_are_told_instead_of_the_likeliest() -> None:
+    rows = [
+        row(logprobs=2, **GREEDY),
+        row(logprobs=2, logprob_token_ids=(3, 0), **GREEDY),
+        row(**GREEDY),
+        row(logprobs=0, logprob_token_ids=(1,), **GREEDY),
+    ]
+    likeliest, named, nothing, one = sample(LOGITS.expand(4, -1), rows).logprobs
+    expected = LOGITS.log_softmax(-1).tolist()
+    assert nothing is None
+    assert likeliest is not None
+    assert named is not None
+    assert one is not None
+    assert len(likeliest.top) == 2
+    assert [token_id for token_id, _ in named.top] == [3, 0]
+    assert [value for _, value in named.top] == pytest.approx([expected[3], expected[0]])
+    assert one.top[0][0] == 1
+    assert one.top[0][1] == pytest.approx(expected[1])
+    assert named.token_id == likeliest.token_id
+    assert named.rank == 1
+
+
 def test_rows_get_as_many_logprobs_as_they_asked_for() -> None:
     output = sample(
         LOGITS.expand(3, -1), [row(logprobs=0, **GREEDY), row(**GREEDY), row(logprobs=4, **GREEDY)]
@@ -179,7 +201,7 @@ def test_log_probabilities_that_are_too_few_are_not_handed_out() -> None:
     rows = [row(logprobs=1) for _ in range(2)]
     plan = SamplingPlan.of(rows, 8)
     drawn = [torch.zeros(2), torch.ones(2), torch.zeros(1), torch.ones(1)]
-    drawn += [torch.zeros(1, 1), torch.zeros(1, 1)]
+    drawn += [torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(0)]
     with pytest.raises(ValueError, match="zip"):
         to_output(plan, rows, drawn)
 

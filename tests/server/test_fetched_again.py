@@ -12,7 +12,7 @@ from tests.server.conftest import Server, events
 from tests.sources.hub_server import Hub
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
-from toppings.core import FinishReason
+from toppings.core import ALONE, FinishReason, Standing
 from toppings.messages import RequestOutput
 from toppings.sampling_params import SamplingParams
 
@@ -34,8 +34,7 @@ class ReadingEngine(FakeEngineClient):
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]:
         try:
             if self.registry is not None and adapter_id is not None:

@@ -75,7 +75,11 @@ OPEN, ANY, LOADING, ADMIN = "open", "any key", "who may load it", "administrator
 OWN = {"lora_name": "mine-x", "lora_path": "nowhere"}
 ACCESS: dict[str, tuple[str, dict[str, Any] | None]] = {
     **dict.fromkeys(
-        (*(f"GET /{path}" for path in ("health", "healthz", "ping", "ready")), "POST /ping"), (OPEN, None)
+        (
+            *(f"GET /{path}" for path in ("health", "healthz", "ping", "ready")),
+            *("POST /ping", "GET /docs", "GET /docs/{asset}", "GET /openapi.json"),
+        ),
+        (OPEN, None),
     ),
     **dict.fromkeys(
         (
@@ -87,10 +91,7 @@ ACCESS: dict[str, tuple[str, dict[str, Any] | None]] = {
         (ANY, {}),
     ),
     **dict.fromkeys(
-        (
-            *("GET /v1/models", "GET /v1/models/{name:path}", "GET /adapters", "GET /version"),
-            *("GET /docs", "GET /docs/{asset}", "GET /openapi.json"),
-        ),
+        (*("GET /v1/models", "GET /v1/models/{name:path}", "GET /adapters", "GET /version"),),
         (ANY, None),
     ),
     "POST /adapters": (LOADING, {"name": "mine-x", "src": "nowhere"}),
@@ -337,7 +338,7 @@ async def test_the_engine_is_told_who_asks_and_keeps_their_prompts_apart(server:
     body = {"model": "base", "prompt": "x", "max_tokens": 1, "cache_salt": "s"}
     for role in ("user", "loader", "administrator"):
         await ask(server, role, "POST", "/v1/completions", body)
-    told = [(call.tenant, call.weight) for call in server.engine.calls]
+    told = [(call.standing.tenant, call.standing.weight) for call in server.engine.calls]
     assert told == [("user", 2.5), ("loader", 1.0), ("", 1.0)]
     salts = [call.cache_salt for call in server.engine.calls]
     assert salts[1:] == ["s", "s"]
@@ -356,6 +357,6 @@ async def test_a_front_speaks_for_its_tenants(server: Server) -> None:
         return reply.status_code
 
     assert [await status(model) for model in ("base", "shared-a", "secret-a")] == [200, 200, 404]
-    assert {(call.tenant, call.weight) for call in server.engine.calls} == {("afar", 3.0)}
+    assert {(call.standing.tenant, call.standing.weight) for call in server.engine.calls} == {("afar", 3.0)}
     assert await status("base", **as_role("user")) == 403
     assert (await server.http.get("/stats", headers=headers)).status_code == 403

@@ -258,6 +258,20 @@ class TestThoughts:
         message = (await ask(server, model="own", include_reasoning=False))["message"]
         assert message == {"role": "assistant", "content": "Yes.", "refusal": None}
 
+    @pytest.mark.parametrize("shown", [True, False])
+    async def test_their_tokens_are_counted_told_or_not(self, server: Server, shown: bool) -> None:
+        num_tokens = len(server.state.text.encode("Hm, well.", add_special_tokens=False))
+        says(server, "<think>\nHm, well.\n</think>\n\nYes.")
+        body = {"model": "own", "messages": CHAT, "n": 2, "include_reasoning": shown}
+        whole = (await server.post("/v1/chat/completions", **body)).json()["usage"]
+        assert whole["completion_tokens_details"] == {"reasoning_tokens": 2 * num_tokens}
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        *_, last = events(await server.post("/v1/chat/completions", **body, **streamed))
+        assert last["usage"] == whole
+        says(server, "Yes.")
+        usage = (await server.post("/v1/chat/completions", model="own", messages=CHAT)).json()["usage"]
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+
     @pytest.mark.parametrize(
         ("body", "is_off"),
         [

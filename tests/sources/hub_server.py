@@ -21,7 +21,10 @@ FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>
 
 class Hub(ThreadingHTTPServer):
     """Repositories are the directories `root/org/name`. `tokens`: what may read a repository, where not all
-    may. `faults`: what happens to who fetches its weights. `num_fetched`: of each file, how often."""
+    may; of those in `gated` everybody hears what they hold. `refused`: their files are answered 401, as a
+    plain web server does. `untold`: nothing is said of their files' length and revision. `faults`: what
+    happens to who fetches its weights. `num_fetched`: of each file, how often. `ranges`: what was asked for
+    of files by parts."""
 
     daemon_threads = True
 
@@ -29,7 +32,11 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
         self.tokens: dict[str, str] = {}
+        self.gated: set[str] = set()
+        self.refused: set[str] = set()
+        self.untold: set[str] = set()
         self.faults: dict[str, str] = {}
+        self.ranges: list[str] = []
         self.num_fetched: Counter[str] = Counter()
 
     @property
@@ -59,19 +66,23 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(self.path)
         for pattern, answer in ((API, self._api), (FILE, self._file)):
             if (match := pattern.fullmatch(path)) is not None:
-                if self._may_read(match["repo"]):
+                if self._may_read(match["repo"], is_told=pattern is API):
                     answer(**match.groupdict())
                 return
         self._send(404, b"")
 
-    def _may_read(self, repo: str) -> bool:
+    def _may_read(self, repo: str, *, is_told: bool) -> bool:
         token = self.server.tokens.get(repo)
         if not (self.server.root / repo).is_dir():
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return False
-        if token and self.headers.get("Authorization") != f"Bearer {token}":
-            code = "GatedRepo" if token == "gated" else "RepoNotFound"
-            self._send(403 if token == "gated" else 401, b"{}", {"X-Error-Code": code})
+        if repo in self.server.refused:
+            self._send(401, b"{}")
+            return False
+        is_gated = repo in self.server.gated
+        if token and self.headers.get("Authorization") != f"Bearer {token}" and not (is_gated and is_told):
+            code = "GatedRepo" if is_gated else "RepoNotFound"
+            self._send(403 if is_gated else 401, b"{}", {"X-Error-Code": code})
             return False
         return True
 
@@ -86,8 +97,10 @@ class Handler(BaseHTTPRequestHandler):
             found: Any = [{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in files]
         else:
             siblings = [{"rfilename": name, "size": size} for name, size in files]
-            is_private = repo in self.server.tokens
-            found = {"id": repo, "modelId": repo, "sha": current, "siblings": siblings, "private": is_private}
+            is_gated = repo in self.server.gated
+            found = {"id": repo, "modelId": repo, "sha": current, "siblings": siblings}
+            found |= {"private": repo in self.server.tokens and not is_gated}
+            found |= {"gated": "manual" if is_gated else False}
         self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo: str, revision: str, file: str) -> None:
@@ -106,7 +119,14 @@ class Handler(BaseHTTPRequestHandler):
             if fault is not None and file.endswith(".safetensors"):
                 self._fail(fault, content)
                 return
-        self._send(200, content, headers)
+            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if wanted and self.headers.get("If-Range") == headers["ETag"]:
+                self.server.ranges.append(f"{file} {wanted[1]}")
+                start = int(wanted[1])
+                part = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                self._send(206, content[start:], {**headers, "Content-Range": part})
+                return
+        self._send(200, content, headers, is_told=repo not in self.server.untold)
 
     def _fail(self, fault: str, content: bytes) -> None:
         self.close_connection = True
@@ -120,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "cut":
             self.send_header("Content-Length", str(len(content)))
             content = content[: len(content) // 2]
+        elif fault == "slow":
+            content = content[: len(content) // 2]
         self.end_headers()
         try:
             self.wfile.write(content)
@@ -129,10 +151,14 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             pass
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, content: bytes, headers: dict[str, str] | None = None, *, is_told: bool = True
+    ) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
+            if is_told:
+                self.send_header(name, value)
+        self.close_connection = not is_told
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)

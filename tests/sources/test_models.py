@@ -3,14 +3,17 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from toppings import LLM, SamplingParams
 from toppings.config import EngineConfig
 from toppings.core import FinishReason
 from toppings.demo import demo_adapters_dir, demo_model_dir
 from toppings.engine.base import base_names, served_model_name, state_dir
-from toppings.model.gguf import MAGIC, GgufError
+from toppings.model.gguf import GgufError
+from toppings.model.gguf_header import MAGIC, header_bytes
 from toppings.sources import models
 from toppings.sources.models import find_model, with_model
 
@@ -93,6 +96,32 @@ def test_what_is_no_model_file_is_said_at_once(conversions: list[Path], tmp_path
         with pytest.raises(GgufError, match=problem):
             find_model(str(tmp_path / name))
     assert conversions == []
+
+
+def test_a_change_anywhere_in_a_files_header_is_another_model(tmp_path: Path) -> None:
+    """Beyond what is read of every file: a vocabulary, and then a value."""
+    file = tmp_path / "m.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_token_list([f"token {i} {'x' * 200}" for i in range(30000)])
+    writer.add_array("nested", [[1, 2], [3, 4]])
+    writer.add_eos_token_id(1_234_567)
+    writer.add_tensor("w", np.ones((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = file.read_bytes()
+    place = content.index((1_234_567).to_bytes(4, "little"))
+    assert models.HEAD_BYTES < place < header_bytes(file) <= len(content) - 64 * 64 * 4
+    first = models.file_identity(file)
+    file.write_bytes(content[:place] + (7_654_321).to_bytes(4, "little") + content[place + 4 :])
+    assert models.file_identity(file) != first
+
+
+@pytest.mark.parametrize("content", [b"", MAGIC, MAGIC + b"\xff" * 100], ids=["empty", "cut", "endless"])
+def test_a_header_without_end_is_followed_no_further_than_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    assert header_bytes(tmp_path / "m.gguf") <= max(len(content), 8)
 
 
 @pytest.mark.timeout(600)

@@ -1,11 +1,15 @@
 """Adapters and base models in object stores: fsspec's S3 client against moto's server, its GCS client against
 a server of ours."""
 
+import asyncio
+import errno
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from pathlib import Path
 
 import fsspec
@@ -15,14 +19,16 @@ from moto.server import ThreadedMotoServer
 from tests.sources.gcs_server import running_store
 from toppings.adapters.stored_tensors import WEIGHTS_FILE
 from toppings.model.config import ModelConfig
+from toppings.sources import mirror
 from toppings.sources.adapters import find_reference, parse_source
-from toppings.sources.fetch import FetchError, FetchNotFound, Room
+from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, fetch
+from toppings.sources.mirror import PART, fetch_model
 from toppings.sources.models import find_model
-from toppings.sources.remote import fetch_model
+from toppings.sources.stores import StorePlace
 from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 
 BUCKET = "loras"
-FETCH = "import sys; from pathlib import Path; from toppings.sources.remote import fetch_model; "
+FETCH = "import sys; from pathlib import Path; from toppings.sources.mirror import fetch_model; "
 FETCH += "fetch_model(sys.argv[1], Path(sys.argv[2]))"
 
 
@@ -108,13 +114,20 @@ def test_a_model_is_mirrored_without_code_or_pickles_and_found_again(
     assert {name: (found.path / name).stat().st_mtime_ns for name in names} == modified
 
 
-def test_a_mirror_that_was_cut_goes_on_where_it_ended(store: str, content: Path, tmp_path: Path) -> None:
+def test_a_mirror_that_was_cut_goes_on_and_believes_no_end(
+    store: str, content: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "SYNC_BYTES", 512)
     path = fetch_model(f"{store}/models/tiny", tmp_path)
     part = path.with_name(f".{path.name}.part")
     path.rename(part)
     weights = part / "model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(b"#" * 100 + whole[100 : len(whole) // 2])  # its beginning is not read again
+    weights.unlink()
+    middle = len(whole) // 2  # the beginning is not read again, the end is: a power cut has damaged it
+    weights.with_name(f"{weights.name}{PART}").write_bytes(
+        b"#" * 100 + whole[100 : middle - 1000] + bytes(1000)
+    )
     again = fetch_model(f"{store}/models/tiny", tmp_path)
     assert again == path
     assert (path / "model.safetensors").read_bytes() == b"#" * 100 + whole[100:]
@@ -140,4 +153,51 @@ def test_a_store_that_answers_nobody_is_said_in_one_line(tmp_path: Path) -> None
     )
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("toppings.sources.fetch.FetchError: s3://loras/models/tiny/")
-    assert "cannot be read" in last
+    assert "cannot be fetched" in last
+
+
+class Slow:
+    """A store's client whose answers never come."""
+
+    def __init__(self) -> None:
+        self.loop = fsspec.asyn.get_loop()
+
+    async def _info(self, path: str) -> None:
+        await asyncio.sleep(3600)
+
+
+def test_a_store_that_never_answers_is_waited_for_no_longer_than_a_fetch_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda address: (Slow(), "loras"))
+    place = StorePlace("s3://loras")
+    with pytest.raises(FetchError, match="s3://loras/one cannot be fetched: FSTimeoutError"):
+        place.look("one", Room(1, 0.05))
+
+
+def test_whatever_a_stores_client_raises_is_told_as_not_to_be_had(tmp_path: Path) -> None:
+    class Odd(Exception):
+        pass
+
+    class Body:
+        def read(self, _: int) -> bytes:
+            raise raised
+
+        def close(self) -> None: ...
+
+    class OddFiles:
+        where = version = "s3://odd"
+
+        def sizes(self) -> dict[str, int | None]:
+            return {"file": 10}
+
+        def open(self, name: str, room: Room, start: int = 0) -> Opened:
+            return Opened(Body())
+
+    for number, error in enumerate((Odd("told"), ssl.SSLError("told"), IncompleteRead(b""), EOFError())):
+        raised: Exception = error
+        with pytest.raises(FetchError, match="s3://odd: file cannot be fetched: "):
+            fetch(OddFiles(), tmp_path / str(number), Room(100, 60.0))
+    raised = OSError(errno.EMFILE, "Too many open files")  # nobody's fault but this machine's
+    with pytest.raises(OSError, match="Too many open files"):
+        fetch(OddFiles(), tmp_path / "own", Room(100, 60.0))

@@ -1,23 +1,22 @@
-"""Reads a PEFT LoRA checkpoint whole, or refuses it with the reason."""
+"""Reads a PEFT checkpoint whole, or refuses it with the reason."""
 
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from toppings.adapters.base_weights import BaseWeights
+from toppings.adapters.checkpoint_plan import CheckpointPlan, Place
 from toppings.adapters.errors import AdapterError, AdapterNotFound
-from toppings.adapters.layout import BaseShapes
-from toppings.adapters.peft_config import CONFIG_FILE, PeftConfig, shorten
-from toppings.adapters.peft_matches import PeftMatches
+from toppings.adapters.folding import ProjectionWeights
+from toppings.adapters.layout import BaseShapes, gain_name, offset_name
+from toppings.adapters.peft_config import CONFIG_FILE, PeftConfig
 from toppings.adapters.regular_files import open_regular
-from toppings.adapters.stored_tensors import FLOATS, WEIGHTS_FILE, StoredTensor, StoredTensors
+from toppings.adapters.stored_tensors import WEIGHTS_FILE, StoredTensors
 from toppings.adapters.text_files import TEXT_FILES, TextFiles
 from toppings.bad_input import RequestError, check_unicode, shown
 from toppings.core import MODULES
@@ -31,25 +30,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 4 << 20
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d{1,6})\.(?:self_attn|mlp)\.(?P<name>\w{1,32}))"
-    r"\.lora_(?P<half>[AB])(?:\.default)?\.weight",  # PEFT's own name of an adapter may stand in its keys
-    re.ASCII,
-)
-_BASE_PARAMETER = re.compile(
-    r"base_model\.model\.(?:lm_head|model\.(?:embed_tokens|norm|layers\.\d+\.(?:\w+layernorm|(?:self_attn|mlp)\."
-    r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?))))\.(?:weight|bias)"
-)
-_OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
-
-
-@dataclass(frozen=True)
-class ProjectionWeights:
-    """A `[r, in]` and B `[out, r]` as stored, and the scale still to be applied."""
-
-    a: "torch.Tensor"
-    b: "torch.Tensor"
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +44,7 @@ class AdapterCheckpoint:
     path: Path
     base_model: str
     shapes: BaseShapes
-    weights: Mapping[tuple[int, int], ProjectionWeights]
+    weights: Mapping[Place, ProjectionWeights]
     digest: str
     fingerprint: str
     chat_template: str | None = None
@@ -78,11 +58,16 @@ class AdapterCheckpoint:
             ranks[layer][module] = weights.a.shape[0]
         return ranks
 
-
-def module_name(layer: int, module: int) -> str:
-    """The base model's name of a projection, as peft's patterns see it."""
-    block = "mlp" if MODULES[module] in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.layers.{layer}.{block}.{MODULES[module]}"
+    def extras(self, layer: int) -> dict[str, "torch.Tensor"]:
+        """What the layer has beside A and B, by name, as `layout.LayerLayout` calls it."""
+        found: dict[str, torch.Tensor] = {}
+        for module in range(len(MODULES)):
+            if (weights := self.weights.get((layer, module))) is None:
+                continue
+            for name, tensor in ((gain_name(module), weights.gain), (offset_name(module), weights.offset)):
+                if tensor is not None:
+                    found[name] = tensor
+        return found
 
 
 def fingerprint(path: str | Path) -> str:
@@ -102,11 +87,13 @@ def read_checkpoint(
     shapes: BaseShapes,
     base_tokens: Mapping[str, int] | None = None,
     roots: Sequence[Path] | None = None,
+    base: BaseWeights | None = None,
 ) -> AdapterCheckpoint:
     """The adapter in the directory `path`, all of it in memory and checked against the base model's `shapes`.
 
     `base_tokens`: the added tokens of the base model's tokeniser, to warn where the adapter's differ.
     `roots`: its files must lie below one of these directories, with every link followed; None: anywhere.
+    `base`: where to read the base model's weights, which some kinds of adapters need; None: nowhere.
     Warnings are logged, too. Raises AdapterError with the reason; AdapterNotFound where `path` is no
     directory.
     """
@@ -119,7 +106,7 @@ def read_checkpoint(
         if not path.is_dir():
             raise AdapterNotFound(f"no adapter directory at {path}")
         _check_files(path)
-        checkpoint = _read(path, shapes, base_tokens, roots)
+        checkpoint = _read(path, shapes, base_tokens, roots, base)
     except OSError as error:
         raise AdapterError(f"cannot read adapter {path}: {error}") from error
     for warning in checkpoint.warnings:
@@ -128,7 +115,11 @@ def read_checkpoint(
 
 
 def _read(
-    path: Path, shapes: BaseShapes, base_tokens: Mapping[str, int] | None, roots: Sequence[Path] | None
+    path: Path,
+    shapes: BaseShapes,
+    base_tokens: Mapping[str, int] | None,
+    roots: Sequence[Path] | None,
+    base: BaseWeights | None,
 ) -> AdapterCheckpoint:
     mark = fingerprint(path)
     try:
@@ -137,7 +128,7 @@ def _read(
         digest = hashlib.sha256(len(config_bytes).to_bytes(8, "little") + config_bytes)
         with _naming(WEIGHTS_FILE), open_regular(path / WEIGHTS_FILE, roots) as file:
             stored = StoredTensors(file)
-            plan = _Plan(stored.by_key, config, shapes)
+            plan = CheckpointPlan(stored.by_key, config, shapes, base)
             digest.update(stored.head)
             tensors = stored.read(plan.keys, digest.update)
         weights = plan.weights(tensors)
@@ -184,125 +175,3 @@ def _check_files(path: Path) -> None:
         pickle = next((name for name in _PICKLES if (path / name).exists()), None)
         found = f"; {pickle} is a pickle, which is not read: convert it to safetensors" if pickle else ""
         raise AdapterError(f"adapter {path}: {WEIGHTS_FILE} is missing{found}")
-
-
-class _Plan:
-    """Which tensors are wanted and of what shape, decided by the header alone. Raises AdapterError."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor], config: PeftConfig, shapes: BaseShapes) -> None:
-        places = [(layer, module) for layer in range(shapes.num_layers) for module in range(len(MODULES))]
-        names = [module_name(*place) for place in places]
-        self._matches = PeftMatches(config, (*names, *_OUTSIDE_LAYERS))
-        self._halves: dict[tuple[int, int], tuple[str, str]] = {}
-        _check_outside(self._matches, config)
-        ignored = [key for key in stored if _is_ignored(key)]
-        halves = _by_place([key for key in stored if not _is_ignored(key)], shapes)
-        for place, name in zip(places, names, strict=True):
-            keys = [halves.get((*place, half)) for half in "AB"]
-            _check_presence(name, keys, self._matches)
-            if keys[0] is not None and keys[1] is not None:
-                rank, (size_in, size_out) = self._matches.rank_of(name), shapes.sizes[place[1]]
-                _check_stored(stored[keys[0]], (rank, size_in))
-                _check_stored(stored[keys[1]], (size_out, rank))
-                self._halves[place] = (keys[0], keys[1])
-        self.warnings = [*self._matches.unused_patterns()[:20], *map(_explain_ignored, ignored[:20])]
-
-    @property
-    def keys(self) -> list[str]:
-        return [key for halves in self._halves.values() for key in halves]
-
-    def weights(self, tensors: Mapping[str, "torch.Tensor"]) -> dict[tuple[int, int], ProjectionWeights]:
-        """Raises AdapterError for values that are not finite."""
-        for key, tensor in tensors.items():
-            if not is_finite(tensor):
-                raise AdapterError(f"key {key!r} holds NaN or infinite values")
-        return {
-            place: ProjectionWeights(tensors[a], tensors[b], self._matches.scale_of(module_name(*place)))
-            for place, (a, b) in self._halves.items()
-        }
-
-
-def _check_outside(matches: PeftMatches, config: PeftConfig) -> None:
-    is_shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    for name in _OUTSIDE_LAYERS:
-        if not is_shorthand and matches.is_target(name):
-            raise AdapterError(
-                f"target_modules {shorten(config.target_modules)} matches {name}; supported: "
-                f"{', '.join(MODULES)}"
-            )
-
-
-def _is_ignored(key: str) -> bool:
-    """PEFT takes no note of a tensor that is no parameter of the model with its adapters; here, a LoRA's is
-    refused all the same: it was trained, and would be missing.
-    """
-    return "lora_" not in key and _BASE_PARAMETER.fullmatch(key) is None
-
-
-def _explain_ignored(key: str) -> str:
-    return f"key {key[:200]!r} is no parameter of the base model; it is ignored, as PEFT ignores it"
-
-
-def _by_place(keys: list[str], shapes: BaseShapes) -> dict[tuple[int, int, str], str]:
-    halves: dict[tuple[int, int, str], str] = {}
-    for key in keys:
-        place = _parse_key(key, shapes)
-        if place in halves:
-            raise AdapterError(f"keys {halves[place]!r} and {key!r} are the same weight")
-        halves[place] = key
-    return halves
-
-
-def _parse_key(key: str, shapes: BaseShapes) -> tuple[int, int, str]:
-    match = _KEY.fullmatch(key)
-    if match is None or match["name"] not in MODULES:
-        raise AdapterError(f"key {shorten(key)} {_explain_key(key)}")
-    layer, module = int(match["layer"]), MODULES.index(match["name"])
-    if layer >= shapes.num_layers:
-        raise AdapterError(f"key {key!r} is for layer {layer}; the base model has {shapes.num_layers} layers")
-    if match["module"] != module_name(layer, module):
-        raise AdapterError(f"key {key!r} matches nothing; expected {module_name(layer, module)}")
-    return layer, module, match["half"]
-
-
-def _explain_key(key: str) -> str:
-    if "lora_magnitude_vector" in key:
-        return "belongs to DoRA, which is not supported"
-    if "lora_embedding_" in key or "embed_tokens" in key or "lm_head" in key:
-        return "is for the embedding or output layer, which is not supported"
-    if "modules_to_save" in key or "lora_" not in key:
-        return "is a whole weight, not a LoRA (modules_to_save is not supported)"
-    if key.endswith(".bias"):
-        return "is a bias, which is not supported"
-    return f"matches no projection of the base model ({', '.join(MODULES)})"
-
-
-def _check_presence(name: str, keys: list[str | None], matches: PeftMatches) -> None:
-    for half, key, other in (("A", *keys), ("B", *keys[::-1])):
-        if key is None and other is not None:
-            raise AdapterError(f"key {other!r} has no lora_{half} beside it")
-    if keys[0] is None and matches.is_target(name):
-        raise AdapterError(f"target_modules names {name}, but the file has no weights for it")
-    if keys[0] is not None and not matches.is_target(name):
-        raise AdapterError(f"key {keys[0]!r} is not among the modules that the configuration targets")
-
-
-def is_finite(tensor: "torch.Tensor") -> bool:
-    """No value is NaN or infinite. By numpy, since torch would wake its threads for each small tensor."""
-    import torch
-
-    if tensor.dtype is torch.bfloat16:
-        exponents = tensor.view(torch.int16).numpy() & 0x7F80
-        return not bool((exponents == 0x7F80).any())
-    return bool(np.isfinite(tensor.numpy()).all())
-
-
-def _check_stored(stored: StoredTensor, shape: tuple[int, int]) -> None:
-    if stored.shape != shape:
-        raise AdapterError(
-            f"key {stored.key!r} has shape {list(stored.shape)}; the base model and the configured rank need "
-            f"{list(shape)}"
-        )
-    if stored.dtype not in FLOATS:
-        kind = re.sub(r"^I(?=\d)", "int", stored.dtype[:32])
-        raise AdapterError(f"key {stored.key!r} is of type {kind}; it must be a float of 8 to 64 bits")

@@ -11,7 +11,13 @@ import numpy.typing as npt
 import torch
 
 from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
-from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout, LayerLayout
+from toppings.adapters.layout import (
+    BLOCK_ALIGNMENT_BYTES,
+    AdapterLayout,
+    LayerLayout,
+    gain_name,
+    offset_name,
+)
 from toppings.core import MODULES
 
 
@@ -26,8 +32,10 @@ class DevicePool:
     """Slots of adapters in `arena`, a 1-D tensor of the model's dtype that is allocated once.
 
     `table` is int64 `[num_slots, num_layers, 7, 3]` on the device: (A offset, B offset, rank) of each module,
-    in elements of `arena`; rank 0 where not targeted or no adapter. `table_cpu` is the same in host memory
-    (on the CPU device: the same memory). Both change only in `try_place` and `free`, between forwards.
+    in elements of `arena`; rank 0 where not targeted or no adapter. `columns`, int64 `[num_slots, num_layers,
+    7, 2]`, has the starts of each module's gain and offset, 0 where there is none. `table_cpu` and
+    `columns_cpu` are the same in host memory (on the CPU device: the same memory). They change only in
+    `try_place` and `free`, between forwards.
 
     Not thread-safe: called from the engine's loop alone.
     """
@@ -53,6 +61,9 @@ class DevicePool:
         self._table_host = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int64)
         self.table = self._table_host.to(device)
         self.table_cpu: npt.NDArray[np.int64] = self._table_host.numpy()
+        self._columns_host = torch.zeros(num_slots, num_layers, len(MODULES), 2, dtype=torch.int64)
+        self.columns = self._columns_host.to(device)
+        self.columns_cpu: npt.NDArray[np.int64] = self._columns_host.numpy()
         self._allocator = RangeAllocator(capacity)
         self._placements: dict[int, _Placement] = {}
         self._free_slots = list(range(num_slots))[::-1]
@@ -117,6 +128,10 @@ class DevicePool:
         """The largest rank of any module of the adapters of `slots`; -1 is no adapter."""
         return max((self._placements[slot].layout.max_rank for slot in slots if slot >= 0), default=0)
 
+    def has_extras(self, slots: Iterable[int]) -> bool:
+        """Any adapter of `slots` has more than A and B; -1 is no adapter."""
+        return any(self._placements[slot].layout.has_extras for slot in slots if slot >= 0)
+
     def _ranges(self) -> list[tuple[int, int, int, int]]:
         """(offset, size, slot, layer) of every block, by offset."""
         return sorted(
@@ -148,28 +163,36 @@ class DevicePool:
 
     def _write_table(self, slot: int) -> None:
         self.table_cpu[slot] = 0
+        had_columns = bool(self.columns_cpu[slot].any())
+        self.columns_cpu[slot] = 0
         placement = self._placements.get(slot)
         if placement is not None:
             for layer, layout in enumerate(placement.layout.layers):
                 self.table_cpu[slot, layer] = _table_rows(layout, placement.offsets[layer])
+                self.columns_cpu[slot, layer] = _column_rows(layout, placement.offsets[layer])
         if self.table.device.type != "cpu":
             # In the order of the compute stream: kernels that are already queued still see the old row. From
             # page-locked memory of its own, which the allocator keeps until the copy is over: the host does
             # not wait for it, and the row is not changed under it.
             self.table[slot].copy_(self._table_host[slot].pin_memory(), non_blocking=True)
+            if had_columns or self.columns_cpu[slot].any():
+                self.columns[slot].copy_(self._columns_host[slot].pin_memory(), non_blocking=True)
 
     def check_integrity(self) -> None:
         """Blocks and free ranges tile the arena, and the table says what the placements say."""
         self._allocator.check_integrity([(offset, size) for offset, size, _, _ in self._ranges()])
         assert sorted([*self._free_slots, *self._placements]) == list(range(self.num_slots))
         assert torch.equal(self.table.cpu(), self._table_host)
+        assert torch.equal(self.columns.cpu(), self._columns_host)
         for slot in range(self.num_slots):
             placement = self._placements.get(slot)
             if placement is None:
                 assert not self.table_cpu[slot].any(), f"slot {slot} is free but in the table"
+                assert not self.columns_cpu[slot].any(), f"slot {slot} is free but in the columns"
                 continue
             for layer, layout in enumerate(placement.layout.layers):
                 assert (self.table_cpu[slot, layer] == _table_rows(layout, placement.offsets[layer])).all()
+                assert (self.columns_cpu[slot, layer] == _column_rows(layout, placement.offsets[layer])).all()
                 assert placement.offsets[layer] % self._alignment == 0 or not layout.numel
 
 
@@ -178,4 +201,16 @@ def _table_rows(layout: LayerLayout, offset: int) -> npt.NDArray[np.int64]:
     rows = np.array([layout.a_offsets, layout.b_offsets, layout.ranks], dtype=np.int64).T
     rows[:, :2] += offset
     rows[rows[:, 2] == 0] = 0
+    return rows
+
+
+def _column_rows(layout: LayerLayout, offset: int) -> npt.NDArray[np.int64]:
+    """`[7, 2]`: (gain's start, offset's start) of a block that starts at `offset`, zeros where there is none:
+    what they belong to comes before them, so that no start is 0."""
+    rows = np.zeros((len(MODULES), 2), np.int64)
+    if layout.extras:
+        for module in range(len(MODULES)):
+            for i, name in enumerate((gain_name(module), offset_name(module))):
+                if (found := layout.find_extra(name)) is not None:
+                    rows[module, i] = offset + found[0]
     return rows

@@ -15,6 +15,16 @@ from toppings.adapters.layout import AdapterLayout, LoadOrder
 from toppings.adapters.loader import Loader, LoadHandle
 
 
+@dataclass(frozen=True)
+class LoadTimes:
+    """Of the load that brought an adapter to the device. `tier`: where it was before, "host" or "disk"."""
+
+    tier: str
+    read_ms: float  # disk to host, 0 where it was on the host
+    copy_ms: float  # host to device, so far
+    host_ready_at: float  # time.perf_counter
+
+
 @dataclass(slots=True, eq=False)
 class Resident:
     """An adapter with its room on the device. `entry` is pinned on the host while the load copies from it."""
@@ -43,6 +53,14 @@ class Resident:
     def is_idle(self) -> bool:
         """It may be evicted."""
         return not (self.num_running or self.is_loading or self.is_pinned)
+
+    def load_times(self) -> LoadTimes:
+        return LoadTimes(
+            tier=self.tier,
+            read_ms=self.entry.read_ms if self.tier == "disk" else 0.0,
+            copy_ms=self.load.copy_ms,
+            host_ready_at=self.entry.ready_at or self.load.started_at,
+        )
 
 
 class DeviceTier:

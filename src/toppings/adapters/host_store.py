@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
 from toppings.adapters.arena import Bytes, HostArena
 from toppings.adapters.capacity import check_host
 from toppings.adapters.errors import AdapterError, StateError
 from toppings.adapters.eviction import EvictionPolicy
 from toppings.adapters.host_entry import EntryState, HostEntry
+from toppings.adapters.host_room import HostRoom
 from toppings.adapters.latest import Latest
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
 from toppings.adapters.packed import PackedFileError
@@ -28,8 +28,6 @@ from toppings.vital import VitalThread
 
 logger = logging.getLogger(__name__)
 
-EVICTION_BATCH_SHARE = 64
-"""A full store evicts up to 1/64 of its capacity at once."""
 RETRY_S = 0.05
 """How often a read that found no room looks whether entries are still wanted."""
 
@@ -78,16 +76,14 @@ class HostStore:
         self._source = source
         self._policy = policy
         self._on_progress = on_progress
-        self._allocator = RangeAllocator(capacity)
-        self._entries: dict[int, HostEntry] = {}
         self._queue: deque[HostEntry] = deque()
         self._wake = threading.Condition()  # reentrant; guards all of the above
+        self._room = HostRoom(self.arena, policy, self._wake)
         self._is_closed = False
-        self._changed: set[int] = set()
         self._told: Latest[int, str] = Latest(
             MAX_TOLD
         )  # why an adapter could not be read, by id; the reader thread's own
-        self.counters = {"host_evictions": 0, "adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
+        self._counters = {"adapter_reads": 0, "adapter_read_bytes": 0, "read_errors": 0}
         self._thread = VitalThread(self._run, "adapter-reader")
         self._thread.start()
 
@@ -97,35 +93,39 @@ class HostStore:
 
     @property
     def used_bytes(self) -> int:
-        return self.capacity_bytes - self._allocator.num_free
+        return self.capacity_bytes - self._room.allocator.num_free
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {"host_evictions": self._room.num_evictions, **self._counters}
 
     # --- for callers: none of these waits for the reader ---
 
     def find(self, adapter_id: int) -> HostEntry | None:
-        return self._entries.get(adapter_id)
+        return self._room.entries.get(adapter_id)
 
     def ready_ids(self) -> list[int]:
         """Adapters that are wholly in host memory."""
         with self._wake:
-            return [e.adapter_id for e in self._entries.values() if e.state in _RESIDENT]
+            return [e.adapter_id for e in self._room.entries.values() if e.state in _RESIDENT]
 
     def holds(self, adapter_id: int) -> bool:
         """It is wholly in host memory."""
-        entry = self._entries.get(adapter_id)
+        entry = self._room.entries.get(adapter_id)
         return entry is not None and entry.state in _RESIDENT
 
     def take_changed(self) -> set[int]:
         """Adapters that have come or gone since the last call."""
         with self._wake:
-            changed, self._changed = self._changed, set()
+            changed, self._room.changed = self._room.changed, set()
             return changed
 
     def prefetch(self, adapter_id: int) -> None:
         """Queues a read if the adapter is not here, also where its last one failed."""
         with self._wake:
-            entry = self._entries.get(adapter_id)
+            entry = self._room.entries.get(adapter_id)
             if entry is not None and entry.error is not None:
-                del self._entries[adapter_id]
+                del self._room.entries[adapter_id]
             self.request(adapter_id)
 
     def request(self, adapter_id: int) -> HostEntry:
@@ -134,21 +134,21 @@ class HostStore:
         Raises AdapterError where its last read failed; the request after that tries again.
         """
         with self._wake:
-            entry = self._entries.get(adapter_id)
+            entry = self._room.entries.get(adapter_id)
             if entry is None:
-                entry = self._entries[adapter_id] = HostEntry(adapter_id, self.arena)
+                entry = self._room.entries[adapter_id] = HostEntry(adapter_id, self.arena)
                 self._queue.append(entry)
                 self._wake.notify_all()
             entry.wanted_at = time.perf_counter()
             if entry.error is not None:
-                del self._entries[adapter_id]
+                del self._room.entries[adapter_id]
                 raise entry.error
             return entry
 
     def try_pin(self, entry: HostEntry) -> bool:
         """Keeps the entry in its place until `unpin`; False where it has none just now."""
         with self._wake:
-            if not entry.has_room or self._entries.get(entry.adapter_id) is not entry:
+            if not entry.has_room or self._room.entries.get(entry.adapter_id) is not entry:
                 return False
             entry.num_pins += 1
             entry.was_fetched = True
@@ -165,15 +165,15 @@ class HostStore:
     def try_remove(self, adapter_id: int) -> bool:
         """True once the adapter is gone; False while it is used, read or moved: ask again."""
         with self._wake:
-            entry = self._entries.get(adapter_id)
+            entry = self._room.entries.get(adapter_id)
             if entry is None:
                 return True
             if entry.state in (EntryState.QUEUED, EntryState.FAILED):
-                del self._entries[adapter_id]
+                del self._room.entries[adapter_id]
                 return True
             if not entry.is_idle:
                 return False
-            self._free(entry, was_evicted=False)
+            self._room.free(entry, was_evicted=False)
             return True
 
     def check(self) -> None:
@@ -193,11 +193,11 @@ class HostStore:
         """Entries and free ranges tile the arena, and the states agree with the room taken."""
         with self._wake:
             # While entries move, the allocator is ahead of their offsets.
-            self._wake.wait_for(lambda: all(e.state is not EntryState.MOVING for e in self._entries.values()))
-            placed = [e for e in self._entries.values() if e.state in _PLACED]
-            ranges = [(o, s) for e in placed for o, s in zip(e.offsets, e.sizes(), strict=True) if s]
-            self._allocator.check_integrity(ranges)
-            queued = [e for e in self._entries.values() if e.state is EntryState.QUEUED]
+            self._wake.wait_for(
+                lambda: all(e.state is not EntryState.MOVING for e in self._room.entries.values())
+            )
+            self._room.check_integrity()
+            queued = [e for e in self._room.entries.values() if e.state is EntryState.QUEUED]
             assert all(e.num_pins == 0 for e in queued)
 
     # --- the reader thread ---
@@ -218,7 +218,7 @@ class HostStore:
                 if self._is_closed:
                     return None
                 entry = self._queue.popleft()
-                if self._entries.get(entry.adapter_id) is entry:
+                if self._room.entries.get(entry.adapter_id) is entry:
                     return entry
 
     def _read(self, entry: HostEntry) -> None:
@@ -257,10 +257,10 @@ class HostStore:
             entry.read_ms = read_ms
             entry.ready_at = time.perf_counter()
             entry.state = EntryState.READY
-            self._changed.add(entry.adapter_id)
+            self._room.changed.add(entry.adapter_id)
             self._policy.touch(entry.adapter_id, entry.layout.num_bytes)
-            self.counters["adapter_reads"] += 1
-            self.counters["adapter_read_bytes"] += entry.layout.num_bytes
+            self._counters["adapter_reads"] += 1
+            self._counters["adapter_read_bytes"] += entry.layout.num_bytes
 
     def _fail(self, entry: HostEntry, error: Exception) -> None:
         is_expected = isinstance(error, AdapterError | StateError)
@@ -269,10 +269,10 @@ class HostStore:
         self._told[entry.adapter_id] = str(error)
         with self._wake:
             if entry.state is EntryState.READING:
-                self._allocator.free_all(entry.offsets, entry.sizes())
+                self._room.allocator.free_all(entry.offsets, entry.sizes())
             entry.state = EntryState.FAILED
             entry.error = error if isinstance(error, AdapterError) else AdapterError(f"read failed: {error}")
-            self.counters["read_errors"] += 1
+            self._counters["read_errors"] += 1
 
     def _make_room(self, entry: HostEntry, layout: AdapterLayout) -> bool:
         """Places the entry, waiting until enough others may leave; False where nobody wants it any more."""
@@ -280,81 +280,17 @@ class HostStore:
         sizes = [layout.layer_bytes(layer) for layer in range(layout.num_layers)]
         while True:
             with self._wake:
-                if self._is_closed or self._entries.get(entry.adapter_id) is not entry:
+                if self._is_closed or self._room.entries.get(entry.adapter_id) is not entry:
                     return False
-                if self._try_place(entry, layout, sizes):
+                if self._room.try_place(entry, layout, sizes):
                     return True
-                moves = self._plan_moves(layout.num_bytes)
+                moves = self._room.plan_moves(layout.num_bytes)
                 if not moves and not entry.is_wanted:
-                    del self._entries[entry.adapter_id]
+                    del self._room.entries[entry.adapter_id]
                     return False
                 if not moves:
                     self._wake.wait(RETRY_S)
-            self._move(moves)
-
-    def _try_place(self, entry: HostEntry, layout: AdapterLayout, sizes: list[int]) -> bool:
-        if self._allocator.num_free < layout.num_bytes and not self._evict_for(layout.num_bytes):
-            return False
-        offsets = self._allocator.try_allocate_all(sizes)
-        if offsets is not None:
-            entry.place(layout, offsets)
-        return offsets is not None
-
-    def _evict_for(self, needed: int) -> bool:
-        """Frees `needed` bytes, and a few more, so that thousands of small entries are not ranked often."""
-        victims = [e for e in self._entries.values() if e.is_idle and not e.is_wanted]
-        if self._allocator.num_free + sum(v.layout.num_bytes for v in victims) < needed:
-            return False
-        victims.sort(key=lambda e: self._policy.worth(e.adapter_id), reverse=True)
-        self._free(victims.pop(), was_evicted=True)
-        while self._allocator.num_free < needed:
-            self._free(victims.pop(), was_evicted=True)
-        spare = max(needed, self.capacity_bytes // EVICTION_BATCH_SHARE)
-        while victims and self._allocator.num_free + victims[-1].layout.num_bytes <= spare:
-            self._free(victims.pop(), was_evicted=True)
-        return True
-
-    def _free(self, entry: HostEntry, *, was_evicted: bool) -> None:
-        assert entry.is_idle
-        self._allocator.free_all(entry.offsets, entry.sizes())
-        self._policy.forget(entry.adapter_id, was_evicted=was_evicted)
-        self.counters["host_evictions"] += was_evicted
-        self._changed.add(entry.adapter_id)
-        del self._entries[entry.adapter_id]
-
-    def _plan_moves(self, needed: int) -> list[tuple[HostEntry, int, int]]:
-        """(entry, layer, new offset) that open a hole of `needed` bytes; the entries are marked as moving."""
-        if self._allocator.num_free < needed:
-            return []
-        ranges = sorted(
-            (offset, size, entry.adapter_id, layer)
-            for entry in self._entries.values()
-            if entry.state in _PLACED
-            for layer, (offset, size) in enumerate(zip(entry.offsets, entry.sizes(), strict=True))
-            if size
-        )
-        blocks = [Block(offset, size, self._entries[owner].is_idle) for offset, size, owner, _ in ranges]
-        targets = plan_compaction(blocks, needed)
-        moves = [
-            (self._entries[owner], layer, target)
-            for (offset, _, owner, layer), target in zip(ranges, targets, strict=True)
-            if target != offset
-        ]
-        for entry, _, _ in moves:
-            entry.state = EntryState.MOVING
-        self._allocator.reset([(target, block.size) for target, block in zip(targets, blocks, strict=True)])
-        return moves
-
-    def _move(self, moves: list[tuple[HostEntry, int, int]]) -> None:
-        """Without the lock, since it may take long: nobody else touches entries that are moving."""
-        for entry, layer, target in moves:
-            self.arena.move(entry.offsets[layer], target, entry.layout.layer_bytes(layer))
-            entry.offsets[layer] = target
-        with self._wake:
-            for entry, _, _ in moves:
-                entry.state = EntryState.READY
-            self._wake.notify_all()
+            self._room.move(moves)
 
 
-_PLACED = (EntryState.READING, EntryState.READY, EntryState.MOVING)
 _RESIDENT = (EntryState.READY, EntryState.MOVING)

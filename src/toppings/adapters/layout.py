@@ -1,8 +1,14 @@
 """Where an adapter's weights lie: one contiguous block per layer, the same on disk, host and device.
 
-A block is `[A_q A_k A_v A_o A_gate A_up A_down | B_q B_k B_v B_o B_gate B_up B_down]`, targeted modules only.
-A is `[r, in]`; B is stored transposed, `[r, out]`, with the adapter's scale folded in. So the A's of a
-projection group are consecutive rows, and each half of a block is one copy.
+A block is `[A_q A_k A_v A_o A_gate A_up A_down | B_q B_k B_v B_o B_gate B_up B_down | extras]`, targeted
+modules only. A is `[r, in]`; B is stored transposed, `[r, out]`, with the adapter's scale folded in. So the
+A's of a projection group are consecutive rows, and each half of a block is one copy: extras travel with B.
+They are named tensors, which most adapters have none of:
+
+| extra | shape | what it does |
+|---|---|---|
+| `q_proj.gain`, ... | [out] | the base model's output y becomes y + gain ∘ y |
+| `q_proj.offset`, ... | [out] | is added to y |
 """
 
 import json
@@ -10,13 +16,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from math import prod
+from typing import TypeAlias
 
 from toppings.core import GROUPS, MODULES
 
+Extras: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+"""Of one layer: names and shapes."""
 LoadOrder = Sequence[tuple[int, str]]
 """The copies of a load, first to last: a layer, and which half of its block travels ("A", "B" or "AB")."""
 BLOCK_ALIGNMENT_BYTES = 64
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def gain_name(module: int) -> str:
+    return f"{MODULES[module]}.gain"
+
+
+def offset_name(module: int) -> str:
+    return f"{MODULES[module]}.offset"
 
 
 @dataclass(frozen=True)
@@ -40,22 +58,45 @@ class LayerLayout:
     b_offsets: tuple[int, ...]
     numel: int  # padded, so that the next block is aligned
     numel_a: int  # the B half starts here
+    extras: Extras = ()
+    extra_offsets: tuple[int, ...] = ()  # each aligned as a block is
+
+    def find_extra(self, name: str) -> tuple[int, tuple[int, ...]] | None:
+        """Its offset and shape."""
+        for (known, shape), offset in zip(self.extras, self.extra_offsets, strict=True):
+            if known == name:
+                return offset, shape
+        return None
 
 
 @lru_cache(maxsize=4096)
-def layer_layout(ranks: tuple[int, ...], sizes: tuple[tuple[int, int], ...], item_bytes: int) -> LayerLayout:
+def layer_layout(
+    ranks: tuple[int, ...], sizes: tuple[tuple[int, int], ...], item_bytes: int, extras: Extras = ()
+) -> LayerLayout:
     """The block of one layer whose modules have these ranks (7 of them, in `MODULES` order)."""
     starts_a = [0, *accumulate(r * size[0] for r, size in zip(ranks, sizes, strict=True))]
     starts_b = [0, *accumulate(r * size[1] for r, size in zip(ranks, sizes, strict=True))]
     numel_a = starts_a[-1]
     alignment = BLOCK_ALIGNMENT_BYTES // item_bytes
+    ends = list(
+        accumulate(
+            (_aligned(prod(shape), alignment) for _, shape in extras),
+            initial=_aligned(numel_a + starts_b[-1], alignment),
+        )
+    )
     return LayerLayout(
         ranks=ranks,
         a_offsets=tuple(start if r else -1 for r, start in zip(ranks, starts_a[:-1], strict=True)),
         b_offsets=tuple(numel_a + start if r else -1 for r, start in zip(ranks, starts_b[:-1], strict=True)),
-        numel=-(-(numel_a + starts_b[-1]) // alignment) * alignment,
+        numel=ends[-1],
         numel_a=numel_a,
+        extras=extras,
+        extra_offsets=tuple(ends[:-1]),
     )
+
+
+def _aligned(numel: int, alignment: int) -> int:
+    return -(-numel // alignment) * alignment
 
 
 @dataclass(frozen=True)
@@ -67,11 +108,22 @@ class AdapterLayout:
     layers: tuple[LayerLayout, ...]
 
     @classmethod
-    def build(cls, ranks: Sequence[Sequence[int]], shapes: BaseShapes, dtype: str) -> "AdapterLayout":
-        """`ranks`: per layer and `MODULES` index, 0 where not targeted."""
+    def build(
+        cls,
+        ranks: Sequence[Sequence[int]],
+        shapes: BaseShapes,
+        dtype: str,
+        extras: Sequence[Extras] | None = None,
+    ) -> "AdapterLayout":
+        """`ranks`: per layer and `MODULES` index, 0 where not targeted; `extras`: per layer."""
         assert len(ranks) == shapes.num_layers
         item_bytes = DTYPE_BYTES[dtype]
-        return cls(dtype, shapes, tuple(layer_layout(tuple(r), shapes.sizes, item_bytes) for r in ranks))
+        extras = extras or [()] * len(ranks)
+        blocks = (
+            layer_layout(tuple(r), shapes.sizes, item_bytes, each)
+            for r, each in zip(ranks, extras, strict=True)
+        )
+        return cls(dtype, shapes, tuple(blocks))
 
     def __hash__(self) -> int:
         """Caches of prices and plans ask for it with every cold prefill."""
@@ -95,6 +147,10 @@ class AdapterLayout:
         """Projection groups with a module that is targeted in at least one layer."""
         named = {group: [MODULES[m] for m in modules] for group, modules in GROUPS.items()}
         return frozenset(group for group, names in named.items() if set(names) & set(self.targets))
+
+    @cached_property
+    def has_extras(self) -> bool:
+        return any(layer.extras for layer in self.layers)
 
     @property
     def item_bytes(self) -> int:
@@ -120,13 +176,18 @@ class AdapterLayout:
 
     def to_json(self) -> str:
         ranks = [layer.ranks for layer in self.layers]
-        return json.dumps({"dtype": self.dtype, "sizes": self.shapes.sizes, "ranks": ranks})
+        fields = {"dtype": self.dtype, "sizes": self.shapes.sizes, "ranks": ranks}
+        if self.has_extras:
+            fields["extras"] = [layer.extras for layer in self.layers]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterLayout":
         fields = json.loads(text)
         sizes = tuple((size[0], size[1]) for size in fields["sizes"])
-        return cls.build(fields["ranks"], BaseShapes(len(fields["ranks"]), sizes), fields["dtype"])
+        shapes = BaseShapes(len(fields["ranks"]), sizes)
+        extras = [tuple((name, tuple(shape)) for name, shape in each) for each in fields.get("extras", [])]
+        return cls.build(fields["ranks"], shapes, fields["dtype"], extras)
 
 
 def by_layer(layers: Iterable[int]) -> tuple[tuple[int, str], ...]:

@@ -10,23 +10,21 @@ copy to the device may have begun before that.
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from toppings.adapters.capacity import Capacity
-from toppings.adapters.cuda_loader import CudaLoader
-from toppings.adapters.device_pool import DevicePool
-from toppings.adapters.device_tier import DeviceTier, Resident
-from toppings.adapters.errors import AdapterError, StateError
+from toppings.adapters.device_memory import make_loader, make_pool
+from toppings.adapters.device_tier import DeviceTier, LoadTimes
+from toppings.adapters.errors import AdapterError
 from toppings.adapters.eviction import make_policy
+from toppings.adapters.hits import Hits
 from toppings.adapters.host_entry import HostEntry
 from toppings.adapters.host_store import HostStore
-from toppings.adapters.latest import Latest
-from toppings.adapters.loader import CpuLoader, Loader, LoadHandle
+from toppings.adapters.known_records import KnownRecords
+from toppings.adapters.loader import LoadHandle
 from toppings.adapters.modes import LoadingMode
 from toppings.adapters.parts import CutSource
+from toppings.adapters.pins import Pins
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.config import EngineConfig
 from toppings.core import Admission
@@ -37,20 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NUM_SLOTS = 1024
-MAX_CACHED_RECORDS = 16384
 PIN_WINDOW = 16  # adapters that are read ahead while many are to be pinned
 PRELOAD_POLL_S = 0.0005
-
-
-@dataclass(frozen=True)
-class LoadTimes:
-    """Of the load that brought an adapter to the device. `tier`: where it was before, "host" or "disk"."""
-
-    tier: str
-    read_ms: float  # disk to host, 0 where it was on the host
-    copy_ms: float  # host to device, so far
-    host_ready_at: float  # time.perf_counter
 
 
 class AdapterManager:
@@ -67,9 +53,9 @@ class AdapterManager:
         self._registry = registry
         self._mode = mode
         self._cut = None if lead is None else CutSource(registry, lead.parts)
-        self.pool = _make_pool(registry, config, mode, lead)
+        self.pool = make_pool(registry, config, mode, lead)
         self.shapes = registry.shapes if lead is None else lead.parts.shapes  # on this device
-        self.loader = _make_loader(self.pool, config, lead)
+        self.loader = make_loader(self.pool, config, lead)
         self.host = HostStore(
             config.host_store_bytes,
             self._cut or registry,
@@ -80,20 +66,16 @@ class AdapterManager:
         if config.device == "cuda":
             self.host.arena.lock_pages()
         self._tier = DeviceTier(self.pool, self.host, self.loader, make_policy(config.eviction))
-        self._pins: dict[int, int] = {}  # bytes of each adapter that is to stay on the device
-        self._pinned_bytes = 0
-        self._pending_pins: dict[int, None] = {}  # those that are not there yet, first to last
-        self._removed: Latest[int, None] = Latest(MAX_CACHED_RECORDS)
-        self._records: Latest[int, AdapterRecord] = Latest(MAX_CACHED_RECORDS)
-        self._num_hits: dict[int, int] = {}
+        self._pins = Pins()
+        self._records = KnownRecords(registry, self._cut)
+        self._hits = Hits()
         self._changed: set[int] = set()  # what `changes` is to tell, beside what the tiers know
-        self._counters = dict.fromkeys(("device_hits", "device_misses", "host_hits", "host_misses"), 0)
 
     # --- for the scheduler ---
 
     def prefetch(self, adapter_id: int) -> None:
         """A request for it was queued: begin to read it from disk if need be."""
-        if not self.holds(adapter_id) and adapter_id not in self._removed:
+        if not self.holds(adapter_id) and not self._records.is_removed(adapter_id):
             self.host.prefetch(adapter_id)
 
     def holds(self, adapter_id: int) -> bool:
@@ -118,21 +100,13 @@ class AdapterManager:
             raise resident.load.error
         if resident.is_loading and not resident.entry.is_ready:
             return Admission.LOADING
-        self._count(resident)
+        self._hits.note(resident)
         self._tier.acquire(resident)
         return Admission.READY
 
-    def _count(self, resident: Resident) -> None:
-        if resident.is_fresh or resident.is_loading:
-            self._counters["device_misses"] += 1
-            self._counters["host_hits" if resident.tier == "host" else "host_misses"] += 1
-        else:
-            self._counters["device_hits"] += 1
-            self._num_hits[resident.adapter_id] = self._num_hits.get(resident.adapter_id, 0) + 1
-
     def _place(self, adapter_id: int, num_tokens: int = 1) -> Admission:
         """Finds room on the device and begins the load; READY where that worked."""
-        record = self._record(adapter_id)
+        record = self._records.get(adapter_id)
         self._check_fits(record)
         entry = self.host.request(adapter_id)
         if not entry.has_room:
@@ -155,7 +129,7 @@ class AdapterManager:
 
         Empty where it needs no more room than idle adapters and loads under way will leave.
         """
-        return self._tier.victims_for(self._record(adapter_id).num_bytes)
+        return self._tier.victims_for(self._records.get(adapter_id).num_bytes)
 
     # --- for the model runner ---
 
@@ -179,15 +153,15 @@ class AdapterManager:
     # --- what is known of an adapter ---
 
     def rank_of(self, adapter_id: int) -> int:
-        return self._record(adapter_id).rank
+        return self._records.get(adapter_id).rank
 
     def invocation_tokens_of(self, adapter_id: int) -> tuple[int, ...]:
         """Empty but for an activated LoRA. Raises AdapterError."""
-        return self._record(adapter_id).invocation_tokens
+        return self._records.get(adapter_id).invocation_tokens
 
     def tier_of(self, adapter_id: int) -> str:
         """What a request that arrives now finds: "device", "host" or "disk". Raises AdapterError."""
-        self._record(adapter_id)
+        self._records.get(adapter_id)
         resident = self._tier.residents.get(adapter_id)
         if resident is not None:
             return resident.tier if self.load_of(adapter_id) is not None else "device"
@@ -196,32 +170,10 @@ class AdapterManager:
 
     def load_times(self, adapter_id: int) -> LoadTimes:
         """Of an adapter that is on the device."""
-        resident = self._tier.residents[adapter_id]
-        return LoadTimes(
-            tier=resident.tier,
-            read_ms=resident.entry.read_ms if resident.tier == "disk" else 0.0,
-            copy_ms=resident.load.copy_ms,
-            host_ready_at=resident.entry.ready_at or resident.load.started_at,
-        )
-
-    def _record(self, adapter_id: int) -> AdapterRecord:
-        """Raises AdapterError where it was removed or never registered, or cannot be looked up now."""
-        if adapter_id in self._removed:
-            raise AdapterError(f"adapter {adapter_id} was removed")
-        record = self._records.get(adapter_id)
-        if record is None:
-            try:
-                record = self._registry.get_by_id(adapter_id)
-            except StateError as error:
-                raise AdapterError(f"adapter {adapter_id} cannot be looked up: {error}") from error
-            if self._cut is not None:
-                record = self._cut.device_record(record)
-        self._records[adapter_id] = record  # those in use stay at hand
-        return record
+        return self._tier.residents[adapter_id].load_times()
 
     def _check_fits(self, record: AdapterRecord) -> None:
-        others = self._pinned_bytes - self._pins.get(record.adapter_id, 0)
-        self._capacity.check(record.name, record.num_bytes, others)
+        self._capacity.check(record.name, record.num_bytes, self._pins.bytes_beside(record.adapter_id))
 
     # --- pins ---
 
@@ -244,27 +196,24 @@ class AdapterManager:
 
         Raises AdapterError where it can never fit, or is unknown.
         """
-        record = self._record(adapter_id)
+        record = self._records.get(adapter_id)
         if is_pinned:
             self._check_fits(record)
             self._pin(record)
             if not self.holds(adapter_id):
-                self._pending_pins[adapter_id] = None
+                self._pins.pending[adapter_id] = None
                 self.prefetch(adapter_id)
         else:
             self._unpin(adapter_id)
         self._update_pin(adapter_id)
 
     def _pin(self, record: AdapterRecord) -> None:
-        if record.adapter_id not in self._pins:
-            self._pins[record.adapter_id] = record.num_bytes
-            self._pinned_bytes += record.num_bytes
+        if self._pins.add(record.adapter_id, record.num_bytes):
             self._changed.add(record.adapter_id)
 
     def _unpin(self, adapter_id: int) -> None:
         self._changed.add(adapter_id)
-        self._pinned_bytes -= self._pins.pop(adapter_id, 0)
-        self._pending_pins.pop(adapter_id, None)
+        self._pins.remove(adapter_id)
 
     def _update_pin(self, adapter_id: int) -> None:
         resident = self._tier.residents.get(adapter_id)
@@ -274,7 +223,7 @@ class AdapterManager:
 
     def preload_all(self, adapter_ids: Iterable[int]) -> None:
         """Loads and pins these adapters, and returns when they are on the device. Raises AdapterError."""
-        records = [self._record(adapter_id) for adapter_id in adapter_ids]
+        records = [self._records.get(adapter_id) for adapter_id in adapter_ids]
         self._check_all_fit(records)
         for record in records:
             self._pin(record)
@@ -308,21 +257,21 @@ class AdapterManager:
         """Takes note of loads that landed and places pinned adapters; part of every `try_acquire`."""
         for adapter_id in self._tier.poll():
             self._requeue_pin(adapter_id)
-        for adapter_id in list(self._pending_pins)[:PIN_WINDOW]:
+        for adapter_id in list(self._pins.pending)[:PIN_WINDOW]:
             try:
                 if self._place_pinned(adapter_id):
-                    del self._pending_pins[adapter_id]
+                    del self._pins.pending[adapter_id]
             except AdapterError as error:
                 logger.warning(
                     "adapter %s is pinned and cannot be loaded: %s; its next request tries again",
                     *(adapter_id, error),
                 )
-                del self._pending_pins[adapter_id]
+                del self._pins.pending[adapter_id]
 
     def _requeue_pin(self, adapter_id: int) -> None:
         """A pinned adapter whose load failed is loaded again once its last user has gone."""
         if adapter_id in self._pins and not self.holds(adapter_id):
-            self._pending_pins[adapter_id] = None
+            self._pins.pending[adapter_id] = None
 
     def check(self) -> None:
         """Raises EngineLostError where adapters are read or loaded no more."""
@@ -350,9 +299,8 @@ class AdapterManager:
             self._tier.drop(resident)
         if not self.host.try_remove(adapter_id):
             return False
-        self._removed[adapter_id] = None
-        self._records.pop(adapter_id, None)
-        self._num_hits.pop(adapter_id, None)
+        self._records.remove(adapter_id)
+        self._hits.forget(adapter_id)
         return True
 
     # --- what others are told ---
@@ -381,45 +329,24 @@ class AdapterManager:
             num_layers=self.pool.num_layers,
             num_running=resident.num_running if resident is not None else 0,
             num_waiting=num_waiting.get(adapter_id, 0),
-            num_hits=self._num_hits.get(adapter_id, 0),
+            num_hits=self._hits.of(adapter_id),
             is_pinned=adapter_id in self._pins,
         )
 
     def counters(self) -> dict[str, float]:
         """Hits and misses count acquired requests: host hits and misses add up to the device misses."""
         compactions = {"pool_compactions": self.pool.num_compactions}
-        return {**self._counters, **self._tier.counters, **self.host.counters, **compactions}
+        return {**self._hits.counters, **self._tier.counters, **self.host.counters, **compactions}
 
     def check_integrity(self) -> None:
         """All tiers are consistent, and the pins are where they are said to be."""
         self.poll()
         self._tier.check_integrity()
         self.host.check_integrity()
-        assert sum(self._pins.values()) == self._pinned_bytes
+        self._pins.check_integrity()
         assert all(r.is_pinned == (a in self._pins) for a, r in self._tier.residents.items())
 
     def close(self) -> None:
         """Ends the threads; loads under way fail."""
         self.loader.close()
         self.host.close()
-
-
-def _make_pool(
-    registry: AdapterRegistry, config: EngineConfig, mode: LoadingMode, lead: "Lead | None"
-) -> DevicePool:
-    make = DevicePool if lead is None else lead.make_pool
-    return make(
-        registry.shapes.num_layers,
-        config.device_pool_bytes,
-        getattr(torch, registry.dtype),
-        config.device,
-        num_slots=DEFAULT_NUM_SLOTS + (registry.count() if mode.pins_all else 0),
-    )
-
-
-def _make_loader(pool: DevicePool, config: EngineConfig, lead: "Lead | None") -> Loader:
-    if lead is not None:
-        return lead.make_loader(pool, config.device, config.link_gbps)
-    if config.device == "cuda":
-        return CudaLoader(pool.arena)
-    return CpuLoader(pool.arena, link_gbps=config.link_gbps)

@@ -77,7 +77,9 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
     """
     import torch
 
-    layout = AdapterLayout.build(checkpoint.ranks(), checkpoint.shapes, dtype)
+    extras = [checkpoint.extras(layer) for layer in range(checkpoint.shapes.num_layers)]
+    named = [tuple((name, tuple(tensor.shape)) for name, tensor in each.items()) for each in extras]
+    layout = AdapterLayout.build(checkpoint.ranks(), checkpoint.shapes, dtype, named)
     blocks = torch.from_numpy(np.zeros(layout.num_bytes, np.uint8)).view(getattr(torch, dtype))
     for (layer, module), weights in checkpoint.weights.items():
         place = layout.layers[layer]
@@ -87,7 +89,26 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
         _check_magnitudes(checkpoint, layer, module, scaled, dtype)
         blocks[a_start : a_start + weights.a.numel()] = weights.a.reshape(-1)
         blocks[b_start : b_start + scaled.numel()] = scaled
+    for layer, each in enumerate(extras):
+        for name, tensor in each.items():
+            _check_extra(checkpoint, layer, name, tensor, dtype)
+            offset, _ = layout.layers[layer].find_extra(name) or (0, ())
+            start = layout.layer_offset_bytes(layer) // layout.item_bytes + offset
+            blocks[start : start + tensor.numel()] = tensor.reshape(-1)
     return layout, blocks
+
+
+def _check_extra(
+    checkpoint: AdapterCheckpoint, layer: int, name: str, tensor: "torch.Tensor", dtype: str
+) -> None:
+    import torch
+
+    limit = min(torch.finfo(getattr(torch, dtype)).max, MAX_EFFECT)
+    if not (largest := _largest(tensor)) <= limit:
+        raise AdapterError(
+            f"adapter {checkpoint.path}: layer {layer} {name} holds {largest:.3g}; above {limit:.3g} the "
+            f"model's arithmetic in {dtype} overflows"
+        )
 
 
 def _check_magnitudes(

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from toppings.adapters.base_weights import BaseWeights
 from toppings.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.adapters.layout import BaseShapes
@@ -30,9 +31,12 @@ class PackedCandidate:
 class PackedDir:
     """Makes, opens and deletes the packed files of adapters for one base model and dtype."""
 
-    def __init__(self, directory: Path, shapes: BaseShapes, dtype: str) -> None:
+    def __init__(
+        self, directory: Path, shapes: BaseShapes, dtype: str, base: BaseWeights | None = None
+    ) -> None:
         self.shapes = shapes
         self.dtype = dtype
+        self._base = base
         self.base_tokens: Mapping[str, int] | None = None
         """The added tokens of the base model's tokeniser: adapters that bring others are warned of."""
         self._directory = directory
@@ -53,7 +57,7 @@ class PackedDir:
         Raises AdapterError with the reason, StateError where no file can be written; none is left then.
         """
         try:
-            checkpoint = read_checkpoint(path, self.shapes, self.base_tokens, roots)
+            checkpoint = read_checkpoint(path, self.shapes, self.base_tokens, roots, self._base)
         except OSError as error:
             raise AdapterError(f"cannot read adapter {path}: {error.strerror}") from error
         temp_file = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}.tmp"
@@ -67,6 +71,10 @@ class PackedDir:
                 raise _state_error(f"cannot write the packed adapter of {path}", error) from error
             raise
         return PackedCandidate(checkpoint, header, temp_file)
+
+    def digest_of(self, path: str | Path) -> str:
+        """Of the PEFT checkpoint in `path`. Raises AdapterError where it cannot be served."""
+        return read_checkpoint(path, self.shapes, base=self._base).digest
 
     def adopt(self, candidate: PackedCandidate, adapter_id: int) -> None:
         """Gives the candidate its place, atomically. Raises StateError; the candidate is gone then."""

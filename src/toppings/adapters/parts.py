@@ -39,7 +39,12 @@ class AdapterParts:
         return len(self.slices)
 
     def part_layout(self, whole: AdapterLayout) -> AdapterLayout:
-        """Of each part of an adapter."""
+        """Of each part of an adapter. Raises AdapterError for one of a kind that cannot be cut."""
+        if whole.has_extras:
+            raise AdapterError(
+                "an adapter with magnitudes (DoRA), biases or whole weights is not served by a model that is "
+                "split (tensor_parallel_size)"
+            )
         return AdapterLayout.build([layer.ranks for layer in whole.layers], self.shapes, whole.dtype)
 
     def host_layout(self, whole: AdapterLayout) -> AdapterLayout:

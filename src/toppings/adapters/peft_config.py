@@ -1,8 +1,9 @@
-"""`adapter_config.json` of a PEFT LoRA: what it targets, with which rank and scale.
+"""`adapter_config.json` of a PEFT adapter: of which kind it is, what it targets, with which rank and scale.
 
 Which modules its patterns match is decided in `peft_matches.py`.
 """
 
+import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import Any, TypeVar
 
 from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
+from toppings.adapters.peft_kinds import ADALORA_EPSILON, KINDS, MAX_RANK, PeftKind
 from toppings.bad_input import MAX_INT, RequestError, check_unicode
 from toppings.core import MODULES
 
-MAX_RANK = 512
 MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32
 MAX_PATTERNS = 8192  # of one option; the largest models have some 900 projections
 MAX_PATTERN_CHARS = 4096
@@ -37,13 +38,13 @@ _MEANINGLESS = frozenset(
 )
 _UNDERSTOOD = frozenset(
     {
-        *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+        *("peft_type", "r", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "lora_bias"),
+        *("lora_alpha", "use_rslora"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
         *("fan_in_fan_out", "alora_invocation_tokens"),
     }
 )
 _UNSUPPORTED = {
-    "use_dora": "DoRA is not supported",
     "arrow_config": "a mixture of adapters (Arrow) is not supported",
     "kasa_config": "KaSA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -51,7 +52,6 @@ _UNSUPPORTED = {
     "use_qalora": "QALoRA is not supported",
     "megatron_config": "Megatron's layers are not supported",
     "modules_to_save": "whole modules beside the LoRA are not supported",
-    "lora_bias": "a bias beside B is not supported",
     "layer_replication": "replicated layers are not supported",
     "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
@@ -59,8 +59,10 @@ _UNSUPPORTED = {
 """Options that change the arithmetic. Those that PEFT does not know, it ignores with a warning; so do we."""
 T = TypeVar("T")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PISSA, OLORA = "pissa", "olora"
+"""What `init_lora_weights` may be that changed the base model's weights in a way that they alone say."""
 _KNOWN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
-_BIASES = ("none", "all", "lora_only")
+_BIASES = ("none", "all", "lora_only", "vera_only")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class PeftConfig:
     """What of the configuration changes the result; `warnings` says what was ignored, as PEFT ignores it.
 
     `invocation_tokens`: of an activated LoRA, which acts from their last place in the prompt on; else empty.
+    `start`: what training began with and took from the base model's weights, `PISSA`, `OLORA` or "".
     """
+
+    kind: PeftKind
 
     base_model: str
     rank: int
@@ -80,6 +85,9 @@ class PeftConfig:
     exclude_modules: str | list[str]
     layers_to_transform: list[int]
     layers_pattern: list[str]
+    use_dora: bool = False
+    has_bias: bool = False
+    start: str = ""
     invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -92,26 +100,51 @@ class PeftConfig:
             raise AdapterError(f"{CONFIG_FILE} is not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise AdapterError(f"{CONFIG_FILE} must hold an object, not {type(fields).__name__}")
+        kind = _kind(fields)
         _refuse_unsupported(fields)
-        _check_init(fields.get("init_lora_weights"))
+        is_lora, is_adalora = kind is KINDS["LORA"], kind is KINDS["ADALORA"]
+        rank_name, alpha_name = kind.rank_option, kind.alpha_option
         config = cls(
+            kind=kind,
             base_model=_text("base_model_name_or_path", fields.get("base_model_name_or_path")),
-            rank=_rank("r", fields.get("r", 8)),
-            alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
-            use_rslora=_flag("use_rslora", fields.get("use_rslora", False)),
-            rank_pattern=_pattern("rank_pattern", fields.get("rank_pattern"), _rank),
-            alpha_pattern=_pattern("alpha_pattern", fields.get("alpha_pattern"), _number),
+            rank=_rank(rank_name, fields.get(rank_name, kind.default_rank)),
+            alpha=_number(alpha_name, fields.get(alpha_name, 8)),
+            use_rslora=is_lora and _flag("use_rslora", fields.get("use_rslora", False)),
+            rank_pattern={} if is_adalora else _pattern("rank_pattern", fields.get("rank_pattern"), _rank),
+            alpha_pattern={}
+            if is_adalora
+            else _pattern("alpha_pattern", fields.get("alpha_pattern"), _number),
             target_modules=_names("target_modules", fields.get("target_modules")),
             exclude_modules=_names("exclude_modules", fields.get("exclude_modules")),
             layers_to_transform=_layers(fields.get("layers_to_transform")),
             layers_pattern=as_list(_names("layers_pattern", fields.get("layers_pattern"))),
+            use_dora=_flag("use_dora", fields.get("use_dora", False)),
+            has_bias=_flag("lora_bias", fields.get("lora_bias", False)),
+            start=_start(fields.get("init_lora_weights")),
             invocation_tokens=_invocation(fields.get("alora_invocation_tokens"), fields.get("task_type")),
-            warnings=tuple(_ignored(fields)),
+            warnings=tuple(_ignored(fields, kind)),
         )
         config._check_consistency()
         return config
 
+    def scale(self, rank: int, alpha: float) -> float:
+        """What a product of configured `rank` is multiplied by, for a projection's own `alpha`."""
+        if not self.kind.alpha_option:
+            return 1.0
+        if self.kind is KINDS["ADALORA"]:
+            return (alpha if alpha > 0 else float(rank)) / (self.rank + ADALORA_EPSILON)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
     def _check_consistency(self) -> None:
+        chosen = [
+            name for name, is_on in (("use_dora", self.use_dora), ("lora_bias", self.has_bias)) if is_on
+        ]
+        if self.start:
+            chosen.append(f"init_lora_weights {self.start!r}")
+        if self.kind is not KINDS["LORA"] and chosen:
+            raise AdapterError(f"{chosen[0]} goes with LoRA alone, not with {self.kind.title}")
+        if len(chosen) > 1:
+            raise AdapterError(f"{' and '.join(chosen)} together are not supported")
         if not self.target_modules:
             raise AdapterError("target_modules is missing or empty; it must name the projections")
         if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
@@ -123,9 +156,14 @@ class PeftConfig:
             raise AdapterError("layers_pattern needs layers_to_transform, which is missing or empty")
 
 
+def _kind(fields: dict[str, Any]) -> PeftKind:
+    peft_type = fields.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in KINDS:
+        raise AdapterError(f"peft_type is {shorten(peft_type)}; it must be one of {', '.join(KINDS)}")
+    return KINDS[peft_type]
+
+
 def _refuse_unsupported(fields: dict[str, Any]) -> None:
-    if (peft_type := fields.get("peft_type")) != "LORA":
-        raise AdapterError(f"peft_type is {peft_type!r}; only 'LORA' is supported")
     if (bias := fields.get("bias", "none")) not in _BIASES:
         raise AdapterError(f"bias is {shorten(bias)}; it must be one of {', '.join(_BIASES)}")
     for name, reason in _UNSUPPORTED.items():
@@ -136,26 +174,38 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
         raise AdapterError(f"trainable_token_indices is {shorten(value)}: {reason}")
 
 
-def _check_init(init: Any) -> None:
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+def _start(init: Any) -> str:
+    """What of the base model's weights training began with. Raises AdapterError for what they do not say."""
+    if not isinstance(init, str):
+        return ""
+    if init == PISSA or init.lower() == OLORA:
+        return init.lower()
+    if init.lower().startswith(_CHANGES_BASE):
         raise AdapterError(
             f"init_lora_weights is {shorten(init)}, which also changes the base model's weights; save the "
             "adapter with path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
-    if isinstance(init, str) and init.lower() not in _KNOWN_INITS:
+    if init.lower() not in _KNOWN_INITS:
         raise AdapterError(
             f"init_lora_weights is {shorten(init)}; it must be true, false or one of "
-            f"{', '.join(_KNOWN_INITS[:4])}"
+            f"{', '.join((*_KNOWN_INITS[:4], PISSA, OLORA))}"
         )
+    return ""
 
 
-def _ignored(fields: dict[str, Any]) -> list[str]:
-    known = _MEANINGLESS | _UNDERSTOOD | _UNSUPPORTED.keys()
+def _ignored(fields: dict[str, Any], kind: PeftKind) -> list[str]:
+    known = _MEANINGLESS | _UNDERSTOOD | _UNSUPPORTED.keys() | kind.options
     warnings = [
         f"{shorten(name)} is {shorten(value)}: an option that is not known; it is ignored, as PEFT ignores it"
         for name, value in fields.items()
         if value and name not in known
     ]
+    if kind is KINDS["ADALORA"]:
+        warnings += [
+            f"{name} has no effect with AdaLoRA"
+            for name in ("alpha_pattern", "use_rslora")
+            if fields.get(name)
+        ]
     if fields.get("fan_in_fan_out"):
         warnings.append("fan_in_fan_out is set, but all projections are Linear; it is ignored, as PEFT does")
     return warnings[:20]

@@ -4,7 +4,6 @@ The rules are those of peft's `check_target_module_exists` and `get_pattern_key`
 pattern that could backtrack is matched in a sandbox, as it may take for ever.
 """
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -45,10 +44,9 @@ class PeftMatches:
         return self._config.rank_pattern.get(self._rank_keys.get(module, ""), self._config.rank)
 
     def scale_of(self, module: str) -> float:
-        """alpha / r, or with rsLoRA alpha / sqrt(r), of the module's own rank and alpha."""
-        rank = self.rank_of(module)
+        """Of the module's own rank and alpha."""
         alpha = self._config.alpha_pattern.get(self._alpha_keys.get(module, ""), self._config.alpha)
-        return alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank
+        return self._config.scale(self.rank_of(module), alpha)
 
     def unused_patterns(self) -> list[str]:
         """Rank and alpha patterns that say nothing of any of the modules, or are always overruled."""

@@ -191,10 +191,10 @@ class RowChange:
         self.ids: Ids = []
         self._db = db
 
-    def insert(self, fields: Mapping[str, object], *, replace: bool) -> int:
+    def insert(self, fields: Mapping[str, object], *, replace: bool, over: int | None = None) -> int:
         """The new row's id; with `replace`, the one that has its name is removed and leaves it its pin.
 
-        Raises AdapterExists without `replace`.
+        Raises AdapterExists without `replace`, and where not the one with the id `over` has the name.
         """
         name = fields["name"]
         query = f"SELECT adapter_id, is_pinned FROM adapters WHERE {_IS_NAMED}"
@@ -203,6 +203,8 @@ class RowChange:
             raise AdapterExists(
                 f"an adapter named {name!r} is registered already; replace it or remove it first"
             )
+        if over is not None and old_id != over:
+            raise AdapterExists(f"adapter {name!r} was loaded or unloaded by somebody meanwhile")
         if old_id is not None:
             self.remove([old_id])
         adapter_id = self._db.execute(_INSERT, {**fields, "is_pinned": is_pinned}).lastrowid

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from toppings.adapters.device_pool import DevicePool
-from toppings.adapters.layout import AdapterLayout
+from toppings.adapters.layout import AdapterLayout, gain_name, offset_name
 from toppings.assist.cost import CostProfile
 from toppings.assist.exchange import AssistStats, Exchange, Piece
 from toppings.assist.plan import TOKEN_STEP, Choice
@@ -29,6 +29,7 @@ from toppings.assist.pool import Worker, WorkerPool
 from toppings.assist.pricing import LayerCosts, price_layers
 from toppings.assist.product import MIN_SLICE_ROWS, Form, GroupWeights
 from toppings.core import GROUPS
+from toppings.ops.columns import adjust_columns_, adjust_rows_
 from toppings.ops.lora import LoraSegments, add_lora_, lora_expand_add_
 
 
@@ -71,7 +72,7 @@ class Coordinator:
     """Built once per engine; `step` makes the context of one forward.
 
     `item_bytes`: of the model's dtype; `out_offsets`: per projection group, the column of its fused output
-    at which each module begins.
+    at which each module begins; `host_arena`: the host store's memory, flat, of the model's dtype.
     """
 
     pool: DevicePool
@@ -80,6 +81,7 @@ class Coordinator:
     item_bytes: int
     out_offsets: dict[str, tuple[int, ...]]
     profile: CostProfile
+    host_arena: Tensor
 
     def step(self, segments: LoraSegments, cold: Sequence[ColdAdapter]) -> "AssistLora":
         """To be closed (`with`) when the forward is over, however it ends."""
@@ -96,6 +98,7 @@ class AssistLora:
         self._exchange = owner.exchange
         self._segments = segments
         self._cold = [(adapter, _rows_of(segments, adapter.slot)) for adapter in cold]
+        self._adjusts = owner.pool.has_extras(segments.slots)
         self._masked: dict[frozenset[int], LoraSegments] = {frozenset(): segments}
         self._session = ExitStack()
         self._workers: list[Worker] | None = None  # None until the first slice: no session yet
@@ -135,6 +138,8 @@ class AssistLora:
         on_cpu = frozenset(piece.slot for piece, _ in self._pieces)
         self._await_loads(layer, group, on_cpu)
         owner = self._owner
+        if self._adjusts:
+            self._adjust(y, layer, group, on_cpu)
         add_lora_(
             y,
             x,
@@ -211,6 +216,37 @@ class AssistLora:
             whole = self._segments
             self._masked[slots] = LoraSegments(whole.indptr, kept, whole.max_rank, whole.decode_form)
         return self._masked[slots]
+
+    def _adjust(self, y: Tensor, layer: int, group: str, on_cpu: frozenset[int]) -> None:
+        """Gains and offsets, of rows that the CPU computes from where the host store has them: what the
+        workers send back knows nothing of the base model's output."""
+        owner = self._owner
+        adjust_columns_(
+            y,
+            arena=owner.pool.arena,
+            places=owner.pool.columns[:, layer, GROUPS[group][0] :],
+            out_offsets=owner.out_offsets[group],
+            segments=self._without(on_cpu),
+        )
+        lows = owner.out_offsets[group]
+        for adapter, rows in self._cold:
+            if adapter.slot not in on_cpu:
+                continue
+            for module, low, high in zip(GROUPS[group], lows, (*lows[1:], y.shape[1]), strict=True):
+                gain, offset = (
+                    self._extra_on_host(adapter, layer, name, y.device)
+                    for name in (gain_name(module), offset_name(module))
+                )
+                for start, stop in rows:
+                    adjust_rows_(y[start:stop, low:high], gain, offset)
+
+    def _extra_on_host(
+        self, adapter: ColdAdapter, layer: int, name: str, device: torch.device
+    ) -> Tensor | None:
+        if (found := adapter.weights.layout.layers[layer].find_extra(name)) is None:
+            return None
+        start = adapter.weights.offsets[layer] // self._owner.item_bytes + found[0]
+        return self._owner.host_arena[start : start + found[1][0]].to(device, non_blocking=True)
 
     def _add(self, piece: Piece, result: Tensor, y: Tensor, layer: int, group: str) -> None:
         rows = y[piece.start : piece.stop]

@@ -47,10 +47,8 @@ class _RoundTrip:
 @lru_cache(maxsize=1024)
 def price_layers(profile: CostProfile, layout: AdapterLayout, num_tokens: int) -> tuple[LayerCosts, ...]:
     """One entry a layer, for a prefill of `num_tokens` of one adapter."""
-    costs = {
-        block.ranks: _price(profile, layout, layer, num_tokens) for layer, block in enumerate(layout.layers)
-    }
-    return tuple(costs[block.ranks] for block in layout.layers)
+    costs = {block: _price(profile, layout, layer, num_tokens) for layer, block in enumerate(layout.layers)}
+    return tuple(costs[block] for block in layout.layers)
 
 
 def _price(profile: CostProfile, layout: AdapterLayout, layer: int, num_tokens: int) -> LayerCosts:

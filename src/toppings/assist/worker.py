@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from toppings.assist.channel import Channel
+from toppings.process_state import die_with_parent
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -26,7 +27,6 @@ SPIN_S = 0.05
 """A worker that is told to watch, but is asked for nothing for so long, sleeps until a byte in its pipe."""
 
 _SPINS_PER_LOOK = 1000
-_PR_SET_PDEATHSIG = 1
 _SHORT_SLICE_NS = 100_000
 """The turn on a shared core that a worker asks for: who wakes with a short turn to take need not wait for the
 end of another's."""
@@ -166,13 +166,6 @@ def ask_for_short_turns(nice: int) -> None:
         size, policy, flags, priority, deadline, period = 48, 0, 0, 0, 0, 0
         turn = struct.pack("IIQiIQQQ", size, policy, flags, nice, priority, _SHORT_SLICE_NS, deadline, period)
         ctypes.CDLL(None, use_errno=True).syscall(number, 0, turn, 0)
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """The kernel kills this process when the thread that started it ends, even while it is stopped."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it ended before the call
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,13 @@ class Assist:
         if stream_ops is not None:
             self._exchange = StreamExchange(self._workers, host_arena, stream_ops)
         self._coordinator = Coordinator(
-            adapters.pool, self._workers, self._exchange, dtype.itemsize, runner.out_offsets, self.profile
+            adapters.pool,
+            self._workers,
+            self._exchange,
+            dtype.itemsize,
+            runner.out_offsets,
+            self.profile,
+            host_arena,
         )
 
     def step(

@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from toppings.adapters.base_weights import BaseWeights
 from toppings.adapters.capacity import Capacity
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, BaseShapes
 from toppings.adapters.registry import AdapterRegistry
@@ -112,6 +113,7 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
             base_names=base_names(config),
             is_strict=config.strict_base == "on",
             capacity=_capacity(config),
+            weights=base_weights(config, model),
             lock=lock,
         )
     except BaseException:
@@ -120,6 +122,13 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
         raise
     registry.compare_tokens(base_tokens(Path(model_path(config))))
     return registry
+
+
+def base_weights(config: EngineConfig, model: ModelConfig) -> BaseWeights | None:
+    """None for a model of random weights, which no file holds."""
+    if config.load_format == "dummy":
+        return None
+    return BaseWeights(Path(model_path(config)), dtype_name(config, model))
 
 
 def _capacity(config: EngineConfig) -> Capacity:

@@ -1,10 +1,10 @@
-"""Names for full pages of the key-value cache, by what they hold."""
+"""Names for pages of the key-value cache, by what they hold."""
 
 import os
 from array import array
 from hashlib import blake2b
 
-from toppings.core import Request
+from toppings.core import BlockHash, Request
 
 HASH_BYTES = 16
 
@@ -33,14 +33,21 @@ class BlockHasher:
         name = names[-1] if names else self._root(request.cache_salt)
         assert isinstance(name, bytes)
         for at in range(0, len(data), step):
-            adapter = self._adapter(request, len(names))
+            adapter = self._adapter(request, len(names), page_size)
             name = blake2b(name + data[at : at + step] + adapter, digest_size=HASH_BYTES).digest()
             names.append(name)
 
-    def _adapter(self, request: Request, index: int) -> bytes:
-        """What the adapter has to do with block `index`."""
+    def tail(self, request: Request, num_tokens: int) -> BlockHash:
+        """Of the page that its first `num_tokens` tokens end in, without filling it. Tokens stand in it as
+        they are: there are few, and each may be asked for many times."""
+        index, num_rows = divmod(num_tokens, self._page_size)
+        tokens = tuple(request.token_ids(num_tokens - num_rows, num_tokens))
+        return request.block_hashes[index - 1], self._adapter(request, index, num_rows), tokens
+
+    def _adapter(self, request: Request, index: int, num_rows: int) -> bytes:
+        """What the adapter has to do with the first rows of page `index`."""
         adapter_id, start = request.adapter_id, request.adapter_start - index * self._page_size
-        if adapter_id is None or start >= self._page_size:
+        if adapter_id is None or start >= num_rows:
             return b""
         return adapter_id.to_bytes(8, "little") + max(0, start).to_bytes(4, "little")
 

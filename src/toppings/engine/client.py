@@ -12,6 +12,7 @@ from typing import Any
 
 from toppings.bad_input import RequestError
 from toppings.config import EngineConfig
+from toppings.core import ALONE, Standing
 from toppings.engine.life import EngineLife
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner
@@ -138,12 +139,10 @@ class EngineClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as the engine draws tokens; closing the iterator early aborts the request. With a
-        `cache_salt`, its tokens are shared with requests of the same salt only. `tenant` and `weight`: as of
-        `Request`.
+        `cache_salt`, its tokens are shared with requests of the same salt only.
 
         Raises EngineDeadError where the engine goes away, RequestError for a request id already in use, a bad
         salt or a value that no message can carry.
@@ -153,13 +152,7 @@ class EngineClient:
             raise RequestError(f"request id {request_id!r} is already in use")
         life = self._alive()
         message = AddRequest(
-            request_id,
-            prompt_token_ids,
-            sampling,
-            adapter_id,
-            cache_salt,
-            tenant=tenant,
-            weight=weight,
+            request_id, prompt_token_ids, sampling, adapter_id, cache_salt, standing=standing
         )
         send = life.prepare(message)
         stream = self._streams[request_id] = asyncio.Queue()

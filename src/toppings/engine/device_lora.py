@@ -9,6 +9,7 @@ from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.modes import LoadingMode
 from toppings.core import GROUPS
+from toppings.ops.columns import adjust_columns_
 from toppings.ops.lora import LoraSegments, add_lora_
 
 
@@ -37,6 +38,7 @@ class DeviceLora:
         self._loads = loads
         self._mode = mode
         self._groups = groups
+        self._adjusts = pool.has_extras(segments.slots)
         self.wait_s = 0.0
 
     def start(self, layer: int, group: str, x: Tensor) -> None:
@@ -47,6 +49,14 @@ class DeviceLora:
             self._await_layer(layer)
         if group not in self._groups:
             return
+        if self._adjusts:
+            adjust_columns_(
+                y,
+                arena=self._pool.arena,
+                places=self._pool.columns[:, layer, GROUPS[group][0] :],
+                out_offsets=self._out_offsets[group],
+                segments=self._segments,
+            )
         add_lora_(
             y,
             x,

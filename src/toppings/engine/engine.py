@@ -2,9 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.manager import AdapterManager
@@ -12,11 +9,14 @@ from toppings.bad_input import RequestError
 from toppings.core import Batch, BatchItem, FinishReason, Request
 from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
+from toppings.engine.ends import Ends, error_output
 from toppings.engine.faults import is_sticky
-from toppings.engine.model_runner import StepInFlight, StepResult
-from toppings.engine.progress import Progress, ms
+from toppings.engine.intake import check_tokens, request_of, tier_of
+from toppings.engine.model_runner import StepResult
+from toppings.engine.progress import Progress
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.snapshot import snapshot
+from toppings.engine.step import Followers, Runner, Step
 from toppings.engine.step_log import StepLog, describe
 from toppings.engine.structures import Structures
 from toppings.messages import AddRequest, EngineReady, EngineStats, RequestOutput, TokenLogprobs
@@ -32,42 +32,6 @@ MAX_FAILURES = 10
 """Steps in a row that fail, whatever they run: the engine is taken to be broken."""
 
 logger = logging.getLogger(__name__)
-
-
-class FollowerLostError(EngineLostError):
-    """A process that holds a part of the model has ended, or is out of step: the engine cannot go on."""
-
-
-class Followers(Protocol):
-    """The other processes of a split model (parallel.py)."""
-
-    def check(self) -> None:
-        """Raises FollowerLostError where one has ended."""
-
-    def close(self) -> None: ...
-
-
-class Runner(Protocol):
-    """A `ModelRunner`, or the lead of several."""
-
-    def start(self, batch: Batch, previous: StepInFlight | None = None) -> StepInFlight: ...
-
-    def can_run_ahead(self, requests: Sequence[Request]) -> bool: ...
-
-    def forget(self, request: Request) -> None: ...
-
-
-@dataclass(slots=True)
-class Step:
-    """One that was started. `read_out`: items with which a prompt is read to its end, and nothing is to be
-    drawn; `record`: what the step log says of its batch."""
-
-    batch: Batch
-    read_out: list[BatchItem]
-    flight: StepInFlight
-    started_at: float
-    num_prompt_tokens: int
-    record: dict[str, object]
 
 
 class Engine:
@@ -96,7 +60,7 @@ class Engine:
         self.scheduler = scheduler
         self.adapters = adapters
         self._runner = runner
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._ends = Ends(frozenset(eos_token_ids), info.max_model_len)
         self._step_log = step_log
         self._assist = assist
         self._followers = followers
@@ -117,24 +81,12 @@ class Engine:
 
     def add(self, message: AddRequest) -> RequestOutput | None:
         """Queue a request; where it cannot be served, its one and only output, with the reason."""
-        request = Request(
-            message.request_id,
-            message.prompt_token_ids,
-            message.sampling,
-            message.adapter_id,
-            arrived_at=time.perf_counter(),
-            cache_salt=message.cache_salt,
-            is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
-            tenant=message.tenant,
-            weight=message.weight,
-        )
+        request = request_of(message, time.perf_counter())
         try:
             if message.request_id in self._progress:
                 raise RequestError(f"request id {message.request_id!r} is already in use")
-            self._check_tokens("the prompt", request.prompt_token_ids)
-            self._check_tokens("logit_bias", [token for token, _ in request.sampling.logit_bias])
-            self._check_tokens("allowed_token_ids", request.sampling.allowed_token_ids)
-            tier = self._tier(request)
+            check_tokens(request, self.info.vocab_size)
+            tier = tier_of(request, self.adapters)
             if request.adapter_id is not None:
                 activate(request, self.adapters.invocation_tokens_of(request.adapter_id))
             if self._is_compiled(request):
@@ -228,7 +180,7 @@ class Engine:
         step = Step(batch, read_out, flight, started_at, num_prompt_tokens, record)
         self.scheduler.commit(batch)
         for item in flight.items:
-            item.request.num_pending_tokens += self._may_go_on(item.request)
+            item.request.num_pending_tokens += self._ends.may_go_on(item.request)
         return step
 
     def _finish(self, step: Step, outputs: list[RequestOutput]) -> None:
@@ -259,12 +211,6 @@ class Engine:
         """Its request has not ended since the step was scheduled."""
         progress = self._progress.get(item.request.request_id)
         return progress is not None and progress.request is item.request
-
-    def _may_go_on(self, request: Request) -> bool:
-        """After one more token than are known or pending, if none of them stops it."""
-        num_more = request.num_pending_tokens + 1
-        num_output, num_tokens = len(request.output_token_ids) + num_more, request.num_tokens + num_more
-        return num_output < request.sampling.max_tokens and num_tokens < self.info.max_model_len
 
     def is_removed(self, adapter_id: int) -> bool:
         """Free an adapter whose removal was requested, once no request needs it; to be asked until True."""
@@ -346,7 +292,7 @@ class Engine:
         is_first = not request.output_token_ids
         request.output_token_ids.append(token_id)
         request.num_pending_tokens = max(0, request.num_pending_tokens - 1)
-        finish_reason, stop_token_id = self._finish_reason(request, token_id)
+        finish_reason, stop_token_id = self._ends.reason(request, token_id)
         output = RequestOutput(
             request.request_id,
             [token_id],
@@ -355,7 +301,7 @@ class Engine:
             stop_token_id=stop_token_id,
         )
         if is_first:
-            output = self._with_start(output, request)
+            output = self._progress[request.request_id].with_start(output, self.adapters)
         if finish_reason is not None:
             self._forget(request)
         return output
@@ -363,35 +309,9 @@ class Engine:
     def _end_of_reading(self, request: Request) -> RequestOutput:
         """All that is said of a prompt after which nothing is to be drawn."""
         output = RequestOutput(request.request_id, [], finish_reason=FinishReason.LENGTH)
-        output = self._with_start(output, request)
+        output = self._progress[request.request_id].with_start(output, self.adapters)
         self._forget(request)
         return output
-
-    def _with_start(self, output: RequestOutput, request: Request) -> RequestOutput:
-        """With what is told of the prompt and of the time until it was read."""
-        progress, sampling = self._progress[request.request_id], request.sampling
-        num_top, is_pooled = sampling.prompt_logprobs, sampling.pooling is not None
-        return replace(
-            output,
-            queue_ms=ms((progress.first_scheduled_at or 0.0) - request.arrived_at),
-            cold_start=progress.cold_start(self.adapters),
-            num_cached_tokens=request.num_cached_tokens,
-            prompt_logprobs=None if num_top is None else progress.notes.logprobs(num_top),
-            embedding=progress.notes.embedding() if is_pooled else None,
-        )
-
-    def _finish_reason(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
-        sampling, num_output = request.sampling, len(request.output_token_ids)
-        may_stop = num_output >= sampling.min_tokens
-        if may_stop and token_id in sampling.stop_token_ids:
-            return FinishReason.STOP, token_id
-        # A complete structure ends before `min_tokens`: nothing else may be drawn then.
-        may_end = may_stop or sampling.structure is not None
-        if may_end and token_id in self._eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP, None
-        if num_output >= sampling.max_tokens or request.num_tokens >= self.info.max_model_len:
-            return FinishReason.LENGTH, None
-        return None, None
 
     # --- ends ---
 
@@ -412,23 +332,6 @@ class Engine:
             self.scheduler.finish(request)
         self._runner.forget(request)
 
-    # --- small things ---
-
-    def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
-        """One wrong id would fail the step of everyone, or a device for ever."""
-        vocab_size = self.info.vocab_size
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-            wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
-            raise RequestError(f"{name} holds token id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
-
-    def _tier(self, request: Request) -> str:
-        if request.adapter_id is None:
-            return "device"
-        try:
-            return self.adapters.tier_of(request.adapter_id)
-        except AdapterError as error:
-            raise RequestError(str(error)) from error
-
     def _note_scheduled(self, batch: Batch, now: float) -> None:
         for item in batch.items:
             progress = self._progress[item.request.request_id]
@@ -448,7 +351,3 @@ class Engine:
             self._counters["assist_cpu_products"] += result.assist.num_cpu_products
             self._counters["assist_cold_products"] += result.assist.num_cold_products
         self._counters["prompt_tokens"] += step.num_prompt_tokens
-
-
-def error_output(request_id: str, reason: str) -> RequestOutput:
-    return RequestOutput(request_id, [], finish_reason=FinishReason.ERROR, error=reason)

@@ -2,7 +2,13 @@
 
 import torch
 
+from toppings.vital import EngineLostError
+
 _STICKY: type[Exception] | None = getattr(torch, "AcceleratorError", None)
+
+
+class FollowerLostError(EngineLostError):
+    """A process that holds a part of the model has ended, or is out of step: the engine cannot go on."""
 
 
 def is_sticky(error: BaseException | None) -> bool:

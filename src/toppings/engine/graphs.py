@@ -6,6 +6,8 @@ the graphs of one batch size find them where its first one did. A batch is padde
 rows that pad it write their keys and values to a page that no sequence owns, and have no adapter. Graphs read
 of an adapter what the pool's table says when they run: they stay valid while adapters come, move and go.
 
+Adapters with more than A and B (`layout.py`'s extras) are not served from graphs.
+
 Which projection groups a step's adapters change decides between a few graphs of each size (`GROUP_SETS`),
 since launches that find nothing to do cost time all the same.
 """

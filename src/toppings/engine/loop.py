@@ -3,7 +3,8 @@
 import time
 from typing import TYPE_CHECKING
 
-from toppings.engine.engine import Engine, error_output
+from toppings.engine.ends import error_output
+from toppings.engine.engine import Engine
 from toppings.messages import (
     AbortRequest,
     AddRequest,

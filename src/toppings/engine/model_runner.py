@@ -124,6 +124,7 @@ class ModelRunner:
         without it, for nothing was committed.
         """
         items = batch.items
+        self._copy_pages(items)
         sampled = [
             (row, item) for row, item in zip(_last_rows(items), items, strict=True) if item.needs_sample
         ]
@@ -134,7 +135,8 @@ class ModelRunner:
         pending, readings = None, read_nothing
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
-        if self.graphs is not None and not loads and self.graphs.can_run(items):
+        has_extras = segments is not None and self._adapters.pool.has_extras(segments.slots)
+        if self.graphs is not None and not loads and not has_extras and self.graphs.can_run(items):
             logits = self.graphs.run(items, segments, pending)
         else:
             plan = ReadingPlan.of(items)
@@ -183,6 +185,17 @@ class ModelRunner:
         return self._decoder.hidden(
             inputs.token_ids, inputs.positions, self._cache, inputs.meta, inputs.logit_rows, lora
         )
+
+    def _copy_pages(self, items: list[BatchItem]) -> None:
+        """Before anything that may fail and be run again: by then a page may be another's."""
+        places = [
+            (item.copy_page, item.request.page_table[index], num_rows)
+            for item in items
+            if item.copy_page is not None
+            for index, num_rows in [divmod(item.request.num_computed_tokens, self._cache.page_size)]
+        ]
+        if places:
+            self._cache.copy(places)
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

@@ -7,6 +7,9 @@
 A page with a name is a block: it is full, and nobody writes to it any more. Whoever owns a block owns those
 of all tokens before it, and no block leaves before those that continue it. So of a sequence's blocks, those
 that can be found are its first ones, and so are, among these, those that somebody owns.
+
+A sequence's last page may be kept as a block, too, though it is not full: a tail. Nobody shares it, since
+whoever continues it writes behind it, in a page of its own to which it is copied.
 """
 
 import math
@@ -25,17 +28,20 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A page that is found by `name`. `parent` holds the tokens before it, `adapter_id` has made it."""
+    """A page that is found by `name`. `parent` holds the tokens before it, `adapter_id` has made it; a tail
+    holds `num_tokens`, and `tails` counts those that continue this block, by their tokens."""
 
     page: int
     name: BlockHash
     parent: "Block | None"
     adapter_id: int | None
     depth: int
+    num_tokens: int
     num_owners: int = 1
     num_children: int = 0
     worth: tuple[float, int] = (0.0, 0)  # and when it was given up last, counted
     is_listed: bool = False  # among those that may be evicted
+    tails: Counter[int] | None = None
 
     @property
     def is_idle_leaf(self) -> bool:
@@ -46,8 +52,8 @@ class PageAllocator:
     """Hands out page numbers 0 … `num_pages` - 1; knows nothing of tensors.
 
     Blocks that nobody owns are evicted when pages run out, least worth first: GreedyDual (Young, 1994), with
-    what a block costs to compute, 1 + tokens before it / `double_cost_len`, and recency among equals. A block
-    that costs twice as much as another is kept for twice as long.
+    what a block costs to compute, 1 + tokens before it / `double_cost_len`, of a tail the part that is full,
+    and recency among equals. A block that costs twice as much as another is kept for twice as long.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, double_cost_len: float = math.inf) -> None:
@@ -92,7 +98,7 @@ class PageAllocator:
                 continue
             block.num_owners -= 1
             self._num_given_up += 1
-            cost = 1.0 + block.depth * self._cost_per_depth
+            cost = (1.0 + block.depth * self._cost_per_depth) * (block.num_tokens / self.page_size)
             block.worth = (self._worth_evicted + cost, self._num_given_up)
             if not block.num_owners:
                 self._num_idle += 1
@@ -121,10 +127,27 @@ class PageAllocator:
             self._own(block)
             table.append(block.page)
 
-    def keep(self, table: list[int], index: int, name: BlockHash, adapter_id: int | None = None) -> None:
+    def tail_lens(self, name: BlockHash) -> list[int]:
+        """Tokens of the tails that continue this block, which is there; most first."""
+        return sorted(self._named[name].tails or (), reverse=True)
+
+    def page_of(self, name: BlockHash) -> int | None:
+        block = self._named.get(name)
+        return None if block is None else block.page
+
+    def keep(
+        self,
+        table: list[int],
+        index: int,
+        name: BlockHash,
+        adapter_id: int | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
         """Page `index` of `table`, whose pages before it are blocks, is full: it is a block from now on.
 
         Where there is one of that name, `table` gets it instead of its own. `adapter_id`: whose block it is.
+        With `num_tokens`, it is a tail that holds as many; there is a page before it, and its table is freed
+        next.
         """
         page, known = table[index], self._named.get(name)
         if known is not None:
@@ -133,9 +156,13 @@ class PageAllocator:
             table[index] = known.page
             return
         parent = self._blocks[table[index - 1]] if index else None
-        block = self._named[name] = self._blocks[page] = Block(page, name, parent, adapter_id, index)
+        block = Block(page, name, parent, adapter_id, index, num_tokens or self.page_size)
+        self._named[name] = self._blocks[page] = block
         if parent is not None:
             parent.num_children += 1
+            if num_tokens is not None:
+                parent.tails = parent.tails or Counter()
+                parent.tails[num_tokens] += 1
         if adapter_id is not None:
             self._of_adapter.setdefault(adapter_id, set()).add(block)
 
@@ -189,6 +216,9 @@ class PageAllocator:
             self._of_adapter[block.adapter_id].discard(block)
         if block.parent is not None:
             block.parent.num_children -= 1
+            if block.num_tokens < self.page_size and block.parent.tails is not None:
+                block.parent.tails[block.num_tokens] -= 1
+                block.parent.tails += Counter()  # without those of which there are none
             self._list(block.parent)
 
     # --- proof ---
@@ -201,12 +231,16 @@ class PageAllocator:
             "a page is lost or owned twice"
         )
         children = Counter(id(block.parent) for block in self._blocks.values() if block.parent is not None)
+        ends = [b for b in self._blocks.values() if b.num_tokens < self.page_size]
+        tails = Counter((id(block.parent), block.num_tokens) for block in ends)
         for page, block in self._blocks.items():
             parent = block.parent
             assert block.page == page, "a block is at another page"
             assert self._named[block.name] is block, "a block has another's name"
             assert block.num_owners == owners[page], "a block counts its owners wrongly"
             assert block.num_children == children[id(block)], "a block counts its children wrongly"
+            counted = {(id(block), num): count for num, count in (block.tails or {}).items()}
+            assert counted == {key: n for key, n in tails.items() if key[0] == id(block)}, "a tail is lost"
             assert parent is None or (self._is_there(parent) and parent.num_owners >= block.num_owners), (
                 "a block has outlived the one before it"
             )

@@ -36,7 +36,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class StepItem(msgspec.Struct, frozen=True, array_like=True):
     """`token_ids`: those of this step, of which the first `num_base_tokens` are the base model's; `slot`: of
-    its adapter; `num_scored`: rows, from the first on, whose logits are wanted beside those to draw from."""
+    its adapter; `num_scored`: rows, from the first on, whose logits are wanted beside those to draw from;
+    `copy_page` as in `BatchItem`."""
 
     token_ids: list[int]
     num_computed_tokens: int
@@ -45,6 +46,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     needs_sample: bool
     num_scored: int
     num_base_tokens: int
+    copy_page: int | None
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -148,6 +150,7 @@ def step_of(batch: Batch, slots: dict[int, int]) -> Step:
                 item.needs_sample,
                 len(item.request.scored_token_ids(item.num_tokens)),
                 item.num_base_tokens,
+                item.copy_page,
             )
             for item in batch.items
         ]
@@ -161,5 +164,9 @@ def _new_tokens(item: BatchItem) -> list[int]:
 
 def batch_of(step: Step) -> Batch:
     """The lead's batch, with slots for adapter ids and everything sampled greedily."""
-    requests = enumerate(step.items)
-    return Batch([BatchItem(_StepRequest(i, item), len(item.token_ids)) for i, item in requests])
+    return Batch(
+        [
+            BatchItem(_StepRequest(i, item), len(item.token_ids), copy_page=item.copy_page)
+            for i, item in enumerate(step.items)
+        ]
+    )

@@ -1,7 +1,8 @@
 """Requests that begin alike: what they share of the key-value cache, and who waits for whom to compute it.
 
 Blocks are full pages with a name (`pages.py`). A request's are named when it is queued, those of its output
-as they fill, and kept once the step that filled them has run without a fault.
+as they fill, and kept once the step that filled them has run without a fault. Its last page, which is not
+full, is kept when it ends: whoever begins with all its tokens starts with a copy of it.
 """
 
 from bisect import bisect_left
@@ -27,6 +28,9 @@ class BlockNames(Protocol):
 
     def extend(self, request: Request, num_tokens: int) -> None:
         """Name those that the request's first `num_tokens` tokens fill, unless it is not cacheable."""
+
+    def tail(self, request: Request, num_tokens: int) -> BlockHash:
+        """The name of the page that these tokens fill in part; all before it are named."""
 
 
 class PrefixCache:
@@ -56,7 +60,10 @@ class PrefixCache:
     # --- before it starts ---
 
     def num_found(self, request: Request) -> int:
-        """Blocks that it need not compute; its last token is computed in any case, for the one after it."""
+        """Blocks that it need not compute; its last token is computed in any case, for the one after it, and
+        where its prompt is read, all."""
+        if request.sampling.reads_prompt:
+            return 0
         num_found = self._pages.num_found(request.block_hashes)
         return num_found and min(num_found, self._num_useful(request))
 
@@ -73,7 +80,7 @@ class PrefixCache:
     def is_awaited(self, request: Request, num_found: int, items: Iterable[BatchItem], now: float) -> bool:
         """Much of what it would compute is being computed by one of `items`: it starts behind that, soon."""
         num_useful = self._num_useful(request)
-        if num_found == num_useful:
+        if num_found == num_useful or request.sampling.reads_prompt:
             return False
         wanted = request.block_hashes[num_found]
         leader = next((i.request for i in items if not i.is_decode and self._next_block(i) == wanted), None)
@@ -100,16 +107,31 @@ class PrefixCache:
 
     # --- from its start on ---
 
-    def take(self, request: Request, num_found: int) -> None:
-        """It starts behind the blocks that were found for it."""
-        num_tokens = num_found * self._page_size
+    def take(self, request: Request, num_found: int) -> int | None:
+        """It starts behind the blocks that were found for it. The page of a tail that it may copy, before
+        another page is given to anybody, into its own next one: its rows count as computed then."""
+        page = None
         if num_found:
             self._pages.share(request.page_table, request.block_hashes[:num_found])
-            request.num_computed_tokens = num_tokens
-        if self._names is not None and request.is_cacheable and not request.num_preemptions:
-            request.num_cached_tokens = num_tokens
+            request.num_computed_tokens = num_found * self._page_size
+            page = self._take_tail(request, num_found)
+        queries = self._names is not None and request.is_cacheable and not request.sampling.reads_prompt
+        if queries and not request.num_preemptions:
+            request.num_cached_tokens = request.num_computed_tokens
             self.num_queries += request.num_tokens
-            self.num_hits += num_tokens
+            self.num_hits += request.num_computed_tokens
+        return page
+
+    def _take_tail(self, request: Request, num_found: int) -> int | None:
+        assert self._names is not None
+        start = request.num_computed_tokens
+        for num_rows in self._pages.tail_lens(request.block_hashes[num_found - 1]):
+            if start + num_rows < request.num_tokens:
+                page = self._pages.page_of(self._names.tail(request, start + num_rows))
+                if page is not None:
+                    request.num_computed_tokens += num_rows
+                    return page
+        return None
 
     def keep(self, items: Iterable[BatchItem]) -> None:
         """These items of a committed batch have run without a fault: others may share what they filled.
@@ -120,15 +142,30 @@ class PrefixCache:
             return
         for item in items:
             request = item.request
+            if request.num_computed_tokens < item.stop:  # it was preempted meanwhile
+                continue
+            request.num_kept_tokens = item.stop
             first, last = (item.stop - item.num_tokens) // self._page_size, item.stop // self._page_size
-            if first == last or request.num_computed_tokens < item.stop:  # it was preempted meanwhile
+            if first == last:
                 continue
             self._names.extend(request, item.stop)
             for index in range(first, min(last, len(request.block_hashes))):
-                name = request.block_hashes[index]
-                is_adapted = (index + 1) * self._page_size > request.adapter_start
-                adapter_id = request.adapter_id if is_adapted else None
-                self._pages.keep(request.page_table, index, name, adapter_id)
+                adapter_id = _adapter_of(request, (index + 1) * self._page_size)
+                self._pages.keep(request.page_table, index, request.block_hashes[index], adapter_id)
+
+    def leave(self, request: Request) -> None:
+        """It is about to give its pages back: what its last one holds is kept, if there is one before it."""
+        num_tokens, request.num_kept_tokens = request.num_kept_tokens, 0
+        index, num_rows = divmod(num_tokens, self._page_size)
+        if self._names is None or not request.is_cacheable or not index or not num_rows:
+            return
+        name, adapter_id = self._names.tail(request, num_tokens), _adapter_of(request, num_tokens)
+        self._pages.keep(request.page_table, index, name, adapter_id, num_rows)
+
+
+def _adapter_of(request: Request, num_tokens: int) -> int | None:
+    """Whose the last of its first `num_tokens` tokens is."""
+    return request.adapter_id if num_tokens > request.adapter_start else None
 
 
 def _num_alike(names: Sequence[BlockHash], others: Sequence[BlockHash], num_most: int) -> int:

@@ -1,11 +1,11 @@
 """What an engine knows of a request beside what the scheduler does."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from toppings.adapters.manager import AdapterManager
 from toppings.core import Request
 from toppings.engine.scoring import PromptNotes
-from toppings.messages import ColdStart
+from toppings.messages import ColdStart, RequestOutput
 
 
 @dataclass(slots=True)
@@ -18,6 +18,18 @@ class Progress:
     prefill_s: float = 0.0  # its steps up to the first token
     load_wait_s: float = 0.0  # the part of them that waited for adapter loads
     notes: PromptNotes = field(default_factory=PromptNotes)
+
+    def with_start(self, output: RequestOutput, adapters: AdapterManager) -> RequestOutput:
+        """With what is told of the prompt and of the time until it was read."""
+        request, num_top = self.request, self.request.sampling.prompt_logprobs
+        return replace(
+            output,
+            queue_ms=ms((self.first_scheduled_at or 0.0) - request.arrived_at),
+            cold_start=self.cold_start(adapters),
+            num_cached_tokens=request.num_cached_tokens,
+            prompt_logprobs=None if num_top is None else self.notes.logprobs(num_top),
+            embedding=None if request.sampling.pooling is None else self.notes.embedding(),
+        )
 
     def cold_start(self, adapters: AdapterManager) -> ColdStart | None:
         """What the request waited for, once its first token is there; None where it was warm."""

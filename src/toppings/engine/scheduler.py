@@ -193,7 +193,7 @@ class Scheduler:
     def _start(self, request: Request, num_found: int, budget: int) -> BatchItem:
         self.waiting.remove(request)
         self._unblock(request)
-        self.cache.take(request, num_found)
+        copy_page = self.cache.take(request, num_found)
         # Kept in order of arrival, so that the last one is always the one to preempt.
         is_latest = not self.running or self.running[-1].arrived_at <= request.arrived_at
         self.running.append(request)
@@ -202,7 +202,7 @@ class Scheduler:
         num_tokens = min(request.num_uncomputed_tokens, budget)
         has_grown = self.pages.grow(request.page_table, request.num_computed_tokens + num_tokens)
         assert has_grown, "pages were counted before the adapter was acquired"
-        return BatchItem(request, num_tokens)
+        return BatchItem(request, num_tokens, copy_page=copy_page)
 
     @property
     def may_admit(self) -> bool:
@@ -285,6 +285,7 @@ class Scheduler:
             self._drain = None
 
     def _take_back(self, request: Request) -> None:
+        self.cache.leave(request)
         self.pages.free(request.page_table)
         if request.adapter_id is not None:
             self.adapters.release(request.adapter_id)

@@ -1,7 +1,7 @@
 """A GGUF file, made once into an ordinary checkpoint: transformers dequantises it and writes safetensors.
 
 That happens in a process of its own (`python -m toppings.model.gguf FILE DIRECTORY`), which takes its memory
-with it and whose progress bars show on a terminal.
+with it and whose progress bars show on a terminal. It ends with the one that started it.
 """
 
 import json
@@ -10,13 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MAGIC = b"GGUF"
+from toppings.model.gguf_header import MAGIC
+from toppings.process_state import die_with_parent
+
 SUFFIX = ".gguf"
+PART = ".part"
 FAMILIES = ("llama", "qwen2", "qwen3")  # what files call them; Mistral's are of "llama"
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -34,16 +38,19 @@ class GgufError(ValueError):
 
 def convert_gguf(file: Path, directory: Path) -> None:
     """Writes `file` as a checkpoint to the new `directory`, all of it or nothing; safetensors in the file's
-    own float type, in bfloat16 where it is quantised. One process at a time may do that.
+    own float type, in bfloat16 where it is quantised. One process at a time may do that; what one that was
+    killed has left goes.
 
     Raises GgufError for a file that is none, or of a kind that cannot be served, OSError.
     """
     check_magic(file)
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    for left in directory.parent.glob(f".*{PART}"):
+        shutil.rmtree(left, ignore_errors=True)
+    part = directory.with_name(f".{uuid.uuid4().hex}{PART}")
     part.mkdir(parents=True)
     try:
         command = [sys.executable, "-m", "toppings.model.gguf", str(file.absolute()), str(part)]
+        command.append(str(os.getpid()))
         is_watched = sys.stderr is not None and sys.stderr.isatty()
         quiet = {} if is_watched else {"TQDM_DISABLE": "1"}
         done = subprocess.run(
@@ -60,7 +67,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
             raise GgufError(f"cannot convert {file}: {reason}")
         for written in part.iterdir():
             written.chmod(0o644)
-            _flush(written)
+            with written.open("rb") as stream:
+                os.fsync(stream.fileno())
         part.rename(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -75,14 +83,6 @@ def check_magic(file: Path) -> None:
         raise GgufError(f"cannot read {file}: {error.strerror}") from error
     if start != MAGIC:
         raise GgufError(f"{file} is no GGUF file: it begins with {start!r}")
-
-
-def _flush(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def rope_parameters(factors: Sequence[float], theta: float, head_dim: int) -> dict[str, Any]:
@@ -191,8 +191,9 @@ def _end_tokens(metadata: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(int(each) for each in ids if each is not None))
 
 
-def main(file: str, directory: str) -> int:
+def main(file: str, directory: str, parent_pid: str) -> int:
     """A failure is one line on standard output."""
+    die_with_parent(int(parent_pid))
     try:
         _write(Path(file), Path(directory))
         json.loads((Path(directory) / "config.json").read_text())

@@ -1,5 +1,6 @@
 """Causal attention over a paged key-value cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,6 +38,20 @@ class KVCache:
         shape = (num_pages * page_size, num_kv_heads, head_dim)
         k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)] for _ in range(2))
         return cls(k, v, page_size)
+
+    def copy(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """The first rows of pages to others: (from, to, rows) each. All is read before anything is written,
+        so a page may be both."""
+        rows = [range(num_rows) for *_, num_rows in places]
+        sources, targets = (
+            torch.tensor(
+                [page * self.page_size + row for page, each in zip(pages, rows, strict=True) for row in each],
+                device=self.k[0].device,
+            )
+            for pages in ([place[0] for place in places], [place[1] for place in places])
+        )
+        for layer in (*self.k, *self.v):
+            layer.index_copy_(0, targets, layer.index_select(0, sources))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 
 from toppings.ops.activation import silu_mul
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
+from toppings.ops.columns import adjust_columns_
 from toppings.ops.linear import Linear, QuantizedLinear
 from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
@@ -18,6 +19,7 @@ def warm_up(dtype: torch.dtype, quantization: str) -> None:
     silu_mul(x)
     for width in (8, 32):  # a general kernel, and perhaps one for even widths
         _add_lora(width, dtype)
+    _adjust_columns(dtype)
     Linear(torch.ones(64, 64, dtype=dtype))(torch.ones(1, 64, dtype=dtype))
     if quantization != "none":
         for bits in (8, 4) if quantization == "int4" else (8,):  # the output layer has 8 in any case
@@ -38,6 +40,12 @@ def _add_lora(width: int, dtype: torch.dtype) -> None:
         out_offsets=(0,),
         segments=LoraSegments([0, 1], [0]),
     )
+
+
+def _adjust_columns(dtype: torch.dtype) -> None:
+    y = torch.ones(1, 8, dtype=dtype)
+    places, segments = torch.ones(1, 1, 2, dtype=torch.int64), LoraSegments([0, 1], [0])
+    adjust_columns_(y, arena=torch.zeros(9, dtype=dtype), places=places, out_offsets=(0,), segments=segments)
 
 
 def _attend(dtype: torch.dtype) -> None:

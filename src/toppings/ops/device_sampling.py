@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from toppings.messages import TokenLogprobs
-from toppings.ops.sampling import SampleOutput, SamplingRow, can_draw, choose, draw_uniform
+from toppings.ops.sampling import (
+    SampleOutput,
+    SamplingRow,
+    can_draw,
+    choose,
+    draw_uniform,
+    named_places,
+    told_logprobs,
+)
 from toppings.ops.token_mask import device_flags, num_words
 from toppings.ops.truncation import NUM_CANDIDATES, cut, likeliest
 
@@ -33,7 +41,8 @@ class SamplingPlan:
     `masked`: rows with a mask, and their `masks`, int32 [N, W] (token_mask.py).
     `forbidden`: int64 [2, F], (rows, token ids). `biased`: int64 [2, B] with `biases` [B], which are added.
     `repeated`: int64 [2, N] with `repetition` [N], the factor. `counted`: int64 [2, M] with
-    `subtracted` [M]. `reported`: rows that want logprobs, `num_top` of them.
+    `subtracted` [M]. `reported`: rows that want logprobs, `num_top` of them; `named`: int64 [2, L], (number
+    among these, token id) of tokens that they want by their ids.
     """
 
     drawn: Array
@@ -53,6 +62,7 @@ class SamplingPlan:
     counted: Array
     subtracted: Array
     reported: Array
+    named: Array
     num_top: int
 
     @classmethod
@@ -88,7 +98,8 @@ class SamplingPlan:
             counted=_pairs(counted),
             subtracted=np.array(subtracted, np.float32),
             reported=_longs(reported),
-            num_top=max((rows[i].params.logprobs or 0 for i in reported), default=0),
+            named=np.array(named_places([rows[i] for i in reported]), np.int64).reshape(2, -1),
+            num_top=max((rows[i].params.num_top_logprobs for i in reported), default=0),
         )
 
     @property
@@ -104,15 +115,15 @@ class SamplingPlan:
         """To be brought to the device for `draw`."""
         return [
             *(self.drawn, self.parameters, self.top_k, self.uniform, self.uncut, self.few, self.many),
-            *(self.reported, *self.changes),
+            *(self.reported, self.named, *self.changes),
         ]
 
 
 def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[Tensor]:
     """The tokens drawn, int64 [R], which rows could be drawn, bool [R], and of the rows reported:
-    log-probabilities, ranks, the likeliest tokens' ids and log-probabilities. logits: fp32 [R, V], not
-    changed; `arrays`: the plan's, on the device."""
-    drawn, parameters, top_k, uniform, uncut, few, many, reported, *changes = arrays
+    log-probabilities, ranks, the likeliest tokens' ids and log-probabilities, and those of the tokens named.
+    logits: fp32 [R, V], not changed; `arrays`: the plan's, on the device."""
+    drawn, parameters, top_k, uniform, uncut, few, many, reported, named, *changes = arrays
     kinds = (uncut, few, many)
     adjusted = _adjusted(logits, *changes) if any(each.size for each in plan.changes) else logits
     token_ids = adjusted.argmax(-1)
@@ -125,7 +136,7 @@ def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[T
                 limits = top_k[members], top_p[members], min_p[members]
                 weights, ids = _weights(kind, probs[members], *limits)
                 token_ids.index_put_((drawn[members],), choose(weights, ids, uniform[members]))
-    report = _report(logits, token_ids, reported, plan.num_top) if len(reported) else []
+    report = _report(logits, token_ids, reported, named, plan.num_top) if len(reported) else []
     return [token_ids, is_drawable, *report]
 
 
@@ -164,11 +175,11 @@ def _weights(
     return cut(values, torch.ones_like(top_p), top_k, top_p, min_p), ids
 
 
-def _report(logits: Tensor, token_ids: Tensor, reported: Tensor, num_top: int) -> list[Tensor]:
+def _report(logits: Tensor, token_ids: Tensor, reported: Tensor, named: Tensor, num_top: int) -> list[Tensor]:
     logprobs = logits[reported].log_softmax(-1)
     values = logprobs.gather(1, token_ids[reported][:, None])
     top_values, top_ids = likeliest(logprobs, num_top)
-    return [values[:, 0], (logprobs > values).sum(-1) + 1, top_ids, top_values]
+    return [values[:, 0], (logprobs > values).sum(-1) + 1, top_ids, top_values, logprobs[tuple(named)]]
 
 
 def to_output(plan: SamplingPlan, rows: Sequence[SamplingRow], drawn: Sequence[Tensor]) -> SampleOutput:
@@ -177,11 +188,13 @@ def to_output(plan: SamplingPlan, rows: Sequence[SamplingRow], drawn: Sequence[T
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     undrawable = [i for i, can_be in enumerate(drawn[1].tolist()) if not can_be]
     if len(drawn) > 2:
-        for i, value, rank, ids, values in zip(
-            plan.reported.tolist(), *(part.tolist() for part in drawn[2:]), strict=True
-        ):
-            top = list(zip(ids, values, strict=True))[: rows[i].params.logprobs]
-            logprobs[i] = TokenLogprobs(token_ids[i], value, rank, top)
+        reported = plan.reported.tolist()
+        values, ranks, *more = (part.tolist() for part in drawn[2:])
+        told = told_logprobs(
+            [rows[i] for i in reported], [token_ids[i] for i in reported], values, ranks, *more
+        )
+        for i, each in zip(reported, told, strict=True):
+            logprobs[i] = each
     return SampleOutput(token_ids, logprobs, undrawable)
 
 

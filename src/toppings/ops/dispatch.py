@@ -72,7 +72,17 @@ def _module(name: str) -> ModuleType:
 def import_kernels() -> None:
     """Import what `warm_up` will need, without running any of it."""
     if USE_NUMBA:
-        for name in ("attention", "bf16", "elementwise", "lora", "quantized", "stream", "tiles", "warm_up"):
+        for name in (
+            "attention",
+            "bf16",
+            "columns",
+            "elementwise",
+            "lora",
+            "quantized",
+            "stream",
+            "tiles",
+            "warm_up",
+        ):
             _module(name)
 
 

@@ -7,6 +7,7 @@ lower token id everywhere.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -209,10 +210,39 @@ def _logprobs(logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> 
     chosen = torch.tensor([token_ids[i] for i in wanted], device=logits.device)[:, None]
     values = logprobs.gather(1, chosen)
     ranks = ((logprobs > values).sum(-1) + 1).tolist()
-    num_top = max(rows[i].params.logprobs or 0 for i in wanted)
-    top_values, top_ids = likeliest(logprobs, num_top)
-    tops = zip(top_ids.tolist(), top_values.tolist(), strict=True)
-    for i, value, rank, (ids, alternatives) in zip(wanted, values[:, 0].tolist(), ranks, tops, strict=True):
-        top = list(zip(ids, alternatives, strict=True))[: rows[i].params.logprobs]
-        result[i] = TokenLogprobs(token_ids[i], value, rank, top)
+    top_values, top_ids = likeliest(logprobs, max(rows[i].params.num_top_logprobs for i in wanted))
+    places = named_places([rows[i] for i in wanted])
+    named = tuple(torch.tensor(each, dtype=torch.int64, device=logits.device) for each in places)
+    reported = values[:, 0].tolist(), ranks, top_ids.tolist(), top_values.tolist()
+    told = told_logprobs(
+        [rows[i] for i in wanted], [token_ids[i] for i in wanted], *reported, logprobs[named].tolist()
+    )
+    for i, each in zip(wanted, told, strict=True):
+        result[i] = each
     return result
+
+
+def named_places(rows: Sequence[SamplingRow]) -> tuple[list[int], list[int]]:
+    """Of all tokens that these rows want by their ids: the row's number, and the id."""
+    places = [(i, token_id) for i, row in enumerate(rows) for token_id in row.params.logprob_token_ids]
+    return [i for i, _ in places], [token_id for _, token_id in places]
+
+
+def told_logprobs(
+    rows: Sequence[SamplingRow],
+    token_ids: Sequence[int],
+    values: Sequence[float],
+    ranks: Sequence[int],
+    top_ids: Sequence[list[int]],
+    top_values: Sequence[list[float]],
+    named: Sequence[float],
+) -> list[TokenLogprobs]:
+    """Of rows that report the tokens chosen for them. `named`: the log-probabilities at `named_places`."""
+    told, rest = [], iter(named)
+    for row, token_id, value, rank, ids, alternatives in zip(
+        rows, token_ids, values, ranks, top_ids, top_values, strict=True
+    ):
+        top = list(zip(ids, alternatives, strict=True))[: row.params.num_top_logprobs]
+        own = [(each, next(rest)) for each in row.params.logprob_token_ids]
+        told.append(TokenLogprobs(token_id, value, rank, own or top))
+    return told

@@ -86,9 +86,10 @@ class AdapterAdmin:
         origin: Origin,
         source: str,
         tenant: Tenant = ADMIN,
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """What was fetched from `source` into `directory`, which is not needed afterwards; no link of it may
-        lead out of `root`."""
+        lead out of `root`. `over`: the only one whose name it may take."""
         async with self._turn():
             return await self._register(
                 name,
@@ -98,6 +99,7 @@ class AdapterAdmin:
                 origin=origin,
                 source=source,
                 tenant=tenant,
+                over=over,
             )
 
     async def _load_from_source(
@@ -112,7 +114,7 @@ class AdapterAdmin:
         except AdapterNotFound as error:
             raise ApiError(404, f"Loading lora {name} failed: {error}", "NotFoundError") from error
         except AdapterError as error:
-            raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
+            raise ApiError(502, f"Loading lora {name} failed: {error}", "BadGatewayError") from error
         if found is None:
             return None
         _check_place(tenant, path, path)
@@ -182,6 +184,7 @@ class AdapterAdmin:
         origin: Origin = Origin.HTTP,
         source: str = "",
         tenant: Tenant = ADMIN,
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
@@ -193,6 +196,7 @@ class AdapterAdmin:
                 replace=in_place,
                 origin=origin,
                 source=source,
+                over=over,
             )
         except AdapterExists as error:
             message = (

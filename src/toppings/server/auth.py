@@ -20,7 +20,7 @@ TENANT_PATHS = frozenset(
         *("/v1/embeddings", "/v1/score", "/score", "/generate", "/generate_stream"),
         *("/tokenize", "/detokenize", "/v1/models", "/v1/models/{name:path}"),
         *("/adapters", "/adapters/{name:path}", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
-        *("/load_lora_adapter", "/unload_lora_adapter", "/version", "/docs", "/docs/{asset}"),
+        *("/load_lora_adapter", "/unload_lora_adapter", "/version"),
     }
 )
 """Routes for every key; what they answer and do is bounded by the tenant. All others are administrators'."""
@@ -30,8 +30,13 @@ DENIED = "PermissionDeniedError"
 TENANT_NAME = TENANT_HEADER.lower().encode()
 
 
+def is_open(path: str) -> bool:
+    """A document of the API is the same on every server of this version."""
+    return path in OPEN_PATHS or path in ("/openapi.json", "/docs") or path.startswith("/docs/")
+
+
 class KeyMiddleware:
-    """Finds out who asks, on every path but `OPEN_PATHS`, and counts the request.
+    """Finds out who asks, on every path that is not open (`is_open`), and counts the request.
 
     401 without a key where one is asked for, 429 for a tenant's request that is one too many; nothing of its
     body has been read then.
@@ -41,7 +46,7 @@ class KeyMiddleware:
         self._app, self._book, self._metrics = app, book, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not is_open(scope["path"]):
             try:
                 self._admit(scope)
             except Refusal as refusal:
@@ -66,7 +71,7 @@ class KeyMiddleware:
 def check_role(request: Request) -> None:
     """Dependency of all routes. Raises Refusal 403 for a tenant on a route that is not in `TENANT_PATHS`."""
     path = request.scope["route"].path
-    if not tenant_of(request).is_admin and path not in TENANT_PATHS and path not in OPEN_PATHS:
+    if not (is_open(path) or path in TENANT_PATHS or tenant_of(request).is_admin):
         raise denied(f"{request.method} {path} is for administrators")
 
 

@@ -48,12 +48,11 @@ class ChatReply:
             for i, c in enumerate(cast(list[ChatChoice], choices))
         ]
         num_tokens = sum(len(c.token_ids) for c in choices)
-        total = usage(self._job, num_tokens)
         head = {**self._head("chat.completion"), **self._prompt()}
         if self._body.prompt_logprobs is not None:
             told = prompt_logprobs(self._body, text, self._job.prompts[0], choices[0])
             head["prompt_logprobs"] = told
-        return {**head, "choices": content, "usage": total}
+        return {**head, "choices": content, "usage": self._usage(num_tokens)}
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
         head, num_tokens, begun = self._head("chat.completion.chunk"), 0, set()
@@ -73,8 +72,12 @@ class ChatReply:
                 choice = {"index": i, "delta": delta, **self._ending(output.logprobs or [], output)}
                 yield sse({**head, "choices": [choice], **running_usage(self._body, self._job, num_tokens)})
         if self._body.include_usage:
-            yield sse({**head, "choices": [], "usage": usage(self._job, num_tokens)})
+            yield sse({**head, "choices": [], "usage": self._usage(num_tokens)})
         yield DONE
+
+    def _usage(self, num_tokens: int) -> dict[str, Any]:
+        details = {"reasoning_tokens": self._job.num_thoughts(num_tokens)}
+        return {**usage(self._job, num_tokens), "completion_tokens_details": details}
 
     def error_event(self, error: ApiError) -> bytes:
         return openai_error_event(error)
@@ -97,7 +100,7 @@ class ChatReply:
         text = self._job.state.text
         name = namer(self._body, text)
         content = None
-        if self._body.logprobs:
+        if self._body.tells_logprobs:
             content = {
                 "content": raw_list([_logprob(text, name, each) for each in part] for part in parts(logprobs))
             }

@@ -177,6 +177,10 @@ class ChatBody(GenerationBody):
         self._check_tools()
         return self
 
+    @property
+    def tells_logprobs(self) -> bool:
+        return bool(self.logprobs) or super().tells_logprobs
+
     @staticmethod
     def _check_kwargs(kwargs: dict[str, Any]) -> None:
         if len(kwargs) > MAX_KWARGS:

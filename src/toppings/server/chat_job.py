@@ -16,12 +16,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from toppings.core import FinishReason
+from toppings.detokenizer import TextOutput
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_plan import ChatPlan, chat_plan
 from toppings.server.jobs import Choice, Job, num_last_tokens, room_for_output, tokens_of
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.structures import checked_structure
-from toppings.text import TextOutput
 from toppings.tools.output import CallDelta, OutputParser
 
 
@@ -69,6 +69,8 @@ class ChatJob(Job):
 
     new_parser: Callable[[], OutputParser] | None = None
     shows_reasoning: bool = True
+    thoughts: dict[int, str] = field(default_factory=dict)
+    """Of each choice, told or not."""
 
     def new_choice(self) -> ChatChoice:
         return ChatChoice()
@@ -84,18 +86,26 @@ class ChatJob(Job):
         parser = None if self.new_parser is None else self.new_parser()
         async with aclosing(super()._outputs(index, prompt)) as outputs:
             async for output in outputs:
-                told = self._told(output, parser)
+                told = self._told(index, output, parser)
                 yield told
                 if told.finish_reason is not None:  # also where the parser wants no more
                     return
 
-    def _told(self, output: TextOutput, parser: OutputParser | None) -> ChatOutput:
+    def num_thoughts(self, num_tokens: int) -> int:
+        """How many of the job's tokens were thoughts, counted as the tokeniser would write them: which tokens
+        were theirs is not kept."""
+        encode = self.state.text.encode
+        return min(num_tokens, sum(len(encode(t, add_special_tokens=False)) for t in self.thoughts.values()))
+
+    def _told(self, index: int, output: TextOutput, parser: OutputParser | None) -> ChatOutput:
         text, thoughts = output.text, ""
         calls: tuple[CallDelta, ...] = ()
         has_called, is_done = False, False
         if parser is not None:
             delta = parser.push(output.text, is_last=output.finish_reason is not None)
             text, calls = delta.content, tuple(delta.calls)
+            if delta.reasoning:
+                self.thoughts[index] = self.thoughts.get(index, "") + delta.reasoning
             thoughts = delta.reasoning if self.shows_reasoning else ""
             has_called, is_done = parser.has_called, parser.is_done
         return ChatOutput(

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from toppings.detokenizer import TextOutput
 from toppings.server.bodies import JsonRoute
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice, Job, beside_loop, num_last_tokens, room_for_output, tokens_of
@@ -19,7 +20,7 @@ from toppings.server.replies import answer, namer, parts, prompt_logprobs, raw_l
 from toppings.server.state import Lease, ServerState, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.server.structures import checked_structure
-from toppings.text import TextLogprob, TextModel, TextOutput
+from toppings.text import TextLogprob, TextModel
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -175,8 +176,9 @@ class CompletionReply:
         self, index: int, output: Choice | TextOutput, offset: int, *, is_first: bool
     ) -> dict[str, Any] | None:
         """The log-probabilities of its tokens; with `echo` first those of the prompt's."""
-        if (num_top := self._body.logprobs) is None:
+        if not self._body.tells_logprobs:
             return None
+        num_top = self._body.logprobs or 0
         logprobs, first = output.logprobs or [], None
         if is_first and self._body.echo and output.prompt_logprobs is not None:
             first, *others = self._prompt_of(index)

@@ -15,12 +15,12 @@ from starlette.requests import ClientDisconnect
 
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.bad_input import ContextLengthError, RequestError, shown
+from toppings.detokenizer import GenerationCutError, GenerationError
 from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
 from toppings.server.exchange import Exchange, current_exchange, exchange_of
 from toppings.server.methods import allowed_methods
 from toppings.tenants.refusals import Refusal
-from toppings.text import GenerationCutError, GenerationError
 
 logger = logging.getLogger(__name__)
 

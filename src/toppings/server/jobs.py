@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from toppings.adapters.errors import AdapterNotFound
 from toppings.bad_input import ContextLengthError, RequestError, shown
+from toppings.core import ALONE, Standing
+from toppings.detokenizer import GenerationError, TextOutput, generate_text
 from toppings.messages import PromptLogprobs, check_salt
 from toppings.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
 from toppings.server.errors import ApiError
@@ -16,7 +18,7 @@ from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
 from toppings.tenants.tenant import Tenant
-from toppings.text import GenerationError, TextLogprob, TextOutput, generate_text
+from toppings.text import TextLogprob
 
 LONG_TEXT = 4096
 """Characters, tokens or values of an answer above which they are worked on in a thread."""
@@ -59,6 +61,7 @@ class Job:
     shown: Mapping[int, str] | None = None
     """Special tokens that are text all the same, by their ids."""
     cache_salt: str | None = None
+    standing: Standing = ALONE
     num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
@@ -66,12 +69,14 @@ class Job:
 
     def __post_init__(self) -> None:
         self.tenant = self.state.account.tenant
+        self.standing = replace(self.standing, tenant=self.tenant.name, weight=self.tenant.weight)
         check_salt(self.cache_salt)
         for prompt in self.prompts:
             check_prompt(self.state, prompt, self.sampling.max_tokens)
         sampling = self.sampling
         check_token_ids(self.state, "stop_token_ids", sampling.stop_token_ids)
         check_token_ids(self.state, "allowed_token_ids", sampling.allowed_token_ids)
+        check_token_ids(self.state, "logprob_token_ids", sampling.logprob_token_ids)
         check_token_ids(self.state, "logit_bias", [token_id for token_id, _ in sampling.logit_bias])
         if sampling.prompt_logprobs is not None:
             self._check_told(self.num_choices * self.num_prompt_tokens, sampling.prompt_logprobs + 1)
@@ -170,8 +175,7 @@ class Job:
             include_stop=self.include_stop,
             shown=self.shown,
             cache_salt=state.book.salt(self.tenant, self.cache_salt),
-            tenant=self.tenant.name,
-            weight=self.tenant.weight,
+            standing=self.standing,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:

@@ -13,13 +13,14 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from toppings.adapters.errors import AdapterNotFound
+from toppings.detokenizer import TextOutput
 from toppings.sampling_params import SamplingParams
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, PathText, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
-from toppings.text import TextLogprob, TextOutput
+from toppings.text import TextLogprob
 
 SAMPLING_FIELDS = (
     *("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "repetition_penalty"),

@@ -10,8 +10,9 @@ from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from toppings.server import lightllm, lorax, schemas
+from toppings.server import lightllm, lorax
 from toppings.server.auth import OPEN_PATHS
+from toppings.server.schemas import administration, openai, others, shared
 
 router = APIRouter(include_in_schema=False)
 
@@ -21,32 +22,32 @@ JSON, STREAM, TEXT = "application/json", "text/event-stream", "text/plain"
 REF = "#/components/schemas/{model}"
 
 CHAT = [{"role": "user", "content": "Hello."}]
-GENERATE = (schemas.LoraxAnswer, schemas.LightllmAnswer)
+GENERATE = (others.LoraxAnswer, others.LightllmAnswer)
 Models = tuple[type[BaseModel], ...]
 ANSWERS: dict[str, tuple[Models, type[BaseModel] | None]] = {
-    "POST /v1/completions": ((schemas.Completion,), schemas.Completion),
-    "POST /v1/chat/completions": ((schemas.ChatCompletion,), schemas.ChatCompletionChunk),
-    "POST /v1/responses": ((schemas.ResponseObject,), schemas.ResponseEvent),
-    "POST /v1/messages": ((schemas.MessageObject,), schemas.MessageEvent),
-    "POST /v1/messages/count_tokens": ((schemas.TokenCount,), None),
-    "POST /generate": (GENERATE, schemas.GenerateEvent),
-    "POST /generate_stream": ((), schemas.GenerateEvent),
-    "POST /v1/embeddings": ((schemas.EmbeddingList,), None),
-    "POST /v1/score": ((schemas.ScoreList,), None),
-    "POST /score": ((schemas.ScoreList,), None),
-    "POST /tokenize": ((schemas.Tokens,), None),
-    "POST /detokenize": ((schemas.Prompt,), None),
-    "GET /v1/models": ((schemas.ModelList,), None),
-    "GET /v1/models/{name}": ((schemas.ModelCard,), None),
-    "GET /adapters": ((schemas.AdapterList,), None),
-    "POST /adapters/{name}/pin": ((schemas.Pin,), None),
-    "DELETE /adapters/{name}/pin": ((schemas.Pin,), None),
-    "POST /load_lora_adapter": ((schemas.SglangAnswer,), None),
-    "POST /unload_lora_adapter": ((schemas.SglangAnswer,), None),
-    **{f"GET {path}": ((schemas.Status,), None) for path in ("/health", "/healthz", "/ready", "/ping")},
-    "POST /ping": ((schemas.Status,), None),
-    "GET /version": ((schemas.Version,), None),
-    "GET /stats": ((schemas.Stats,), None),
+    "POST /v1/completions": ((openai.Completion,), openai.Completion),
+    "POST /v1/chat/completions": ((openai.ChatCompletion,), openai.ChatCompletionChunk),
+    "POST /v1/responses": ((openai.ResponseObject,), openai.ResponseEvent),
+    "POST /v1/messages": ((others.MessageObject,), others.MessageEvent),
+    "POST /v1/messages/count_tokens": ((others.TokenCount,), None),
+    "POST /generate": (GENERATE, others.GenerateEvent),
+    "POST /generate_stream": ((), others.GenerateEvent),
+    "POST /v1/embeddings": ((openai.EmbeddingList,), None),
+    "POST /v1/score": ((openai.ScoreList,), None),
+    "POST /score": ((openai.ScoreList,), None),
+    "POST /tokenize": ((others.Tokens,), None),
+    "POST /detokenize": ((others.Prompt,), None),
+    "GET /v1/models": ((openai.ModelList,), None),
+    "GET /v1/models/{name}": ((openai.ModelCard,), None),
+    "GET /adapters": ((administration.AdapterList,), None),
+    "POST /adapters/{name}/pin": ((administration.Pin,), None),
+    "DELETE /adapters/{name}/pin": ((administration.Pin,), None),
+    "POST /load_lora_adapter": ((administration.SglangAnswer,), None),
+    "POST /unload_lora_adapter": ((administration.SglangAnswer,), None),
+    **{f"GET {path}": ((shared.Status,), None) for path in ("/health", "/healthz", "/ready", "/ping")},
+    "POST /ping": ((shared.Status,), None),
+    "GET /version": ((shared.Version,), None),
+    "GET /stats": ((administration.Stats,), None),
 }
 """What a 200 holds: one of these as JSON, and the data of each event of a stream; elsewhere plain text."""
 
@@ -131,10 +132,16 @@ def _completed(document: dict[str, Any], *, has_key: bool) -> dict[str, Any]:
     return document
 
 
+def answer_models() -> list[type[BaseModel]]:
+    """All that an answer may be, or be made of."""
+    found = (value for module in (shared, openai, others, administration) for value in vars(module).values())
+    models = (each for each in found if isinstance(each, type) and issubclass(each, BaseModel))
+    return [each for each in dict.fromkeys(models) if each is not BaseModel]
+
+
 def _schemas() -> dict[str, Any]:
     """Those of `schemas` and of the two families of `/generate`, by name."""
-    answers = [each for each in vars(schemas).values() if isinstance(each, type) and each is not BaseModel]
-    models = [(each, "serialization") for each in answers if issubclass(each, BaseModel)]
+    models = [(each, "serialization") for each in answer_models()]
     found: dict[str, Any] = models_json_schema(models, ref_template=REF)[1].get("$defs", {})  # type: ignore[arg-type]
     for name, body in (("Lorax", lorax.Body), ("Lightllm", lightllm.Body)):
         schema = body.model_json_schema(ref_template=f"#/components/schemas/{name}{{model}}")

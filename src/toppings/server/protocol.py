@@ -42,7 +42,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "echo": (False,),
     "priority": (0,),
-    "logprob_token_ids": ([],),
     "logits_processors": ([],),
     "guided_whitespace_pattern": (),
     "mm_processor_kwargs": ({},),
@@ -96,6 +95,7 @@ class GenerationBody(StructureFields, SamplingFields):
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: Texts | None = None
+    logprob_token_ids: TokenIds | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -120,6 +120,11 @@ class GenerationBody(StructureFields, SamplingFields):
             raise ApiError(
                 400, f"best_of is {shown(self.best_of)}; it must equal n, {self.num_choices}", param="best_of"
             )
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Of the tokens that are drawn."""
+        return bool(self.logprob_token_ids)
 
     @property
     def num_choices(self) -> int:
@@ -155,7 +160,8 @@ class GenerationBody(StructureFields, SamplingFields):
             top_k=0 if top_k == -1 else top_k,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            logprobs=logprobs,
+            logprobs=0 if self.logprob_token_ids and logprobs is None else logprobs,
+            logprob_token_ids=tuple(self.logprob_token_ids or ()),
             prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
             structure=structure,
             logit_bias=self._biases(),
@@ -199,6 +205,10 @@ class CompletionBody(GenerationBody):
             bounds = f"at least n, {self.num_choices}, and at most {MAX_BEST_OF}"
             reason = f"n, {self.num_choices}, in a stream" if self.stream else bounds
             raise ApiError(400, f"best_of is {shown(self.best_of)}; it must be {reason}", param="best_of")
+
+    @property
+    def tells_logprobs(self) -> bool:
+        return self.logprobs is not None or super().tells_logprobs
 
     @property
     def num_drawn(self) -> int:

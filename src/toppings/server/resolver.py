@@ -10,33 +10,34 @@ import hashlib
 import logging
 import shutil
 import time
-import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.latest import Latest
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.config import ServerConfig
 from toppings.server.adapters import AdapterAdmin
-from toppings.server.errors import RETRY_AFTER_S, ApiError, describe
+from toppings.server.errors import RETRY_AFTER_S, ApiError
+from toppings.server.lookups import Lookups
+from toppings.server.source_cache import SourceCache
 from toppings.server.state import ServerState, Target
 from toppings.sources.adapters import (
-    FETCHED,
     PRIVATE,
     AdapterSource,
     Found,
+    clear_fetches,
     find_adapter,
     find_again,
     find_reference,
     is_safe_name,
+    new_part,
     parse_source,
 )
-from toppings.sources.fetch import FetchNotFound, Room
+from toppings.sources.fetch import FetchError, FetchNotFound, Room
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
 from toppings.vital import log_failure
@@ -44,14 +45,8 @@ from toppings.vital import log_failure
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Key = tuple[str, str | None, str]
-"""Name, kind of source and token's hash of what is looked for."""
 FETCHES_AT_ONCE = 4
-MAX_PENDING = 64
-"""Names that are looked for at once; more are answered 503."""
-FAILURE_S = 10.0
-"""How long a failure is remembered."""
-MAX_FAILURES = 4096
+MAX_GRANTS = 4096
 AGAIN = "again"
 """Stands for a kind of source in the key of what was damaged."""
 
@@ -63,20 +58,13 @@ class Resolver:
         self._state, self._admin = state, admin
         self._config = state.config.server
         self.sources = [parse_source(text) for text in self._config.adapter_source]
-        self._directory = state.registry.state_dir / FETCHED
-        if self.sources:
-            shutil.rmtree(self._directory, ignore_errors=True)
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, "toppings-fetch")
-        self._pending: dict[Key, asyncio.Task[AdapterRecord]] = {}
-        self._failures: Latest[Key, tuple[float, ApiError]] = Latest(MAX_FAILURES)
-        self._grants: Latest[tuple[str, str], float] = Latest(MAX_FAILURES)
+        self._lookups: Lookups[AdapterRecord] = Lookups()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._grants: Latest[tuple[str, str], float] = Latest(MAX_GRANTS)
         self._checked: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        records = state.registry.list() if self.sources else []
-        self._held: OrderedDict[str, int] = OrderedDict(
-            (record.name, record.num_bytes) for record in records if record.origin is Origin.SOURCE
-        )
-        """What came from sources, least recently asked for first, with its bytes."""
+        self._held = SourceCache(state.registry)
 
     async def resolve(
         self, name: str, *, kind: str | None = None, token: str | None = None
@@ -92,13 +80,12 @@ class Resolver:
             return None
         key = (name, kind, _mark(token))
         if record is None:
-            record = await self._once(key, partial(self._bring, name, kind, token))
+            record = await self._lookups.once(key, partial(self._bring, name, kind, token))
         else:
             self._refresh(name)
         if record.path.startswith(PRIVATE):
             await self._check_grant(name, token)
-        if name in self._held:
-            self._held.move_to_end(name)
+        self._held.touch(name)
         return record
 
     async def repair(self, target: Target) -> Target | None:
@@ -112,7 +99,8 @@ class Resolver:
             if await self._in_thread(registry.is_intact, record.adapter_id):
                 return None
             logger.warning("the packed file of adapter %s is damaged; it is fetched again", record.name)
-            record = await self._once((record.name, AGAIN, ""), partial(self._bring_again, record))
+            key = (record.name, AGAIN, "")
+            record = await self._lookups.once(key, partial(self._bring_again, record))
         return Target(record.name, record.adapter_id)
 
     def has(self, kind: str) -> bool:
@@ -135,88 +123,62 @@ class Resolver:
         origin: Origin,
         is_private: bool = False,
         tenant: Tenant = ADMIN,
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
-        """Fetches and registers what was found. Raises ApiError."""
-        part = self._directory / uuid.uuid4().hex
+        """Fetches and registers what was found; with `over`, in its place and in no other's. Raises
+        ApiError."""
         room = Room(self._config.source_max_bytes, self._config.source_timeout_s)
+        part = new_part(self._state.registry.state_dir)
         try:
             path = await self._in_thread(found.bring, part, room)
-            where = f"{PRIVATE}{found.where}" if is_private else found.where
             return await self._admin.register_found(
                 name,
                 path,
                 found.root or path,
-                in_place=in_place,
+                in_place=in_place or over is not None,
                 origin=origin,
-                source=where,
+                source=f"{PRIVATE}{found.where}" if is_private else found.where,
                 tenant=tenant,
+                over=over,
             )
-        except AdapterError as error:
-            raise ApiError(400, f"Loading lora {name} failed: {error}", "InvalidUserInput") from error
+        except FetchError as error:
+            raise not_given(name, error) from error
         finally:
-            if found.path is None:
-                await self._in_thread(partial(shutil.rmtree, part, ignore_errors=True))
+            await self._in_thread(partial(shutil.rmtree, part, ignore_errors=True))
 
     def _may_ask(self, name: str, kind: str | None) -> bool:
         if not is_safe_name(name, self._state.base_name):
             return False
         return any(kind in (None, each.kind) and each.allows(name) for each in self.sources)
 
-    async def _once(
-        self, key: Key, bring: Callable[[], Coroutine[None, None, AdapterRecord]]
-    ) -> AdapterRecord:
-        """One look for all who ask; a failure is remembered for a while."""
-        self._forget_failures()
-        if key in self._failures:
-            raise replace(self._failures[key][1])  # one that is raised again holds whom it passed before
-        task = self._pending.get(key)
-        if task is None:
-            if len(self._pending) >= MAX_PENDING:
-                message = f"{len(self._pending)} adapters are being fetched; try again later"
-                headers = {"Retry-After": str(RETRY_AFTER_S)}
-                raise ApiError(503, message, "ServiceUnavailableError", headers=headers)
-            task = self._pending[key] = asyncio.create_task(bring())
-            task.add_done_callback(partial(self._note, key))
-        return await asyncio.shield(task)
-
-    def _note(self, key: Key, task: "asyncio.Task[AdapterRecord]") -> None:
-        self._pending.pop(key, None)
-        self._failures.pop(key, None)
-        if task.cancelled() or task.exception() is None:
-            return
-        error = describe(task.exception() or RuntimeError())
-        self._failures[key] = (time.monotonic() + FAILURE_S, replace(error))
-
-    def _forget_failures(self) -> None:
-        now = time.monotonic()
-        while self._failures and next(iter(self._failures.values()))[0] <= now:
-            self._failures.popitem(last=False)
-
     async def _bring(self, name: str, kind: str | None, token: str | None) -> AdapterRecord:
+        """Whoever asks for it otherwise meanwhile waits for the same fetch."""
         try:
             found = await self._in_thread(partial(find_adapter, self.sources, name, kind=kind, token=token))
-        except FetchNotFound as error:
-            message = f"The model `{name}` does not exist: {error}"
-            raise ApiError(404, message, "NotFoundError", "model") from error
-        except AdapterError as error:
-            raise ApiError(
-                502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model"
-            ) from error
+        except FetchError as error:
+            raise not_given(name, error) from error
         is_private = token is not None and bool(getattr(found.files, "is_restricted", False))
-        old = self._state.registry.find_named(name)
-        if old is not None and old.origin is not Origin.SOURCE:
-            return old  # somebody loaded one of this name meanwhile
+        async with self._turns.setdefault(name, asyncio.Lock()):
+            old = self._state.registry.find_named(name)
+            if old is None:
+                old = await self._bring_found(name, found, is_private=is_private)
+        if is_private and old.path == f"{PRIVATE}{found.where}":
+            self._grant(name, token)
+        return old
+
+    async def _bring_found(
+        self, name: str, found: Found, *, is_private: bool = False, over: AdapterRecord | None = None
+    ) -> AdapterRecord:
+        """Nothing that a client has loaded or unloaded by this name meanwhile is undone."""
         try:
             record = await self.load(
-                name, found, in_place=old is not None, origin=Origin.SOURCE, is_private=is_private
+                name, found, in_place=False, origin=Origin.SOURCE, is_private=is_private, over=over
             )
         except ApiError:
             meanwhile = self._state.registry.find_named(name)
-            if old is not None or meanwhile is None:
+            if meanwhile is None or (over is not None and meanwhile.adapter_id == over.adapter_id):
                 raise
-            return meanwhile  # somebody brought it under another key
-        if is_private:
-            self._grant(name, token)
+            return meanwhile
         self._keep(record)
         self._checked[name] = time.monotonic()
         return record
@@ -231,13 +193,17 @@ class Resolver:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             raise ApiError(503, message, "ServiceUnavailableError", headers=headers)
         if record.origin is Origin.SOURCE:
-            return await self._bring(record.name, None, None)
+            try:
+                found = await self._in_thread(find_adapter, self.sources, record.name)
+            except FetchError as error:
+                raise not_given(record.name, error) from error
+            return await self._bring_found(record.name, found, over=record)
         try:
             found = await self._in_thread(find_again, self.sources, record.name, record.path)
-        except AdapterError as error:
+        except FetchError as error:
             message = f"adapter {record.name!r} is damaged here, and cannot be had again: {error}"
             raise ApiError(502, message, "BadGatewayError", "model") from error
-        return await self.load(record.name, found, in_place=True, origin=record.origin)
+        return await self.load(record.name, found, in_place=True, origin=record.origin, over=record)
 
     # --- who may use what another's token has brought ---
 
@@ -274,11 +240,11 @@ class Resolver:
         """A new revision is a new generation; running requests end on the old one."""
         try:
             record = self._state.registry.find_named(name)
-            if record is None or record.path.startswith(PRIVATE):
+            if record is None or record.origin is not Origin.SOURCE or record.path.startswith(PRIVATE):
                 return
             found = await self._in_thread(find_adapter, self.sources, name)
             if found.where != record.path:
-                self._keep(await self.load(name, found, in_place=True, origin=Origin.SOURCE))
+                await self._bring_found(name, found, over=record)
         except (AdapterError, ApiError, OSError) as error:
             logger.warning("adapter %s stays as it is: %s", name, error)
 
@@ -286,29 +252,10 @@ class Resolver:
 
     def _keep(self, record: AdapterRecord) -> None:
         """Counts it, and lets the least recently asked for go while all are too many bytes."""
-        self._forget_gone()
-        self._held.pop(record.name, None)
-        self._held[record.name] = record.num_bytes
-        total = sum(self._held.values())
-        for name in list(self._held):
-            if total <= self._config.source_cache_bytes or name == record.name:
-                return
-            other = self._state.registry.find_named(name)
-            if other is not None and other.is_pinned:
-                continue
-            total -= self._held.pop(name)
-            self._checked.pop(name, None)
-            if other is not None and other.origin is Origin.SOURCE:
-                logger.info("adapter %s leaves: adapters of sources would take more than the bound", name)
-                self._background(self._leave(name))
-
-    def _forget_gone(self) -> None:
-        """Those that were unloaded, or have given their name to an adapter that came otherwise."""
-        for name in list(self._held):
-            record = self._state.registry.find_named(name)
-            if record is None or record.origin is not Origin.SOURCE:
-                del self._held[name]
-        for name in self._checked.keys() - self._held.keys():
+        for name in self._held.keep(record, self._config.source_cache_bytes):
+            logger.info("adapter %s leaves: adapters of sources would take more than the bound", name)
+            self._background(self._leave(name))
+        for name in self._checked.keys() - set(self._held):
             del self._checked[name]
 
     async def _leave(self, name: str) -> None:
@@ -327,8 +274,17 @@ class Resolver:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args))
 
 
+def not_given(name: str, error: FetchError) -> ApiError:
+    """What a source has not, or does not give."""
+    if isinstance(error, FetchNotFound):
+        return ApiError(404, f"The model `{name}` does not exist: {error}", "NotFoundError", "model")
+    return ApiError(502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model")
+
+
 def drop_unconfigured(registry: AdapterRegistry, config: ServerConfig) -> None:
-    """At start: what came from sources that are not configured any more goes with them."""
+    """At start: what came from sources that are not configured any more goes with them, and what another
+    server was fetching when it was killed."""
+    clear_fetches(registry.state_dir)
     sources = [parse_source(text) for text in config.adapter_source]
     for record in registry.list():
         if record.origin is Origin.SOURCE and not any(_is_of(each, record) for each in sources):

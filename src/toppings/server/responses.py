@@ -45,7 +45,7 @@ class ResponseReply:
         [choice] = choices
         assert isinstance(choice, ChatChoice)
         items, blocks = Items(self._id), blocks_of(choice)
-        usage = self._usage(len(choice.token_ids), blocks)
+        usage = self._usage(len(choice.token_ids))
         return self._response([items.whole(block) for block in blocks], choice.finish_reason, usage)
 
     async def events(self, lease: Lease) -> AsyncGenerator[bytes, None]:
@@ -63,7 +63,7 @@ class ResponseReply:
                         yield self._event(kind, **fields)
         assert output is not None
         done = [items.whole(block) for block in blocks.done]
-        usage = self._usage(num_tokens, blocks.done)
+        usage = self._usage(num_tokens)
         response = self._response(done, output.finish_reason, usage)
         yield self._event(f"response.{response['status']}", response=response)
 
@@ -120,11 +120,8 @@ class ResponseReply:
             "truncation": "disabled",
         }
 
-    def _usage(self, num_tokens: int, blocks: list[Block]) -> dict[str, Any]:
-        """Thoughts are counted as the tokeniser would write them: which tokens were theirs is not kept."""
-        num_prompt_tokens, encode = self._job.num_prompt_tokens, self._job.state.text.encode
-        thoughts = "".join(block.text for block in blocks if block.kind is Kind.THOUGHTS)
-        num_thoughts = min(num_tokens, len(encode(thoughts, add_special_tokens=False))) if thoughts else 0
+    def _usage(self, num_tokens: int) -> dict[str, Any]:
+        num_prompt_tokens, num_thoughts = self._job.num_prompt_tokens, self._job.num_thoughts(num_tokens)
         return {
             "input_tokens": num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": self._job.num_cached_tokens},

@@ -16,6 +16,7 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
+from toppings.detokenizer import TokenSource
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
@@ -26,7 +27,7 @@ from toppings.sources.models import find_model
 from toppings.tenants.account import Account, Place
 from toppings.tenants.book import TenantBook
 from toppings.tenants.refusals import Refusal, no_access
-from toppings.text import TextModel, TokenSource
+from toppings.text import TextModel
 
 if TYPE_CHECKING:
     from toppings.server.resolver import Resolver

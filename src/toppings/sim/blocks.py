@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.core import Request
+from toppings.core import BlockHash, Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +58,10 @@ class TraceNames:
         for page in range(first, min(last, num_covered)):
             names.append((adapter_id, ids[((page + 1) * page_size - 1) // block_len], page))
         names.extend((row, page) for page in range(max(first, num_covered), last))
+
+    def tail(self, request: Request, num_tokens: int) -> BlockHash:
+        row, block_len = int(request.request_id), self._blocks.block_len
+        ids = self._blocks[row]
+        is_covered = num_tokens <= min(len(ids) * block_len, len(request.prompt_token_ids))
+        last = (request.adapter_id, ids[(num_tokens - 1) // block_len]) if is_covered else (row,)
+        return ("tail", num_tokens, last)

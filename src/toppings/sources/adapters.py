@@ -8,7 +8,11 @@ A source is asked only for names that one of its patterns fits (shell's: `*`, `?
 a hub's). Of what it has, only the files in `WANTED` are read.
 """
 
+import shutil
+import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +32,7 @@ WANTED = frozenset({CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES})
 DIR, HUB = "dir", "hub"
 KINDS = (DIR, HUB, *SCHEMES)
 FETCHED = "fetching"
-"""Below the state directory: what is under way."""
+"""Below the state directory: what is under way, and what processes that were killed have left."""
 PRIVATE = "private "
 """Begins a record's path where only those may use the adapter whose own token may read it."""
 
@@ -130,6 +134,26 @@ class RemoteSource(AdapterSource):
     def name_of(self, reference: str) -> str | None:
         name = reference.removeprefix(f"{self._prefix}/")
         return name if name != reference else None
+
+
+def new_part(state_dir: Path) -> Path:
+    """A name for a directory that is fetched into."""
+    return state_dir / FETCHED / uuid.uuid4().hex
+
+
+@contextmanager
+def fetch_place(state_dir: Path) -> Iterator[Path]:
+    """A new name for a directory, which is gone at the end."""
+    part = new_part(state_dir)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def clear_fetches(state_dir: Path) -> None:
+    """For who alone uses the directory: what was under way when another was killed goes."""
+    shutil.rmtree(state_dir / FETCHED, ignore_errors=True)
 
 
 def _fetchable(files: Files) -> Found:

@@ -1,20 +1,21 @@
-"""Copying files from elsewhere within bounds: of bytes, of time, and of where they come from."""
+"""Copying files from elsewhere within bounds: of bytes and of time."""
 
+import errno
+import math
+import os
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPMessage
 from pathlib import Path
-from typing import IO, Any, Protocol
-from urllib.parse import urlsplit
+from typing import IO, Any, NamedTuple, Protocol
+from urllib.error import URLError
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 
 CHUNK_BYTES = 1 << 18
-CONNECT_TIMEOUT_S = 10.0
-"""Also the longest wait for the next bytes."""
+OUR_OWN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What this machine has run out of: no fault of the place that was asked."""
 
 
 class FetchError(AdapterError):
@@ -25,35 +26,54 @@ class FetchNotFound(FetchError, AdapterNotFound):
     """Nothing is there by this name."""
 
 
+class FetchTooLarge(FetchError):
+    """More than was announced, or than may be fetched: what has come is no beginning to go on from."""
+
+
 @dataclass
 class Room:
     """What a fetch may still take, of all its files together."""
 
     max_bytes: int
-    timeout_s: float
+    timeout_s: float = math.inf
     num_bytes: int = 0
     ends_at: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.ends_at = time.monotonic() + self.timeout_s
 
+    def left_s(self, what: str) -> float:
+        """Seconds, more than none. Raises FetchError where there are none."""
+        left = self.ends_at - time.monotonic()
+        if left <= 0:
+            raise FetchError(f"{what} has not come within {self.timeout_s:g} s")
+        return left
+
     def take(self, num_bytes: int, what: str) -> None:
         """Raises FetchError where that is more than there is."""
         self.num_bytes += num_bytes
         if self.num_bytes > self.max_bytes:
-            raise FetchError(f"{what} is larger than {self.max_bytes} bytes, which is what may be fetched")
-        if time.monotonic() > self.ends_at:
-            raise FetchError(f"{what} has not come within {self.timeout_s:g} s")
+            raise FetchTooLarge(f"{what} is larger than {self.max_bytes} bytes, which is what may be fetched")
+        self.left_s(what)
 
     def check(self, sizes: Mapping[str, int | None], where: str) -> None:
         """Before a byte is read."""
-        if self.num_bytes + sum(size or 0 for size in sizes.values()) > self.max_bytes:
-            total = sum(size or 0 for size in sizes.values())
-            raise FetchError(f"{where} has {total} bytes; at most {self.max_bytes} may be fetched")
+        total = sum(size or 0 for size in sizes.values())
+        if self.num_bytes + total > self.max_bytes:
+            raise FetchTooLarge(f"{where} has {total} bytes; at most {self.max_bytes} may be fetched")
+
+
+class Opened(NamedTuple):
+    """A file under way: `body` has `read`, and `close`; its first byte is the file's `start`th. `size`: of
+    the whole file; None where that is not told."""
+
+    body: Any
+    start: int = 0
+    size: int | None = None
 
 
 class Files(Protocol):
-    """The files of one adapter, somewhere, in one revision of it."""
+    """The files of one adapter or model, somewhere, in one revision of it."""
 
     where: str
     """For messages and records."""
@@ -64,7 +84,26 @@ class Files(Protocol):
         """Of the files that there are and may be fetched, by name; None where it is not told beforehand."""
         ...
 
-    def open(self, name: str) -> IO[bytes]: ...
+    def open(self, name: str, room: Room, start: int = 0) -> Opened:
+        """From byte `start` on, or from 0 where it is not to be had otherwise. Nothing that is read of it
+        waits longer than `room` lasts. Raises FetchError."""
+        ...
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever the client of a place raises, of whatever kind, is a FetchError that says why; but for what
+    this machine itself has run out of."""
+    try:
+        yield
+    except (FetchError, MemoryError):
+        raise
+    except Exception as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, OSError) and reason.errno in OUR_OWN:
+            raise reason from error
+        said = " ".join(str(reason).split())[:300] or type(reason).__name__
+        raise FetchError(f"{what} cannot be fetched: {said}") from error
 
 
 def fetch(files: Files, directory: Path, room: Room) -> None:
@@ -73,67 +112,61 @@ def fetch(files: Files, directory: Path, room: Room) -> None:
     room.check(sizes, files.where)
     directory.mkdir(parents=True)
     for name, size in sizes.items():
-        what = f"{files.where}: {name}"
-        try:
-            with files.open(name) as source, (directory / name).open("xb") as target:
-                num_bytes = copy(source, target, room, what)
-        except (HTTPException, TimeoutError, ConnectionError, urllib.error.URLError) as error:
-            raise FetchError(f"{what} could not be fetched: {error or type(error).__name__}") from error
-        if size is not None and num_bytes != size:
-            raise FetchError(f"{what} has {num_bytes} bytes; {size} were announced")
+        opened = files.open(name, room)
+        with closing(opened.body), (directory / name).open("xb") as target:
+            copy(opened, target, room, f"{files.where}: {name}", size=size)
 
 
-def copy(source: IO[bytes], target: IO[bytes], room: Room, what: str) -> int:
-    """Bytes that were copied; what trickles in counts against the time as it comes."""
-    read: Any = getattr(source, "read1", source.read)
-    num_bytes = 0
-    while chunk := read(CHUNK_BYTES):
+def copy(
+    opened: Opened,
+    target: IO[bytes],
+    room: Room,
+    what: str,
+    *,
+    size: int | None = None,
+    on_chunk: Callable[[int], None] | None = None,
+) -> int:
+    """The whole length of the file whose rest was copied; what trickles in counts against the time as it
+    comes. `on_chunk` hears how long it is so far.
+
+    Raises FetchError where it is not of `size` (None: as long as `opened` says): FetchTooLarge at the first
+    byte beyond.
+    """
+    read = getattr(opened.body, "read1", opened.body.read)
+    announced, num_bytes = opened.size if size is None else size, opened.start
+    while chunk := _next(read, room, what):
         room.take(len(chunk), what)
-        target.write(chunk)
         num_bytes += len(chunk)
+        if announced is not None and num_bytes > announced:
+            raise FetchTooLarge(f"{what} goes on after the {announced} bytes that were announced")
+        target.write(chunk)
+        if on_chunk is not None:
+            on_chunk(num_bytes)
+    if announced is not None and num_bytes != announced:
+        raise FetchError(f"{what} has {num_bytes} bytes; {announced} were announced")
     return num_bytes
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Followed to the same host, and where `to_other_hosts` over https to others, without the credentials."""
-
-    def __init__(self, *, to_other_hosts: bool) -> None:
-        self._to_other_hosts = to_other_hosts
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        old, new = urlsplit(req.full_url), urlsplit(newurl)
-        is_same = (old.scheme, old.netloc) == (new.scheme, new.netloc)
-        if not is_same and not (self._to_other_hosts and new.scheme == "https"):
-            raise FetchError(
-                f"{req.full_url} redirects elsewhere, to {new.scheme}://{new.netloc}: not followed"
-            )
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and not is_same:
-            request.remove_header("Authorization")
-        return request
-
-
-def open_url(
-    url: str, headers: Mapping[str, str] | None = None, *, to_other_hosts: bool = False, method: str = "GET"
-) -> Any:
-    """The answer of a web server, a stream with `headers`. Raises FetchError; FetchNotFound for 404."""
-    opener = urllib.request.build_opener(_Redirects(to_other_hosts=to_other_hosts))
-    request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
-    try:
-        return opener.open(request, timeout=CONNECT_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        error.close()
-        kind = FetchNotFound if error.code == 404 else FetchError
-        raise kind(f"{url} answers {error.code} {error.reason}") from error
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, FetchError):
+def _next(read: Callable[[int], bytes], room: Room, what: str) -> bytes:
+    room.left_s(what)
+    with explained(what):
+        try:
+            return read(CHUNK_BYTES)
+        except Exception:
+            room.left_s(what)  # else that is why
             raise
-        raise FetchError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """All that was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """The names in it are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

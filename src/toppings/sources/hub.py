@@ -2,22 +2,18 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from toppings.sources.fetch import FetchError, FetchNotFound, open_url
+from toppings.sources.checkpoint_files import CONFIG, TEXTS, weights_of
+from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, explained
+from toppings.sources.web import open_url
 
 HUB_ID = re.compile(
     r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?P<file>(?:/[\w.-]+)+\.gguf)?(?:@(?P<revision>[\w./-]+))?"
 )
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
-"""What is fetched of a base model: never code, never a pickle."""
 API_TIMEOUT_S = 10.0
 
 
@@ -36,15 +32,16 @@ class HubFiles:
     """A repository in one revision: those of its files whose names are `wanted`."""
 
     def __init__(self, reference: str, wanted: frozenset[str], token: str | None = None) -> None:
-        """Raises FetchError, FetchNotFound."""
-        from huggingface_hub import HfApi
+        """Raises FetchError, FetchNotFound; also where `token` may not read the files, of which a gated
+        repository tells everybody."""
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
         parts = split_id(reference)
         if parts is None or parts[1]:
             raise FetchError(f"{reference!r} is no id of a hub's repository: org/name or org/name@revision")
         self._repo, _, revision = parts
         self._token = token
-        with explained(self._repo):
+        with advised(self._repo):
             info = HfApi().model_info(
                 self._repo, revision=revision or None, files_metadata=True, timeout=API_TIMEOUT_S, token=token
             )
@@ -55,17 +52,20 @@ class HubFiles:
         """Whether the hub lets only some accounts read it."""
         self.where = f"hub:{self._repo}@{self.version}"
         self._sizes = {each.rfilename: each.size for each in info.siblings or [] if each.rfilename in wanted}
+        if self.is_restricted and self._sizes:
+            with advised(self._repo):
+                url = hf_hub_url(self._repo, min(self._sizes), revision=self.version)
+                get_hf_file_metadata(url, token=token, timeout=API_TIMEOUT_S)
 
     def sizes(self) -> Mapping[str, int | None]:
         return self._sizes
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str, room: Room, start: int = 0) -> Opened:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils._headers import build_hf_headers
 
         url = hf_hub_url(self._repo, name, revision=self.version)
-        stream: IO[bytes] = open_url(url, build_hf_headers(token=self._token), to_other_hosts=True)
-        return stream
+        return Opened(open_url(url, room, build_hf_headers(token=self._token), to_other_hosts=True))
 
 
 def fetch_model(reference: str) -> Path | None:
@@ -76,62 +76,84 @@ def fetch_model(reference: str) -> Path | None:
     parts = split_id(reference)
     if parts is None:
         return None
-    import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     repo, file, revision = parts
     if not (sys.stderr and sys.stderr.isatty()):
         disable_progress_bars()
-    with explained(repo):
-        if file:
-            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision or None))
-        path = Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision or None, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]
-            )
+    if file:
+        return _download(repo, file, revision)
+    path = _snapshot(repo, revision, TEXTS)
+    if not (path / CONFIG).is_file():
+        return _download(repo, _only_gguf(repo, revision), revision)
+    wanted = weights_of(path, repo)
+    path = _snapshot(repo, path.name, wanted)  # of the same commit
+    if missing := [name for name in wanted if not (path / name).is_file()]:
+        raise FetchError(
+            f"{repo} has no {missing[0]}, or it is not in the hub's cache and the hub is not reached; of a "
+            "base model only safetensors are read, never pickles"
         )
-        if (path / "config.json").is_file():
-            return path
+    return path
+
+
+def _download(repo: str, file: str, revision: str) -> Path:
+    import huggingface_hub
+
+    with advised(repo):
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision or None))
+
+
+def _snapshot(repo: str, revision: str, names: Iterable[str]) -> Path:
+    """The directory that holds those of the files that there are."""
+    import huggingface_hub
+
+    with advised(repo):
+        return Path(
+            huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(names))
+        )
+
+
+def _only_gguf(repo: str, revision: str) -> str:
+    import huggingface_hub
+
+    with advised(repo):
         names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision or None)
-        files = sorted(name for name in names if name.endswith(".gguf"))
-        if len(files) == 1:
-            return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision or None))
-    if files:
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    if not files:
+        raise FetchError(f"{repo} is no base model: it has no {CONFIG} and no GGUF file")
+    if len(files) > 1:
         raise FetchError(f"{repo} holds {len(files)} GGUF files; name one, e.g. {repo}/{files[0]}")
-    raise FetchError(f"{repo} is no base model: it has no config.json and no GGUF file")
+    return files[0]
 
 
 @contextmanager
-def explained(repo: str) -> Iterator[None]:
+def advised(repo: str) -> Iterator[None]:
     """What the hub's client raises, in one line with what to do."""
     from huggingface_hub import errors
 
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise FetchError(
-            f"{repo} is gated: ask for access on its page, and set HF_TOKEN to a token that has it"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FetchNotFound(
-            f"the hub has no repository {repo}, or none that this token sees: check the name, or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FetchNotFound(
-            f"{repo} has no such revision: name a branch, a tag or a commit after '@'"
-        ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise FetchError(
-            f"{repo} is not in the hub's cache on this machine, and the hub is not reached: {_cause(error)}"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise FetchNotFound(f"{repo} has no such file") from error
-    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
-        raise FetchError(f"{repo} cannot be fetched: {_cause(error)}") from error
-    except FetchError:
-        raise
-    except Exception as error:  # its HTTP client's own
-        raise FetchError(f"{repo} cannot be fetched: {_cause(error)}") from error
+    with explained(repo):
+        try:
+            yield
+        except errors.GatedRepoError as error:
+            raise FetchError(
+                f"{repo} is gated: ask for access on its page, and set HF_TOKEN to a token that has it"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise FetchNotFound(
+                f"the hub has no repository {repo}, or none that this token sees: check the name, or set "
+                "HF_TOKEN"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise FetchNotFound(
+                f"{repo} has no such revision: name a branch, a tag or a commit after '@'"
+            ) from error
+        except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+            raise FetchError(
+                f"{repo} is not in the hub's cache on this machine, and the hub is not reached: "
+                f"{_cause(error)}"
+            ) from error
+        except errors.EntryNotFoundError as error:
+            raise FetchNotFound(f"{repo} has no such file") from error
 
 
 def _cause(error: Exception) -> str:

@@ -15,10 +15,11 @@ from toppings.config import EngineConfig
 from toppings.demo import BASE_NAME, demo_adapters_dir, demo_model_dir, real_adapters_dir
 from toppings.model.config import ModelConfig
 from toppings.model.gguf import SUFFIX, check_magic, convert_gguf
+from toppings.model.gguf_header import header_bytes
 from toppings.model.named import NAMED_MODELS
 from toppings.model.remembered import cache_dir
 from toppings.model.tokenizer import load_tokenizer
-from toppings.sources import hub, remote
+from toppings.sources import hub, mirror
 from toppings.sources.remote import scheme_of
 
 DEMO = "demo"
@@ -71,7 +72,7 @@ def _fetched(reference: str, state_dir: str) -> Path | None:
     if scheme_of(reference):
         place = _place(state_dir)
         with _alone(place, hashlib.sha256(reference.encode()).hexdigest()[:IDENTITY_CHARS]):
-            return remote.fetch_model(reference, place)
+            return mirror.fetch_model(reference, place)
     return hub.fetch_model(reference)
 
 
@@ -98,11 +99,11 @@ def packaged_gguf() -> Path | None:
 
 
 def file_identity(file: Path) -> str:
-    """Of a large file, by its size, its beginning and samples of the rest."""
+    """Of a large file, by its size, all that says what its weights mean, and samples of these."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         digest = hashlib.sha256(b"%s %d" % (CONVERSION, size))
-        digest.update(stream.read(HEAD_BYTES))
+        digest.update(stream.read(max(HEAD_BYTES, header_bytes(file))))
         for i in range(SAMPLES):
             stream.seek(size * i // SAMPLES)
             digest.update(stream.read(SAMPLE_BYTES))

@@ -22,7 +22,7 @@ from toppings.bad_input import RequestError
 from toppings.cluster.dispatcher import ResponseLengths
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
-from toppings.core import FinishReason
+from toppings.core import ALONE, FinishReason, Standing
 from toppings.engine.client import EngineDeadError
 from toppings.messages import EngineReady, EngineStats, RequestOutput
 from toppings.sampling_params import SamplingParams
@@ -93,8 +93,7 @@ class ReplicaClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
+        standing: Standing = ALONE,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as a replica's engine draws tokens; closing the iterator early aborts the request.
 
@@ -115,8 +114,7 @@ class ReplicaClient:
             expected,
             self._avoided(),
             cache_salt=cache_salt,
-            tenant=tenant,
-            weight=weight,
+            standing=standing,
         )
         num_tokens = 0
         self.num_pending += 1
@@ -289,6 +287,7 @@ class FleetAdmin(AdapterAdmin):
         origin: Origin = Origin.HTTP,
         source: str = "",
         tenant: Tenant = ADMIN,
+        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
@@ -300,6 +299,7 @@ class FleetAdmin(AdapterAdmin):
                 origin=origin,
                 source=source,
                 tenant=tenant,
+                over=over,
             )
             refusals = await self._replicas.adopt(record)
         if not refusals:

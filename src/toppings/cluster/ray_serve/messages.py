@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.snapshot import RequestSnapshot
+from toppings.core import ALONE, Standing
 from toppings.messages import AdapterStatus, EngineStats
 from toppings.sampling_params import SamplingParams
 
@@ -57,8 +58,7 @@ class Call:
     avoid: frozenset[str] = frozenset()
     sent_to: list[str] = field(default_factory=list)
     cache_salt: str | None = None
-    tenant: str = ""
-    weight: float = 1.0
+    standing: Standing = ALONE
 
     @property
     def origin(self) -> str:

@@ -7,8 +7,6 @@ machine than the front's it is registered from its path when it is first named, 
 import asyncio
 import fcntl
 import logging
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +20,7 @@ from toppings.bad_input import RequestError
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.config import Config, ConfigError, ServerConfig
 from toppings.server.resolver import drop_unconfigured
-from toppings.sources.adapters import FETCHED, AdapterSource, find_again, parse_source
+from toppings.sources.adapters import FETCHED, AdapterSource, fetch_place, find_again, parse_source
 from toppings.sources.fetch import Room
 from toppings.sources.models import find_model
 
@@ -138,8 +136,8 @@ class ReplicaAdapters:
             return found
         fetched = self._registry.state_dir / FETCHED
         fetched.mkdir(exist_ok=True)
-        part, lock = fetched / uuid.uuid4().hex, fetched / f"{ref.digest[:16]}.lock"
-        with _alone(lock):
+        lock = fetched / f"{ref.digest[:16]}.lock"
+        with _alone(lock), fetch_place(self._registry.state_dir) as part:
             try:
                 if (found := self._find(ref)) is not None:
                     return found
@@ -148,7 +146,6 @@ class ReplicaAdapters:
                 with _registering(self._registry):
                     return self._register(ref, path, ref.path)
             finally:
-                shutil.rmtree(part, ignore_errors=True)
                 lock.unlink(missing_ok=True)
 
     def _register(self, ref: AdapterRef, path: Path, source: str = "") -> AdapterRecord:

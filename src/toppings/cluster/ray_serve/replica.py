@@ -85,8 +85,7 @@ class EngineReplica:
                 call.sampling,
                 adapter_id,
                 cache_salt=call.cache_salt,
-                tenant=call.tenant,
-                weight=call.weight,
+                standing=call.standing,
             )
             paced_outputs = paced(outputs, self._period_s)
             async with aclosing(with_signs_of_life(paced_outputs, SIGN_PERIOD_S)) as messages:

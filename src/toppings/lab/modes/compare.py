@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -72,6 +73,8 @@ async def compare_modes(
         Config.from_settings(_mode_settings(spec, mode, survey, link_gbps), base) for mode in spec.modes
     ]
     is_interleaved = len(configs) > 1 and not spec.one_at_a_time and _fit_memory(configs, survey)
+    if is_interleaved:
+        configs = [await asyncio.to_thread(_with_state_of_its_own, config) for config in configs]
     groups = [configs] if is_interleaved else [[config] for config in configs]
     results = []
     for group in groups:
@@ -145,6 +148,13 @@ def _mode_settings(spec: ModesSpec, mode: str, survey: Survey, link_gbps: float)
         "device_pool_bytes": survey.registered_bytes if is_reference else survey.pool_bytes,
         "host_store_bytes": 2 * survey.used_bytes if spec.home == "host" else survey.pool_bytes,
     }
+
+
+def _with_state_of_its_own(config: Config) -> Config:
+    """A copy of what the survey registered: one state directory serves one process."""
+    home = f"{config.engine.state_dir}-{config.engine.mode}"
+    shutil.copytree(config.engine.state_dir, home)
+    return Config.from_settings({"state_dir": home}, config)
 
 
 def _fit_memory(configs: list[Config], survey: Survey) -> bool:

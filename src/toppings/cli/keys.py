@@ -1,4 +1,4 @@
-"""The verb `keys`: the API keys of tenants, in the tenants file that servers and routers read."""
+"""The verbs `keys`: the API keys of tenants, in the tenants file that servers and routers read."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,55 +1,10 @@
-"""What answers look like, for the OpenAPI document alone: answers are written without them.
-
-A field without a default is always there; one with a default may be left out.
-"""
+"""Answers of OpenAI's routes, with vLLM's fields and scores."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: int | str | None = Field(
-        description="the status, or a word such as `context_length_exceeded`, `rate_limit_exceeded`"
-    )
-
-
-class Error(BaseModel):
-    error: ErrorDetail
-
-
-class MessageErrorDetail(BaseModel):
-    type: str
-    message: str
-
-
-class MessageError(BaseModel):
-    type: Literal["error"]
-    error: MessageErrorDetail
-    request_id: str | None = None
-
-
-class LoraxError(BaseModel):
-    error: str
-    error_type: Literal["validation", "generation", "overloaded"]
-
-
-class LightllmError(BaseModel):
-    message: str
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = None
+from toppings.server.schemas.shared import Usage
 
 
 class CompletionLogprobs(BaseModel):
@@ -202,41 +157,6 @@ class ResponseEvent(BaseModel):
     sequence_number: int
 
 
-class MessageBlock(BaseModel):
-    type: Literal["text", "thinking", "tool_use"]
-    text: str | None = None
-    thinking: str | None = None
-    id: str | None = None
-    name: str | None = None
-    input: dict[str, Any] | None = None
-
-
-class MessageUsage(BaseModel):
-    input_tokens: int
-    output_tokens: int
-    cache_creation_input_tokens: int
-    cache_read_input_tokens: int
-
-
-class MessageObject(BaseModel):
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[MessageBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
-    stop_sequence: str | None
-    usage: MessageUsage
-
-
-class MessageEvent(BaseModel):
-    type: str
-
-
-class TokenCount(BaseModel):
-    input_tokens: int
-
-
 class Embedding(BaseModel):
     object: Literal["embedding"]
     index: int
@@ -267,37 +187,6 @@ class ScoreList(BaseModel):
     usage: Usage
 
 
-class Tokens(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class Prompt(BaseModel):
-    prompt: str
-
-
-class LoraxAnswer(BaseModel):
-    generated_text: str
-    details: dict[str, Any] | None = None
-
-
-class LightllmAnswer(BaseModel):
-    generated_text: list[str]
-    count_output_tokens: int
-    tokens: list[dict[str, Any]] | None = None
-
-
-class GenerateEvent(BaseModel):
-    """Of both families; `finished` is LightLLM's."""
-
-    token: dict[str, Any]
-    generated_text: str | None
-    details: dict[str, Any] | None
-    finished: bool | None = None
-
-
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
@@ -311,56 +200,3 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"]
     data: list[ModelCard]
-
-
-class AdapterRow(BaseModel):
-    name: str
-    id: int
-    path: str
-    rank: int
-    targets: list[str]
-    bytes: int
-    digest: str
-    is_pinned: bool
-    state: Literal["device", "host", "disk"]
-    layers_on_device: int
-    hits: int
-    running: int
-    waiting: int
-
-
-class AdapterList(BaseModel):
-    adapters: list[AdapterRow]
-
-
-class Pin(BaseModel):
-    name: str
-    is_pinned: bool
-
-
-class SglangAnswer(BaseModel):
-    success: bool
-    error_message: str
-    loaded_adapters: dict[str, str]
-    warning: str | None = None
-
-
-class Status(BaseModel):
-    status: str
-
-
-class Version(BaseModel):
-    version: str
-
-
-class Stats(BaseModel):
-    """What the engine and its queue hold; more fields than these."""
-
-    model: str
-    mode: str
-    num_open: int
-    num_pending: int
-    max_queue: int
-    num_adapters: int
-    num_running: int
-    num_waiting: int

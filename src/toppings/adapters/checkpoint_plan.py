@@ -1,0 +1,243 @@
+"""Which tensors of a PEFT checkpoint are wanted, and what they make, decided by the file's header alone."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from toppings.adapters.base_weights import BaseWeights, OpenWeights
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.folding import ProjectionWeights, check_start, fold_magnitude, fold_start
+from toppings.adapters.layout import BaseShapes
+from toppings.adapters.peft_config import PeftConfig, shorten
+from toppings.adapters.peft_kinds import BIAS, MAGNITUDE, MAX_RANK, Target, product_rank
+from toppings.adapters.peft_matches import PeftMatches
+from toppings.adapters.stored_tensors import FLOATS, StoredTensor
+from toppings.core import MODULES
+
+if TYPE_CHECKING:
+    import torch
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d{1,6})\.(?:self_attn|mlp)\.(?P<name>\w{1,32}))"
+    r"\.(?P<part>(?:lora|hada|lokr|vera)_\w{1,32})(?:\.default)?(?P<tail>\.weight|\.bias)?",
+    re.ASCII,  # PEFT's own name of an adapter may stand in its keys
+)
+_BASE_PARAMETER = re.compile(
+    r"base_model\.model\.(?:lm_head|model\.(?:embed_tokens|norm|layers\.\d+\.(?:\w+layernorm|(?:self_attn|mlp)\."
+    r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?))))\.(?:weight|bias)"
+)
+_OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
+_OPTIONS = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
+"""What of the configuration makes a tensor of a projection."""
+_ADAPTER_PART = re.compile(r"lora_|hada_|lokr_|vera_")
+
+Place = tuple[int, int]  # layer, `MODULES` index
+
+
+def module_name(layer: int, module: int) -> str:
+    """The base model's name of a projection, as peft's patterns see it."""
+    block = "mlp" if MODULES[module] in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"model.layers.{layer}.{block}.{MODULES[module]}"
+
+
+class CheckpointPlan:
+    """Raises AdapterError for a file or configuration that would not give what PEFT gives."""
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        config: PeftConfig,
+        shapes: BaseShapes,
+        base: BaseWeights | None,
+    ) -> None:
+        places = [(layer, module) for layer in range(shapes.num_layers) for module in range(len(MODULES))]
+        names = [module_name(*place) for place in places]
+        self._config, self._shapes = config, shapes
+        self._matches = PeftMatches(config, (*names, *_OUTSIDE_LAYERS))
+        _check_outside(self._matches, config)
+        ignored = [key for key in stored if _is_ignored(key)]
+        self._shared = {key: key for key in stored if key in config.kind.shared}
+        known = [key for key in stored if not _is_ignored(key) and key not in self._shared]
+        by_place = _by_place(known, config, shapes)
+        self._keys: dict[Place, dict[str, str]] = {}  # by part
+        for place, name in zip(places, names, strict=True):
+            keys = by_place.get(place, {})
+            if self._check(name, place, keys, stored):
+                self._keys[place] = keys | self._shared
+        self._base = self._needed(base)
+        self.warnings = [*self._matches.unused_patterns()[:20], *map(_explain_ignored, ignored[:20])]
+
+    @property
+    def keys(self) -> set[str]:
+        return {key for keys in self._keys.values() for key in keys.values()}
+
+    def weights(self, tensors: Mapping[str, "torch.Tensor"]) -> dict[Place, ProjectionWeights]:
+        """Raises AdapterError for values that are not finite."""
+        for key, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise AdapterError(f"key {key!r} holds NaN or infinite values")
+        with self._open_base() as base:
+            return {
+                place: self._make(place, {part: tensors[key] for part, key in keys.items()}, base)
+                for place, keys in self._keys.items()
+            }
+
+    def _make(
+        self, place: Place, tensors: dict[str, "torch.Tensor"], base: OpenWeights | None
+    ) -> ProjectionWeights:
+        name, config = module_name(*place), self._config
+        a, b = config.kind.product(self._target(name, place), tensors)
+        weights = ProjectionWeights(a, b, self._matches.scale_of(name))
+        if config.has_bias:
+            return ProjectionWeights(a, b, weights.scale, offset=tensors[BIAS].float() * weights.scale)
+        if base is None:
+            return weights
+        if config.start:
+            return fold_start(weights, config.start, base, name)
+        return fold_magnitude(weights, tensors[MAGNITUDE], base, name)
+
+    def _target(self, name: str, place: Place) -> Target:
+        return Target(name, *self._shapes.sizes[place[1]], self._matches.rank_of(name))
+
+    def _check(
+        self, name: str, place: Place, keys: Mapping[str, str], stored: Mapping[str, StoredTensor]
+    ) -> bool:
+        """Whether there is a product to serve."""
+        kind, target = self._config.kind, self._target(name, place)
+        if not keys:
+            if self._matches.is_target(name) and not self._is_pruned:
+                raise AdapterError(f"target_modules names {name}, but the file has no weights for it")
+            return False
+        first = next(iter(keys.values()))
+        if not self._matches.is_target(name):
+            raise AdapterError(f"key {first!r} is not among the modules that the configuration targets")
+        found = {part: stored[key].shape for part, key in {**keys, **self._shared}.items()}
+        expected = kind.expect(target, found) | self._optional(target)
+        for part, shape in expected.items():
+            if part not in found:
+                why = f" ({_OPTIONS[part]} is set)" if part in _OPTIONS else ""
+                raise AdapterError(f"key {first!r} has no {part.removesuffix('.weight')} beside it{why}")
+            _check_stored(stored[keys.get(part, part)], shape)
+        if surplus := found.keys() - expected.keys():
+            part = min(surplus)
+            why = f"{_OPTIONS[part]} is not set" if part in _OPTIONS else f"{kind.title} has others beside it"
+            raise AdapterError(f"key {keys[part]!r} is of no use: {why}")
+        rank = product_rank(kind, target, found)
+        if self._config.start and 2 * rank > MAX_RANK:
+            raise AdapterError(
+                f"{name}: {self._config.start!r} as saved is of twice its rank, {2 * rank}; at most "
+                f"{MAX_RANK} is served"
+            )
+        return rank > 0
+
+    def _optional(self, target: Target) -> dict[str, tuple[int, ...]]:
+        parts = [(BIAS, self._config.has_bias), (MAGNITUDE, self._config.use_dora)]
+        return {part: (target.size_out,) for part, is_needed in parts if is_needed}
+
+    @property
+    def _is_pruned(self) -> bool:
+        return self._config.kind.title == "AdaLoRA"
+
+    # --- the base model's weights ---
+
+    def _needed(self, base: BaseWeights | None) -> BaseWeights | None:
+        config = self._config
+        if not config.use_dora and not config.start:
+            return None
+        if base is None:
+            why = "use_dora" if config.use_dora else f"init_lora_weights {config.start!r}"
+            raise AdapterError(
+                f"{why} needs the base model's weights, and there is no checkpoint of them here"
+            )
+        if config.start:
+            check_start(config.start, [self._shapes.sizes[module] for _, module in self._keys])
+        return base
+
+    @contextmanager
+    def _open_base(self) -> Iterator[OpenWeights | None]:
+        if self._base is None:
+            yield None
+        else:
+            with self._base.open() as weights:
+                yield weights
+
+
+def _check_outside(matches: PeftMatches, config: PeftConfig) -> None:
+    is_shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    for name in _OUTSIDE_LAYERS:
+        if not is_shorthand and matches.is_target(name):
+            raise AdapterError(
+                f"target_modules {shorten(config.target_modules)} matches {name}; supported: "
+                f"{', '.join(MODULES)}"
+            )
+
+
+def _is_ignored(key: str) -> bool:
+    """PEFT takes no note of a tensor that is no parameter of the model with its adapters; here, an adapter's
+    is refused all the same: it was trained, and would be missing.
+    """
+    return _ADAPTER_PART.search(key) is None and _BASE_PARAMETER.fullmatch(key) is None
+
+
+def _explain_ignored(key: str) -> str:
+    return f"key {key[:200]!r} is no parameter of the base model; it is ignored, as PEFT ignores it"
+
+
+def _by_place(keys: list[str], config: PeftConfig, shapes: BaseShapes) -> dict[Place, dict[str, str]]:
+    found: dict[Place, dict[str, str]] = {}
+    for key in keys:
+        place, part = _parse_key(key, config, shapes)
+        parts = found.setdefault(place, {})
+        if part in parts:
+            raise AdapterError(f"keys {parts[part]!r} and {key!r} are the same weight")
+        parts[part] = key
+    return found
+
+
+def _parse_key(key: str, config: PeftConfig, shapes: BaseShapes) -> tuple[Place, str]:
+    match = _KEY.fullmatch(key)
+    if match is None or match["name"] not in MODULES:
+        raise AdapterError(f"key {shorten(key)} {_explain_key(key)}")
+    layer, module = int(match["layer"]), MODULES.index(match["name"])
+    if layer >= shapes.num_layers:
+        raise AdapterError(f"key {key!r} is for layer {layer}; the base model has {shapes.num_layers} layers")
+    if match["module"] != module_name(layer, module):
+        raise AdapterError(f"key {key!r} matches nothing; expected {module_name(layer, module)}")
+    part = match["part"] + (match["tail"] or "")
+    if part == f"{MAGNITUDE}.weight":
+        part = MAGNITUDE
+    if part not in config.kind.parts:
+        raise AdapterError(f"key {key!r} is no tensor of {config.kind.title}, the adapter's peft_type")
+    return (layer, module), part
+
+
+def _explain_key(key: str) -> str:
+    if "lora_embedding_" in key or "embed_tokens" in key or "lm_head" in key:
+        return "is for the embedding or output layer, which is not supported"
+    if "modules_to_save" in key or _ADAPTER_PART.search(key) is None:
+        return "is a whole weight, not a LoRA (modules_to_save is not supported)"
+    return f"matches no projection of the base model ({', '.join(MODULES)})"
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """No value is NaN or infinite. By numpy, since torch would wake its threads for each small tensor."""
+    import torch
+
+    if tensor.dtype is torch.bfloat16:
+        exponents = tensor.view(torch.int16).numpy() & 0x7F80
+        return not bool((exponents == 0x7F80).any())
+    return bool(np.isfinite(tensor.numpy()).all())
+
+
+def _check_stored(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise AdapterError(
+            f"key {stored.key!r} has shape {list(stored.shape)}; the base model and the configured rank need "
+            f"{list(shape)}"
+        )
+    if stored.dtype not in FLOATS:
+        kind = re.sub(r"^I(?=\d)", "int", stored.dtype[:32])
+        raise AdapterError(f"key {stored.key!r} is of type {kind}; it must be a float of 8 to 64 bits")

@@ -1,0 +1,50 @@
+"""Answers about adapters and the server itself."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class AdapterRow(BaseModel):
+    name: str
+    id: int
+    path: str
+    rank: int
+    targets: list[str]
+    bytes: int
+    digest: str
+    is_pinned: bool
+    state: Literal["device", "host", "disk"]
+    layers_on_device: int
+    hits: int
+    running: int
+    waiting: int
+
+
+class AdapterList(BaseModel):
+    adapters: list[AdapterRow]
+
+
+class Pin(BaseModel):
+    name: str
+    is_pinned: bool
+
+
+class SglangAnswer(BaseModel):
+    success: bool
+    error_message: str
+    loaded_adapters: dict[str, str]
+    warning: str | None = None
+
+
+class Stats(BaseModel):
+    """What the engine and its queue hold; more fields than these."""
+
+    model: str
+    mode: str
+    num_open: int
+    num_pending: int
+    max_queue: int
+    num_adapters: int
+    num_running: int
+    num_waiting: int

@@ -1,0 +1,194 @@
+"""Files of web servers: read within bounds of time, from where they were asked for."""
+
+import hashlib
+import io
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection
+from socket import SocketIO, socket
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, copy, explained
+
+WAIT_S = 10.0
+"""The longest wait for a connection, and for the next bytes."""
+PARTIAL = 206
+
+
+class WebPlace:
+    """What a web server has below `address`; it cannot be listed."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def look(self, name: str, room: Room) -> tuple[int | None, str] | None:
+        """Size, and what is another one when the content is: the server's mark, or the time of the last
+        change, or "" where the size has to do. A file of which none of these is told is read for it. None:
+        there is no such file."""
+        try:
+            with open_url(f"{self._address}/{name}", room, method="HEAD") as answer:
+                size, mark = _length(answer), _mark(answer) or str(answer.headers.get("Last-Modified") or "")
+        except FetchNotFound:
+            return None
+        return self._read(name, room) if size is None and not mark else (size, mark)
+
+    def open(self, name: str, room: Room, start: int = 0) -> Opened:
+        url = f"{self._address}/{name}"
+        headers = {}
+        if start and (mark := self._strong_mark(url, room)):
+            headers = {"Range": f"bytes={start}-", "If-Range": mark}
+        answer = open_url(url, room, headers)
+        length = _length(answer)
+        if answer.status != PARTIAL:
+            return Opened(answer, 0, length)
+        if not str(answer.headers.get("Content-Range")).startswith(f"bytes {start}-"):
+            answer.close()
+            raise FetchError(f"{url} gives {answer.headers.get('Content-Range')}, not bytes {start} on")
+        return Opened(answer, start, None if length is None else start + length)
+
+    def _read(self, name: str, room: Room) -> tuple[int, str]:
+        digest = _Digest()
+        opened = self.open(name, room)
+        with closing(opened.body):
+            size = copy(opened, digest, room, f"{self._address}/{name}")
+        return size, digest.sha256.hexdigest()
+
+    def _strong_mark(self, url: str, room: Room) -> str:
+        """What a server gives a part for, of nothing else: weak marks may be of other bytes."""
+        with open_url(url, room, method="HEAD") as answer:
+            mark = _mark(answer)
+        return "" if mark.startswith("W/") else mark
+
+
+class _Digest(io.BytesIO):
+    """Keeps nothing of what is written but its digest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
+def _length(answer: HTTPResponse) -> int | None:
+    length = answer.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() and "Transfer-Encoding" not in answer.headers else None
+
+
+def _mark(answer: HTTPResponse) -> str:
+    return str(answer.headers.get("ETag") or "")
+
+
+def open_url(
+    url: str,
+    room: Room,
+    headers: Mapping[str, str] | None = None,
+    *,
+    to_other_hosts: bool = False,
+    method: str = "GET",
+) -> HTTPResponse:
+    """The answer of a web server. Raises FetchError; FetchNotFound for 404 and 410."""
+    opener = urllib.request.build_opener(
+        _Redirects(to_other_hosts=to_other_hosts), _Http(room, url), _Https(room, url)
+    )
+    with explained(url):
+        request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
+        try:
+            answer: HTTPResponse = opener.open(request, timeout=min(WAIT_S, room.left_s(url)))
+        except urllib.error.HTTPError as error:
+            error.close()
+            kind = FetchNotFound if error.code in (404, 410) else FetchError
+            raise kind(f"{url} answers {error.code} {error.reason}") from error
+        except Exception:
+            room.left_s(url)  # else that is why
+            raise
+    return answer
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Followed to the same host, and where `to_other_hosts` over https to others, without the credentials."""
+
+    def __init__(self, *, to_other_hosts: bool) -> None:
+        self._to_other_hosts = to_other_hosts
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        is_same = (old.scheme, old.netloc) == (new.scheme, new.netloc)
+        if not is_same and not (self._to_other_hosts and new.scheme == "https"):
+            raise FetchError(
+                f"{req.full_url} redirects elsewhere, to {new.scheme}://{new.netloc}: not followed"
+            )
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None:
+            request.method = req.get_method()  # a HEAD stays one
+            if not is_same:
+                request.remove_header("Authorization")
+        return request
+
+
+class _Timed(io.RawIOBase):
+    """An answer as it comes: each wait for bytes, of its head or its body, ends with the room's time."""
+
+    def __init__(self, source: socket, room: Room, url: str) -> None:
+        self._socket, self._room, self._url = source, room, url
+        self._raw: SocketIO = source.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._socket.settimeout(min(WAIT_S, self._room.left_s(self._url)))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(HTTPResponse):
+    def __init__(self, sock: socket, *args: Any, room: Room, url: str, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Timed(sock, room, url))
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, room: Room, url: str) -> None:
+        super().__init__()
+        self._response = partial(_Response, room=room, url=url)
+
+    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(partial(_connection, HTTPConnection, self._response), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, room: Room, url: str) -> None:
+        super().__init__()
+        self._response = partial(_Response, room=room, url=url)
+
+    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
+        context = ssl.create_default_context()
+        return self.do_open(partial(_connection, HTTPSConnection, self._response), req, context=context)
+
+
+def _connection(
+    kind: type[HTTPConnection], response: "partial[_Response]", host: str, **options: Any
+) -> HTTPConnection:
+    connection = kind(host, **options)
+    connection.response_class = response  # type: ignore[assignment]
+    return connection
