@@ -37,10 +37,12 @@ from toppings.server.protocol import CompletionBody, StreamOptions
 from toppings.server.responses_body import ResponsesBody
 from toppings.server.tokens import DetokenizeBody, TokenizeBody
 from toppings.sim.settings import SimConfig
+from toppings.tenants.file import parse
+from toppings.tenants.tenant import Tenant
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig)
+SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig, Tenant)
 OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
 BODIES = (
     *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
@@ -64,6 +66,8 @@ OF_ANSWERS = {
     *(
         "cached_tokens",
         "context_length_exceeded",
+        "invalid_api_key",
+        "rate_limit_exceeded",
         "finish_reason",
         "is_error",
         "reasoning_text",
@@ -255,3 +259,18 @@ def test_a_check_of_documents_finds_what_is_not_there() -> None:
     assert list(_dead_links(ROOT / "docs" / "cpu.md", links)) == ["#two", "gone.md"]
     files = "`src/toppings/`, `python tests/gone.py --x`, `engine/engine.py`, `engine/gone.py`"
     assert list(_lost_files(files)) == ["tests/gone.py", "engine/gone.py"]
+
+
+def test_the_settings_of_a_tenant_are_documented_with_their_defaults() -> None:
+    text = (ROOT / "docs" / "tenants.md").read_text()
+    rows = re.findall(r"^\| `([a-z_]+)` \| ([^|]+) \|", text, re.MULTILINE)
+    defaults = {f.name: f.default for f in fields(Tenant) if f.name != "name"}
+    assert [name for name, _ in rows] == list(defaults)
+    words = {"on": "on", "off": "off", "none": (), '`["*"]`': ("*",), "0": 0, "1": 1}
+    assert {name: words[told.split()[0]] for name, told in rows} == defaults
+
+
+def test_the_example_of_a_tenants_file_can_be_read() -> None:
+    text = (ROOT / "docs" / "tenants.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert list(parse(example, "tenants.yaml").tenants) == ["search", "trial", "operations"]

@@ -3,7 +3,6 @@
 Pure functions for whatever serves HTTP here; none of them knows a web framework.
 """
 
-import hmac
 import logging
 import os
 import stat
@@ -67,17 +66,6 @@ def _checked(key: str, place: str) -> str:
     if any(not char.isprintable() or char.isspace() for char in key):
         raise ConfigError(f"{place} holds white space or control characters; a key has none")
     return key
-
-
-def is_key(authorization: bytes, key: str) -> bool:
-    """Whether the header `Authorization` is `Bearer <key>`, compared in constant time."""
-    scheme, _, given = authorization.strip().partition(b" ")
-    return is_same(given.strip(), key) and scheme.lower() == b"bearer"
-
-
-def is_same(given: bytes, key: str) -> bool:
-    """Whether a header's value is the key, compared in constant time."""
-    return hmac.compare_digest(given, key.encode())
 
 
 def why_not_changed(

@@ -26,6 +26,7 @@ VERBS: Verbs = {
         "Serve a base model from many engines with Ray Serve (without --model: the built-in one).",
     ),
     "adapters": (f"{CLI}.adapters", "The adapters of a model, or of a running server."),
+    "keys": (f"{CLI}.keys", "The API keys of tenants."),
     "plan": (
         f"{CLI}.profile",
         "Show what `auto` would do with a cold adapter, and the times it predicts for each mode.",

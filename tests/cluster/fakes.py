@@ -39,13 +39,15 @@ class Behaviour:
 
 @dataclass
 class FakeServer:
-    """Common routes. `seen` are the models asked for, `num_aborted` the streams whose client went away."""
+    """Common routes. `seen` are the models asked for, with what `headers`; `num_aborted` the streams whose
+    client went away."""
 
     adapters: dict[str, int] = field(default_factory=lambda: dict(RANKS))
     behaviour: Behaviour = field(default_factory=Behaviour)
     base: str = "base"
     seen: list[str] = field(default_factory=list)
     raw_bodies: list[bytes] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     num_aborted: int = 0
     refuses_loads: bool = False
     running: list[str] = field(default_factory=list)
@@ -87,6 +89,7 @@ class FakeServer:
         raw = await request.body()
         body = json.loads(raw)
         self.raw_bodies.append(raw)
+        self.headers.append(dict(request.headers))
         model = body.get("model") or self.base
         self.seen.append(model)
         match self.behaviour.mode:
@@ -131,6 +134,7 @@ class FakeServer:
     async def load(self, request: Request) -> Response:
         body = await request.json()
         self.admin_calls.append(body)
+        self.headers.append(dict(request.headers))
         name = body["lora_name"]
         if self.refuses_loads or "missing" in body["lora_path"]:
             text = f"Loading lora {name} failed: No adapter found for {body['lora_path']}"

@@ -253,7 +253,8 @@ async def test_a_move_to_a_server_that_has_closed_leaves_the_request_where_it_ca
     with serving(FakeVllm()) as first, serving(FakeVllm()) as second:
         async with start_router(first, second) as client:
             state = client.router.state
-            flight = state.make_flight(Call("/v1/completions", b"{}", "small", is_stream=True))
+            place = client.router.guard.book.anybody().enter(1)
+            flight = state.make_flight(Call("/v1/completions", b"{}", "small", is_stream=True), place)
             state.fleet.set_open("s1", False)
             flight.move_to = "s1"
             choice = state.place(flight)

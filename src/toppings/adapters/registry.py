@@ -54,6 +54,7 @@ class AdapterRegistry(AdapterCatalogue):
         origin: Origin = Origin.LIBRARY,
         source: str = "",
         roots: Sequence[Path] | None = None,
+        max_bytes: int | None = None,
         over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """Validates and packs the PEFT checkpoint in `path`; on any failure nothing is left behind.
@@ -61,9 +62,9 @@ class AdapterRegistry(AdapterCatalogue):
         With `replace`, an adapter of this name becomes a removed one as the new one takes its name and pin.
         With `digest`, only this content will do. `source` says where the files came from that are in `path`
         for now; the record says it too, and an adapter of another base model is refused then. `roots`: where
-        links of its files may lead; None: anywhere. `over`: with `replace`, the only one that may be
-        replaced, still there: what somebody did meanwhile is not undone. Raises AdapterExists,
-        AdapterNotFound (no directory at `path`), AdapterError (the reason).
+        links of its files may lead; None: anywhere. `max_bytes`: the most that it may take. `over`: with
+        `replace`, the only one that may be replaced, still there: what somebody did meanwhile is not undone.
+        Raises AdapterExists, AdapterNotFound (no directory at `path`), AdapterError (the reason).
         """
         check_name(name, self.base_model)
         if not replace and self.find_named(name) is not None:
@@ -74,9 +75,12 @@ class AdapterRegistry(AdapterCatalogue):
                 raise AdapterError(
                     f"the adapter at {path} has changed since {name!r} was registered; load it again"
                 )
+            num_bytes = candidate.header.layout.num_bytes
+            if max_bytes is not None and num_bytes > max_bytes:
+                raise AdapterError(f"it takes {num_bytes} bytes, and {max_bytes} are left for it")
             self._check(
                 name,
-                candidate.header.layout.num_bytes,
+                num_bytes,
                 candidate.checkpoint.base_model,
                 is_strict=bool(source),
             )

@@ -25,6 +25,9 @@ from toppings.server.errors import ApiError
 from toppings.server.paths import AdapterRoots
 from toppings.server.state import ServerState
 from toppings.sources.models import find_model
+from toppings.tenants.book import ADMIN
+from toppings.tenants.refusals import denied
+from toppings.tenants.tenant import Tenant
 from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
@@ -50,20 +53,28 @@ class AdapterAdmin:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "registry")
         self.roots = AdapterRoots(adapter_roots(state))
 
-    async def load(self, name: str, path: str, *, in_place: bool = False) -> AdapterRecord:
-        """Register a checkpoint; in place, its name's requests go to it from now on; the old one drains."""
+    async def load(
+        self, name: str, path: str, *, in_place: bool = False, tenant: Tenant = ADMIN
+    ) -> AdapterRecord:
+        """Register a checkpoint; in place, its name's requests go to it from now on; the old one drains.
+
+        Raises Refusal 403 for a place that is not the tenant's to load from.
+        """
         self._state.check_open()
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", INVALID)
         try:
             directory = await self._in_thread(self.roots.locate, name, path)
         except ApiError:
-            record = await self._load_from_source(name, path, in_place=in_place)
+            record = await self._load_from_source(name, path, in_place=in_place, tenant=tenant)
             if record is None:
                 raise
             return record
+        _check_place(tenant, str(directory), path)
         async with self._turn():
-            return await self._register(name, directory, self.roots.directories, in_place=in_place)
+            return await self._register(
+                name, directory, self.roots.directories, in_place=in_place, tenant=tenant
+            )
 
     async def register_found(
         self,
@@ -74,16 +85,26 @@ class AdapterAdmin:
         in_place: bool,
         origin: Origin,
         source: str,
+        tenant: Tenant = ADMIN,
         over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """What was fetched from `source` into `directory`, which is not needed afterwards; no link of it may
         lead out of `root`. `over`: the only one whose name it may take."""
         async with self._turn():
             return await self._register(
-                name, directory, [root], in_place=in_place, origin=origin, source=source, over=over
+                name,
+                directory,
+                [root],
+                in_place=in_place,
+                origin=origin,
+                source=source,
+                tenant=tenant,
+                over=over,
             )
 
-    async def _load_from_source(self, name: str, path: str, *, in_place: bool) -> AdapterRecord | None:
+    async def _load_from_source(
+        self, name: str, path: str, *, in_place: bool, tenant: Tenant
+    ) -> AdapterRecord | None:
         """None where `path` is none of the configured sources' places."""
         resolver = self._state.resolver
         if resolver is None:
@@ -96,7 +117,8 @@ class AdapterAdmin:
             raise ApiError(502, f"Loading lora {name} failed: {error}", "BadGatewayError") from error
         if found is None:
             return None
-        return await resolver.load(name, found, in_place=in_place, origin=Origin.HTTP)
+        _check_place(tenant, path, path)
+        return await resolver.load(name, found, in_place=in_place, origin=Origin.HTTP, tenant=tenant)
 
     async def unload(self, name: str) -> None:
         """Nobody finds `name` from now on; returns when its requests have ended and its memory is free."""
@@ -165,13 +187,15 @@ class AdapterAdmin:
         in_place: bool,
         origin: Origin = Origin.HTTP,
         source: str = "",
+        tenant: Tenant = ADMIN,
         over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
         try:
+            max_bytes = await self._in_thread(self._bytes_left, tenant, name)
             record = await self._in_thread(
-                partial(registry.register, roots=roots),
+                partial(registry.register, roots=roots, max_bytes=max_bytes),
                 *(name, directory),
                 replace=in_place,
                 origin=origin,
@@ -194,6 +218,15 @@ class AdapterAdmin:
         if old is not None and old.adapter_id != record.adapter_id:
             self._drain(old)
         return record
+
+    def _bytes_left(self, tenant: Tenant, name: str) -> int | None:
+        """Of what the tenant's own adapters may take, for one of this name; None where there is no bound."""
+        if not tenant.adapter_bytes:
+            return None
+        others = (
+            r.num_bytes for r in self._state.registry.list() if r.name != name and tenant.may_load(r.name)
+        )
+        return max(0, tenant.adapter_bytes - sum(others))
 
     async def _pass_pin(self, old: AdapterRecord | None, new: AdapterRecord) -> None:
         """The old generation's room on the device is the new one's to have. An engine that has gone needs no
@@ -246,6 +279,11 @@ def adapter_roots(state: ServerState) -> list[Path]:
     if (builtin := find_model(engine.model, engine.state_dir).adapters) is not None:
         roots.append(builtin)
     return roots
+
+
+def _check_place(tenant: Tenant, place: str, told: str) -> None:
+    if not tenant.may_load_from(place):
+        raise denied(f"tenant `{tenant.name}` may not load adapters from `{told}`")
 
 
 def _not_found(name: str) -> ApiError:

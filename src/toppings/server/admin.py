@@ -12,7 +12,7 @@ from toppings import __version__
 from toppings.adapters.registry import AdapterRecord
 from toppings.engine.client import EngineDeadError
 from toppings.messages import AdapterStatus, EngineStats
-from toppings.server.auth import may_change_state
+from toppings.server.auth import may_change_state, tenant_of
 from toppings.server.catalogue import encode_all, records_of
 from toppings.server.errors import json_response
 from toppings.server.metrics import is_resident, lora_lists
@@ -97,7 +97,7 @@ async def list_adapters(request: Request) -> Response:
     def encode(record: AdapterRecord) -> bytes:
         return msgspec.json.encode(_row(record, places.get(record.adapter_id)))
 
-    rows = await encode_all(await records_of(state), encode)
+    rows = await encode_all(await records_of(state, tenant_of(request)), encode)
     body = await asyncio.to_thread(b",".join, rows)
     return Response(b'{"adapters":[' + body + b"]}", media_type="application/json")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
@@ -23,7 +23,7 @@ from toppings.server import (
     tokens,
 )
 from toppings.server.adapters import AdapterAdmin
-from toppings.server.auth import KeyMiddleware
+from toppings.server.auth import KeyMiddleware, check_role
 from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
 from toppings.server.exchange import ExchangeMiddleware
@@ -32,9 +32,17 @@ from toppings.server.methods import HeadMiddleware
 from toppings.server.metrics import Metrics
 from toppings.server.resolver import Resolver
 from toppings.server.state import Client, ServerState
+from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
 
-EXPOSED_HEADERS = ("X-Request-Id", "X-Toppings-Ignored", "Retry-After")
+EXPOSED_HEADERS = (
+    *("X-Request-Id", "X-Toppings-Ignored", "Retry-After", "Retry-After-Ms"),
+    *(
+        f"X-RateLimit-{what}-{kind}"
+        for what in ("Limit", "Remaining", "Reset")
+        for kind in ("Requests", "Tokens")
+    ),
+)
 """What pages of `allowed_origins` may read of an answer beside its body."""
 
 
@@ -46,8 +54,14 @@ def create_app(
     perf_model: PerfModel | None = None,
     make_admin: Callable[[ServerState], AdapterAdmin] = AdapterAdmin,
 ) -> FastAPI:
-    """An application that owns none of what it is given; `app.state.toppings` is its ServerState."""
+    """An application that owns none of what it is given; `app.state.toppings` is its ServerState.
+
+    Raises ConfigError where the tenants file cannot be read.
+    """
+    book = TenantBook(config.server.tenants_file, config.server.api_key)
+    book.watch()
     app = FastAPI(
+        dependencies=[Depends(check_role)],
         title="Toppings",
         version=__version__,
         description="Many LoRA adapters of one base model.",
@@ -55,7 +69,7 @@ def create_app(
         redoc_url=None,
     )
     metrics = Metrics(client.info.model_name)
-    state = ServerState(client, registry, text_model, config, metrics, perf_model)
+    state = ServerState(client, registry, text_model, config, metrics, book, perf_model)
     app.state.toppings = state
     app.state.admin = make_admin(state)
     if config.server.adapter_source:
@@ -79,8 +93,7 @@ def create_app(
         max_body_bytes=body_limit(config.server.max_body_bytes, client.info.max_model_len),
         timeout_s=config.server.receive_timeout_s,
     )
-    if config.server.api_key:
-        app.add_middleware(KeyMiddleware, api_key=config.server.api_key)
+    app.add_middleware(KeyMiddleware, book=book, metrics=metrics)
     if config.server.allowed_origins:  # outside of all: browsers ask beforehand, without the key
         app.add_middleware(
             CORSMiddleware,

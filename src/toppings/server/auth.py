@@ -1,16 +1,33 @@
-"""Who may ask: the API key, and loopback only for what changes state where there is none."""
+"""Who may ask what: the keys, and loopback only for what changes state where none is asked for."""
 
 from fastapi import Request
-from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from toppings.access import is_key, is_same, why_not_changed
-from toppings.server.errors import ApiError, error_response, json_response
+from toppings.access import why_not_changed
+from toppings.server.errors import ApiError, describe, error_response
 from toppings.server.exchange import exchange_of
+from toppings.server.metrics import Metrics
 from toppings.server.state import state_of
+from toppings.tenants.book import TENANT_HEADER, TenantBook
+from toppings.tenants.refusals import Refusal, denied
+from toppings.tenants.tenant import Tenant
 
 OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
+TENANT_PATHS = frozenset(
+    {
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
+        *("/v1/messages", "/v1/messages/count_tokens"),
+        *("/v1/embeddings", "/v1/score", "/score", "/generate", "/generate_stream"),
+        *("/tokenize", "/detokenize", "/v1/models", "/v1/models/{name:path}"),
+        *("/adapters", "/adapters/{name:path}", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        *("/load_lora_adapter", "/unload_lora_adapter", "/version"),
+    }
+)
+"""Routes for every key; what they answer and do is bounded by the tenant. All others are administrators'."""
+UNCOUNTED = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods of requests that no limit counts."""
 DENIED = "PermissionDeniedError"
+TENANT_NAME = TENANT_HEADER.lower().encode()
 
 
 def is_open(path: str) -> bool:
@@ -19,37 +36,66 @@ def is_open(path: str) -> bool:
 
 
 class KeyMiddleware:
-    """Asks for `Authorization: Bearer <api_key>`, or `X-Api-Key: <api_key>` as Anthropic's clients send it,
-    on every path but `OPEN_PATHS` and the documents, which are no secret; 401 without it."""
+    """Finds out who asks, on every path that is not open (`is_open`), and counts the request.
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._api_key = api_key
+    401 without a key where one is asked for, 429 for a tenant's request that is one too many; nothing of its
+    body has been read then.
+    """
+
+    def __init__(self, app: ASGIApp, book: TenantBook, metrics: Metrics) -> None:
+        self._app, self._book, self._metrics = app, book, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]) and not self._is_allowed(scope):
-            await self._refusal(scope)(scope, receive, send)
-            return
+        if scope["type"] == "http" and not is_open(scope["path"]):
+            try:
+                self._admit(scope)
+            except Refusal as refusal:
+                await error_response(describe(refusal), exchange_of(scope))(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
+    def _admit(self, scope: Scope) -> None:
         headers = dict(reversed(scope["headers"]))  # the first of each name
-        is_bearer = is_key(headers.get(b"authorization", b""), self._api_key)
-        return is_bearer or is_same(headers.get(b"x-api-key", b""), self._api_key)
+        account = self._book.identify(
+            headers.get(b"authorization", b""), headers.get(b"x-api-key", b""), headers.get(TENANT_NAME)
+        )
+        exchange_of(scope).account = account
+        if scope["method"] not in UNCOUNTED:
+            try:
+                account.take_request()
+            except Refusal:
+                self._metrics.count_rejected()
+                raise
 
-    @staticmethod
-    def _refusal(scope: Scope) -> Response:
-        headers = {"WWW-Authenticate": "Bearer"}
-        if exchange_of(scope).is_message:
-            return error_response(ApiError(401, "the key is missing or wrong", headers=headers))
-        return json_response({"error": "Unauthorized"}, 401, headers=headers)
+
+def check_role(request: Request) -> None:
+    """Dependency of all routes. Raises Refusal 403 for a tenant on a route that is not in `TENANT_PATHS`."""
+    path = request.scope["route"].path
+    if not (is_open(path) or path in TENANT_PATHS or tenant_of(request).is_admin):
+        raise denied(f"{request.method} {path} is for administrators")
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who asks."""
+    return state_of(request).account.tenant
+
+
+def check_may_load(request: Request, adapter: str, *, pins: bool = False) -> Tenant:
+    """Who asks. Raises Refusal 403 where it is not theirs to load, unload or (`pins`) pin an adapter of this
+    name, whether there is one or not."""
+    tenant = tenant_of(request)
+    if not tenant.may_load(adapter):
+        raise denied(f"tenant `{tenant.name}` may not load or unload adapter `{adapter}`")
+    if pins and not tenant.is_admin:
+        raise denied("pinning is for administrators")
+    return tenant
 
 
 def may_change_state(request: Request) -> None:
     """Dependency of routes that change state: where no key is asked for, ApiError 403 but for this machine's
     own clients."""
     server = state_of(request).config.server
-    if server.api_key:
+    if server.asks_for_keys:
         return
     peer = request.client.host if request.client else None
     host, origin = request.headers.get("host", ""), request.headers.get("origin")

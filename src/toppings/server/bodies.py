@@ -68,7 +68,7 @@ class TypedJsonRoute(JsonRoute):
 def check_content_type(request: Request) -> None:
     """Raises ApiError 400."""
     headers = request.headers
-    has_key = bool(request.app.state.toppings.config.server.api_key)
+    has_key = request.app.state.toppings.config.server.asks_for_keys
     reason = why_not_json(headers.get("content-type", ""), headers.keys(), has_key=has_key)
     if reason is not None:
         raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")

@@ -8,12 +8,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from toppings.adapters.latest import Latest
 from toppings.adapters.registry import AdapterRecord
 from toppings.server.state import ServerState
+from toppings.tenants.tenant import Tenant
 
 T = TypeVar("T")
 SLICE = 64
 """Items between two turns of the event loop; each takes some microseconds."""
+MAX_LISTS = 8
+"""Of tenants, that are kept at hand; one of ten thousand adapters is some megabytes."""
 
 
 class Catalogue:
@@ -22,22 +26,32 @@ class Catalogue:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._cards: dict[int, bytes] = {}  # by adapter id
-        self._listed: tuple[int, bytes] = (-1, b"")
+        self._version = -1  # of the cards and the lists
+        self._lists: Latest[str, bytes] = Latest(MAX_LISTS)  # by who sees them
 
-    async def models(self) -> bytes:
-        """The answer of `/v1/models`."""
-        version = self._state.registry.version()
-        if self._listed[0] != version:
-            records = await records_of(self._state)
-            cards = await encode_all(records, self._card)
-            self._listed = version, await asyncio.to_thread(self._list, records, cards)
-        return self._listed[1]
+    async def models(self, tenant: Tenant) -> bytes:
+        """The answer of `/v1/models`: what the tenant may see."""
+        version, key = self._state.registry.version(), "" if tenant.sees_all else tenant.to_header()
+        if version == self._version and key in self._lists:
+            return self._lists[key]
+        records = await records_of(self._state, tenant)
+        cards = await encode_all(records, self._card)
+        listed = await asyncio.to_thread(self._list, cards, tenant)
+        if version != self._version:
+            self._lists.clear()
+            self._version, self._cards = version, await asyncio.to_thread(self._live_cards)
+        self._lists[key] = listed
+        return listed
 
-    def _list(self, records: list[AdapterRecord], cards: list[bytes]) -> bytes:
-        """Beside the event loop: the whole answer, and no cards kept but those in it."""
-        self._cards = {record.adapter_id: card for record, card in zip(records, cards, strict=True)}
-        base = msgspec.json.encode(base_card(self._state))
-        return b'{"object":"list","data":[' + b",".join([base, *cards]) + b"]}"
+    def _live_cards(self) -> dict[int, bytes]:
+        known = self._cards
+        live = self._state.registry.live_ids()
+        return {adapter_id: known[adapter_id] for adapter_id in live if adapter_id in known}
+
+    def _list(self, cards: list[bytes], tenant: Tenant) -> bytes:
+        """Beside the event loop: the whole answer."""
+        base = [msgspec.json.encode(base_card(self._state))] if tenant.may_see(None) else []
+        return b'{"object":"list","data":[' + b",".join([*base, *cards]) + b"]}"
 
     def _card(self, record: AdapterRecord) -> bytes:
         card = self._cards.get(record.adapter_id)
@@ -46,9 +60,16 @@ class Catalogue:
         return card
 
 
-async def records_of(state: ServerState) -> list[AdapterRecord]:
-    """All live adapters by name, looked up beside the event loop."""
-    return await asyncio.to_thread(state.registry.list)
+async def records_of(state: ServerState, tenant: Tenant) -> list[AdapterRecord]:
+    """All live adapters by name that the tenant may see, looked up beside the event loop."""
+    records = await asyncio.to_thread(state.registry.list)
+    if tenant.sees_all:
+        return records
+    seen: list[AdapterRecord] = []
+    for start in range(0, len(records), SLICE):
+        seen += (record for record in records[start : start + SLICE] if tenant.may_see(record.name))
+        await asyncio.sleep(0)
+    return seen
 
 
 async def encode_all(items: Iterable[T], encode: Callable[[T], bytes]) -> list[bytes]:

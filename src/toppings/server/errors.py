@@ -20,6 +20,7 @@ from toppings.engine.client import EngineDeadError
 from toppings.sandbox import SandboxBusyError
 from toppings.server.exchange import Exchange, current_exchange, exchange_of
 from toppings.server.methods import allowed_methods
+from toppings.tenants.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ def describe(error: BaseException) -> ApiError:
     The server's own lack of something is no fault of the request: 507 where a disk is full, 503 where files
     or memory have run out, wherever in a chain of causes it stands.
     """
-    if isinstance(error, ApiError):
-        return error
+    if isinstance(error, ApiError | Refusal):
+        return error if isinstance(error, ApiError) else _refused(error)
     if isinstance(error, RequestValidationError | ValidationError):
         return _invalid(error)
     if isinstance(error, ClientDisconnect):
@@ -126,6 +127,10 @@ def describe(error: BaseException) -> ApiError:
             return ApiError(status, str(error), kind, headers=headers, code=code)
     logger.error("a request failed for an unforeseen reason", exc_info=error)
     return ApiError(500, "the server failed; its log says why", "InternalServerError")
+
+
+def _refused(error: Refusal) -> ApiError:
+    return ApiError(error.status, error.message, error.kind, error.param, error.headers, error.code)
 
 
 def _lack(error: BaseException | None) -> ApiError | None:
@@ -178,7 +183,7 @@ def install_error_handlers(app: FastAPI) -> None:
             return json_response({"detail": error.detail}, error.status_code, headers=headers)
         return error_response(ApiError(error.status_code, str(error.detail), "Bad Request"))
 
-    foreseen = (ApiError, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)
+    foreseen = (ApiError, Refusal, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)
     for kind in (*foreseen, ClientDisconnect):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, handle_unforeseen)

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toppings.bad_input import shown
 from toppings.request_ids import REQUEST_ID, request_id_of
+from toppings.tenants.account import Account
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,14 @@ class Warned:
 
 @dataclass(slots=True)
 class Exchange:
-    """`is_strict`: fields that nobody knows are refused."""
+    """`is_strict`: fields that nobody knows are refused. `account`: who asks, once that is known."""
 
     request_id: str
     path: str = ""
     is_strict: bool = False
     warned: Warned = field(default_factory=Warned)
     ignored: dict[str, None] = field(default_factory=dict)
+    account: Account | None = None
 
     @property
     def is_message(self) -> bool:
@@ -62,6 +64,8 @@ class Exchange:
     def headers(self) -> dict[str, str]:
         """Names of ignored fields are percent-encoded and parted by commas; `...` where there are more."""
         headers = {REQUEST_ID.lower(): self.request_id}
+        if self.account is not None:
+            headers |= self.account.headers()
         if self.is_message:
             headers[MESSAGES_ID] = self.request_id
         if not self.ignored:

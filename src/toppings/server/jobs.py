@@ -11,12 +11,13 @@ from toppings.adapters.errors import AdapterNotFound
 from toppings.bad_input import ContextLengthError, RequestError, shown
 from toppings.core import ALONE, Standing
 from toppings.detokenizer import GenerationError, TextOutput, generate_text
-from toppings.messages import PromptLogprobs
+from toppings.messages import PromptLogprobs, check_salt
 from toppings.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
 from toppings.server.errors import ApiError
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
+from toppings.tenants.tenant import Tenant
 from toppings.text import TextLogprob
 
 LONG_TEXT = 4096
@@ -64,8 +65,12 @@ class Job:
     num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
+    tenant: Tenant = field(init=False)
 
     def __post_init__(self) -> None:
+        self.tenant = self.state.account.tenant
+        self.standing = replace(self.standing, tenant=self.tenant.name, weight=self.tenant.weight)
+        check_salt(self.cache_salt)
         for prompt in self.prompts:
             check_prompt(self.state, prompt, self.sampling.max_tokens)
         sampling = self.sampling
@@ -94,7 +99,11 @@ class Job:
         return sum(len(prompt) for prompt in self.prompts)
 
     async def stream(self, lease: Lease) -> AsyncGenerator[tuple[int, TextOutput], None]:
-        """Outputs of all sequences with their indices, as they come. Closing it aborts what is left."""
+        """Outputs of all sequences with their indices, as they come. Closing it aborts what is left.
+
+        Raises Refusal 429 where its prompts have more tokens than the tenant has left.
+        """
+        lease.place.account.take_tokens(self.num_prompt_tokens)
         sequences = [self._sequence(index, lease) for index in range(self.num_sequences)]
         async with aclosing(merged(sequences)) as outputs:
             async for item in outputs:
@@ -120,6 +129,7 @@ class Job:
                     if timer.num_tokens == 0:
                         lease.note_started()
                     timer.note(output)
+                    lease.place.spend(len(output.token_ids))
                     if index % self.num_choices == 0:  # the others share what this one has computed
                         self.num_cached_tokens += output.num_cached_tokens or 0
                     yield output
@@ -164,7 +174,7 @@ class Job:
             adapter_id,
             include_stop=self.include_stop,
             shown=self.shown,
-            cache_salt=self.cache_salt,
+            cache_salt=state.book.salt(self.tenant, self.cache_salt),
             standing=self.standing,
         )
 

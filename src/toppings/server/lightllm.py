@@ -125,16 +125,20 @@ def error_response(error: Exception) -> Response:
 
 async def _target(state: ServerState, body: Body) -> Target:
     """`lora_id` is the registry's id; `lora_dir` an adapter's name, or the directory it was loaded from."""
+    tenant = state.account.tenant
     if body.lora_id is not None:
         try:
             name = state.registry.get_by_id(body.lora_id).name
-        except AdapterNotFound as error:
-            raise ApiError(404, f"no adapter has lora_id {body.lora_id}; GET /adapters lists them") from error
+        except AdapterNotFound:
+            name = None
+        if name is None or not tenant.may_see(name):
+            raise ApiError(404, f"no adapter has lora_id {body.lora_id}; GET /adapters lists them")
         return await state.find_target(name)
     if body.lora_dir is None:
-        return state.target(None)
+        return await state.find_target(None)
     record = state.registry.find_from(os.path.normpath(body.lora_dir))
-    return await state.find_target(body.lora_dir if record is None else record.name)
+    is_seen = record is not None and tenant.may_see(record.name)
+    return await state.find_target(record.name if record is not None and is_seen else body.lora_dir)
 
 
 def _whole(choice: Choice, *, has_details: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from toppings.adapters.registry import AdapterRecord
 from toppings.server.adapters import AdapterAdmin
-from toppings.server.auth import may_change_state
+from toppings.server.auth import check_may_load, may_change_state, tenant_of
 from toppings.server.bodies import TypedJsonRoute
 from toppings.server.catalogue import Catalogue, adapter_card, base_card, encode_all, records_of
 from toppings.server.errors import ApiError, describe, json_response
@@ -52,12 +52,14 @@ class SglangUnloadBody(StrictBody):
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     catalogue: Catalogue = request.app.state.catalogue
-    return Response(await catalogue.models(), media_type="application/json")
+    return Response(await catalogue.models(tenant_of(request)), media_type="application/json")
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, request: Request) -> Response:
     state = state_of(request)
+    if not tenant_of(request).may_see(None if name == state.base_name else name):
+        raise state.unknown(name)
     target = state.target(name)
     if target.adapter_id is None:
         return json_response(base_card(state))
@@ -68,33 +70,39 @@ async def get_model(name: str, request: Request) -> Response:
 async def load_lora_adapter(body: LoadBody, request: Request) -> Response:
     if body.is_3d_lora_weight:
         raise ApiError(400, "is_3d_lora_weight is not supported; leave it out", param="is_3d_lora_weight")
-    record = await admin_of(request).load(body.lora_name, body.lora_path, in_place=body.load_inplace)
+    tenant = check_may_load(request, body.lora_name)
+    record = await admin_of(request).load(
+        body.lora_name, body.lora_path, in_place=body.load_inplace, tenant=tenant
+    )
     return _loaded(request, record, f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @changing.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadBody, request: Request) -> Response:
+    check_may_load(request, body.lora_name)
     await admin_of(request).unload(body.lora_name)
     return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @changing.post("/adapters")
 async def register_adapter(body: RegisterBody, request: Request) -> Response:
-    record = await admin_of(request).load(body.name, body.src)
+    tenant = check_may_load(request, body.name)
+    record = await admin_of(request).load(body.name, body.src, tenant=tenant)
     return _loaded(request, record, f"Adapter {body.name} registered")
 
 
 @changing.delete("/adapters/{name:path}")
 async def unregister_adapter(name: str, request: Request) -> Response:
+    check_may_load(request, name)
     await admin_of(request).unload(name)
     return Response(f"Adapter {name} unregistered")
 
 
 @changing.post("/load_lora_adapter")
 async def load_as_sglang(body: SglangLoadBody, request: Request) -> Response:
-    admin = admin_of(request)
+    admin, tenant = admin_of(request), check_may_load(request, body.lora_name, pins=body.pinned)
     try:
-        record = await admin.load(body.lora_name, body.lora_path)
+        record = await admin.load(body.lora_name, body.lora_path, tenant=tenant)
         if body.pinned:
             try:
                 await admin.pin(body.lora_name, True)
@@ -108,6 +116,7 @@ async def load_as_sglang(body: SglangLoadBody, request: Request) -> Response:
 
 @changing.post("/unload_lora_adapter")
 async def unload_as_sglang(body: SglangUnloadBody, request: Request) -> Response:
+    check_may_load(request, body.lora_name)
     try:
         await admin_of(request).unload(body.lora_name)
     except Exception as error:
@@ -129,7 +138,8 @@ def _loaded(request: Request, record: AdapterRecord, message: str) -> Response:
 async def _sglang_reply(request: Request, error: Exception | None, doubt: str | None = None) -> Response:
     """SGLang's controllers know 200 and 400 only; what is the server's fault stays 5xx."""
     described = None if error is None else describe(error)
-    loaded = await encode_all(await records_of(state_of(request)), _name_and_path)
+    records = await records_of(state_of(request), tenant_of(request))
+    loaded = await encode_all(records, _name_and_path)
     content = {
         "success": described is None,
         "error_message": "" if described is None else described.message,

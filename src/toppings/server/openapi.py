@@ -88,7 +88,7 @@ STATUSES = {
     415: "the body is compressed",
     422: "as 400, where LoRAX's body was sent",
     424: "as 404, where LoRAX's body was sent",
-    429: "the queue is full; try again after `Retry-After` seconds",
+    429: "the queue is full, or a limit of the tenant reached; try again after `Retry-After` seconds",
     431: "the headers are too large",
     500: "the server failed",
     503: "no engine, or shutting down, or out of memory; try again after `Retry-After` seconds",
@@ -102,7 +102,7 @@ GENERATING = (
 
 def install(app: FastAPI) -> None:
     """`app.openapi()` gives the whole document, made once."""
-    plain, has_key = app.openapi, bool(app.state.toppings.config.server.api_key)
+    plain, has_key = app.openapi, app.state.toppings.config.server.asks_for_keys
 
     def whole() -> dict[str, Any]:
         if app.openapi_schema is None or "security" not in app.openapi_schema:
@@ -118,7 +118,7 @@ def _completed(document: dict[str, Any], *, has_key: bool) -> dict[str, Any]:
         "bearer": {
             "type": "http",
             "scheme": "bearer",
-            "description": "the server's `api_key`, if it has one",
+            "description": "the server's `api_key`, or one of a tenant's",
         },
         "key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
     }
@@ -208,8 +208,6 @@ def _refusal(status: int, path: str) -> dict[str, Any]:
     names = ["Error"]
     if path.startswith("/v1/messages"):
         names = ["MessageError"]
-    elif status == 401:
-        names = ["Unauthorized"]
     elif path.startswith("/generate"):
         names = ["LoraxError"] if status in (422, 424) else ["LoraxError", "LightllmError", "Error"]
     elif path in ("/load_lora_adapter", "/unload_lora_adapter"):

@@ -38,6 +38,8 @@ from toppings.sources.adapters import (
     parse_source,
 )
 from toppings.sources.fetch import FetchError, FetchNotFound, Room
+from toppings.tenants.book import ADMIN
+from toppings.tenants.tenant import Tenant
 from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ class Resolver:
         in_place: bool,
         origin: Origin,
         is_private: bool = False,
+        tenant: Tenant = ADMIN,
         over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """Fetches and registers what was found; with `over`, in its place and in no other's. Raises
@@ -135,6 +138,7 @@ class Resolver:
                 in_place=in_place or over is not None,
                 origin=origin,
                 source=f"{PRIVATE}{found.where}" if is_private else found.where,
+                tenant=tenant,
                 over=over,
             )
         except FetchError as error:

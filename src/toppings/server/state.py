@@ -21,8 +21,12 @@ from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.errors import RETRY_AFTER_S, ApiError
+from toppings.server.exchange import current_exchange
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
+from toppings.tenants.account import Account, Place
+from toppings.tenants.book import TenantBook
+from toppings.tenants.refusals import Refusal, no_access
 from toppings.text import TextModel
 
 if TYPE_CHECKING:
@@ -63,30 +67,39 @@ class Target:
 
 
 class Lease:
-    """A request's place in the queue, left on exit, and by one that is dropped before it was entered;
-    `num_waiting` of its sequences have had no token yet."""
+    """A request's place in the queue and among those of its tenant, left on exit, and by one that is dropped
+    before it was entered."""
 
-    def __init__(self, leases: "WeakSet[Lease]", num_waiting: int) -> None:
-        self.num_waiting = num_waiting
+    def __init__(self, leases: "WeakSet[Lease]", place: Place) -> None:
+        self.place = place
         self._leases = leases
         leases.add(self)
 
+    @property
+    def num_waiting(self) -> int:
+        """Of its sequences, those that have had no token yet."""
+        return self.place.num_waiting
+
     def note_started(self) -> None:
-        self.num_waiting -= 1
+        self.place.start()
 
     async def during(self, work: Awaitable[T]) -> T:
         """The result of `work`, which prepares what comes next; where it fails, the place is given up."""
         try:
             return await work
         except BaseException:
-            self._leases.discard(self)
+            self._leave()
             raise
 
     def __enter__(self) -> "Lease":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._leases.discard(self)
+        self.place.leave()
 
 
 class ServerState:
@@ -99,6 +112,7 @@ class ServerState:
         text: TextModel,
         config: Config,
         metrics: Metrics,
+        book: TenantBook,
         perf_model: PerfModel | None = None,
     ) -> None:
         self.client = client
@@ -106,6 +120,7 @@ class ServerState:
         self.text = text
         self.config = config
         self.metrics = metrics
+        self.book = book
         self.perf_model = perf_model
         is_asked = config.engine.generation_config == "auto"
         self.model_path = find_model(config.engine.model, config.engine.state_dir).path
@@ -136,13 +151,26 @@ class ServerState:
     def num_waiting(self) -> int:
         return max(self.client.num_pending, sum(lease.num_waiting for lease in self._leases))
 
+    @property
+    def account(self) -> Account:
+        """Of whoever sent the request that is being answered."""
+        exchange = current_exchange.get()
+        asking = None if exchange is None else exchange.account
+        return self.book.anybody() if asking is None else asking
+
     async def find_target(
         self, model: str | None, *, kind: str | None = None, token: str | None = None
     ) -> Target:
-        """As `target`, but an adapter may have to come from a source first, of `kind`, with `token`.
+        """As `target`, for who may use it; an adapter may have to come from a source first, of `kind`, with
+        `token`.
 
-        Raises ApiError.
+        Raises ApiError, and Refusal 403 for what may be seen but not used.
         """
+        adapter, account = None if model == self.base_name else model or None, self.account
+        if not account.tenant.may_use(adapter):
+            if account.tenant.may_see(adapter):
+                raise no_access(account.name, model or self.base_name)
+            raise self.unknown(model or self.base_name)
         if model and model != self.base_name and self.resolver is not None:
             await self.resolver.resolve(model, kind=kind, token=token)
         return self.target(model)
@@ -153,12 +181,19 @@ class ServerState:
             return Target(self.base_name)
         record = self.registry.find_named(model)
         if record is None:
-            num = self.registry.count()
-            others = f" and {num} adapters, which GET /v1/models lists" if num else ""
-            message = f"The model `{model}` does not exist. Valid aliases: {self.base_name}{others}."
-            raise ApiError(404, message, "NotFoundError", "model")
+            raise self.unknown(model)
         self._names.note(record.adapter_id, model)
         return Target(model, record.adapter_id)
+
+    def unknown(self, model: str) -> ApiError:
+        """404, the same for a model that there is not and for one that who asks may not see."""
+        known, num = self.base_name, self.registry.count()
+        if not self.account.tenant.sees_all:
+            known = "what GET /v1/models lists"
+        elif num:
+            known += f" and {num} adapters, which GET /v1/models lists"
+        message = f"The model `{model}` does not exist. Valid aliases: {known}."
+        return ApiError(404, message, "NotFoundError", "model")
 
     def name_of(self, adapter_id: int) -> str:
         """An adapter's name, also while a removed generation still drains."""
@@ -201,6 +236,8 @@ class ServerState:
         """A place for a request of so many sequences, to be used as a context manager.
 
         Raises ApiError: 429 where the queue is full, 400 where the request alone is larger than the queue.
+        Raises Refusal 429 where the tenant has too many open, or waiting: without a bound of its own half of
+        the queue, so that none can fill it alone.
         """
         self.check_open()
         max_queue = self.config.server.max_queue
@@ -216,7 +253,13 @@ class ServerState:
                 "TooManyRequestsError",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
-        return Lease(self._leases, num_sequences)
+        account = self.account
+        try:
+            own = 0 if account.tenant.is_admin else max(1, max_queue // 2)
+            return Lease(self._leases, account.enter(num_sequences, max_queue=own))
+        except Refusal:
+            self.metrics.count_rejected()
+            raise
 
 
 def state_of(request: Request) -> ServerState:

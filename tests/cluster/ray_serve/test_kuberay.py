@@ -10,6 +10,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from toppings.cluster.ray_serve.settings import UpConfig
+from toppings.config import ConfigError, ServerConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword:DeprecationWarning")  # of Ray itself
 
@@ -50,20 +51,33 @@ def test_the_front_asks_for_the_key_of_a_file_too(monkeypatch: pytest.MonkeyPatc
     """`toppings up` makes its application in the same way."""
     monkeypatch.delenv("TOPPINGS_API_KEY", raising=False)
     (tmp_path / "key").write_text("of-the-file\n")
-    assert _front_key({"api_key_file": str(tmp_path / "key")}) == "of-the-file"
-    assert _front_key({}) == ""
+    assert _front({"api_key_file": str(tmp_path / "key")}).api_key == "of-the-file"
+    assert _front({}).api_key == ""
     monkeypatch.setenv("TOPPINGS_API_KEY", "of-the-variable")
-    assert _front_key({}) == "of-the-variable"
+    assert _front({}).api_key == "of-the-variable"
 
 
-def _front_key(settings: dict[str, str]) -> str:
+def test_the_front_reads_the_tenants_wherever_it_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tenants.yaml").write_text("tenants: {a: }")
+    assert _front({"tenants_file": "tenants.yaml"}).tenants_file == str(tmp_path / "tenants.yaml")
+    assert _front({}).tenants_file == ""
+    (tmp_path / "tenants.yaml").write_text("tenants: {a: {what: 1}}")
+    with pytest.raises(ConfigError, match="tenant a: unknown setting 'what'"):
+        _front({"tenants_file": "tenants.yaml"})
+
+
+def _front(settings: dict[str, str]) -> ServerConfig:
     from ray.serve._private.build_app import build_app
 
     from toppings.cluster.ray_serve.app import make_app
 
     built = build_app(make_app(UpConfig.from_settings(settings)), name="toppings")
     [front] = [each for each in built.deployments if each.name == "Front"]
-    return str(front.init_args[0].server.api_key)
+    server: ServerConfig = front.init_args[0].server
+    return server
 
 
 def test_a_pod_of_each_group_has_room_for_what_runs_there() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import math
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -22,6 +24,7 @@ from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.server.app import create_app
 from toppings.server.errors import json_response
+from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
 
 ROUTER = "toppings.cluster.ray_serve.request_router:PolicyRouter"
@@ -89,8 +92,8 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def make_app(config: UpConfig) -> Application:
-    """Raises ConfigError for a key that cannot be read."""
-    server, fleet = with_api_key(config.server), config.fleet
+    """Raises ConfigError for a key or a tenants file that cannot be read."""
+    server, fleet = _with_tenants(with_api_key(config.server)), config.fleet
     stop = {
         "graceful_shutdown_timeout_s": server.server.shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": STOP_POLL_S,
@@ -119,10 +122,17 @@ def make_app(config: UpConfig) -> Application:
     return front.bind(server, fleet, engines.bind(server))
 
 
+def _with_tenants(config: Config) -> Config:
+    """The tenants file by its whole path: the front, which reads it, starts in a directory of Ray's."""
+    path = config.server.tenants_file
+    TenantBook(path)  # a mistake in it is told before engines start
+    return replace(config, server=replace(config.server, tenants_file=path and str(Path(path).absolute())))
+
+
 def _check_clients_are_seen(config: Config) -> None:
     """Raises ConfigError: behind HAProxy everybody seems to be on this machine, and could load adapters."""
-    if os.environ.get(HAPROXY_VARIABLE) == "1" and not config.server.api_key:
-        raise ConfigError(f"{HAPROXY_VARIABLE} hides clients' addresses; set an api_key")
+    if os.environ.get(HAPROXY_VARIABLE) == "1" and not config.server.asks_for_keys:
+        raise ConfigError(f"{HAPROXY_VARIABLE} hides clients' addresses; set an api_key or a tenants_file")
 
 
 def serve_logging(config: Config) -> dict[str, Any]:

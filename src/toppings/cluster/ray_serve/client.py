@@ -29,6 +29,8 @@ from toppings.sampling_params import SamplingParams
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.state import ServerState
+from toppings.tenants.book import ADMIN
+from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -286,12 +288,20 @@ class FleetAdmin(AdapterAdmin):
         in_place: bool,
         origin: Origin = Origin.HTTP,
         source: str = "",
+        tenant: Tenant = ADMIN,
         over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
             record = await super()._register(
-                name, directory, roots, in_place=in_place, origin=origin, source=source, over=over
+                name,
+                directory,
+                roots,
+                in_place=in_place,
+                origin=origin,
+                source=source,
+                tenant=tenant,
+                over=over,
             )
             refusals = await self._replicas.adopt(record)
         if not refusals:

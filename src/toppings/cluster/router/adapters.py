@@ -17,6 +17,8 @@ from toppings.cluster.router.memory import AdapterMemory, Entry
 from toppings.cluster.router.replies import ApiError, out_of_time, unavailable
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Answer, Kind, Upstream
+from toppings.tenants.book import ADMIN
+from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +55,12 @@ class AdapterAdmin:
         self._names: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._refreshing: asyncio.Task[None] | None = None
 
-    async def load(self, body: dict[str, Any]) -> Answer:
+    async def load(self, body: dict[str, Any], tenant: Tenant = ADMIN) -> Answer:
         """The servers' answer. Raises ApiError 503 where none can be reached, 504 where none answers."""
         name, path = _name(body), str(body.get("lora_path"))
         async with self._alone(name):
             away = self._away()
-            outcome = await self._ask_all(LOAD, body)
+            outcome = await self._ask_all(LOAD, body, tenant)
             answers = outcome.answers
             refusals = {u: a for u, a in answers.items() if a.status >= 400}
             had_it = [u for u, answer in refusals.items() if LOADED_ALREADY in answer.text]
@@ -80,12 +82,12 @@ class AdapterAdmin:
             reached = [u for u, each in zip(done, undone, strict=True) if isinstance(each, Answer)]
             await self._remember(name, None, reached)
 
-    async def unload(self, body: dict[str, Any]) -> Answer:
+    async def unload(self, body: dict[str, Any], tenant: Tenant = ADMIN) -> Answer:
         """The servers' answer: done where any had the adapter, else the refusal. Raises as `load`."""
         name = _name(body)
         async with self._alone(name):
             away = self._away()
-            outcome = await self._ask_all(UNLOAD, body)
+            outcome = await self._ask_all(UNLOAD, body, tenant)
             answers = list(outcome.answers.values())
             failed = [a for a in answers if a.status >= 400 and a.status != 404]
             if failed or not any(answer.status < 400 for answer in answers):
@@ -139,12 +141,14 @@ class AdapterAdmin:
             logger.warning("%s refused %s of %s: %s", upstream.instance_id, request[0], name, answer.text)
         return True
 
-    async def _ask(self, upstream: Upstream, path: str, body: dict[str, Any]) -> Answer | str:
+    async def _ask(
+        self, upstream: Upstream, path: str, body: dict[str, Any], tenant: Tenant = ADMIN
+    ) -> Answer | str:
         """Its answer, or why there is none."""
         limit_s = self._state.config.admin_timeout_s
         try:
             async with asyncio.timeout(limit_s), upstream.changing:
-                return await upstream.change(path, body)
+                return await upstream.change(path, body, tenant)
         except CALL_FAILURES as error:
             logger.warning("%s: %s failed: %r", upstream.instance_id, path, error)
             upstream.synced_at = None
@@ -152,12 +156,12 @@ class AdapterAdmin:
                 return "it went down"
             return f"no answer in {limit_s:g} s" if isinstance(error, TimeoutError) else "no answer"
 
-    async def _ask_all(self, path: str, body: dict[str, Any]) -> Outcome:
+    async def _ask_all(self, path: str, body: dict[str, Any], tenant: Tenant) -> Outcome:
         """Raises ApiError where no server answered."""
         alive = [upstream for upstream in self._state.upstreams.values() if upstream.is_alive]
         outcome = Outcome()
         for upstream, told in zip(
-            alive, await asyncio.gather(*(self._ask(u, path, body) for u in alive)), strict=True
+            alive, await asyncio.gather(*(self._ask(u, path, body, tenant) for u in alive)), strict=True
         ):
             if isinstance(told, Answer):
                 outcome.answers[upstream] = told

@@ -4,35 +4,36 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
-import msgspec
 from aiohttp import web
 
 from toppings import __version__
-from toppings.access import is_key, is_same, why_not_changed, why_not_json
 from toppings.cluster.router import replies
-from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, require_object
-from toppings.cluster.router.bodies import MAX_ADMIN_BYTES, Budget, read_body
-from toppings.cluster.router.calls import INFERENCE_PATHS, NO_JSON, Call, not_json, parse_call
+from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin
+from toppings.cluster.router.bodies import Budget, read_body
+from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, parse_call
 from toppings.cluster.router.cards import Card, Cards
 from toppings.cluster.router.connections import listen
 from toppings.cluster.router.forward import forward
-from toppings.cluster.router.middlewares import LAYERS, Handler, add_id
+from toppings.cluster.router.guard import Guard, check_load, check_use
+from toppings.cluster.router.instances import Instances, read_change
+from toppings.cluster.router.middlewares import LAYERS, Handler, account_of, add_id
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
-from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.router.state import RouterState
-from toppings.cluster.router.upstream import ROUTER_HEADER, Answer, Upstream
-from toppings.config import ConfigError
+from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
 from toppings.open_files import raise_file_limit
+from toppings.tenants.account import Account, Place
+from toppings.tenants.refusals import Refusal
+from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
 UNKNOWN_MODEL_REFRESH_S = 1.0
 SHUTDOWN_S = 30.0  # that requests in flight get
@@ -43,9 +44,11 @@ class Router:
 
     def __init__(self, state: RouterState) -> None:
         self.state = state
+        self.guard = Guard(state.config)
         self.admin = AdapterAdmin(state)
         self.monitor = Monitor(state, self.admin)
         self._budget = Budget(state.config.max_buffered_bytes)
+        self._instances = Instances(state, self.monitor, self.guard, self._budget)
         self._changes: set[asyncio.Task[Answer]] = set()
         self._refreshed_at = 0.0
 
@@ -56,10 +59,7 @@ class Router:
             ("GET", "/v1/models/{name:.+}", self.get_model),
             ("POST", LOAD, self.load_adapter),
             ("POST", UNLOAD, self.unload_adapter),
-            ("GET", "/instances", self.list_instances),
-            ("POST", "/instances", self.add_instance),
-            ("POST", "/instances/{id}/drain", self.drain_instance),
-            ("DELETE", "/instances/{id}", self.remove_instance),
+            *self._instances.routes(),
             ("GET", "/health", self.health),
             ("GET", "/healthz", self.health),
             ("GET", "/ready", self.ready),
@@ -73,8 +73,10 @@ class Router:
     def _guarded(self, handler: Handler) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
             try:
-                self._check_key(request)
+                self.guard.admit(request)
                 return await handler(request)
+            except Refusal as refusal:
+                return ApiError.of(refusal).response(request.path)
             except ApiError as error:
                 return error.response(request.path)
             except (asyncio.CancelledError, ConnectionError):
@@ -86,15 +88,6 @@ class Router:
 
         return guarded
 
-    def _check_key(self, request: web.Request) -> None:
-        key = self.state.config.api_key
-        if not key or request.path in OPEN_PATHS:
-            return
-        names = ("Authorization", "X-Api-Key")
-        bearer, plain = (request.headers.get(n, "").encode("utf-8", "surrogateescape") for n in names)
-        if not (is_key(bearer, key) or is_same(plain, key)):
-            raise Unauthorized
-
     # --- inference ---
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
@@ -105,9 +98,13 @@ class Router:
             with self._budget.share() as share:
                 body = await read_body(request, self.state.config, share)
                 call = parse_call(request.path, body, self.state.config.bytes_per_token)
-                await self._check_model(call)
-                flight = self.state.make_flight(call)
-                response = await forward(self.state, request, flight)
+                account = account_of(request)
+                if not account.tenant.is_admin:
+                    check_use(account.tenant, call, self._base_names())
+                await self._check_model(call, account.tenant)
+                with closing_place(account, call) as place:
+                    flight = self.state.make_flight(call, place)
+                    response = await forward(self.state, request, flight)
             outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
             return response
         except (asyncio.CancelledError, ConnectionError):
@@ -116,7 +113,7 @@ class Router:
         finally:
             meters.ended.labels(outcome).inc()
 
-    async def _check_model(self, call: Call) -> None:
+    async def _check_model(self, call: Call, tenant: Tenant) -> None:
         """Raises ApiError 404 for a model that no server has, after asking them once more."""
         if call.path.startswith("/generate") or call.model is None or self.state.is_known(call.model):
             return
@@ -127,7 +124,10 @@ class Router:
         if is_due or self.admin.is_refreshing:
             await self.admin.refresh()
         if not self.state.is_known(call.model):
-            raise replies.unknown_model(call.model, self._base_names())
+            raise self._unknown(tenant, call.model)
+
+    def _unknown(self, tenant: Tenant, model: str) -> ApiError:
+        return replies.unknown_model(model, self._base_names() if tenant.may_see(None) else [])
 
     def _base_names(self) -> list[str]:
         return list(dict.fromkeys(name for cards in self._cards() for name in cards.bases))
@@ -140,17 +140,19 @@ class Router:
         return [upstream.cards for upstream in upstreams if upstream.cards is not None]
 
     async def list_models(self, request: web.Request) -> web.Response:
-        """Each name once; where several servers have it, the first one's card."""
+        """Each name that the tenant may see once; where several servers have it, the first one's card."""
         cards: dict[str, Card] = {}
+        tenant = account_of(request).tenant
         for each in reversed(self._cards()):
             cards = each.by_name | {name: card for name, card in cards.items() if name not in each}
-        return json_response({"object": "list", "data": [card.raw for card in cards.values()]})
+        seen = [card.raw for card in cards.values() if tenant.is_admin or tenant.may_see(card.adapter)]
+        return json_response({"object": "list", "data": seen})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
+        name, tenant = request.match_info["name"], account_of(request).tenant
         found = next((cards.by_name[name] for cards in self._cards() if name in cards), None)
-        if found is None:
-            raise replies.unknown_model(name, self._base_names())
+        if found is None or not tenant.may_see(found.adapter):
+            raise self._unknown(tenant, name)
         return json_response(found.raw)
 
     # --- adapters ---
@@ -162,109 +164,16 @@ class Router:
         return await self._change(request, self.admin.unload)
 
     async def _change(
-        self, request: web.Request, change: Callable[[dict[str, Any]], Coroutine[Any, Any, Answer]]
+        self, request: web.Request, change: Callable[[dict[str, Any], Tenant], Coroutine[Any, Any, Answer]]
     ) -> web.Response:
         """It goes on where the client leaves: half of it done would be remembered by nobody."""
-        task = asyncio.create_task(change(await self._read_change(request)))
+        body, tenant = await read_change(request, self.guard, self._budget), account_of(request).tenant
+        check_load(tenant, request.path, body)
+        task = asyncio.create_task(change(body, tenant))
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         answer = await asyncio.shield(task)
         return web.Response(body=answer.body, status=answer.status, headers=_plain_headers(answer.status))
-
-    async def _read_change(self, request: web.Request) -> dict[str, Any]:
-        self._check_may_change(request)
-        names = [name.lower() for name in request.headers]
-        has_key = bool(self.state.config.api_key)
-        reason = why_not_json(request.headers.get("Content-Type", ""), names, has_key=has_key)
-        if reason is not None:
-            raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
-        with self._budget.share() as share:
-            body = await read_body(request, self.state.config, share, MAX_ADMIN_BYTES)
-        try:
-            return require_object(msgspec.json.decode(body))
-        except NO_JSON as error:
-            raise not_json(error) from error
-
-    def _check_may_change(self, request: web.Request) -> None:
-        """Raises ApiError 403."""
-        config = self.state.config
-        if config.api_key:
-            return
-        headers = request.headers
-        host, origin = headers.get("Host", ""), headers.get("Origin")
-        reason = why_not_changed(request.remote, host, origin, config.host)
-        if reason is not None:
-            raise ApiError(403, reason, "PermissionDeniedError")
-
-    # --- instances ---
-
-    async def list_instances(self, request: web.Request) -> web.Response:
-        return json_response({"instances": [self._describe(u) for u in self.state.upstreams.values()]})
-
-    async def add_instance(self, request: web.Request) -> web.Response:
-        """Take a server in; one that was drained takes requests again."""
-        try:
-            config = InstanceConfig.of(await self._read_change(request))
-        except ConfigError as error:
-            raise ApiError(400, str(error)) from error
-        known = self.state.upstreams.get(config.instance_id)
-        if known is not None and known.config.url != config.url:
-            raise ApiError(
-                409, f"instance {config.instance_id!r} is another server, {known.config.url}", "Conflict"
-            )
-        if known is not None and not known.is_itself:
-            known.is_draining = known.is_removed = False
-            self.state.refresh_open(known)
-            return json_response(self._describe(known))
-        upstream = known or self.state.add_instance(config)
-        if known is None:
-            await self.monitor.take_in(upstream)
-        if upstream.is_itself:
-            upstream.is_draining = upstream.is_removed = True
-            raise ApiError(400, f"{config.url} is this router itself; an instance is a server")
-        return json_response(self._describe(upstream), 201)
-
-    async def drain_instance(self, request: web.Request) -> web.Response:
-        """No further requests; those that are there end in peace."""
-        return json_response(self._describe(self._drain(request)))
-
-    async def remove_instance(self, request: web.Request) -> web.Response:
-        """Drain it, and forget it once its last request has ended."""
-        upstream = self._drain(request)
-        upstream.is_removed = True
-        return json_response(self._describe(upstream), 202)
-
-    def _drain(self, request: web.Request) -> Upstream:
-        self._check_may_change(request)
-        instance_id = request.match_info["id"]
-        upstream = self.state.upstreams.get(instance_id)
-        if upstream is None:
-            known = ", ".join(self.state.upstreams) or "none"
-            raise ApiError(404, f"no instance {instance_id[:128]!r}; there are: {known}", "NotFoundError")
-        upstream.is_draining = True
-        self.state.refresh_open(upstream)
-        return upstream
-
-    def _describe(self, upstream: Upstream) -> dict[str, Any]:
-        snapshot = self.state.fleet.instance(upstream.instance_id)
-        requests = (*snapshot.running, *snapshot.waiting)
-        return {
-            "id": upstream.instance_id,
-            "url": upstream.config.url,
-            "kind": upstream.kind,
-            "is_alive": upstream.is_alive,
-            "is_draining": upstream.is_draining,
-            "num_in_flight": len(self.state.flights.on(upstream.instance_id)),
-            "num_running": len(snapshot.running),
-            "num_waiting": len(snapshot.waiting),
-            "ranks": sorted(request.rank for request in requests),
-            "adapters_on_device": sorted(snapshot.on_device),
-            "perf_model": {
-                "decode_form": snapshot.perf_model.decode_form,
-                "prefill_form": snapshot.perf_model.prefill_form,
-                "origin": snapshot.perf_model.origin,
-            },
-        }
 
     # --- itself ---
 
@@ -284,16 +193,16 @@ class Router:
         return web.Response(body=self.state.meters.render(), headers=headers)
 
 
-class Unauthorized(ApiError):
-    """A missing or wrong key; the body's `error` is a string, as clients of these servers know it."""
-
-    def __init__(self) -> None:
-        super().__init__(401, "Unauthorized")
-
-    def response(self, path: str = "") -> web.Response:
-        if path.startswith(replies.MESSAGES):
-            return super().response(path)
-        return json_response({"error": "Unauthorized"}, 401)
+@contextmanager
+def closing_place(account: Account, call: Call) -> Iterator[Place]:
+    """What a request takes of its tenant's limits; of the prompt's tokens an estimate. Raises Refusal 429."""
+    place = account.enter(1)
+    try:
+        if call.path not in TOKEN_PATHS:
+            account.take_tokens(call.prompt_tokens)
+        yield place
+    finally:
+        place.leave()
 
 
 def _plain_headers(status: int) -> dict[str, str]:
@@ -323,6 +232,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         await runner.setup()
         listener: asyncio.Server | None = None
         try:
+            router.guard.book.watch()
             await router.monitor.start()
             limits = {"head_timeout_s": config.head_timeout_s, "write_timeout_s": config.write_timeout_s}
             listener = await listen(runner, host=config.host, port=config.port, **limits)

@@ -8,6 +8,7 @@ import msgspec
 from toppings.cluster.router.replies import ApiError
 
 DEFAULT_MAX_TOKENS = 16  # of completions and /generate; chat has none
+BASE_MODEL = "__base_model__"
 MAX_NAME_LEN = 512
 """No model has a longer name; one that is asked for is not remembered."""
 SAMPLE_BYTES = 2**16
@@ -25,7 +26,11 @@ INFERENCE_PATHS = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`model` is None where the body names none: the base model. Prompt tokens are an estimate for text."""
+    """`model` is None where the body names none: the base model. Prompt tokens are an estimate for text.
+
+    `selectors` is all that a body of `/generate` names its adapter by. `wrong` says what of the body has a
+    type that keeps the rest from being read.
+    """
 
     path: str
     body: bytes
@@ -33,6 +38,8 @@ class Call:
     is_stream: bool = False
     prompt_tokens: int = 1
     max_tokens: int | None = None
+    selectors: tuple[str, ...] = ()
+    wrong: str = ""
 
 
 class _Body(msgspec.Struct):
@@ -69,8 +76,8 @@ def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
     """Raises ApiError 400 where the body is no JSON. Fields of a wrong type are the server's to refuse."""
     try:
         parsed = _decoder.decode(body)
-    except msgspec.ValidationError:
-        return Call(path, body)
+    except msgspec.ValidationError as error:
+        return Call(path, body, wrong=str(error))
     except NO_JSON as error:
         raise not_json(error) from error
     if path.startswith("/generate"):
@@ -107,16 +114,18 @@ def _asked(path: str, parsed: _Body) -> tuple[msgspec.Raw, int | None]:
 
 def _parse_generate(path: str, body: bytes, parsed: _Body, bytes_per_token: float) -> Call:
     parameters = parsed.parameters or {}
-    selectors = (parameters.get("adapter_id"), parsed.lora_dir, parsed.lora_id)
-    model = next((str(selector) for selector in selectors if selector is not None), None)
+    given = (parameters.get("adapter_id"), parsed.lora_dir, parsed.lora_id)
+    selectors = tuple(str(selector) for selector in given if selector is not None)
+    model = next(iter(selectors), None)
     max_tokens = parameters.get("max_new_tokens")
     return Call(
         path=path,
         body=body,
-        model=None if model == "__base_model__" or len(model or "") > MAX_NAME_LEN else model,
+        model=None if model == BASE_MODEL or len(model or "") > MAX_NAME_LEN else model,
         is_stream=path == "/generate_stream",
         prompt_tokens=_count_tokens(parsed.inputs, bytes_per_token),
         max_tokens=max_tokens if isinstance(max_tokens, int) else DEFAULT_MAX_TOKENS,
+        selectors=tuple(name for name in selectors if name != BASE_MODEL),
     )
 
 

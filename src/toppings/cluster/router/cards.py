@@ -22,6 +22,11 @@ class Card(msgspec.Struct):
     raw: msgspec.Raw = msgspec.Raw(b"null")  # not of the entry: set when it was read
 
     @property
+    def adapter(self) -> str | None:
+        """Its name where it is an adapter's; None for a base model."""
+        return self.id if self.parent else None
+
+    @property
     def path(self) -> str | None:
         """Where an adapter's files are, as its server knows it."""
         return self.root if self.parent and isinstance(self.root, str) else None

@@ -13,6 +13,7 @@ from toppings.cluster.router.calls import Call
 from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
+from toppings.tenants.account import Place
 
 MAX_MOVES = 3
 
@@ -22,10 +23,12 @@ class Flight:
     """`deadline` is set while it has no token yet: only then can it go elsewhere. `idle` is set while it
     waits for more of a stream that has begun; `heard_at` is when it began to wait, by the loop's clock.
     `num_tokens` is the length of its answer once that is whole. `tried` are the servers that gave it none.
+    `place` is what it takes of its tenant's limits.
     """
 
     call: Call
     request: RequestSnapshot
+    place: Place
     instance_id: str = ""
     deadline: asyncio.Timeout | None = None
     idle: asyncio.Timeout | None = None
@@ -67,7 +70,7 @@ class Flights:
         """Those that a server has."""
         return list(self._on.get(instance_id, {}).values())
 
-    def make(self, call: Call, adapter: AdapterInfo | None) -> Flight:
+    def make(self, call: Call, adapter: AdapterInfo | None, place: Place) -> Flight:
         """`adapter` is None where the call is for a base model."""
         self._num_made += 1
         request = RequestSnapshot(
@@ -78,7 +81,7 @@ class Flights:
             response_tokens=self._dispatcher.lengths.expected(call.max_tokens or np.inf),
             adapter_bytes=adapter.num_bytes if adapter else 0,
         )
-        return Flight(call, request)
+        return Flight(call, request, place)
 
     def place(self, flight: Flight, among: BoolArray) -> Choice | None:
         """Where it goes now, and counts until `end`. One that does not stream never shows its start: it
@@ -104,9 +107,11 @@ class Flights:
         """The first bytes of its answer are there."""
         if flight.call.is_stream:
             self._dispatcher.started(flight.request.request_id)
+        flight.place.start()
         self._meters.first_byte_seconds.observe(time.monotonic() - flight.received_at)
 
     def grow(self, flight: Flight, num_tokens: int) -> None:
+        flight.place.spend(num_tokens)
         self._dispatcher.grown(flight.request.request_id, num_tokens)
 
     def end(self, flight: Flight) -> None:

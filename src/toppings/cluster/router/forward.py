@@ -25,12 +25,13 @@ from toppings.cluster.router.answers import (
     read_start,
 )
 from toppings.cluster.router.flight import Flight
-from toppings.cluster.router.middlewares import request_id
+from toppings.cluster.router.middlewares import account_of, request_id
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
 from toppings.request_ids import REQUEST_ID
+from toppings.tenants.book import TENANT_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ async def _open(
             answer = await state.session.post(
                 _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
-                headers=_request_headers(http_request, settings.upstream_api_key),
+                headers=_request_headers(http_request, upstream),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
             )
@@ -196,6 +197,7 @@ def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole:
         raise AttemptError(reason, Failure.REFUSED, whole=whole)
     state.flights.start(flight)
     flight.num_tokens = num_generated or None
+    flight.place.spend(num_generated or 0)
     return whole.response()
 
 
@@ -295,13 +297,17 @@ def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
 
 
-def _request_headers(request: web.Request, upstream_api_key: str) -> CIMultiDict[str]:
-    """The client's own, with the id that its attempts have in common and the servers' key."""
-    kept = _end_to_end(request.headers)
+def _request_headers(request: web.Request, upstream: Upstream) -> CIMultiDict[str]:
+    """The client's own, with the id that its attempts have in common, the servers' key, and who asks. A
+    tenant's key is for this router alone."""
+    kept, tenant = _end_to_end(request.headers), account_of(request).tenant
     kept[REQUEST_ID] = request_id.get()
-    if upstream_api_key:
-        kept.popall("X-Api-Key", None)
-        kept["Authorization"] = f"Bearer {upstream_api_key}"
+    key = upstream.settings.upstream_api_key
+    for name in (TENANT_HEADER, *(("X-Api-Key", "Authorization") if key or tenant.name else ())):
+        kept.popall(name, None)
+    if key:
+        kept["Authorization"] = f"Bearer {key}"
+    kept.update(upstream.headers_for(tenant))
     return kept
 
 

@@ -8,9 +8,11 @@ from aiohttp import web
 from toppings.cluster.router.connections import watched
 from toppings.cluster.router.replies import json_response
 from toppings.request_ids import REQUEST_ID, request_id_of
+from toppings.tenants.account import Account
 
 request_id: ContextVar[str] = ContextVar("request_id")
 """Of the request that is being answered."""
+ACCOUNT = web.RequestKey("toppings.account", Account)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -22,8 +24,15 @@ async def identified(request: web.Request, handler: Handler) -> web.StreamRespon
 
 
 async def add_id(request: web.Request, response: web.StreamResponse) -> None:
-    """As the head of an answer leaves; what a server said of it stays."""
+    """As the head of an answer leaves; what a server said of it stays. A tenant is told what is left."""
     response.headers.setdefault(REQUEST_ID, request_id.get())
+    if ACCOUNT in request:
+        response.headers.update(account_of(request).headers())
+
+
+def account_of(request: web.Request) -> Account:
+    """Of whoever sent it, once it was admitted."""
+    return request[ACCOUNT]
 
 
 @web.middleware

@@ -5,6 +5,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from toppings.tenants.refusals import Refusal
+
 EVENT_STREAM = "text/event-stream"
 MAX_TOLD_LEN = 200
 
@@ -20,16 +22,28 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         headers: dict[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.kind, self.param, self.headers = status, kind, param, headers or {}
+        self.code = code
 
     def response(self, path: str = "") -> web.Response:
         """In the dialect of the route at `path`."""
+        body = error_body(self.status, str(self), self.kind, self.param, self.code)
         if path.startswith(MESSAGES):
-            return json_response(message_error(self.status, str(self)), self.status, self.headers)
-        return json_response(
-            error_body(self.status, str(self), self.kind, self.param), self.status, self.headers
+            body = message_error(self.status, str(self))
+        return json_response(body, self.status, self.headers)
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> "ApiError":
+        return cls(
+            refusal.status,
+            refusal.message,
+            refusal.kind,
+            param=refusal.param,
+            headers=refusal.headers,
+            code=refusal.code,
         )
 
 
@@ -37,8 +51,10 @@ MESSAGES = "/v1/messages"
 MESSAGE_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     503: "overloaded_error",
 }
 
@@ -49,8 +65,10 @@ def message_error(status: int, message: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+def error_body(
+    status: int, message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or status}}
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -74,7 +92,7 @@ def unavailable(message: str, retry_after_s: int) -> ApiError:
 def unknown_model(model: str, aliases: list[str]) -> ApiError:
     """A name of any length may have been asked for; its beginning is told."""
     told = model if len(model) <= MAX_TOLD_LEN else f"{model[:MAX_TOLD_LEN]}..."
-    known = f"{', '.join(aliases)} and what GET /v1/models lists"
+    known = " and ".join([*([", ".join(aliases)] if aliases else []), "what GET /v1/models lists"])
     text = f"The model `{told}` does not exist. Valid aliases: {known}."
     return ApiError(404, text, "NotFoundError", param="model")
 

@@ -89,6 +89,9 @@ class RouterConfig(Settings):
         "", f"bearer token asked of every route but health (empty: api_key_file, or ${KEY_VARIABLE})"
     )
     api_key_file: str = setting("", "file that holds it")
+    tenants_file: str = setting(
+        "", "YAML file of tenants, their rights, limits and keys; read anew when it has changed"
+    )
     upstream_api_key: str = setting(
         "",
         "bearer token sent to the servers (empty: upstream_api_key_file, or "

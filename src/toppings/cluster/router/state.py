@@ -22,6 +22,7 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.upstream import Upstream
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
 from toppings.cluster.warm_up import warm_up
+from toppings.tenants.account import Place
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,10 @@ class RouterState:
 
     # --- requests ---
 
-    def make_flight(self, call: Call) -> Flight:
+    def make_flight(self, call: Call, place: Place) -> Flight:
         is_adapter = call.model and self.is_adapter(call.model)
-        return self.flights.make(call, self.directory.get(call.model) if call.model and is_adapter else None)
+        adapter = self.directory.get(call.model) if call.model and is_adapter else None
+        return self.flights.make(call, adapter, place)
 
     def is_adapter(self, model: str) -> bool:
         """Whether a server lists it with a parent, or none lists it: it may then be known by another name."""

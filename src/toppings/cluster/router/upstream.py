@@ -13,6 +13,8 @@ from toppings.cluster.router.cards import Cards, read_cards
 from toppings.cluster.router.metrics_text import translate_metrics
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.open_files import is_out_of_files
+from toppings.tenants.book import ADMIN, TENANT_HEADER
+from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +100,25 @@ class Upstream:
     def serves(self, model: str | None) -> bool:
         return model is None or self.cards is None or model in self.cards
 
+    def headers_for(self, tenant: Tenant) -> dict[str, str]:
+        """What tells it who asks, where that is a tenant and it is one of ours."""
+        is_told = tenant.name and self.kind is Kind.TOPPINGS
+        return {TENANT_HEADER: tenant.to_header()} if is_told else {}
+
     # --- calls; all raise one of CALL_FAILURES where the server does not answer ---
 
     async def call(
-        self, method: str, path: str, body: object = None, timeout_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float | None = None,
+        *,
+        tenant: Tenant = ADMIN,
     ) -> Answer:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+        headers = self.headers_for(tenant)
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         if self.settings.upstream_api_key:
             headers["Authorization"] = f"Bearer {self.settings.upstream_api_key}"
         data = None if body is None else msgspec.json.encode(body)
@@ -115,13 +130,14 @@ class Upstream:
             body = await read_bounded(response, MAX_REPORT_BYTES)
             return Answer(response.status, body, response.headers.get(ROUTER_HEADER, ""))
 
-    async def change(self, path: str, body: object) -> Answer:
-        """A call that changes its adapters, of at most `admin_timeout_s`, or until it goes down."""
+    async def change(self, path: str, body: object, tenant: Tenant = ADMIN) -> Answer:
+        """A call of `tenant` that changes its adapters, of at most `admin_timeout_s`, or until it goes
+        down."""
         limit_s = self.settings.admin_timeout_s
         async with asyncio.timeout(limit_s) as wait:
             self.waits.add(wait)
             try:
-                return await self.call("POST", path, body, 2 * limit_s)
+                return await self.call("POST", path, body, 2 * limit_s, tenant=tenant)
             finally:
                 self.waits.discard(wait)
 

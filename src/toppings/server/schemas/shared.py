@@ -1,7 +1,5 @@
 """Refusals, and what several dialects' answers hold."""
 
-from typing import Literal
-
 from pydantic import BaseModel, Field
 
 
@@ -9,15 +7,13 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
-    code: int | str = Field(description="the status, or `context_length_exceeded`")
+    code: int | str | None = Field(
+        description="the status, or a word such as `context_length_exceeded`, `rate_limit_exceeded`"
+    )
 
 
 class Error(BaseModel):
     error: ErrorDetail
-
-
-class Unauthorized(BaseModel):
-    error: Literal["Unauthorized"]
 
 
 class PromptTokensDetails(BaseModel):

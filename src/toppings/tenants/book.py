@@ -1,0 +1,171 @@
+"""Who a request comes from: the tenants file as it is now, the administrator's key, and what a front says."""
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from weakref import ReferenceType, ref
+
+from toppings.bad_input import shown
+from toppings.settings import ConfigError
+from toppings.tenants.account import Account
+from toppings.tenants.file import TenantsFile, parse, read_text
+from toppings.tenants.keys import digest_of
+from toppings.tenants.refusals import Refusal, denied, unauthorized
+from toppings.tenants.tenant import Tenant
+
+logger = logging.getLogger(__name__)
+
+TENANT_HEADER = "X-Toppings-Tenant"
+"""Of a front to the servers behind it: `Tenant.to_header` of who asks."""
+RELOAD_S = 1.0
+MAX_DELEGATED = 4096
+ADMIN = Tenant(admin="on")
+
+
+class TenantBook:
+    """Without a file and without a key everybody is an administrator. Of the file, what was read last and
+    could be read counts. Used from one event loop; `reload` may be called from any thread. `clock`: seconds,
+    for the limits.
+
+    Raises ConfigError where the file cannot be read at first.
+    """
+
+    def __init__(
+        self, path: str = "", api_key: str = "", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path, self.clock = Path(path) if path else None, clock
+        self.asks_for_keys = bool(path or api_key)
+        self._admin = Account(ADMIN, self.now)
+        self._admin_digest = digest_of(api_key.encode()) if api_key else None
+        self._accounts: dict[str, Account] = {}
+        self._by_digest: dict[bytes, Account] = {}
+        self._delegated: dict[str, Account] = {}
+        self._secret = secrets.token_bytes(32)
+        self._mark: object = None
+        self._fill(TenantsFile())
+        if self._path is not None:
+            self._mark = _mark_of(self._path)
+            self._fill(parse(read_text(self._path), str(self._path)))
+
+    def now(self) -> float:
+        return self.clock()
+
+    @property
+    def accounts(self) -> Mapping[str, Account]:
+        """By tenants' names."""
+        return self._accounts
+
+    # --- who is it ---
+
+    def identify(self, authorization: bytes, plain: bytes, delegated: bytes | None = None) -> Account:
+        """Who sent the headers `Authorization` (as `Bearer KEY`), `X-Api-Key` and `TENANT_HEADER`.
+
+        Raises Refusal: 401 for a missing or wrong key, 400 or 403 for a tenant's header that is none or comes
+        from one who may not send it.
+        """
+        account = self._admin
+        if self.asks_for_keys:
+            scheme, _, bearer = authorization.strip().partition(b" ")
+            bearer = bearer.strip() if scheme.lower() == b"bearer" else b""
+            found = self._find(bearer) or self._find(plain.strip())
+            if found is None:
+                raise unauthorized(is_given=bool(authorization.strip() or plain.strip()))
+            account = found
+        return account if delegated is None else self._act_for(account, delegated)
+
+    def anybody(self) -> Account:
+        """Who asks where no key is asked for."""
+        return self._admin
+
+    def _find(self, key: bytes) -> Account | None:
+        return self._by_digest.get(digest_of(key)) if key else None
+
+    def _act_for(self, account: Account, header: bytes) -> Account:
+        """The tenant that a front names; its limits are the front's to hold."""
+        if not account.tenant.is_admin:
+            raise denied(f"the header {TENANT_HEADER} is for administrators' keys")
+        text = header.decode("latin-1")
+        found = self._delegated.get(text)
+        if found is None:
+            try:
+                found = Account(Tenant.from_header(text), self.now)
+            except ConfigError as error:
+                raise Refusal(400, f"the header {TENANT_HEADER} is {shown(text)!r}: {error}") from error
+            if len(self._delegated) >= MAX_DELEGATED:
+                del self._delegated[next(iter(self._delegated))]
+            self._delegated[text] = found
+        return found
+
+    def salt(self, tenant: Tenant, given: str | None) -> str | None:
+        """What keeps the cached blocks of a tenant's prompts apart from others': nobody else can name it."""
+        if not tenant.has_own_cache:
+            return given
+        text = f"{tenant.name}\0{'' if given is None else given}"
+        return blake2b(text.encode(), key=self._secret, digest_size=32).hexdigest()
+
+    # --- the file ---
+
+    def reload(self) -> bool:
+        """Whether the file has changed and was read. One that cannot be read leaves all as it was; the log
+        says so, once."""
+        if self._path is None:
+            return False
+        mark = _mark_of(self._path)
+        if mark == self._mark:
+            return False
+        self._mark = mark
+        try:
+            file = parse(read_text(self._path), str(self._path))
+        except ConfigError as error:
+            logger.error("the tenants stay as they were: %s", error)
+            return False
+        self._fill(file)
+        logger.info("%s is read anew: %d tenants, %d keys", self._path, len(file.tenants), len(file.keys))
+        return True
+
+    def watch(self) -> None:
+        """Read the file again, in a thread of its own, soon after it has changed; as long as the book is
+        there."""
+        if self._path is not None:
+            threading.Thread(target=_watch, args=(ref(self),), name="toppings-tenants", daemon=True).start()
+
+    def _fill(self, file: TenantsFile) -> None:
+        accounts = {}
+        for name, tenant in file.tenants.items():
+            account = accounts[name] = self._accounts.get(name) or Account(tenant, self.now)
+            account.tenant = tenant
+        for key in file.orphans:
+            logger.warning("key %s opens nothing: there is no tenant %r", key.id, key.tenant)
+        by_digest = {
+            bytes.fromhex(key.sha256): accounts[key.tenant] for key in file.keys if key.tenant in accounts
+        }
+        if self._admin_digest is not None:
+            by_digest[self._admin_digest] = self._admin
+        self._accounts, self._by_digest = accounts, by_digest
+
+
+def _mark_of(path: Path) -> object:
+    """Another one where the file is another; also where it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev
+
+
+def _watch(book: "ReferenceType[TenantBook]") -> None:
+    while True:
+        time.sleep(RELOAD_S)
+        found = book()
+        if found is None:
+            return
+        try:
+            found.reload()
+        except Exception:
+            logger.exception("the tenants file cannot be looked at")
+        del found

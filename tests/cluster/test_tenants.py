@@ -1,0 +1,216 @@
+"""Tenants at the router: keys, roles and limits are held there once, and servers are told who asks."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import Client, Start
+from tests.cluster.fakes import FakeServer
+from toppings.tenants.book import TENANT_HEADER
+from toppings.tenants.keys import digest_of
+from toppings.tenants.tenant import Tenant
+
+FILE = """\
+tenants:
+  user: {use: ["small"], see: ["large"], weight: 2}
+  loader: {load: ["mine-*"], load_from: ["/mine/*"], base_model: off}
+  limited: {use: ["*"], requests_per_minute: 3, tokens_per_minute: 100}
+keys:
+"""
+KEYS = {"user": "key-u", "loader": "key-l", "limited": "key-m"}
+ROLES = {"anonymous": None, "wrong": "wrong", **KEYS, "administrator": "the-one"}
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Path:
+    path = tmp_path / "tenants.yaml"
+    entries = [
+        f'- {{"id": "{name}", "tenant": "{name}", "sha256": "{digest_of(key.encode()).hex()}"}}\n'
+        for name, key in KEYS.items()
+    ]
+    path.write_text(FILE + "".join(entries))
+    return path
+
+
+class Fleet:
+    """A router with tenants over a Toppings server and one of vLLM."""
+
+    def __init__(self, client: Client, servers: list[FakeServer]) -> None:
+        self.client, self.servers = client, servers
+
+    async def ask(
+        self, role: str, method: str, path: str, body: object = None, **headers: str
+    ) -> tuple[int, str, dict[str, str]]:
+        key = ROLES[role]
+        given = {} if key is None else {"Authorization": f"Bearer {key}"}
+        async with self.client.call(method, path, body, headers={**given, **headers}) as reply:
+            return reply.status, await reply.text(), {k.lower(): v for k, v in reply.headers.items()}
+
+    async def status(self, role: str, path: str = "/v1/completions", **body: Any) -> int:
+        told = {"prompt": "hello", "max_tokens": 4, **body}
+        return (await self.ask(role, "POST", path, told))[0]
+
+
+@pytest.fixture
+async def fleet(tenants: Path, two_servers: Any, start_router: Start) -> AsyncIterator[Fleet]:
+    (first, url), (second, other) = two_servers
+    settings = {"api_key": "the-one", "upstream_api_key": "the-servers", "tenants_file": str(tenants)}
+    async with start_router(url, other, **settings) as client:
+        yield Fleet(client, [first, second])
+
+
+OPEN, ANY, LOADING, ADMIN = "open", "any key", "who may load it", "administrators"
+TENANT_POSTS = (
+    *("completions", "chat/completions", "responses", "messages", "messages/count_tokens", "embeddings"),
+    "score",
+)
+ACCESS = {
+    **dict.fromkeys((f"GET /{path}" for path in ("health", "healthz", "ready", "ping")), OPEN),
+    "POST /ping": OPEN,
+    **dict.fromkeys((f"POST /v1/{path}" for path in TENANT_POSTS), ANY),
+    **dict.fromkeys(
+        (f"POST /{path}" for path in ("score", "generate", "generate_stream", "tokenize", "detokenize")), ANY
+    ),
+    **dict.fromkeys(("GET /v1/models", "GET /v1/models/{name:.+}", "GET /version"), ANY),
+    **dict.fromkeys(("POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"), LOADING),
+    **dict.fromkeys(
+        ("GET /instances", "POST /instances", "POST /instances/{id}/drain", "DELETE /instances/{id}"), ADMIN
+    ),
+    "GET /metrics": ADMIN,
+}
+MAY = {
+    OPEN: set(ROLES),
+    ANY: {*KEYS, "administrator"},
+    LOADING: {"loader", "administrator"},
+    ADMIN: {"administrator"},
+}
+
+
+async def test_every_route_answers_whom_it_should(fleet: Fleet) -> None:
+    routes = {f"{route.method} {route.path}" for route in fleet.client.router.routes()}
+    assert {name for name in routes if not name.startswith("HEAD")} == ACCESS.keys()
+    account = fleet.client.router.guard.book.accounts["limited"]
+    account.tenant = Tenant(name="limited", use=("*",))
+    for role, key in ROLES.items():
+        told = {}
+        for operation in ACCESS:
+            method, _, path = operation.partition(" ")
+            path = path.replace("{name:.+}", "mine-x").replace("{id}", "nobody")
+            body = {"lora_name": "mine-x", "lora_path": "/mine/missing"} if "lora_adapter" in path else []
+            status, _, _ = await fleet.ask(role, method, path, body if method == "POST" else None)
+            told[operation] = status if status in (401, 403) else "let in"
+        refused = 401 if key in (None, "wrong") else 403
+        assert told == {name: "let in" if role in MAY[who] else refused for name, who in ACCESS.items()}, role
+
+
+async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        told = [await fleet.status("user", path, model=model) for model in ("base", "small", "large", "none")]
+        assert told == [200, 200, 403, 404]
+    told = [await fleet.status("loader", model=model) for model in ("base", "small", "mine-x", "none")]
+    assert told == [404] * 4
+    assert await fleet.status("loader") == 404
+    _, hidden, _ = await fleet.ask("loader", "POST", "/v1/completions", {"model": "small", "prompt": "x"})
+    _, unknown, _ = await fleet.ask("loader", "POST", "/v1/completions", {"model": "nobod", "prompt": "x"})
+    assert hidden.replace("small", "") == unknown.replace("nobod", "")
+    listed = json.loads((await fleet.ask("user", "GET", "/v1/models"))[1])["data"]
+    assert {card["id"] for card in listed} == {"base", "small", "large"}
+    assert json.loads((await fleet.ask("loader", "GET", "/v1/models"))[1])["data"] == []
+    assert (await fleet.ask("loader", "GET", "/v1/models/small"))[0] == 404
+    assert (await fleet.ask("user", "GET", "/v1/models/large"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "large", "stream": "yes"},
+        {"parameters": {"adapter_id": "large"}},
+        {"parameters": {"adapter_id": "small"}, "lora_dir": "large"},
+        {"parameters": {}, "lora_id": 2},
+    ],
+)
+async def test_no_odd_body_gets_a_model_that_is_not_the_tenants(fleet: Fleet, body: dict[str, Any]) -> None:
+    path = "/v1/completions" if "model" in body else "/generate"
+    status, _, _ = await fleet.ask("user", "POST", path, {"inputs": "x", "prompt": "x", **body})
+    assert status in (400, 403, 404)
+    assert [server.seen for server in fleet.servers] == [[], []]
+
+
+async def test_servers_are_told_who_asks_and_nothing_of_keys(fleet: Fleet) -> None:
+    for role in ("user", "administrator"):
+        for _ in range(2):
+            assert await fleet.status(role, model="small") == 200
+    toppings, vllm = (server.headers for server in fleet.servers)
+    assert toppings
+    assert {headers["authorization"] for headers in (*toppings, *vllm)} == {"Bearer the-servers"}
+    told = {headers.get(TENANT_HEADER.lower(), "") for headers in toppings}
+    assert told <= {"", Tenant(name="user", use=("small",), see=("large",), weight=2.0).to_header()}
+    assert not any(TENANT_HEADER.lower() in headers for headers in vllm)
+    spoof = {TENANT_HEADER: Tenant(name="user").to_header()}
+    body = {"model": "small", "prompt": "x"}
+    assert (await fleet.ask("limited", "POST", "/v1/completions", body, **spoof))[0] == 403
+    assert (await fleet.ask("administrator", "POST", "/v1/completions", body, **spoof))[0] == 404
+
+
+async def test_a_tenants_key_stays_with_the_router(
+    tenants: Path, two_servers: Any, start_router: Start
+) -> None:
+    (first, url), _ = two_servers
+    async with start_router(url, tenants_file=str(tenants)) as client:
+        assert await Fleet(client, [first]).status("user", model="small") == 200
+    assert not {"authorization", "x-api-key"} & first.headers[0].keys()
+    assert Tenant.from_header(first.headers[0][TENANT_HEADER.lower()]).name == "user"
+
+
+async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:
+    book = fleet.client.router.guard.book
+    now = book.now()
+    book.clock = lambda: now  # no limit recovers
+    body = {"model": "small", "prompt": "x" * 38, "max_tokens": 50}  # ten tokens, and fifty
+    status, _, headers = await fleet.ask("limited", "POST", "/v1/completions", body)
+    assert status == 200
+    assert headers["x-ratelimit-remaining-requests"] == "2"
+    assert book.accounts["limited"].headers()["x-ratelimit-remaining-tokens"] == "40"
+    status, _, _ = await fleet.ask("limited", "POST", "/v1/completions", {**body, "stream": True})
+    assert status == 200
+    status, text, headers = await fleet.ask("limited", "POST", "/v1/completions", body)
+    assert (status, json.loads(text)["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert json.loads(text)["error"]["type"] == "tokens"
+    assert int(headers["retry-after"]) >= 1
+    assert headers["x-ratelimit-remaining-tokens"] == "0"
+    status, text, _ = await fleet.ask("limited", "POST", "/v1/messages", {})
+    assert (status, json.loads(text)["error"]["type"]) == (429, "rate_limit_error")
+
+
+async def test_a_tenant_loads_its_own_on_all_servers(fleet: Fleet) -> None:
+    @asynccontextmanager
+    async def no_call() -> AsyncIterator[None]:
+        before = [len(server.admin_calls) for server in fleet.servers]
+        yield
+        assert [len(server.admin_calls) for server in fleet.servers] == before
+
+    async def change(what: str, name: str, path: str = "/mine/x") -> int:
+        body = {"lora_name": name, **({"lora_path": path} if what == "load" else {})}
+        return (await fleet.ask("loader", "POST", f"/v1/{what}_lora_adapter", body))[0]
+
+    async with no_call():
+        assert await change("load", "theirs") == 403
+        assert await change("load", "mine-x", "/mine/../theirs/x") == 403
+        assert await change("unload", "small") == 403
+    assert await change("load", "mine-x") == 200
+    header = fleet.servers[0].headers[-1][TENANT_HEADER.lower()]
+    assert Tenant.from_header(header).name == "loader"
+    assert all("mine-x" in server.adapters for server in fleet.servers)
+    assert await fleet.status("loader", model="mine-x") == 200
+    assert await change("unload", "mine-x") == 200
+
+
+async def test_a_changed_file_counts_without_a_restart(fleet: Fleet, tenants: Path) -> None:
+    assert await fleet.status("user", model="large") == 403
+    tenants.write_text(tenants.read_text().replace('use: ["small"]', 'use: ["small", "large"]'))
+    fleet.client.router.guard.book.reload()
+    assert await fleet.status("user", model="large") == 200
