@@ -71,8 +71,8 @@ TOY = replace(
     num_servers=2,
     num_adapters=40,
 )
-SUDDEN_RATE = 24.0
-"""Requests/s of the studies of what comes suddenly: three quarters of what the fleet can take."""
+SUDDEN_RATE = 20.0
+"""Requests/s of the studies of what comes suddenly: what is left when one of eight dies can take that."""
 SUDDEN_PAIRS = tuple(
     (name, "rank_aware_residency") for name in ("none", "static_k", "shuffle_shard", "adaptive")
 )

@@ -128,6 +128,7 @@ async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> N
     "body",
     [
         {"model": "large", "stream": "yes"},
+        {"model": "large" * 10_000},
         {"parameters": {"adapter_id": "large"}},
         {"parameters": {"adapter_id": "small"}, "lora_dir": "large"},
         {"parameters": {}, "lora_id": 2},
@@ -135,8 +136,9 @@ async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> N
 )
 async def test_no_odd_body_gets_a_model_that_is_not_the_tenants(fleet: Fleet, body: dict[str, Any]) -> None:
     path = "/v1/completions" if "model" in body else "/generate"
-    status, _, _ = await fleet.ask("user", "POST", path, {"inputs": "x", "prompt": "x", **body})
+    status, text, _ = await fleet.ask("user", "POST", path, {"inputs": "x", "prompt": "x", **body})
     assert status in (400, 403, 404)
+    assert len(text) < 1000
     assert [server.seen for server in fleet.servers] == [[], []]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import APIRouter
 
 from tests.server.conftest import Server
 from toppings.request_ids import REQUEST_ID
@@ -131,6 +132,15 @@ async def test_every_route_answers_whom_it_should(server: Server, role: str) -> 
         told[operation] = reply.status_code if reply.status_code in (401, 403) else "let in"
     refused = 401 if ROLES[role] in (None, "wrong") else 403
     assert told == {name: "let in" if role in MAY[who] else refused for name, (who, _) in ACCESS.items()}
+
+
+async def test_a_route_that_is_added_later_is_for_administrators(server: Server) -> None:
+    """As those are that Ray's front has beside the server's."""
+    more = APIRouter()
+    more.add_api_route("/replicas", lambda: {"replicas": []})
+    server.app.include_router(more)
+    replies = [(await ask(server, role, "GET", "/replicas")).status_code for role in ROLES]
+    assert replies == [401, 401, 403, 403, 403, 200, 200]
 
 
 @pytest.mark.parametrize("operation", [name for name, (who, _) in ACCESS.items() if who == LOADING])

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
+from toppings.bad_input import shown
+
 INVALID, DENIED = "invalid_request_error", "insufficient_permissions"
 RATE_LIMITED = "rate_limit_exceeded"
+MAX_MESSAGE_CHARS = 2000
 
 
 @dataclass
@@ -18,22 +21,23 @@ class Refusal(Exception):
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Names come from requests, and may be of any length."""
+        self.message = shown(self.message, MAX_MESSAGE_CHARS)
+
     def __str__(self) -> str:
         return self.message
 
 
 def unauthorized(*, is_given: bool) -> Refusal:
     """Neither the key nor a part of it is repeated."""
-    message, code = (
-        ("Incorrect API key provided.", "invalid_api_key")
-        if is_given
-        else (
+    message = "Incorrect API key provided."
+    if not is_given:
+        message = (
             "You didn't provide an API key. Send it in the header Authorization, as `Bearer KEY`, or in"
-            " X-Api-Key.",
-            None,
+            " X-Api-Key."
         )
-    )
-    return Refusal(401, message, code=code, headers={"WWW-Authenticate": "Bearer"})
+    return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def denied(what: str) -> Refusal:

@@ -8,7 +8,7 @@ from aiohttp import web
 from toppings.access import why_not_changed, why_not_json
 from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD
-from toppings.cluster.router.calls import INFERENCE_PATHS, Call
+from toppings.cluster.router.calls import INFERENCE_PATHS, MAX_NAME_LEN, Call
 from toppings.cluster.router.middlewares import ACCOUNT
 from toppings.cluster.router.replies import ApiError
 from toppings.cluster.router.settings import RouterConfig
@@ -74,6 +74,8 @@ def check_use(tenant: Tenant, call: Call, bases: list[str]) -> None:
         raise ApiError(400, f"1 validation error:\n  body: {call.wrong}", "Bad Request")
     for name in call.selectors or (call.model,):
         adapter = None if name in bases else name
+        if len(name or "") > MAX_NAME_LEN:
+            raise replies.unknown_model(name or "", bases if tenant.may_see(None) else [])
         if not tenant.may_use(adapter):
             told = name or "the base model"
             if tenant.may_see(adapter):
@@ -85,7 +87,7 @@ def check_load(tenant: Tenant, path: str, body: dict[str, Any]) -> None:
     """Raises Refusal 403 for an adapter that is not the tenant's to load or unload, and for a place that it
     may not load from; servers check that again with links followed."""
     name, place = str(body.get("lora_name")), str(body.get("lora_path"))
-    if not tenant.may_load(name):
+    if len(name) > MAX_NAME_LEN or not tenant.may_load(name):
         raise denied(f"tenant `{tenant.name}` may not load or unload adapter `{name}`")
     place = os.path.normpath(place) if place.startswith("/") else place
     if path == LOAD and not tenant.may_load_from(place):
