@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from toppings.engine.faults import FollowerLostError
+from toppings.ops.device_faults import FollowerLostError
 
 from tests.engine.driver import drive
 from tests.engine.oracle import make_model, make_prompt

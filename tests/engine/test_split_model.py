@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from toppings.engine.faults import FollowerLostError
+from toppings.ops.device_faults import FollowerLostError
 
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens

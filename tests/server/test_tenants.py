@@ -102,6 +102,7 @@ ACCESS: dict[str, tuple[str, dict[str, Any] | None]] = {
         ("POST /v1/unload_lora_adapter", "POST /unload_lora_adapter"), (LOADING, {"lora_name": "mine-x"})
     ),
     **dict.fromkeys(("POST /adapters/{name:path}/pin", "DELETE /adapters/{name:path}/pin"), (ADMIN, None)),
+    "POST /adapters/{name:path}/prefetch": (ADMIN, None),
     **dict.fromkeys(("GET /stats", "GET /metrics"), (ADMIN, None)),
 }
 MAY = {

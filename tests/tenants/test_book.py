@@ -162,7 +162,7 @@ def test_a_broken_file_leaves_all_as_it_was_and_says_so_once(
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "stay as they were" in caplog.text
         assert name_of(book, key.text) == "search"
-    path.write_text(good.replace("600", "7"))
+    path.write_text(good.replace("minute: 600", "minute: 7"))
     assert book.reload()
     assert book.accounts["search"].tenant.requests_per_minute == 7
     with pytest.raises(ConfigError, match="cannot read tenants_file"):
@@ -174,7 +174,7 @@ def test_what_was_used_outlives_a_change_of_the_file(path: Path) -> None:
     book = TenantBook(str(path))
     account = book.identify(bearer(key.text), b"")
     account.take_request()
-    path.write_text(path.read_text().replace("600", "601"))
+    path.write_text(path.read_text().replace("minute: 600", "minute: 601"))
     assert book.reload()
     assert book.identify(bearer(key.text), b"") is account
     assert account.headers()["x-ratelimit-limit-requests"] == "601"
