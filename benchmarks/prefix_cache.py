@@ -294,6 +294,9 @@ class NoAdapters:
     def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
         return Admission.READY
 
+    def load_tokens(self, adapter_id: int) -> float:
+        return 0.0
+
     def victims_for(self, adapter_id: int) -> list[int]:
         return []
 

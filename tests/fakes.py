@@ -36,6 +36,7 @@ class Call:
     cache_salt: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    priority: int = 0
     num_sent: int = 0
     has_ended: bool = False
     was_aborted: bool = False
@@ -119,9 +120,18 @@ class FakeEngineClient:
         cache_salt: str | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check_alive()
-        call = Call(prompt_token_ids, sampling, adapter_id, cache_salt, tenant=tenant, weight=weight)
+        call = Call(
+            prompt_token_ids,
+            sampling,
+            adapter_id,
+            cache_salt,
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
+        )
         self.calls.append(call)
         self.num_pending += 1
         try:

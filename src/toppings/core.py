@@ -61,7 +61,9 @@ class Request:
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant` is who asks ("": nobody in particular), and `weight` that tenant's share where several wait.
+    `tenant` is who asks ("": nobody in particular), and `weight` that tenant's share where several wait; of a
+    lower `priority` is earlier, where the scheduling policy looks at it. It `has_yielded` where it was
+    preempted for another tenant or adapter; it will not be again.
     """
 
     request_id: str
@@ -81,6 +83,8 @@ class Request:
     adapter_start: int = 0
     tenant: str = ""
     weight: float = 1.0
+    priority: int = 0
+    has_yielded: bool = False
 
     @property
     def num_tokens(self) -> int:

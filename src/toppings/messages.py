@@ -16,8 +16,8 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """`cache_salt`, `is_cacheable`, `tenant`, `weight`: as of `Request`. Raises RequestError for a salt that
-    `check_salt` refuses."""
+    """`cache_salt`, `is_cacheable`, `tenant`, `weight`, `priority`: as of `Request`. Raises RequestError for
+    a salt that `check_salt` refuses."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -27,6 +27,7 @@ class AddRequest:
     is_cacheable: bool = True
     tenant: str = ""
     weight: float = 1.0
+    priority: int = 0
 
     def __post_init__(self) -> None:
         check_salt(self.cache_salt)

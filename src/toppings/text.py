@@ -356,6 +356,7 @@ class TokenSource(Protocol):
         cache_salt: str | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
 
@@ -436,6 +437,7 @@ async def generate_text(
     cache_salt: str | None = None,
     tenant: str = "",
     weight: float = 1.0,
+    priority: int = 0,
 ) -> AsyncGenerator[TextOutput, None]:
     """Text as the engine makes it; the last output has a finish reason. Closing it aborts the request.
 
@@ -453,6 +455,7 @@ async def generate_text(
         cache_salt=cache_salt,
         tenant=tenant,
         weight=weight,
+        priority=priority,
     )
     async with aclosing(outputs):
         async for output in outputs:

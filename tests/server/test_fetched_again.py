@@ -36,6 +36,7 @@ class ReadingEngine(FakeEngineClient):
         cache_salt: str | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         try:
             if self.registry is not None and adapter_id is not None:

@@ -32,6 +32,10 @@ class AssistMode(PipelinedMode, ABC):
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         return self.plan(layout, num_tokens).order
 
+    def load_tokens(self, layout: AdapterLayout) -> float:
+        assert self._profile is not None, "the mode was not calibrated"
+        return self._profile.load_tokens(layout.num_bytes, layout.num_layers)
+
 
 class CpuAssistedMode(AssistMode):
     """Published behaviour: whatever has not landed when it is reached is computed on the CPU."""

@@ -140,6 +140,7 @@ class EngineClient:
         cache_salt: str | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as the engine draws tokens; closing the iterator early aborts the request. With a
         `cache_salt`, its tokens are shared with requests of the same salt only. `tenant` and `weight`: as of
@@ -160,6 +161,7 @@ class EngineClient:
             cache_salt,
             tenant=tenant,
             weight=weight,
+            priority=priority,
         )
         send = life.prepare(message)
         stream = self._streams[request_id] = asyncio.Queue()

@@ -127,6 +127,7 @@ class Engine:
             is_cacheable=message.is_cacheable and not message.sampling.reads_prompt,
             tenant=message.tenant,
             weight=message.weight,
+            priority=message.priority,
         )
         try:
             if message.request_id in self._progress:

@@ -142,6 +142,7 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         cache_salt=body.cache_salt,
+        priority=body.priority or 0,
         started_at=started_at,
         new_parser=reading.new_parser,
         shows_reasoning=body.include_reasoning is not False,

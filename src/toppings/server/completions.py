@@ -60,6 +60,7 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
         num_choices=body.num_drawn,
         include_stop=bool(body.include_stop_str_in_output),
         cache_salt=body.cache_salt,
+        priority=body.priority or 0,
         started_at=started_at,
     )
 

@@ -58,11 +58,16 @@ class Job:
     shown: Mapping[int, str] | None = None
     """Special tokens that are text all the same, by their ids."""
     cache_salt: str | None = None
+    priority: int = 0
     num_cached_tokens: int = 0
     started_at: float = field(default_factory=time.perf_counter)
     timers: list[RequestTimer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        policy = self.state.config.engine.scheduling_policy
+        if self.priority and policy != "priority":
+            message = f"priority is {self.priority}, but this server's scheduling_policy is {policy!r}"
+            raise ApiError(400, f"{message}; leave it out", param="priority")
         for prompt in self.prompts:
             check_prompt(self.state, prompt, self.sampling.max_tokens)
         sampling = self.sampling
@@ -161,6 +166,7 @@ class Job:
             include_stop=self.include_stop,
             shown=self.shown,
             cache_salt=self.cache_salt,
+            priority=self.priority,
         )
 
     def _sampling_of(self, choice: int) -> SamplingParams:

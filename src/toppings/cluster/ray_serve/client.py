@@ -93,6 +93,7 @@ class ReplicaClient:
         cache_salt: str | None = None,
         tenant: str = "",
         weight: float = 1.0,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as a replica's engine draws tokens; closing the iterator early aborts the request.
 
@@ -115,6 +116,7 @@ class ReplicaClient:
             cache_salt=cache_salt,
             tenant=tenant,
             weight=weight,
+            priority=priority,
         )
         num_tokens = 0
         self.num_pending += 1

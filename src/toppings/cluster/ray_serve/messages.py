@@ -59,6 +59,7 @@ class Call:
     cache_salt: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    priority: int = 0
 
     @property
     def origin(self) -> str:

@@ -87,6 +87,7 @@ class EngineReplica:
                 cache_salt=call.cache_salt,
                 tenant=call.tenant,
                 weight=call.weight,
+                priority=call.priority,
             )
             paced_outputs = paced(outputs, self._period_s)
             async with aclosing(with_signs_of_life(paced_outputs, SIGN_PERIOD_S)) as messages:
