@@ -297,6 +297,9 @@ class NoAdapters:
     def may_acquire(self, adapter_id: int) -> bool:
         return True
 
+    def load_tokens(self, adapter_id: int) -> float:
+        return 0.0
+
     def victims_for(self, adapter_id: int) -> list[int]:
         return []
 

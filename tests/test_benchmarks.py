@@ -94,7 +94,21 @@ def check_structured_output(result: Result) -> None:
     assert result["throughput"]["ratio"] > 0
 
 
+def check_fairness(result: Result) -> None:
+    shares = {
+        name: [next(iter(run[policy]["served_share"].values())) for policy in ("fair", "fcfs")]
+        for name, run in result["simulated"].items()
+    }
+    fair, fcfs = shares["both overloaded"]
+    assert abs(fair - 0.5) < 0.03 < abs(fcfs - 0.5)
+    fair, fcfs = shares["weights 1 and 3"]
+    assert abs(fair - 0.25) < 0.03 < abs(fcfs - 0.25)
+    assert result["engine"]["throughput_ratio"] > 0
+    assert len(result["engine"]["fair"]["ttft_ms"]) == 2
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "fairness": check_fairness,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,

@@ -21,6 +21,7 @@ __all__ = [
 MODES = ("cached", "on_demand", "pipelined", "cpu_assisted", "cpu_shrink", "auto")
 CPU_MODES = ("cpu_assisted", "cpu_shrink")
 EVICTION_POLICIES = ("value", "lru")
+SCHEDULING_POLICIES = ("fair", "fcfs", "priority")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = ("none", "int8", "int4")
 DEVICES = ("cpu", "cuda")
@@ -118,6 +119,13 @@ class EngineConfig(Settings):
     host_store_bytes: int = setting(2 * 2**30, "bound of the adapters kept in host memory", at_least=1)
     device_pool_bytes: int = setting(512 * 2**20, "bound of the adapters kept on the device", at_least=1)
     eviction: str = setting("value", "which adapter leaves first", choices=EVICTION_POLICIES)
+    scheduling_policy: str = setting(
+        "fair",
+        "whose turn it is: tokens are shared among tenants by their weights, and each tenant's among its"
+        " adapters (fair), requests with a lower priority first, then fair (priority), or first come first"
+        " served (fcfs)",
+        choices=SCHEDULING_POLICIES,
+    )
     max_adapter_wait_s: float = setting(
         1.0,
         "a request waits this long for room for its adapter before running ones are drained for it",

@@ -88,7 +88,8 @@ class Request:
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant`, `weight` and `priority`: as of `Standing`.
+    `tenant`, `weight` and `priority`: as of `Standing`. It `has_yielded` where it was preempted for another
+    tenant or adapter; it will not be again.
     """
 
     request_id: str
@@ -110,6 +111,7 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    has_yielded: bool = False
 
     @property
     def num_tokens(self) -> int:

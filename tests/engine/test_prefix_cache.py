@@ -353,7 +353,7 @@ def test_pages_are_right_under_random_loads_with_few_of_them() -> None:
         if rng.random() < 0.05 and (live := list(cache.scheduler.requests())):
             cache.scheduler.finish(rng.choice(live))
         cache.step(number * 0.01, finish_at=6, fails=rng.random() < 0.02)
-    for number in range(700, 2000):
+    for number in range(700, 5000):
         cache.step(number * 0.01, finish_at=6)
     scheduler = cache.scheduler
     assert not list(scheduler.requests())

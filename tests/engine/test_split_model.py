@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from toppings.ops.device_faults import FollowerLostError
 
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
@@ -27,6 +26,7 @@ from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.heartbeat import open_lifeline
+from toppings.ops.device_faults import FollowerLostError
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.synth import write_tokenizer
 

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -361,6 +362,23 @@ async def test_usage_tells_what_of_each_prompt_was_cached(server: Server, route:
     assert stream[-1]["usage"] == whole
     whole.pop("completion_tokens_details", None)  # counted at the end alone
     assert stream[-2]["usage"] == whole
+
+
+@pytest.mark.parametrize("policy", ["fair", "priority"])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+async def test_a_priority_goes_to_the_engine_where_the_policy_looks_at_it(
+    server: Server, route: str, policy: str
+) -> None:
+    state = server.state
+    state.config = replace(state.config, engine=replace(state.config.engine, scheduling_policy=policy))
+    prompt = {"prompt": "a"} if route == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    body = {"model": "base", "max_tokens": 3, "priority": -2, **prompt}
+    reply = await server.http.post(f"/v1/{route}", json=body)
+    if policy == "priority":
+        assert [call.standing.priority for call in server.engine.calls] == [-2]
+    else:
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "priority"
 
 
 @pytest.mark.parametrize("salt", ["", "x" * 1025, 7])

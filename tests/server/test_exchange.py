@@ -76,7 +76,7 @@ async def test_each_is_warned_of_once_and_so_many_at_most(
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/completions", {**COMPLETION, "priority": 3}),
+        ("/v1/completions", {**COMPLETION, "length_penalty": 3}),
         ("/v1/completions", {**COMPLETION, "use_beam_search": True}),
         ("/v1/completions", {**COMPLETION, "max_completion_tokens": 3}),
         ("/v1/chat/completions", {**CHAT, "lora_path": "a"}),

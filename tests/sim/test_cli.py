@@ -65,6 +65,21 @@ def test_what_a_user_did_wrong_is_said(arguments: tuple[str, ...], reason: str) 
         CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
+def test_tenants_of_a_trace_are_told_apart(tmp_path: Path) -> None:
+    rows = "".join(f"{i / 100},a,8,200,40,{'flood' if i % 10 else 'guest'},1\n" for i in range(300))
+    head = "arrival_s,adapter,rank,prompt_tokens,response_tokens,tenant,weight"
+    (tmp_path / "t.csv").write_text(f"{head}\n{rows}")
+    means = {}
+    for policy in ("fair", "fcfs"):
+        options = ["--policies", "first_fit", "--max-num-seqs", "4", "--scheduling-policy", policy]
+        result = json.loads(run("simulate", "--trace", str(tmp_path / "t.csv"), "--json", *options))
+        tenants = {each["name"]: each for each in result["runs"][0]["tenants"]}
+        assert {name: each["num_ended"] for name, each in tenants.items()} == {"guest": 30, "flood": 270}
+        means[policy] = tenants["guest"]["ttft_ms"]["mean"]
+    assert means["fair"] < means["fcfs"] / 3
+    assert "guest" in run("simulate", "--trace", str(tmp_path / "t.csv"), "--policies", "first_fit")
+
+
 def test_figures_are_written_with_the_numbers_behind_them(tmp_path: Path) -> None:
     run("simulate", *SMALL, "--policies", "random", "--figures", str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}

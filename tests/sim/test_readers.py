@@ -1,15 +1,17 @@
 """Each published format is read, recognized, and a bad row is named by file and line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.sim.builders import make_trace
 from toppings.sim.assign import TraceOptions
 from toppings.sim.readers import detect_format, load_trace
 from toppings.sim.readers.azure_functions_2019 import read_counts
 from toppings.sim.synth.workload import Workload
-from toppings.sim.trace import TraceError, write_trace
+from toppings.sim.trace import Tenants, TraceError, write_trace
 
 MINUTES = 5
 FUNCTIONS_2019 = "HashOwner,HashApp,HashFunction,Trigger," + ",".join(str(m + 1) for m in range(MINUTES))
@@ -71,6 +73,25 @@ def test_a_written_trace_is_read_back_the_same(tmp_path: Path) -> None:
     assert again.ranks[again.adapters].tolist() == trace.ranks[trace.adapters].tolist()
     names = [trace.adapter_names[a] for a in trace.adapters]
     assert [again.adapter_names[a] for a in again.adapters] == names
+
+
+def test_a_written_trace_keeps_its_tenants(tmp_path: Path) -> None:
+    trace = make_trace([0.0, 1.0, 2.0])
+    trace = replace(trace, tenants=Tenants(np.array([0, 1, 0], dtype=np.int32), ("a", "b"), (1.0, 2.5)))
+    write_trace(trace, tmp_path / "t.csv")
+    read = load_trace(tmp_path / "t.csv")
+    assert read.tenants is not None
+    assert read.tenants.indices.tolist() == [0, 1, 0]
+    assert (list(read.tenants.names), list(read.tenants.weights)) == (["a", "b"], [1.0, 2.5])
+
+
+@pytest.mark.parametrize(("weight", "reason"), [("0", "must be above 0"), ("2", "another weight")])
+def test_a_tenant_has_one_weight_above_0(tmp_path: Path, weight: str, reason: str) -> None:
+    path = tmp_path / "t.csv"
+    head = "arrival_s,adapter,rank,prompt_tokens,response_tokens,tenant,weight"
+    path.write_text(f"{head}\n0,x,8,1,1,a,1\n1,x,8,1,1,a,{weight}\n")
+    with pytest.raises(TraceError, match=reason):
+        load_trace(path)
 
 
 def test_azure_functions_2019_counts_fall_into_their_minutes(tmp_path: Path) -> None:

@@ -99,10 +99,17 @@ class VirtualLoader:
         self, source: LoadSource, offsets_bytes: list[int], order: LoadOrder | None = None
     ) -> VirtualHandle:
         begin_ns = max(self._clock.now_ns, self.free_ns)
-        load_ns = round(self._model.load_ms(source.layout.num_bytes, is_on_host=True) * NS_PER_MS)
+        load_ns = self.load_ns(source.layout.num_bytes)
         self.free_ns = begin_ns + load_ns
         landed = [begin_ns + load_ns * (layer + 1) / NUM_LAYERS for layer in range(NUM_LAYERS)]
         return VirtualHandle(source, order or by_layer(range(NUM_LAYERS)), self._clock, landed)
+
+    def load_ns(self, num_bytes: int) -> int:
+        return round(self._model.load_ms(num_bytes, is_on_host=True) * NS_PER_MS)
+
+    def load_tokens(self, num_bytes: int) -> float:
+        token_ms = self._model.prefill.coefficients["tokens"]
+        return self.load_ns(num_bytes) / NS_PER_MS / token_ms
 
     def part_of(self, entry: LoadSource) -> LoadSource:
         return entry
@@ -210,6 +217,7 @@ def virtual_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
         max_adapter_wait_s=config.max_adapter_wait_s,
+        scheduling_policy=config.scheduling_policy,
     )
     mode, loader = make_mode(config.mode), VirtualLoader(clock, config.perf_model)
     with pytest.MonkeyPatch.context() as patch:
@@ -219,6 +227,12 @@ def virtual_engine(
         adapters = AdapterManager(registry, settings, mode)
         runner: Any = VirtualRunner(clock, config.perf_model, adapters, mode)
         adapters.start()
+        token_ms = config.perf_model.prefill.coefficients["tokens"]
+        patch.setattr(
+            adapters,
+            "load_tokens",
+            lambda a: loader.load_ns(registry.get_by_id(a).num_bytes) / NS_PER_MS / token_ms,
+        )
         clock.now_ns = loader.free_ns = 0.0
         preload_host(adapters, registry.live_ids())
         info = EngineReady("virtual", config.max_model_len, config.max_num_seqs, 512, PAGE_SIZE, 0, 0, 0)

@@ -139,6 +139,10 @@ class AdapterManager:
         self._tier.release(self._tier.residents[adapter_id])
         self._requeue_pin(adapter_id)
 
+    def load_tokens(self, adapter_id: int) -> float:
+        """What the load of an adapter that has its room costs, in tokens of prompts."""
+        return self._mode.load_tokens(self._tier.residents[adapter_id].entry.layout)
+
     def victims_for(self, adapter_id: int) -> list[int]:
         """Adapters in use, least valuable first, no more than needed, whose end would make room for it.
 

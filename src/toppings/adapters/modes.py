@@ -21,6 +21,10 @@ class LoadingMode(Protocol):
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         """In what order the adapter's blocks should travel for a prefill of `num_tokens`."""
 
+    def load_tokens(self, layout: AdapterLayout) -> float:
+        """How many tokens of a prompt the device computes in the time that the adapter travels; 0 where
+        nothing was measured."""
+
 
 class OnDemandMode:
     """The whole adapter is there before the forward begins."""
@@ -33,6 +37,9 @@ class OnDemandMode:
 
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         return by_layer(range(layout.num_layers))
+
+    def load_tokens(self, layout: AdapterLayout) -> float:
+        return 0.0
 
 
 class CachedMode(OnDemandMode):
@@ -53,6 +60,9 @@ class PipelinedMode:
 
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         return by_layer(range(layout.num_layers))
+
+    def load_tokens(self, layout: AdapterLayout) -> float:
+        return 0.0
 
 
 LOADING_MODES: dict[str, type[LoadingMode]] = {

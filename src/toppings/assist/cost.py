@@ -73,6 +73,12 @@ class CostProfile:
         (t0, ms0), (t1, ms1) = points[i - 1], points[i]
         return max(min(ms0, ms1) * 0.5, ms0 + (ms1 - ms0) * (num_tokens - t0) / (t1 - t0))
 
+    def load_tokens(self, num_bytes: int, num_layers: int) -> float:
+        """Tokens of a long prompt that the device computes while an adapter travels, layer by layer."""
+        num_tokens, layer_ms = self.layer_ms[-1]
+        load_ms = num_layers * self.copy_ms + num_bytes / (self.link_gbps * 1e6)
+        return load_ms * num_tokens / (layer_ms * num_layers) if layer_ms > 0 else 0.0
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 

@@ -35,6 +35,10 @@ class AssistMode(PipelinedMode, ABC):
             return super().load_order(layout, num_tokens)
         return self.plan(layout, num_tokens).order
 
+    def load_tokens(self, layout: AdapterLayout) -> float:
+        assert self._profile is not None, "the mode was not calibrated"
+        return self._profile.load_tokens(layout.num_bytes, layout.num_layers)
+
 
 class CpuAssistedMode(AssistMode):
     """Published behaviour: whatever has not landed when it is reached is computed on the CPU."""

@@ -292,6 +292,7 @@ def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         max_adapter_wait_s=config.max_adapter_wait_s,
+        scheduling_policy=config.scheduling_policy,
     )
     return limits, min(num_pages, config.max_num_seqs * pages_for(max_model_len, config.page_size))
 

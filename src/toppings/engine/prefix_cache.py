@@ -96,9 +96,9 @@ class PrefixCache:
     def _num_useful(self, request: Request) -> int:
         return min(len(request.block_hashes), (request.num_tokens - 1) // self._page_size)
 
-    def _turn(self, request: Request) -> float:
+    def _turn(self, request: Request) -> tuple[int, float]:
         share = self.num_found(request) * self._page_size / request.num_tokens
-        return request.arrived_at - MAX_LEAD_S * share
+        return request.priority, request.arrived_at - MAX_LEAD_S * share
 
     def _next_block(self, item: BatchItem) -> BlockHash | None:
         """The first one that the item's tokens belong to."""

@@ -14,54 +14,35 @@ What it computed may stay in pages that it gives back (`prefix_cache.py`): whoev
 tokens, itself as well, computes the rest.
 """
 
-from collections import deque
+import math
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 from toppings.bad_input import RequestError
-from toppings.core import Admission, Batch, BatchItem, Request
+from toppings.core import Admission, Batch, Request
+from toppings.engine.adapter_placement import AdapterPlacement
+from toppings.engine.fair_queue import FairQueue
+from toppings.engine.making_room import last_of, victims_for
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames, PrefixCache
+from toppings.engine.step_plan import StepPlan
 
 MAX_LOOKED_AT = 32
 """Waiting requests whose adapters are asked for between steps; where there are more, one may find its own."""
 
 
-class AdapterPlacement(Protocol):
-    """What the scheduler asks of whoever places adapters: the engine's manager, or a simulated one."""
-
-    def prefetch(self, adapter_id: int) -> None:
-        """A request for it was queued: begin to read it from disk, without blocking."""
-
-    def holds(self, adapter_id: int) -> bool:
-        """True where it has its room on the device already, whether its load is done or not."""
-
-    def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission:
-        """Pin it for a request of `num_tokens` to compute, and begin its load.
-
-        Raises ValueError where it can never be served.
-        """
-
-    def may_acquire(self, adapter_id: int) -> bool:
-        """False where `try_acquire` is known to give LOADING or NO_ROOM now; changes nothing."""
-
-    def release(self, adapter_id: int) -> None:
-        """One request less that needs it."""
-
-    def victims_for(self, adapter_id: int) -> list[int]:
-        """Adapters in use, least valuable first, whose leaving would make room for it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """`max_adapter_wait_s`: after waiting so long for its adapter's room, a request has others drained."""
+    """`max_adapter_wait_s`: after waiting so long for its adapter's room, a request has others drained.
+    `scheduling_policy`: as in `config.SCHEDULING_POLICIES`."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     max_adapter_wait_s: float
+    scheduling_policy: str = "fair"
 
 
 @dataclass(slots=True)
@@ -74,8 +55,14 @@ class Drain:
 
 
 class Scheduler:
-    """First come first served over `waiting`, but for a lead that the prefix cache gives; whoever waits for
-    an adapter is overtaken, never starved. `names`: of what the cache keeps, if it is to keep anything."""
+    """By turns over `waiting` (`fair_queue.py`), among one client's requests first come first served but for
+    a lead that the prefix cache gives; whoever waits for an adapter is overtaken, never starved. `names`: of
+    what the cache keeps, if it is to keep anything.
+
+    A tenant that asks for no more than its share of places is a guest of those that ask for more: its prompts
+    come before what is left of theirs, and all others get half as many tokens of that step, so that it takes
+    little longer than it would alone; but not in two steps on end, so that prompts go on whoever comes.
+    """
 
     def __init__(
         self,
@@ -89,12 +76,16 @@ class Scheduler:
         self.pages = pages
         self.adapters = adapters
         self.cache = PrefixCache(pages, names)
-        self.waiting: deque[Request] = deque()
+        self.waiting = FairQueue(
+            limits.scheduling_policy, self.num_generated, self.cache.in_turn, limits.max_num_seqs
+        )
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_drains = 0
-        self._blocked_at: dict[str, float] = {}  # request id -> since when its adapter found no room
+        self._blocked_at: dict[Request, float] = {}  # since when its adapter found no room, longest first
         self._drain: Drain | None = None
+        self._started: set[Request] = set()  # in the step that is put together
+        self._was_overtaken = False  # in the last step, a prompt under way, or others for a guest
         self._failed: list[tuple[Request, str]] = []
 
     # --- the life of a request ---
@@ -109,19 +100,32 @@ class Scheduler:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens; at most {most} fit max_model_len {limit}"
             )
+        if not 0 < request.weight < math.inf:
+            raise RequestError(f"weight is {request.weight}; it must be above 0 and finite")
+        if request.priority and self.limits.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority is {request.priority}, but scheduling_policy is {self.limits.scheduling_policy!r};"
+                " leave it out, or serve with scheduling_policy priority"
+            )
         if request.adapter_id is not None:
             self.adapters.prefetch(request.adapter_id)
         self.cache.add(request)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def finish(self, request: Request) -> None:
         """Forget a request, waiting or running, and take back all that it owns."""
-        if request in self.running:
-            self.running.remove(request)
-            self._take_back(request)
+        if self.waiting.is_running(request):
+            self._end_running(request)
         else:
             self.waiting.remove(request)
         self._unblock(request)
+
+    def _end_running(self, request: Request) -> None:
+        if not request.output_token_ids and not request.num_preemptions:
+            self.waiting.refund(request, request.num_uncomputed_tokens)
+        self.waiting.remove(request)
+        self.running.remove(request)
+        self._take_back(request)
 
     def pop_failed(self) -> list[tuple[Request, str]]:
         """Requests whose adapter cannot be served, with the reason; each is handed out once."""
@@ -141,83 +145,152 @@ class Scheduler:
 
     def schedule(self, now: float, *, admits: bool = True) -> Batch:
         """The next step's batch; empty where nothing can run now. Without `admits`, of running requests."""
+        step = StepPlan(self.limits.max_num_batched_tokens)
+        may_overtake = admits and not self._was_overtaken and bool(self.waiting) and self.waiting.is_contended
         if admits:
             self._advance_drain(now)
-        items, budget, was_preempted = self._schedule_running()
-        if admits and not was_preempted:
-            self._schedule_waiting(now, budget, items)
-        items.sort(key=_batch_order)
-        return Batch(items)
+        self._schedule_running(step, may_overtake=may_overtake)
+        step.num_others = self.limits.max_num_batched_tokens - step.budget
+        if step.late and not step.was_preempted:
+            self._schedule_waiting(now, step, ahead_of=step.late[0])
+        self._schedule_late(step)
+        if admits and not step.was_preempted:
+            self._schedule_waiting(now, step)
+        self._was_overtaken = step.was_overtaken or step.guest_tokens > 0
+        self._started.clear()
+        return step.batch()
 
-    def _schedule_running(self) -> tuple[list[BatchItem], int, bool]:
-        items: list[BatchItem] = []
-        budget = self.limits.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
-        index = 0
-        while index < len(self.running) and budget > 0:
-            request = self.running[index]
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            if not num_tokens:  # its last token is on its way
-                index += 1
-                continue
-            if not self._grow_or_preempt(request, num_tokens):
-                break  # it was itself the last to arrive, and is waiting again
-            items.append(BatchItem(request, num_tokens))
-            budget -= num_tokens
-            index += 1
-        return items, budget, self.num_preemptions > num_preemptions
+    def _schedule_running(self, step: StepPlan, *, may_overtake: bool) -> None:
+        """What is left of prompts is `late` where others may overtake it."""
+        for request in list(self.running):
+            if step.budget <= 0:
+                break
+            num_tokens = min(request.num_uncomputed_tokens, step.budget)
+            if num_tokens > 1 and may_overtake:
+                step.late.append(request)
+            elif num_tokens and self.waiting.is_running(
+                request
+            ):  # its last token may be on its way, or it was preempted
+                self._grow_or_preempt(step, request, num_tokens)
 
-    def _grow_or_preempt(self, request: Request, num_tokens: int) -> bool:
-        """Room for `num_tokens` more, at the cost of those that came last; False where it fell to itself."""
+    def _schedule_late(self, step: StepPlan) -> None:
+        for request in step.late:
+            num_tokens = min(request.num_uncomputed_tokens, self._budget_of(step, request))
+            if num_tokens > 0 and self.waiting.is_running(request):
+                self._grow_or_preempt(step, request, num_tokens)
+
+    def _grow_or_preempt(self, step: StepPlan, request: Request, num_tokens: int) -> None:
+        """Adds it to the step, at the cost of those that make way; not where it is one of these itself."""
         while not self.pages.grow(request.page_table, request.num_computed_tokens + num_tokens):
-            victim = self.running[-1]
+            victim = last_of(self.running, self.waiting, self.num_pages)
+            step.drop(victim)
+            step.was_preempted = True
             self.preempt(victim)
             if victim is request:
-                return False
+                return
+        step.add(request, num_tokens)
+
+    def _schedule_waiting(self, now: float, step: StepPlan, ahead_of: Request | None = None) -> None:
+        """Adds to the step those that wait, or only those whose clients come before that of a running one."""
+        if step.budget <= 0 or not self._may_start_any():
+            return
+        refused: set[int] = set()  # adapters that were asked for in this step and cannot start
+        with closing(self.waiting.candidates(now)) as candidates:
+            for request in candidates:
+                if ahead_of is not None and not self.waiting.precedes(request, ahead_of):
+                    return
+                if not self._try_start(step, request, now, refused):
+                    return
+                step.was_overtaken = step.was_overtaken or ahead_of is not None
+
+    def _try_start(self, step: StepPlan, request: Request, now: float, refused: set[int]) -> bool:
+        """Start it, if it can be; False where those behind it have to wait as well."""
+        num_found = self.cache.num_found(request)
+        victims = self._victims(request, num_found) if step.budget > 0 else None
+        if victims is None:
+            return False
+        adapter_id, budget = request.adapter_id, self._budget_of(step, request)
+        is_held_up = adapter_id in refused or request in step.made_way or budget <= 0
+        if is_held_up or not self._may_start(request):
+            return True
+        if self.cache.is_awaited(request, num_found, step.items, now):
+            return True
+        is_cold = adapter_id is not None and not self.adapters.holds(adapter_id)
+        if adapter_id is not None and self._acquire(request, adapter_id, now, num_found) != Admission.READY:
+            refused.add(adapter_id)
+            return True
+        if victims and not self._make_room(step, victims, request, num_found):
+            return False
+        load_tokens = self.adapters.load_tokens(adapter_id) if is_cold and adapter_id is not None else 0.0
+        self._start(step, request, num_found, budget, load_tokens, now)
         return True
 
-    def _schedule_waiting(self, now: float, budget: int, items: list[BatchItem]) -> None:
-        """Adds to the `items` of those that run."""
-        refused: set[int] = set()  # adapters that were asked for in this step and cannot start
-        for request in self.cache.in_turn(self.waiting) if self._may_start_any(budget) else ():
-            num_found = self.cache.num_found(request)
-            if not self._may_start_any(budget) or not self._has_pages(request, num_found):
-                break
-            if request.adapter_id in refused or not self._may_start(request):
-                continue
-            if self.cache.is_awaited(request, num_found, items, now):
-                continue
-            admission = self._acquire(request, now, num_found)
-            if admission is not Admission.READY:
-                refused.add(request.adapter_id if request.adapter_id is not None else -1)
-                continue
-            items.append(self._start(request, num_found, budget))
-            budget -= items[-1].num_tokens
+    def _make_room(self, step: StepPlan, victims: list[Request], request: Request, num_found: int) -> bool:
+        """Others make way for it. False where that is not enough, since they shared pages: it waits on."""
+        for victim in victims:
+            victim.has_yielded = True
+            self.preempt(victim)
+            step.drop(victim)
+            step.made_way.append(victim)
+        if self._victims(request, num_found) == []:
+            return True
+        if request.adapter_id is not None:
+            self.adapters.release(request.adapter_id)
+        return False
 
-    def _may_start_any(self, budget: int) -> bool:
-        return budget > 0 and len(self.running) < self.limits.max_num_seqs
+    def _budget_of(self, step: StepPlan, request: Request) -> int:
+        """Tokens of the step that its prompt may take, which is a guest's or one of those who have some."""
+        if step.spare_tokens is None or self.waiting.is_guest(request):
+            return step.budget
+        return min(step.budget, step.spare_tokens)
 
-    def _start(self, request: Request, num_found: int, budget: int) -> BatchItem:
-        self.waiting.remove(request)
+    def _start(
+        self, step: StepPlan, request: Request, num_found: int, budget: int, load_tokens: float, now: float
+    ) -> None:
+        is_guest = self.waiting.is_guest(request)
         self._unblock(request)
         copy_page = self.cache.take(request, num_found)
+        self.waiting.start(request, request.num_uncomputed_tokens + load_tokens, now)
         # Kept in order of arrival, so that the last one is always the one to preempt.
         is_latest = not self.running or self.running[-1].arrived_at <= request.arrived_at
         self.running.append(request)
+        self._started.add(request)
         if not is_latest:
             self.running.sort(key=lambda r: r.arrived_at)
         num_tokens = min(request.num_uncomputed_tokens, budget)
-        has_grown = self.pages.grow(request.page_table, request.num_computed_tokens + num_tokens)
+        # All that its prompt needs: others may start before the rest of it is computed.
+        has_grown = self.pages.grow(request.page_table, request.num_tokens)
         assert has_grown, "pages were counted before the adapter was acquired"
-        return BatchItem(request, num_tokens, copy_page=copy_page)
+        step.add(request, num_tokens, copy_page)
+        self._note_guest(step, num_tokens, is_guest=is_guest)
+
+    def _note_guest(self, step: StepPlan, num_tokens: int, *, is_guest: bool) -> None:
+        if is_guest and not self._was_overtaken:
+            step.guest_tokens += num_tokens
+            step.spare_tokens = max(0, step.guest_tokens // 2 - step.num_others)
+        elif not is_guest:
+            step.num_others += num_tokens
+            step.spare_tokens = None if step.spare_tokens is None else step.spare_tokens - num_tokens
+
+    def _may_start_any(self) -> bool:
+        """A request may start, for all that is known of places."""
+        first = self.waiting.first
+        is_full = len(self.running) >= self.limits.max_num_seqs
+        return first is not None and (not is_full or self._victims(first, 0) is not None)
+
+    def num_generated(self, request: Request) -> int:
+        """Tokens that were drawn for it."""
+        return len(request.output_token_ids)
+
+    def num_pages(self, request: Request) -> int:
+        """Pages that it owns, those of the step that is put together included."""
+        return len(request.page_table)
 
     def may_admit(self, now: float) -> bool:
         """The next step may start a waiting request, or make room for one, for all that can be told without
         changing anything."""
-        if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
-            return False
-        first = self.waiting[0]
-        if not self._has_pages(first, self.cache.num_found(first)):
+        first = self.waiting.first
+        if first is None or self._victims(first, self.cache.num_found(first)) is None:
             return False
         if self._drain is not None or self._has_starved(now):
             return True
@@ -227,27 +300,43 @@ class Scheduler:
     def _may_find_adapter(self, request: Request) -> bool:
         return request.adapter_id is None or self.adapters.may_acquire(request.adapter_id)
 
-    def _has_pages(self, request: Request, num_found: int) -> bool:
-        """Room for all it has to compute, and a page for each that runs, lest one be preempted at once."""
+    def _victims(self, request: Request, num_found: int) -> list[Request] | None:
+        """Who has to make room for it; None where it cannot start.
+
+        It needs pages for all it has to compute, and one for each that runs, lest one be preempted at once.
+        """
         if not self.running:
-            return True
+            return []
         num_owned = self.cache.num_owned(request, num_found)
         num_needed = pages_for(request.num_tokens + 1, self.pages.page_size) - num_owned
-        return num_needed + len(self.running) <= self.pages.num_free
+        num_seqs = len(self.running) + 1 - self.limits.max_num_seqs
+        num_pages = num_needed + len(self.running) - self.pages.num_free
+        if num_seqs <= 0 and num_pages <= 0:
+            return []
+        victims = victims_for(
+            request,
+            self.running,
+            self.waiting,
+            num_seqs=num_seqs,
+            num_pages=num_pages,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_pages=self.pages.num_pages,
+            num_pages_of=self.num_pages,
+            spared=self._started,
+        )
+        return victims or None
 
-    def _acquire(self, request: Request, now: float, num_found: int) -> Admission:
-        if request.adapter_id is None:
-            return Admission.READY
+    def _acquire(self, request: Request, adapter_id: int, now: float, num_found: int) -> Admission:
         num_cached = num_found * self.pages.page_size
         num_tokens = request.num_uncomputed_tokens - max(num_cached, request.adapter_start)
         try:
-            admission = self.adapters.try_acquire(request.adapter_id, now, num_tokens=num_tokens)
+            admission = self.adapters.try_acquire(adapter_id, now, num_tokens=num_tokens)
         except ValueError as error:
             self.finish(request)
             self._failed.append((request, str(error)))
             return Admission.LOADING
         if admission is Admission.NO_ROOM:
-            self._blocked_at.setdefault(request.request_id, now)
+            self._blocked_at.setdefault(request, now)
         return admission
 
     # --- preemption and draining ---
@@ -256,13 +345,10 @@ class Scheduler:
         """Back to the queue, to the place its arrival gives it; its tokens are computed again later."""
         self.running.remove(request)
         self._take_back(request)
+        self.waiting.put_back(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        index = next(
-            (i for i, w in enumerate(self.waiting) if w.arrived_at > request.arrived_at), len(self.waiting)
-        )
-        self.waiting.insert(index, request)
 
     def _may_start(self, request: Request) -> bool:
         """False where starting it would take the room that is being made for a starved request."""
@@ -271,19 +357,26 @@ class Scheduler:
         return request.adapter_id not in self._drain.adapter_ids and self.adapters.holds(request.adapter_id)
 
     def _advance_drain(self, now: float) -> None:
-        """Begin to drain for the request starved longest; preempt those that keep their room too long."""
+        """Begin to drain for the request starved longest; preempt those that keep their room too long.
+
+        Who has been preempted so runs to its end the next time: else two adapters for which there is one
+        room could take it from each other for ever.
+        """
         if self._drain is None:
             self._begin_drain(now)
         elif now - self._drain.started_at > self.limits.max_adapter_wait_s:
             adapter_ids = self._drain.adapter_ids
-            for request in [r for r in self.running if r.adapter_id in adapter_ids]:
+            for request in [r for r in self.running if r.adapter_id in adapter_ids and not r.has_yielded]:
+                request.has_yielded = True
                 self.preempt(request)
 
     def _begin_drain(self, now: float) -> None:
-        if not self._blocked_at:
-            return
-        starved = next((r for r in self.waiting if self._is_starved(r, now)), None)
-        if starved is None or starved.adapter_id is None:
+        starved, blocked_at = next(iter(self._blocked_at.items()), (None, now))
+        if (
+            starved is None
+            or starved.adapter_id is None
+            or now - blocked_at <= self.limits.max_adapter_wait_s
+        ):
             return
         victims = frozenset(self.adapters.victims_for(starved.adapter_id))
         self._drain = Drain(starved, victims, now)
@@ -293,12 +386,8 @@ class Scheduler:
         longest = min(self._blocked_at.values(), default=now)
         return now - longest > self.limits.max_adapter_wait_s
 
-    def _is_starved(self, request: Request, now: float) -> bool:
-        blocked_at = self._blocked_at.get(request.request_id)
-        return blocked_at is not None and now - blocked_at > self.limits.max_adapter_wait_s
-
     def _unblock(self, request: Request) -> None:
-        self._blocked_at.pop(request.request_id, None)
+        self._blocked_at.pop(request, None)
         self.cache.forget(request)
         if self._drain is not None and self._drain.request is request:
             self._drain = None
@@ -321,9 +410,5 @@ class Scheduler:
         assert not any(r.page_table for r in self.waiting), "a waiting request owns pages"
         ids = [r.request_id for r in self.requests()]
         assert len(ids) == len(set(ids)), "a request is queued twice"
-        assert set(self._blocked_at) <= {r.request_id for r in self.waiting}, "a blocked request is gone"
-
-
-def _batch_order(item: BatchItem) -> tuple[bool, int]:
-    adapter_id = item.request.adapter_id
-    return (not item.is_decode, -1 if adapter_id is None else adapter_id)
+        assert set(self._blocked_at) <= set(self.waiting), "a blocked request is gone"
+        self.waiting.check_integrity(self.running)

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from toppings.core import FinishReason
+from toppings.core import FinishReason, Standing
 from toppings.detokenizer import TextOutput
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_plan import ChatPlan, chat_plan
@@ -152,6 +152,7 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
         num_choices=body.num_choices,
         include_stop=bool(body.include_stop_str_in_output),
         cache_salt=body.cache_salt,
+        standing=Standing(priority=body.priority or 0),
         started_at=started_at,
         new_parser=reading.new_parser,
         shows_reasoning=body.include_reasoning is not False,

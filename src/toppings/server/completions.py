@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from toppings.core import Standing
 from toppings.detokenizer import TextOutput
 from toppings.server.bodies import JsonRoute
 from toppings.server.errors import ApiError
@@ -61,6 +62,7 @@ async def _job(state: ServerState, body: CompletionBody, given: list[str | list[
         num_choices=body.num_drawn,
         include_stop=bool(body.include_stop_str_in_output),
         cache_salt=body.cache_salt,
+        standing=Standing(priority=body.priority or 0),
         started_at=started_at,
     )
 

@@ -32,6 +32,7 @@ ItemInt = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Int = Annotated[ItemInt, BeforeValidator(_whole)]
 """What any integer of a body fits; most have narrower bounds, in `SamplingParams`."""
 Count = Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_whole)]
+Priority = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), BeforeValidator(_whole)]
 Name = Annotated[str, Field(max_length=1024)]
 Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)]
 PathText = Annotated[str, Field(max_length=4096)]

@@ -71,6 +71,12 @@ class Job:
         self.tenant = self.state.account.tenant
         self.standing = replace(self.standing, tenant=self.tenant.name, weight=self.tenant.weight)
         check_salt(self.cache_salt)
+        policy = self.state.config.engine.scheduling_policy
+        if self.standing.priority and policy != "priority":
+            message = (
+                f"priority is {self.standing.priority}, but this server's scheduling_policy is {policy!r}"
+            )
+            raise ApiError(400, f"{message}; leave it out", param="priority")
         for prompt in self.prompts:
             check_prompt(self.state, prompt, self.sampling.max_tokens)
         sampling = self.sampling

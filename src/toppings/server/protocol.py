@@ -9,7 +9,17 @@ from pydantic import Field, model_validator
 from toppings.bad_input import RequestError, shown
 from toppings.sampling_params import MAX_BIASES, SamplingParams, Structure
 from toppings.server.errors import ApiError
-from toppings.server.fields import Count, Int, LenientBody, Name, Salt, SamplingFields, Texts, TokenIds
+from toppings.server.fields import (
+    Count,
+    Int,
+    LenientBody,
+    Name,
+    Priority,
+    Salt,
+    SamplingFields,
+    Texts,
+    TokenIds,
+)
 from toppings.server.structures import StructureFields
 
 HARMLESS = frozenset(
@@ -41,7 +51,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "documents": ([],),
     "echo": (False,),
-    "priority": (0,),
     "logits_processors": ([],),
     "guided_whitespace_pattern": (),
     "mm_processor_kwargs": ({},),
@@ -86,6 +95,7 @@ class GenerationBody(StructureFields, SamplingFields):
     min_tokens: Int | None = None
     add_special_tokens: bool | None = None
     cache_salt: Salt | None = None
+    priority: Priority | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None

@@ -12,10 +12,12 @@ as ever.
 from heapq import heappop, heappush
 
 from toppings.cluster.batch_sums import BatchSums
-from toppings.core import BatchItem, Request
+from toppings.core import Batch, BatchItem, Request
+from toppings.engine.adapter_placement import AdapterPlacement
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames
-from toppings.engine.scheduler import AdapterPlacement, Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.step_plan import StepPlan
 from toppings.sim.request import SimRequest
 
 
@@ -113,6 +115,7 @@ class CohortScheduler(Scheduler):
         self._num_ahead = 0  # pages claimed for the step that was scheduled and has not ended
         self._page_size = pages.page_size
         self._crossings = [0] * pages.page_size  # members that need a new page in steps of this residue
+        self._step: StepPlan | None = None  # that is put together, with every member in it
 
     # --- the cohort ---
 
@@ -120,6 +123,10 @@ class CohortScheduler(Scheduler):
     def is_undisturbed(self) -> bool:
         """True where `schedule` would decode the cohort and do nothing else."""
         return not self.waiting and self._is_whole() and self._drain is None
+
+    def note_undisturbed(self) -> None:
+        """Steps run that `schedule` was not asked for."""
+        self._was_overtaken = False
 
     @property
     def context_sum(self) -> int:
@@ -218,15 +225,43 @@ class CohortScheduler(Scheduler):
         if request not in self._offsets:
             super().finish(request)
             return
+        self.waiting.settle_one(request)
         num_computed = self._leave(request)  # it runs, so that nobody waits for its adapter or its end
         if self.cache.is_on:
             self._settle(request, num_computed)
+        self.waiting.remove(request)
         self.running.remove(request)
         self._take_back(request)
 
     def preempt(self, request: Request) -> None:
-        self._dissolve()
+        step, self._step = self._step, None
+        members = list(self._offsets)
+        if step is None:
+            self._dissolve()
+        else:  # what was claimed for them in this step they take one by one
+            self.pages.claim(-self._num_ahead)
+            self._num_ahead = 0
+            step.budget += len(members)
+            self._dissolve()
+            for member in members:
+                self._grow_or_preempt(step, member, 1)
         super().preempt(request)
+
+    def num_generated(self, request: Request) -> int:
+        if request not in self._offsets:
+            return super().num_generated(request)
+        return self.num_computed(request) - len(request.prompt_token_ids) + 1
+
+    def num_pages(self, request: Request) -> int:
+        if request not in self._offsets:
+            return super().num_pages(request)
+        return pages_for(self.num_computed(request) + (self._step is not None), self._page_size)
+
+    @property
+    def may_turn(self) -> bool:
+        """Whose turn it is may change with what is served, and then who can start."""
+        has_places = len(self.running) < self.limits.max_num_seqs
+        return self.waiting.is_contended and (has_places or self.waiting.has_several_tenants)
 
     def quiet_until(self) -> float:
         """Before this instant, with the pool as it is, time alone changes nothing for those that wait."""
@@ -235,13 +270,20 @@ class CohortScheduler(Scheduler):
             since = self._drain.started_at
         return since + self.limits.max_adapter_wait_s
 
-    def _schedule_running(self) -> tuple[list[BatchItem], int, bool]:
+    def schedule(self, now: float, *, admits: bool = True) -> Batch:
+        batch = super().schedule(now, admits=admits)
+        self._step = None
+        return batch
+
+    def _schedule_running(self, step: StepPlan, *, may_overtake: bool) -> None:
         if self._is_whole():
             self._num_ahead = self._pages_of_steps(1)
             self.pages.claim(self._num_ahead)
-            return [], self.limits.max_num_batched_tokens - self.sums.sequences, False
+            step.budget -= self.sums.sequences
+            self._step = step
+            return
         self._dissolve()
-        return super()._schedule_running()
+        super()._schedule_running(step, may_overtake=may_overtake)
 
     def _is_whole(self) -> bool:
         """All that run are members, and the next step has pages for them."""

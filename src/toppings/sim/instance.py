@@ -39,6 +39,7 @@ class Instance:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             max_adapter_wait_s=config.max_adapter_wait_s,
+            scheduling_policy=config.scheduling_policy,
         )
         self.placement = make_placement(config, adapter_names, adapter_bytes)
         make_pages = ClaimedPages if names is None else ClaimedBlocks
@@ -74,6 +75,7 @@ class Instance:
         """
         assert self.run is None
         if self.scheduler.is_undisturbed:
+            self.scheduler.note_undisturbed()
             self.run = self._decode_run(now, self.scheduler.steps_to_next_end())
             return []
         self.placement.now_ns = now
@@ -84,7 +86,8 @@ class Instance:
             self.run = self._single_step(now, batch)
         elif self.scheduler.sums.sequences:
             # A read that began may have taken host memory from another that waits: it asks again next step.
-            quiet_until = self._quiet_until() if self.placement.num_reads == num_reads else now
+            may_change = self.placement.num_reads != num_reads or self.scheduler.may_turn
+            quiet_until = now if may_change else self._quiet_until()
             self.run = self._decode_run(now, self.scheduler.steps_to_next_end(), quiet_until)
         rejected = [request for request, _ in failed if isinstance(request, SimRequest)]
         if rejected and self.run is None and self.scheduler.waiting:

@@ -16,7 +16,7 @@ from toppings.sim.settings import NS_PER_MS, SimConfig
 
 
 class SimPlacement(Protocol):
-    """An `engine.scheduler.AdapterPlacement` on virtual time."""
+    """An `engine.adapter_placement.AdapterPlacement` on virtual time."""
 
     now_ns: int
     num_hits: int
@@ -33,6 +33,7 @@ class SimPlacement(Protocol):
     def try_acquire(self, adapter_id: int, now: float, *, num_tokens: int = 1) -> Admission: ...
     def may_acquire(self, adapter_id: int) -> bool: ...
     def release(self, adapter_id: int) -> None: ...
+    def load_tokens(self, adapter_id: int) -> float: ...
     def victims_for(self, adapter_id: int) -> list[int]: ...
 
     def pop_loads(self) -> list[LinkLoad]: ...
@@ -74,6 +75,9 @@ class AllResident:
 
     def release(self, adapter_id: int) -> None:
         pass
+
+    def load_tokens(self, adapter_id: int) -> float:
+        return 0.0
 
     def victims_for(self, adapter_id: int) -> list[int]:
         return []
@@ -150,6 +154,11 @@ class Pool:
         num_users = self._num_users[adapter_id] = self._num_users[adapter_id] - 1
         if not num_users and adapter_id not in self._loading:
             self._make_idle(adapter_id)
+
+    def load_tokens(self, adapter_id: int) -> float:
+        """By time: 0 where a token of a prompt is predicted to take none."""
+        token_ms = self._perf_model.prefill.coefficients.get("tokens", 0.0)
+        return self._load_ns[self._bytes[adapter_id]] / NS_PER_MS / token_ms if token_ms else 0.0
 
     def victims_for(self, adapter_id: int) -> list[int]:
         in_use = [a for a, num_users in self._num_users.items() if num_users]

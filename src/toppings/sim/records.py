@@ -1,14 +1,14 @@
 """What a simulation leaves: three instants per request, totals per server; checked, then summed up."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toppings.sim.instance import Instance
 from toppings.sim.settings import NS_PER_S, SimConfig
-from toppings.sim.trace import Trace
+from toppings.sim.trace import Tenants, Trace
 
 NEVER = -1
 
@@ -48,9 +48,10 @@ class InstanceTotals:
 @dataclass(frozen=True, eq=False)
 class SimResult:
     """Arrays over the N requests that arrived: instants in ns (int64, -1 where it never came), `rows` int32
-    of the server, `num_tokens` int32 to generate, `ranks` int32, `is_rejected` bool. `num_breaking`:
-    requests that the policy placed knowing that no server was within the SLO. `num_moves`: of each plan,
-    homes that adapters did not have in the one before."""
+    of the server, `num_tokens` int32 to generate, `num_prompt_tokens` int32, `ranks` int32, `is_rejected`
+    bool. `num_breaking`: requests that the policy placed knowing that no server was within the SLO.
+    `num_moves`: of each plan, homes that adapters did not have in the one before. `tenants`: whose they were.
+    """
 
     config: SimConfig
     arrived_at: NDArray[np.int64]
@@ -58,6 +59,7 @@ class SimResult:
     ended_at: NDArray[np.int64]
     rows: NDArray[np.int32]
     num_tokens: NDArray[np.int32]
+    num_prompt_tokens: NDArray[np.int32]
     ranks: NDArray[np.int32]
     is_rejected: NDArray[np.bool_]
     num_present: int
@@ -65,6 +67,7 @@ class SimResult:
     wall_s: float
     instances: list[InstanceTotals] = field(default_factory=list)
     num_moves: list[int] = field(default_factory=list)
+    tenants: Tenants | None = None
 
     @property
     def has_ended(self) -> NDArray[np.bool_]:
@@ -124,6 +127,7 @@ class Records:
             ended_at=np.array(self.ended_at[:n], dtype=np.int64),
             rows=rows,
             num_tokens=np.where(rows == NEVER, 0, nums_to_generate).astype(np.int32),
+            num_prompt_tokens=trace.prompt_tokens[:n],
             ranks=trace.ranks[trace.adapters[:n]],
             is_rejected=np.array(self.is_rejected[:n], dtype=np.bool_),
             num_present=num_present,
@@ -131,6 +135,9 @@ class Records:
             wall_s=wall_time / NS_PER_S,
             instances=totals,
             num_moves=self.num_moves,
+            tenants=None
+            if trace.tenants is None
+            else replace(trace.tenants, indices=trace.tenants.indices[:n]),
         )
         result.check()
         return result

@@ -7,7 +7,15 @@ from toppings.cluster.batch_row import BatchRow
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.placement import NO_PLACEMENT, PLACEMENTS
 from toppings.cluster.policies import POLICIES
-from toppings.config import EVICTION_POLICIES, SWITCH, ConfigError, EngineConfig, Settings, setting
+from toppings.config import (
+    EVICTION_POLICIES,
+    SCHEDULING_POLICIES,
+    SWITCH,
+    ConfigError,
+    EngineConfig,
+    Settings,
+    setting,
+)
 from toppings.sim.loading import MODES
 
 NS_PER_S = 1_000_000_000
@@ -50,6 +58,9 @@ class SimConfig(Settings):
     )
     kv_cache_tokens: int = setting(65536, "of a server", at_least=1)
     max_adapter_wait_s: float = setting(EngineConfig.max_adapter_wait_s, at_least=0)
+    scheduling_policy: str = setting(
+        EngineConfig.scheduling_policy, "who is next on a server", choices=SCHEDULING_POLICIES
+    )
     device_pool_bytes: int = setting(8 * 2**30, "of a server", at_least=1)
     host_store_bytes: int = setting(0, "of a server (0: holds every adapter)", at_least=0)
     eviction: str = setting(EngineConfig.eviction, choices=EVICTION_POLICIES)

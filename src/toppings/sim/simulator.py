@@ -82,10 +82,11 @@ class Simulator:
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
         self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
         self._arrivals_ns = [round(at * NS_PER_S) for at in trace.arrivals_s.tolist()]
-        # Without leads in the queue, the scheduler only compares arrivals.
-        self._arrived_at = _instants(self._arrivals_ns) if self._shares else range(len(trace))
+        self._arrived_at = _instants(self._arrivals_ns)
         self._adapters, self._prompts = trace.adapters.tolist(), trace.prompt_tokens.tolist()
         room = config.max_model_len - trace.prompt_tokens
+        tenants = trace.tenants
+        self._tenants = None if tenants is None else tenants.indices.tolist()
         self._nums_to_generate = np.maximum(1, np.minimum(trace.response_tokens, room)).tolist()
         self.records = Records(self._nums_to_generate)
         self._versions = [0] * config.num_instances
@@ -289,7 +290,10 @@ class Simulator:
     # --- what handlers share ---
 
     def _request(self, index: int) -> SimRequest:
-        adapter = self._adapters[index]
+        adapter, tenants = self._adapters[index], self.trace.tenants
+        tenant = ("", 1.0)
+        if self._tenants is not None and tenants is not None:
+            tenant = tenants.names[self._tenants[index]], tenants.weights[self._tenants[index]]
         return SimRequest(
             str(index),
             range(self._prompts[index]),  # type: ignore[arg-type]  # its length is all that is ever asked
@@ -300,6 +304,8 @@ class Simulator:
             router=index % len(self.dispatchers),
             rank=self._ranks[adapter],
             num_to_generate=self._nums_to_generate[index],
+            tenant=tenant[0],
+            weight=tenant[1],
         )
 
     def _send(self, request: SimRequest, row: int, now: int, before: int) -> list[Event]:

@@ -16,6 +16,8 @@ IntArray = NDArray[np.int32]
 
 COLUMNS = ("arrival_s", "adapter", "rank", "prompt_tokens", "response_tokens")
 """Header of our own CSV format."""
+TENANT_COLUMNS = ("tenant", "weight")
+"""Of traces whose requests are of tenants; without the second, all have the weight 1."""
 
 MAX_REQUESTS = 200_000_000
 
@@ -25,13 +27,30 @@ class TraceError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
+class Tenants:
+    """Whose N requests are: `indices` [N] int32, of `names` [T], with a weight each.
+
+    Raises ValueError for a weight that is not above 0.
+    """
+
+    indices: IntArray
+    names: Sequence[str]
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.weights)
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"weights of tenants are {list(self.weights)}; they must be above 0")
+
+
+@dataclass(frozen=True, eq=False)
 class Trace:
     """N requests for A adapters over `duration_s` seconds.
 
     `arrivals_s` [N] float64, ascending, 0 … `duration_s`; `adapters` [N] int32, index of the adapter;
     `prompt_tokens`, `response_tokens` [N] int32, at least 1; `ranks` [A] int32. `names` [A] is empty where
     adapters have no names of their own. `num_dropped` requests of the source are left out: they failed there.
-    `blocks`: what prompts have in common, where the source tells of it.
+    `blocks`: what prompts have in common, where the source tells of it; `tenants`: whose requests are.
 
     Raises ValueError where an array breaks this.
     """
@@ -46,12 +65,14 @@ class Trace:
     names: Sequence[str] = ()
     num_dropped: int = 0
     blocks: PromptBlocks | None = None
+    tenants: Tenants | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(a) for a in (self.arrivals_s, self.adapters, self.prompt_tokens, self.response_tokens)}
         assert len(lengths) == 1, f"columns of different lengths {lengths}"
         assert len(self.names) in (0, len(self.ranks))
         assert self.blocks is None or len(self.blocks) == len(self)
+        assert self.tenants is None or len(self.tenants.indices) == len(self)
         if not self.duration_s > 0:
             raise ValueError(
                 f"{self.origin}: the trace lasts {self.duration_s} s; it must last longer than 0 s"
@@ -99,13 +120,14 @@ class Trace:
         if not 0 <= start_s < self.duration_s or stop_s <= start_s:
             raise ValueError(f"window {start_s} … {stop_s} s is not within the trace's {self.duration_s} s")
         first, last = np.searchsorted(self.arrivals_s, [start_s, stop_s])
-        columns = ("adapters", "prompt_tokens", "response_tokens")
+        columns, tenants = ("adapters", "prompt_tokens", "response_tokens"), self.tenants
         return replace(
             self,
             arrivals_s=self.arrivals_s[first:last] - start_s,
             **{name: getattr(self, name)[first:last] for name in columns},
             duration_s=min(stop_s, self.duration_s) - start_s,
             blocks=None if self.blocks is None else self.blocks.take(range(int(first), int(last))),
+            tenants=None if tenants is None else replace(tenants, indices=tenants.indices[first:last]),
         )
 
 
@@ -113,14 +135,21 @@ def write_trace(trace: Trace, path: Path) -> None:
     """Write our own CSV; times keep nanoseconds. Only adapters that are asked for come back when it is
     read, and no `blocks`.
     """
-    names, ranks = trace.adapter_names, trace.ranks.tolist()
+    names, ranks, tenants = trace.adapter_names, trace.ranks.tolist(), trace.tenants
+    columns = COLUMNS if tenants is None else COLUMNS + TENANT_COLUMNS
+    owners = (
+        [()] * len(trace)
+        if tenants is None
+        else [(tenants.names[i], tenants.weights[i]) for i in tenants.indices.tolist()]
+    )
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for at, adapter, prompt, response in zip(
+        writer.writerow(columns)
+        for at, adapter, prompt, response, owner in zip(
             trace.arrivals_s.tolist(),
             trace.adapters.tolist(),
             trace.prompt_tokens.tolist(),
             trace.response_tokens.tolist(),
+            owners,
         ):
-            writer.writerow((f"{at:.9f}", names[adapter], ranks[adapter], prompt, response))
+            writer.writerow((f"{at:.9f}", names[adapter], ranks[adapter], prompt, response, *owner))

@@ -62,7 +62,7 @@ class BatchDriver:
         refusal = self._engine.add(message)
         if refusal is not None:
             raise RuntimeError(f"the engine refused a sequence of {len(prompt)} tokens: {refusal.error}")
-        request = self._engine.scheduler.waiting[-1]
+        *_, request = self._engine.scheduler.waiting
         has_room = self._engine.scheduler.pages.grow(request.page_table, len(prompt))
         assert has_room, "the limits leave half of the cache free"
         request.num_computed_tokens = num_context

@@ -11,7 +11,7 @@ import numpy as np
 from toppings.adapters.link import sleep_until
 from toppings.adapters.manager import PRELOAD_POLL_S, AdapterManager
 from toppings.cluster.batch_row import BatchRow
-from toppings.core import FinishReason, Request
+from toppings.core import FinishReason, Request, Standing
 from toppings.engine.engine import Engine
 from toppings.engine.loop import LOADING_POLL_S
 from toppings.lab.outcome import Outcome
@@ -113,6 +113,10 @@ class EnginePlayer:
 
     def _make_requests(self, trace: Trace) -> list[AddRequest]:
         """Made beforehand, so that no time goes by for it; the i-th has the request id i."""
+        tenants = trace.tenants
+        owners = [("", 1.0)] * len(trace)
+        if tenants is not None:
+            owners = [(tenants.names[i], tenants.weights[i]) for i in tenants.indices.tolist()]
         return [
             AddRequest(
                 str(index),
@@ -120,8 +124,11 @@ class EnginePlayer:
                 SamplingParams(max_tokens=call.max_tokens, temperature=0.0, ignore_eos=True),
                 self._adapter_ids[adapter],
                 is_cacheable=trace.blocks is not None,  # a random prompt is that of other traces, too
+                standing=Standing(tenant, weight),
             )
-            for index, (adapter, call) in enumerate(zip(trace.adapters.tolist(), calls_of(trace)))
+            for index, (adapter, call, (tenant, weight)) in enumerate(
+                zip(trace.adapters.tolist(), calls_of(trace), owners, strict=True)
+            )
         ]
 
     def _step(self, begin_at: float) -> tuple[list[RequestOutput], float]:

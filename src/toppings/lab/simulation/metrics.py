@@ -4,10 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toppings.lab.summary import Latencies, Stats
 from toppings.sim.records import SimResult
 from toppings.sim.settings import NS_PER_MS, NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSummary:
+    """`token_share`: of all tokens that came before the last request arrived, while the tenants compete,
+    those of its requests that had begun by then, a prompt with its first token, the rest evenly until its
+    end."""
+
+    name: str
+    weight: float
+    num_arrived: int
+    num_ended: int
+    ttft_ms: Stats
+    tpt_ms: Stats
+    token_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +32,7 @@ class RunSummary:
     the SLO.
 
     Rates are per second, from the first arrival to the last token. `rank_mix` [instances][ranks]: how many
-    requests of each of `ranks` a server got.
+    requests of each of `ranks` a server got. `tenants`: of traces that have some.
     """
 
     policy: str
@@ -40,11 +56,12 @@ class RunSummary:
     ranks: Sequence[int]
     rank_mix: Sequence[Sequence[int]]
     cached_share: float | None = None  # of prompt tokens, where prompts tell what they share
+    tenants: Sequence[TenantSummary] = ()
 
 
-def latencies_of(result: SimResult) -> Latencies:
-    """Of the requests that ended."""
-    ended = result.has_ended
+def latencies_of(result: SimResult, of: NDArray[np.bool_] | None = None) -> Latencies:
+    """Of the requests that ended, among those that `of` [N] has, or all."""
+    ended = result.has_ended if of is None else result.has_ended & of
     e2e = (result.ended_at - result.arrived_at)[ended] / NS_PER_MS
     ttft = (result.first_token_at - result.arrived_at)[ended] / NS_PER_MS
     return Latencies(ttft, e2e / result.num_tokens[ended], e2e)
@@ -89,8 +106,42 @@ def summarize_run(result: SimResult) -> RunSummary:
         ranks=ranks.tolist(),
         rank_mix=mix.tolist(),
         cached_share=_share(num_cached, num_queried) if num_queried else None,
+        tenants=_tenants(result),
     )
 
 
-def _share(part: int, whole: int) -> float:
+def _tenants(result: SimResult) -> list[TenantSummary]:
+    tenants, tokens = result.tenants, tokens_by(result, result.arrived_at.max(initial=0))
+    if tenants is None:
+        return []
+    summaries = []
+    for index, (name, weight) in enumerate(zip(tenants.names, tenants.weights)):
+        is_its = tenants.indices == index
+        stats = latencies_of(result, is_its).stats()
+        summaries.append(
+            TenantSummary(
+                name=name,
+                weight=weight,
+                num_arrived=int(is_its.sum()),
+                num_ended=int((result.has_ended & is_its).sum()),
+                ttft_ms=stats["ttft"],
+                tpt_ms=stats["tpt"],
+                token_share=_share(float(tokens[is_its].sum()), float(tokens.sum())),
+            )
+        )
+    return summaries
+
+
+def tokens_by(result: SimResult, at: int) -> NDArray[np.float64]:
+    """Tokens of each request [N] that came by an instant in ns, float64: its prompt's with its first one, the
+    others evenly between that and its end."""
+    first, last = result.first_token_at, result.ended_at
+    has_begun = (first >= 0) & (first <= at)
+    span = np.where(last > first, last - first, 1)
+    share = np.where(last >= 0, np.clip((at - first) / span, 0.0, 1.0), 0.0)
+    drawn = 1 + (result.num_tokens - 1) * share
+    return np.where(has_begun, result.num_prompt_tokens + drawn, 0.0)
+
+
+def _share(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")

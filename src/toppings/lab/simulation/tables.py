@@ -45,10 +45,36 @@ def print_summaries(summaries: Sequence[RunSummary]) -> None:
     console = Console()
     console.width = max(console.width, MIN_TABLE_WIDTH)
     console.print(table)
+    if any(summary.tenants for summary in summaries):
+        console.print(_tenant_table(summaries))
     print(
         f"{len(summaries)} runs; latencies in ms, SLO {summaries[0].slo_tpt_ms:.1f} ms per token\n"
         "busy: part of the servers' time, warm: requests whose adapter was on the device, lost: rejected"
     )
+
+
+def _tenant_table(summaries: Sequence[RunSummary]) -> Table:
+    """One row per run and tenant."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in (
+        "policy",
+        "seed",
+        "tenant",
+        "weight",
+        "tokens",
+        "ended",
+        "TTFT\nmean",
+        "TTFT\np99",
+        "TPT\nmean",
+    ):
+        table.add_column(name, no_wrap=True)
+    for run in summaries:
+        for each in run.tenants:
+            shares = f"{each.token_share:.1%}", f"{each.num_ended:,} of {each.num_arrived:,}"
+            times = (each.ttft_ms.mean, each.ttft_ms.p99, each.tpt_ms.mean)
+            latencies = [f"{ms:,.1f}" for ms in times]
+            table.add_row(run.policy, str(run.seed), each.name, f"{each.weight:g}", *shares, *latencies)
+    return table
 
 
 def _cells(runs: Sequence[RunSummary]) -> list[str]:

@@ -67,6 +67,7 @@ class World:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=limits.max_model_len,
             max_adapter_wait_s=limits.max_adapter_wait_s,
+            scheduling_policy=limits.scheduling_policy,
             page_size=engine.info.page_size,
             kv_cache_tokens=engine.info.num_pages * engine.info.page_size,
             device_pool_bytes=engine.adapters.pool.capacity_bytes,

@@ -1,0 +1,123 @@
+"""Clients of one level of a fair queue (`fair_queue.py`): what each was served, and who is next."""
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
+from itertools import count
+
+from toppings.core import Request
+
+MAX_TURN_WAIT_S = 60.0
+"""A client that has waited for so long without a start goes first, whatever was served to it."""
+MAX_CLIENTS = 4096
+"""Of a level: beyond, idle ones are forgotten, least served first, that were served more than others."""
+
+Entry = tuple[int, float, int, "Client"]
+"""Of a level's heap: priority of its first request, tokens served, turn, client."""
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A tenant, or an adapter of one (`parent`). `served`: tokens by weight; `turn`: the how-manieth event of
+    its level its last start was, or its beginning."""
+
+    key: Hashable
+    parent: "Client | None"
+    turn: int
+    weight: float = 1.0
+    served: float = 0.0
+    num_waiting: int = 0
+    num_running: int = 0
+    entry: "Entry | None" = None  # that holds in its level's heap, while it waits
+    is_aside: bool = False  # for this step: none of its requests can start
+    adapters: "Level | None" = None  # of a tenant
+    requests: deque[Request] = field(default_factory=deque)  # of an adapter: those that wait, first to last
+
+    @property
+    def is_active(self) -> bool:
+        """It has requests, waiting or running."""
+        return bool(self.num_waiting or self.num_running)
+
+    @property
+    def priority(self) -> int:
+        """Of the first request that waits."""
+        if self.adapters is None:
+            return self.requests[0].priority if self.requests else 0
+        first = self.adapters.peek()
+        return 0 if first is None else first.priority
+
+
+class Level:
+    """Clients that share what their parent gets. Those that wait stand in a heap; an entry that is not true
+    any more is put right when it comes to the top, since what was served to a client grows."""
+
+    def __init__(self) -> None:
+        self.clients: dict[Hashable, Client] = {}
+        self._virtual_time = 0.0
+        self._heap: list[Entry] = []
+        self._waits_since: dict[Client, float] = {}  # its last start, or when it began to wait; in this order
+        self._turns = count()
+
+    def client(self, key: Hashable, parent: Client | None) -> Client:
+        client = self.clients.get(key)
+        if client is None:
+            client = self.clients[key] = Client(key, parent, next(self._turns))
+        return client
+
+    def begin_wait(self, client: Client, now: float) -> None:
+        """What it did not ask for until now is no claim."""
+        client.served = max(client.served, self._virtual_time)
+        self._waits_since[client] = now
+        self.push(client)
+
+    def end_wait(self, client: Client) -> None:
+        del self._waits_since[client]
+        client.entry = None
+
+    def push(self, client: Client) -> None:
+        """Its turn may have come nearer."""
+        client.entry = (client.priority, client.served, client.turn, client)
+        heappush(self._heap, client.entry)
+
+    def peek(self) -> Client | None:
+        """Who is next, by what was served."""
+        heap = self._heap
+        while heap:
+            client = heap[0][3]
+            if heap[0] is not client.entry or client.is_aside:
+                heappop(heap)
+                continue
+            entry = client.priority, client.served, client.turn, client
+            if heap[0] == entry:
+                return client
+            client.entry = entry
+            heapreplace(heap, entry)
+        return None
+
+    def next(self, now: float) -> Client | None:
+        """Who is next: whoever has waited too long for a start, else as `peek`."""
+        for client, since in self._waits_since.items():
+            if now - since <= MAX_TURN_WAIT_S:
+                break
+            if not client.is_aside:
+                return client
+        return self.peek()
+
+    def note_start(self, client: Client, now: float) -> None:
+        """It gets its turn, and has not been charged for it yet."""
+        if client is self.peek():
+            self._virtual_time = max(self._virtual_time, client.served)
+        client.turn = next(self._turns)
+        if client in self._waits_since:
+            del self._waits_since[client]
+            self._waits_since[client] = now
+
+    def forget(self, client: Client) -> None:
+        """Nothing of it is here; what it was served beyond the others is remembered."""
+        if client.served <= self._virtual_time:
+            del self.clients[client.key]
+        elif len(self.clients) > MAX_CLIENTS:
+            idle = [c for c in self.clients.values() if not c.is_active]
+            for each in sorted(idle, key=lambda c: c.served)[: len(idle) // 2]:
+                del self.clients[each.key]

@@ -1,0 +1,84 @@
+"""Which of those that run make room for others: between tenants, never between one's own.
+
+A tenant's share of places and of pages is by its weight among those that have requests. One that holds less
+may start a request at the cost of those that hold more, who are left their shares: so the number of
+preemptions is bounded, and a request makes way so only once.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+from toppings.core import Request
+from toppings.engine.fair_clients import Client
+from toppings.engine.fair_queue import FairQueue
+
+
+def victims_for(
+    request: Request,
+    running: Sequence[Request],
+    queue: FairQueue,
+    *,
+    num_seqs: int,
+    num_pages: int,
+    max_num_seqs: int,
+    max_num_pages: int,
+    num_pages_of: Callable[[Request], int],
+    spared: Collection[Request] = (),
+) -> list[Request]:
+    """Of `running`, ordered by arrival, those that make `num_seqs` places and `num_pages` pages for
+    `request`, the last to arrive first; empty where its tenant has no claim to them."""
+    if not queue.has_several_tenants:
+        return []
+    mine = queue.tenant_of(request)
+    share = queue.share_of(mine)
+    if mine.num_running and mine.num_running + 1 > share * max_num_seqs:
+        return []
+    pages = _pages_of(running, queue, num_pages_of)
+    if mine.num_running and pages[mine] + num_pages > share * max_num_pages:
+        return []
+    seqs: Counter[Client] = Counter()
+    victims: list[Request] = []
+    for other in reversed(running):
+        if num_seqs <= 0 and num_pages <= 0:
+            break
+        tenant, num_freed = queue.tenant_of(other), num_pages_of(other)
+        if tenant is mine or other.has_yielded or other.priority < request.priority or other in spared:
+            continue
+        share = queue.share_of(tenant)
+        leaves_seqs = tenant.num_running - seqs[tenant] - 1 >= share * max_num_seqs
+        leaves_pages = pages[tenant] - num_freed >= share * max_num_pages
+        if (leaves_seqs and num_seqs > 0) or (leaves_pages and num_pages > 0):
+            victims.append(other)
+            seqs[tenant] += 1
+            pages[tenant] -= num_freed
+            num_seqs, num_pages = num_seqs - 1, num_pages - num_freed
+    return victims if num_seqs <= 0 and num_pages <= 0 else []
+
+
+def last_of(running: Sequence[Request], queue: FairQueue, num_pages_of: Callable[[Request], int]) -> Request:
+    """Who gives its pages back where they have run out for those that run: of the least urgent, the last to
+    arrive; among tenants, of the one that holds most for its weight, if it has not made way before."""
+    worst = max(request.priority for request in running)
+    urgent = [request for request in running if request.priority == worst]
+    free = [request for request in urgent if not request.has_yielded]
+    if not queue.has_several_tenants or not free:
+        return urgent[-1]
+    pages = _pages_of(running, queue, num_pages_of)
+
+    def excess(request: Request) -> float:
+        tenant = queue.tenant_of(request)
+        return pages[tenant] / tenant.weight
+
+    most = max(map(excess, free))
+    victim = next(request for request in reversed(free) if excess(request) == most)
+    victim.has_yielded = True
+    return victim
+
+
+def _pages_of(
+    running: Sequence[Request], queue: FairQueue, num_pages_of: Callable[[Request], int]
+) -> Counter[Client]:
+    pages: Counter[Client] = Counter()
+    for request in running:
+        pages[queue.tenant_of(request)] += num_pages_of(request)
+    return pages
