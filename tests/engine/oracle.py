@@ -79,7 +79,13 @@ def make_adapter(
 
 
 def make_kind(path: Path, model_path: Path, config: Any, *, seed: int = 0) -> Path:
-    """An adapter of the kind that PEFT's `config` names, with random weights of a visible effect."""
+    """An adapter of the kind that PEFT's `config` names."""
+    random_peft(model_path, config, seed=seed).save_pretrained(path)
+    return path
+
+
+def random_peft(model_path: Path, config: Any, *, seed: int) -> Any:
+    """PEFT's model with random weights of a visible effect."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     model = get_peft_model(base, config)
@@ -94,8 +100,7 @@ def make_kind(path: Path, model_path: Path, config: Any, *, seed: int = 0) -> Pa
             parameter.data.normal_(0, 0.3)
         elif parameter.requires_grad:
             parameter.data += 0.4 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    return path
+    return model
 
 
 @lru_cache(maxsize=32)

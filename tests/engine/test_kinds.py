@@ -8,7 +8,16 @@ import pytest
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig
 
 from tests.engine.driver import drive
-from tests.engine.oracle import ALL_LINEAR, make_adapter, make_kind, make_model, make_prompt, reference_tokens
+from tests.engine.oracle import (
+    ALL_LINEAR,
+    make_adapter,
+    make_kind,
+    make_model,
+    make_prompt,
+    random_peft,
+    reference_tokens,
+)
+from toppings.engine import device_lora, own_layers
 
 ALL = list(ALL_LINEAR)
 KINDS: dict[str, Callable[[], Any]] = {
@@ -65,3 +74,88 @@ def test_every_kind_alone_and_mixed_with_all_others_matches_the_oracle(
         assert expected != reference_tokens(model, None, prompt, 8), f"{name} has no effect"
         assert tokens[f"{name} alone"] == expected, name
         assert tokens[f"{name} mixed"] == expected, name
+
+
+def test_chunked_preempted_evicted_and_reloaded_they_give_the_same_tokens(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    model, adapters = world
+    names = ["dora", "bias", "loha", "pissa", "plain"]
+    page_bytes = 16 * 2 * 2 * 16 * 4 * 3  # tokens · (k, v) · kv heads · head dim · fp32 · layers
+    with drive(
+        model,
+        tmp_path,
+        adapters,
+        max_num_batched_tokens=7,
+        max_num_seqs=4,
+        max_model_len=200,
+        kv_cache_bytes=14 * page_bytes,
+        device_pool_bytes=400 * 1024,
+        host_store_bytes=600 * 1024,
+    ) as driver:
+        for turn in range(2):
+            for i, name in enumerate(names):
+                driver.add(f"{name} {turn}", make_prompt(i, 30), 30, name)
+            tokens = driver.run()
+        counters = driver.engine.stats(0).counters
+    assert counters["device_evictions"] > 0
+    assert counters["preemptions"] > 0
+    for i, name in enumerate(names):
+        expected = reference_tokens(model, adapters[name], make_prompt(i, 30), 30)
+        assert tokens[f"{name} 0"] == tokens[f"{name} 1"] == expected, name
+
+
+def test_cpu_workers_compute_products_of_adapters_with_gains(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Over a link so slow that nothing lands before it is reached."""
+    model, adapters = world
+    chosen, prompt = {"dora": adapters["dora"]}, make_prompt(3, 40)
+    with drive(model, tmp_path, chosen, mode="cpu_assisted", link_gbps=0.002) as driver:
+        driver.add("cold", prompt, 4, "dora")
+        tokens = driver.run()
+        assert driver.engine.stats(0).counters["assist_cpu_products"] > 0
+    assert tokens["cold"] == reference_tokens(model, adapters["dora"], prompt, 4)
+
+
+def test_a_batch_without_them_runs_nothing_of_theirs(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one operation more than before there were such kinds."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed for nobody")
+
+    monkeypatch.setattr(device_lora, "adjust_columns_", refuse)
+    monkeypatch.setattr(own_layers.OwnLayers, "__init__", refuse)
+    model, adapters = world
+    with drive(model, tmp_path, adapters) as driver:
+        driver.add("plain", make_prompt(1, 20), 4, "plain")
+        driver.add("base", make_prompt(1, 20), 4)
+        tokens = driver.run()
+        driver.add("dora", make_prompt(1, 20), 4, "dora")
+        driver.run()
+        assert "computed for nobody" in str(driver.errors()["dora"])
+    assert tokens["plain"] == reference_tokens(model, adapters["plain"], make_prompt(1, 20), 4)
+
+
+def test_what_training_has_pruned_of_adalora_is_left_out(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    model, _ = world
+    config = AdaLoraConfig(init_r=6, lora_alpha=9, target_modules=["q_proj", "v_proj"], total_step=10)
+    peft = random_peft(model, config, seed=4)
+    kept = {"q_proj": [True, False, True, True, False, False], "v_proj": [False] * 6}
+    peft.peft_config["default"].rank_pattern = {
+        f"model.layers.{layer}.self_attn.{name}.lora_E": ranks
+        for layer in range(3)
+        for name, ranks in kept.items()
+    }
+    peft.save_pretrained(tmp_path / "pruned")
+    prompt = make_prompt(8, 20)
+    with drive(model, tmp_path / "state", {"pruned": tmp_path / "pruned"}) as driver:
+        assert driver.registry.get("pruned").rank == 3
+        assert driver.registry.get("pruned").targets == ("q_proj",)
+        driver.add("pruned", prompt, 8, "pruned")
+        tokens = driver.run()
+    assert tokens["pruned"] == reference_tokens(model, tmp_path / "pruned", prompt, 8)

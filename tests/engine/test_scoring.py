@@ -184,9 +184,9 @@ def test_logits_of_a_prompt_are_made_some_rows_at_a_time(
     sizes: list[int] = []
     logits = Decoder.logits
 
-    def counted(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+    def counted(self: Decoder, hidden: torch.Tensor, start: int = 0) -> torch.Tensor:
         sizes.append(len(hidden))
-        return logits(self, hidden)
+        return logits(self, hidden, start)
 
     monkeypatch.setattr(Decoder, "logits", counted)
     driver.add("long", make_prompt(9, 60), 0, prompt_logprobs=2)

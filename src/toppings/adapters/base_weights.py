@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     import torch
 
 
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
 @dataclass(frozen=True)
 class BaseWeights:
-    """The checkpoint in `path`, whose weights are served in `dtype`."""
+    """The checkpoint in `path`, whose weights are served in `dtype`. `is_tied`: its output layer is its
+    embedding."""
 
     path: Path
     dtype: str
+    is_tied: bool = False
 
     @contextmanager
     def open(self) -> Iterator["OpenWeights"]:
@@ -30,23 +35,41 @@ class BaseWeights:
                 places = open_tensors(self.path, stack)
             except ValueError as error:
                 raise AdapterError(f"the base model's weights cannot be read: {error}") from error
-            yield OpenWeights(places, self.dtype)
+            yield OpenWeights(places, self.dtype, self.is_tied)
 
 
 @dataclass(frozen=True)
 class OpenWeights:
     _places: dict[str, Any]
     _dtype: str
+    is_tied: bool
 
     def weight(self, module: str) -> "torch.Tensor":
         """[out, in] of a projection, [vocabulary, hidden] of the embedding: fp32, rounded as it is served.
 
         Raises AdapterError where there is none.
         """
-        found = self.find(f"{module}.weight")
-        if found is None:
-            raise AdapterError(f"the base model's checkpoint has no {module}.weight")
+        found = self.find(f"{self._stored_name(module)}.weight")
+        assert found is not None
         return found
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """Of its weight. Raises AdapterError where there is none."""
+        name = f"{self._stored_name(module)}.weight"
+        return tuple(self._places[name].get_slice(name).get_shape())
+
+    def modules(self) -> list[str]:
+        """Those that have a weight."""
+        found = [name.removesuffix(".weight") for name in self._places if name.endswith(".weight")]
+        return found if HEAD in found else [*found, HEAD]
+
+    def _stored_name(self, module: str) -> str:
+        """A tied output layer may be stored as the embedding alone, and the other way round."""
+        tied = {HEAD: EMBED, EMBED: HEAD}
+        for name in (module, tied.get(module, module)):
+            if f"{name}.weight" in self._places and (name == module or self.is_tied):
+                return name
+        raise AdapterError(f"the base model's checkpoint has no {module}.weight")
 
     def bias(self, module: str) -> "torch.Tensor | None":
         """[out], likewise."""

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.folding import ProjectionWeights
 from toppings.adapters.layout import BaseShapes, gain_name, offset_name
 from toppings.adapters.peft_config import CONFIG_FILE, PeftConfig
+from toppings.adapters.pickled import PICKLES
 from toppings.adapters.regular_files import open_regular
 from toppings.adapters.stored_tensors import WEIGHTS_FILE, StoredTensors
 from toppings.adapters.text_files import TEXT_FILES, TextFiles
@@ -29,7 +30,6 @@ __all__ = ["AdapterCheckpoint", "AdapterError", "AdapterNotFound", "fingerprint"
 logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 4 << 20
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class AdapterCheckpoint:
 
     `digest` is the SHA-256 of all that it is served by; `fingerprint` sizes and modification times of its
     files before they were read; `chat_template` its own, if it brings one; `invocation_tokens` those of an
-    activated LoRA; `warnings` what was ignored.
+    activated LoRA; `warnings` what was ignored; `outer` what is outside the projections, by layer and name.
     """
 
     path: Path
@@ -50,6 +50,7 @@ class AdapterCheckpoint:
     chat_template: str | None = None
     invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    outer: Mapping[int, Mapping[str, "torch.Tensor"]] = field(default_factory=dict)
 
     def ranks(self) -> list[list[int]]:
         """Per layer and `MODULES` index, 0 where not targeted."""
@@ -67,7 +68,7 @@ class AdapterCheckpoint:
             for name, tensor in ((gain_name(module), weights.gain), (offset_name(module), weights.offset)):
                 if tensor is not None:
                     found[name] = tensor
-        return found
+        return found | dict(self.outer.get(layer, {}))
 
 
 def fingerprint(path: str | Path) -> str:
@@ -131,7 +132,7 @@ def _read(
             plan = CheckpointPlan(stored.by_key, config, shapes, base)
             digest.update(stored.head)
             tensors = stored.read(plan.keys, digest.update)
-        weights = plan.weights(tensors)
+        weights, outer = plan.weights(tensors)
     except AdapterError as error:
         raise AdapterError(f"adapter {path}: {error}") from error
     text = TextFiles.read(path, roots)
@@ -144,6 +145,7 @@ def _read(
         invocation_tokens=config.invocation_tokens,
         shapes=shapes,
         weights=weights,
+        outer=outer,
         digest=digest.hexdigest(),
         fingerprint=mark,
         chat_template=text.chat_template,
@@ -172,6 +174,10 @@ def _check_files(path: Path) -> None:
     if not (path / CONFIG_FILE).is_file():
         raise AdapterError(f"adapter {path}: {CONFIG_FILE} is missing")
     if not (path / WEIGHTS_FILE).is_file():
-        pickle = next((name for name in _PICKLES if (path / name).exists()), None)
-        found = f"; {pickle} is a pickle, which is not read: convert it to safetensors" if pickle else ""
+        pickle = next((name for name in PICKLES if (path / name).exists()), None)
+        found = (
+            f"; {pickle} is a pickle, which is not read: toppings adapters convert makes safetensors of it"
+            if pickle
+            else ""
+        )
         raise AdapterError(f"adapter {path}: {WEIGHTS_FILE} is missing{found}")

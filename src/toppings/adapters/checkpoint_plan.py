@@ -11,6 +11,7 @@ from toppings.adapters.base_weights import BaseWeights, OpenWeights
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.folding import ProjectionWeights, check_start, fold_magnitude, fold_start
 from toppings.adapters.layout import BaseShapes
+from toppings.adapters.outer_plan import OUTSIDE_LAYERS, Extras, OuterPlan
 from toppings.adapters.peft_config import PeftConfig, shorten
 from toppings.adapters.peft_kinds import BIAS, MAGNITUDE, MAX_RANK, Target, product_rank
 from toppings.adapters.peft_matches import PeftMatches
@@ -29,7 +30,6 @@ _BASE_PARAMETER = re.compile(
     r"base_model\.model\.(?:lm_head|model\.(?:embed_tokens|norm|layers\.\d+\.(?:\w+layernorm|(?:self_attn|mlp)\."
     r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?))))\.(?:weight|bias)"
 )
-_OUTSIDE_LAYERS = ("lm_head", "model.embed_tokens")
 _OPTIONS = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
 """What of the configuration makes a tensor of a projection."""
 _ADAPTER_PART = re.compile(r"lora_|hada_|lokr_|vera_")
@@ -56,34 +56,43 @@ class CheckpointPlan:
         places = [(layer, module) for layer in range(shapes.num_layers) for module in range(len(MODULES))]
         names = [module_name(*place) for place in places]
         self._config, self._shapes = config, shapes
-        self._matches = PeftMatches(config, (*names, *_OUTSIDE_LAYERS))
-        _check_outside(self._matches, config)
-        ignored = [key for key in stored if _is_ignored(key)]
+        self._matches = PeftMatches(config, (*names, *OUTSIDE_LAYERS))
+        self._base = base
+        with self._open_base() as weights:
+            self._outer = OuterPlan(stored, config, shapes.num_layers, self._matches, weights)
         self._shared = {key: key for key in stored if key in config.kind.shared}
-        known = [key for key in stored if not _is_ignored(key) and key not in self._shared]
+        others = [key for key in stored if key not in self._shared and key not in self._outer.taken]
+        ignored = [key for key in others if _is_ignored(key)]
+        known = [key for key in others if not _is_ignored(key)]
         by_place = _by_place(known, config, shapes)
         self._keys: dict[Place, dict[str, str]] = {}  # by part
         for place, name in zip(places, names, strict=True):
             keys = by_place.get(place, {})
             if self._check(name, place, keys, stored):
                 self._keys[place] = keys | self._shared
-        self._base = self._needed(base)
-        self.warnings = [*self._matches.unused_patterns()[:20], *map(_explain_ignored, ignored[:20])]
+        self._check_base()
+        self.warnings = [
+            *self._outer.warnings[:20],
+            *self._matches.unused_patterns()[:20],
+            *map(_explain_ignored, ignored[:20]),
+        ]
 
     @property
     def keys(self) -> set[str]:
-        return {key for keys in self._keys.values() for key in keys.values()}
+        return self._outer.keys | {key for keys in self._keys.values() for key in keys.values()}
 
-    def weights(self, tensors: Mapping[str, "torch.Tensor"]) -> dict[Place, ProjectionWeights]:
-        """Raises AdapterError for values that are not finite."""
+    def weights(self, tensors: Mapping[str, "torch.Tensor"]) -> tuple[dict[Place, ProjectionWeights], Extras]:
+        """Of projections, and what is outside them. Raises AdapterError for values that are not finite."""
         for key, tensor in tensors.items():
             if not is_finite(tensor):
                 raise AdapterError(f"key {key!r} holds NaN or infinite values")
         with self._open_base() as base:
-            return {
+            made = {
                 place: self._make(place, {part: tensors[key] for part, key in keys.items()}, base)
                 for place, keys in self._keys.items()
             }
+            outer = {} if base is None or self._outer.is_empty else self._outer.extras(tensors, base)
+            return made, outer
 
     def _make(
         self, place: Place, tensors: dict[str, "torch.Tensor"], base: OpenWeights | None
@@ -93,11 +102,12 @@ class CheckpointPlan:
         weights = ProjectionWeights(a, b, self._matches.scale_of(name))
         if config.has_bias:
             return ProjectionWeights(a, b, weights.scale, offset=tensors[BIAS].float() * weights.scale)
-        if base is None:
-            return weights
-        if config.start:
+        if base is not None and config.start:
             return fold_start(weights, config.start, base, name)
-        return fold_magnitude(weights, tensors[MAGNITUDE], base, name)
+        if base is not None and config.use_dora:
+            magnitude, weight, bias = tensors[MAGNITUDE], base.weight(name), base.bias(name)
+            return fold_magnitude(weights, magnitude, weight, bias, name)
+        return weights
 
     def _target(self, name: str, place: Place) -> Target:
         return Target(name, *self._shapes.sizes[place[1]], self._matches.rank_of(name))
@@ -143,18 +153,13 @@ class CheckpointPlan:
 
     # --- the base model's weights ---
 
-    def _needed(self, base: BaseWeights | None) -> BaseWeights | None:
+    def _check_base(self) -> None:
         config = self._config
-        if not config.use_dora and not config.start:
-            return None
-        if base is None:
+        if self._base is None and (config.use_dora or config.start):
             why = "use_dora" if config.use_dora else f"init_lora_weights {config.start!r}"
-            raise AdapterError(
-                f"{why} needs the base model's weights, and there is no checkpoint of them here"
-            )
+            raise AdapterError(f"{why} needs the base model's checkpoint, and there is none here")
         if config.start:
             check_start(config.start, [self._shapes.sizes[module] for _, module in self._keys])
-        return base
 
     @contextmanager
     def _open_base(self) -> Iterator[OpenWeights | None]:
@@ -163,16 +168,6 @@ class CheckpointPlan:
         else:
             with self._base.open() as weights:
                 yield weights
-
-
-def _check_outside(matches: PeftMatches, config: PeftConfig) -> None:
-    is_shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    for name in _OUTSIDE_LAYERS:
-        if not is_shorthand and matches.is_target(name):
-            raise AdapterError(
-                f"target_modules {shorten(config.target_modules)} matches {name}; supported: "
-                f"{', '.join(MODULES)}"
-            )
 
 
 def _is_ignored(key: str) -> bool:
@@ -215,10 +210,8 @@ def _parse_key(key: str, config: PeftConfig, shapes: BaseShapes) -> tuple[Place,
 
 
 def _explain_key(key: str) -> str:
-    if "lora_embedding_" in key or "embed_tokens" in key or "lm_head" in key:
-        return "is for the embedding or output layer, which is not supported"
     if "modules_to_save" in key or _ADAPTER_PART.search(key) is None:
-        return "is a whole weight, not a LoRA (modules_to_save is not supported)"
+        return "is a whole weight; served are those of lm_head, embed_tokens and norms"
     return f"matches no projection of the base model ({', '.join(MODULES)})"
 
 

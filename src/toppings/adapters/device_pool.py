@@ -3,6 +3,7 @@
 Does not know adapters' names, uses or worth, and copies no weights in: see manager.py and loader.py.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -134,6 +135,23 @@ class DevicePool:
     def has_extras(self, slots: Iterable[int]) -> bool:
         """Any adapter of `slots` has more than A and B; -1 is no adapter."""
         return any(self._placements[slot].layout.has_extras for slot in slots if slot >= 0)
+
+    def has_columns(self, slots: Iterable[int]) -> bool:
+        """Any adapter of `slots` has gains or offsets; -1 is no adapter."""
+        return any(self._placements[slot].layout.has_columns for slot in slots if slot >= 0)
+
+    def has_outer(self, slots: Iterable[int]) -> bool:
+        """Any adapter of `slots` has something outside the projections; -1 is no adapter."""
+        return any(self._placements[slot].layout.has_outer for slot in slots if slot >= 0)
+
+    def find_extra(self, slot: int, layer: int, name: str) -> torch.Tensor | None:
+        """A view of `arena`, where it stays until the pool changes."""
+        placement = self._placements[slot]
+        if (found := placement.layout.layers[layer].find_extra(name)) is None:
+            return None
+        offset, shape = found
+        start = placement.offsets[layer] + offset
+        return self.arena[start : start + math.prod(shape)].view(shape)
 
     def _ranges(self) -> list[tuple[int, int, int, int]]:
         """(offset, size, slot, layer) of every block, by offset."""

@@ -38,17 +38,21 @@ class ProjectionWeights:
 
 
 def fold_magnitude(
-    weights: ProjectionWeights, magnitude: "torch.Tensor", base: OpenWeights, module: str
+    weights: ProjectionWeights,
+    magnitude: "torch.Tensor",
+    weight: "torch.Tensor",
+    bias: "torch.Tensor | None",
+    module: str,
 ) -> ProjectionWeights:
-    """DoRA's; magnitude: [out]. Raises AdapterError where a row of W + s B A is zero."""
+    """DoRA's; magnitude: [out], weight: [out, in], bias: [out]. Raises AdapterError where a row of W + s B A
+    is zero."""
     import torch
 
-    adapted = torch.addmm(base.weight(module), weights.b.float(), weights.a.float(), alpha=weights.scale)
+    adapted = torch.addmm(weight, weights.b.float(), weights.a.float(), alpha=weights.scale)
     norm = torch.linalg.vector_norm(adapted, dim=1)
     if not bool((norm > 0).all()):
         raise AdapterError(f"{module}: a row of the adapted weight is zero, which DoRA cannot scale")
     gain = magnitude.float() / norm
-    bias = base.bias(module)
     return replace(
         weights,
         b=weights.b.float() * gain[:, None],

@@ -5,10 +5,25 @@ modules only. A is `[r, in]`; B is stored transposed, `[r, out]`, with the adapt
 A's of a projection group are consecutive rows, and each half of a block is one copy: extras travel with B.
 They are named tensors, which most adapters have none of:
 
-| extra | shape | what it does |
+| extra | shape | what it is |
 |---|---|---|
 | `q_proj.gain`, ... | [out] | the base model's output y becomes y + gain ∘ y |
 | `q_proj.offset`, ... | [out] | is added to y |
+| `input_layernorm`, `post_attention_layernorm` | [hidden] | stands for the layer's own |
+| `q_norm`, `k_norm` | [head] | likewise |
+
+The first layer's block has those of the embedding besides, the last one's those of the end:
+
+| extra | shape | what it is |
+|---|---|---|
+| `embed_tokens.weight`, `lm_head.weight` | [vocabulary, hidden] | stands for the base model's |
+| `embed_tokens.ids`, `lm_head.ids` | int32 [n] | tokens whose rows of it stand in `rows`, ascending |
+| `embed_tokens.rows`, `lm_head.rows` | [n, hidden] | |
+| `embed_tokens.A`, `embed_tokens.B` | [vocabulary, r], [r, hidden] | LoRA; A has a row per token |
+| `lm_head.A`, `lm_head.B` | [r, hidden], [r, vocabulary] | LoRA |
+| `embed_tokens.gain`, `lm_head.gain`, `lm_head.offset` | [hidden], [vocabulary] | as above |
+| `norm` | [hidden] | stands for the norm behind the last layer |
+| `lm_head.tied` | [0] | the output layer has the embedding's own weight or rows |
 """
 
 import json
@@ -27,6 +42,9 @@ LoadOrder = Sequence[tuple[int, str]]
 """The copies of a load, first to last: a layer, and which half of its block travels ("A", "B" or "AB")."""
 BLOCK_ALIGNMENT_BYTES = 64
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+EMBED, HEAD, NORM, TIED = "embed_tokens", "lm_head", "norm", "lm_head.tied"
 
 
 def gain_name(module: int) -> str:
@@ -151,6 +169,26 @@ class AdapterLayout:
     @cached_property
     def has_extras(self) -> bool:
         return any(layer.extras for layer in self.layers)
+
+    @cached_property
+    def _extra_names(self) -> frozenset[str]:
+        return frozenset(name for layer in self.layers for name, _ in layer.extras)
+
+    @cached_property
+    def has_columns(self) -> bool:
+        """A projection has a gain or an offset."""
+        return any(name.split(".")[0] in MODULES for name in self._extra_names)
+
+    @cached_property
+    def has_outer(self) -> bool:
+        """There are extras beside gains and offsets of projections."""
+        return any(name.split(".")[0] not in MODULES for name in self._extra_names)
+
+    @cached_property
+    def outer_ranks(self) -> dict[str, int]:
+        """Of the embedding and the output layer, where they have a LoRA."""
+        found = {name: shape for layer in self.layers for name, shape in layer.extras}
+        return {name: found[f"{name}.B"][0] for name in (EMBED, HEAD) if f"{name}.B" in found}
 
     @property
     def item_bytes(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from toppings.adapters.checkpoint import AdapterCheckpoint
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout
+from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, AdapterLayout
 from toppings.adapters.regular_files import open_regular
 from toppings.core import MODULES
 
@@ -78,7 +78,7 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
     import torch
 
     extras = [checkpoint.extras(layer) for layer in range(checkpoint.shapes.num_layers)]
-    named = [tuple((name, tuple(tensor.shape)) for name, tensor in each.items()) for each in extras]
+    named = [tuple((name, _stored_shape(tensor, dtype)) for name, tensor in each.items()) for each in extras]
     layout = AdapterLayout.build(checkpoint.ranks(), checkpoint.shapes, dtype, named)
     blocks = torch.from_numpy(np.zeros(layout.num_bytes, np.uint8)).view(getattr(torch, dtype))
     for (layer, module), weights in checkpoint.weights.items():
@@ -91,11 +91,22 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
         blocks[b_start : b_start + scaled.numel()] = scaled
     for layer, each in enumerate(extras):
         for name, tensor in each.items():
-            _check_extra(checkpoint, layer, name, tensor, dtype)
+            if tensor.is_floating_point():
+                _check_extra(checkpoint, layer, name, tensor, dtype)
+            values = tensor.reshape(-1) if tensor.is_floating_point() else tensor.view(blocks.dtype)  # bits
             offset, _ = layout.layers[layer].find_extra(name) or (0, ())
             start = layout.layer_offset_bytes(layer) // layout.item_bytes + offset
-            blocks[start : start + tensor.numel()] = tensor.reshape(-1)
+            blocks[start : start + values.numel()] = values
     return layout, blocks
+
+
+def _stored_shape(tensor: "torch.Tensor", dtype: str) -> tuple[int, ...]:
+    """In elements of `dtype`, which integers are seen through."""
+    import torch
+
+    if tensor.dtype is torch.int32:
+        return (tensor.numel() * tensor.itemsize // DTYPE_BYTES[dtype],)
+    return tuple(tensor.shape)
 
 
 def _check_extra(
@@ -104,7 +115,7 @@ def _check_extra(
     import torch
 
     limit = min(torch.finfo(getattr(torch, dtype)).max, MAX_EFFECT)
-    if not (largest := _largest(tensor)) <= limit:
+    if tensor.numel() and not (largest := _largest(tensor)) <= limit:
         raise AdapterError(
             f"adapter {checkpoint.path}: layer {layer} {name} holds {largest:.3g}; above {limit:.3g} the "
             f"model's arithmetic in {dtype} overflows"

@@ -5,20 +5,20 @@ Which modules its patterns match is decided in `peft_matches.py`.
 
 import math
 import reprlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.peft_kinds import ADALORA_EPSILON, KINDS, MAX_RANK, PeftKind
 from toppings.bad_input import MAX_INT, RequestError, check_unicode
-from toppings.core import MODULES
 
 MAX_ALPHA = 1e30  # no adapter comes near; a larger one would overflow in fp32
 MAX_PATTERNS = 8192  # of one option; the largest models have some 900 projections
 MAX_PATTERN_CHARS = 4096
 MAX_INVOCATION_TOKENS = 256
+MAX_TRAINED_TOKENS = 65_536
 MAX_ALL_CHARS = 2**19  # of all patterns of one option: more take longer to compile than matching them may
 CONFIG_FILE = "adapter_config.json"
 
@@ -33,13 +33,13 @@ _MEANINGLESS = frozenset(
             "task_type",
         ),
         *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
-        *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+        *("megatron_core", "qalora_group_size", "runtime_config"),
     }
 )
 _UNDERSTOOD = frozenset(
     {
         *("peft_type", "r", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "lora_bias"),
-        *("lora_alpha", "use_rslora"),
+        *("lora_alpha", "use_rslora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
         *("fan_in_fan_out", "alora_invocation_tokens"),
     }
@@ -51,9 +51,7 @@ _UNSUPPORTED = {
     "use_bdlora": "block-diagonal LoRA is not supported",
     "use_qalora": "QALoRA is not supported",
     "megatron_config": "Megatron's layers are not supported",
-    "modules_to_save": "whole modules beside the LoRA are not supported",
     "layer_replication": "replicated layers are not supported",
-    "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
 }
 """Options that change the arithmetic. Those that PEFT does not know, it ignores with a warning; so do we."""
@@ -88,6 +86,9 @@ class PeftConfig:
     use_dora: bool = False
     has_bias: bool = False
     start: str = ""
+    modules_to_save: tuple[str, ...] = ()
+    token_indices: Mapping[str, list[int]] = field(default_factory=dict)  # by module's name
+    ties_weights: bool = False
     invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -121,6 +122,9 @@ class PeftConfig:
             use_dora=_flag("use_dora", fields.get("use_dora", False)),
             has_bias=_flag("lora_bias", fields.get("lora_bias", False)),
             start=_start(fields.get("init_lora_weights")),
+            modules_to_save=tuple(as_list(_names("modules_to_save", fields.get("modules_to_save")))),
+            token_indices=_tokens(fields.get("trainable_token_indices")),
+            ties_weights=_flag("ensure_weight_tying", fields.get("ensure_weight_tying", False)),
             invocation_tokens=_invocation(fields.get("alora_invocation_tokens"), fields.get("task_type")),
             warnings=tuple(_ignored(fields, kind)),
         )
@@ -149,9 +153,6 @@ class PeftConfig:
             raise AdapterError("target_modules is missing or empty; it must name the projections")
         if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
             raise AdapterError("layers_to_transform and layers_pattern need target_modules to be a list")
-        for name in as_list(self.target_modules):
-            if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
-                raise AdapterError(f"target_modules holds {name!r}; supported: {', '.join(MODULES)}")
         if self.layers_pattern and not self.layers_to_transform:
             raise AdapterError("layers_pattern needs layers_to_transform, which is missing or empty")
 
@@ -169,9 +170,6 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
     for name, reason in _UNSUPPORTED.items():
         if fields.get(name):
             raise AdapterError(f"{name} is {shorten(fields[name])}: {reason}")
-    if fields.get("trainable_token_indices") is not None:
-        value, reason = fields["trainable_token_indices"], _UNSUPPORTED["trainable_token_indices"]
-        raise AdapterError(f"trainable_token_indices is {shorten(value)}: {reason}")
 
 
 def _start(init: Any) -> str:
@@ -290,6 +288,19 @@ def _layers(value: Any) -> list[int]:
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
         raise AdapterError(f"layers_to_transform is {shorten(value)}; it must be a layer or a list of layers")
     return layers
+
+
+def _tokens(value: Any) -> dict[str, list[int]]:
+    """By module's name; a list is of the embedding."""
+    given = value if isinstance(value, dict) else {} if value is None else {"embed_tokens": value}
+    for ids in given.values():
+        is_list = isinstance(ids, list) and 1 <= len(ids) <= MAX_TRAINED_TOKENS
+        if not is_list or not all(type(token) is int and 0 <= token <= MAX_INT for token in ids):
+            raise AdapterError(
+                f"trainable_token_indices is {shorten(value)}; it must be a list of 1 to {MAX_TRAINED_TOKENS}"
+                " token ids, or such lists by module"
+            )
+    return given
 
 
 def _invocation(value: Any, task_type: Any) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ class AssistLora:
         self._exchange = owner.exchange
         self._segments = segments
         self._cold = [(adapter, _rows_of(segments, adapter.slot)) for adapter in cold]
-        self._adjusts = owner.pool.has_extras(segments.slots)
+        self._adjusts = owner.pool.has_columns(segments.slots)
         self._masked: dict[frozenset[int], LoraSegments] = {frozenset(): segments}
         self._session = ExitStack()
         self._workers: list[Worker] | None = None  # None until the first slice: no session yet

@@ -164,6 +164,15 @@ def check_adapter(path: Path, model: Model = "") -> None:
     typer.echo(f"{path} fits: rank {max(map(max, ranks))}, targets {', '.join(targets)}")
 
 
+@adapters_app.command("convert")
+def convert_adapter(source: Path, target: Path) -> None:
+    """Write the adapter in SOURCE, whose weights are a pickle, to the new directory TARGET as safetensors."""
+    from toppings.adapters.pickled import convert_pickled
+
+    convert_pickled(source, target)
+    typer.echo(f"wrote {target}")
+
+
 def _registry(model: str, state_dir: str, dtype: str) -> "AdapterRegistry":
     from toppings.engine.base import open_registry
 

@@ -128,7 +128,7 @@ def base_weights(config: EngineConfig, model: ModelConfig) -> BaseWeights | None
     """None for a model of random weights, which no file holds."""
     if config.load_format == "dummy":
         return None
-    return BaseWeights(Path(model_path(config)), dtype_name(config, model))
+    return BaseWeights(Path(model_path(config)), dtype_name(config, model), model.tie_word_embeddings)
 
 
 def _capacity(config: EngineConfig) -> Capacity:

@@ -38,7 +38,7 @@ class DeviceLora:
         self._loads = loads
         self._mode = mode
         self._groups = groups
-        self._adjusts = pool.has_extras(segments.slots)
+        self._adjusts = pool.has_columns(segments.slots)
         self.wait_s = 0.0
 
     def start(self, layer: int, group: str, x: Tensor) -> None:

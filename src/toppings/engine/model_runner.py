@@ -16,9 +16,10 @@ from toppings.assist.exchange import AssistStats
 from toppings.core import Batch, BatchItem, Request
 from toppings.engine.device_lora import DeviceLora
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
+from toppings.engine.own_layers import OwnHead, OwnLayers
 from toppings.engine.pages import pages_for
 from toppings.engine.sampling_rows import SamplingRows
-from toppings.engine.scoring import Reader, Reading, ReadingPlan, Readings, read_nothing, read_on_host
+from toppings.engine.scoring import Head, Reader, Reading, ReadingPlan, Readings, read_nothing, read_on_host
 from toppings.engine.step_inputs import InputBuilder, Pending, StepInputs, lora_segments
 from toppings.messages import TokenLogprobs
 from toppings.model.decoder import Decoder, LoraContext
@@ -144,7 +145,7 @@ class ModelRunner:
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
-        pending, readings = None, read_nothing
+        own, pending, readings = None, None, read_nothing
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
         has_extras = segments is not None and self._adapters.pool.has_extras(segments.slots)
@@ -156,11 +157,12 @@ class ModelRunner:
             plan = ReadingPlan.of(items)
             rows_wanted = [row for row, _ in sampled] + (plan.rows if plan is not None else [])
             inputs = self._inputs.build(items, rows_wanted, segments, pending)
+            own = self._own(segments, rows_wanted, loads)
             with self._lora(items, segments, loads) as lora:
-                hidden = self._hidden(inputs, lora)
-                logits = self._decoder.logits(hidden[: len(sampled)])
+                hidden = self._hidden(inputs, lora, own)
+                logits = self._head(own).logits(hidden[: len(sampled)])
             if plan is not None:
-                readings = self._read(self._decoder, hidden[len(sampled) :], plan)
+                readings = self._read(self._head(own, len(sampled)), hidden[len(sampled) :], plan)
         copied_ms += sum(load.copy_ms for load in loads.values())
         if previous is None:
             rows, failed = self.rows.finish(begun, [], None)
@@ -169,7 +171,7 @@ class ModelRunner:
         return StepInFlight(
             items=[item for _, item in sampled],
             drawing=self._sample(logits, rows),
-            load_wait_s=lora.wait_s if lora is not None else 0.0,
+            load_wait_s=sum(each.wait_s for each in (lora, own) if each is not None),
             copy_ms=copied_ms,
             assist=lora.stats if isinstance(lora, AssistLora) else None,
             failed=failed,
@@ -202,9 +204,11 @@ class ModelRunner:
         shape = (1, self._decoder.config.vocab_size)
         self._sample(torch.zeros(shape, device=self._decoder.device), [row]).wait()
 
-    def _hidden(self, inputs: StepInputs, lora: LoraContext | None) -> torch.Tensor:
+    def _hidden(
+        self, inputs: StepInputs, lora: LoraContext | None, own: OwnLayers | None = None
+    ) -> torch.Tensor:
         return self._decoder.hidden(
-            inputs.token_ids, inputs.positions, self._cache, inputs.meta, inputs.logit_rows, lora
+            inputs.token_ids, inputs.positions, self._cache, inputs.meta, inputs.logit_rows, lora, own
         )
 
     def _copy_pages(self, items: list[BatchItem]) -> None:
@@ -217,6 +221,18 @@ class ModelRunner:
         ]
         if places:
             self._cache.copy(places)
+
+    def _own(
+        self, segments: LoraSegments | None, rows: Sequence[int], loads: dict[int, LoadHandle]
+    ) -> OwnLayers | None:
+        """None where no adapter of the step has anything outside the projections."""
+        if segments is None or not self._adapters.pool.has_outer(segments.slots):
+            return None
+        by_slot = {self._adapters.slot_of(adapter_id): load for adapter_id, load in loads.items()}
+        return OwnLayers(self._adapters.pool, segments, rows, by_slot)
+
+    def _head(self, own: OwnLayers | None, first: int = 0) -> Head:
+        return self._decoder if own is None else OwnHead(self._decoder, own, first)
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

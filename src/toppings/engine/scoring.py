@@ -131,9 +131,11 @@ def _num_pooled(item: BatchItem) -> int:
 class Head(Protocol):
     """The part of a decoder that makes logits."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
+        """`start`: which row of all that are read comes first."""
 
 
 def score(head: Head, hidden: Tensor, targets: Tensor, num_top: int) -> list[Tensor]:
@@ -148,7 +150,7 @@ def score(head: Head, hidden: Tensor, targets: Tensor, num_top: int) -> list[Ten
     top_ids, top_logprobs = targets.new_empty(num_rows, num_top), logprobs.new_empty(num_rows, num_top)
     for start in range(0, num_rows, size):
         rows = slice(start, start + size)
-        logits = head.logits(hidden[rows])
+        logits = head.logits(hidden[rows], start)
         scale = logits.logsumexp(-1, keepdim=True)
         values = logits.gather(1, targets[rows, None])
         logprobs[rows], ranks[rows] = (values - scale)[:, 0], (logits > values).sum(-1) + 1

@@ -29,6 +29,22 @@ class LoraContext(Protocol):
         """Adds the adapters' part to y [T, Σ out] in place."""
 
 
+class OwnLayers(Protocol):
+    """What adapters have of their own outside the projections; each call changes their rows in place."""
+
+    def embed(self, token_ids: Tensor, x: Tensor) -> None:
+        """x: [T, hidden], the tokens' embeddings."""
+
+    def norm(self, layer: int, name: str, residual: Tensor, x: Tensor, eps: float) -> None:
+        """x: [T, hidden], the norm of `residual`; called before the layer that reads it."""
+
+    def last_norm(self, residual: Tensor, x: Tensor, eps: float) -> None:
+        """`norm`, of the rows that are returned."""
+
+    def head_norms(self, layer: int, num_rows: int, base: HeadNorm) -> list[tuple[slice, HeadNorm]]:
+        """Norms of queries and keys of all rows, cut where they change."""
+
+
 _HEAD_BITS = 8
 """Of the output layer of a quantised model: logits come straight from it (4 bits there were not measured)."""
 
@@ -76,6 +92,7 @@ class _Step:
     cache: KVCache
     meta: AttentionMetadata
     lora: LoraContext | None
+    own: OwnLayers | None
 
 
 class Decoder:
@@ -152,35 +169,45 @@ class Decoder:
         meta: AttentionMetadata,
         rows: Tensor,
         lora: LoraContext | None = None,
+        own: OwnLayers | None = None,
     ) -> Tensor:
         """One step: writes the tokens' keys and values to the cache, returns final hidden states, normalised
         as the output layer reads them, [R, hidden] of the model's dtype.
 
         input_ids, positions: int64 [T], rows as `meta` groups them; rows: int64 [R], those to return.
         """
-        step = _Step(*self._rope.cos_sin(positions), cache, meta, lora)
+        step, eps = _Step(*self._rope.cos_sin(positions), cache, meta, lora, own), self.config.rms_norm_eps
         residual = functional.embedding(input_ids, self._embed)
-        x = rms_norm(residual, self._layers[0].input_norm, self.config.rms_norm_eps)
+        if own is not None:
+            own.embed(input_ids, residual)
+        x = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
+            if own is not None:
+                own.norm(index, "input_layernorm", residual, x, eps)
             x = self._attend(step, index, layer, x)
-            x = add_rms_norm_(x, residual, layer.post_attention_norm, self.config.rms_norm_eps)
+            x = add_rms_norm_(x, residual, layer.post_attention_norm, eps)
+            if own is not None:
+                own.norm(index, "post_attention_layernorm", residual, x, eps)
             x = self._project(step, index, "down", silu_mul(self._project(step, index, "gate_up", x)))
             if index + 1 < len(self._layers):
                 following = self._layers[index + 1].input_norm
-                x = add_rms_norm_(x, residual, following, self.config.rms_norm_eps)
+                x = add_rms_norm_(x, residual, following, eps)
         x, residual = x[rows], residual[rows]
-        return add_rms_norm_(x, residual, self._norm, self.config.rms_norm_eps)
+        x = add_rms_norm_(x, residual, self._norm, eps)
+        if own is not None:
+            own.last_norm(residual, x, eps)
+        return x
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 [R, vocab] of rows that `hidden` returned."""
+    def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
+        """fp32 [R, vocab] of rows that `hidden` returned, whichever they are."""
         return self._lm_head(hidden, is_wide=True)  # rounded to bfloat16, likely tokens would often be equals
 
     def _attend(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         config, cache = self.config, step.cache
         qkv = self._project(step, index, "qkv", x)
         k_cache, v_cache = cache.k[index], cache.v[index]
-        rotate_and_store_(qkv, step.cos, step.sin, k_cache, v_cache, step.meta.slot_mapping, layer.head_norm)
+        self._rotate_and_store(step, index, layer, qkv)
         heads = qkv.view(qkv.shape[0], -1, config.head_dim)
         q, k, v = heads.tensor_split((config.num_heads, config.num_heads + config.num_kv_heads), dim=1)
         x = paged_attention(
@@ -194,6 +221,14 @@ class Decoder:
             sliding_window=layer.sliding_window,
         )
         return self._project(step, index, "o", x)
+
+    def _rotate_and_store(self, step: _Step, index: int, layer: _Layer, qkv: Tensor) -> None:
+        k_cache, v_cache, slots = step.cache.k[index], step.cache.v[index], step.meta.slot_mapping
+        if step.own is None or layer.head_norm is None:
+            rotate_and_store_(qkv, step.cos, step.sin, k_cache, v_cache, slots, layer.head_norm)
+            return
+        for rows, norm in step.own.head_norms(index, qkv.shape[0], layer.head_norm):
+            rotate_and_store_(qkv[rows], step.cos[rows], step.sin[rows], k_cache, v_cache, slots[rows], norm)
 
     def _project(self, step: _Step, index: int, group: str, x: Tensor) -> Tensor:
         """The group's base product with the adapters' part added."""

@@ -50,7 +50,7 @@ class PartDecoder(Decoder):
         return cls(part, weights)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
         """To be asked for by every part, of the same rows."""
         if not hidden.shape[0]:
             return torch.empty(0, self.config.vocab_size, device=hidden.device)

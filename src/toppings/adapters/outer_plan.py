@@ -1,0 +1,312 @@
+"""What an adapter has outside its layers' projections: LoRA on embedding and output layer, and tensors that
+stand in the place of the base model's (`modules_to_save`, `trainable_token_indices`).
+
+What PEFT loads counts: a whole weight of a module that is not named by `modules_to_save` replaces the base
+model's own, and so that of an output layer which is tied to it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from toppings.adapters.base_weights import OpenWeights
+from toppings.adapters.errors import AdapterError
+from toppings.adapters.folding import ProjectionWeights, fold_magnitude
+from toppings.adapters.layout import EMBED, HEAD, NORM, TIED
+from toppings.adapters.peft_config import PeftConfig, shorten
+from toppings.adapters.peft_kinds import KINDS
+from toppings.adapters.peft_matches import PeftMatches
+from toppings.adapters.stored_tensors import FLOATS, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+OUTSIDE_LAYERS = {"lm_head": HEAD, "model.embed_tokens": EMBED}
+"""The base model's modules, and what extras call them."""
+_WHOLE = re.compile(
+    r"base_model\.model\.(?P<module>lm_head|model\.(?:embed_tokens|norm|layers\.(?P<layer>\d{1,6})\."
+    r"(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm)))(?P<base>\.base_layer)?\.weight",
+    re.ASCII,
+)
+_LOW_RANK = re.compile(
+    r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)\."
+    r"(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.default)?(?P<tail>\.weight|\.bias)?",
+    re.ASCII,
+)
+_TOKENS = re.compile(
+    r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)\.token_adapter\.trainable_tokens_delta"
+    r"(?:\.default)?",
+    re.ASCII,
+)
+_PARTS = {
+    "model.embed_tokens": ("lora_embedding_A", "lora_embedding_B"),
+    "lm_head": ("lora_A.weight", "lora_B.weight"),
+}
+_MAGNITUDE, _BIAS = "lora_magnitude_vector", "lora_B.bias"
+
+Extras = dict[int, dict[str, "torch.Tensor"]]
+
+
+class OuterPlan:
+    """`taken`: keys that it knows; `keys`: those of them that are to be read; `warnings`: what has no effect.
+
+    Raises AdapterError for what would not give what PEFT gives.
+    """
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        config: PeftConfig,
+        num_layers: int,
+        matches: PeftMatches,
+        base: OpenWeights | None,
+    ) -> None:
+        self._config, self._matches, self._num_layers = config, matches, num_layers
+        self._stored = stored
+        self.warnings: list[str] = []
+        self._targeted = {name for name in OUTSIDE_LAYERS if _is_target(name, config, matches)}
+        self._whole: dict[str, str] = {}  # keys by module
+        self._low_rank: dict[str, dict[str, str]] = {}  # by module and part
+        self._tokens: dict[str, str] = {}
+        for key in stored:
+            self._sort(key)
+        self.taken = {*self._whole.values(), *self._tokens.values()}
+        self.taken |= {key for keys in self._low_rank.values() for key in keys.values()}
+        self.keys = set(self.taken)
+        if not (self.taken or self._targeted or config.modules_to_save or config.token_indices):
+            return
+        if base is None:
+            raise AdapterError(f"{self._reason()} needs the base model's checkpoint, and there is none here")
+        self._ids = self._token_ids(base)
+        self._check(base)
+
+    def _reason(self) -> str:
+        """What asks for something outside the projections."""
+        options = {
+            "modules_to_save": self._config.modules_to_save,
+            "trainable_token_indices": self._config.token_indices,
+            f"target_modules {shorten(self._config.target_modules)}": self._targeted,
+        }
+        return next(
+            (name for name, value in options.items() if value), f"key {min(self.taken, default='')!r}"
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.taken
+
+    def extras(self, tensors: Mapping[str, "torch.Tensor"], base: OpenWeights) -> Extras:
+        """By layer and name (`layout.py`)."""
+        found: Extras = {}
+        for module, key in self._whole.items():
+            name = OUTSIDE_LAYERS.get(module)
+            is_same = key.endswith(".base_layer.weight") and _is_equal(tensors[key], base.weight(module))
+            if not is_same:
+                self._put(found, module, f"{name}.weight" if name else _norm_name(module), tensors[key])
+        for module in self._low_rank:
+            for name, tensor in self._product(module, tensors, base).items():
+                self._put(found, module, f"{OUTSIDE_LAYERS[module]}.{name}", tensor)
+        for module, key in self._tokens.items():
+            self._put_tokens(found, module, tensors[key])
+        if base.is_tied and self._shares_embedding:
+            import torch
+
+            self._put(found, "lm_head", TIED, torch.empty(0))
+        return found
+
+    # --- what there is ---
+
+    def _sort(self, key: str) -> None:
+        if (match := _TOKENS.fullmatch(key)) is not None:
+            self._tokens[match["module"]] = key
+        elif (match := _LOW_RANK.fullmatch(key)) is not None:
+            part = (match["part"] + (match["tail"] or "")).replace(f"{_MAGNITUDE}.weight", _MAGNITUDE)
+            parts = self._low_rank.setdefault(match["module"], {})
+            if part in parts:
+                raise AdapterError(f"keys {parts[part]!r} and {key!r} are the same weight")
+            parts[part] = key
+        elif (match := _WHOLE.fullmatch(key)) is not None:
+            module = match["module"]
+            if bool(match["base"]) == (module in self._targeted):
+                self._whole[module] = key
+            elif module in self._targeted:
+                raise AdapterError(f"key {key!r} is a whole weight beside a LoRA of the same module")
+
+    def _token_ids(self, base: OpenWeights) -> dict[str, list[int]]:
+        """By module; PEFT trains both ends of a tied model as one."""
+        given, ids = self._config.token_indices, {}
+        for name, indices in given.items():
+            module = next((m for m in OUTSIDE_LAYERS if m.endswith(name)), None)
+            if module is None:
+                raise AdapterError(
+                    f"trainable_token_indices names {shorten(name)}; it must be embed_tokens or lm_head"
+                )
+            ids[module] = indices
+        if base.is_tied and ids.get("lm_head") == ids.get("model.embed_tokens"):
+            ids.pop("lm_head", None)
+        return ids
+
+    @property
+    def _shares_embedding(self) -> bool:
+        """What replaces the embedding, or rows of it, replaces a tied output layer's, too."""
+        is_own = "lm_head" in self._whole or "lm_head" in self._tokens
+        saved = any(each and "model.embed_tokens".endswith(each) for each in self._config.modules_to_save)
+        is_whole = "model.embed_tokens" in self._whole and (not saved or self._config.ties_weights)
+        return not is_own and (is_whole or "model.embed_tokens" in self._tokens)
+
+    # --- checks ---
+
+    def _check(self, base: OpenWeights) -> None:
+        config = self._config
+        if self._targeted and config.kind is not KINDS["LORA"]:
+            raise AdapterError(f"{config.kind.title} of {min(self._targeted)} is not supported")
+        if self._targeted and config.start:
+            raise AdapterError(
+                f"init_lora_weights {config.start!r} of {min(self._targeted)} is not supported"
+            )
+        if self._targeted and config.ties_weights and base.is_tied:
+            raise AdapterError(f"ensure_weight_tying with {min(self._targeted)} targeted is not supported")
+        for module in sorted(self._targeted | self._low_rank.keys()):
+            self._check_low_rank(module, base)
+        for module, key in self._whole.items():
+            self._check_shape(key, self._whole_shape(module, base))
+        for module in sorted(self._ids.keys() | self._tokens.keys()):
+            self._check_tokens(module, base)
+        self._check_saved(base)
+
+    def _check_low_rank(self, module: str, base: OpenWeights) -> None:
+        parts = self._low_rank.get(module, {})
+        if not parts:
+            raise AdapterError(f"target_modules matches {module}, but the file has no weights for it")
+        if module not in self._targeted:
+            raise AdapterError(
+                f"key {next(iter(parts.values()))!r} is not among the modules that the configuration targets"
+            )
+        for part, shape in self._low_rank_shapes(module, base).items():
+            if part not in parts:
+                raise AdapterError(f"key {next(iter(parts.values()))!r} has no {part} beside it")
+            self._check_shape(parts[part], shape)
+        if surplus := parts.keys() - self._low_rank_shapes(module, base).keys():
+            raise AdapterError(f"key {parts[min(surplus)]!r} is of no use with this configuration")
+
+    def _low_rank_shapes(self, module: str, base: OpenWeights) -> dict[str, tuple[int, ...]]:
+        vocab, hidden = base.shape(module)
+        rank, is_embed = self._matches.rank_of(module), module == "model.embed_tokens"
+        size_in, size_out = (vocab, hidden) if is_embed else (hidden, vocab)
+        a, b = _PARTS[module]
+        shapes: dict[str, tuple[int, ...]] = {a: (rank, size_in), b: (size_out, rank)}
+        if self._config.use_dora:
+            shapes[_MAGNITUDE] = (size_out,)
+        if self._config.has_bias:
+            if is_embed:
+                raise AdapterError("lora_bias is set and target_modules matches embed_tokens, which has none")
+            shapes[_BIAS] = (size_out,)
+        return shapes
+
+    def _whole_shape(self, module: str, base: OpenWeights) -> tuple[int, ...]:
+        shape = base.shape(module)
+        key = self._whole[module]
+        if module in OUTSIDE_LAYERS and self._stored[key].shape[:1] > shape[:1]:
+            raise AdapterError(
+                f"key {key!r} has {self._stored[key].shape[0]} rows; the base model has {shape[0]} tokens,"
+                " and an adapter with more is not served"
+            )
+        return shape
+
+    def _check_tokens(self, module: str, base: OpenWeights) -> None:
+        ids, key = self._ids.get(module), self._tokens.get(module)
+        if ids is None:
+            raise AdapterError(f"key {key!r} has trained tokens that trainable_token_indices does not name")
+        if key is None:
+            raise AdapterError(f"trainable_token_indices names {module}, but the file has no weights for it")
+        if module in self._whole or module in self._targeted:
+            raise AdapterError(
+                f"trainable_token_indices and other weights of {module} are not served together"
+            )
+        vocab, hidden = base.shape(module)
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None or len(set(ids)) < len(ids):
+            found = "a token twice" if wrong is None else wrong
+            raise AdapterError(
+                f"trainable_token_indices holds {found}; they must be different ids from 0 to {vocab - 1}"
+            )
+        self._check_shape(key, (len(ids), hidden))
+
+    def _check_saved(self, base: OpenWeights) -> None:
+        """`modules_to_save` names modules by how their paths end."""
+        for name in self._config.modules_to_save:
+            modules = [module for module in base.modules() if name and module.endswith(name)]
+            if not modules:
+                self.warnings.append(f"modules_to_save names {shorten(name)}, which is not in the base model")
+            for module in modules:
+                if _WHOLE.fullmatch(f"base_model.model.{module}.weight") is None:
+                    raise AdapterError(
+                        f"modules_to_save names {shorten(name)}, and {module} cannot be replaced: served are "
+                        "lm_head, embed_tokens and norms"
+                    )
+                if module not in self._whole and not (module == "lm_head" and base.is_tied):
+                    raise AdapterError(f"modules_to_save names {module}, but the file has no weight for it")
+
+    def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
+        stored = self._stored[key]
+        if stored.shape != shape or stored.dtype not in FLOATS:
+            raise AdapterError(
+                f"key {key!r} has shape {list(stored.shape)} and type {stored.dtype[:32]}; the base model"
+                f" and the configured rank need {list(shape)} and a float of 8 to 64 bits"
+            )
+
+    # --- what is served ---
+
+    def _product(
+        self, module: str, tensors: Mapping[str, "torch.Tensor"], base: OpenWeights
+    ) -> dict[str, "torch.Tensor"]:
+        keys, is_embed = self._low_rank[module], module == "model.embed_tokens"
+        a, b = (tensors[keys[part]].float() for part in _PARTS[module])
+        weights = ProjectionWeights(a, b, self._matches.scale_of(module))
+        if self._config.use_dora:
+            own = tensors.get(self._whole.get(module, ""))
+            weight = base.weight(module) if own is None else own.float()
+            magnitude = tensors[keys[_MAGNITUDE]]
+            weights = fold_magnitude(weights, magnitude, weight.T if is_embed else weight, None, module)
+        offset = tensors[keys[_BIAS]].float() * weights.scale if self._config.has_bias else None
+        found = {
+            "A": a.T.contiguous() if is_embed else a,
+            "B": (weights.b.float() * weights.scale).T.contiguous(),
+        }
+        found |= {} if weights.gain is None else {"gain": weights.gain}
+        return found | ({} if offset is None else {"offset": offset})
+
+    def _put_tokens(self, found: Extras, module: str, rows: "torch.Tensor") -> None:
+        """Ids in ascending order, to be searched."""
+        import torch
+
+        ids, order = torch.tensor(self._ids[module], dtype=torch.int32).sort()
+        self._put(found, module, f"{OUTSIDE_LAYERS[module]}.ids", ids)
+        self._put(found, module, f"{OUTSIDE_LAYERS[module]}.rows", rows[order])
+
+    def _put(self, found: Extras, module: str, name: str, tensor: "torch.Tensor") -> None:
+        found.setdefault(self._layer_of(module), {})[name] = tensor
+
+    def _layer_of(self, module: str) -> int:
+        """Whose block it travels with: the embedding with the first layer, the end with the last one."""
+        if module == "model.embed_tokens":
+            return 0
+        match = _WHOLE.fullmatch(f"base_model.model.{module}.weight")
+        return int(match["layer"]) if match is not None and match["layer"] else self._num_layers - 1
+
+
+def _norm_name(module: str) -> str:
+    return NORM if module == "model.norm" else module.rsplit(".", 1)[-1]
+
+
+def _is_target(name: str, config: PeftConfig, matches: PeftMatches) -> bool:
+    """`all-linear` means neither the embedding nor the output layer."""
+    is_shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    return not is_shorthand and matches.is_target(name)
+
+
+def _is_equal(stored: "torch.Tensor", weight: "torch.Tensor") -> bool:
+    """But for what is lost where the base model is served in a narrower type than it was trained in."""
+    import torch
+
+    return torch.allclose(stored.float(), weight, rtol=2**-7, atol=0)
