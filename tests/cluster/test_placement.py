@@ -13,9 +13,10 @@ from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.perf_model import STEPS, LinearModel, PerfModel, load_perf_model
 from toppings.cluster.placement import PLACEMENTS, Placement, PlacementSettings, Plan, make_placement
-from toppings.cluster.placement.demand import FAST_S, SLOW_S, Demand, DemandMeter
+from toppings.cluster.placement.demand import BASE, FAST_S, SLOW_S, Demand, DemandMeter
 from toppings.cluster.placement.packing import NUM_SUMS, SPREADS, improve
 from toppings.cluster.placement.plan import Ring, Shards
+from toppings.cluster.placement.sizing import desired_instances
 from toppings.cluster.placement.steering import COMFORT, steer
 from toppings.cluster.policies import POLICIES, PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
@@ -92,12 +93,20 @@ def test_adapters_that_nobody_asks_for_are_forgotten_and_others_keep_their_numbe
         meter.note(request(number, f"old{number}"), 0.0)
     for at in range(500, 1000):
         meter.note(request(at, "kept", rank=64), float(at))
-        meter.note(request(at, None), float(at))
+        meter.note(request(at, None, rank=0, num_bytes=0), float(at))
     found = meter.demand(1000.0)
-    assert (found.names, found.ranks.tolist()) == (["kept"], [64.0])
-    assert found.rates[0] == pytest.approx(1.0, rel=0.05)
+    assert (found.names, found.ranks.tolist()) == (["kept", BASE], [64.0, 0.0])
+    assert found.rates.tolist() == pytest.approx([1.0, 1.0], rel=0.05)
+    assert found.of_adapters().names == ["kept"]
     meter.note(request(0, "new"), 1000.0)
-    assert meter.demand(1000.0).names == ["kept", "new"]
+    assert meter.demand(1000.0).names == ["kept", BASE, "new"]
+
+
+def test_what_is_remembered_is_bounded_though_nobody_asks_for_it() -> None:
+    meter = DemandMeter()
+    for number in range(20_000):
+        meter.note(request(number, f"a{number}"), float(number))
+    assert meter._columns.shape[1] <= 1024
 
 
 # --- plans that know nothing of demand ---
@@ -262,6 +271,34 @@ def test_passes_end_where_no_single_move_costs_less() -> None:
             moved = homes.copy()
             moved[at] = row
             assert total(moved) >= best * (1 - 1e-9), (at, home, row)
+
+
+# --- how many servers ---
+
+
+def test_each_limit_asks_for_servers() -> None:
+    """Each of 10 adapters at 2/s: 20 requests/s of 100 tokens at 48 ms and a prefill run 97 to 98 at once."""
+    wanted = demand({f"a{i}": 2.0 for i in range(10)})
+
+    def needed(slo_ms: float = 50.0, **limits: Any) -> int:
+        limits = {"adapter_bytes_total": 10_000 * MB, **limits}
+        return desired_instances(wanted, fleet(3, **limits), slo_ms)
+
+    assert needed(1000.0) == 1
+    assert needed() == 1
+    assert needed(max_num_seqs=20) == 6  # 98 / (0.9 x 20)
+    assert needed(kv_tokens_total=3000.0) == 6  # of 150 tokens each
+    assert needed(adapter_bytes_total=20 * MB) == 5  # ten of 8 MB, all in use
+    assert needed(adapter_bytes_total=float("inf"), max_adapters=2) == 6
+    assert needed(36.0) > 2  # 33.5 ms and 0.0023 for each rank
+
+
+def test_without_demand_servers_or_objective_there_is_still_a_number() -> None:
+    wanted = demand({"a": 50.0})
+    assert desired_instances(demand({}), fleet(2).frozen(), 50.0) == 1
+    assert desired_instances(wanted, fleet(2, is_open=False).frozen(), 50.0) == 1
+    assert desired_instances(wanted, fleet(2, max_num_seqs=20).frozen(), float("inf")) > 5
+    assert desired_instances(wanted, fleet(2).frozen(), 1.0) >= 5  # an objective that no server keeps
 
 
 # --- obeying ---

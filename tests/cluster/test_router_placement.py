@@ -1,5 +1,6 @@
 """The router keeps adapters on some servers: plans are made beside requests, and requests follow them."""
 
+import asyncio
 from collections import Counter
 from contextlib import ExitStack
 
@@ -92,8 +93,16 @@ async def test_a_plan_that_fails_is_logged_and_the_next_one_is_made(
             await until(lambda: plan_of(client).instance_ids == ("s0",))
 
 
-async def test_without_a_placement_there_is_no_plan(start_router: Start) -> None:
+async def test_without_a_placement_there_is_no_plan_but_a_number_of_servers(start_router: Start) -> None:
     with serving(FakeVllm()) as url:
-        async with start_router(url) as client:
+        async with start_router(url, placement_interval_s=0.05) as client:
             await ask(client, 1)
             assert client.router.state.dispatcher.plan is None
+
+            async def told() -> str:
+                async with client.call("GET", "/metrics") as response:
+                    text: str = await response.text()
+                    return text
+
+            while "toppings_router_desired_instances 1.0" not in await told():
+                await asyncio.sleep(0.01)

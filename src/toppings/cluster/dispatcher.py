@@ -19,6 +19,7 @@ from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import BoolArray, Instances
 from toppings.cluster.placement import EMPTY_PLAN, Placement, Plan
 from toppings.cluster.placement.demand import DemandMeter
+from toppings.cluster.placement.sizing import desired_instances
 from toppings.cluster.placement.steering import steer
 from toppings.cluster.policies import Policy
 from toppings.cluster.report import RequestEntry, ServerReport
@@ -141,12 +142,12 @@ class Dispatcher:
         if avoiding:
             others = ~self.fleet.rows_in(avoiding) & (True if among is None else among)
             among = others if (others & self.fleet.is_open).any() else among
+        self._meter.note(request, now)
         if among is not None:
             instances = instances.among(among)
         if self.plan is None or request.adapter is None:
             choice = self.policy.choose(request, instances)
         else:
-            self._meter.note(request, now)
             homes = self.fleet.rows_of(self.plan.homes_of(request.adapter))
             choice = steer(request, instances, homes, self.policy)
         if choice is not None:
@@ -160,8 +161,13 @@ class Dispatcher:
         The dispatcher must have a placement.
         """
         assert self.placement is not None
-        demand, instances = self._meter.demand(now), self.fleet.frozen()
-        return partial(self.placement.plan, demand, instances, self.plan)
+        demand = self._meter.demand(now).of_adapters()
+        return partial(self.placement.plan, demand, self.fleet.frozen(), self.plan)
+
+    def sizing(self, now: float) -> Callable[[], int]:
+        """As `planning`: what finds how many servers the demand needs, by the policy's objective."""
+        slo_tpt_ms = self.policy.settings.slo_tpt_ms
+        return partial(desired_instances, self._meter.demand(now), self.fleet.frozen(), slo_tpt_ms)
 
     def _view(self, now: float) -> Instances:
         """The latest copy of the accounts."""

@@ -23,10 +23,15 @@ SLOW, FAST, PROMPT, RESPONSE, AT, RANK, BYTES = range(7)
 what the adapter is."""
 
 
+BASE = ""
+"""Stands for the base model: no adapter has this name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Of A adapters: `names`; arrays float64 [A]: `rates` in requests/s, `prompt_tokens` and
-    `response_tokens` of a request, `ranks`, `num_bytes` (0: unknown).
+    """Of A adapters, and of the base model under the name `BASE` where it is asked for: `names`; arrays
+    float64 [A]: `rates` in requests/s, `prompt_tokens` and `response_tokens` of a request, `ranks`,
+    `num_bytes` (0: unknown).
     """
 
     names: list[str]
@@ -38,6 +43,14 @@ class Demand:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def of_adapters(self) -> "Demand":
+        """Without that for the base model."""
+        if BASE not in self.names:
+            return self
+        row = self.names.index(BASE)
+        columns = (self.rates, self.prompt_tokens, self.response_tokens, self.ranks, self.num_bytes)
+        return Demand(self.names[:row] + self.names[row + 1 :], *(np.delete(each, row) for each in columns))
 
 
 class DemandMeter:
@@ -58,15 +71,14 @@ class DemandMeter:
         return [memoryview(column) for column in self._columns]
 
     def note(self, request: RequestSnapshot, now: float) -> None:
-        """A request was placed; one for the base model counts for no adapter."""
-        if request.adapter is None:
-            return
+        """A request was placed."""
+        adapter = request.adapter or BASE
         at = now * self._s_per_tick
         if self._began_at is None:
             self._began_at = at
-        row = self._rows.get(request.adapter)
+        row = self._rows.get(adapter)
         if row is None:
-            row = self._new_row(request.adapter, at)
+            row = self._new_row(adapter, at)
         slow, fast, prompt, response, updated, rank, num_bytes = self._cells
         elapsed = at - updated[row]
         kept = math.exp(-elapsed / SLOW_S)
@@ -79,6 +91,8 @@ class DemandMeter:
         num_bytes[row] = request.adapter_bytes
 
     def _new_row(self, adapter: str, at: float) -> int:
+        if len(self._rows) == self._columns.shape[1]:
+            self._drop_forgotten(at)
         row = len(self._rows)
         if row == self._columns.shape[1]:
             self._columns = np.append(self._columns, np.zeros_like(self._columns), axis=1)
@@ -90,11 +104,9 @@ class DemandMeter:
     def demand(self, now: float) -> Demand:
         """As of now; adapters that nobody has asked for in a long time are forgotten."""
         at = now * self._s_per_tick
+        self._drop_forgotten(at)
         columns = self._columns[:, : len(self._rows)]
         elapsed = at - columns[AT]
-        if (is_forgotten := columns[SLOW] * np.exp(-elapsed / SLOW_S) < FORGOTTEN_COUNT).any():
-            self._forget(~is_forgotten)
-            return self.demand(now)
         slow, fast = columns[SLOW] * np.exp(-elapsed / SLOW_S), columns[FAST] * np.exp(-elapsed / FAST_S)
         age = max(at - (at if self._began_at is None else self._began_at), 1.0)
         certain = fast - CERTAINTY * np.sqrt(fast)
@@ -104,7 +116,11 @@ class DemandMeter:
             list(self._rows), rates, tokens[0], tokens[1], columns[RANK].copy(), columns[BYTES].copy()
         )
 
-    def _forget(self, is_kept: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> None:
+    def _drop_forgotten(self, at: float) -> None:
+        columns = self._columns[:, : len(self._rows)]
+        is_kept = columns[SLOW] * np.exp((columns[AT] - at) / SLOW_S) >= FORGOTTEN_COUNT
+        if is_kept.all():
+            return
         self._rows = {
             name: row
             for row, name in enumerate(

@@ -30,6 +30,11 @@ class Meters:
             "Homes that adapters were given instead of, or beside, others.",
             registry=self.registry,
         )
+        self.desired_instances = Gauge(
+            "toppings_router_desired_instances",
+            "Servers that the demand needs within the objective.",
+            registry=self.registry,
+        )
         self.slo_at_risk = Counter(
             "toppings_router_slo_at_risk", "Requests no instance could take in time.", registry=self.registry
         )

@@ -39,6 +39,7 @@ class Monitor:
         await asyncio.gather(*(self.take_in(upstream) for upstream in self._state.upstreams.values()))
         config = self._state.config
         self._loops.append(start_loop("rebalancing", config.migration_interval_s, self._rebalance))
+        self._loops.append(start_loop("sizing", config.placement_interval_s, self._size))
         if self._state.dispatcher.placement is not None:
             self._loops.append(start_loop("placement", config.placement_interval_s, self.plan))
 
@@ -140,6 +141,12 @@ class Monitor:
 
     async def _rebalance(self) -> bool:
         rebalance(self._state)
+        return True
+
+    async def _size(self) -> bool:
+        """How many servers there should be."""
+        sizing = self._state.dispatcher.sizing(time.monotonic())
+        self._state.meters.desired_instances.set(await asyncio.to_thread(sizing))
         return True
 
     async def plan(self) -> bool:
