@@ -80,7 +80,7 @@ class DemandMeter:
         if row is None:
             row = self._new_row(adapter, at)
         slow, fast, prompt, response, updated, rank, num_bytes = self._cells
-        elapsed = at - updated[row]
+        elapsed = max(0.0, at - updated[row])  # of instants that do not ascend, exp could overflow
         kept = math.exp(-elapsed / SLOW_S)
         slow[row] = slow[row] * kept + 1.0
         fast[row] = fast[row] * math.exp(-elapsed / FAST_S) + 1.0
