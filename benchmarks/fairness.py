@@ -36,7 +36,7 @@ from toppings.sim.records import SimResult
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.simulator import Simulator
 from toppings.sim.trace import FloatArray, Tenants, Trace
-from toppings.synth import AdapterShape
+from toppings.synth import PRESETS, AdapterShape
 
 POLICIES = ("fair", "fcfs")
 MINUTE = 60.0
@@ -47,6 +47,7 @@ FLOOD_WIDTH = 250
 
 def main() -> None:
     parser = make_parser(__doc__, "a minute of each workload, and a small flood")
+    parser.add_argument("--preset", default="small-211m", choices=tuple(PRESETS), help="model of the engine")
     args = parse(parser)
     duration_s = MINUTE if args.toy else 10 * MINUTE
     finish(args, "fairness", simulated=simulate_all(duration_s), engine=measure(args))
@@ -181,7 +182,7 @@ class ProcessorClock:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    preset, width, num_guests = ("tiny", 12, 4) if args.toy else ("small-211m", FLOOD_WIDTH, 60)
+    preset, width, num_guests = ("tiny", 12, 4) if args.toy else (args.preset, FLOOD_WIDTH, 60)
     long, short = (96, 24) if args.toy else (256, 64)
     torch.set_num_threads(1)
     shape = AdapterShape(ranks=(8,))

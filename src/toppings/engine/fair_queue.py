@@ -60,6 +60,9 @@ class FairQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._waiting)
 
+    def __contains__(self, request: object) -> bool:
+        return request in self._waiting
+
     # --- who waits ---
 
     def add(self, request: Request) -> None:

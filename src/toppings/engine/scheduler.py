@@ -168,10 +168,8 @@ class Scheduler:
             num_tokens = min(request.num_uncomputed_tokens, step.budget)
             if num_tokens > 1 and may_overtake:
                 step.late.append(request)
-            elif num_tokens and self.waiting.is_running(
-                request
-            ):  # its last token may be on its way, or it was preempted
-                self._grow_or_preempt(step, request, num_tokens)
+            elif num_tokens and not (step.was_preempted and request in self.waiting):
+                self._grow_or_preempt(step, request, num_tokens)  # else its last token is on its way
 
     def _schedule_late(self, step: StepPlan) -> None:
         for request in step.late:
