@@ -57,7 +57,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
             decode_form=form,
         )
 
-    monkeypatch.setattr(manager, "_make_loader", lambda pool, *_: CudaLoader(pool.arena, cuda=device))
+    monkeypatch.setattr(manager, "make_loader", lambda pool, *_: CudaLoader(pool.arena, cuda=device))
     monkeypatch.setattr(build, "make_staging", lambda *_, **__: staging)
     monkeypatch.setattr(build, "make_runner", make_runner)
     for module in (dispatch, attention, lora):
