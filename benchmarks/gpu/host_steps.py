@@ -183,7 +183,9 @@ def _pool(shapes: BaseShapes, dtype: torch.dtype) -> tuple[DevicePool, dict[int,
     num_bytes = sum(layout.num_bytes for layout in layouts) + (1 << 20)
     pool = DevicePool(shapes.num_layers, num_bytes, dtype, num_slots=len(layouts))
     slots = [pool.try_place(layout) for layout in layouts]
-    pool.arena, pool.table = (torch.empty_like(x, device=META) for x in (pool.arena, pool.table))
+    pool.arena, pool.table, pool.columns = (
+        torch.empty_like(x, device=META) for x in (pool.arena, pool.table, pool.columns)
+    )
     return pool, {i: slot for i, slot in enumerate(slots) if slot is not None}
 
 

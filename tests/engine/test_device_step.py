@@ -229,7 +229,7 @@ def test_every_kind_of_draw_stays_on_the_device(world: World) -> None:
     ]
     world.runner.start(Batch([item(str(i), 5, 0, None, **kind) for i, kind in enumerate(kinds)])).result()
     (drawn,) = world.drawn
-    assert [part.shape[0] for part in drawn] == [5, 5, 2, 2, 2, 2, 0]
+    assert [part.shape[0] for part in drawn] == [5, 5, 2, 2, 2, 2, 0]  # no token is named
 
 
 def test_reading_prompts_stays_on_the_device_and_takes_one_copy_more(world: World) -> None:

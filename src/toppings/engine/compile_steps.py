@@ -74,7 +74,7 @@ def _run(
         chunks = torch.tensor([[0, 0, -1]] * num_chunks, dtype=torch.int32).to(decoder.device)
         segments = LoraSegments([0, len(built.token_ids)], [-1])
         segments.batches[chunks.device] = LoraBatch(chunks, form, MAX_RANK)
-        lora = DeviceLora(pool, segments, spec.out_offsets, GROUP_SETS[-1])
+        lora = DeviceLora(pool, segments, spec.out_offsets, GROUP_SETS[-1], adjusts=True)
     decoder.forward(built.token_ids, built.positions, cache, built.meta, built.logit_rows, lora)
 
 

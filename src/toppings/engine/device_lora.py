@@ -18,7 +18,8 @@ class DeviceLora:
 
     `out_offsets` gives, per projection group, the column of the fused output at which each module begins;
     `groups` are those that any adapter of the step changes in any layer, the others cost no call. `loads` are
-    the loads under way when the step began; `wait_s` adds up what they made this step wait.
+    the loads under way when the step began; `wait_s` adds up what they made this step wait. `adjusts`:
+    columns have gains and offsets, by default where the step's adapters have.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class DeviceLora:
         *,
         loads: Sequence[LoadHandle] = (),
         mode: LoadingMode | None = None,
+        adjusts: bool | None = None,
     ) -> None:
         assert mode is not None or not loads
         self._pool = pool
@@ -38,7 +40,7 @@ class DeviceLora:
         self._loads = loads
         self._mode = mode
         self._groups = groups
-        self._adjusts = pool.has_columns(segments.slots)
+        self._adjusts = pool.has_columns(segments.slots) if adjusts is None else adjusts
         self.wait_s = 0.0
 
     def start(self, layer: int, group: str, x: Tensor) -> None:

@@ -4,16 +4,9 @@ import re
 
 import torch
 
-from toppings.vital import EngineLostError
-
 _STICKY: type[Exception] | None = getattr(torch, "AcceleratorError", None)
-_WORDS = re.compile(
-    r"CUDA error|CUDA_ERROR_(?!OUT_OF_MEMORY)"
-)  # torch's, and those of the driver's own calls
-
-
-class FollowerLostError(EngineLostError):
-    """A process that holds a part of the model has ended, or is out of step: the engine cannot go on."""
+# torch's words, and those of the driver's own calls
+_WORDS = re.compile(r"CUDA error|CUDA_ERROR_(?!OUT_OF_MEMORY)")
 
 
 def is_sticky(error: BaseException | None) -> bool:

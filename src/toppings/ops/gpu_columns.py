@@ -7,11 +7,10 @@ the pool's table alone. Checked with Triton's interpreter and compiled; not yet 
 
 from collections.abc import Sequence
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_launch import ALIGNMENT_BYTES, check_aligned, column_tiles, columns_of
+from toppings.ops.gpu_launch import ALIGNMENT_BYTES, check_aligned, column_tiles, columns_of, kernel
 from toppings.ops.gpu_plan import TILES, LoraBatch
 from toppings.ops.lora import LoraSegments
 
@@ -19,7 +18,7 @@ _COLUMNS = 128
 _NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["places_stride"], do_not_specialize_on_alignment=["places"])
 def _adjust_kernel(  # type: ignore[no-untyped-def]
     y,
     arena,
@@ -70,7 +69,8 @@ def adjust_columns(
         return
     grid, ends = column_tiles(y, out_offsets, _COLUMNS)
     check_aligned(arena.dtype, *ends)
-    _adjust_kernel[(grid, len(batch.chunks))](
+    _adjust_kernel(
+        (grid, len(batch.chunks), 1),
         y,
         arena,
         places,
