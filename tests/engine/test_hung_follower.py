@@ -9,7 +9,7 @@ import pytest
 from tests.engine.driver import drive
 from tests.engine.oracle import make_model, make_prompt
 from tests.engine.test_split_model import followers_of, is_alive
-from toppings.ops.device_faults import FollowerLostError
+from toppings.engine.faults import FollowerLostError
 
 STOPPED = r"the process of part 1 \(pid {}\) of the model was stopped"
 LATE = r"the process of part 1 \(pid {}\) of the model hangs: a step takes more than 2 s"

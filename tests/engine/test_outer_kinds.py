@@ -141,3 +141,24 @@ def test_prompts_are_scored_and_embedded_by_the_adapters_own_layers(
         )
         hidden = functional.normalize(answer.hidden_states[-1][0, -1], dim=0)
         torch.testing.assert_close(vector, hidden, atol=5e-4, rtol=1e-4, msg=name)
+
+
+def test_in_bfloat16_they_round_as_a_plain_adapter_does(world: World, tmp_path: Path) -> None:
+    """Mean error of the prompt's log-probabilities against fp32's, of each kind and of the base model."""
+    model, adapters = world
+    prompts: dict[str | None, list[int]] = {name: make_prompt(5, 60) for name in (None, *adapters)}
+    with drive(model, tmp_path, adapters, dtype="bfloat16") as driver:
+        for name, prompt in prompts.items():
+            driver.add(str(name), prompt, 1, name, prompt_logprobs=0)
+        driver.run()
+    errors = {}
+    for name, prompt in prompts.items():
+        with torch.inference_mode():
+            path = None if name is None else adapters[name]
+            logits = reference_model(model, path)(input_ids=torch.tensor([prompt])).logits[0]
+        told = driver.first[str(name)].prompt_logprobs
+        assert told is not None
+        ours = torch.tensor([each.logprob for each in told.tokens(prompt[1:])])
+        expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+        errors[name] = ((ours - expected).abs().mean() / expected.std()).item()
+    assert max(errors.values()) < 4 * max(errors[None], errors["plain"]), errors

@@ -25,8 +25,8 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
 from toppings.engine.client import EngineClient, EngineDeadError
+from toppings.engine.faults import FollowerLostError
 from toppings.engine.heartbeat import open_lifeline
-from toppings.ops.device_faults import FollowerLostError
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.synth import write_tokenizer
 

@@ -4,7 +4,6 @@ them."""
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,27 +27,22 @@ class BaseWeights:
 
     @contextmanager
     def open(self) -> Iterator["OpenWeights"]:
-        """Reads nothing before it is asked: most adapters need no weight of the base model."""
-        with ExitStack() as stack:
-            yield OpenWeights(self, stack)
-
-
-class OpenWeights:
-    """Each method raises AdapterError where the checkpoint cannot be read."""
-
-    def __init__(self, base: BaseWeights, stack: ExitStack) -> None:
-        self.is_tied = base.is_tied
-        self._base = base
-        self._stack = stack
-
-    @cached_property
-    def _places(self) -> dict[str, Any]:
+        """Raises AdapterError where the checkpoint cannot be read."""
         from toppings.model.files import open_tensors
 
-        try:
-            return open_tensors(self._base.path, self._stack)
-        except ValueError as error:
-            raise AdapterError(f"the base model's weights cannot be read: {error}") from error
+        with ExitStack() as stack:
+            try:
+                places = open_tensors(self.path, stack)
+            except ValueError as error:
+                raise AdapterError(f"the base model's weights cannot be read: {error}") from error
+            yield OpenWeights(places, self.dtype, self.is_tied)
+
+
+@dataclass(frozen=True)
+class OpenWeights:
+    _places: dict[str, Any]
+    _dtype: str
+    is_tied: bool
 
     def weight(self, module: str) -> "torch.Tensor":
         """[out, in] of a projection, [vocabulary, hidden] of the embedding: fp32, rounded as it is served.
@@ -87,4 +81,4 @@ class OpenWeights:
         if (file := self._places.get(name)) is None:
             return None
         tensor: torch.Tensor = file.get_tensor(name)
-        return tensor.to(getattr(torch, self._base.dtype)).float()
+        return tensor.to(getattr(torch, self._dtype)).float()

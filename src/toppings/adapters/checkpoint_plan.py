@@ -58,8 +58,7 @@ class CheckpointPlan:
         self._config, self._shapes = config, shapes
         self._matches = PeftMatches(config, (*names, *OUTSIDE_LAYERS))
         self._base = base
-        with self._open_base() as weights:
-            self._outer = OuterPlan(stored, config, shapes.num_layers, self._matches, weights)
+        self._outer = OuterPlan(stored, config, shapes.num_layers, self._matches, base)
         self._shared = {key: key for key in stored if key in config.kind.shared}
         others = [key for key in stored if key not in self._shared and key not in self._outer.taken]
         ignored = [key for key in others if _is_ignored(key)]
@@ -163,7 +162,9 @@ class CheckpointPlan:
 
     @contextmanager
     def _open_base(self) -> Iterator[OpenWeights | None]:
-        if self._base is None:
+        """None where nothing of this adapter is told relative to them."""
+        is_needed = self._config.use_dora or self._config.start or not self._outer.is_empty
+        if self._base is None or not is_needed:
             yield None
         else:
             with self._base.open() as weights:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from toppings.adapters.base_weights import OpenWeights
+from toppings.adapters.base_weights import BaseWeights, OpenWeights
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.folding import ProjectionWeights, fold_magnitude
 from toppings.adapters.layout import EMBED, HEAD, NORM, TIED
@@ -59,7 +59,7 @@ class OuterPlan:
         config: PeftConfig,
         num_layers: int,
         matches: PeftMatches,
-        base: OpenWeights | None,
+        base: BaseWeights | None,
     ) -> None:
         self._config, self._matches, self._num_layers = config, matches, num_layers
         self._stored = stored
@@ -77,8 +77,9 @@ class OuterPlan:
             return
         if base is None:
             raise AdapterError(f"{self._reason()} needs the base model's checkpoint, and there is none here")
-        self._ids = self._token_ids(base)
-        self._check(base)
+        with base.open() as weights:
+            self._ids = self._token_ids(weights)
+            self._check(weights)
 
     def _reason(self) -> str:
         """What asks for something outside the projections."""

@@ -160,8 +160,10 @@ def check_adapter(path: Path, model: Model = "") -> None:
     weights = base_weights(engine_config, model_config)
     checkpoint = read_checkpoint(path, shapes, base_tokens(directory), base=weights)
     ranks = checkpoint.ranks()
-    targets = [name for index, name in enumerate(MODULES) if any(layer[index] for layer in ranks)]
-    typer.echo(f"{path} fits: rank {max(map(max, ranks))}, targets {', '.join(targets)}")
+    by_target = {name: max(layer[index] for layer in ranks) for index, name in enumerate(MODULES)}
+    by_target |= checkpoint.outer_ranks()
+    targets = [name for name, rank in by_target.items() if rank]
+    typer.echo(f"{path} fits: rank {max(by_target.values())}, targets {', '.join(targets)}")
 
 
 @adapters_app.command("convert")

@@ -30,6 +30,7 @@ from toppings.adapters.mirror import Lead
 from toppings.adapters.parts import AdapterParts
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import Batch, Request
+from toppings.engine.faults import FollowerLostError
 from toppings.engine.heartbeat import LOOK_S, Pulse, open_lifeline
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.engine.model_runner import ModelRunner, StepInFlight
@@ -47,7 +48,6 @@ from toppings.engine.part_messages import (
 )
 from toppings.model.config import ModelConfig
 from toppings.model.parts import Part, split_model
-from toppings.ops.device_faults import FollowerLostError
 from toppings.process_state import is_stopped
 from toppings.vital import VitalThread
 
