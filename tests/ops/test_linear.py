@@ -20,6 +20,18 @@ def test_product_agrees_with_fp32(
     assert_close(Linear(weight, bias)(x), expected, dtype)
 
 
+@pytest.mark.parametrize("use_packed", [True, False])
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_no_rows_give_no_rows(
+    dtype: torch.dtype, is_wide: bool, use_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a step that draws no token: of an embedding, or of a prompt's earlier chunks."""
+    monkeypatch.setattr(linear, "USE_PACKED", use_packed)
+    y = Linear(torch.randn(2048, 192).to(dtype))(torch.empty(0, 192, dtype=dtype), is_wide=is_wide)
+    assert y.shape == (0, 2048)
+    assert y.dtype == (torch.float32 if is_wide else dtype)
+
+
 def test_an_operator_that_fails_leaves_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(weight: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no such operator")

@@ -119,6 +119,8 @@ class Linear:
     def __call__(self, x: Tensor, *, is_wide: bool = False) -> Tensor:
         dtype = torch.float32 if is_wide else x.dtype
         num_rows = x.shape[0]
+        if not num_rows:  # nobody draws: kernels take the first row for granted
+            return x.new_empty(0, self.num_out, dtype=dtype)
         if self._blocks is not None and num_rows <= MAX_FEW_ROWS:
             return self._blocks.linear(x.contiguous(), self.num_out, self.bias).to(dtype)
         if self.is_packed:
