@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lean import lean_site, run_lean
+from tests.model.test_gguf import write
 from toppings.command import main
 from toppings.config import Config
 
@@ -158,3 +161,19 @@ def test_documented_docker_commands_use_options_of_the_server() -> None:
         _, image, arguments = re.split(r"\s(toppings:\w+)", command)
         assert image.split(":")[1] in {file.suffix.removeprefix(".") for file in IMAGES}
         assert {word for word in arguments.split() if word.startswith("--")} <= options
+
+
+def test_what_the_extra_brings_is_enough_to_read_a_gguf_file(tmp_path: Path) -> None:
+    site = lean_site(tmp_path / "site", "gguf")
+    assert not (site / "peft").exists()
+    write(tmp_path / "model.gguf")
+    arguments = str(tmp_path / "model.gguf"), str(tmp_path / "model"), str(os.getpid())
+    done = run_lean(site, "toppings.model.gguf", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("verb", ["serve", "route", "adapters", "keys", "profile"])
+def test_a_verb_needs_no_more_than_a_server_does(tmp_path: Path, verb: str) -> None:
+    done = run_lean(lean_site(tmp_path / "site"), "toppings", verb, "--help")
+    assert done.returncode == 0, done.stderr
