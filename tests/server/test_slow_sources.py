@@ -13,7 +13,7 @@ from tests.server.conftest import Server
 from tests.server.test_lifecycle import Running
 from tests.sources.hub_server import Hub
 from tests.waiting import until
-from toppings.server import lookups, resolver
+from toppings.server import grants, lookups, resolver
 from toppings.server.errors import ApiError
 from toppings.server.lifecycle import listening_socket
 from toppings.server.lookups import Lookups
@@ -243,13 +243,13 @@ async def test_an_outage_of_the_hub_is_no_refusal_and_ends_no_grant(
     counted = Counted(monkeypatch)
     counted.error = "org/one cannot be fetched: timed out"
     assert await ask(server, "other") == 502
-    grants = resolver_of(server)._grants
-    [(key, (given_at, _))] = grants.items()
-    grants[key] = (given_at, 0.0)  # it has to be asked for again
+    given = resolver_of(server)._grants._given
+    [(key, (given_at, _))] = given.items()
+    given[key] = (given_at, 0.0)  # it has to be asked for again
     num = counted.num
     assert [await ask(server, "sesame") for _ in range(2)] == [200, 200]
     assert counted.num == num + 1
-    grants[key] = (time.monotonic() - resolver.GRANT_OUTLIVES_S, 0.0)
+    given[key] = (time.monotonic() - grants.OUTLIVES_S, 0.0)
     assert await ask(server, "sesame") == 502
 
 
@@ -259,11 +259,11 @@ async def test_a_grant_that_is_taken_back_ends(
     hub.tokens["org/one"] = "sesame"
     assert await ask(server, "sesame") == 200
     hub.tokens["org/one"] = "another"
-    grants = resolver_of(server)._grants
-    [(key, (given_at, _))] = grants.items()
-    grants[key] = (given_at, 0.0)
+    given = resolver_of(server)._grants._given
+    [(key, (given_at, _))] = given.items()
+    given[key] = (given_at, 0.0)
     assert await ask(server, "sesame") == 403
-    assert not grants
+    assert not given
 
 
 # --- what a client has loaded from a source ---
@@ -303,3 +303,22 @@ async def test_the_source_that_an_adapter_came_from_is_told(server: Server, hub:
     for name, source in (("org/one", "hub"), ("adapter-00001", "local")):
         reply = await server.post("/generate", inputs="hi", parameters={"adapter_id": name})
         assert (reply.status_code, reply.headers["x-adapter-source"]) == (200, source), reply.text
+
+
+async def test_new_revisions_are_looked_for_by_a_few_at_once(
+    server: Server, hub: Hub, monkeypatch: pytest.MonkeyPatch, hanging: Hanging
+) -> None:
+    asked = resolver_of(server)
+    names = ("org/one", "org/two")
+    for name in names:
+        assert (await server.complete(model=name)).status_code == 200
+    asked._checked.clear()
+    monkeypatch.setattr(resolver, "MAX_REFRESHES", 1)
+    monkeypatch.setattr(HubSource, "find", lambda *_: hanging.wait())
+    for name in names:
+        assert (await server.complete(model=name)).status_code == 200
+    await until(lambda: hanging.num_calls == 1)
+    assert list(asked._checked) == ["org/one"]  # the other one's turn comes with a later request
+    hanging.over.set()
+    await until(lambda: not asked._tasks)
+    assert asked._num_refreshing == 0

@@ -9,6 +9,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 from toppings.adapters.latest import Latest
 from toppings.server.errors import RETRY_AFTER_S, ApiError, describe
+from toppings.sources.fetch import FetchError, FetchNotFound
 
 T = TypeVar("T")
 Key: TypeAlias = tuple[str, ...]
@@ -107,6 +108,13 @@ class Lookups(Generic[T]):
         now = time.monotonic()
         while self._failures and next(iter(self._failures.values()))[0] <= now:
             self._failures.popitem(last=False)
+
+
+def not_given(name: str, error: FetchError) -> ApiError:
+    """What a source has not, or does not give."""
+    if isinstance(error, FetchNotFound):
+        return ApiError(404, f"The model `{name}` does not exist: {error}", "NotFoundError", "model")
+    return ApiError(502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model")
 
 
 def _refusal(message: str) -> ApiError:

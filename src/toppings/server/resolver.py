@@ -6,9 +6,7 @@ asked for leave again.
 """
 
 import asyncio
-import hashlib
 import logging
-import math
 import shutil
 import time
 from collections.abc import Coroutine
@@ -16,13 +14,13 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.latest import Latest
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.config import ServerConfig
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.daemon_threads import DaemonThreads
 from toppings.server.errors import RETRY_AFTER_S, ApiError
-from toppings.server.lookups import MAX_PENDING, Lookups
+from toppings.server.grants import Grants, mark_of
+from toppings.server.lookups import MAX_PENDING, Lookups, not_given
 from toppings.server.source_cache import SourceCache
 from toppings.server.state import ServerState, Target
 from toppings.sources.adapters import (
@@ -39,7 +37,7 @@ from toppings.sources.adapters import (
     owner_of,
     parse_source,
 )
-from toppings.sources.fetch import FetchDenied, FetchError, FetchNotFound, Room
+from toppings.sources.fetch import FetchError, FetchNotFound, Room
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
 from toppings.vital import log_failure
@@ -50,11 +48,6 @@ FETCHES_AT_ONCE = 4
 SHORT_AT_ONCE = 4
 MAX_REFRESHES = 16
 """Sources asked for new revisions at once; others are asked at a later request."""
-MAX_GRANTS = 4096
-GRANT_OUTLIVES_S = 3600.0
-"""How long what a token was given counts while the source that gave it does not answer."""
-GRANT_RETRY_S = 60.0
-"""After how long such a source is asked again."""
 AGAIN = "again"
 """Stands for a kind of source in the key of what was damaged."""
 
@@ -73,11 +66,9 @@ class Resolver:
         self._short = DaemonThreads(SHORT_AT_ONCE, "toppings-files")
         self._lookups: Lookups[AdapterRecord] = Lookups()
         self._loads: Lookups[AdapterRecord] = Lookups(remembers=False)
-        self._grantings: Lookups[None] = Lookups()
+        self._grants = Grants(self._find, self._config.source_refresh_s)
         self._rooms: set[Room] = set()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._grants: Latest[tuple[str, str], tuple[float, float]] = Latest(MAX_GRANTS)
-        """When it was given, and until when it counts without asking."""
         self._checked: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_refreshing = 0
@@ -95,13 +86,13 @@ class Resolver:
             return record
         if record is None and not self._may_ask(name, kind):
             return None
-        key = (name, kind or "", _mark(token))
+        key = (name, kind or "", mark_of(token))
         if record is None:
             record = await self._lookups.once(key, partial(self._bring, name, kind, token))
         else:
             self._refresh(name)
         if record.path.startswith(PRIVATE):
-            await self._check_grant(name, kind_of(record.path), token)
+            await self._grants.check(name, kind_of(record.path), token)
         self._held.touch(name)
         return record
 
@@ -126,7 +117,7 @@ class Resolver:
 
     def close(self) -> None:
         """Whoever waits for a source is answered 503; what is being fetched is given up, not waited for."""
-        for lookups in (self._lookups, self._loads, self._grantings):
+        for lookups in (self._lookups, self._loads, self._grants):
             lookups.close()
         for room in self._rooms:
             room.give_up()
@@ -207,7 +198,7 @@ class Resolver:
             if old is None:
                 old = await self._bring_found(name, found, is_private=is_private)
         if is_private and old.path == f"{PRIVATE}{found.where}":
-            self._grant(name, token)
+            self._grants.note(name, token)
         return old
 
     async def _bring_found(
@@ -248,41 +239,6 @@ class Resolver:
             message = f"adapter {record.name!r} is damaged here, and cannot be had again: {error}"
             raise ApiError(502, message, "BadGatewayError", "model") from error
         return await self._take(record.name, found, in_place=True, origin=record.origin, over=record)
-
-    # --- who may use what another's token has brought ---
-
-    async def _check_grant(self, name: str, kind: str, token: str | None) -> None:
-        """Whether a source of the kind that it came from gives it for this token, too."""
-        if token is None:
-            message = f"adapter {name!r} is restricted: send the api_token of an account that may read it"
-            raise ApiError(403, message, "PermissionDeniedError")
-        mark = _mark(token)
-        given_at, until = self._grants.get((name, mark), (-math.inf, -math.inf))
-        now = time.monotonic()
-        if now < until:
-            return
-        try:
-            await self._grantings.once((name, kind, mark), partial(self._ask_grant, name, kind, token))
-        except ApiError as error:
-            if error.status == 403:
-                self._grants.pop((name, mark), None)
-            if error.status not in (502, 503) or now >= given_at + GRANT_OUTLIVES_S:
-                raise
-            logger.warning("adapter %s is given to who had it before: %s", name, error)
-            self._grants[name, mark] = (given_at, now + GRANT_RETRY_S)
-
-    async def _ask_grant(self, name: str, kind: str, token: str) -> None:
-        try:
-            await self._find(name, kind, token)
-        except (FetchNotFound, FetchDenied) as error:
-            raise ApiError(403, f"adapter {name!r}: {error}", "PermissionDeniedError") from error
-        except FetchError as error:
-            raise not_given(name, error) from error
-        self._grant(name, token)
-
-    def _grant(self, name: str, token: str | None) -> None:
-        now = time.monotonic()
-        self._grants[name, _mark(token)] = (now, now + self._config.source_refresh_s)
 
     # --- new revisions ---
 
@@ -338,13 +294,6 @@ class Resolver:
         return await self._looks.run(partial(find_adapter, self.sources, name, kind=kind, token=token))
 
 
-def not_given(name: str, error: FetchError) -> ApiError:
-    """What a source has not, or does not give."""
-    if isinstance(error, FetchNotFound):
-        return ApiError(404, f"The model `{name}` does not exist: {error}", "NotFoundError", "model")
-    return ApiError(502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model")
-
-
 def drop_unconfigured(registry: AdapterRegistry, config: ServerConfig) -> None:
     """At start: what came from sources that are not configured any more goes with them, and what another
     server was fetching when it was killed."""
@@ -358,7 +307,3 @@ def drop_unconfigured(registry: AdapterRegistry, config: ServerConfig) -> None:
 
 def _is_of(source: AdapterSource, record: AdapterRecord) -> bool:
     return source.kind == kind_of(record.path) and source.allows(record.name)
-
-
-def _mark(token: str | None) -> str:
-    return "" if token is None else hashlib.sha256(token.encode()).hexdigest()
