@@ -22,7 +22,8 @@ FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>
 class Hub(ThreadingHTTPServer):
     """Repositories are the directories `root/org/name`. `tokens`: what may read a repository, where not all
     may; of those in `gated` everybody hears what they hold. `refused`: their files are answered 401, as a
-    plain web server does. `untold`: nothing is said of their files' length and revision. `faults`: what
+    plain web server does. `hides_absent`: what is not there is answered 403, as stores do of what may not be
+    listed. `untold`: nothing is said of their files' length and revision. `faults`: what
     happens to who fetches its weights. `num_fetched`: of each file, how often. `ranges`: what was asked for
     of files by parts."""
 
@@ -34,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         self.tokens: dict[str, str] = {}
         self.gated: set[str] = set()
         self.refused: set[str] = set()
+        self.hides_absent = False
         self.untold: set[str] = set()
         self.faults: dict[str, str] = {}
         self.ranges: list[str] = []
@@ -106,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
     def _file(self, repo: str, revision: str, file: str) -> None:
         path = self.server.root / repo / file
         if not path.is_file():
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self._send(403 if self.server.hides_absent else 404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         content = path.read_bytes()
         headers = {

@@ -187,6 +187,7 @@ def test_whatever_a_stores_client_raises_is_told_as_not_to_be_had(tmp_path: Path
 
     class OddFiles:
         where = version = "s3://odd"
+        is_restricted = False
 
         def sizes(self) -> dict[str, int | None]:
             return {"file": 10}

@@ -66,9 +66,7 @@ class AdapterRegistry(AdapterCatalogue):
         `replace`, the only one that may be replaced, still there: what somebody did meanwhile is not undone.
         Raises AdapterExists, AdapterNotFound (no directory at `path`), AdapterError (the reason).
         """
-        check_name(name, self.base_model)
-        if not replace and self.find_named(name) is not None:
-            raise AdapterExists(f"an adapter named {name!r} is registered already")
+        self.check_free(name, replace=replace)
         candidate = self._packed_dir.pack(path, is_synced=True, roots=roots)
         try:
             if digest and candidate.header.digest != digest:
@@ -91,6 +89,13 @@ class AdapterRegistry(AdapterCatalogue):
         if (doubt := self.doubt_of(record)) is not None:
             logger.warning("%s", doubt)
         return record
+
+    def check_free(self, name: str, *, replace: bool = False) -> None:
+        """Raises AdapterError for a name that is not allowed, AdapterExists for one that is taken, not to be
+        replaced."""
+        check_name(name, self.base_model)
+        if not replace and self.find_named(name) is not None:
+            raise AdapterExists(f"an adapter named {name!r} is registered already")
 
     def is_of_content(self, record: AdapterRecord, path: str | Path) -> bool:
         """Whether `record` was made from what is in `path`. Raises AdapterError where that is no adapter that

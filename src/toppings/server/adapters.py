@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -107,18 +107,12 @@ class AdapterAdmin:
     ) -> AdapterRecord | None:
         """None where `path` is none of the configured sources' places."""
         resolver = self._state.resolver
-        if resolver is None:
-            return None
-        try:
-            found = await resolver.find_place(path)
-        except AdapterNotFound as error:
-            raise ApiError(404, f"Loading lora {name} failed: {error}", "NotFoundError") from error
-        except AdapterError as error:
-            raise ApiError(502, f"Loading lora {name} failed: {error}", "BadGatewayError") from error
-        if found is None:
+        if resolver is None or not resolver.has_place(path):
             return None
         _check_place(tenant, path, path)
-        return await resolver.load(name, found, in_place=in_place, origin=Origin.HTTP, tenant=tenant)
+        with _told(name):  # before anything is fetched for it
+            self._state.registry.check_free(name, replace=in_place)
+        return await resolver.load(name, path, in_place=in_place, tenant=tenant)
 
     async def unload(self, name: str) -> None:
         """Nobody finds `name` from now on; returns when its requests have ended and its memory is free."""
@@ -192,7 +186,7 @@ class AdapterAdmin:
     ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
-        try:
+        with _told(name):
             max_bytes = await self._in_thread(self._bytes_left, tenant, name)
             record = await self._in_thread(
                 partial(registry.register, roots=roots, max_bytes=max_bytes),
@@ -202,17 +196,6 @@ class AdapterAdmin:
                 source=source,
                 over=over,
             )
-        except AdapterExists as error:
-            message = (
-                f"The lora adapter '{name}' has already been loaded. "
-                "If you want to load the adapter in place, set 'load_inplace' to True."
-            )
-            raise ApiError(400, message, INVALID) from error
-        except AdapterNameReserved as error:
-            message = f"The lora adapter '{name}' conflicts with a served base model."
-            raise ApiError(400, message, INVALID) from error
-        except AdapterError as error:
-            raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
         if record.is_pinned:
             await self._pass_pin(old, record)
         if old is not None and old.adapter_id != record.adapter_id:
@@ -279,6 +262,24 @@ def adapter_roots(state: ServerState) -> list[Path]:
     if (builtin := find_model(engine.model, engine.state_dir).adapters) is not None:
         roots.append(builtin)
     return roots
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Why it is not registered, as controllers of vLLM know it."""
+    try:
+        yield
+    except AdapterExists as error:
+        message = (
+            f"The lora adapter '{name}' has already been loaded. "
+            "If you want to load the adapter in place, set 'load_inplace' to True."
+        )
+        raise ApiError(400, message, INVALID) from error
+    except AdapterNameReserved as error:
+        message = f"The lora adapter '{name}' conflicts with a served base model."
+        raise ApiError(400, message, INVALID) from error
+    except AdapterError as error:
+        raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
 
 
 def _check_place(tenant: Tenant, place: str, told: str) -> None:

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from toppings.core import FinishReason
 from toppings.server.bodies import JsonRoute
 from toppings.server.chat_body import ChatBody
-from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, chat_job
+from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, admitted_chat
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice
 from toppings.server.replies import answer, namer, parts, prompt_logprobs, raw_list, running_usage, usage
@@ -27,8 +27,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     state = state_of(request)
-    lease = state.lease(body.num_choices)
-    job = await lease.during(chat_job(state, body))
+    job, lease = await admitted_chat(state, body)
     return await answer(request, job, lease, ChatReply(job, body), is_stream=bool(body.stream))
 
 

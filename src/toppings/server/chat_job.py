@@ -1,6 +1,6 @@
 """The one path by which chats are answered, whatever dialect they come in.
 
-    job = await lease.during(chat_job(state, body))
+    job, lease = await admitted_chat(state, body)
     async for index, output in job.chats(lease): ...     # or: choices = await job.collect(lease)
 
 A dialect puts its request into a `ChatBody` (messages, tools, sampling) and phrases what comes out:
@@ -10,7 +10,6 @@ Tokens are counted in `token_ids`, those of the prompt in `job.num_prompt_tokens
 put together.
 """
 
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -124,10 +123,14 @@ class ChatJob(Job):
         )
 
 
-async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
-    """Raises ApiError, RequestError and SandboxBusyError for a chat that cannot be answered."""
-    started_at = time.perf_counter()
-    target = await state.find_target(body.model)
+async def admitted_chat(state: ServerState, body: ChatBody) -> tuple[ChatJob, Lease]:
+    """A chat's job and its place. Raises as `ServerState.admit`, and ApiError, RequestError and
+    SandboxBusyError for a chat that cannot be answered."""
+    target, lease = await state.admit(body.num_choices, lambda: state.find_target(body.model))
+    return await lease.during(_job(state, body, target, lease.started_at)), lease
+
+
+async def _job(state: ServerState, body: ChatBody, target: Target, started_at: float) -> ChatJob:
     plan = await chat_plan(state, body, target)
     text, prompt = await _prompt(state, body, plan)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -161,7 +164,7 @@ async def chat_job(state: ServerState, body: ChatBody) -> ChatJob:
 
 
 async def chat_tokens(state: ServerState, body: ChatBody, target: Target) -> list[int]:
-    """The prompt that the chat is. Raises as `chat_job`."""
+    """The prompt that the chat is. Raises as `admitted_chat`."""
     return (await _prompt(state, body, await chat_plan(state, body, target)))[1]
 
 

@@ -18,7 +18,7 @@ from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice, Job, beside_loop, num_last_tokens, room_for_output, tokens_of
 from toppings.server.protocol import CompletionBody
 from toppings.server.replies import answer, namer, parts, prompt_logprobs, raw_list, running_usage, usage
-from toppings.server.state import Lease, ServerState, state_of
+from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import DONE, openai_error_event, sse
 from toppings.server.structures import checked_structure
 from toppings.text import TextLogprob, TextModel
@@ -31,15 +31,16 @@ DEFAULT_MAX_TOKENS = 16
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     state, prompts = state_of(request), body.prompts()
-    lease = state.lease(len(prompts) * body.num_drawn)
-    job = await lease.during(_job(state, body, prompts))
+    num_sequences = len(prompts) * body.num_drawn
+    target, lease = await state.admit(num_sequences, lambda: state.find_target(body.model))
+    job = await lease.during(_job(state, body, prompts, target, lease.started_at))
     reply = CompletionReply(job, body, await lease.during(_echoes(job, body, prompts)))
     return await answer(request, job, lease, reply, is_stream=bool(body.stream))
 
 
-async def _job(state: ServerState, body: CompletionBody, given: list[str | list[int]]) -> Job:
-    started_at = time.perf_counter()
-    target = await state.find_target(body.model)
+async def _job(
+    state: ServerState, body: CompletionBody, given: list[str | list[int]], target: Target, started_at: float
+) -> Job:
     is_special = body.add_special_tokens is not False
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, body.max_tokens)
     prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)

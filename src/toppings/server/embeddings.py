@@ -20,7 +20,7 @@ from toppings.server.errors import CLIENT_GONE, ApiError, json_response
 from toppings.server.fields import Int, LenientBody, Name, Texts, TokenIds
 from toppings.server.jobs import Job, beside_loop, num_last_tokens, tokens_of
 from toppings.server.replies import raw_list
-from toppings.server.state import Lease, ServerState, state_of
+from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, until_gone
 
 router = APIRouter(route_class=JsonRoute)
@@ -89,8 +89,7 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Response:
             f"dimensions is {shown(body.dimensions)}; this model's embeddings have {size}, all of them needed"
         )
         raise ApiError(400, message, param="dimensions")
-    lease = state.lease(len(given))
-    job = await lease.during(_job(state, body, given))
+    job, lease = await _admitted(state, body, given)
     vectors = await _vectors(request, job, lease)
     if vectors is None:
         return Response(status_code=CLIENT_GONE)
@@ -113,8 +112,7 @@ async def create_scores(body: ScoreBody, request: Request) -> Response:
     """The cosine of each pair's embeddings. A text that is paired several times is read once."""
     state, (first, second) = state_of(request), body.pairs()
     texts = list(dict.fromkeys([*first, *second]))
-    lease = state.lease(len(texts))
-    job = await lease.during(_job(state, body, list(texts)))
+    job, lease = await _admitted(state, body, list(texts))
     vectors = await _vectors(request, job, lease)
     if vectors is None:
         return Response(status_code=CLIENT_GONE)
@@ -128,9 +126,14 @@ async def create_scores(body: ScoreBody, request: Request) -> Response:
     return await beside_loop(state, len(second) * state.client.info.hidden_size, content)
 
 
-async def _job(state: ServerState, body: PooledBody, given: list[str | list[int]]) -> Job:
-    started_at = time.perf_counter()
-    target = await state.find_target(body.model)
+async def _admitted(state: ServerState, body: PooledBody, given: list[str | list[int]]) -> tuple[Job, Lease]:
+    target, lease = await state.admit(len(given), lambda: state.find_target(body.model))
+    return await lease.during(_job(state, body, given, target, lease.started_at)), lease
+
+
+async def _job(
+    state: ServerState, body: PooledBody, given: list[str | list[int]], target: Target, started_at: float
+) -> Job:
     is_special = body.add_special_tokens is not False
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, 0)
     prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)

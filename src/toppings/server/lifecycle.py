@@ -220,6 +220,8 @@ async def _drain(state: ServerState, client: EngineClient, stop: "Stop") -> None
     timeout_s = state.config.server.shutdown_timeout_s
     logger.info("shutting down; requests that get up to %g s: %d", timeout_s, state.num_open)
     state.is_draining = True
+    if state.resolver is not None:
+        state.resolver.close()
     stop.rearm()
     shutdown = asyncio.create_task(client.shutdown(timeout_s))
     await stop.or_done(shutdown)

@@ -95,8 +95,8 @@ class Body(LenientBody):
 async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) -> Response:
     state, body = state_of(request), Body.model_validate(raw)
     details = body.parameters.return_details
-    lease = state.lease(1)
-    job = await lease.during(_job(state, body, has_logprobs=details or is_stream))
+    target, lease = await state.admit(1, lambda: _target(state, body))
+    job = await lease.during(_job(state, body, target, lease, has_logprobs=details or is_stream))
     if is_stream:
         return EventStream(
             _events(job, lease), lease, error_event=_error_event, error_response=error_response
@@ -109,10 +109,11 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
     return json_response(_whole(choice, has_details=details))
 
 
-async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
+async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, has_logprobs: bool) -> Job:
     return Job(
         state=state,
-        target=await _target(state, body),
+        target=target,
+        started_at=lease.started_at,
         prompts=await tokens_of(state, [body.inputs]),
         sampling=body.parameters.sampling(state, has_logprobs=has_logprobs),
     )

@@ -19,10 +19,10 @@ from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
-from toppings.server.state import Lease, ServerState, state_of
+from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.server.structures import Schema, checked_structure, named_structure, schema_text
-from toppings.sources.adapters import DIR, KINDS
+from toppings.sources.adapters import DIR, KINDS, kind_of
 from toppings.text import TextLogprob
 
 BASE_MODEL = "__base_model__"
@@ -156,8 +156,9 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
     is_stream = is_stream or body.stream
     parameters = body.parameters
     parameters.check()
-    lease = state.lease(1)
-    job = await lease.during(_job(state, body, has_logprobs=parameters.details or is_stream))
+    target, lease = await state.admit(1, lambda: _target(state, parameters))
+    has_logprobs = parameters.details or is_stream
+    job = await lease.during(_job(state, body, target, lease, has_logprobs=has_logprobs))
     if is_stream:
         return EventStream(
             _events(job, body, lease),
@@ -174,20 +175,24 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
     return json_response(_whole(job, body, choice), headers=_all_headers(job, choice))
 
 
-async def _job(state: ServerState, body: Body, *, has_logprobs: bool) -> Job:
-    parameters = body.parameters
-    adapter = parameters.adapter_id
-    source = parameters.adapter_source
+async def _target(state: ServerState, parameters: Parameters) -> Target:
+    adapter, source = parameters.adapter_id, parameters.adapter_source
     if source not in (None, "local") and (state.resolver is None or not state.resolver.has(SOURCES[source])):
         raise ApiError(400, f"adapter_source is {source!r}; this server has no source of that kind")
+    return await state.find_target(
+        None if adapter == BASE_MODEL else adapter,
+        kind=SOURCES.get(source or ""),
+        token=parameters.api_token,
+    )
+
+
+async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, has_logprobs: bool) -> Job:
+    parameters = body.parameters
     structure = await checked_structure(state, parameters.structure())
     return Job(
         state=state,
-        target=await state.find_target(
-            None if adapter == BASE_MODEL else adapter,
-            kind=SOURCES.get(parameters.adapter_source or ""),
-            token=parameters.api_token,
-        ),
+        target=target,
+        started_at=lease.started_at,
         prompts=await tokens_of(state, [body.inputs]),
         sampling=parameters.sampling(has_logprobs=has_logprobs, structure=structure),
     )
@@ -259,7 +264,9 @@ def _token(each: TextLogprob) -> dict[str, Any]:
 def _first_headers(job: Job) -> dict[str, str]:
     headers = {"x-model-id": job.state.base_name, "x-prompt-tokens": str(job.num_prompt_tokens)}
     if job.target.adapter_id is not None:
-        headers |= {"x-adapter-id": job.target.name, "x-adapter-source": "local"}
+        record = job.state.registry.find_named(job.target.name)
+        kind = DIR if record is None else kind_of(record.path)
+        headers |= {"x-adapter-id": job.target.name, "x-adapter-source": "local" if kind == DIR else kind}
     return {name: value.encode("ascii", "backslashreplace").decode() for name, value in headers.items()}
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from toppings.core import FinishReason
 from toppings.server.blocks import Block, Blocks, Kind, Step, blocks_of
 from toppings.server.bodies import JsonRoute
-from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, chat_job, chat_tokens
+from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, admitted_chat, chat_tokens
 from toppings.server.errors import ApiError, json_response, message_error
 from toppings.server.jobs import Choice
 from toppings.server.messages_body import MessagesBody, PromptBody
@@ -26,8 +26,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/messages")
 async def create_message(body: MessagesBody, request: Request) -> Response:
     state, chat = state_of(request), body.chat()
-    lease = state.lease(1)
-    job = await lease.during(chat_job(state, chat))
+    job, lease = await admitted_chat(state, chat)
     return await answer(request, job, lease, MessageReply(job), is_stream=bool(body.stream))
 
 

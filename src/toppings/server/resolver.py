@@ -6,23 +6,21 @@ asked for leave again.
 """
 
 import asyncio
-import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine
 from functools import partial
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.latest import Latest
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.config import ServerConfig
 from toppings.server.adapters import AdapterAdmin
+from toppings.server.daemon_threads import DaemonThreads
 from toppings.server.errors import RETRY_AFTER_S, ApiError
-from toppings.server.lookups import Lookups
+from toppings.server.grants import Grants, mark_of
+from toppings.server.lookups import MAX_PENDING, Lookups, not_given
 from toppings.server.source_cache import SourceCache
 from toppings.server.state import ServerState, Target
 from toppings.sources.adapters import (
@@ -34,7 +32,9 @@ from toppings.sources.adapters import (
     find_again,
     find_reference,
     is_safe_name,
+    kind_of,
     new_part,
+    owner_of,
     parse_source,
 )
 from toppings.sources.fetch import FetchError, FetchNotFound, Room
@@ -44,9 +44,10 @@ from toppings.vital import log_failure
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 FETCHES_AT_ONCE = 4
-MAX_GRANTS = 4096
+SHORT_AT_ONCE = 4
+MAX_REFRESHES = 16
+"""Sources asked for new revisions at once; others are asked at a later request."""
 AGAIN = "again"
 """Stands for a kind of source in the key of what was damaged."""
 
@@ -58,12 +59,19 @@ class Resolver:
         self._state, self._admin = state, admin
         self._config = state.config.server
         self.sources = [parse_source(text) for text in self._config.adapter_source]
-        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, "toppings-fetch")
+        # None waits for another's: a look-up of a place that hangs keeps its own thread only, of which there
+        # are as many as look-ups, a fetch those of fetches.
+        self._looks = DaemonThreads(3 * MAX_PENDING + MAX_REFRESHES, "toppings-look")
+        self._fetches = DaemonThreads(FETCHES_AT_ONCE, "toppings-fetch")
+        self._short = DaemonThreads(SHORT_AT_ONCE, "toppings-files")
         self._lookups: Lookups[AdapterRecord] = Lookups()
+        self._loads: Lookups[AdapterRecord] = Lookups(remembers=False)
+        self._grants = Grants(self._find, self._config.source_refresh_s)
+        self._rooms: set[Room] = set()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._grants: Latest[tuple[str, str], float] = Latest(MAX_GRANTS)
         self._checked: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_refreshing = 0
         self._held = SourceCache(state.registry)
 
     async def resolve(
@@ -78,13 +86,13 @@ class Resolver:
             return record
         if record is None and not self._may_ask(name, kind):
             return None
-        key = (name, kind, _mark(token))
+        key = (name, kind or "", mark_of(token))
         if record is None:
             record = await self._lookups.once(key, partial(self._bring, name, kind, token))
         else:
             self._refresh(name)
         if record.path.startswith(PRIVATE):
-            await self._check_grant(name, token)
+            await self._grants.check(name, kind_of(record.path), token)
         self._held.touch(name)
         return record
 
@@ -96,7 +104,7 @@ class Resolver:
         if record is None or record.path.startswith("/"):  # those the engine makes again itself
             return None
         if record.adapter_id == target.adapter_id:
-            if await self._in_thread(registry.is_intact, record.adapter_id):
+            if await self._short.run(registry.is_intact, record.adapter_id):
                 return None
             logger.warning("the packed file of adapter %s is damaged; it is fetched again", record.name)
             key = (record.name, AGAIN, "")
@@ -107,14 +115,35 @@ class Resolver:
         """Whether a source of this kind is configured."""
         return any(source.kind == kind for source in self.sources)
 
-    async def find_place(self, reference: str) -> Found | None:
-        """What a source has at `reference`, its own spelling of a place; None where it is nobody's.
+    def close(self) -> None:
+        """Whoever waits for a source is answered 503; what is being fetched is given up, not waited for."""
+        for lookups in (self._lookups, self._loads, self._grants):
+            lookups.close()
+        for room in self._rooms:
+            room.give_up()
 
-        Raises FetchError.
-        """
-        return await self._in_thread(find_reference, self.sources, reference)
+    def has_place(self, reference: str) -> bool:
+        """Whether a source may be asked for `reference`, its own spelling of a place."""
+        return owner_of(self.sources, reference) is not None
 
-    async def load(
+    async def load(self, name: str, reference: str, *, in_place: bool, tenant: Tenant) -> AdapterRecord:
+        """Registers what a source has at `reference`, its own spelling of a place; those who ask for the same
+        at once share it. Raises ApiError."""
+
+        async def bring() -> AdapterRecord:
+            try:
+                found = await self._looks.run(find_reference, self.sources, reference)
+            except FetchNotFound as error:
+                raise ApiError(404, f"Loading lora {name} failed: {error}", "NotFoundError") from error
+            except AdapterError as error:
+                raise ApiError(502, f"Loading lora {name} failed: {error}", "BadGatewayError") from error
+            assert found is not None  # `has_place`
+            return await self._take(name, found, in_place=in_place, origin=Origin.HTTP, tenant=tenant)
+
+        key = (name, reference, tenant.name, str(in_place))
+        return await self._loads.once(key, bring)
+
+    async def _take(
         self,
         name: str,
         found: Found,
@@ -128,9 +157,12 @@ class Resolver:
         """Fetches and registers what was found; with `over`, in its place and in no other's. Raises
         ApiError."""
         room = Room(self._config.source_max_bytes, self._config.source_timeout_s)
+        self._rooms.add(room)
         part = new_part(self._state.registry.state_dir)
         try:
-            path = await self._in_thread(found.bring, part, room)
+            path = found.path
+            if path is None:
+                path = await self._fetches.run(found.bring, part, room)
             return await self._admin.register_found(
                 name,
                 path,
@@ -144,7 +176,10 @@ class Resolver:
         except FetchError as error:
             raise not_given(name, error) from error
         finally:
-            await self._in_thread(partial(shutil.rmtree, part, ignore_errors=True))
+            self._rooms.discard(room)
+            room.give_up()
+            if found.path is None:
+                await self._short.run(partial(shutil.rmtree, part, ignore_errors=True))
 
     def _may_ask(self, name: str, kind: str | None) -> bool:
         if not is_safe_name(name, self._state.base_name):
@@ -154,16 +189,16 @@ class Resolver:
     async def _bring(self, name: str, kind: str | None, token: str | None) -> AdapterRecord:
         """Whoever asks for it otherwise meanwhile waits for the same fetch."""
         try:
-            found = await self._in_thread(partial(find_adapter, self.sources, name, kind=kind, token=token))
+            found = await self._find(name, kind, token)
         except FetchError as error:
             raise not_given(name, error) from error
-        is_private = token is not None and bool(getattr(found.files, "is_restricted", False))
+        is_private = token is not None and found.files is not None and found.files.is_restricted
         async with self._turns.setdefault(name, asyncio.Lock()):
             old = self._state.registry.find_named(name)
             if old is None:
                 old = await self._bring_found(name, found, is_private=is_private)
         if is_private and old.path == f"{PRIVATE}{found.where}":
-            self._grant(name, token)
+            self._grants.note(name, token)
         return old
 
     async def _bring_found(
@@ -171,7 +206,7 @@ class Resolver:
     ) -> AdapterRecord:
         """Nothing that a client has loaded or unloaded by this name meanwhile is undone."""
         try:
-            record = await self.load(
+            record = await self._take(
                 name, found, in_place=False, origin=Origin.SOURCE, is_private=is_private, over=over
             )
         except ApiError:
@@ -194,36 +229,16 @@ class Resolver:
             raise ApiError(503, message, "ServiceUnavailableError", headers=headers)
         if record.origin is Origin.SOURCE:
             try:
-                found = await self._in_thread(find_adapter, self.sources, record.name)
+                found = await self._find(record.name)
             except FetchError as error:
                 raise not_given(record.name, error) from error
             return await self._bring_found(record.name, found, over=record)
         try:
-            found = await self._in_thread(find_again, self.sources, record.name, record.path)
+            found = await self._looks.run(find_again, self.sources, record.name, record.path)
         except FetchError as error:
             message = f"adapter {record.name!r} is damaged here, and cannot be had again: {error}"
             raise ApiError(502, message, "BadGatewayError", "model") from error
-        return await self.load(record.name, found, in_place=True, origin=record.origin, over=record)
-
-    # --- who may use what another's token has brought ---
-
-    async def _check_grant(self, name: str, token: str | None) -> None:
-        """Whether a source of the kind that it came from gives it for this token, too."""
-        if token is None:
-            message = f"adapter {name!r} is restricted: send the api_token of an account that may read it"
-            raise ApiError(403, message, "PermissionDeniedError")
-        if self._grants.get((name, _mark(token)), 0.0) > time.monotonic():
-            return
-        record = self._state.registry.find_named(name)
-        kind = None if record is None else record.path.removeprefix(PRIVATE).partition(":")[0]
-        try:
-            await self._in_thread(partial(find_adapter, self.sources, name, kind=kind, token=token))
-        except AdapterError as error:
-            raise ApiError(403, f"adapter {name!r}: {error}", "PermissionDeniedError") from error
-        self._grant(name, token)
-
-    def _grant(self, name: str, token: str | None) -> None:
-        self._grants[name, _mark(token)] = time.monotonic() + self._config.source_refresh_s
+        return await self._take(record.name, found, in_place=True, origin=record.origin, over=record)
 
     # --- new revisions ---
 
@@ -232,8 +247,11 @@ class Resolver:
         now, last = time.monotonic(), self._checked.get(name)
         if last is not None and now < last + self._config.source_refresh_s:
             return
+        if self._num_refreshing >= MAX_REFRESHES:
+            return
         self._checked[name] = now
         if self._may_ask(name, None):
+            self._num_refreshing += 1
             self._background(self._look_again(name))
 
     async def _look_again(self, name: str) -> None:
@@ -242,11 +260,13 @@ class Resolver:
             record = self._state.registry.find_named(name)
             if record is None or record.origin is not Origin.SOURCE or record.path.startswith(PRIVATE):
                 return
-            found = await self._in_thread(find_adapter, self.sources, name)
+            found = await self._find(name)
             if found.where != record.path:
                 await self._bring_found(name, found, over=record)
         except (AdapterError, ApiError, OSError) as error:
             logger.warning("adapter %s stays as it is: %s", name, error)
+        finally:
+            self._num_refreshing -= 1
 
     # --- the bound ---
 
@@ -270,15 +290,8 @@ class Resolver:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(log_failure)
 
-    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args))
-
-
-def not_given(name: str, error: FetchError) -> ApiError:
-    """What a source has not, or does not give."""
-    if isinstance(error, FetchNotFound):
-        return ApiError(404, f"The model `{name}` does not exist: {error}", "NotFoundError", "model")
-    return ApiError(502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model")
+    async def _find(self, name: str, kind: str | None = None, token: str | None = None) -> Found:
+        return await self._looks.run(partial(find_adapter, self.sources, name, kind=kind, token=token))
 
 
 def drop_unconfigured(registry: AdapterRegistry, config: ServerConfig) -> None:
@@ -293,9 +306,4 @@ def drop_unconfigured(registry: AdapterRegistry, config: ServerConfig) -> None:
 
 
 def _is_of(source: AdapterSource, record: AdapterRecord) -> bool:
-    kind = record.path.removeprefix(PRIVATE).partition(":")[0]
-    return source.kind == kind and source.allows(record.name)
-
-
-def _mark(token: str | None) -> str:
-    return "" if token is None else hashlib.sha256(token.encode()).hexdigest()
+    return source.kind == kind_of(record.path) and source.allows(record.name)

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from toppings.core import FinishReason
 from toppings.server.blocks import Block, Blocks, Kind, Step, blocks_of
 from toppings.server.bodies import JsonRoute
-from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, chat_job
+from toppings.server.chat_job import ChatChoice, ChatJob, ChatOutput, admitted_chat
 from toppings.server.errors import ApiError
 from toppings.server.jobs import Choice
 from toppings.server.replies import answer
@@ -26,8 +26,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/responses")
 async def create_response(body: ResponsesBody, request: Request) -> Response:
     state, chat = state_of(request), body.chat()
-    lease = state.lease(1)
-    job = await lease.during(chat_job(state, chat))
+    job, lease = await admitted_chat(state, chat)
     return await answer(request, job, lease, ResponseReply(job, body), is_stream=bool(body.stream))
 
 

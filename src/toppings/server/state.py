@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -72,6 +72,8 @@ class Lease:
 
     def __init__(self, leases: "WeakSet[Lease]", place: Place) -> None:
         self.place = place
+        self.started_at = time.perf_counter()
+        """When its request came."""
         self._leases = leases
         leases.add(self)
 
@@ -232,6 +234,19 @@ class ServerState:
             headers = {} if self.client.died.is_set() else {"Retry-After": str(RETRY_AFTER_S)}
             raise ApiError(503, self.client.down_reason, "EngineDeadError", headers=headers)
 
+    async def admit(self, num_sequences: int, find: Callable[[], Awaitable[Target]]) -> tuple[Target, Lease]:
+        """Who answers, as `find` says, and a place for so many sequences.
+
+        While a source is asked for the adapter, the request is open but has no place in the queue: a source
+        that is slow keeps nobody else out. Raises as `lease` and `find`.
+        """
+        self._check_queue(num_sequences)
+        with self.lease(0) as looking:
+            target = await find()
+        lease = self.lease(num_sequences)
+        lease.started_at = looking.started_at
+        return target, lease
+
     def lease(self, num_sequences: int) -> Lease:
         """A place for a request of so many sequences, to be used as a context manager.
 
@@ -239,6 +254,20 @@ class ServerState:
         Raises Refusal 429 where the tenant has too many open, or waiting: without a bound of its own half of
         the queue, so that none can fill it alone.
         """
+        if num_sequences:
+            self._check_queue(num_sequences)
+        else:
+            self.check_open()
+        account, max_queue = self.account, self.config.server.max_queue
+        try:
+            own = 0 if account.tenant.is_admin else max(1, max_queue // 2)
+            return Lease(self._leases, account.enter(num_sequences, max_queue=own))
+        except Refusal:
+            self.metrics.count_rejected()
+            raise
+
+    def _check_queue(self, num_sequences: int) -> None:
+        """Raises ApiError as `lease`."""
         self.check_open()
         max_queue = self.config.server.max_queue
         if num_sequences > max_queue:
@@ -253,13 +282,6 @@ class ServerState:
                 "TooManyRequestsError",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
-        account = self.account
-        try:
-            own = 0 if account.tenant.is_admin else max(1, max_queue // 2)
-            return Lease(self._leases, account.enter(num_sequences, max_queue=own))
-        except Refusal:
-            self.metrics.count_rejected()
-            raise
 
 
 def state_of(request: Request) -> ServerState:

@@ -2,7 +2,7 @@
 
     dir:PATH[,PATTERN...]     PATH/<name>, a directory that is never listed
     hub:PATTERN[,PATTERN...]  the repository <name>, `org/name` or `org/name@revision`
-    s3://BUCKET/PREFIX[,PATTERN...]  and gs://, https://: PREFIX/<name>/adapter_config.json and its neighbours
+    s3://BUCKET/PREFIX[,PATTERN...]  also gs://, http(s)://: PREFIX/<name>/adapter_config.json and the rest
 
 A source is asked only for names that one of its patterns fits (shell's: `*`, `?`, `[...]`; none: all, but for
 a hub's). Of what it has, only the files in `WANTED` are read.
@@ -28,7 +28,8 @@ from toppings.sources.fetch import FetchError, FetchNotFound, Files, Room, fetch
 from toppings.sources.hub import HubFiles, split_id
 from toppings.sources.remote import SCHEMES, RemoteFiles, scheme_of
 
-WANTED = frozenset({CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES})
+NEEDED = frozenset({CONFIG_FILE, WEIGHTS_FILE})
+WANTED = NEEDED | frozenset(TEXT_FILES)
 DIR, HUB = "dir", "hub"
 KINDS = (DIR, HUB, *SCHEMES)
 FETCHED = "fetching"
@@ -129,7 +130,7 @@ class RemoteSource(AdapterSource):
     def find(self, name: str, token: str | None = None) -> Found:
         if any(character in name for character in "?#%\\"):
             raise FetchNotFound(f"{name!r} is no name below {self._prefix}")
-        return _fetchable(RemoteFiles(f"{self._prefix}/{name}", WANTED))
+        return _fetchable(RemoteFiles(f"{self._prefix}/{name}", WANTED, NEEDED))
 
     def name_of(self, reference: str) -> str | None:
         name = reference.removeprefix(f"{self._prefix}/")
@@ -157,7 +158,7 @@ def clear_fetches(state_dir: Path) -> None:
 
 
 def _fetchable(files: Files) -> Found:
-    if missing := {CONFIG_FILE, WEIGHTS_FILE} - set(files.sizes()):
+    if missing := NEEDED - set(files.sizes()):
         raise FetchError(
             f"{files.where} has no {min(missing)}; of an adapter only safetensors are read, never pickles"
         )
@@ -181,7 +182,7 @@ def parse_source(text: str) -> AdapterSource:
     if scheme_of(place) in SCHEMES:
         return RemoteSource(text, place, allowed)
     raise ConfigError(
-        f"adapter_source {text!r} is none; one begins with dir:, hub:, s3://, gs:// or https://"
+        f"adapter_source {text!r} is none; one begins with dir:, hub:, s3://, gs://, https:// or http://"
     )
 
 
@@ -214,11 +215,22 @@ def is_safe_name(name: str, base_model: str) -> bool:
 def find_reference(sources: list[AdapterSource], reference: str, token: str | None = None) -> Found | None:
     """What one of `sources` has at a place in its own spelling (hub:org/name, s3://...), where it allows it;
     None where it is nobody's. Raises FetchError, FetchNotFound."""
+    owner = owner_of(sources, reference)
+    return None if owner is None else owner[0].find(owner[1], token)
+
+
+def owner_of(sources: list[AdapterSource], reference: str) -> tuple[AdapterSource, str] | None:
+    """Who may be asked for a place in its own spelling, and by what name; None where it is nobody's."""
     for source in sources:
         name = source.name_of(reference)
         if name is not None and is_safe_name(name, "") and source.allows(name):
-            return source.find(name, token)
+            return source, name
     return None
+
+
+def kind_of(where: str) -> str:
+    """Of the source that a record's path names; that of a directory for a path of this machine."""
+    return DIR if where.startswith("/") else where.removeprefix(PRIVATE).partition(":")[0]
 
 
 def find_again(sources: list[AdapterSource], name: str, where: str) -> Found:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeAlias
 from urllib.error import URLError
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 
 CHUNK_BYTES = 1 << 18
+DENIALS = (401, 403)
+"""What web servers and hubs answer who may not read something."""
 OUR_OWN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """What this machine has run out of: no fault of the place that was asked."""
 
@@ -26,11 +28,23 @@ class FetchNotFound(FetchError, AdapterNotFound):
     """Nothing is there by this name."""
 
 
-class FetchTooLarge(FetchError):
-    """More than was announced, or than may be fetched: what has come is no beginning to go on from."""
+class FetchDenied(FetchError):
+    """The place gives it to others only; many say so as well of what is not there."""
 
 
-@dataclass
+class FetchSpoilt(FetchError):
+    """What has come is no beginning to go on from."""
+
+
+class FetchTooLarge(FetchSpoilt):
+    """More than was announced, or than may be fetched."""
+
+
+class FetchChanged(FetchSpoilt):
+    """It is another content by now than was found first."""
+
+
+@dataclass(eq=False)
 class Room:
     """What a fetch may still take, of all its files together."""
 
@@ -38,12 +52,19 @@ class Room:
     timeout_s: float = math.inf
     num_bytes: int = 0
     ends_at: float = field(init=False)
+    is_given_up: bool = False
 
     def __post_init__(self) -> None:
         self.ends_at = time.monotonic() + self.timeout_s
 
+    def give_up(self) -> None:
+        """From another thread: nothing more is fetched."""
+        self.is_given_up = True
+
     def left_s(self, what: str) -> float:
         """Seconds, more than none. Raises FetchError where there are none."""
+        if self.is_given_up:
+            raise FetchError(f"{what} is not wanted any more")
         left = self.ends_at - time.monotonic()
         if left <= 0:
             raise FetchError(f"{what} has not come within {self.timeout_s:g} s")
@@ -72,6 +93,11 @@ class Opened(NamedTuple):
     size: int | None = None
 
 
+Look: TypeAlias = tuple[int | None, str]
+"""What a place tells of a file: its size, None where that is not told; and what is another one when the
+content is, "" where the size has to do."""
+
+
 class Files(Protocol):
     """The files of one adapter or model, somewhere, in one revision of it."""
 
@@ -79,14 +105,16 @@ class Files(Protocol):
     """For messages and records."""
     version: str
     """Another one whenever the content may be another."""
+    is_restricted: bool
+    """Whether only some accounts may read them."""
 
     def sizes(self) -> Mapping[str, int | None]:
         """Of the files that there are and may be fetched, by name; None where it is not told beforehand."""
         ...
 
     def open(self, name: str, room: Room, start: int = 0) -> Opened:
-        """From byte `start` on, or from 0 where it is not to be had otherwise. Nothing that is read of it
-        waits longer than `room` lasts. Raises FetchError."""
+        """From byte `start` on, or from 0 where it is not to be had otherwise, in this revision and no other.
+        Nothing that is read of it waits longer than `room` lasts. Raises FetchError, FetchChanged."""
         ...
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toppings.sources.checkpoint_files import CONFIG, TEXTS, weights_of
-from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, explained
+from toppings.sources.fetch import DENIALS, FetchDenied, FetchError, FetchNotFound, Opened, Room, explained
 from toppings.sources.web import open_url
 
 HUB_ID = re.compile(
@@ -49,7 +49,6 @@ class HubFiles:
         if not re.fullmatch(r"[0-9a-f]{7,64}", self.version):
             raise FetchError(f"the hub names no revision of {self._repo}")
         self.is_restricted = bool(info.private or info.gated)
-        """Whether the hub lets only some accounts read it."""
         self.where = f"hub:{self._repo}@{self.version}"
         self._sizes = {each.rfilename: each.size for each in info.siblings or [] if each.rfilename in wanted}
         if self.is_restricted and self._sizes:
@@ -62,7 +61,7 @@ class HubFiles:
 
     def open(self, name: str, room: Room, start: int = 0) -> Opened:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(self._repo, name, revision=self.version)
         return Opened(open_url(url, room, build_hf_headers(token=self._token), to_other_hosts=True))
@@ -135,7 +134,7 @@ def advised(repo: str) -> Iterator[None]:
         try:
             yield
         except errors.GatedRepoError as error:
-            raise FetchError(
+            raise FetchDenied(
                 f"{repo} is gated: ask for access on its page, and set HF_TOKEN to a token that has it"
             ) from error
         except errors.RepositoryNotFoundError as error:
@@ -154,6 +153,10 @@ def advised(repo: str) -> Iterator[None]:
             ) from error
         except errors.EntryNotFoundError as error:
             raise FetchNotFound(f"{repo} has no such file") from error
+        except errors.HfHubHTTPError as error:
+            if error.response is None or error.response.status_code not in DENIALS:
+                raise
+            raise FetchDenied(f"{repo} is not given for this token: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

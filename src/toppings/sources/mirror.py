@@ -12,7 +12,7 @@ from toppings.sources.checkpoint_files import CONFIG, INDEX, SINGLE, TEXTS, weig
 from toppings.sources.fetch import (
     FetchError,
     FetchNotFound,
-    FetchTooLarge,
+    FetchSpoilt,
     Opened,
     Room,
     copy,
@@ -33,12 +33,12 @@ def fetch_model(address: str, cache: Path) -> Path:
     """
     if address.endswith(".gguf"):
         parent, _, name = address.rpartition("/")
-        return _Mirror(RemoteFiles(parent, [name]), cache).whole() / name
-    texts = RemoteFiles(address, TEXTS)
+        return _Mirror(RemoteFiles(parent, [name], {name}), cache).whole() / name
+    texts = RemoteFiles(address, TEXTS, {CONFIG})
     if CONFIG not in texts.sizes():
         raise FetchError(f"{address} is no base model: it has no {CONFIG}")
     shards = _shards(texts, cache) if INDEX in texts.sizes() else [SINGLE]
-    files = RemoteFiles(address, {*texts.sizes(), *shards})
+    files = RemoteFiles(address, texts.sizes(), {CONFIG, *shards})
     if missing := set(shards) - set(files.sizes()):
         raise FetchNotFound(
             f"{address} is no base model: it has no {min(missing)}; only safetensors are read, never pickles"
@@ -60,7 +60,8 @@ class _Mirror:
 
     def __init__(self, files: RemoteFiles, cache: Path) -> None:
         self._files = files
-        key = hashlib.sha256(f"{files.where} {files.version}".encode()).hexdigest()[:16]
+        self._cache, self._address = cache, _hash(files.where)
+        key = f"{self._address}-{_hash(files.version)}"
         name = files.where.rpartition("/")[2]
         self._done = cache / key / name
         self.part = cache / key / f".{name}{PART}"
@@ -81,7 +82,17 @@ class _Mirror:
         sync_directory(self.part)
         self.part.rename(self._done)
         sync_directory(self._done.parent)
+        self._drop_others()
         return self._done
+
+    def _drop_others(self) -> None:
+        """Of the same address: parts, and all revisions but the one before, which a server may be serving."""
+        others = [path for path in self._cache.glob(f"{self._address}-*/") if path != self._done.parent]
+        whole = [path for path in others if (path / self._done.name).is_dir()]
+        before = max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
+        for path in others:
+            if path != before:
+                shutil.rmtree(path, ignore_errors=True)
 
     def bring(self, name: str, on_progress: Callable[[int], None] = lambda _: None) -> None:
         """A file has its name once it is whole and on the disk. What there is of one under way is believed
@@ -101,13 +112,17 @@ class _Mirror:
         try:
             with closing(opened.body), part.open("r+b" if opened.start else "wb") as out:
                 _go_on(out, opened, room, what, size, on_progress)
-        except FetchTooLarge:
+        except FetchSpoilt:
             part.unlink()
             raise
         part.rename(target)
 
     def drop(self) -> None:
         shutil.rmtree(self.part.parent, ignore_errors=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _go_on(

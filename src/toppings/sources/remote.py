@@ -1,11 +1,11 @@
-"""Files below an address: s3://, gs://, https://."""
+"""Files below an address: s3://, gs://, https://, http://."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room
+from toppings.sources.fetch import FetchDenied, FetchError, FetchNotFound, Look, Opened, Room
 from toppings.sources.stores import StorePlace
 from toppings.sources.web import WebPlace
 
@@ -26,12 +26,17 @@ def scheme_of(reference: str) -> str:
 class RemoteFiles:
     """Files of the names `wanted` below `address`; what cannot be listed is asked for each of them."""
 
-    def __init__(self, address: str, wanted: Iterable[str]) -> None:
-        """Raises FetchError, FetchNotFound where there is none."""
+    is_restricted = False
+
+    def __init__(self, address: str, wanted: Iterable[str], needed: Collection[str] = ()) -> None:
+        """Those `needed` are looked for first. Raises FetchError, FetchNotFound where there is none,
+        FetchDenied where a needed one may not be read."""
         self.where = address.rstrip("/")
         self._place = _place(self.where)
+        self._needed = needed
         room = Room(MAX_UNTOLD_BYTES, LOOK_TIMEOUT_S)
-        looked = ((name, self._place.look(name, room)) for name in sorted(wanted))
+        names = sorted({*wanted, *needed}, key=lambda name: (name not in needed, name))
+        looked = ((name, self._look(name, room)) for name in names)
         self._found = {name: found for name, found in looked if found is not None}
         if not self._found:
             raise FetchNotFound(f"nothing is at {self.where}")
@@ -41,7 +46,16 @@ class RemoteFiles:
         return {name: size for name, (size, _) in self._found.items()}
 
     def open(self, name: str, room: Room, start: int = 0) -> Opened:
-        return self._place.open(name, room, start)
+        return self._place.open(name, room, self._found[name], start)
+
+    def _look(self, name: str, room: Room) -> Look | None:
+        """Many stores answer who may not list them that what is absent is forbidden."""
+        try:
+            return self._place.look(name, room)
+        except FetchDenied:
+            if name in self._needed:
+                raise
+            return None
 
 
 def _place(address: str) -> WebPlace | StorePlace:

@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from toppings.sources.fetch import FetchError, Opened, Room, explained
+from toppings.sources.fetch import (
+    DENIALS,
+    FetchChanged,
+    FetchDenied,
+    FetchError,
+    Look,
+    Opened,
+    Room,
+    explained,
+)
 
 WAIT_S = 60.0
 """The longest wait for what a store has of a name, and for a block."""
@@ -27,35 +36,45 @@ class StorePlace:
                     "install them with: pip install 'toppings[remote]'"
                 ) from error
 
-    def look(self, name: str, room: Room) -> tuple[int | None, str] | None:
-        """Size, and what is another one when the content is. None: there is no such file."""
+    def look(self, name: str, room: Room) -> Look | None:
+        """None: there is no such file. Raises FetchError, FetchDenied."""
         path = f"{self._root}/{name}"
         with explained(f"{self._address}/{name}"):
             try:
                 info = self._call(self._system._info, room, name, path)
             except FileNotFoundError:
                 return None
+            except Exception as error:
+                if not _is_denial(error):
+                    raise
+                raise FetchDenied(
+                    f"{self._address}/{name} is not there, or may not be read: {error}"
+                ) from error
         if info.get("type", "file") != "file":
             return None
         mark = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("updated")
         size = info.get("size")
         return size if isinstance(size, int) else None, str(mark or "")
 
-    def open(self, name: str, room: Room, start: int = 0) -> Opened:
-        found = self.look(name, room)
-        if found is None or found[0] is None:
-            raise FetchError(f"{self._address}/{name} is there no longer")
+    def open(self, name: str, room: Room, found: Look, start: int = 0) -> Opened:
+        """What was `found`. Raises FetchError, FetchChanged."""
         size = found[0]
+        if size is None:
+            raise FetchError(f"{self._address} does not tell the size of {name}")
+
+        def check() -> None:
+            if self.look(name, room) != found:
+                raise FetchChanged(f"{self._address}/{name} has changed since it was looked for")
 
         def read(begin: int) -> bytes:
             if begin >= size:
-                if self.look(name, room) != found:
-                    raise FetchError(f"{self._address}/{name} has changed while it was read")
+                check()
                 return b""
             path, end = f"{self._root}/{name}", min(begin + BLOCK_BYTES, size)
             block: bytes = self._call(self._system._cat_file, room, name, path, start=begin, end=end)
             return block
 
+        check()
         return Opened(_Blocks(read, start), start, size)
 
     def _call(self, function: Any, room: Room, name: str, *args: Any, **options: Any) -> Any:
@@ -64,6 +83,12 @@ class StorePlace:
 
         timeout = min(WAIT_S, room.left_s(f"{self._address}/{name}"))
         return sync(self._system.loop, function, *args, timeout=timeout, **options)
+
+
+def _is_denial(error: Exception) -> bool:
+    """As s3fs tells it, and gcsfs."""
+    is_told = isinstance(error, OSError) and str(error).startswith("Forbidden")
+    return isinstance(error, PermissionError) or is_told or getattr(error, "code", None) in DENIALS
 
 
 class _Blocks:

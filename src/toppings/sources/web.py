@@ -13,11 +13,24 @@ from socket import SocketIO, socket
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, copy, explained
+from toppings.sources.fetch import (
+    DENIALS,
+    FetchChanged,
+    FetchDenied,
+    FetchError,
+    FetchNotFound,
+    Look,
+    Opened,
+    Room,
+    copy,
+    explained,
+)
 
 WAIT_S = 10.0
 """The longest wait for a connection, and for the next bytes."""
 PARTIAL = 206
+READ = "sha256:"
+"""Begins the mark of a file that was read for it."""
 
 
 class WebPlace:
@@ -26,23 +39,29 @@ class WebPlace:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def look(self, name: str, room: Room) -> tuple[int | None, str] | None:
-        """Size, and what is another one when the content is: the server's mark, or the time of the last
-        change, or "" where the size has to do. A file of which none of these is told is read for it. None:
-        there is no such file."""
+    def look(self, name: str, room: Room) -> Look | None:
+        """By the server's mark, or the time of the last change. A file of which neither these nor its size
+        are told is read for it. None: there is no such file. Raises FetchDenied."""
         try:
             with open_url(f"{self._address}/{name}", room, method="HEAD") as answer:
-                size, mark = _length(answer), _mark(answer) or str(answer.headers.get("Last-Modified") or "")
+                size, mark = _length(answer), next(iter(_marks(answer)), "")
         except FetchNotFound:
             return None
         return self._read(name, room) if size is None and not mark else (size, mark)
 
-    def open(self, name: str, room: Room, start: int = 0) -> Opened:
-        url = f"{self._address}/{name}"
+    def open(self, name: str, room: Room, found: Look, start: int = 0) -> Opened:
+        """What was `found`. Raises FetchError, FetchChanged."""
+        url, mark = f"{self._address}/{name}", found[1]
         headers = {}
-        if start and (mark := self._strong_mark(url, room)):
+        if start and mark.startswith('"'):  # weak marks may be of other bytes, and so may times
             headers = {"Range": f"bytes={start}-", "If-Range": mark}
         answer = open_url(url, room, headers)
+        told = {each.removeprefix("W/") for each in _marks(answer)}
+        if mark and told and mark.removeprefix("W/") not in told:
+            answer.close()
+            raise FetchChanged(f"{url} has changed since it was looked for")
+        if mark.startswith(READ) and not told:
+            return Opened(_Unchanged(answer, mark, url), 0, found[0])
         length = _length(answer)
         if answer.status != PARTIAL:
             return Opened(answer, 0, length)
@@ -53,16 +72,10 @@ class WebPlace:
 
     def _read(self, name: str, room: Room) -> tuple[int, str]:
         digest = _Digest()
-        opened = self.open(name, room)
+        opened = self.open(name, room, (None, ""))
         with closing(opened.body):
             size = copy(opened, digest, room, f"{self._address}/{name}")
-        return size, digest.sha256.hexdigest()
-
-    def _strong_mark(self, url: str, room: Room) -> str:
-        """What a server gives a part for, of nothing else: weak marks may be of other bytes."""
-        with open_url(url, room, method="HEAD") as answer:
-            mark = _mark(answer)
-        return "" if mark.startswith("W/") else mark
+        return size, f"{READ}{digest.sha256.hexdigest()}"
 
 
 class _Digest(io.BytesIO):
@@ -77,13 +90,33 @@ class _Digest(io.BytesIO):
         return len(data)
 
 
+class _Unchanged:
+    """An answer whose content has to be what `mark` says."""
+
+    def __init__(self, answer: HTTPResponse, mark: str, url: str) -> None:
+        self._answer, self._mark, self._url = answer, mark, url
+        self._digest = hashlib.sha256()
+
+    def read(self, num_bytes: int) -> bytes:
+        """Raises FetchChanged at the end of another one."""
+        chunk = self._answer.read1(num_bytes)
+        self._digest.update(chunk)
+        if not chunk and self._mark != f"{READ}{self._digest.hexdigest()}":
+            raise FetchChanged(f"{self._url} has changed since it was looked for")
+        return chunk
+
+    def close(self) -> None:
+        self._answer.close()
+
+
 def _length(answer: HTTPResponse) -> int | None:
     length = answer.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() and "Transfer-Encoding" not in answer.headers else None
 
 
-def _mark(answer: HTTPResponse) -> str:
-    return str(answer.headers.get("ETag") or "")
+def _marks(answer: HTTPResponse) -> list[str]:
+    """The best one first."""
+    return [str(mark) for name in ("ETag", "Last-Modified") if (mark := answer.headers.get(name))]
 
 
 def open_url(
@@ -94,7 +127,8 @@ def open_url(
     to_other_hosts: bool = False,
     method: str = "GET",
 ) -> HTTPResponse:
-    """The answer of a web server. Raises FetchError; FetchNotFound for 404 and 410."""
+    """The answer of a web server. Raises FetchError; FetchNotFound for 404 and 410, FetchDenied for 401 and
+    403."""
     opener = urllib.request.build_opener(
         _Redirects(to_other_hosts=to_other_hosts), _Http(room, url), _Https(room, url)
     )
@@ -104,8 +138,10 @@ def open_url(
             answer: HTTPResponse = opener.open(request, timeout=min(WAIT_S, room.left_s(url)))
         except urllib.error.HTTPError as error:
             error.close()
-            kind = FetchNotFound if error.code in (404, 410) else FetchError
-            raise kind(f"{url} answers {error.code} {error.reason}") from error
+            said = f"{url} answers {error.code} {error.reason}"
+            if error.code in DENIALS:
+                raise FetchDenied(f"{said}: it is not there, or may not be read") from error
+            raise (FetchNotFound if error.code in (404, 410) else FetchError)(said) from error
         except Exception:
             room.left_s(url)  # else that is why
             raise
