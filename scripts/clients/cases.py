@@ -17,7 +17,7 @@ QUESTION = "What will the weather be like in Rome?"
 MAX_ERROR_CHARS = 300
 
 
-class Weather(BaseModel):
+class Weather(BaseModel, extra="forbid"):  # else a weak model may go on inventing fields
     """The weather that is asked for."""
 
     city: Literal["Rome", "Paris", "Oslo"]
