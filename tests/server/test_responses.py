@@ -134,6 +134,14 @@ def test_items_of_one_turn_are_one_message() -> None:
     ]
 
 
+def test_all_thoughts_of_a_turn_are_kept() -> None:
+    thoughts = [{"type": "reasoning", "summary": [{"type": "summary_text", "text": text}]} for text in "ab"]
+    said = {"role": "assistant", "content": "c"}
+    for items in ([*thoughts, said], [thoughts[0], said, thoughts[1]]):
+        [message] = ResponsesBody.model_validate({"input": items}).chat().messages
+        assert (message.text, message.reasoning_content) == ("c", "a\n\nb")
+
+
 async def test_an_answer_that_is_cut_is_incomplete(server: Server, client: openai.AsyncOpenAI) -> None:
     reply = await client.responses.create(model="base", input="hi", max_output_tokens=4)
     assert reply.status == "incomplete"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from toppings.tools import reasoning
 from toppings.tools.formats import FORMATS, ToolFormat
 from toppings.tools.output import OutputParser, Parts, read_content
+from toppings.tools.reader import PiecewiseText, Reading
 
 NAMES = ("weather", "time")
 ARGUMENTS = '{"city": "M\\u00fcnchen \\"[x]\\" {", "days": [1, 2.5e3, null], "deep": {"a": {"b": []}}}'
@@ -53,6 +54,7 @@ CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
 REVERSED = f'{{"arguments": {ARGUMENTS}, "name": "weather", "id": "abc"}}'
 ONE = [("weather", ARGUMENTS)]
 TWO = [("weather", ARGUMENTS), ("time", "{}")]
+NOT_QUITE = Answer("", [("time", '{"a": [NaN, -1e+5, true, null]}')])
 
 CALLS: list[tuple[ToolFormat, str, Answer]] = [
     (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", Answer("", ONE)),
@@ -78,6 +80,11 @@ CALLS: list[tuple[ToolFormat, str, Answer]] = [
     (MISTRAL, f"[TOOL_CALLS]weather {ARGUMENTS}", Answer("", ONE)),
     (MISTRAL, f'[TOOL_CALLS][{CALL}, {{"na', Answer("", ONE)),
     (HERMES, f'<tool_call>{CALL}</tool_call>\n<tool_call>{{"na', Answer("", ONE)),
+    (HERMES, f"<tool_call>{CALL}</tool_call>\n<tool_cal", Answer("", ONE)),
+    (HERMES, f"<tool_call>{CALL}</tool_call> a < b\n\n<", Answer(" a < b", ONE)),
+    (LLAMA, f"{CALL} <|python", Answer("", ONE)),
+    (MISTRAL, f"[TOOL_CALLS][{CALL}]\n[TOOL", Answer("", ONE)),
+    (HERMES, '<tool_call>{"arguments": {"a": [NaN, -1e+5, true, null]}, "name": "time"}', NOT_QUITE),
 ]
 CONTENT: list[tuple[ToolFormat, str]] = [
     (HERMES, " Plain, with a < and <tool and <tool_cal. \n"),
@@ -89,6 +96,8 @@ CONTENT: list[tuple[ToolFormat, str]] = [
     (HERMES, '<tool_call>{"name": "weat'),
     (HERMES, "<tool_call>"),
     (HERMES, '<tool_call>{"arguments": ' + "[" * 20000),
+    (HERMES, '<tool_call>{"name": "a\\ud83d", "arguments": {}}</tool_call>'),
+    (HERMES, '<tool_call>{"\\udc00": 1}</tool_call>'),
     (LLAMA, '{"name": "Ada", "parameters": {}}'),
     (LLAMA, '{"city": "Rome"}'),
     (LLAMA, '{"name": "weather"'),
@@ -130,6 +139,40 @@ def test_no_text_makes_it_fail_and_none_is_lost(form: ToolFormat, text: str) -> 
     answer = whole(form, form.marks[0] + text)
     if not answer.calls:
         assert answer.content == form.marks[0] + text
+
+
+@pytest.mark.parametrize(
+    "begin", ['{"name":[', '{"id":{"a":[', '{"arguments":{', '{"id":["', '{"type":1', "{"]
+)
+@pytest.mark.parametrize(
+    ("form", "mark"),
+    [
+        (HERMES, "<tool_call>"),
+        (LLAMA, "<|python_tag|>"),
+        (MISTRAL, "[TOOL_CALLS]["),
+        (MISTRAL, "[TOOL_CALLS]a"),
+    ],
+)
+@pytest.mark.parametrize("end", ["", "]}", '"'])
+def test_what_is_no_call_is_not_read_again_and_again(
+    form: ToolFormat, mark: str, begin: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that are begun within one another: twice as many take twice the steps, not four times."""
+    num_steps, peek = 0, PiecewiseText.peek
+
+    def counted(text: PiecewiseText) -> Reading[str]:
+        nonlocal num_steps
+        num_steps += 1
+        return peek(text)
+
+    monkeypatch.setattr(PiecewiseText, "peek", counted)
+    taken = []
+    for num_begun in (40, 80):
+        num_steps, text = 0, (mark + begin) * num_begun + end * num_begun
+        answer = whole(form, text)
+        assert answer.content == text or answer.calls
+        taken.append(num_steps)
+    assert taken[1] < 2.5 * taken[0]
 
 
 @given(st.text(max_size=60))

@@ -241,7 +241,8 @@ def _add(turn: dict[str, Any], item: MessageItem | CallItem | CallOutputItem | R
         call = {"id": item.call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif isinstance(item, ReasoningItem):
-        turn["reasoning_content"] = _text(item.content or item.summary or [])
+        thoughts = [turn.get("reasoning_content"), _text(item.content or item.summary or [])]
+        turn["reasoning_content"] = "\n\n".join(filter(None, thoughts))
     elif isinstance(item, MessageItem):
         turn["content"] = _text(item.content)
 

@@ -90,8 +90,9 @@ class Parts:
         self._blanks = ""
 
     def say_until(self, mark: str) -> Reading[bool]:
-        """What stands before `mark` is content; false where none comes."""
-        return (yield from self.text.pass_until(mark, self.say))
+        """What stands before `mark` is content; false where none comes. Behind calls one that was cut is no
+        content."""
+        return (yield from self.text.pass_until(mark, self.say, drops_begun=self.num_calls > 0))
 
     @contextmanager
     def trying(self, mark: str = "") -> Iterator[None]:
@@ -124,7 +125,7 @@ class Parts:
             elif key in ARGUMENTS_KEYS and arguments is None:
                 arguments = yield from self._arguments(name)
             elif key in OTHER_KEYS:
-                yield from text.value(lambda _: None)
+                yield from text.value()
             else:
                 raise MalformedError(f"a call has no {key!r}")
             yield from text.skip_blanks()
@@ -143,7 +144,7 @@ class Parts:
         if (yield from self.text.peek()) != "{":
             raise MalformedError("arguments are an object")
         if name is None:
-            return (yield from self.text.value(lambda _: None))
+            return (yield from self.text.value())
         self.begin(name)
         return (yield from self.text.value(self.argue))
 

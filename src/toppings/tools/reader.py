@@ -15,6 +15,9 @@ BLANKS = " \t\r\n"
 IN_VALUE = re.compile(r'["{}\[\]]')
 IN_STRING = re.compile(r'["\\]')
 SCALAR_END = re.compile(r"[,\]}\s]")
+NO_JSON = re.compile(r"[^-+.0-9aefilnrstuyEIN,:\s]")
+"""What stands in no JSON but within strings and as brackets: marks of calls do not, so that a value which was
+begun ends where the next call does begin."""
 
 
 class MalformedError(ValueError):
@@ -92,15 +95,19 @@ class PiecewiseText:
                 return
             self.position += 1
 
-    def pass_until(self, mark: str, give: Callable[[str], object]) -> Reading[bool]:
+    def pass_until(
+        self, mark: str, give: Callable[[str], object], *, drops_begun: bool = False
+    ) -> Reading[bool]:
         """Gives away what stands before `mark`, and reads it; false where the text ends without one.
 
-        Held back is only what may be the beginning of `mark`. What was read before is forgotten.
+        Held back is only what may be the beginning of `mark`; with `drops_begun` also where the text ends
+        within it. What was read before is forgotten.
         """
         while True:
             self.forget()
             start = self._text.find(mark)
-            end = start if start >= 0 else len(self._text) - (0 if self._is_ended else self._begun(mark))
+            is_whole = self._is_ended and not drops_begun
+            end = start if start >= 0 else len(self._text) - (0 if is_whole else self._begun(mark))
             give(self._text[:end])
             self.position = end
             if start >= 0:
@@ -115,15 +122,20 @@ class PiecewiseText:
         return next((n for n in range(len(mark) - 1, 0, -1) if self._text.endswith(mark[:n])), 0)
 
     def string(self) -> Reading[str]:
-        """A JSON string, decoded. Raises MalformedError."""
-        raw = yield from self.value(lambda _: None)
+        """A JSON string, decoded. Raises MalformedError, also for half a surrogate pair: that is no text."""
+        raw = yield from self.value()
         text = json.loads(raw)
         if not isinstance(text, str):
             raise MalformedError(f"a string was expected, not {raw[:40]}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise MalformedError(f"{raw[:40]} holds half a surrogate pair") from None
         return text
 
-    def value(self, give: Callable[[str], object]) -> Reading[str]:
-        """A JSON value as it is written, given away piece by piece, too. Raises MalformedError."""
+    def value(self, give: Callable[[str], object] | None = None) -> Reading[str]:
+        """A JSON value as it is written, given away piece by piece, too. Raises MalformedError: where nothing
+        is given away, and the text may have to be read once more, at the first character that is wrong."""
         start, depth = self.position, 0
         while True:
             char = yield from self._next_in_value()
@@ -133,7 +145,7 @@ class PiecewiseText:
                 depth += 1 if char in "{[" else -1
                 self._pass(1, give)
             elif depth:
-                self._pass_to(IN_VALUE, give)
+                self._pass_to(IN_VALUE, give, is_plain=True)
             else:
                 yield from self._pass_scalar(give)
             if depth <= 0:
@@ -145,7 +157,7 @@ class PiecewiseText:
             raise MalformedError(f"it is no JSON: {error}") from None
         return raw
 
-    def _pass_string(self, give: Callable[[str], object]) -> Reading[None]:
+    def _pass_string(self, give: Callable[[str], object] | None) -> Reading[None]:
         self._pass(1, give)
         while (char := (yield from self._next_in_value())) != '"':
             if char == "\\":
@@ -156,21 +168,28 @@ class PiecewiseText:
                 self._pass_to(IN_STRING, give)
         self._pass(1, give)
 
-    def _pass_scalar(self, give: Callable[[str], object]) -> Reading[None]:
+    def _pass_scalar(self, give: Callable[[str], object] | None) -> Reading[None]:
         while (char := (yield from self.peek())) and SCALAR_END.match(char) is None:
-            self._pass(1, give)
+            self._pass(1, give, is_plain=True)
 
     def _next_in_value(self) -> Reading[str]:
         if not (char := (yield from self.peek())):
             raise CutError("the text ends within a JSON value")
         return char
 
-    def _pass_to(self, pattern: re.Pattern[str], give: Callable[[str], object]) -> None:
+    def _pass_to(
+        self, pattern: re.Pattern[str], give: Callable[[str], object] | None, *, is_plain: bool = False
+    ) -> None:
         """Gives away what stands before a match, or all that has come."""
         found = pattern.search(self._text, self.position)
-        self._pass((len(self._text) if found is None else found.start()) - self.position, give)
+        num_chars = (len(self._text) if found is None else found.start()) - self.position
+        self._pass(num_chars, give, is_plain=is_plain)
 
-    def _pass(self, num_chars: int, give: Callable[[str], object]) -> None:
+    def _pass(self, num_chars: int, give: Callable[[str], object] | None, *, is_plain: bool = False) -> None:
+        """`is_plain`: outside of strings. Raises MalformedError."""
         start = self.position
         self.position += num_chars
-        give(self.since(start))
+        if give is not None:
+            give(self.since(start))
+        elif is_plain and (wrong := NO_JSON.search(self._text, start, self.position)):
+            raise MalformedError(f"{wrong[0]!r} is no JSON")
