@@ -78,10 +78,6 @@ class TextModel:
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         return [token.content for token in added.values() if token.special]
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self.template is not None
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises RequestError for a text of more than `max_tokens`, or one that is no valid Unicode."""
         check_unicode("the text", text)

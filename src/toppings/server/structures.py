@@ -46,10 +46,6 @@ class StructuredOutputs(BaseModel):
     grammar: str | None = None
     json_object: bool | None = None
 
-    @property
-    def wants_object(self) -> str | None:
-        return "" if self.json_object else None
-
 
 class StructureFields(LenientBody):
     """The fields of a body that may hold its output to something; one of them at most."""
