@@ -13,12 +13,13 @@ put together.
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from toppings.core import FinishReason, Standing
 from toppings.detokenizer import TextOutput
 from toppings.server.chat_body import ChatBody
 from toppings.server.chat_plan import ChatPlan, chat_plan
-from toppings.server.jobs import Choice, Job, num_last_tokens, room_for_output, tokens_of
+from toppings.server.jobs import Choice, Job, beside_loop, num_last_tokens, room_for_output, tokens_of
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.structures import checked_structure
 from toppings.tools.output import CallDelta, OutputParser
@@ -70,6 +71,7 @@ class ChatJob(Job):
     shows_reasoning: bool = True
     thoughts: dict[int, str] = field(default_factory=dict)
     """Of each choice, told or not."""
+    _num_thoughts: int = 0
 
     def new_choice(self) -> ChatChoice:
         return ChatChoice()
@@ -86,15 +88,22 @@ class ChatJob(Job):
         async with aclosing(super()._outputs(index, prompt)) as outputs:
             async for output in outputs:
                 told = self._told(index, output, parser)
+                if told.finish_reason is not None and index in self.thoughts:
+                    thoughts = self.thoughts[index]
+                    self._num_thoughts += await beside_loop(
+                        self.state, len(thoughts), partial(self._num_tokens, thoughts)
+                    )
                 yield told
                 if told.finish_reason is not None:  # also where the parser wants no more
                     return
 
     def num_thoughts(self, num_tokens: int) -> int:
-        """How many of the job's tokens were thoughts, counted as the tokeniser would write them: which tokens
-        were theirs is not kept."""
-        encode = self.state.text.encode
-        return min(num_tokens, sum(len(encode(t, add_special_tokens=False)) for t in self.thoughts.values()))
+        """How many of the job's tokens were thoughts, as far as its choices have ended."""
+        return min(num_tokens, self._num_thoughts)
+
+    def _num_tokens(self, thoughts: str) -> int:
+        """As the tokeniser would write them: which tokens were theirs is not kept."""
+        return len(self.state.text.encode(thoughts, add_special_tokens=False))
 
     def _told(self, index: int, output: TextOutput, parser: OutputParser | None) -> ChatOutput:
         text, thoughts = output.text, ""
