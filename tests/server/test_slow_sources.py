@@ -314,7 +314,12 @@ async def test_new_revisions_are_looked_for_by_a_few_at_once(
         assert (await server.complete(model=name)).status_code == 200
     asked._checked.clear()
     monkeypatch.setattr(resolver, "MAX_REFRESHES", 1)
-    monkeypatch.setattr(HubSource, "find", lambda *_: hanging.wait())
+
+    def wait(*_: object) -> Found:
+        hanging.wait()
+        raise FetchError("nobody answers")
+
+    monkeypatch.setattr(HubSource, "find", wait)
     for name in names:
         assert (await server.complete(model=name)).status_code == 200
     await until(lambda: hanging.num_calls == 1)
