@@ -13,6 +13,7 @@ from toppings.bad_input import RequestError
 from toppings.grammar import checker
 from toppings.grammar.checker import MAX_KEPT, StructureChecker
 from toppings.sampling_params import Structure, StructureKind
+from toppings.sandbox import SandboxBusyError, SandboxLostError, pool
 from toppings.sandbox.grammars import GBNF_RULE
 
 
@@ -101,6 +102,45 @@ async def test_what_was_checked_is_kept_within_bounds(monkeypatch: pytest.Monkey
     made._sandbox.close()  # what is kept needs no process
     assert len(made._kept) == 2 <= MAX_KEPT
     assert await made.checked(names[2]) == names[2]
+
+
+async def test_a_refusal_is_kept_too() -> None:
+    made = StructureChecker()
+    wrong = Structure(StructureKind.REGEX, "[a")
+    with pytest.raises(RequestError, match="unclosed character class") as first:
+        await made.checked(wrong)
+    made._sandbox.close()  # what is kept needs no process
+    with pytest.raises(RequestError) as second:
+        await made.checked(wrong)
+    assert str(first.value) == str(second.value)
+
+
+async def test_a_refusal_that_is_no_fault_of_the_structure_is_not_kept(
+    tried: StructureChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(*args: object, **arguments: object) -> str:
+        raise SandboxLostError("its process ended with status -9")
+
+    structure = Structure(StructureKind.REGEX, "[a-f]+ whose process is killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(tried._sandbox, "run_in_turn", lost)
+        with pytest.raises(RequestError, match="status -9"):
+            await tried.checked(structure)
+    assert await tried.checked(structure) == structure
+
+
+async def test_a_structure_that_has_no_turn_is_told_what_waits(
+    tried: StructureChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "TURN_TIMEOUT_S", 0.0)
+    await tried._sandbox._free.acquire()
+    await tried._sandbox._free.acquire()
+    try:
+        with pytest.raises(SandboxBusyError, match="too many requests wait for the check of a structured"):
+            await tried.checked(Structure(StructureKind.REGEX, "[a-f]+ that has no turn"))
+    finally:
+        tried._sandbox._free.release()
+        tried._sandbox._free.release()
 
 
 async def test_a_refusal_names_no_place_of_this_machine(tried: StructureChecker) -> None:
