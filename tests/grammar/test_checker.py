@@ -16,10 +16,12 @@ from toppings.sampling_params import Structure, StructureKind
 from toppings.sandbox import SandboxBusyError, SandboxLostError, pool
 from toppings.sandbox.grammars import GBNF_RULE
 
+VOCAB_SIZE = 1000
+
 
 @pytest.fixture(scope="module")
 def tried() -> Iterator[StructureChecker]:
-    made = StructureChecker(["<tool>", "<|end|>"])
+    made = StructureChecker(["<tool>", "<|end|>"], VOCAB_SIZE)
     yield made
     made.close()
 
@@ -62,6 +64,8 @@ async def test_others_are_checked_while_one_is_too_much(tried: StructureChecker)
         ("choice", '["yes", "no", "q\\"uote", "new\\nline", "ü\U0001f600"]'),
         ("grammar", 'start: "a" part+\npart: /[0-9]{1,3}/ | "::="'),
         ("grammar", 'start: <tool> %json {"type": "integer"} <|end|>'),
+        ("grammar", "start: <[5]> <[0,7-999]> <[^00999]> <[*]>"),
+        ("grammar", 'start: "<[1000]>" /"<[1000]>/ // "<[1000]>\n# <[1000]>\n'),
     ],
 )
 async def test_what_can_be_followed_is_handed_on(tried: StructureChecker, kind: str, text: str) -> None:
@@ -95,7 +99,7 @@ async def test_random_schemas_are_accepted(tried: StructureChecker) -> None:
 
 async def test_what_was_checked_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checker, "MAX_KEPT_CHARS", 50)
-    made = StructureChecker()
+    made = StructureChecker([], VOCAB_SIZE)
     names = [Structure(StructureKind.REGEX, f"{i:020}") for i in range(3)]
     for name in names:
         await made.checked(name)
@@ -104,8 +108,28 @@ async def test_what_was_checked_is_kept_within_bounds(monkeypatch: pytest.Monkey
     assert await made.checked(names[2]) == names[2]
 
 
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ("1000", "token id 1000; the vocabulary has ids 0 to 999"),
+        ("5,7-1000", "token id 1000;"),
+        ("^1000", "token id 1000;"),
+        ("9" * 5000, "token id 9999999999...;"),
+        ("7-5", "token ids 7 to 5;"),
+        ("7-", "cannot parse"),
+    ],
+)
+async def test_ids_that_the_vocabulary_has_not_are_refused(
+    tried: StructureChecker, ids: str, reason: str
+) -> None:
+    grammar = f'start: <[5]> "\\"" /\\// <[{ids}]>'
+    with pytest.raises(RequestError, match="the grammar cannot be followed") as caught:
+        await tried.checked(Structure(StructureKind.GRAMMAR, grammar))
+    assert reason in str(caught.value)
+
+
 async def test_a_refusal_is_kept_too() -> None:
-    made = StructureChecker()
+    made = StructureChecker([], VOCAB_SIZE)
     wrong = Structure(StructureKind.REGEX, "[a")
     with pytest.raises(RequestError, match="unclosed character class") as first:
         await made.checked(wrong)

@@ -23,9 +23,11 @@ class _Refused:
 
 
 class StructureChecker:
-    """Belongs to one event loop. `special_tokens`: of the model, which grammars may name as `<name>`."""
+    """Belongs to one event loop. Grammars may name the model's `special_tokens` as `<name>`, and any token of
+    its vocabulary as `<[id]>`."""
 
-    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
+    def __init__(self, special_tokens: Sequence[str], vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._special_tokens = list(special_tokens)
         self._sandbox = Sandbox(NUM_PROCESSES, work="the check of a structured output")
         self._kept: OrderedDict[Structure, Structure | _Refused] = OrderedDict()
@@ -49,6 +51,7 @@ class StructureChecker:
                 structure_kind=structure.kind,
                 text=structure.text,
                 special_tokens=self._special_tokens,
+                vocab_size=self._vocab_size,
             )
             result = structure if text == structure.text else replace(structure, text=text)
         except SandboxLostError as error:
