@@ -236,7 +236,7 @@ def refusals(names: list[str]) -> dict[str, Any]:
         start = time.process_time()
         try:
             structure = Structure(StructureKind(refused.kind), refused.text)
-            check(structure_kind=structure.kind, text=structure.text, special_tokens=[])
+            check(structure_kind=structure.kind, text=structure.text, special_tokens=[], vocab_size=257)
             accepted.append(name)
         except (RequestError, ValueError):
             pass
@@ -255,7 +255,10 @@ def suite(folder: Path) -> dict[str, Any]:
             counts["schemas"] += 1
             try:
                 text = check(
-                    structure_kind="json_schema", text=json.dumps(group["schema"]), special_tokens=[]
+                    structure_kind="json_schema",
+                    text=json.dumps(group["schema"]),
+                    special_tokens=[],
+                    vocab_size=257,
                 )
             except ValueError:
                 continue

@@ -47,7 +47,7 @@ class ChatRenderer:
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self._variables = {name: _plain(value) for name, value in variables.items()}
-        self._sandbox = Sandbox(NUM_PROCESSES)
+        self._sandbox = Sandbox(NUM_PROCESSES, work="a chat template")
 
     def render(self, template: ChatTemplate, messages: Messages, **options: Any) -> str:
         """Raises RequestError where the template fails, takes too long or needs too much memory."""

@@ -76,7 +76,6 @@ class LLM:
         defaults = read_sampling_defaults(path) if config.generation_config == "auto" else {}
         self.default_sampling = SamplingParams(**defaults)
         """What prompts are answered with that come without `SamplingParams`: the model's own defaults."""
-        self._checker = StructureChecker(self.text_model.special_tokens)
         self._private_dir: MeetingPlace | None = None
         try:
             lock = hold_state(config, "LLM")
@@ -99,6 +98,7 @@ class LLM:
         try:
             self._registry.clean_up()
             self._client = self._run(EngineClient.start(config))
+            self._checker = StructureChecker(self.text_model.special_tokens, self._client.info.vocab_size)
         except BaseException:
             self._stop()
             raise

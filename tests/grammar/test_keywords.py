@@ -69,7 +69,7 @@ GOOD_FORMATS = {
 
 
 def accepts(schema: Any, value: Any) -> bool:
-    text = check(structure_kind="json_schema", text=json.dumps(schema), special_tokens=[])
+    text = check(structure_kind="json_schema", text=json.dumps(schema), special_tokens=[], vocab_size=257)
     matcher = matcher_of(byte_vocabulary([]), "json_schema", text)
     tokens = list(json.dumps(value, ensure_ascii=False).encode())
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from toppings.sandbox import Sandbox, SandboxBusyError, SandboxError
+from toppings.sandbox import Sandbox, SandboxBusyError, SandboxError, pool
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GENEROUS_S = 30.0
@@ -183,14 +183,46 @@ async def test_a_slow_template_does_not_hold_up_another() -> None:
     box.close()
 
 
-async def test_a_caller_that_leaves_gives_up_its_turn() -> None:
+async def all_is_free(box: Sandbox) -> None:
+    """Of a sandbox of two processes; jobs whose callers have left come to their end, too."""
+    async with asyncio.timeout(GENEROUS_S):
+        await box._free.acquire()
+        await box._free.acquire()
+    assert not box._turns
+
+
+@pytest.mark.parametrize("keys", [["key"] * 6, list("abcdef"), list("aabbcc")])
+async def test_a_caller_that_leaves_gives_up_its_turn(keys: list[str]) -> None:
     box = Sandbox(2)
     job = template_job("{{ messages[0].content }}")
-    tasks = [asyncio.create_task(box.run_in_turn("key", "render", cpu_s=GENEROUS_S, **job)) for _ in range(6)]
+    tasks = [asyncio.create_task(box.run_in_turn(key, "render", cpu_s=GENEROUS_S, **job)) for key in keys]
     await asyncio.sleep(0)
     for task in tasks[:5]:
         task.cancel()
     assert await tasks[5] == "hi"
+    await all_is_free(box)
+    box.close()
+
+
+@pytest.mark.parametrize("key", ["slow 0", "another"])
+async def test_many_slow_jobs_keep_no_other_longer_than_the_bound(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Whether its key is theirs or its own: those that have begun take half a second of a processor."""
+    monkeypatch.setattr(pool, "TURN_TIMEOUT_S", 0.1)
+    box = Sandbox(2, work="a chat template")
+    slow = [
+        asyncio.create_task(box.run_in_turn(f"slow {i}", "render", cpu_s=0.5, **template_job(ENDLESS)))
+        for i in range(6)
+    ]
     await asyncio.sleep(0)
-    assert not box._turns
+    quick = template_job("{{ messages[0].content }}")
+    with pytest.raises(SandboxBusyError, match="wait for a chat template"):
+        await box.run_in_turn(key, "render", cpu_s=GENEROUS_S, **quick)
+    assert not any(task.done() for task in slow[:2])
+    ends = await asyncio.gather(*slow, return_exceptions=True)
+    assert all(isinstance(end, SandboxError) for end in ends[:2])
+    assert all(isinstance(end, SandboxBusyError) for end in ends[2:])
+    assert await box.run_in_turn(key, "render", cpu_s=GENEROUS_S, **quick) == "hi"
+    await all_is_free(box)
     box.close()

@@ -157,6 +157,7 @@ async def test_an_answer_can_be_sent_back_as_a_message(server: Server) -> None:
         ({"logit_bias": {f"{i}": 1 for i in range(1025)}}, "logit_bias"),
         ({"allowed_token_ids": [5] * 65537}, "allowed_token_ids holds 65537 ids"),
         ({"allowed_token_ids": [5, -1]}, "allowed_token_ids holds an id that is -1"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"allowed_token_ids": [512]}, "allowed_token_ids holds token id 512"),
         ({"allowed_token_ids": [5], "guided_regex": "a+"}, "allowed_token_ids and structure"),
         ({"bad_words": [" "]}, "bad_words holds ' '"),

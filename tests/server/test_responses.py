@@ -180,6 +180,11 @@ async def test_sampling_reaches_the_engine(server: Server) -> None:
         ({"tools": [{"type": "web_search"}]}, 400, "tools.0.type"),
         ({"tool_choice": {"type": "web_search"}}, 400, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, 400, "tool_choice"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
+            400,
+            "tool_choice allows no tools",
+        ),
         ({"temperature": -1}, 400, "temperature"),
         ({"stream_options": {"include_obfuscation": False}}, 400, "stream_options"),
         ({"reasoning": {"effort": "much"}}, 400, "reasoning.effort"),
@@ -204,6 +209,14 @@ async def test_fields_that_ask_for_nothing_are_taken(server: Server) -> None:
     assert reply.status_code == 200
     assert (reply.json()["metadata"], reply.json()["store"]) == ({"a": "b"}, False)
     assert "x-toppings-ignored" not in reply.headers
+
+
+@pytest.mark.parametrize("name", ["summary", "generate_summary"])
+async def test_a_summary_that_is_not_made_is_told_of_as_ignored(server: Server, name: str) -> None:
+    reply = await server.post("/v1/responses", **BODY, reasoning={name: "auto"})
+    assert (reply.status_code, reply.headers["x-toppings-ignored"]) == (200, f"reasoning.{name}")
+    reply = await server.post("/v1/responses", **BODY, reasoning={name: None})
+    assert (reply.status_code, reply.headers.get("x-toppings-ignored")) == (200, None)
 
 
 async def test_a_stream_that_is_cut_ends_with_an_error(server: Server, client: openai.AsyncOpenAI) -> None:

@@ -64,6 +64,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"guided_regex": ""}, "guided_regex"),
     ({"guided_regex": "a" * 300_000}, "300000 characters"),
     ({"guided_grammar": "nonsense"}, "guided_grammar"),
+    ({"guided_grammar": "start: <[5]> <[512]>"}, "token id 512; the vocabulary has ids 0 to 511"),
     ({"guided_json": "{"}, "guided_json"),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
 ]

@@ -19,6 +19,13 @@ CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required"
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
 TIME = {"type": "function", "function": {"name": "time", "description": "Tells it", "strict": False}}
 TOOLS = [WEATHER, TIME]
+
+
+def allowed(mode: str) -> dict[str, object]:
+    """No tools at all."""
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": []}}
+
+
 ARGUMENTS = '{"city": "Köln"}'
 WRITTEN = {
     "hermes": f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>',
@@ -208,6 +215,8 @@ class TestForced:
         ({"tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "there are no tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "'f'"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("required")}, "tool_choice allows no tools"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice allows no tools"),
         ({"tools": [WEATHER, WEATHER]}, "'weather' twice"),
         ({"tools": [{"type": "web_search"}]}, "body.tools.0"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "body.tools.0.function.name"),

@@ -3,11 +3,11 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from toppings.bad_input import RequestError
 from toppings.sampling_params import MAX_STRUCTURE_CHARS, Structure, StructureKind
-from toppings.sandbox import Sandbox, SandboxError
+from toppings.sandbox import Sandbox, SandboxError, SandboxLostError
 
 NUM_PROCESSES = 2
 CHECK_CPU_S = 1.0
@@ -17,13 +17,20 @@ MAX_KEPT_CHARS = 8 * MAX_STRUCTURE_CHARS
 LENIENT = "give response_format's strict as false to have what is not supported ignored"
 
 
-class StructureChecker:
-    """Belongs to one event loop. `special_tokens`: of the model, which grammars may name as `<name>`."""
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    reason: str
 
-    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
+
+class StructureChecker:
+    """Belongs to one event loop. Grammars may name the model's `special_tokens` as `<name>`, and any token of
+    its vocabulary as `<[id]>`."""
+
+    def __init__(self, special_tokens: Sequence[str], vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._special_tokens = list(special_tokens)
-        self._sandbox = Sandbox(NUM_PROCESSES)
-        self._kept: OrderedDict[Structure, Structure] = OrderedDict()
+        self._sandbox = Sandbox(NUM_PROCESSES, work="the check of a structured output")
+        self._kept: OrderedDict[Structure, Structure | _Refused] = OrderedDict()
         self._num_chars = 0
 
     async def checked(self, structure: Structure) -> Structure:
@@ -33,8 +40,9 @@ class StructureChecker:
         """
         if (kept := self._kept.get(structure)) is not None:
             self._kept.move_to_end(structure)
-            return kept
+            return _accepted(kept)
         key = hashlib.sha256(f"{structure.kind}{structure.text}".encode()).hexdigest()
+        result: Structure | _Refused
         try:
             text = await self._sandbox.run_in_turn(
                 key,
@@ -43,14 +51,17 @@ class StructureChecker:
                 structure_kind=structure.kind,
                 text=structure.text,
                 special_tokens=self._special_tokens,
+                vocab_size=self._vocab_size,
             )
-        except SandboxError as error:
+            result = structure if text == structure.text else replace(structure, text=text)
+        except SandboxLostError as error:
             raise RequestError(_refusal(structure, str(error))) from error
-        result = structure if text == structure.text else replace(structure, text=text)
+        except SandboxError as error:
+            result = _Refused(_refusal(structure, str(error)))
         self._keep(structure, result)
-        return result
+        return _accepted(result)
 
-    def _keep(self, structure: Structure, result: Structure) -> None:
+    def _keep(self, structure: Structure, result: Structure | _Refused) -> None:
         if structure in self._kept:
             return
         self._kept[structure] = result
@@ -61,6 +72,13 @@ class StructureChecker:
     def close(self) -> None:
         """Ends its processes; they also end with this object."""
         self._sandbox.close()
+
+
+def _accepted(result: Structure | _Refused) -> Structure:
+    """Raises RequestError."""
+    if isinstance(result, _Refused):
+        raise RequestError(result.reason)
+    return result
 
 
 def _refusal(structure: Structure, reason: str) -> str:

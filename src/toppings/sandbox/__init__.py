@@ -5,6 +5,6 @@ their own, bounded in processor time and memory, that hold no secrets, write no 
 moment.
 """
 
-from toppings.sandbox.pool import Sandbox, SandboxBusyError, SandboxError
+from toppings.sandbox.pool import Sandbox, SandboxBusyError, SandboxError, SandboxLostError
 
-__all__ = ["Sandbox", "SandboxBusyError", "SandboxError"]
+__all__ = ["Sandbox", "SandboxBusyError", "SandboxError", "SandboxLostError"]

@@ -17,8 +17,18 @@ WHITESPACE = r" |\r?\n( {0,32}|\t{0,16})"
 model may write blanks until it is cut off."""
 
 
-TOKEN_IDS = re.compile(r"<\[\d+\]>")
-"""Of the model's vocabulary, which is not here; one token stands for them all."""
+LEXEMES = re.compile(
+    r"""
+    "(?:\\.|[^"\\])*"           # a text
+    | /(?:\\.|[^/\\])+/         # a pattern
+    | (?://|\#)[^\n]*           # a comment
+    | <\[(\^?[0-9,-]+)\]>       # tokens by their ids: <[5]>, <[5,7-9]>, <[^5]>
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+"""Those of Lark's notation that may hold what looks like ids, and ids."""
+ID_RANGE = re.compile(r"(\d+)(-(\d+))?")
+MAX_ID_DIGITS = 10
 GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -71,7 +81,7 @@ def _lark_of(choices: Any) -> str:
     )
 
 
-def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
+def check(*, structure_kind: str, text: str, special_tokens: list[str], vocab_size: int) -> str:
     """The text that means the structure to the engine: of a grammar in GBNF one in Lark's notation, of a
     schema one without what asks for nothing.
 
@@ -81,7 +91,7 @@ def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
         text = _lark_of_gbnf(text)
     if structure_kind == "json_schema":
         text = _plain_schema(text)
-    tried = TOKEN_IDS.sub(f"<[{END + 1}]>", text) if structure_kind == "grammar" else text
+    tried = _without_ids(text, vocab_size) if structure_kind == "grammar" else text
     matcher = matcher_of(byte_vocabulary(special_tokens), structure_kind, tried)
     for _ in range(NUM_TRIED):
         mask = matcher.compute_bitmask()
@@ -91,6 +101,31 @@ def check(*, structure_kind: str, text: str, special_tokens: list[str]) -> str:
             break
         matcher.consume_token(allowed[-1])
     return text
+
+
+def _without_ids(grammar: str, vocab_size: int) -> str:
+    """The grammar with one token for all that it names by ids, for the model's vocabulary is not here.
+
+    Raises ValueError for an id that the vocabulary has not.
+    """
+
+    def check_id(digits: str) -> int:
+        digits = digits.lstrip("0") or "0"
+        if len(digits) > MAX_ID_DIGITS or int(digits) >= vocab_size:
+            shown = digits if len(digits) <= MAX_ID_DIGITS else f"{digits[:MAX_ID_DIGITS]}..."
+            raise ValueError(f"it names token id {shown}; the vocabulary has ids 0 to {vocab_size - 1}")
+        return int(digits)
+
+    def replace_range(ids: re.Match[str]) -> str:
+        first, last = check_id(ids[1]), check_id(ids[3] or ids[1])
+        if first > last:
+            raise ValueError(f"it names token ids {first} to {last}; the first must not be above the last")
+        return str(END + 1)
+
+    def replace(lexeme: re.Match[str]) -> str:
+        return lexeme[0] if lexeme[1] is None else f"<[{ID_RANGE.sub(replace_range, lexeme[1])}]>"
+
+    return LEXEMES.sub(replace, grammar)
 
 
 def raise_error_of(matcher: Any) -> None:

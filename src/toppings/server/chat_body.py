@@ -200,6 +200,9 @@ class ChatBody(GenerationBody):
             twice = next(name for name in names if names.count(name) > 1)
             raise ApiError(400, f"tools holds {shown(twice)!r} twice; names must differ", param="tools")
         wanted = self._wanted_names()
+        if isinstance(self.tool_choice, AllowedChoice) and not wanted:
+            message = 'tool_choice allows no tools: its list is empty; name some, or give "none"'
+            raise ApiError(400, message, param="tool_choice")
         if not names and (wanted or self.must_call):
             raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
         for name in wanted:

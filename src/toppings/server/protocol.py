@@ -121,6 +121,12 @@ class GenerationBody(StructureFields, SamplingFields):
             raise ApiError(
                 400, "prompt_logprobs is not allowed with stream true; leave one out", param="prompt_logprobs"
             )
+        if self.allowed_token_ids == []:
+            raise ApiError(
+                400,
+                "allowed_token_ids is empty, which allows no token; name some, or leave it out",
+                param="allowed_token_ids",
+            )
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream true", param="stream_options")
         return self

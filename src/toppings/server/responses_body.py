@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from toppings.server.chat_body import EFFORTS, MAX_TOOLS, OF_CHATS, ChatBody, FunctionName
 from toppings.server.errors import ApiError
+from toppings.server.exchange import current_exchange
 from toppings.server.fields import Count, LenientBody, Name, Salt, SamplingFields
 
 OwnField = frozenset({"id", "status"})
@@ -99,11 +100,17 @@ class FunctionToolParam(LenientBody):
 
 
 class ReasoningParam(LenientBody):
-    """Thoughts are told whole, not summed up."""
-
-    harmless: ClassVar[frozenset[str]] = frozenset({"summary", "generate_summary"})
+    """Thoughts are told whole, not summed up; a wish for that is told of as ignored."""
 
     effort: EFFORTS | None = None
+    summary: Name | None = None
+    generate_summary: Name | None = None
+
+    def note_ignored(self) -> None:
+        exchange = current_exchange.get()
+        for name in ("summary", "generate_summary"):
+            if exchange is not None and getattr(self, name) is not None:
+                exchange.ignore(f"reasoning.{name}")
 
 
 class TextParam(LenientBody):
@@ -128,8 +135,8 @@ class ResponseStreamOptions(LenientBody):
 
 
 class ResponsesBody(SamplingFields):
-    """`store` is taken, and the answer says that it was not done. Sampling fields beyond OpenAI's are those
-    of the other routes."""
+    """`store` is taken, and the answer says that it was not done; `include` may name thoughts in cipher,
+    which are told, and taken back, in plain. Sampling fields beyond OpenAI's are those of other routes."""
 
     harmless: ClassVar[frozenset[str]] = frozenset(
         {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store"}
@@ -171,6 +178,8 @@ class ResponsesBody(SamplingFields):
 
     def chat(self) -> ChatBody:
         """Raises ApiError 400 for what no chat can be."""
+        if self.reasoning is not None:
+            self.reasoning.note_ignored()
         names = (
             *("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
             *("presence_penalty", "frequency_penalty", "repetition_penalty"),

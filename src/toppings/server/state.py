@@ -132,7 +132,7 @@ class ServerState:
         self.resolver: Resolver | None = None
         """Asks the adapter sources, where there are any."""
         self.is_draining = False
-        self.checker = StructureChecker(text.special_tokens)
+        self.checker = StructureChecker(text.special_tokens, client.info.vocab_size)
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())
