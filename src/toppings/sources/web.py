@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -11,13 +12,16 @@ from functools import partial
 from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection
 from socket import SocketIO, socket
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, copy, explained
+from toppings.sources.fetch import FetchError, FetchNotFound, Opened, Room, copy, explained, one_line
 
 WAIT_S = 10.0
 """The longest wait for a connection, and for the next bytes."""
 PARTIAL = 206
+LENGTH = re.compile("[0-9]{1,18}")
+PATH_MARKS = "/%:@!$&'()*+,;=~"
+"""Of an address's path, spelt as they are like letters and digits of ASCII; the rest by percent signs."""
 
 
 class WebPlace:
@@ -78,8 +82,14 @@ class _Digest(io.BytesIO):
 
 
 def _length(answer: HTTPResponse) -> int | None:
-    length = answer.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() and "Transfer-Encoding" not in answer.headers else None
+    """Raises FetchError for one that is none; the answer is closed then."""
+    length = answer.headers.get("Content-Length")
+    if length is None or "Transfer-Encoding" in answer.headers:
+        return None
+    if LENGTH.fullmatch(length) is None:
+        answer.close()
+        raise FetchError(f"{answer.url} announces {one_line(length)[:40]!r} as its length in bytes")
+    return int(length)
 
 
 def _mark(answer: HTTPResponse) -> str:
@@ -94,18 +104,23 @@ def open_url(
     to_other_hosts: bool = False,
     method: str = "GET",
 ) -> HTTPResponse:
-    """The answer of a web server. Raises FetchError; FetchNotFound for 404 and 410."""
+    """The answer of a web server to `url`, whose path need not be percent-encoded.
+
+    Raises FetchError; FetchNotFound for 404 and 410.
+    """
     opener = urllib.request.build_opener(
         _Redirects(to_other_hosts=to_other_hosts), _Http(room, url), _Https(room, url)
     )
     with explained(url):
-        request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
+        parts = urlsplit(url)
+        spelt = parts._replace(path=quote(parts.path, safe=PATH_MARKS)).geturl()
+        request = urllib.request.Request(spelt, headers=dict(headers or {}), method=method)
         try:
             answer: HTTPResponse = opener.open(request, timeout=min(WAIT_S, room.left_s(url)))
         except urllib.error.HTTPError as error:
             error.close()
             kind = FetchNotFound if error.code in (404, 410) else FetchError
-            raise kind(f"{url} answers {error.code} {error.reason}") from error
+            raise kind(f"{url} answers {error.code} {one_line(error.reason)}") from error
         except Exception:
             room.left_s(url)  # else that is why
             raise
@@ -138,6 +153,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             request.method = req.get_method()  # a HEAD stays one
             if not is_same:
                 request.remove_header("Authorization")
+            fp.close()  # else the library reads the answer's body, of whatever length
         return request
 
 
