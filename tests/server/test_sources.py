@@ -85,6 +85,31 @@ def test_a_directory_is_never_listed(folder: Path, monkeypatch: pytest.MonkeyPat
     assert source.find("adapter-00000").path == folder / "adapter-00000"
 
 
+async def test_no_client_is_told_where_the_server_keeps_what(
+    server: Server, hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    (hub.root / "org/two/adapter_model.safetensors").write_bytes(b"no safetensors")
+    (folder / "adapter-00001/adapter_config.json").write_text("[]")
+    (folder / "circle").symlink_to(folder / "circle")
+    (folder / "outside").symlink_to(tmp_path)
+    names = ("org/two", "adapter-00001", "circle", "outside", "none", "x" * 256)
+    replies = [await server.complete(model=name) for name in names]
+    assert [reply.status_code for reply in replies] == [400, 400, 502, 404, 404, 404]
+    assert all(name in reply.text for name, reply in zip(names, replies, strict=True))
+    loaded = await server.post(LOAD, lora_name="mine", lora_path="org/two")
+    assert "adapter mine: adapter_model.safetensors" in loaded.text
+    assert not any(str(tmp_path) in reply.text or FETCHED in reply.text for reply in (*replies, loaded))
+
+
+@pytest.mark.parametrize("token", ["secret\n", "sec ret", "secreté"])
+async def test_a_token_that_fits_no_header_is_refused_and_not_repeated(server: Server, token: str) -> None:
+    body = {"adapter_id": "org/one", "adapter_source": "hub", "api_token": token}
+    reply = await server.post("/generate", inputs="hello", parameters=body)
+    assert reply.status_code == 422  # LoRAX's word for 400
+    assert "api_token" in reply.text
+    assert "sec" not in reply.text
+
+
 @pytest.mark.parametrize("name", ["../many/adapter-00000", "/adapter-00000", "a/../adapter-00000", ".hidden"])
 async def test_names_that_are_paths_reach_no_source(server: Server, name: str) -> None:
     assert (await server.complete(model=name)).status_code == 404

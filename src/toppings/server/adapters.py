@@ -212,7 +212,10 @@ class AdapterAdmin:
             message = f"The lora adapter '{name}' conflicts with a served base model."
             raise ApiError(400, message, INVALID) from error
         except AdapterError as error:
-            raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
+            told = str(error)
+            if source:  # the place on this machine was no client's choice
+                told = told.replace(str(directory), name)
+            raise ApiError(400, f"Loading lora {name} failed: {told}", INVALID) from error
         if record.is_pinned:
             await self._pass_pin(old, record)
         if old is not None and old.adapter_id != record.adapter_id:
