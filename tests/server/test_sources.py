@@ -1,6 +1,7 @@
 """Adapters that come when a request first names them, from a directory, a hub and a web server."""
 
 import asyncio
+import errno
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import pytest
 from tests.server.conftest import Server
 from tests.sources.hub_server import Hub
 from tests.waiting import until
+from toppings.adapters import packed_dir
 from toppings.adapters.records import Origin
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config, ConfigError
@@ -86,8 +88,11 @@ def test_a_directory_is_never_listed(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 async def test_no_client_is_told_where_the_server_keeps_what(
-    server: Server, hub: Hub, folder: Path, tmp_path: Path
+    server: Server, hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     (hub.root / "org/two/adapter_model.safetensors").write_bytes(b"no safetensors")
     (folder / "adapter-00001/adapter_config.json").write_text("[]")
     (folder / "circle").symlink_to(folder / "circle")
@@ -98,6 +103,9 @@ async def test_no_client_is_told_where_the_server_keeps_what(
     assert all(name in reply.text for name, reply in zip(names, replies, strict=True))
     loaded = await server.post(LOAD, lora_name="mine", lora_path="org/two")
     assert "adapter mine: adapter_model.safetensors" in loaded.text
+    monkeypatch.setattr(packed_dir, "pack_adapter", fail)
+    replies.append(await server.complete(model="org/one"))
+    assert (replies[-1].status_code, "Input/output error" in replies[-1].text) == (503, True)
     assert not any(str(tmp_path) in reply.text or FETCHED in reply.text for reply in (*replies, loaded))
 
 

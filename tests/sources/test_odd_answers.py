@@ -130,6 +130,17 @@ def test_a_hub_that_says_what_cannot_be_is_at_fault(odd: Odd, told: object) -> N
         HubFiles("org/one", WANTED)
 
 
+def test_what_a_hub_leaves_open_is_nobodys_fault(odd: Odd) -> None:
+    files = [{"rfilename": CONFIG, "size": None, "lfs": [{}]}, {"rfilename": "../x", "size": 1}]
+    told = {"sha": SHA, "private": None, "gated": None, "siblings": files, "tags": None}
+    odd.answer = said(json.dumps(told).encode())
+    found = HubFiles("org/one", WANTED)
+    assert (found.sizes(), found.is_restricted) == ({CONFIG: None}, False)
+    odd.answer = said(b'{"sha": null}')
+    with pytest.raises(FetchError, match="the hub names no revision of org/one"):
+        HubFiles("org/one", WANTED)
+
+
 @pytest.mark.parametrize("text", [b"", b"<html>", b"\xff", b"[" * 100_000, b'{"sha": ' + b"9" * 5000 + b"}"])
 def test_a_hub_that_says_no_json_is_at_fault(odd: Odd, text: bytes) -> None:
     odd.answer = said(text)

@@ -51,7 +51,7 @@ class HubFiles:
         self._token = token
         room = Room(MAX_API_BYTES, API_TIMEOUT_S)
         info = self._look(revision, room)
-        self.version = info.sha
+        self.version = info.sha or ""
         if not re.fullmatch(r"[0-9a-f]{7,64}", self.version):
             raise FetchError(f"the hub names no revision of {self._repo}")
         self.is_restricted = bool(info.private or info.gated)
@@ -110,9 +110,9 @@ class _File(msgspec.Struct):
 class _Info(msgspec.Struct):
     """Of what the hub says of a repository: its current commit, and its files."""
 
-    sha: str = ""
-    private: bool = False
-    gated: bool | str = False
+    sha: str | None = None
+    private: bool | None = None
+    gated: bool | str | None = None
     siblings: list[_File] | None = None
 
 

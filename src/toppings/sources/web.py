@@ -86,7 +86,7 @@ def _length(answer: HTTPResponse) -> int | None:
     length = answer.headers.get("Content-Length")
     if length is None or "Transfer-Encoding" in answer.headers:
         return None
-    if LENGTH.fullmatch(length) is None:
+    if LENGTH.fullmatch(length.strip()) is None:
         answer.close()
         raise FetchError(f"{answer.url} announces {one_line(length)[:40]!r} as its length in bytes")
     return int(length)
