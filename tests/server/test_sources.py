@@ -1,6 +1,7 @@
 """Adapters that come when a request first names them, from a directory, a hub and a web server."""
 
 import asyncio
+import errno
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import pytest
 from tests.server.conftest import Server
 from tests.sources.hub_server import Hub
 from tests.waiting import until
+from toppings.adapters import packed_dir
 from toppings.adapters.records import Origin
 from toppings.adapters.registry import AdapterRegistry
 from toppings.config import Config, ConfigError
@@ -83,6 +85,37 @@ def test_a_directory_is_never_listed(folder: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(os, name, refuse)
     source = parse_source(f"dir:{folder}")
     assert source.find("adapter-00000").path == folder / "adapter-00000"
+
+
+async def test_no_client_is_told_where_the_server_keeps_what(
+    server: Server, hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (hub.root / "org/two/adapter_model.safetensors").write_bytes(b"no safetensors")
+    (folder / "adapter-00001/adapter_config.json").write_text("[]")
+    (folder / "circle").symlink_to(folder / "circle")
+    (folder / "outside").symlink_to(tmp_path)
+    names = ("org/two", "adapter-00001", "circle", "outside", "none", "x" * 256)
+    replies = [await server.complete(model=name) for name in names]
+    assert [reply.status_code for reply in replies] == [400, 400, 502, 404, 404, 404]
+    assert all(name in reply.text for name, reply in zip(names, replies, strict=True))
+    loaded = await server.post(LOAD, lora_name="mine", lora_path="org/two")
+    assert "adapter mine: adapter_model.safetensors" in loaded.text
+    monkeypatch.setattr(packed_dir, "pack_adapter", fail)
+    replies.append(await server.complete(model="org/one"))
+    assert (replies[-1].status_code, "Input/output error" in replies[-1].text) == (503, True)
+    assert not any(str(tmp_path) in reply.text or FETCHED in reply.text for reply in (*replies, loaded))
+
+
+@pytest.mark.parametrize("token", ["secret\n", "sec ret", "secreté"])
+async def test_a_token_that_fits_no_header_is_refused_and_not_repeated(server: Server, token: str) -> None:
+    body = {"adapter_id": "org/one", "adapter_source": "hub", "api_token": token}
+    reply = await server.post("/generate", inputs="hello", parameters=body)
+    assert reply.status_code == 422  # LoRAX's word for 400
+    assert "api_token" in reply.text
+    assert "sec" not in reply.text
 
 
 @pytest.mark.parametrize("name", ["../many/adapter-00000", "/adapter-00000", "a/../adapter-00000", ".hidden"])

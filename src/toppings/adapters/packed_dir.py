@@ -68,7 +68,7 @@ class PackedDir:
             with suppress(OSError):
                 temp_file.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise _state_error(f"cannot write the packed adapter of {path}", error) from error
+                raise _state_error("cannot write the packed adapter", error) from error
             raise
         return PackedCandidate(checkpoint, header, temp_file)
 

@@ -186,7 +186,7 @@ class AdapterAdmin:
     ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
-        with _told(name):
+        with _told(name, directory if source else None):
             max_bytes = await self._in_thread(self._bytes_left, tenant, name)
             record = await self._in_thread(
                 partial(registry.register, roots=roots, max_bytes=max_bytes),
@@ -265,8 +265,8 @@ def adapter_roots(state: ServerState) -> list[Path]:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Why it is not registered, as controllers of vLLM know it."""
+def _told(name: str, fetched: Path | None = None) -> Iterator[None]:
+    """Why it is not registered, as controllers of vLLM know it; not where it was fetched to."""
     try:
         yield
     except AdapterExists as error:
@@ -279,7 +279,8 @@ def _told(name: str) -> Iterator[None]:
         message = f"The lora adapter '{name}' conflicts with a served base model."
         raise ApiError(400, message, INVALID) from error
     except AdapterError as error:
-        raise ApiError(400, f"Loading lora {name} failed: {error}", INVALID) from error
+        told = str(error) if fetched is None else str(error).replace(str(fetched), name)
+        raise ApiError(400, f"Loading lora {name} failed: {told}", INVALID) from error
 
 
 def _check_place(tenant: Tenant, place: str, told: str) -> None:

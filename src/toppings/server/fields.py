@@ -34,6 +34,8 @@ Int = Annotated[ItemInt, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_whole)]
 Priority = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), BeforeValidator(_whole)]
 Name = Annotated[str, Field(max_length=1024)]
+Token = Annotated[str, Field(max_length=1024, pattern="^[!-~]*$")]
+"""What may stand in a header."""
 Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)]
 PathText = Annotated[str, Field(max_length=4096)]
 # A list is refused at its first bad item: one error an item would take a multiple of the body's own size.

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from toppings.core import FinishReason
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
-from toppings.server.fields import Int, LenientBody, Name, Texts
+from toppings.server.fields import Int, LenientBody, Name, Texts, Token
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
@@ -60,7 +60,7 @@ class Parameters(LenientBody):
 
     adapter_id: Name | None = None
     adapter_source: Name | None = None
-    api_token: Name | None = None
+    api_token: Token | None = None
     do_sample: bool = False
     temperature: float | None = None
     top_k: Int | None = None
@@ -182,7 +182,7 @@ async def _target(state: ServerState, parameters: Parameters) -> Target:
     return await state.find_target(
         None if adapter == BASE_MODEL else adapter,
         kind=SOURCES.get(source or ""),
-        token=parameters.api_token,
+        token=parameters.api_token or None,
     )
 
 

@@ -8,6 +8,7 @@ A source is asked only for names that one of its patterns fits (shell's: `*`, `?
 a hub's). Of what it has, only the files in `WANTED` are read.
 """
 
+import errno
 import shutil
 import uuid
 from abc import ABC, abstractmethod
@@ -86,17 +87,21 @@ class DirSource(AdapterSource):
         self._root = path.resolve()
 
     def find(self, name: str, token: str | None = None) -> Found:
-        place = self._root / name
+        """What it says names no path: those who ask are not told where the server keeps what."""
         try:
-            whole = place.resolve()
+            whole = (self._root / name).resolve()
             if not (whole / CONFIG_FILE).is_file():
-                raise FetchNotFound(f"no adapter is at {place}")
+                raise FetchNotFound(f"a directory of the server has no adapter {name!r}")
             for part in (whole, *(whole / each for each in WANTED)):
                 if not part.resolve().is_relative_to(self._root):
-                    raise FetchError(f"{place} is a link that leads out of {self._root}")
+                    raise FetchError(f"adapter {name!r} is a link that leads out of the server's directory")
             return Found(f"{DIR}:{whole}@{fingerprint(whole)}", path=whole, root=self._root)
-        except (OSError, RuntimeError) as error:
-            raise FetchError(f"cannot read adapter {place}: {error}") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise FetchNotFound(f"{name!r} is too long for the name of a directory") from error
+            raise FetchError(f"cannot read adapter {name!r}: {error.strerror}") from error
+        except RuntimeError as error:
+            raise FetchError(f"cannot read adapter {name!r}: its links go round in a circle") from error
 
     def name_of(self, reference: str) -> str | None:
         return None  # paths are the business of adapter_roots
@@ -115,7 +120,7 @@ class HubSource(AdapterSource):
         files = HubFiles(name, WANTED, token)
         if CONFIG_FILE not in files.sizes():
             raise FetchNotFound(f"{files.where} is no adapter: it has no {CONFIG_FILE}")
-        return _fetchable(files)
+        return _fetchable(files, files.where)
 
     def name_of(self, reference: str) -> str | None:
         name = reference.removeprefix(f"{HUB}:")
@@ -130,7 +135,8 @@ class RemoteSource(AdapterSource):
     def find(self, name: str, token: str | None = None) -> Found:
         if any(character in name for character in "?#%\\"):
             raise FetchNotFound(f"{name!r} is no name below {self._prefix}")
-        return _fetchable(RemoteFiles(f"{self._prefix}/{name}", WANTED, NEEDED))
+        files = RemoteFiles(f"{self._prefix}/{name}", WANTED, NEEDED)
+        return _fetchable(files, f"{files.where}@{files.version[:16]}")
 
     def name_of(self, reference: str) -> str | None:
         name = reference.removeprefix(f"{self._prefix}/")
@@ -157,12 +163,12 @@ def clear_fetches(state_dir: Path) -> None:
     shutil.rmtree(state_dir / FETCHED, ignore_errors=True)
 
 
-def _fetchable(files: Files) -> Found:
+def _fetchable(files: Files, where: str) -> Found:
     if missing := NEEDED - set(files.sizes()):
         raise FetchError(
             f"{files.where} has no {min(missing)}; of an adapter only safetensors are read, never pickles"
         )
-    return Found(files.where if "@" in files.where else f"{files.where}@{files.version[:16]}", files=files)
+    return Found(where, files=files)
 
 
 def parse_source(text: str) -> AdapterSource:

@@ -16,6 +16,7 @@ from toppings.adapters.errors import AdapterError, AdapterNotFound
 CHUNK_BYTES = 1 << 18
 DENIALS = (401, 403)
 """What web servers and hubs answer who may not read something."""
+MAX_REASON_CHARS = 300
 OUR_OWN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """What this machine has run out of: no fault of the place that was asked."""
 
@@ -130,8 +131,13 @@ def explained(what: str) -> Iterator[None]:
         reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, OSError) and reason.errno in OUR_OWN:
             raise reason from error
-        said = " ".join(str(reason).split())[:300] or type(reason).__name__
-        raise FetchError(f"{what} cannot be fetched: {said}") from error
+        raise FetchError(f"{what} cannot be fetched: {one_line(reason)}") from error
+
+
+def one_line(reason: object) -> str:
+    """What is said of it elsewhere, for a message of ours: without control characters, and not at length."""
+    said = " ".join("".join(c if c.isprintable() else " " for c in str(reason)).split())
+    return said[:MAX_REASON_CHARS] or type(reason).__name__
 
 
 def fetch(files: Files, directory: Path, room: Room) -> None:

@@ -1,20 +1,38 @@
 """Repositories of a hub that speaks Hugging Face's protocol; HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE count."""
 
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+from urllib.error import HTTPError
+from urllib.parse import quote
+
+import msgspec
 
 from toppings.sources.checkpoint_files import CONFIG, TEXTS, weights_of
-from toppings.sources.fetch import DENIALS, FetchDenied, FetchError, FetchNotFound, Opened, Room, explained
+from toppings.sources.fetch import (
+    DENIALS,
+    FetchDenied,
+    FetchError,
+    FetchNotFound,
+    Opened,
+    Room,
+    copy,
+    explained,
+    one_line,
+)
 from toppings.sources.web import open_url
 
 HUB_ID = re.compile(
-    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?P<file>(?:/[\w.-]+)+\.gguf)?(?:@(?P<revision>[\w./-]+))?"
+    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?P<file>(?:/[\w.-]+)+\.gguf)?(?:@(?P<revision>[\w./-]+))?", re.ASCII
 )
-API_TIMEOUT_S = 10.0
+MAX_API_BYTES = 16 << 20
+API_TIMEOUT_S = 30.0
+"""The longest that asking the hub what a repository has may take."""
 
 
 def split_id(reference: str) -> tuple[str, str, str] | None:
@@ -25,6 +43,8 @@ def split_id(reference: str) -> tuple[str, str, str] | None:
         return None
     if ".." in reference or any(p.startswith((".", "-")) for p in reference.split("/")):
         return None
+    if "--" in match["repo"] or any(p.endswith((".", "-", ".git")) for p in match["repo"].split("/")):
+        return None  # the hub has none of these
     return match["repo"], (match["file"] or "").lstrip("/"), match["revision"] or ""
 
 
@@ -34,37 +54,75 @@ class HubFiles:
     def __init__(self, reference: str, wanted: frozenset[str], token: str | None = None) -> None:
         """Raises FetchError, FetchNotFound; also where `token` may not read the files, of which a gated
         repository tells everybody."""
-        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-
         parts = split_id(reference)
         if parts is None or parts[1]:
             raise FetchError(f"{reference!r} is no id of a hub's repository: org/name or org/name@revision")
         self._repo, _, revision = parts
         self._token = token
-        with advised(self._repo):
-            info = HfApi().model_info(
-                self._repo, revision=revision or None, files_metadata=True, timeout=API_TIMEOUT_S, token=token
-            )
-        self.version = str(info.sha or "")
+        room = Room(MAX_API_BYTES, API_TIMEOUT_S)
+        info = self._look(revision, room)
+        self.version = info.sha or ""
         if not re.fullmatch(r"[0-9a-f]{7,64}", self.version):
             raise FetchError(f"the hub names no revision of {self._repo}")
         self.is_restricted = bool(info.private or info.gated)
         self.where = f"hub:{self._repo}@{self.version}"
         self._sizes = {each.rfilename: each.size for each in info.siblings or [] if each.rfilename in wanted}
         if self.is_restricted and self._sizes:
-            with advised(self._repo):
-                url = hf_hub_url(self._repo, min(self._sizes), revision=self.version)
-                get_hf_file_metadata(url, token=token, timeout=API_TIMEOUT_S)
+            self.open(min(self._sizes), room).body.close()
 
     def sizes(self) -> Mapping[str, int | None]:
         return self._sizes
 
     def open(self, name: str, room: Room, start: int = 0) -> Opened:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        url = hf_hub_url(self._repo, name, revision=self.version)
-        return Opened(open_url(url, room, build_hf_headers(token=self._token), to_other_hosts=True))
+        return Opened(self._ask(hf_hub_url(self._repo, name, revision=self.version), room))
+
+    def _look(self, revision: str, room: Room) -> "_Info":
+        """What the hub says of the repository, all of it within `room`."""
+        from huggingface_hub import constants
+
+        url = f"{constants.ENDPOINT}/api/models/{self._repo}"
+        if revision:
+            url += f"/revision/{quote(revision, safe='')}"
+        told = io.BytesIO()
+        with closing(self._ask(f"{url}?blobs=true", room)) as answer:
+            copy(Opened(answer), told, room, url)
+        try:
+            return msgspec.json.decode(told.getvalue(), type=_Info)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise FetchError(f"what the hub says of {self._repo} is not understood: {error}") from error
+
+    def _ask(self, url: str, room: Room) -> HTTPResponse:
+        from huggingface_hub import constants, errors
+
+        with advised(self._repo):
+            if constants.HF_HUB_OFFLINE:
+                raise errors.OfflineModeIsEnabled(f"cannot reach {url}")
+            return open_url(url, room, _headers(self._token), to_other_hosts=True)
+
+
+def _headers(token: str | None) -> dict[str, str]:
+    """None of the library's: to make them it asks the hub for more, without a bound."""
+    from huggingface_hub import constants, get_token
+
+    if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        token = get_token()
+    return {"User-Agent": "toppings"} | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+class _File(msgspec.Struct):
+    rfilename: str
+    size: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+class _Info(msgspec.Struct):
+    """Of what the hub says of a repository: its current commit, and its files."""
+
+    sha: str | None = None
+    private: bool | None = None
+    gated: bool | str | None = None
+    siblings: list[_File] | None = None
 
 
 def fetch_model(reference: str) -> Path | None:
@@ -127,42 +185,63 @@ def _only_gguf(repo: str, revision: str) -> str:
 
 @contextmanager
 def advised(repo: str) -> Iterator[None]:
-    """What the hub's client raises, in one line with what to do."""
+    """What the hub answers, or its client raises, in one line with what to do."""
     from huggingface_hub import errors
 
     with explained(repo):
         try:
             yield
-        except errors.GatedRepoError as error:
-            raise FetchDenied(
-                f"{repo} is gated: ask for access on its page, and set HF_TOKEN to a token that has it"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise FetchNotFound(
-                f"the hub has no repository {repo}, or none that this token sees: check the name, or set "
-                "HF_TOKEN"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise FetchNotFound(
-                f"{repo} has no such revision: name a branch, a tag or a commit after '@'"
-            ) from error
+        except FetchError as error:
+            raise _refused(repo, _code(error.__cause__)) or error from error.__cause__
         except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
             raise FetchError(
                 f"{repo} is not in the hub's cache on this machine, and the hub is not reached: "
                 f"{_cause(error)}"
             ) from error
+        except errors.GatedRepoError as error:
+            raise _refused(repo, "GatedRepo") or error from error
+        except errors.RepositoryNotFoundError as error:
+            raise _refused(repo, "RepoNotFound") or error from error
+        except errors.RevisionNotFoundError as error:
+            raise _refused(repo, "RevisionNotFound") or error from error
         except errors.EntryNotFoundError as error:
-            raise FetchNotFound(f"{repo} has no such file") from error
+            raise _refused(repo, "EntryNotFound") or error from error
         except errors.HfHubHTTPError as error:
             if error.response is None or error.response.status_code not in DENIALS:
                 raise
             raise FetchDenied(f"{repo} is not given for this token: {_cause(error)}") from error
 
 
+def _refused(repo: str, code: str) -> FetchError | None:
+    """What a hub's X-Error-Code means; None for another one."""
+    match code:
+        case "GatedRepo":
+            return FetchDenied(
+                f"{repo} is gated: ask for access on its page, and set HF_TOKEN to a token that has it"
+            )
+        case "RepoNotFound":
+            return FetchNotFound(
+                f"the hub has no repository {repo}, or none that this token sees: check the name, or set "
+                "HF_TOKEN"
+            )
+        case "RevisionNotFound":
+            return FetchNotFound(f"{repo} has no such revision: name a branch, a tag or a commit after '@'")
+        case "EntryNotFound":
+            return FetchNotFound(f"{repo} has no such file")
+    return None
+
+
+def _code(answer: BaseException | None) -> str:
+    """Its X-Error-Code. A hub says 401 alone of a repository that is not there, or not for this account."""
+    if not isinstance(answer, HTTPError):
+        return ""
+    is_bad_token = "Invalid credentials" in str(answer.headers.get("X-Error-Message"))
+    return answer.headers.get("X-Error-Code") or (
+        "RepoNotFound" if answer.code == 401 and not is_bad_token else ""
+    )
+
+
 def _cause(error: Exception) -> str:
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    reason: Any = error.__cause__ or error
-    return " ".join(str(reason).split())[:300] or type(reason).__name__
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(error.__cause__ or error)

@@ -62,4 +62,8 @@ def _place(address: str) -> WebPlace | StorePlace:
     scheme = scheme_of(address)
     if scheme not in SCHEMES:
         raise FetchError(f"{address!r} is no address that is read; these are: {', '.join(SCHEMES)}")
-    return WebPlace(address) if scheme in ("http", "https") else StorePlace(address)
+    if scheme in ("http", "https"):
+        return WebPlace(address)
+    if "::" in address:
+        raise FetchNotFound(f"{address!r} holds '::', which parts addresses for a store's client")
+    return StorePlace(address)

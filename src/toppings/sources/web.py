@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from functools import partial
 from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection
 from socket import SocketIO, socket
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from toppings.sources.fetch import (
     DENIALS,
@@ -24,6 +25,7 @@ from toppings.sources.fetch import (
     Room,
     copy,
     explained,
+    one_line,
 )
 
 WAIT_S = 10.0
@@ -31,6 +33,9 @@ WAIT_S = 10.0
 PARTIAL = 206
 READ = "sha256:"
 """Begins the mark of a file that was read for it."""
+LENGTH = re.compile("[0-9]{1,18}")
+PATH_MARKS = "/%:@!$&'()*+,;=~"
+"""Of an address's path, spelt as they are like letters and digits of ASCII; the rest by percent signs."""
 
 
 class WebPlace:
@@ -110,8 +115,14 @@ class _Unchanged:
 
 
 def _length(answer: HTTPResponse) -> int | None:
-    length = answer.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() and "Transfer-Encoding" not in answer.headers else None
+    """Raises FetchError for one that is none; the answer is closed then."""
+    length = answer.headers.get("Content-Length")
+    if length is None or "Transfer-Encoding" in answer.headers:
+        return None
+    if LENGTH.fullmatch(length.strip()) is None:
+        answer.close()
+        raise FetchError(f"{answer.url} announces {one_line(length)[:40]!r} as its length in bytes")
+    return int(length)
 
 
 def _marks(answer: HTTPResponse) -> list[str]:
@@ -127,18 +138,22 @@ def open_url(
     to_other_hosts: bool = False,
     method: str = "GET",
 ) -> HTTPResponse:
-    """The answer of a web server. Raises FetchError; FetchNotFound for 404 and 410, FetchDenied for 401 and
-    403."""
+    """The answer of a web server to `url`, whose path need not be percent-encoded.
+
+    Raises FetchError; FetchNotFound for 404 and 410, FetchDenied for 401 and 403.
+    """
     opener = urllib.request.build_opener(
         _Redirects(to_other_hosts=to_other_hosts), _Http(room, url), _Https(room, url)
     )
     with explained(url):
-        request = urllib.request.Request(url, headers=dict(headers or {}), method=method)
+        parts = urlsplit(url)
+        spelt = parts._replace(path=quote(parts.path, safe=PATH_MARKS)).geturl()
+        request = urllib.request.Request(spelt, headers=dict(headers or {}), method=method)
         try:
             answer: HTTPResponse = opener.open(request, timeout=min(WAIT_S, room.left_s(url)))
         except urllib.error.HTTPError as error:
             error.close()
-            said = f"{url} answers {error.code} {error.reason}"
+            said = f"{url} answers {error.code} {one_line(error.reason)}"
             if error.code in DENIALS:
                 raise FetchDenied(f"{said}: it is not there, or may not be read") from error
             raise (FetchNotFound if error.code in (404, 410) else FetchError)(said) from error
@@ -174,6 +189,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             request.method = req.get_method()  # a HEAD stays one
             if not is_same:
                 request.remove_header("Authorization")
+            fp.close()  # else the library reads the answer's body, of whatever length
         return request
 
 
