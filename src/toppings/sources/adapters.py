@@ -2,7 +2,8 @@
 
     dir:PATH[,PATTERN...]     PATH/<name>, a directory that is never listed
     hub:PATTERN[,PATTERN...]  the repository <name>, `org/name` or `org/name@revision`
-    s3://BUCKET/PREFIX[,PATTERN...]  and gs://, https://: PREFIX/<name>/adapter_config.json and its neighbours
+    s3://BUCKET/PREFIX[,PATTERN...]  and gs://, https://, http://: PREFIX/<name>/adapter_config.json and
+                              its neighbours
 
 A source is asked only for names that one of its patterns fits (shell's: `*`, `?`, `[...]`; none: all, but for
 a hub's). Of what it has, only the files in `WANTED` are read.
@@ -181,7 +182,7 @@ def parse_source(text: str) -> AdapterSource:
     if scheme_of(place) in SCHEMES:
         return RemoteSource(text, place, allowed)
     raise ConfigError(
-        f"adapter_source {text!r} is none; one begins with dir:, hub:, s3://, gs:// or https://"
+        f"adapter_source {text!r} is none; one begins with dir:, hub:, s3://, gs://, https:// or http://"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files below an address: s3://, gs://, https://."""
+"""Files below an address: s3://, gs://, https://, http://."""
 
 import hashlib
 import json
