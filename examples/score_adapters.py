@@ -3,6 +3,8 @@
     python examples/score_adapters.py               # starts a server of its own
     python examples/score_adapters.py --url URL     # asks one that serves the adapters
 
+Its packages come with `make setup`.
+
 Greedy, by OpenAI's chat API, requests for all adapters mixed and several at once. A score is the share of
 right answers in per cent. Prints a table, and what it measured as one JSON line. The script ends where an
 item that it would ask is in the training data. --cards writes each adapter's README.md.

@@ -3,6 +3,8 @@
     python examples/train_adapters.py --out DIRECTORY
     python examples/train_adapters.py --out DIRECTORY --only dates sql
 
+Its packages come with `make setup`.
+
 Data and weights come from fixed seeds; the base model is the one that is served, rounded to bf16, in fp32
 arithmetic. An adapter that DIRECTORY has already is not trained again.
 

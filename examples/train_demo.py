@@ -2,6 +2,8 @@
 
     python examples/train_demo.py --out src/toppings/demo
 
+Its packages come with `make setup`.
+
 Everything is trained from the text in demo_topics.txt and demo_voices.py, on the CPU, with fixed seeds.
 """
 

@@ -149,11 +149,15 @@ def test_adapters_are_made_checked_added_listed_and_removed(
     assert "fits: rank 32, targets q_proj, k_proj, v_proj" in capsys.readouterr().out
     assert run(monkeypatch, "adapters", "add", "one", str(made / "adapter-00000"), *where) == 0
     run(monkeypatch, "adapters", "list", *where)
-    assert "one" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    [row] = [line for line in listed.splitlines() if " one " in line]
+    assert str(made / "adapter-00000") in row
     assert run(monkeypatch, "adapters", "remove", "one", *where) == 0
     capsys.readouterr()
     run(monkeypatch, "adapters", "list", *where)
-    assert "one" not in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "none is registered; a server registers those of --adapters when it starts\n"
+    )
 
 
 def test_adapters_of_a_directory_that_a_server_holds_are_the_servers_to_change(
@@ -183,6 +187,23 @@ def test_an_adapter_named_like_the_base_is_refused(
     write_adapters(made, model, AdapterShape(ranks=(4,)), count=1)
     assert run(monkeypatch, "adapters", "add", "MODEL", str(made / "adapter-00000"), *where) == 2
     assert "'MODEL' is not allowed: it means the base model" in capfd.readouterr().err
+
+
+def test_a_source_that_is_none_is_told_before_an_engine_starts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def spawn(*_: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr("toppings.engine.spawn.Spawner.spawn", spawn)
+    options = ["--model", str(model), "--log-dir", str(tmp_path / "logs"), "--port", "0"]
+    for source, reason in (
+        ("dir:/no/such", "no directory at /no/such"),
+        ("ftp://x/y", "is none; one begins"),
+    ):
+        assert run(monkeypatch, "serve", "--adapter-source", source, *options) == 2
+        assert reason in capfd.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("damage", ["held", "garbage", "no directory"])

@@ -15,7 +15,7 @@ CLI, LAB = "toppings.cli", "toppings.lab"
 VERBS: Verbs = {
     "serve": (
         f"{CLI}.serving",
-        "Serve a base model and its adapters over HTTP (without --model: the built-in one).",
+        "Serve a base model and its adapters over HTTP.",
     ),
     "route": (
         f"{CLI}.serving",
@@ -23,7 +23,7 @@ VERBS: Verbs = {
     ),
     "up": (
         f"{CLI}.serving",
-        "Serve a base model from many engines with Ray Serve (without --model: the built-in one).",
+        "Serve a base model from many engines with Ray Serve.",
     ),
     "adapters": (f"{CLI}.adapters", "The adapters of a model, or of a running server."),
     "keys": (f"{CLI}.keys", "The API keys of tenants."),

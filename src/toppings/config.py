@@ -37,7 +37,7 @@ class EngineConfig(Settings):
     model: str = setting(
         "",
         "base model: directory of a Hugging Face checkpoint, a .gguf file, a hub's org/name[@revision], an"
-        " address (s3://, gs://, http(s)://), or demo (empty: the real one that is installed, else the demo)",
+        " address (s3://, gs://, https://, http://), or demo (empty: the installed real one, else the demo)",
     )
     served_model_name: str = setting("", "name of the base model in the API (empty: the model's own)")
     load_format: str = setting(
@@ -212,7 +212,7 @@ class ServerConfig(Settings):
     adapter_source: tuple[str, ...] = setting(
         (),
         "where adapters come from that a request names and nobody has registered: dir:PATH, hub:PATTERN,"
-        " s3://..., gs://... or http(s)://...; after a comma patterns of the names it may be asked for",
+        " s3://..., gs://..., https://... or http://...; after a comma patterns of names it may be asked for",
     )
     source_max_bytes: int = setting(2 * 2**30, "largest adapter that is fetched from a source", at_least=1)
     source_timeout_s: float = setting(120.0, "longest time that fetching an adapter may take", above=0)

@@ -240,12 +240,17 @@ async def test_metrics_are_prometheus_text(two_servers: Any, start_router: Start
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/v1/completions", 405), ("GET", "/nowhere", 404)]
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/v1/completions", 405, "GET is not allowed on this route, only "),
+        ("GET", "/nowhere", 404, "no route is at /nowhere"),
+    ],
 )
 async def test_unknown_route_and_wrong_method(
-    two_servers: Any, start_router: Start, method: str, path: str, status: int
+    two_servers: Any, start_router: Start, method: str, path: str, status: int, message: str
 ) -> None:
     (_, url), _ = two_servers
     async with start_router(url) as client, client.call(method, path) as response:
         assert response.status == status
-        assert "detail" in await response.json()
+        error = (await response.json())["error"]
+        assert (error["message"].startswith(message), error["code"]) == (True, status)

@@ -33,6 +33,10 @@ async def test_a_wrong_method_is_told_the_right_ones(
 ) -> None:
     reply = await server.http.request(method, path)
     assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+    if method != "HEAD":
+        message = f"{method} is not allowed on this route, only {allowed}"
+        told = {"message": message, "type": "MethodNotAllowedError", "param": None, "code": 405}
+        assert reply.json() == {"error": told}
     options = await server.http.options(path)
     assert (options.status_code, options.headers["allow"], options.content) == (204, allowed, b"")
 
@@ -40,6 +44,13 @@ async def test_a_wrong_method_is_told_the_right_ones(
 async def test_paths_that_are_not_there_have_no_methods(server: Server) -> None:
     for method in ("OPTIONS", "HEAD", "GET"):
         assert (await server.http.request(method, "/nowhere")).status_code == 404
+    told = {"message": "no route is at /v1/nowhere", "type": "NotFoundError", "param": None, "code": 404}
+    assert (await server.http.get("/v1/nowhere")).json() == {"error": told}
+    of_messages = (await server.http.get("/v1/messages/nowhere")).json()
+    assert of_messages["error"] == {
+        "type": "not_found_error",
+        "message": "no route is at /v1/messages/nowhere",
+    }
 
 
 class TestFromPages:

@@ -155,6 +155,7 @@ async def test_an_answer_that_is_cut_is_incomplete(server: Server, client: opena
 
 async def test_sampling_reaches_the_engine(server: Server) -> None:
     sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 3.0, "stop": "x", "seed": 7, "cache_salt": "s"}
+    sampling["text"] = {"verbosity": "medium"}  # the default
     reply = await server.post("/v1/responses", **BODY, **sampling)
     told = server.engine.calls[0].sampling
     assert (told.temperature, told.top_p, told.top_k, told.stop, told.seed) == (0.5, 0.9, 3, ("x",), 7)
@@ -166,6 +167,7 @@ async def test_sampling_reaches_the_engine(server: Server) -> None:
     [
         ({"input": None}, 400, "body.input"),
         ({"input": []}, 400, "body.input"),
+        ({"text": {"verbosity": "low"}}, 400, "verbosity"),
         ({"input": [{"role": "pope", "content": "x"}]}, 400, "role"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input_image"),

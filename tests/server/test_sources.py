@@ -327,6 +327,28 @@ async def test_loraxs_sources_are_asked_alone(server: Server, hub: Hub) -> None:
     assert await ask("org/two", "pbase") == 422
 
 
+@pytest.mark.parametrize("are_configured", [True, False])
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("hub:other/one@main", "start the server with --adapter-source 'hub:other/*'"),
+        ("s3://bucket/loras/one", "start the server with --adapter-source 's3://bucket/loras'"),
+        ("http://host/one", "start the server with --adapter-source 'http://host'"),
+        ("hub:one", "hub:one is no repository of a hub; write hub:org/name"),
+        ("s3://bucket", "s3://bucket names no adapter"),
+        ("ftp://host/one", "ftp://host/one is no place of a source; one begins with hub:, s3://, "),
+    ],
+)
+async def test_a_place_that_no_source_allows_is_told_what_would_allow_it(
+    server: Server, place: str, reason: str, are_configured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not are_configured:
+        monkeypatch.setattr(server.state, "resolver", None)
+    reply = await server.post(LOAD, lora_name="x", lora_path=place)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "lora_path")
+    assert reason in reply.json()["error"]["message"]
+
+
 async def test_adapters_are_loaded_from_sources_by_their_place(server: Server, hub: Hub) -> None:
     for place, name in (("org/one", "bare"), ("hub:org/one", "spelt"), (f"{hub.url}/org/no-web", "none")):
         reply = await server.post(LOAD, lora_name=name, lora_path=place)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from toppings.access import read_api_key
 from toppings.config import ConfigError, EngineConfig
@@ -18,6 +19,9 @@ from toppings.remote import RemoteServer
 
 if TYPE_CHECKING:
     from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+
+PIPED_WIDTH = 10_000
+"""Columns of a table that no terminal shows: an adapter stays on one line, whole."""
 
 app = typer.Typer(no_args_is_help=True)
 adapters_app = typer.Typer(no_args_is_help=True, help="The adapters of a model, or of a running server.")
@@ -38,20 +42,30 @@ def list_adapters(
     api_key: ApiKey = "",
     api_key_file: ApiKeyFile = "",
 ) -> None:
-    """Show all adapters with rank, targets and size; of a running server also where they are."""
+    """Show all adapters with rank, targets, size and origin; of a running server also where they are."""
     rows = (
         RemoteServer(url, read_api_key(api_key, api_key_file)).adapters()
         if url
         else _local_rows(model, state_dir, dtype)
     )
-    table = Table("name", "id", "rank", "targets", "bytes", "pinned", *(("state", "hits") if url else ()))
+    if not rows:
+        typer.echo("none is registered; a server registers those of --adapters when it starts")
+        return
+    places = ("state", "hits") if url else ()
+    whence = Column("from", overflow="fold")
+    table = Table("name", "id", "rank", "targets", "bytes", "pinned", *places, whence)
     for row in rows:
-        places = (row["state"], str(row["hits"])) if url else ()
+        values = (row["state"], str(row["hits"])) if url else ()
         targets = ",".join(name.removesuffix("_proj") for name in row["targets"])
         numbers = [str(row[key]) for key in ("id", "rank")]
         pinned = "yes" if row["is_pinned"] else ""
-        table.add_row(row["name"], *numbers, targets, f"{row['bytes']:,}", pinned, *places)
-    Console().print(table)
+        table.add_row(
+            escape(row["name"]), *numbers, targets, f"{row['bytes']:,}", pinned, *values, escape(row["path"])
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(table)
 
 
 @adapters_app.command("add")

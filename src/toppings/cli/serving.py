@@ -27,7 +27,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
-    """Serve a base model and its adapters over HTTP (without --model: the built-in one)."""
+    """Serve a base model and its adapters over HTTP."""
     base = Config.from_yaml(config) if config else None
     resolved = Config.from_settings(settings, base)
     from toppings.engine.spawn import Spawner
@@ -64,7 +64,7 @@ def up(
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
-    """Serve a base model from many engines with Ray Serve (without --model: the built-in one)."""
+    """Serve a base model from many engines with Ray Serve."""
     resolved = UpConfig.from_settings(settings, UpConfig.from_yaml(config) if config else None)
     try:
         from toppings.cluster.ray_serve.network import bind_ray, listeners

@@ -22,7 +22,7 @@ from toppings.adapters.registry import AdapterRecord, Origin
 from toppings.bad_input import RequestError
 from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
-from toppings.server.paths import AdapterRoots
+from toppings.server.paths import AdapterRoots, not_configured
 from toppings.server.state import ServerState
 from toppings.sources.models import find_model
 from toppings.tenants.book import ADMIN
@@ -67,9 +67,12 @@ class AdapterAdmin:
             directory = await self._in_thread(self.roots.locate, name, path)
         except ApiError:
             record = await self._load_from_source(name, path, in_place=in_place, tenant=tenant)
-            if record is None:
+            if record is not None:
+                return record
+            if (reason := not_configured(path)) is None:
                 raise
-            return record
+            message = f"Loading lora {name} failed: {reason}"
+            raise ApiError(404, message, "NotFoundError", "lora_path") from None
         _check_place(tenant, str(directory), path)
         async with self._turn():
             return await self._register(

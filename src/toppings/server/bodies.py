@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from toppings.access import JSON_TYPE, why_not_json
 from toppings.bad_input import RequestError, check_unicode, shown
-from toppings.server.errors import CLIENT_GONE, ApiError
+from toppings.server.errors import CLIENT_GONE, ApiError, field_at
 
 MAX_ITEMS = 1 << 18
 """Values of one body; reading as many takes tens of milliseconds."""
@@ -71,7 +71,7 @@ def check_content_type(request: Request) -> None:
     has_key = request.app.state.toppings.config.server.asks_for_keys
     reason = why_not_json(headers.get("content-type", ""), headers.keys(), has_key=has_key)
     if reason is not None:
-        raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
+        raise ApiError(400, f"1 validation error:\n  body: {reason}")
 
 
 async def read_json(request: Request) -> Any:
@@ -93,7 +93,7 @@ def parse(body: bytes) -> Any:
 
 
 def _invalid(reason: str) -> ApiError:
-    return ApiError(400, f"1 validation error:\n  body: it is no valid JSON: {reason}", "Bad Request")
+    return ApiError(400, f"1 validation error:\n  body: it is no valid JSON: {reason}")
 
 
 def _check_size(body: bytes) -> None:
@@ -119,7 +119,7 @@ def _check_depth(brackets: bytes) -> None:
 
 
 def _too_large(reason: str) -> ApiError:
-    return ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
+    return ApiError(400, f"1 validation error:\n  body: {reason}")
 
 
 def _name_bad_unicode(body: bytes) -> None:
@@ -135,7 +135,7 @@ def _name_bad_unicode(body: bytes) -> None:
         try:
             check_unicode(place, text)
         except RequestError as error:
-            raise ApiError(400, f"1 validation error:\n  {error}", "Bad Request", place) from None
+            raise ApiError(400, f"1 validation error:\n  {error}", param=field_at(place)) from None
 
 
 def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -24,9 +24,6 @@ from toppings.tenants.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
-PLAIN_STATUSES = (404, 405)
-"""Unknown routes and wrong methods keep the framework's `{"detail": ...}`, as vLLM's clients know it."""
-
 CLIENT_GONE = 499
 CONTEXT_LENGTH = "context_length_exceeded"
 MAX_MESSAGE_CHARS = 2000
@@ -155,10 +152,12 @@ def _invalid(error: RequestValidationError | ValidationError) -> ApiError:
     ]
     lines = "".join(f"\n  {place}: {message}" for place, message in problems[:MAX_PROBLEMS])
     noun = "validation error" if len(problems) == 1 else "validation errors"
-    is_field = problems[0][0].startswith("body.")
-    return ApiError(
-        400, f"{len(problems)} {noun}:{lines}", "Bad Request", problems[0][0] if is_field else None
-    )
+    return ApiError(400, f"{len(problems)} {noun}:{lines}", param=field_at(problems[0][0]))
+
+
+def field_at(place: str) -> str | None:
+    """The field of the body at `place` (`body.stop.1`: `stop.1`), as `param` names it, else None."""
+    return place.removeprefix("body.") if place.startswith("body.") else None
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -174,14 +173,15 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        headers = dict(error.headers or {})
-        if error.status_code == 405:
-            headers["Allow"] = ", ".join(allowed_methods(request))
-            if request.method == "OPTIONS":
-                return Response(status_code=204, headers=headers)
-        if error.status_code in PLAIN_STATUSES:
-            return json_response({"detail": error.detail}, error.status_code, headers=headers)
-        return error_response(ApiError(error.status_code, str(error.detail), "Bad Request"))
+        if error.status_code == 404:  # no handler raises it
+            return error_response(ApiError(404, f"no route is at {shown(request.url.path)}", "NotFoundError"))
+        if error.status_code != 405:
+            return error_response(ApiError(error.status_code, str(error.detail)))
+        headers = {**(error.headers or {}), "Allow": ", ".join(allowed_methods(request))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+        message = f"{shown(request.method)} is not allowed on this route, only {headers['Allow']}"
+        return error_response(ApiError(405, message, "MethodNotAllowedError", headers=headers))
 
     foreseen = (ApiError, Refusal, ValueError, RuntimeError, OSError, MemoryError, RequestValidationError)
     for kind in (*foreseen, ClientDisconnect):

@@ -44,11 +44,11 @@ async def _generate(request: Request, *, is_stream: bool) -> Response:
 async def _body(request: Request) -> dict[str, Any]:
     body = await read_json(request)
     if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", "Bad Request")
+        raise ApiError(400, "the body must be a JSON object")
     return body
 
 
 def _readable(error: Exception) -> Exception:
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), "Bad Request")
+        return ApiError(error.status_code, str(error.detail))
     return error

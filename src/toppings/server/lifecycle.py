@@ -34,6 +34,7 @@ from toppings.server.exchange import current_exchange
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
+from toppings.sources.adapters import parse_source
 from toppings.sources.models import find_model, with_model
 from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
@@ -58,7 +59,9 @@ def run_server(config: Config, spawner: Spawner) -> int:
 
     Raises ConfigError, ValueError, OSError or EngineStartError where the server cannot start.
     """
-    TenantBook(config.server.tenants_file)  # a mistake in it is told before an engine starts
+    TenantBook(config.server.tenants_file)  # mistakes are told before an engine starts
+    for source in config.server.adapter_source:
+        parse_source(source)
     config = with_run_files(config)
     start_logging(config)
     return asyncio.run(_serve(with_api_key(config), spawner))

@@ -113,15 +113,12 @@ class BoundsMiddleware:
                 408,
                 f"the request's body did not come: it may pause for {self._timeout_s:g} s,"
                 f" and take {BODY_TIMEOUT_FACTOR * self._timeout_s:g} s",
-                "Bad Request",
                 headers={"Connection": "close"},
             ) from None
 
 
 def too_large(max_bytes: int) -> ApiError:
-    return ApiError(
-        413, f"the request's body is too large; at most {max_bytes} bytes are read", "Bad Request"
-    )
+    return ApiError(413, f"the request's body is too large; at most {max_bytes} bytes are read")
 
 
 def _check_url(scope: Scope) -> None:
@@ -130,7 +127,6 @@ def _check_url(scope: Scope) -> None:
         raise ApiError(
             414,
             f"the URL has {len(path) + len(query)} bytes; at most {MAX_URL_BYTES} are read",
-            "Bad Request",
         )
     for name, part in (("path", path), ("query", query)):
         _check_text(f"the URL's {name}", unquote_to_bytes(part), part)
@@ -141,26 +137,21 @@ def _check_text(name: str, content: bytes, sent: bytes) -> None:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise ApiError(
-            400, f"{name} is not UTF-8: {shown(sent.decode('latin-1'))!r}: {error.reason}", "Bad Request"
+            400, f"{name} is not UTF-8: {shown(sent.decode('latin-1'))!r}: {error.reason}"
         ) from None
     if "\0" in text:
-        raise ApiError(
-            400, f"{name} holds a null character: {shown(sent.decode('latin-1'))!r}", "Bad Request"
-        )
+        raise ApiError(400, f"{name} holds a null character: {shown(sent.decode('latin-1'))!r}")
 
 
 def _check_headers(headers: list[tuple[bytes, bytes]], max_body_bytes: int) -> None:
     num_bytes = sum(len(name) + len(value) for name, value in headers)
     if num_bytes > MAX_HEAD_BYTES:
-        raise ApiError(
-            431, f"the headers have {num_bytes} bytes; at most {MAX_HEAD_BYTES} are read", "Bad Request"
-        )
+        raise ApiError(431, f"the headers have {num_bytes} bytes; at most {MAX_HEAD_BYTES} are read")
     for name, value in headers:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise ApiError(
                 415,
                 f"Content-Encoding is {shown(value.decode('latin-1'))!r}; send the body as it is",
-                "Bad Request",
             )
         if name == b"content-length" and value.isdigit() and int(value[:32]) > max_body_bytes:
             raise too_large(max_body_bytes)

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from toppings.server.errors import ApiError
+from toppings.sources.adapters import HUB
+from toppings.sources.hub import split_id
+from toppings.sources.remote import SCHEMES, scheme_of
 
 
 class AdapterRoots:
@@ -57,3 +60,24 @@ class AdapterRoots:
             return path.resolve()
         except (OSError, RuntimeError) as error:  # a loop of links
             raise ApiError(400, f"{path} is no usable path", "InvalidUserInput", "lora_path") from error
+
+
+def not_configured(place: str) -> str | None:
+    """What is wrong with `place`, which no configured source allows, and what to do; None where it is no
+    source's kind of place, but a path."""
+    scheme = scheme_of(place)
+    if place.startswith(f"{HUB}:"):
+        parts = split_id(place.removeprefix(f"{HUB}:"))
+        if parts is None:
+            return f"{place} is no repository of a hub; write hub:org/name or hub:org/name@revision"
+        source = f"{HUB}:{parts[0].partition('/')[0]}/*"
+    elif scheme in SCHEMES:
+        source = place.rstrip("/").rpartition("/")[0]
+        if not scheme_of(source):
+            return f"{place} names no adapter; write e.g. {scheme}://bucket/loras/name"
+    elif scheme:
+        known = ", ".join(f"{each}://" for each in SCHEMES)
+        return f"{place} is no place of a source; one begins with {HUB}:, {known}"
+    else:
+        return None
+    return f"no configured source allows {place}; start the server with --adapter-source {source!r}"

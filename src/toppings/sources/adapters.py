@@ -2,7 +2,8 @@
 
     dir:PATH[,PATTERN...]     PATH/<name>, a directory that is never listed
     hub:PATTERN[,PATTERN...]  the repository <name>, `org/name` or `org/name@revision`
-    s3://BUCKET/PREFIX[,PATTERN...]  also gs://, http(s)://: PREFIX/<name>/adapter_config.json and the rest
+    s3://BUCKET/PREFIX[,PATTERN...]  and gs://, https://, http://: PREFIX/<name>/adapter_config.json and
+                              its neighbours
 
 A source is asked only for names that one of its patterns fits (shell's: `*`, `?`, `[...]`; none: all, but for
 a hub's). Of what it has, only the files in `WANTED` are read.

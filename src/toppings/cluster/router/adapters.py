@@ -252,12 +252,12 @@ def _name(body: dict[str, Any]) -> str:
     name = body.get("lora_name")
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LEN:
         text = f"lora_name must be a text of 1 to {MAX_NAME_LEN} characters"
-        raise ApiError(400, f"1 validation error:\n  {text}", "Bad Request", param="lora_name")
+        raise ApiError(400, f"1 validation error:\n  {text}", param="lora_name")
     return name
 
 
 def require_object(body: Any) -> dict[str, Any]:
     """Raises ApiError 400 where a JSON body is no object."""
     if not isinstance(body, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}", "Bad Request")
+        raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}")
     return body

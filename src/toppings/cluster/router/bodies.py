@@ -55,7 +55,7 @@ async def read_body(request: web.Request, config: RouterConfig, share: Share, li
     limit = limit or config.max_body_bytes
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
-        raise ApiError(415, f"Content-Encoding is {encoding[:40]!r}; send the body as it is", "Bad Request")
+        raise ApiError(415, f"Content-Encoding is {encoding[:40]!r}; send the body as it is")
     if (request.content_length or 0) > limit:
         raise _too_long(limit)
     body = bytearray()
@@ -74,9 +74,9 @@ async def read_body(request: web.Request, config: RouterConfig, share: Share, li
         reason = f"the body did not come within body_timeout_s, {config.body_timeout_s:g} s"
         raise ApiError(408, reason, "RequestTimeout") from None
     except web.RequestPayloadError as error:
-        raise ApiError(400, f"the body cannot be read: {error}", "Bad Request") from error
+        raise ApiError(400, f"the body cannot be read: {error}") from error
     return bytes(body)
 
 
 def _too_long(limit: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {limit} bytes", "Bad Request")
+    return ApiError(413, f"the body is longer than {limit} bytes")

@@ -66,7 +66,7 @@ NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 def not_json(error: BaseException) -> ApiError:
     reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-    return ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
+    return ApiError(400, f"1 validation error:\n  body: {reason}")
 
 
 _decoder = msgspec.json.Decoder(_Body, strict=False)

@@ -64,14 +64,14 @@ class Guard:
         content_type = request.headers.get("Content-Type", "")
         reason = why_not_json(content_type, names, has_key=self.book.asks_for_keys)
         if reason is not None:
-            raise ApiError(400, f"1 validation error:\n  body: {reason}", "Bad Request")
+            raise ApiError(400, f"1 validation error:\n  body: {reason}")
 
 
 def check_use(tenant: Tenant, call: Call, bases: list[str]) -> None:
     """Raises ApiError 404 for a model that the tenant may not see, as for one that there is not, Refusal 403
     for one that it may not use. `bases` are the base models' names."""
     if call.wrong:  # a server might read more of it than we can
-        raise ApiError(400, f"1 validation error:\n  body: {call.wrong}", "Bad Request")
+        raise ApiError(400, f"1 validation error:\n  body: {call.wrong}")
     for name in call.selectors or (call.model,):
         adapter = None if name in bases else name
         if len(name or "") > MAX_NAME_LEN:

@@ -5,8 +5,9 @@ from contextvars import ContextVar
 
 from aiohttp import web
 
+from toppings.bad_input import shown
 from toppings.cluster.router.connections import watched
-from toppings.cluster.router.replies import json_response
+from toppings.cluster.router.replies import ApiError
 from toppings.request_ids import REQUEST_ID, request_id_of
 from toppings.tenants.account import Account
 
@@ -36,16 +37,19 @@ def account_of(request: web.Request) -> Account:
 
 
 @web.middleware
-async def plain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Unknown routes and wrong methods as `{"detail": ...}`; OPTIONS is told the methods there are."""
+async def routing_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What is said of unknown routes and wrong methods; OPTIONS is told the methods there are."""
     try:
         return await handler(request)
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
         allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
         if request.method == "OPTIONS" and error.status == 405:
             return web.Response(status=204, headers=allow)
-        text = "Not Found" if error.status == 404 else "Method Not Allowed"
-        return json_response({"detail": text}, error.status, allow)
+        if error.status == 404:
+            text = f"no route is at {shown(request.path)}"
+            return ApiError(404, text, "NotFoundError").response(request.path)
+        text = f"{shown(request.method)} is not allowed on this route, only {', '.join(allow.values())}"
+        return ApiError(405, text, "MethodNotAllowedError", headers=allow).response(request.path)
 
 
-LAYERS = (watched, identified, plain_errors)
+LAYERS = (watched, identified, routing_errors)
