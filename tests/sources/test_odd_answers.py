@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from toppings.sources import hub
 from toppings.sources.adapters import find_adapter, parse_source
-from toppings.sources.fetch import FetchError, FetchNotFound, Room
+from toppings.sources.fetch import FetchDenied, FetchError, FetchNotFound, Room
 from toppings.sources.hub import HubFiles, split_id
 from toppings.sources.web import WebPlace, open_url
 
@@ -151,9 +151,9 @@ def test_a_hub_that_says_no_json_is_at_fault(odd: Odd, text: bytes) -> None:
 def test_a_hubs_refusals_are_told_by_their_kind(odd: Odd) -> None:
     for status, headers, kind in (
         (401, {}, FetchNotFound),
-        (401, {"X_Error_Message": "Invalid credentials in Authorization header"}, FetchError),
+        (401, {"X_Error_Message": "Invalid credentials in Authorization header"}, FetchDenied),
         (404, {"X_Error_Code": "RevisionNotFound"}, FetchNotFound),
-        (403, {"X_Error_Code": "GatedRepo"}, FetchError),
+        (403, {"X_Error_Code": "GatedRepo"}, FetchDenied),
         (503, {}, FetchError),
     ):
         odd.answer = lambda handler, s=status, h=headers: handler.head(s, **h)  # type: ignore[misc]
