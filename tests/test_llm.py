@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import aclosing, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,8 @@ def test_two_of_one_model_keep_their_adapters_apart(tmp_path: Path, monkeypatch:
     started: list[str] = []
 
     class Engine:
+        info = SimpleNamespace(vocab_size=512)
+
         @classmethod
         async def start(cls, config: EngineConfig) -> "Engine":
             started.append(config.state_dir)

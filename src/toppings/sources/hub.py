@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.parse import quote
-
-import msgspec
 
 from toppings.sources.checkpoint_files import CONFIG, TEXTS, weights_of
 from toppings.sources.fetch import (
@@ -26,6 +24,9 @@ from toppings.sources.fetch import (
     one_line,
 )
 from toppings.sources.web import open_url
+
+if TYPE_CHECKING:
+    from toppings.sources.hub_info import RepositoryInfo
 
 HUB_ID = re.compile(
     r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?P<file>(?:/[\w.-]+)+\.gguf)?(?:@(?P<revision>[\w./-]+))?", re.ASCII
@@ -78,9 +79,11 @@ class HubFiles:
 
         return Opened(self._ask(hf_hub_url(self._repo, name, revision=self.version), room))
 
-    def _look(self, revision: str, room: Room) -> "_Info":
+    def _look(self, revision: str, room: Room) -> "RepositoryInfo":
         """What the hub says of the repository, all of it within `room`."""
         from huggingface_hub import constants
+
+        from toppings.sources.hub_info import read_info
 
         url = f"{constants.ENDPOINT}/api/models/{self._repo}"
         if revision:
@@ -89,8 +92,8 @@ class HubFiles:
         with closing(self._ask(f"{url}?blobs=true", room)) as answer:
             copy(Opened(answer), told, room, url)
         try:
-            return msgspec.json.decode(told.getvalue(), type=_Info)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            return read_info(told.getvalue())
+        except (ValueError, RecursionError) as error:
             raise FetchError(f"what the hub says of {self._repo} is not understood: {error}") from error
 
     def _ask(self, url: str, room: Room) -> HTTPResponse:
@@ -109,20 +112,6 @@ def _headers(token: str | None) -> dict[str, str]:
     if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         token = get_token()
     return {"User-Agent": "toppings"} | ({"Authorization": f"Bearer {token}"} if token else {})
-
-
-class _File(msgspec.Struct):
-    rfilename: str
-    size: Annotated[int, msgspec.Meta(ge=0)] | None = None
-
-
-class _Info(msgspec.Struct):
-    """Of what the hub says of a repository: its current commit, and its files."""
-
-    sha: str | None = None
-    private: bool | None = None
-    gated: bool | str | None = None
-    siblings: list[_File] | None = None
 
 
 def fetch_model(reference: str) -> Path | None:
