@@ -134,6 +134,9 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
         driver.add(name, prompt, 40, None)
     driver.run()
     assert all(driver.tokens[name] == reference_tokens(model, None, many[name], 40) for name in many)
+    for turn in range(2):  # with nobody beside it, whose pages could take its blocks' place
+        driver.add(f"alone {turn}", many["base 0"], 4, None)
+        driver.run()
     for name, prompt in prompts.items():
         expected = reference_tokens(model, adapters[name] if name else None, prompt, 16)
         assert [driver.tokens[f"{name} {turn}"] for turn in range(2)] == [expected] * 2, name
