@@ -69,6 +69,13 @@ def error_response(error: ApiError, exchange: Exchange | None = None) -> Respons
     return json_response(body, error.status, headers=error.headers)
 
 
+def unavailable(
+    message: str, kind: str = "ServiceUnavailableError", *, retry_after_s: int = RETRY_AFTER_S
+) -> ApiError:
+    """503: the same request may succeed in a while."""
+    return ApiError(503, message, kind, headers={"Retry-After": str(retry_after_s)})
+
+
 MESSAGE_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -119,9 +126,9 @@ def describe(error: BaseException) -> ApiError:
         return lack
     for exception, status, kind in KINDS:
         if isinstance(error, exception):
-            headers = {"Retry-After": "1"} if status == 503 else {}
             code = CONTEXT_LENGTH if isinstance(error, ContextLengthError) else None
-            return ApiError(status, str(error), kind, headers=headers, code=code)
+            other = ApiError(status, str(error), kind, code=code)
+            return unavailable(str(error), kind) if status == 503 else other
     logger.error("a request failed for an unforeseen reason", exc_info=error)
     return ApiError(500, "the server failed; its log says why", "InternalServerError")
 
@@ -135,12 +142,7 @@ def _lack(error: BaseException | None) -> ApiError | None:
         if isinstance(error, OSError) and error.errno in FULL:
             return ApiError(507, f"the server's disk is full: {error.strerror}", "InsufficientStorageError")
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in BUSY):
-            return ApiError(
-                503,
-                "the server has run out of files or memory; try again later",
-                "ServiceUnavailableError",
-                headers={"Retry-After": str(RETRY_AFTER_S)},
-            )
+            return unavailable("the server has run out of files or memory; try again later")
         error = error.__cause__
     return None
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote_to_bytes
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toppings.bad_input import shown
-from toppings.server.errors import RETRY_AFTER_S, ApiError, error_response
+from toppings.server.errors import ApiError, error_response, unavailable
 
 MIN_BODY_LIMIT = 4 * 2**20
 BODY_BYTES_PER_TOKEN = 64
@@ -75,11 +75,8 @@ class BoundsMiddleware:
                     await self._discard(scope, receive)
                 raise too_large(self._max_body_bytes)
             if self._num_held_bytes > BODIES_AT_ONCE * self._max_body_bytes:
-                raise ApiError(
-                    503,
-                    "the bodies of requests on their way fill the memory for them; try again later",
-                    "ServiceUnavailableError",
-                    headers={"Retry-After": str(RETRY_AFTER_S)},
+                raise unavailable(
+                    "the bodies of requests on their way fill the memory for them; try again later"
                 )
             is_whole = not message.get("more_body", False)
             if is_whole:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
 from toppings.adapters.latest import Latest
-from toppings.server.errors import RETRY_AFTER_S, ApiError, describe
+from toppings.server.errors import ApiError, describe, unavailable
 from toppings.sources.fetch import FetchError, FetchNotFound
 
 T = TypeVar("T")
@@ -61,22 +61,22 @@ class Lookups(Generic[T]):
         self._is_closed = True
         for pending in self._pending.values():
             if not pending.outcome.done():
-                pending.outcome.set_exception(_refusal("the server is shutting down"))
+                pending.outcome.set_exception(unavailable("the server is shutting down"))
 
     def _find_or_begin(self, key: Key, look: Callable[[], Coroutine[None, None, T]]) -> _Pending[T]:
         if self._is_closed:
-            raise _refusal("the server is shutting down")
+            raise unavailable("the server is shutting down")
         of_name = [each for other, each in self._pending.items() if other[0] == key[0]]
         if sum(each.num_waiting for each in of_name) >= MAX_WAITING // 2:
-            raise _refusal(f"too many requests wait for adapter {key[0]!r} to be fetched; try again later")
+            raise unavailable(f"too many requests wait for adapter {key[0]!r} to be fetched; try again later")
         if sum(each.num_waiting for each in self._pending.values()) >= MAX_WAITING:
-            raise _refusal("too many requests wait for adapters to be fetched; try again later")
+            raise unavailable("too many requests wait for adapters to be fetched; try again later")
         if (pending := self._pending.get(key)) is not None:
             return pending
         if len(of_name) >= MAX_OF_NAME:
-            raise _refusal(f"adapter {key[0]!r} is asked for in too many ways at once; try again later")
+            raise unavailable(f"adapter {key[0]!r} is asked for in too many ways at once; try again later")
         if len(self._pending) >= MAX_PENDING:
-            raise _refusal(f"{len(self._pending)} adapters are being fetched; try again later")
+            raise unavailable(f"{len(self._pending)} adapters are being fetched; try again later")
         outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         outcome.add_done_callback(_retrieve)
         pending = _Pending(asyncio.create_task(self._run(key, look, outcome)), outcome)
@@ -102,7 +102,7 @@ class Lookups(Generic[T]):
     def _note(self, key: Key, task: asyncio.Task[None]) -> None:
         outcome = self._pending.pop(key).outcome
         if not outcome.done():  # the task was cancelled
-            outcome.set_exception(_refusal("the server is shutting down"))
+            outcome.set_exception(unavailable("the server is shutting down"))
 
     def _forget_failures(self) -> None:
         now = time.monotonic()
@@ -115,11 +115,6 @@ def not_given(name: str, error: FetchError) -> ApiError:
     if isinstance(error, FetchNotFound):
         return ApiError(404, f"The model `{name}` does not exist: {error}", "NotFoundError", "model")
     return ApiError(502, f"adapter {name!r} cannot be had: {error}", "BadGatewayError", "model")
-
-
-def _refusal(message: str) -> ApiError:
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return ApiError(503, message, "ServiceUnavailableError", headers=headers)
 
 
 def _retrieve(outcome: "asyncio.Future[T]") -> None:

@@ -18,7 +18,7 @@ from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.config import ServerConfig
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.daemon_threads import DaemonThreads
-from toppings.server.errors import RETRY_AFTER_S, ApiError
+from toppings.server.errors import ApiError, unavailable
 from toppings.server.grants import Grants, mark_of
 from toppings.server.lookups import MAX_PENDING, Lookups, not_given
 from toppings.server.source_cache import SourceCache
@@ -225,8 +225,7 @@ class Resolver:
             message = (
                 f"adapter {record.name!r} was damaged here; ask again, to have it fetched with your token"
             )
-            headers = {"Retry-After": str(RETRY_AFTER_S)}
-            raise ApiError(503, message, "ServiceUnavailableError", headers=headers)
+            raise unavailable(message)
         if record.origin is Origin.SOURCE:
             try:
                 found = await self._find(record.name)

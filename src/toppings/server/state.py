@@ -20,7 +20,7 @@ from toppings.detokenizer import TokenSource
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
-from toppings.server.errors import RETRY_AFTER_S, ApiError
+from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable
 from toppings.server.exchange import current_exchange
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
@@ -228,11 +228,11 @@ class ServerState:
     def check_open(self) -> None:
         """Raises ApiError 503 while the server shuts down, or has no engine."""
         if self.is_draining:
-            headers = {"Retry-After": str(RETRY_AFTER_S)}
-            raise ApiError(503, "the server is shutting down", "ServiceUnavailableError", headers=headers)
+            raise unavailable("the server is shutting down")
+        if self.client.died.is_set():
+            raise ApiError(503, self.client.down_reason, "EngineDeadError")
         if not self.client.is_alive:
-            headers = {} if self.client.died.is_set() else {"Retry-After": str(RETRY_AFTER_S)}
-            raise ApiError(503, self.client.down_reason, "EngineDeadError", headers=headers)
+            raise unavailable(self.client.down_reason, "EngineDeadError")
 
     async def admit(self, num_sequences: int, find: Callable[[], Awaitable[Target]]) -> tuple[Target, Lease]:
         """Who answers, as `find` says, and a place for so many sequences.

@@ -10,11 +10,10 @@ from toppings.sampling_params import Structure, StructureKind
 from toppings.server.errors import ApiError
 from toppings.server.fields import LenientBody
 from toppings.server.state import ServerState
+from toppings.tools.grammar import OPTIONS
 
 Choices = Annotated[list[str], Field(fail_fast=True)]
 Schema = dict[str, Any] | bool
-OPTIONS = "x-guidance"
-"""Where a schema says how it is to be read."""
 
 
 class JsonSchema(BaseModel):

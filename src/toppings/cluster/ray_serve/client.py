@@ -27,7 +27,7 @@ from toppings.engine.client import EngineDeadError
 from toppings.messages import EngineReady, EngineStats, RequestOutput
 from toppings.sampling_params import SamplingParams
 from toppings.server.adapters import AdapterAdmin
-from toppings.server.errors import RETRY_AFTER_S, ApiError
+from toppings.server.errors import ApiError, unavailable
 from toppings.server.state import ServerState
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
@@ -144,7 +144,7 @@ class ReplicaClient:
                         f"{error} after the first token; the answer is incomplete"
                     ) from error
                 call = replace(call, avoid=call.avoid | {error.replica_id}, sent_to=[])
-        raise _unavailable(f"{MAX_ATTEMPTS} replicas failed before they answered")
+        raise unavailable(f"{MAX_ATTEMPTS} replicas failed before they answered")
 
     async def _attempt(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
         """Raises ReplicaGoneError, or ApiError 503 where no replica takes the request in time."""
@@ -184,7 +184,7 @@ class ReplicaClient:
                     raise self._gone_silent(call.sent_to[-1])
                 if now >= ends_at:
                     seconds = f"{self._accept_timeout_s:g} s"
-                    raise _unavailable(f"no replica could take the request within {seconds}")
+                    raise unavailable(f"no replica could take the request within {seconds}")
                 await asyncio.wait({coming}, timeout=min(ACCEPT_POLL_S, self._replica_timeout_s))
             return str(coming.result())
         finally:
@@ -316,11 +316,6 @@ class FleetAdmin(AdapterAdmin):
         async with self._adopting:
             pass
         await super()._remove_generation(record)
-
-
-def _unavailable(message: str) -> ApiError:
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
-    return ApiError(503, message, "ServiceUnavailableError", headers=headers)
 
 
 def _check(acks: list[Ack]) -> None:
