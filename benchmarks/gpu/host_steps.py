@@ -40,8 +40,9 @@ from toppings.adapters.layout import AdapterLayout, BaseShapes
 from toppings.adapters.modes import PipelinedMode
 from toppings.core import GROUPS, MODULES, Batch, BatchItem, Request
 from toppings.engine.compile_steps import compile_steps
+from toppings.engine.decode_graphs import DecodeGraphs
 from toppings.engine.drawing import Drawing
-from toppings.engine.graphs import DecodeGraphs, GraphSpec
+from toppings.engine.graphs import GraphSpec
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.prompt_graphs import PromptGraphs
 from toppings.engine.staging import Staging
@@ -162,10 +163,12 @@ class World:
         cache = KVCache.allocate(model.num_layers, MAX_LEN // PAGE_SIZE + 1, *sizes, dtype, META)
         inputs = InputBuilder(PAGE_SIZE, MAX_LEN, staging)
         self.runner = ModelRunner(decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=self.draw)
-        spec = GraphSpec(MAX_SEQS, MAX_LEN, MAX_LEN // PAGE_SIZE, self.runner.out_offsets, decode_form)
+        spec = GraphSpec(
+            MAX_SEQS, MAX_TOKENS, MAX_LEN, MAX_LEN // PAGE_SIZE, self.runner.out_offsets, decode_form
+        )
         parts = (decoder, cache, pool, spec, staging, Capture())
-        self.runner.graphs = [DecodeGraphs(*parts), PromptGraphs(*parts, max_num_tokens=MAX_TOKENS)]
-        compile_steps(decoder, cache, pool, inputs, spec, max_num_tokens=MAX_TOKENS)
+        self.runner.graphs = [DecodeGraphs(*parts), PromptGraphs(*parts)]
+        compile_steps(decoder, cache, pool, inputs, spec)
         self.runner.dry_draw()
 
     def draw(self, logits: Tensor, rows: list[SamplingRow]) -> Drawing:

@@ -21,8 +21,9 @@ from tests.ops.test_device_sampling import check_no_look_back
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.modes import PipelinedMode
 from toppings.core import Batch, BatchItem, Request
+from toppings.engine.decode_graphs import DecodeGraphs
 from toppings.engine.drawing import DeviceSampler
-from toppings.engine.graphs import DecodeGraphs, GraphSpec
+from toppings.engine.graphs import GraphSpec
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.prompt_graphs import PromptGraphs
 from toppings.engine.scoring import DeviceReader
@@ -159,7 +160,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         runner = ModelRunner(
             decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=sampler, read=reader
         )
-        spec = GraphSpec(4, 32, 8, runner.out_offsets)
+        spec = GraphSpec(4, 64, 32, 8, runner.out_offsets)
         runner.graphs = [DecodeGraphs(decoder, cache, pool, spec, staging, Graphs())]
         staging.num_copies = 0
         kernels.calls.clear()
@@ -261,9 +262,9 @@ def test_a_replayed_step_stays_on_the_device_and_takes_one_copy(world: World) ->
 
 def test_a_replayed_step_with_a_prompt_stays_on_the_device_and_takes_one_copy(world: World) -> None:
     runner, staging = world.runner, world.staging
-    spec = GraphSpec(4, 32, 8, runner.out_offsets)
+    spec = GraphSpec(4, 64, 32, 8, runner.out_offsets)
     parts = (runner._decoder, runner._cache, runner._adapters.pool, spec, staging, Graphs())
-    runner.graphs = [*runner.graphs, PromptGraphs(*parts, max_num_tokens=64)]
+    runner.graphs = [*runner.graphs, PromptGraphs(*parts)]
     assert {"paged_attention", "add_lora", "rotate_and_store", "silu_mul"} <= world.kernels.calls
     world.kernels.calls.clear()
     staging.num_copies = 0

@@ -8,7 +8,8 @@ from tests.engine import tile_kernels
 from tests.engine.driver import Driver, drive
 from tests.engine.graph_fakes import FakeGraphs
 from tests.engine.oracle import make_adapter, make_model, make_prompt
-from toppings.engine.graphs import GROUP_SETS, batch_sizes
+from toppings.engine.decode_graphs import batch_sizes
+from toppings.engine.graphs import GROUP_SETS
 from toppings.engine.prompt_graphs import row_counts
 from toppings.ops import attention, dispatch, lora
 

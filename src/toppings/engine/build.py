@@ -26,9 +26,10 @@ from toppings.engine.base import (
 )
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.decode_form import choose_decode_form
+from toppings.engine.decode_graphs import DecodeGraphs
 from toppings.engine.drawing import DeviceSampler, Sampler, draw_on_host
 from toppings.engine.engine import Engine
-from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
+from toppings.engine.graphs import CudaGraphs, GraphBackend, GraphSpec
 from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
@@ -188,21 +189,19 @@ def _build_engine(
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
     runner.rows.structures = structures
-    sizes = (config.max_num_seqs, limits.max_model_len)
+    sizes = (config.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len)
     spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
     if graphs is not None and staging is not None:
         parts = (decoder, cache, adapters.pool, spec, staging, graphs)
         runner.graphs = [DecodeGraphs(*parts)]
         # Attention on the host takes the host's word for where prompts are, which no graph can follow.
         if config.cuda_graphs == "on" and dispatch.gpu_kernels("attention", cache.k[0]) is not None:
-            prompts = PromptGraphs(*parts, max_num_tokens=limits.max_num_batched_tokens)
-            runner.graphs = [*runner.graphs, prompts]
+            runner.graphs = [*runner.graphs, PromptGraphs(*parts)]
     if can_capture:
         from toppings.engine.compile_steps import compile_steps  # needs Triton
 
         inputs = InputBuilder(config.page_size, limits.max_model_len, staging)
-        num_tokens = limits.max_num_batched_tokens
-        compile_steps(decoder, cache, adapters.pool, inputs, spec, max_num_tokens=num_tokens)
+        compile_steps(decoder, cache, adapters.pool, inputs, spec)
         runner.dry_draw()
     assist = None
     if isinstance(mode, AssistMode):

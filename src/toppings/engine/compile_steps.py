@@ -26,29 +26,23 @@ from toppings.sampling_params import SamplingParams
 
 @torch.inference_mode()
 def compile_steps(
-    decoder: Decoder,
-    cache: KVCache,
-    pool: DevicePool,
-    inputs: InputBuilder,
-    spec: GraphSpec,
-    *,
-    max_num_tokens: int,
+    decoder: Decoder, cache: KVCache, pool: DevicePool, inputs: InputBuilder, spec: GraphSpec
 ) -> None:
-    """`max_num_tokens`: of one step."""
+    """Every kind of step of such a size runs once."""
     for num_decodes in _powers_of_2(spec.max_num_seqs):
         _run(decoder, cache, pool, inputs, spec, [(1, 2)] * num_decodes, None)
     prompts = [(2, 2), (2, 4)]  # a whole one, which torch's attention may serve, and a later chunk
     for queries in prompts:
         _run(decoder, cache, pool, inputs, spec, [queries], None)
-    for form, num_chunks in _lora_kinds(spec, max_num_tokens):
+    for form, num_chunks in _lora_kinds(spec):
         _run(decoder, cache, pool, inputs, spec, [(1, 2)], (form, num_chunks))
 
 
-def _lora_kinds(spec: GraphSpec, max_num_tokens: int) -> Iterator[tuple[LoraForm, int]]:
+def _lora_kinds(spec: GraphSpec) -> Iterator[tuple[LoraForm, int]]:
     """Forms with numbers of chunks, one for each number of them that kernels are compiled for."""
     forms: dict[LoraForm, None] = dict.fromkeys(("sgmv", spec.decode_form))
     for form in forms:
-        most = max_num_tokens // TILES[form].rows + spec.max_num_seqs
+        most = spec.max_num_tokens // TILES[form].rows + spec.max_num_seqs
         yield from ((form, room) for room in sorted({chunk_room(n) for n in _powers_of_2(most)}))
 
 

@@ -1,10 +1,9 @@
-"""Decode steps captured once per batch size and replayed: on a GPU, a step costs one launch instead of
-hundreds.
+"""Steps captured once per number of rows and replayed: on a GPU, a step costs one launch instead of hundreds.
 
 A graph has fixed inputs: a packed buffer on the device, at whose start every replay's inputs are put, so that
-the graphs of one batch size find them where its first one did. A batch is padded to the next size captured:
-rows that pad it write their keys and values to a page that no sequence owns, and have no adapter. Graphs read
-of an adapter what the pool's table says when they run: they stay valid while adapters come, move and go.
+the graphs of one size find them where its first one did. A step is padded to the next size captured: rows
+that pad it write their keys and values to a page that no sequence owns, and have no adapter. Graphs read of
+an adapter what the pool's table says when they run: they stay valid while adapters come, move and go.
 
 Adapters with more than A and B (`layout.py`'s extras) are not served from graphs.
 
@@ -12,9 +11,10 @@ Which projection groups a step's adapters change decides between a few graphs of
 since launches that find nothing to do cost time all the same.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,16 +28,13 @@ from toppings.engine.staging import Array, Staging, packed_bytes, unpack
 from toppings.engine.step_inputs import Pending, StepRows
 from toppings.model.decoder import Decoder
 from toppings.ops.attention import AttentionMetadata, KVCache
-from toppings.ops.gpu_plan import AttentionTiles, LoraBatch, lora_chunks
+from toppings.ops.gpu_plan import LoraBatch, lora_chunks
 from toppings.ops.lora import DEFAULT_DECODE_FORM, MAX_RANK, LoraForm, LoraSegments
 
 GROUP_SETS = tuple(
     frozenset(groups) for groups in ((), ("qkv",), ("qkv", "o"), ("qkv", "o", "gate_up", "down"))
 )
 """Sets of projection groups that graphs are captured for; the first that holds a step's own is used."""
-
-_SMALL_SIZES = (1, 2, 4, 8)
-_SIZE_STEP = 8
 
 
 class Graph(Protocol):
@@ -75,26 +72,49 @@ class CudaGraphs:
         return graph
 
 
-def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Sizes that graphs are captured for: 1, 2, 4, 8, then multiples of 8, and `max_num_seqs` itself."""
-    sizes = {*_SMALL_SIZES, *range(_SIZE_STEP, max_num_seqs, _SIZE_STEP), max_num_seqs}
-    return tuple(sorted(size for size in sizes if size <= max_num_seqs))
-
-
 @dataclass(frozen=True)
 class GraphSpec:
-    """What graphs are captured for. `out_offsets`: per projection group, the column of its fused output at
-    which each module begins; `scratch_page`: a page of the cache that no sequence owns."""
+    """What graphs are captured for. `max_num_tokens`: of one step; `out_offsets`: per projection group, the
+    column of its fused output at which each module begins; `scratch_page`: a page of the cache that no
+    sequence owns."""
 
     max_num_seqs: int
+    max_num_tokens: int
     max_context: int
     scratch_page: int
     out_offsets: dict[str, tuple[int, ...]]
     decode_form: LoraForm = DEFAULT_DECODE_FORM
 
 
-class DecodeGraphs:
-    """To be made when the model, its cache and the pool are there and nothing else uses the device."""
+class Inputs(NamedTuple):
+    """Of a step, on the host or on the device. [rows] `token_ids`, `positions`, `slots` (rows of the cache);
+    [sequences] `context_lens`, of decodes; [sequences, pages] `page_tables`; [chunks, 3] `chunks` of rows
+    with adapters; [2, sequences] `places` of pending tokens; `own`: what one kind of steps needs beside."""
+
+    token_ids: Any
+    positions: Any
+    slots: Any
+    context_lens: Any
+    page_tables: Any
+    chunks: Any
+    places: Any
+    own: tuple[Any, ...]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return *self[:-1], *self.own
+
+    @classmethod
+    def of(cls, arrays: Sequence[Any]) -> "Inputs":
+        return cls._make((*arrays[:7], tuple(arrays[7:])))
+
+
+class StepGraphs(ABC):
+    """Graphs of steps of one kind. To be made when the model, its cache and the pool are there and nothing
+    else uses the device."""
+
+    _padding_context_len = 0
+    """Of sequences that are none."""
 
     def __init__(
         self,
@@ -106,87 +126,109 @@ class DecodeGraphs:
         backend: GraphBackend,
     ) -> None:
         self._decoder, self._cache, self._pool, self._spec = decoder, cache, pool, spec
-        self._staging = staging
-        self._num_pages = pages_for(spec.max_context, cache.page_size)
-        self._sizes = batch_sizes(spec.max_num_seqs)
+        self._staging, self._sizes = staging, self.sizes_of(spec)
+        self.num_replays = 0
+        if not self._sizes:
+            return
         device = decoder.device
-        largest = self._arrays([], None, self._sizes[-1])
-        self._inputs = torch.empty(packed_bytes(largest), dtype=torch.uint8, device=device)
-        self._rows = torch.arange(self._sizes[-1], device=device)
-        shape = (self._sizes[-1], decoder.config.vocab_size)
+        largest = self._inputs_of([], None, self._sizes[-1])
+        self._inputs = torch.empty(packed_bytes(largest.arrays), dtype=torch.uint8, device=device)
+        shape = (spec.max_num_seqs, decoder.config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
         self._graphs = {
             (size, groups): self._capture(size, groups, backend)
             for size in reversed(self._sizes)  # the largest first: the smaller ones find room in its memory
             for groups in GROUP_SETS
         }
-        self.num_replays = 0
 
+    @staticmethod
+    @abstractmethod
+    def sizes_of(spec: GraphSpec) -> tuple[int, ...]:
+        """Numbers of rows that graphs are captured for, ascending."""
+
+    @property
+    @abstractmethod
+    def _form(self) -> LoraForm:
+        """How adapters' rows are cut into chunks."""
+
+    @abstractmethod
     def can_run(self, items: Sequence[BatchItem]) -> bool:
-        """Every item is one token that continues a sequence, and is drawn from."""
-        return len(items) <= self._sizes[-1] and all(item.is_decode and item.needs_sample for item in items)
+        """Whether a step of these is of this kind, and not too large."""
+
+    @abstractmethod
+    def _room(self, size: int) -> tuple[int, int]:
+        """Sequences and chunks of adapters' rows in a step of `size` rows."""
+
+    @abstractmethod
+    def _own_inputs(self, items: Sequence[BatchItem], rows: StepRows | None, size: int) -> tuple[Array, ...]:
+        """`rows` is None where there are no items."""
+
+    @abstractmethod
+    def _plan(self, inputs: Inputs, size: int) -> tuple[AttentionMetadata, LoraSegments, Tensor]:
+        """What a captured step of `size` rows reads its attention and its adapters from, and the rows to draw
+        from."""
 
     def run(
         self, items: Sequence[BatchItem], segments: LoraSegments | None, pending: Pending | None = None
     ) -> Tensor:
-        """Logits of the items, fp32 [items, vocab], until the next run. No adapter of theirs is loading."""
-        size = next(size for size in self._sizes if size >= len(items))
+        """Logits of the items that are drawn from, fp32 [drawn, vocab], until the next run. No adapter of
+        theirs is loading."""
+        num_rows = sum(item.num_tokens for item in items)
+        size = next(size for size in self._sizes if size >= num_rows)
         groups = frozenset() if segments is None else self._pool.groups_of(segments.slots)
         covering = next(captured for captured in GROUP_SETS if groups <= captured)
-        arrays = self._arrays(items, segments, size, pending)
+        arrays = self._inputs_of(items, segments, size, pending).arrays
         self._staging.copy(arrays, self._inputs)
         if pending is not None:
-            token_ids, *_, places = unpack(self._inputs, arrays)
-            pending.put_into(token_ids, places[:, : pending.places.shape[1]])
+            inputs = Inputs.of(unpack(self._inputs, arrays))
+            pending.put_into(inputs.token_ids, inputs.places[:, : pending.places.shape[1]])
         self._graphs[size, covering].replay()
         self.num_replays += 1
-        return self._logits[: len(items)]
+        return self._logits[: sum(item.needs_sample for item in items)]
 
-    def _arrays(
+    def _inputs_of(
         self,
         items: Sequence[BatchItem],
         segments: LoraSegments | None,
         size: int,
         pending: Pending | None = None,
-    ) -> tuple[Array, ...]:
-        """`size` rows' token ids, positions, cache rows, context lengths, page tables, chunks and places of
-        pending tokens."""
+    ) -> Inputs:
+        num_seqs, num_chunks = self._room(size)
         token_ids, positions = np.zeros((2, size), np.int64)
         slots = np.full(size, self._spec.scratch_page * self._cache.page_size)
-        context_lens = np.ones(size, np.int32)
-        page_tables = np.full((size, self._num_pages), self._spec.scratch_page, np.int32)
-        chunks = np.tile(np.array([0, 0, -1], np.int32), (size, 1))
-        if num := len(items):
+        context_lens = np.full(num_seqs, self._padding_context_len, np.int32)
+        num_pages = pages_for(self._spec.max_context, self._cache.page_size)
+        page_tables = np.full((num_seqs, num_pages), self._spec.scratch_page, np.int32)
+        chunks = np.tile(np.array([0, 0, -1], np.int32), (num_chunks, 1))
+        places = np.zeros((2, num_seqs), np.int64)
+        rows = None
+        if items:
             rows = StepRows.of(items, self._cache.page_size)
+            num, num_decodes = len(rows.token_ids), sum(item.is_decode for item in items)
             token_ids[:num], positions[:num], slots[:num] = rows.token_ids, rows.positions, rows.slot_mapping
-            context_lens[:num] = rows.context_lens
-            page_tables[:num, : rows.page_tables.shape[1]] = rows.page_tables
+            context_lens[:num_decodes] = rows.context_lens[:num_decodes]
+            page_tables[: len(items), : rows.page_tables.shape[1]] = rows.page_tables
         if segments is not None:
-            own = lora_chunks(segments, self._spec.decode_form)
+            own = lora_chunks(segments, self._form)
             chunks[: len(own)] = own
-        places = np.zeros((2, size), np.int64)
         if pending is not None:
             places[:, : pending.places.shape[1]] = pending.places
-        return token_ids, positions, slots, context_lens, page_tables, chunks, places
+        own_inputs = self._own_inputs(items, rows, size)
+        return Inputs(token_ids, positions, slots, context_lens, page_tables, chunks, places, own_inputs)
 
     def _capture(self, size: int, groups: frozenset[str], backend: GraphBackend) -> Graph:
-        arrays = self._arrays([], None, size)
+        arrays = self._inputs_of([], None, size).arrays
         self._staging.copy(arrays, self._inputs)
-        token_ids, positions, slots, context_lens, page_tables, chunks, _ = unpack(self._inputs, arrays)
-        nothing = torch.empty(0, 4, dtype=torch.int32, device=context_lens.device)
-        tiles = AttentionTiles(context_lens, nothing, nothing[:, 0], 0, True, self._spec.max_context)
-        indptr = list(range(size + 1))
-        meta = AttentionMetadata(
-            size, indptr, [1] * size, page_tables, slots, self._cache.page_size, brought=tiles
-        )
+        inputs = Inputs.of(unpack(self._inputs, arrays))
+        meta, segments, rows = self._plan(inputs, size)
         lora = None
         if groups:
-            segments = LoraSegments(indptr, [-1] * size)
-            segments.batches[chunks.device] = LoraBatch(chunks, self._spec.decode_form, MAX_RANK)
+            segments.batches[inputs.chunks.device] = LoraBatch(inputs.chunks, self._form, MAX_RANK)
             lora = DeviceLora(self._pool, segments, self._spec.out_offsets, groups)
-        rows, logits = self._rows[:size], self._logits[:size]
+        logits = self._logits[: len(rows)]
 
         def run() -> None:
-            logits.copy_(self._decoder.forward(token_ids, positions, self._cache, meta, rows, lora))
+            forward = self._decoder.forward
+            logits.copy_(forward(inputs.token_ids, inputs.positions, self._cache, meta, rows, lora))
 
         return backend.capture(run)

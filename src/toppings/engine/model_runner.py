@@ -86,7 +86,7 @@ class StepAssist(Protocol):
 
 
 class CapturedSteps(Protocol):
-    """Steps of one kind that a device replays (graphs.py, prompt_graphs.py)."""
+    """Steps of one kind that a device replays (graphs.py)."""
 
     def can_run(self, items: Sequence[BatchItem]) -> bool: ...
 
