@@ -50,9 +50,12 @@ def run_everything(driver: Driver) -> dict[str, list[int]]:
                 driver.step()
             driver.engine.abort(f"gone {name} {turn}")
             driver.run()
-    for num in (2, 4):  # these last longer than their load does, however slow that is
+    for num in batch_sizes(20):  # these begin together, however slow loads are
         for i in range(num):
-            driver.add(f"{i} of {num}", make_prompt(i, 5), 60, "all-r8")
+            driver.add(f"{i} of {num}", make_prompt(i, 3), 5, "all-r8")
+        driver.run()
+    for name in (None, "v-r1", "qo-r16"):
+        driver.add(f"{name} alone", make_prompt(0, 3), 5, name)
         driver.run()
     return {name: tokens for name, tokens in driver.tokens.items() if not name.startswith("gone")}
 
