@@ -33,7 +33,8 @@ from toppings.engine.base import open_registry
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.engine import Engine
 from toppings.engine.pages import PageAllocator, pages_for
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.lab.engines import running_engine
 from toppings.lab.script import finish, make_parser, parse
 from toppings.messages import AddRequest

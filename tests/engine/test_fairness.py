@@ -12,7 +12,8 @@ from toppings.core import Request
 from toppings.engine.fair_clients import MAX_TURN_WAIT_S
 from toppings.engine.fair_queue import OUTPUT_WEIGHT
 from toppings.engine.pages import PageAllocator
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.sampling_params import SamplingParams
 
 STEP_S, TOKEN_S = 0.015, 0.0005

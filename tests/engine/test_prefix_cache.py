@@ -11,7 +11,8 @@ from toppings.core import Admission, Batch, Request
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.pages import PageAllocator
 from toppings.engine.prefix_cache import MAX_LEAD_S, MAX_WAIT_S
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.sampling_params import SamplingParams
 
 SIZE = 4

@@ -7,7 +7,8 @@ import pytest
 from toppings.bad_input import RequestError
 from toppings.core import Admission, Batch, FinishReason, Request
 from toppings.engine.pages import PageAllocator
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.sampling_params import SamplingParams
 
 
@@ -295,4 +296,4 @@ def test_nothing_is_lost_under_random_arrivals_aborts_and_scarce_pages() -> None
     assert scheduler.pages.num_used == 0
     assert not any(placement.users.values())
     assert scheduler.num_preemptions > 0
-    assert scheduler.num_drains > 0
+    assert scheduler.draining.num_drains > 0

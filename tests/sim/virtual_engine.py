@@ -28,7 +28,8 @@ from toppings.engine.engine import Engine
 from toppings.engine.model_runner import StepInFlight
 from toppings.engine.pages import PageAllocator
 from toppings.engine.prefix_cache import BlockNames
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.engine.step_log import StepLog
 from toppings.lab.outcome import Outcome
 from toppings.lab.players.engine import EnginePlayer, PlayedStep, preload_host

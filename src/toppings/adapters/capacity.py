@@ -31,6 +31,16 @@ class Capacity:
         """As `check`, where `pinned` hold what is theirs."""
         self.check(name, num_bytes, sum(r.num_bytes for r in pinned), f"{_names(pinned)}, pinned")
 
+    def check_all(self, records: Sequence[AdapterRecord], num_slots: int) -> None:
+        """Raises AdapterError where the device pool, which has `num_slots`, cannot hold all at once."""
+        needed = sum(record.num_bytes for record in records)
+        if needed > self.device_bytes or len(records) > num_slots:
+            raise AdapterError(
+                f"{len(records)} adapters take {needed} bytes, but the device pool holds "
+                f"{self.device_bytes} bytes (device_pool_bytes) and {num_slots} adapters; "
+                "raise device_pool_bytes, register fewer, or use a mode that loads them when they are needed"
+            )
+
     def check_pin(
         self, record: AdapterRecord, pinned: Sequence[AdapterRecord], others: Iterable[AdapterRecord]
     ) -> None:

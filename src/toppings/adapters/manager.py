@@ -26,6 +26,7 @@ from toppings.adapters.modes import LoadingMode
 from toppings.adapters.parts import CutSource
 from toppings.adapters.pins import Pins
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.adapters.statuses import Statuses
 from toppings.config import EngineConfig
 from toppings.core import Admission
 from toppings.messages import AdapterStatus
@@ -69,7 +70,7 @@ class AdapterManager:
         self._pins = Pins()
         self._records = KnownRecords(registry, self._cut)
         self._hits = Hits()
-        self._changed: set[int] = set()  # what `changes` is to tell, beside what the tiers know
+        self._statuses = Statuses(self._tier, self.host, self._hits, self._pins)
 
     # --- for the scheduler ---
 
@@ -228,10 +229,10 @@ class AdapterManager:
 
     def _pin(self, record: AdapterRecord) -> None:
         if self._pins.add(record.adapter_id, record.num_bytes):
-            self._changed.add(record.adapter_id)
+            self._statuses.note_changed(record.adapter_id)
 
     def _unpin(self, adapter_id: int) -> None:
-        self._changed.add(adapter_id)
+        self._statuses.note_changed(adapter_id)
         self._pins.remove(adapter_id)
 
     def _update_pin(self, adapter_id: int) -> None:
@@ -243,7 +244,7 @@ class AdapterManager:
     def preload_all(self, adapter_ids: Iterable[int]) -> None:
         """Loads and pins these adapters, and returns when they are on the device. Raises AdapterError."""
         records = [self._records.get(adapter_id) for adapter_id in adapter_ids]
-        self._check_all_fit(records)
+        self._capacity.check_all(records, self.pool.num_slots)
         for record in records:
             self._pin(record)
         waiting = [record.adapter_id for record in records]
@@ -255,15 +256,6 @@ class AdapterManager:
             if len(not_placed) == len(window):
                 time.sleep(PRELOAD_POLL_S)
         self._tier.wait_for_loads()
-
-    def _check_all_fit(self, records: list[AdapterRecord]) -> None:
-        needed = sum(record.num_bytes for record in records)
-        if needed > self.pool.capacity_bytes or len(records) > self.pool.num_slots:
-            raise AdapterError(
-                f"{len(records)} adapters take {needed} bytes, but the device pool holds "
-                f"{self.pool.capacity_bytes} bytes (device_pool_bytes) and {self.pool.num_slots} adapters; "
-                "raise device_pool_bytes, register fewer, or use a mode that loads them when they are needed"
-            )
 
     def _place_pinned(self, adapter_id: int) -> bool:
         """True once it has its room. No request waits for it, so that the first one finds it warm."""
@@ -327,30 +319,13 @@ class AdapterManager:
     def status(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
         """Every adapter that is on host or device or has waiting requests (`num_waiting`, by adapter id)."""
         self.poll()
-        ids = {*self.host.ready_ids(), *self._tier.residents, *num_waiting}
-        statuses = (self._status(adapter_id, num_waiting) for adapter_id in sorted(ids))
-        return [status for status in statuses if status.is_anywhere]  # not where nothing has landed yet
+        return self._statuses.all(num_waiting)
 
     def changes(self, num_waiting: Mapping[int, int]) -> list[AdapterStatus]:
         """Of `status` what may have changed since the last call, and adapters that have left it: what it
         costs does not grow with the number of adapters."""
         self.poll()
-        ids = {*self._changed, *self._tier.take_changed(), *self.host.take_changed(), *num_waiting}
-        self._changed = set(num_waiting)
-        return [self._status(adapter_id, num_waiting) for adapter_id in ids]
-
-    def _status(self, adapter_id: int, num_waiting: Mapping[int, int]) -> AdapterStatus:
-        resident = self._tier.residents.get(adapter_id)
-        return AdapterStatus(
-            adapter_id=adapter_id,
-            is_on_host=self.host.holds(adapter_id),
-            device_layers=resident.num_layers_ready if resident is not None else 0,
-            num_layers=self.pool.num_layers,
-            num_running=resident.num_running if resident is not None else 0,
-            num_waiting=num_waiting.get(adapter_id, 0),
-            num_hits=self._hits.of(adapter_id),
-            is_pinned=adapter_id in self._pins,
-        )
+        return self._statuses.changes(num_waiting)
 
     def counters(self) -> dict[str, float]:
         """Hits and misses count acquired requests: host hits and misses add up to the device misses."""

@@ -35,7 +35,8 @@ from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.products import choose_products
 from toppings.engine.prompt_graphs import PromptGraphs
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.engine.scoring import DeviceReader, Reader, read_on_host
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder

@@ -1,7 +1,6 @@
 """The engine's client: what the HTTP server and `LLM` talk to. Needs neither torch nor a model."""
 
 import asyncio
-import itertools
 import logging
 import math
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 from toppings.bad_input import RequestError
 from toppings.config import EngineConfig
 from toppings.core import ALONE, Standing
+from toppings.engine.calls import Calls
 from toppings.engine.life import EngineLife
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner
@@ -79,8 +79,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._streams: dict[str, asyncio.Queue[RequestOutput | EngineDeadError]] = {}
         self._pending: set[str] = set()
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._call_ids = itertools.count()
+        self._calls = Calls()
         self._adapters: dict[int, AdapterStatus] = {}  # as the engine has told, change by change
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -212,13 +211,8 @@ class EngineClient:
         return self._life
 
     async def _call(self, make_message: Callable[[int], ToEngine]) -> Any:
-        life, call_id = self._alive(), next(self._call_ids)
-        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
-        try:
-            life.send(make_message(call_id))
-            return await future
-        finally:
-            del self._calls[call_id]
+        life = self._alive()
+        return await self._calls.ask(lambda call_id: life.send(make_message(call_id)))
 
     async def _until_changed(self) -> None:
         """Returns when there is an engine, or none will come."""
@@ -298,9 +292,7 @@ class EngineClient:
         self._pending.clear()
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(reason))
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(EngineDeadError(reason))
+        self._calls.fail_all(lambda: EngineDeadError(reason))
 
     # --- what the engine says ---
 
@@ -312,10 +304,10 @@ class EngineClient:
                     if (stream := self._streams.get(output.request_id)) is not None:
                         stream.put_nowait(output)
             case EngineStats():
-                self._resolve(message.call_id, self._whole(message))
+                self._calls.answer(message.call_id, self._whole(message))
             case Reply():
                 error = None if message.error is None else RequestError(message.error)
-                self._resolve(message.call_id, None, error)
+                self._calls.answer(message.call_id, None, error)
             case EngineReady():
                 self._note_ready(message)
             case EngineFailed():
@@ -341,12 +333,3 @@ class EngineClient:
         counters = {**stats.counters, "engine_restarts": self.num_restarts}
         adapters = [self._adapters[adapter_id] for adapter_id in sorted(self._adapters)]
         return replace(stats, adapters=adapters, counters=counters)
-
-    def _resolve(self, call_id: int, result: object, error: Exception | None = None) -> None:
-        future = self._calls.get(call_id)
-        if future is None or future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)

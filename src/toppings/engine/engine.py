@@ -9,6 +9,7 @@ from toppings.bad_input import RequestError
 from toppings.core import Batch, BatchItem, FinishReason, Request
 from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
+from toppings.engine.counters import Counters
 from toppings.engine.ends import Ends, error_output
 from toppings.engine.intake import check_tokens, request_of, tier_of
 from toppings.engine.model_runner import StepResult
@@ -22,10 +23,6 @@ from toppings.messages import AddRequest, EngineReady, EngineStats, RequestOutpu
 from toppings.ops.device_faults import is_sticky
 from toppings.vital import EngineLostError
 
-COUNTERS = (
-    *("steps", "prompt_tokens", "generation_tokens", "step_errors"),
-    *("assist_cpu_products", "assist_cold_products"),
-)
 IDLE_S = 3.0
 """What may hold up steps for a moment is done when there have been none for so long."""
 MAX_FAILURES = 10
@@ -66,7 +63,7 @@ class Engine:
         self._followers = followers
         self._structures = structures
         self._progress: dict[str, Progress] = {}
-        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._counters = Counters()
         self._ahead: Step | None = None  # started on top of the last one that was finished
         self._finished_at = time.perf_counter()
         self._num_failures = 0  # steps in a row
@@ -200,7 +197,7 @@ class Engine:
         if isinstance(error, EngineLostError):
             raise error
         logger.error("a step failed; its requests are answered with an error", exc_info=error)
-        self._counters["step_errors"] += 1
+        self._counters.note_error()
         self._num_failures += 1
         if is_sticky(error) or self._num_failures >= MAX_FAILURES:
             times = "" if self._num_failures == 1 else f" ({self._num_failures} steps in a row)"
@@ -223,7 +220,7 @@ class Engine:
     def stats(self, call_id: int, *, only_changes: bool = False) -> EngineStats:
         """`only_changes`: of adapters that have changed since it was last asked so."""
         counters = {
-            **self._counters,
+            **self._counters.values,
             **({} if self._assist is None else self._assist.counters()),
             "step_log_dropped": self._step_log.num_dropped,
         }
@@ -284,7 +281,7 @@ class Engine:
             for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs, strict=True)
             if self._is_alive(item)
         ]
-        self._count(step, result, len(outputs))
+        self._counters.note_step(step, result, len(outputs))
         outputs += [self._end_of_reading(i.request) for i in step.read_out if self._is_alive(i)]
         self._step_log.write_step(step.record, result, step_s)
         return outputs
@@ -344,11 +341,3 @@ class Engine:
         return [
             r for i in batch.items if (r := i.request).adapter_id and self.adapters.has_failed(r.adapter_id)
         ]
-
-    def _count(self, step: Step, result: StepResult, num_outputs: int) -> None:
-        self._counters["steps"] += 1
-        self._counters["generation_tokens"] += num_outputs
-        if result.assist is not None:
-            self._counters["assist_cpu_products"] += result.assist.num_cpu_products
-            self._counters["assist_cold_products"] += result.assist.num_cold_products
-        self._counters["prompt_tokens"] += step.num_prompt_tokens

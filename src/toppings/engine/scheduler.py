@@ -14,44 +14,22 @@ What it computed may stay in pages that it gives back (`prefix_cache.py`): whoev
 tokens, itself as well, computes the rest.
 """
 
-import math
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 
-from toppings.bad_input import RequestError
 from toppings.core import Admission, Batch, Request
 from toppings.engine.adapter_placement import AdapterPlacement
+from toppings.engine.draining import Draining
 from toppings.engine.fair_queue import FairQueue
 from toppings.engine.making_room import last_of, victims_for
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames, PrefixCache
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.engine.step_plan import StepPlan
 
 MAX_LOOKED_AT = 32
 """Waiting requests whose adapters are asked for between steps; where there are more, one may find its own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """`max_adapter_wait_s`: after waiting so long for its adapter's room, a request has others drained.
-    `scheduling_policy`: as in `config.SCHEDULING_POLICIES`."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_adapter_wait_s: float
-    scheduling_policy: str = "fair"
-
-
-@dataclass(slots=True)
-class Drain:
-    """Room is being made for one starved request: `adapter_ids` admit nobody until it has started."""
-
-    request: Request
-    adapter_ids: frozenset[int]
-    started_at: float
 
 
 class Scheduler:
@@ -81,9 +59,7 @@ class Scheduler:
         )
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self.num_drains = 0
-        self._blocked_at: dict[Request, float] = {}  # since when its adapter found no room, longest first
-        self._drain: Drain | None = None
+        self.draining = Draining(adapters, limits.max_adapter_wait_s)
         self._started: set[Request] = set()  # in the step that is put together
         self._was_overtaken = False  # in the last step, a prompt under way, or others for a guest
         self._failed: list[tuple[Request, str]] = []
@@ -91,22 +67,8 @@ class Scheduler:
     # --- the life of a request ---
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError where it can never fit."""
-        num_prompt, limit = len(request.prompt_token_ids), self.limits.max_model_len
-        if not num_prompt:
-            raise RequestError("the prompt is empty; it needs at least one token")
-        most = limit - min(1, request.sampling.max_tokens)
-        if num_prompt > most:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens; at most {most} fit max_model_len {limit}"
-            )
-        if not 0 < request.weight < math.inf:
-            raise RequestError(f"weight is {request.weight}; it must be above 0 and finite")
-        if request.priority and self.limits.scheduling_policy != "priority":
-            raise RequestError(
-                f"priority is {request.priority}, but scheduling_policy is {self.limits.scheduling_policy!r};"
-                " leave it out, or serve with scheduling_policy priority"
-            )
+        """Queue a request. Raises RequestError where it can never be served."""
+        self.limits.check(request)
         if request.adapter_id is not None:
             self.adapters.prefetch(request.adapter_id)
         self.cache.add(request)
@@ -148,7 +110,9 @@ class Scheduler:
         step = StepPlan(self.limits.max_num_batched_tokens)
         may_overtake = admits and not self._was_overtaken and bool(self.waiting) and self.waiting.is_contended
         if admits:
-            self._advance_drain(now)
+            for request in self.draining.advance(now, self.running):
+                request.has_yielded = True
+                self.preempt(request)
         self._schedule_running(step, may_overtake=may_overtake)
         step.num_others = self.limits.max_num_batched_tokens - step.budget
         if step.late and not step.was_preempted:
@@ -209,7 +173,7 @@ class Scheduler:
             return False
         adapter_id, budget = request.adapter_id, self._budget_of(step, request)
         is_held_up = adapter_id in refused or request in step.made_way or budget <= 0
-        if is_held_up or not self._may_start(request):
+        if is_held_up or not self.draining.may_start(request):
             return True
         if self.cache.is_awaited(request, num_found, step.items, now):
             return True
@@ -290,7 +254,7 @@ class Scheduler:
         first = self.waiting.first
         if first is None or self._victims(first, self.cache.num_found(first)) is None:
             return False
-        if self._drain is not None or self._has_starved(now):
+        if self.draining.is_due(now):
             return True
         looked_at = list(islice(self.waiting, MAX_LOOKED_AT + 1))
         return len(looked_at) > MAX_LOOKED_AT or any(map(self._may_find_adapter, looked_at))
@@ -334,10 +298,10 @@ class Scheduler:
             self._failed.append((request, str(error)))
             return Admission.LOADING
         if admission is Admission.NO_ROOM:
-            self._blocked_at.setdefault(request, now)
+            self.draining.note_blocked(request, now)
         return admission
 
-    # --- preemption and draining ---
+    # --- preemption ---
 
     def preempt(self, request: Request) -> None:
         """Back to the queue, to the place its arrival gives it; its tokens are computed again later."""
@@ -348,47 +312,9 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _may_start(self, request: Request) -> bool:
-        """False where starting it would take the room that is being made for a starved request."""
-        if self._drain is None or request is self._drain.request or request.adapter_id is None:
-            return True
-        return request.adapter_id not in self._drain.adapter_ids and self.adapters.holds(request.adapter_id)
-
-    def _advance_drain(self, now: float) -> None:
-        """Begin to drain for the request starved longest; preempt those that keep their room too long.
-
-        Who has been preempted so runs to its end the next time: else two adapters for which there is one
-        room could take it from each other for ever.
-        """
-        if self._drain is None:
-            self._begin_drain(now)
-        elif now - self._drain.started_at > self.limits.max_adapter_wait_s:
-            adapter_ids = self._drain.adapter_ids
-            for request in [r for r in self.running if r.adapter_id in adapter_ids and not r.has_yielded]:
-                request.has_yielded = True
-                self.preempt(request)
-
-    def _begin_drain(self, now: float) -> None:
-        starved, blocked_at = next(iter(self._blocked_at.items()), (None, now))
-        if (
-            starved is None
-            or starved.adapter_id is None
-            or now - blocked_at <= self.limits.max_adapter_wait_s
-        ):
-            return
-        victims = frozenset(self.adapters.victims_for(starved.adapter_id))
-        self._drain = Drain(starved, victims, now)
-        self.num_drains += 1
-
-    def _has_starved(self, now: float) -> bool:
-        longest = min(self._blocked_at.values(), default=now)
-        return now - longest > self.limits.max_adapter_wait_s
-
     def _unblock(self, request: Request) -> None:
-        self._blocked_at.pop(request, None)
+        self.draining.forget(request)
         self.cache.forget(request)
-        if self._drain is not None and self._drain.request is request:
-            self._drain = None
 
     def _take_back(self, request: Request) -> None:
         self.cache.leave(request)
@@ -408,5 +334,5 @@ class Scheduler:
         assert not any(r.page_table for r in self.waiting), "a waiting request owns pages"
         ids = [r.request_id for r in self.requests()]
         assert len(ids) == len(set(ids)), "a request is queued twice"
-        assert set(self._blocked_at) <= set(self.waiting), "a blocked request is gone"
+        self.draining.check_integrity(list(self.waiting))
         self.waiting.check_integrity(self.running)

@@ -46,7 +46,7 @@ def snapshot(
             **counters,
             **adapters.counters(),
             "preemptions": scheduler.num_preemptions,
-            "drains": scheduler.num_drains,
+            "drains": scheduler.draining.num_drains,
             "prefix_cache_queries": cache.num_queries,
             "prefix_cache_hits": cache.num_hits,
             "prefix_cache_waits": cache.num_waits,

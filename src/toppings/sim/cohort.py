@@ -16,7 +16,8 @@ from toppings.core import Batch, BatchItem, Request
 from toppings.engine.adapter_placement import AdapterPlacement
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames
-from toppings.engine.scheduler import Scheduler, SchedulerLimits
+from toppings.engine.scheduler import Scheduler
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.engine.step_plan import StepPlan
 from toppings.sim.request import SimRequest
 
@@ -122,7 +123,7 @@ class CohortScheduler(Scheduler):
     @property
     def is_undisturbed(self) -> bool:
         """True where `schedule` would decode the cohort and do nothing else."""
-        return not self.waiting and self._is_whole() and self._drain is None
+        return not self.waiting and self._is_whole() and not self.draining.is_on
 
     def note_undisturbed(self) -> None:
         """Steps run that `schedule` was not asked for."""
@@ -265,10 +266,7 @@ class CohortScheduler(Scheduler):
 
     def quiet_until(self) -> float:
         """Before this instant, with the pool as it is, time alone changes nothing for those that wait."""
-        since = min(self._blocked_at.values(), default=float("inf"))
-        if self._drain is not None:
-            since = self._drain.started_at
-        return since + self.limits.max_adapter_wait_s
+        return self.draining.quiet_until()
 
     def schedule(self, now: float, *, admits: bool = True) -> Batch:
         batch = super().schedule(now, admits=admits)

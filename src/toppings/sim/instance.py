@@ -9,7 +9,7 @@ from toppings.cluster.batch_sums import BatchSums
 from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.core import Batch, BatchItem
 from toppings.engine.prefix_cache import BlockNames
-from toppings.engine.scheduler import SchedulerLimits
+from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.sim.cohort import ClaimedBlocks, ClaimedPages, CohortScheduler
 from toppings.sim.costs import StepCosts, to_ns
 from toppings.sim.loading import MODES, ColdStep, LinkLoad

@@ -37,7 +37,7 @@ class InstanceTotals:
             num_steps=instance.num_steps,
             num_tokens=instance.num_tokens,
             num_preemptions=instance.scheduler.num_preemptions,
-            num_drains=instance.scheduler.num_drains,
+            num_drains=instance.scheduler.draining.num_drains,
             num_adapter_hits=instance.placement.num_hits,
             num_adapter_loads=instance.placement.num_loads,
             num_queried_tokens=instance.scheduler.cache.num_queries,

@@ -1,0 +1,37 @@
+"""What a scheduler is held to, and requests that can never be served within it."""
+
+import math
+from dataclasses import dataclass
+
+from toppings.bad_input import RequestError
+from toppings.core import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """`max_adapter_wait_s`: after waiting so long for its adapter's room, a request has others drained.
+    `scheduling_policy`: as in `config.SCHEDULING_POLICIES`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_adapter_wait_s: float
+    scheduling_policy: str = "fair"
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError where it can never fit, or stands as nobody may."""
+        num_prompt, limit = len(request.prompt_token_ids), self.max_model_len
+        if not num_prompt:
+            raise RequestError("the prompt is empty; it needs at least one token")
+        most = limit - min(1, request.sampling.max_tokens)
+        if num_prompt > most:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens; at most {most} fit max_model_len {limit}"
+            )
+        if not 0 < request.weight < math.inf:
+            raise RequestError(f"weight is {request.weight}; it must be above 0 and finite")
+        if request.priority and self.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority is {request.priority}, but scheduling_policy is {self.scheduling_policy!r};"
+                " leave it out, or serve with scheduling_policy priority"
+            )
