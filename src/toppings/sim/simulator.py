@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush, heapreplace
 
-import numpy as np
-
 from toppings.bad_input import RequestError
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
-from toppings.sampling_params import SamplingParams
+from toppings.sim.arrivals import Arrivals
 from toppings.sim.blocks import TraceNames
 from toppings.sim.instance import Instance
 from toppings.sim.records import NEVER, InstanceTotals, Records, SimResult
@@ -26,9 +24,6 @@ from toppings.sim.request import SimRequest
 from toppings.sim.run import Run
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
-
-ANY = SamplingParams()
-"""The scheduler reads no sampling parameters; how long a request runs stands in `SimRequest`."""
 
 NUM_PROGRESS_CALLS = 100
 SEED_STRIDE = 1_000_003
@@ -56,15 +51,6 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _instants(arrivals_ns: Sequence[int]) -> list[float]:
-    """In seconds, no two alike: an engine sees none at one instant."""
-    last, instants = -math.inf, []
-    for at in arrivals_ns:
-        last = max(at / NS_PER_S, math.nextafter(last, math.inf))
-        instants.append(last)
-    return instants
-
-
 class Simulator:
     """One run over one trace. Raises ValueError where an adapter's rank makes it larger than any server's
     pool.
@@ -72,23 +58,13 @@ class Simulator:
 
     def __init__(self, config: SimConfig, trace: Trace) -> None:
         self.config, self.trace = config, trace
-        self._ranks = trace.ranks.tolist()
-        bytes_of = {rank: config.adapter_bytes(rank) for rank in set(self._ranks)}  # one number of each size
-        adapter_bytes = [bytes_of[rank] for rank in self._ranks]
-        self._names, self._bytes = trace.adapter_names, adapter_bytes
+        self.arrivals = Arrivals(config, trace)
         self._shares = trace.blocks is not None and config.enable_prefix_caching == "on"
         self.instances = [self._make_instance() for _ in range(config.num_instances)]
         self._ids = [f"instance-{i}" for i in range(config.num_instances)]
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
         self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
-        self._arrivals_ns = [round(at * NS_PER_S) for at in trace.arrivals_s.tolist()]
-        self._arrived_at = _instants(self._arrivals_ns)
-        self._adapters, self._prompts = trace.adapters.tolist(), trace.prompt_tokens.tolist()
-        room = config.max_model_len - trace.prompt_tokens
-        tenants = trace.tenants
-        self._tenants = None if tenants is None else tenants.indices.tolist()
-        self._nums_to_generate = np.maximum(1, np.minimum(trace.response_tokens, room)).tolist()
-        self.records = Records(self._nums_to_generate)
+        self.records = Records(self.arrivals.nums_to_generate)
         self._versions = [0] * config.num_instances
         self._num_arrived = 0
         self._num_present = 0  # arrived, neither ended nor rejected
@@ -105,11 +81,11 @@ class Simulator:
     def _make_instance(self) -> Instance:
         blocks = self.trace.blocks if self._shares else None
         names = None if blocks is None else TraceNames(blocks, self.config.page_size)
-        return Instance(self.config, self._names, self._bytes, names)
+        return Instance(self.config, self.arrivals.adapter_names, self.arrivals.adapter_bytes, names)
 
     def _make_dispatcher(self, index: int) -> Dispatcher:
         """Router `index`. It counts what it sent itself; row i of its fleet is instance i."""
-        config, everything = self.config, frozenset(self._names)
+        config, everything = self.config, frozenset(self.arrivals.adapter_names)
         seed = config.seed + index * SEED_STRIDE
         return Dispatcher(
             make_policy(config.policy, PolicySettings(config.slo_tpt_ms, seed, config.candidates)),
@@ -146,7 +122,7 @@ class Simulator:
 
     def _loop(self, until: float, on_progress: Callable[[int], None] | None) -> int:
         """When the last event was."""
-        queue, arrivals = self._first_events(), [*self._arrivals_ns, NEVER_NS]
+        queue, arrivals = self._first_events(), [*self.arrivals.at_ns, NEVER_NS]
         handlers, versions = self._handlers, self._versions
         progress_every = len(self.trace) // NUM_PROGRESS_CALLS + 1
         last_at = index = 0
@@ -181,11 +157,11 @@ class Simulator:
 
     def _first_events(self) -> list[Event]:
         queue = [(NEVER_NS, END_OF_TIME, 0, 0)]
-        if self._arrivals_ns:
+        if self.arrivals.at_ns:
             queue += [(0, REPORT, row, 0) for row in range(len(self.instances))]
             if self.dispatchers[0].placement is not None:
                 queue.append((0, PLAN, 0, 0))
-            if 0 < (kill_at := round(self.config.kill_at_s * NS_PER_S)) <= self._arrivals_ns[-1]:
+            if 0 < (kill_at := round(self.config.kill_at_s * NS_PER_S)) <= self.arrivals.at_ns[-1]:
                 queue.append((kill_at, KILL, len(self.instances) - 1, 0))
             if self.dispatchers[0].policy.migrates and len(self.instances) > 1:
                 queue.append((0, REBALANCE, 0, 0))
@@ -195,16 +171,9 @@ class Simulator:
     # --- handlers ---
 
     def _arrive(self, now: int, index: int) -> Sequence[Event]:
-        request = self._request(index)
-        dispatcher, adapter_id = self.dispatchers[request.router], self._adapters[index]
-        snapshot = RequestSnapshot(
-            request.request_id,
-            self._names[adapter_id],
-            request.rank,
-            self._prompts[index],
-            dispatcher.lengths.expected(),
-            self._bytes[adapter_id],
-        )
+        request = self.arrivals.request(index)
+        response_tokens = self.dispatchers[request.router].lengths.expected()
+        snapshot = self.arrivals.snapshot(request, response_tokens)
         self._num_arrived += 1
         self._num_present += 1
         return self._place(request, snapshot, now)
@@ -257,7 +226,7 @@ class Simulator:
             dispatcher = self.dispatchers[request.router]
             snapshot = dispatcher.fleet.request(instance_id, request.request_id)
             if self.records.first_token_at[request.index] == NEVER:
-                events += self._place(self._request(request.index), snapshot, now)
+                events += self._place(self.arrivals.request(request.index), snapshot, now)
             else:
                 self._reject(request)
         return events
@@ -288,25 +257,6 @@ class Simulator:
         return [*events, *self._again(event, self.config.migration_interval_s)]
 
     # --- what handlers share ---
-
-    def _request(self, index: int) -> SimRequest:
-        adapter, tenants = self._adapters[index], self.trace.tenants
-        tenant = ("", 1.0)
-        if self._tenants is not None and tenants is not None:
-            tenant = tenants.names[self._tenants[index]], tenants.weights[self._tenants[index]]
-        return SimRequest(
-            str(index),
-            range(self._prompts[index]),  # type: ignore[arg-type]  # its length is all that is ever asked
-            ANY,
-            adapter,
-            self._arrived_at[index],
-            index=index,
-            router=index % len(self.dispatchers),
-            rank=self._ranks[adapter],
-            num_to_generate=self._nums_to_generate[index],
-            tenant=tenant[0],
-            weight=tenant[1],
-        )
 
     def _send(self, request: SimRequest, row: int, now: int, before: int) -> list[Event]:
         """Queue it there; steps begin there, or those under way are cut at the first end from `before` on.
@@ -350,7 +300,7 @@ class Simulator:
 
     def _again(self, event: Event, interval_s: float) -> list[Event]:
         """The same event later, as long as anything else is to come."""
-        is_over = not self._num_present and self._num_arrived == len(self._arrivals_ns)
+        is_over = not self._num_present and self._num_arrived == len(self.arrivals.at_ns)
         at, kind, row, version = event
         return [] if is_over else [(at + round(interval_s * NS_PER_S), kind, row, version)]
 
@@ -367,7 +317,7 @@ class Simulator:
         return self.records.result(
             self.config,
             self.trace,
-            arrivals_ns=self._arrivals_ns,
+            arrivals_ns=self.arrivals.at_ns,
             num_arrived=self._num_arrived,
             num_present=present,
             num_breaking=self._num_breaking,
