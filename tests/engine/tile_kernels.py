@@ -24,6 +24,7 @@ def paged_attention(
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> None:
     tiles = meta.tiles
     contexts = tiles.context_lens[: meta.num_decodes].tolist()
@@ -32,11 +33,12 @@ def paged_attention(
         if position < 0:
             out[start:stop] = 0
         elif stop > start:
-            keys = torch.arange(position + stop - start)
-            pages = meta.page_tables[sequence, keys // meta.page_size].long()
-            rows = pages * meta.page_size + keys % meta.page_size
+            seen = torch.arange(position + stop - start)
+            pages = meta.page_tables[sequence, seen // meta.page_size].long()
+            rows = pages * meta.page_size + seen % meta.page_size
             heads = out[start:stop].view(q[start:stop].shape)
-            prefill_attention_(heads, q[start:stop], k_cache[rows], v_cache[rows], scale=scale, window=window)
+            queries, keys, values = q[start:stop], k_cache[rows], v_cache[rows]
+            prefill_attention_(heads, queries, keys, values, scale=scale, window=window, softcap=softcap)
 
 
 def add_lora(

@@ -33,6 +33,7 @@ def attend(
     window: int | None,
     shift: float = 0,
     device: torch.device | str = "cpu",
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """What `paged_attention` on `device` and its reference say for random queries and cache."""
     num_heads, num_kv_heads, head_dim = heads
@@ -52,10 +53,20 @@ def attend(
     k_cache, v_cache = cache.k[0].to(device), cache.v[0].to(device)
     q_there, k_there, v_there = qkv.to(device).tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     actual = paged_attention(
-        q_there, k_there, v_there, k_cache, v_cache, there, scale=scale, sliding_window=window
+        q_there,
+        k_there,
+        v_there,
+        k_cache,
+        v_cache,
+        there,
+        scale=scale,
+        sliding_window=window,
+        softcap=softcap,
     ).cpu()
     q = qkv[:, :num_heads]
-    expected = paged_attention_reference(q, cache.k[0], cache.v[0], meta, scale=scale, sliding_window=window)
+    expected = paged_attention_reference(
+        q, cache.k[0], cache.v[0], meta, scale=scale, sliding_window=window, softcap=softcap
+    )
     return actual, expected
 
 
@@ -74,6 +85,17 @@ def test_mixed_batch_agrees_with_the_reference(
 def test_decodes_agree_with_the_reference(dtype: torch.dtype, num_decodes: int) -> None:
     meta = step(num_decodes, [1] * num_decodes, [1 + 13 * i % 70 for i in range(num_decodes)])
     assert_close(*attend(meta, dtype, (4, 2, 32), None))
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("window", [None, 5])
+def test_capped_scores_agree_with_the_reference(dtype: torch.dtype, window: int | None) -> None:
+    """A cap below many of the scores, whose keys have a mean that matters then."""
+    meta = step(3, [1, 1, 1, 9, 6, 1], [1, 17, 40, 9, 21, 1])
+    actual, expected = attend(meta, dtype, (6, 2, 24), window, shift=1.0, softcap=2.0)
+    assert_close(actual, expected, scale=3)
+    uncapped, _ = attend(meta, dtype, (6, 2, 24), window, shift=1.0)
+    assert (actual - uncapped).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("window", [None, 100, 300])

@@ -43,6 +43,16 @@ def test_contexts_split_over_programs_add_up(
     assert_close(*attend(meta, dtype, (4, 2, 16), window, device=DEVICE), scale=2)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_capped_scores_agree_with_the_reference(
+    dtype: torch.dtype, window: int | None, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_attention, "num_splits", lambda *_: splits)
+    meta = step(3, [1, 1, 1, 9, 6, 1], [1, 17, 40, 9, 21, 1])
+    assert_close(*attend(meta, dtype, (6, 2, 24), window, 1.0, DEVICE, softcap=2.0), scale=2)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_prompts_longer_than_a_tile_agree_with_the_reference(window: int | None) -> None:
     meta = step(0, [130, 70], [130, 190])

@@ -115,6 +115,7 @@ def paged_attention_reference(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`paged_attention` sequence by sequence in fp32, everything read from the cache."""
     out = []
@@ -124,6 +125,8 @@ def paged_attention_reference(
         rows = meta.cache_rows(s)
         keys, values = (c[rows].float().repeat_interleave(group, dim=1) for c in (k_cache, v_cache))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
         mask = causal_mask(queries.shape[0], length, sliding_window or NO_WINDOW, q.device)
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         out.append(torch.einsum("hqk,khd->qhd", weights, values))
@@ -140,9 +143,10 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(scale · q Kᵀ) V per head; each query sees its sequence up to itself, `sliding_window` keys at
-    most.
+    most. With a `softcap` c, scores s become c · tanh(s / c) before the softmax.
 
     q: [T, H, D]; k, v: [T, Hkv, D], this step's own, already in the cache; H a multiple of Hkv (grouped
     queries); rows may be strided. Returns [T, H · D] of q's dtype.
@@ -150,17 +154,18 @@ def paged_attention(
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     window = sliding_window or NO_WINDOW
     if (gpu := gpu_kernels("attention", q)) is not None:
-        gpu.paged_attention(out, q, k, v, k_cache, v_cache, meta, scale=scale, window=window)
+        gpu.paged_attention(out, q, k, v, k_cache, v_cache, meta, scale=scale, window=window, softcap=softcap)
         return out
     if meta.num_decodes:
-        _decode(out, q, k_cache, v_cache, meta, scale, window)
+        _decode(out, q, k_cache, v_cache, meta, scale, window, softcap)
     for s in range(meta.num_decodes, len(meta.context_lens)):
         rows = slice(meta.query_indptr[s], meta.query_indptr[s + 1])
         keys, values = k[rows], v[rows]
         if meta.context_lens[s] > keys.shape[0]:
             cached = meta.cache_rows(s)
             keys, values = k_cache[cached], v_cache[cached]
-        prefill_attention_(out[rows].view(q[rows].shape), q[rows], keys, values, scale=scale, window=window)
+        heads = out[rows].view(q[rows].shape)
+        prefill_attention_(heads, q[rows], keys, values, scale=scale, window=window, softcap=softcap)
     return out
 
 
@@ -172,13 +177,15 @@ def _decode(
     meta: AttentionMetadata,
     scale: float,
     window: int,
+    softcap: float,
 ) -> None:
     num = meta.num_decodes
     if (fast := kernels("attention", q)) is None:
         for s in range(num):
             cached, row = meta.cache_rows(s), slice(s, s + 1)
             heads = out[row].view(q[row].shape)
-            prefill_attention_(heads, q[row], k_cache[cached], v_cache[cached], scale=scale, window=window)
+            keys, values = k_cache[cached], v_cache[cached]
+            prefill_attention_(heads, q[row], keys, values, scale=scale, window=window, softcap=softcap)
         return
     assert q.stride()[1:] == (q.shape[2], 1)
     assert k_cache.dtype == v_cache.dtype == q.dtype
@@ -205,15 +212,18 @@ def _decode(
         num_parts,
         window,
         scale,
+        softcap,
     )
 
 
-def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> None:
+def prefill_attention_(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int, softcap: float = 0.0
+) -> None:
     """Attention of one sequence's last rows q [n, H, D] to its keys k, v [m, Hkv, D] into out [n, H, D].
 
     Queries go in blocks, each with only the keys that one of its queries may see. Scores are rounded to q's
     dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which
-    shifts all scores of a query alike.
+    shifts all scores of a query alike (not with a softcap, which is for scores as they are).
     """
     if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()
@@ -222,20 +232,21 @@ def prefill_attention_(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: f
     past = num_keys - num_queries
     heads = (num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     queries, result = q.view(heads).permute(1, 2, 0, 3), out.view(heads).permute(1, 2, 0, 3)
-    mean = k.sum(0) / num_keys  # faster than `mean`
-    keys = (k - mean).transpose(0, 1).contiguous().transpose(1, 2)  # [Hkv, D, m]
+    if not softcap:
+        k = k - k.sum(0) / num_keys  # faster than `mean`
+    keys = k.transpose(0, 1).contiguous().transpose(1, 2)  # [Hkv, D, m]
     values = v.transpose(0, 1)
     for start in range(0, num_queries, _QUERY_BLOCK):
         rows = slice(start, min(start + _QUERY_BLOCK, num_queries))
         seen = slice(max(0, past + start + 1 - window), past + rows.stop)
         block = queries[:, :, rows].reshape(num_kv_heads, -1, head_dim)
         scores = torch.bmm(block, keys[:, :, seen])
-        weights = _causal_softmax(scores, rows.stop - start, scale, window)
+        weights = _causal_softmax(scores, rows.stop - start, scale, window, softcap)
         attended = torch.bmm(weights, values[:, seen])
         result[:, :, rows] = attended.view(num_kv_heads, heads[2], -1, head_dim).to(out.dtype)
 
 
-def _causal_softmax(scores: Tensor, num_queries: int, scale: float, window: int) -> Tensor:
+def _causal_softmax(scores: Tensor, num_queries: int, scale: float, window: int, softcap: float) -> Tensor:
     """softmax(scale · scores) over the keys that a query may see, 0 for the others; may overwrite `scores`.
 
     scores: [Hkv, H / Hkv · n, m], the n queries of a head side by side; the last query sees the last key.
@@ -243,9 +254,13 @@ def _causal_softmax(scores: Tensor, num_queries: int, scale: float, window: int)
     num_keys = scores.shape[2]
     if (fast := kernels("attention", scores)) is None:
         mask = causal_mask(num_queries, num_keys, window, scores.device)
-        by_head = scores.view(-1, num_queries, num_keys).masked_fill_(~mask, -torch.inf)
-        return (by_head * scale).softmax(-1).view(scores.shape)
+        by_head = scores.view(-1, num_queries, num_keys) * scale
+        if softcap:
+            by_head = softcap * (by_head / softcap).tanh()
+        return by_head.masked_fill_(~mask, -torch.inf).softmax(-1).view(scores.shape)
     assert scores.is_contiguous()
     num_heads = scores.shape[0] * scores.shape[1] // num_queries
-    fast.causal_softmax(scores, num_heads, scores.numel(), scores, num_queries, num_keys, window, scale)
+    fast.causal_softmax(
+        scores, num_heads, scores.numel(), scores, num_queries, num_keys, window, scale, softcap
+    )
     return scores

@@ -27,6 +27,13 @@ def _softmax(scores: Floats, start: int, n: int) -> None:
 
 
 @helper
+def _cap(score: np.float32, softcap: np.float32) -> np.float32:
+    """softcap · tanh(score / softcap)."""
+    power = exp(np.float32(2) * score / softcap)
+    return softcap * (np.float32(1) - np.float32(2) / (np.float32(1) + power))
+
+
+@helper
 def _add_values(
     acc: Floats, weights: Floats, n: int, v: Pointer, places: NDArray[np.int64], i: int, group: int, d: int
 ) -> None:
@@ -52,7 +59,8 @@ def decode_attention(block: Any) -> None:
     page_tables, context_lens = int32s(block, 4), int32s(block, 5)
     max_pages, page_size, q_stride = integer(block, 6), integer(block, 7), integer(block, 8)
     num_heads, num_kv_heads, d = integer(block, 9), integer(block, 10), integer(block, 11)
-    num_parts, window, scale = integer(block, 12), integer(block, 13), real(block, 14)
+    num_parts, window = integer(block, 12), integer(block, 13)
+    scale, softcap = real(block, 14), real(block, 15)
     group = num_heads // num_kv_heads
     task = claim(block)
     while task >= 0:
@@ -75,6 +83,9 @@ def decode_attention(block: Any) -> None:
         for i in range(num_keys):
             for h in range(heads):
                 weights[h * n + i] = dot(query, h * d, k_cache, places[i] + h // group * d, d)
+        if softcap > 0:
+            for i in range(heads * n):
+                store(weights, i, _cap(load(weights, i), softcap))
         for h in range(heads):
             _softmax(weights, h * n, num_keys)
         for i in range(0, n, 4):
@@ -88,7 +99,7 @@ _LANES = 16
 
 
 @helper
-def _largest(x: Pointer, start: int, stop: int, lanes: Floats) -> np.float32:
+def _largest(x: Pointer | Floats, start: int, stop: int, lanes: Floats) -> np.float32:
     """Of the elements from start to stop; one maximum a lane, for a single one would not vectorise."""
     largest: np.float32 = load(x, start)
     whole = start + (stop - start) // _LANES * _LANES
@@ -108,7 +119,7 @@ def _largest(x: Pointer, start: int, stop: int, lanes: Floats) -> np.float32:
 def causal_softmax(block: Any) -> None:
     """Task: the queries of one head, [n, m] scores that their weights replace."""
     scores, num_queries, num_keys = elements(block, 0), integer(block, 1), integer(block, 2)
-    window, scale = integer(block, 3), real(block, 4)
+    window, scale, softcap = integer(block, 3), real(block, 4), real(block, 5)
     lanes, weights = np.empty(_LANES, np.float32), np.empty(num_keys, np.float32)
     task = claim(block)
     while task >= 0:
@@ -116,12 +127,21 @@ def causal_softmax(block: Any) -> None:
             row = (task * num_queries + query) * num_keys
             stop = num_keys - num_queries + query + 1
             start = max(0, stop - window)
-            largest = _largest(scores, row + start, row + stop, lanes)
             total = np.float32(0)
-            for i in range(start, stop):
-                weight = exp((load(scores, row + i) - largest) * scale)
-                store(weights, i, weight)
-                total += weight
+            if softcap > 0:
+                for i in range(start, stop):
+                    store(weights, i, _cap(load(scores, row + i) * scale, softcap))
+                largest = _largest(weights, start, stop, lanes)
+                for i in range(start, stop):
+                    weight = exp(load(weights, i) - largest)
+                    store(weights, i, weight)
+                    total += weight
+            else:
+                largest = _largest(scores, row + start, row + stop, lanes)
+                for i in range(start, stop):
+                    weight = exp((load(scores, row + i) - largest) * scale)
+                    store(weights, i, weight)
+                    total += weight
             share = np.float32(1) / total
             for i in range(start):
                 store(scores, row + i, np.float32(0))

@@ -8,38 +8,47 @@ import numpy as np
 from toppings.ops.cpu_bits import Pointer, copy, elements, exp, floats, helper, int64s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer, real
 
+_GELU = (2 / np.pi) ** 0.5
+
 
 @helper
 def _normalise(
-    out: Pointer, to: int, x: Pointer, start: int, weight: Pointer, n: int, eps: np.float32
+    out: Pointer,
+    to: int,
+    x: Pointer,
+    start: int,
+    weight: Pointer,
+    n: int,
+    eps: np.float32,
+    base: np.float32,
 ) -> None:
     total = np.float32(0)
     for i in range(n):
         total += load(x, start + i) * load(x, start + i)
     scale = np.float32(1) / np.sqrt(total / np.float32(n) + eps)
     for i in range(n):
-        store(out, to + i, load(x, start + i) * scale * load(weight, i))
+        store(out, to + i, load(x, start + i) * scale * (base + load(weight, i)))
 
 
 @Kernel
 def rms_norm(block: Any) -> None:
     out, x, weight = elements(block, 0), elements(block, 1), elements(block, 2)
-    n, eps = integer(block, 3), real(block, 4)
+    n, eps, base = integer(block, 3), real(block, 4), real(block, 5)
     t = claim(block)
     while t >= 0:
-        _normalise(out, t * n, x, t * n, weight, n, eps)
+        _normalise(out, t * n, x, t * n, weight, n, eps, base)
         t = claim(block)
 
 
 @Kernel
 def add_rms_norm(block: Any) -> None:
     out, residual, x, weight = elements(block, 0), elements(block, 1), elements(block, 2), elements(block, 3)
-    n, eps = integer(block, 4), real(block, 5)
+    n, eps, base = integer(block, 4), real(block, 5), real(block, 6)
     t = claim(block)
     while t >= 0:
         for i in range(n):
             store(residual, t * n + i, load(residual, t * n + i) + load(x, t * n + i))
-        _normalise(out, t * n, residual, t * n, weight, n, eps)
+        _normalise(out, t * n, residual, t * n, weight, n, eps, base)
         t = claim(block)
 
 
@@ -51,6 +60,19 @@ def silu_mul(block: Any) -> None:
         for i in range(n):
             gate, up = load(gate_up, 2 * t * n + i), load(gate_up, 2 * t * n + n + i)
             store(out, t * n + i, gate / (np.float32(1) + exp(-gate)) * up)
+        t = claim(block)
+
+
+@Kernel
+def gelu_mul(block: Any) -> None:
+    out, gate_up, n = elements(block, 0), elements(block, 1), integer(block, 2)
+    t = claim(block)
+    while t >= 0:
+        for i in range(n):
+            gate, up = load(gate_up, 2 * t * n + i), load(gate_up, 2 * t * n + n + i)
+            inner = np.float32(_GELU) * (gate + np.float32(0.044715) * gate * gate * gate)
+            # (1 + tanh(inner)) / 2, without the cancellation
+            store(out, t * n + i, gate / (np.float32(1) + exp(np.float32(-2) * inner)) * up)
         t = claim(block)
 
 
@@ -68,12 +90,8 @@ def rotate_and_store(block: Any) -> None:
     qkv, k_cache, v_cache = elements(block, 0), elements(block, 1), elements(block, 2)
     cos, sin, slots = floats(block, 3), floats(block, 4), int64s(block, 5)
     num_heads, num_kv_heads, head_dim = integer(block, 6), integer(block, 7), integer(block, 8)
-    has_norm, q_norm, k_norm, eps = (
-        integer(block, 9),
-        elements(block, 10),
-        elements(block, 11),
-        real(block, 12),
-    )
+    half, has_norm = integer(block, 9), integer(block, 10)
+    q_norm, k_norm, eps, base = elements(block, 11), elements(block, 12), real(block, 13), real(block, 14)
     kv_size = num_kv_heads * head_dim
     t = claim(block)
     while t >= 0:
@@ -81,10 +99,10 @@ def rotate_and_store(block: Any) -> None:
         for h in range(num_heads + num_kv_heads):
             start = row + h * head_dim
             if has_norm and h < num_heads:
-                _normalise(qkv, start, qkv, start, q_norm, head_dim, eps)
+                _normalise(qkv, start, qkv, start, q_norm, head_dim, eps, base)
             elif has_norm:
-                _normalise(qkv, start, qkv, start, k_norm, head_dim, eps)
-            _rotate(qkv, start, cos, sin, t * (head_dim // 2), head_dim // 2)
+                _normalise(qkv, start, qkv, start, k_norm, head_dim, eps, base)
+            _rotate(qkv, start, cos, sin, t * half, half)
         to, k_start = load(slots, t) * kv_size, row + num_heads * head_dim
         for i in range(kv_size):
             copy(k_cache, to + i, qkv, k_start + i)

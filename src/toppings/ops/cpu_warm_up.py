@@ -2,7 +2,7 @@
 
 import torch
 
-from toppings.ops.activation import silu_mul
+from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
 from toppings.ops.columns import adjust_columns_
 from toppings.ops.linear import Linear, QuantizedLinear
@@ -16,7 +16,8 @@ def warm_up(dtype: torch.dtype, quantization: str) -> None:
     x, weight = torch.ones(1, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     rms_norm(x, weight, 1e-6)
     add_rms_norm_(x, x.clone(), weight, 1e-6)
-    silu_mul(x)
+    for activation in ACTIVATIONS.values():
+        activation(x)
     for width in (8, 32):  # a general kernel, and perhaps one for even widths
         _add_lora(width, dtype)
     _adjust_columns(dtype)

@@ -56,6 +56,7 @@ def decode(
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> None:
     """Attention of the first `meta.num_decodes` rows into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
@@ -81,7 +82,7 @@ def decode(
         meta.page_tables.shape[1],
         q.stride(0),
         min(window, _LONGEST_WINDOW),
-        scale * _LOG2_E,
+        *_scales(scale, softcap),
         NUM_HEADS=q.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=meta.page_size,
@@ -90,6 +91,7 @@ def decode(
         BLOCK_GROUP=max(_MIN_GROUP, next_power_of_2(q.shape[1] // num_kv_heads)),
         KEYS=keys,
         SPLITS=splits,
+        HAS_CAP=softcap > 0,
         **dot_options(q.dtype),
         num_warps=4,
         num_stages=stages,
@@ -118,6 +120,7 @@ def prefill(
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> None:
     """Attention of the rows after the decodes' into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
@@ -139,7 +142,7 @@ def prefill(
         meta.page_tables.shape[1],
         q.stride(0),
         min(window, _LONGEST_WINDOW),
-        scale * _LOG2_E,
+        *_scales(scale, softcap),
         NUM_HEADS=q.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=meta.page_size,
@@ -148,10 +151,16 @@ def prefill(
         QUERIES=queries,
         PARTS=parts,
         KEYS=keys,
+        HAS_CAP=softcap > 0,
         **dot_options(q.dtype),
         num_warps=warps,
         num_stages=stages,
     )
+
+
+def _scales(scale: float, softcap: float) -> tuple[float, float]:
+    """What scores, and what is capped of them, are multiplied by, for powers of two."""
+    return (2 * scale / softcap * _LOG2_E, softcap * _LOG2_E) if softcap else (scale * _LOG2_E, 0.0)
 
 
 def _num_stages(device: torch.device) -> int:
@@ -178,18 +187,19 @@ def paged_attention(
     *,
     scale: float,
     window: int,
+    softcap: float = 0.0,
 ) -> None:
     """`attention.paged_attention` into out [T, H · D]: decodes by our kernel, prompts by torch's where it
     can, else by ours."""
     tiles = meta.tiles
     if meta.num_decodes:
-        decode(out, q, k_cache, v_cache, meta, tiles, scale=scale, window=window)
+        decode(out, q, k_cache, v_cache, meta, tiles, scale=scale, window=window, softcap=softcap)
     if not len(tiles.prefill_tiles):
         return
     heads = (q.shape[1], k.shape[1], q.shape[2])
-    if tiles.are_prefills_whole and varlen_reason(q.dtype, *heads, q.device)[0]:
+    if not softcap and tiles.are_prefills_whole and varlen_reason(q.dtype, *heads, q.device)[0]:
         first, longest = meta.query_indptr[meta.num_decodes], tiles.longest_prefill
         result = attend_varlen(q[first:], k[first:], v[first:], tiles.prefill_indptr, longest, scale, window)
         out[first:] = result.flatten(1)
     else:
-        prefill(out, q, k_cache, v_cache, meta, tiles, scale=scale, window=window)
+        prefill(out, q, k_cache, v_cache, meta, tiles, scale=scale, window=window, softcap=softcap)

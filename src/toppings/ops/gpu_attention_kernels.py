@@ -22,11 +22,13 @@ def _attend(  # type: ignore[no-untyped-def]
     high,
     window,
     scale_log2,
+    softcap_log2,
     KV_STRIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -45,6 +47,8 @@ def _attend(  # type: ignore[no-untyped-def]
         mask = (keys < high)[:, None] & (column < HEAD_DIM)[None, :]
         k = tl.load(k_cache + place, mask=mask, other=0.0)
         scores = tl.dot(q.to(OPERAND), tl.trans(k).to(OPERAND), input_precision=PRECISION) * scale_log2
+        if HAS_CAP:  # the scale is that of 2 s / cap: cap tanh(s / cap) is cap (1 - 2 / (1 + 2^(2 s / cap)))
+            scores = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))
         seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] > positions[:, None] - window)
         scores = tl.where(seen & (keys < high)[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
@@ -73,6 +77,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     q_stride,
     window,
     scale_log2,
+    softcap_log2,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -81,6 +86,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr,
     PARTS: tl.constexpr,
     KEYS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -109,11 +115,13 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         position + stop - start,
         window,
         scale_log2,
+        softcap_log2,
         KV_STRIDE=NUM_KV_HEADS * HEAD_DIM,
         PAGE_SIZE=PAGE_SIZE,
         HEAD_DIM=HEAD_DIM,
         BLOCK_D=BLOCK_D,
         KEYS=KEYS,
+        HAS_CAP=HAS_CAP,
         PRECISION=PRECISION,
         OPERAND=OPERAND,
     )
@@ -136,6 +144,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q_stride,
     window,
     scale_log2,
+    softcap_log2,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -144,6 +153,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_GROUP: tl.constexpr,
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -172,11 +182,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         tl.minimum(low + part, context),
         window,
         scale_log2,
+        softcap_log2,
         KV_STRIDE=NUM_KV_HEADS * HEAD_DIM,
         PAGE_SIZE=PAGE_SIZE,
         HEAD_DIM=HEAD_DIM,
         BLOCK_D=BLOCK_D,
         KEYS=KEYS,
+        HAS_CAP=HAS_CAP,
         PRECISION=PRECISION,
         OPERAND=OPERAND,
     )

@@ -6,36 +6,49 @@ import torch
 from torch import Tensor
 
 from toppings.ops.dispatch import gpu_kernels, kernels
-from toppings.ops.norm import rms_norm_reference
+from toppings.ops.norm import rms_norm, rms_norm_reference
 
 
 @dataclass(frozen=True)
 class Rope:
-    """inverse_frequencies: fp32 [D / 2]; `scaling` multiplies cosine and sine (YaRN's attention factor)."""
+    """inverse_frequencies: fp32 [R / 2], where the first R of a head's dimensions are turned; `scaling`
+    multiplies cosine and sine (YaRN's attention factor)."""
 
     inverse_frequencies: Tensor
     scaling: float = 1.0
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, fp32 [T, D / 2], of int64 positions [T]."""
+        """Cosines and sines, fp32 [T, R / 2], of int64 positions [T]."""
         angles = positions.to(torch.float32)[:, None] * self.inverse_frequencies
         return angles.cos().mul_(self.scaling), angles.sin().mul_(self.scaling)
 
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """Root-mean-square normalisation of each query and key head before rotation (Qwen3). q, k: [D]."""
+    """Root-mean-square normalisation before rotation, times (base + weight): of each query and key head
+    (Qwen3; q, k: [D]), or of all queries and of all keys of a token (OLMo 2; q: [H · D], k: [Hkv · D])."""
 
     q: Tensor
     k: Tensor
     eps: float
+    base: float = 0.0
+    is_whole: bool = False
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (x[i], x[i + D/2]) turned by their angle: x [T, H, D], cos and sin fp32 [T, D / 2]."""
-    low, high = x.float().chunk(2, dim=-1)
+    """Pairs (x[i], x[i + R/2]) turned by their angle: x [T, H, D], cos and sin fp32 [T, R / 2]; what is
+    beyond R stays."""
+    half = cos.shape[-1]
+    low, high, rest = x.float().tensor_split((half, 2 * half), dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1).to(x.dtype)
+
+
+def _normalise_whole_(qkv: Tensor, num_kv_heads: int, head_dim: int, norm: HeadNorm) -> None:
+    kv_size = num_kv_heads * head_dim
+    q, k, _ = qkv.tensor_split((qkv.shape[1] - 2 * kv_size, qkv.shape[1] - kv_size), dim=1)
+    for x, weight in ((q, norm.q), (k, norm.k)):
+        x.copy_(rms_norm(x.contiguous(), weight, norm.eps, norm.base))
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -58,8 +71,9 @@ def rotate_and_store_reference_(
     num_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     if head_norm is not None:
-        q.copy_(rms_norm_reference(q, head_norm.q, head_norm.eps))
-        k.copy_(rms_norm_reference(k, head_norm.k, head_norm.eps))
+        for x, weight in ((q, head_norm.q), (k, head_norm.k)):
+            normed = x.flatten(1) if head_norm.is_whole else x
+            x.copy_(rms_norm_reference(normed, weight, head_norm.eps, head_norm.base).view(x.shape))
     q.copy_(rotate_reference(q, cos, sin))
     k.copy_(rotate_reference(k, cos, sin))
     write_kv(k, v, k_cache, v_cache, slot_mapping)
@@ -77,12 +91,14 @@ def rotate_and_store_(
     """Turns queries and keys in place (after `head_norm`, where given), then writes keys and values to the
     cache.
 
-    qkv: [T, (H + 2 Hkv) · D] contiguous; cos, sin: fp32 [T, D / 2]; caches: [slots, Hkv, D];
+    qkv: [T, (H + 2 Hkv) · D] contiguous; cos, sin: fp32 [T, R / 2], R at most D; caches: [slots, Hkv, D];
     slot_mapping: int64 [T], the cache row of each token.
     """
+    if head_norm is not None and head_norm.is_whole:
+        _normalise_whole_(qkv, *k_cache.shape[1:], head_norm)
+        head_norm = None
     if (gpu := gpu_kernels("elementwise", qkv)) is not None:
-        weights = None if head_norm is None else (head_norm.q, head_norm.k, head_norm.eps)
-        gpu.rotate_and_store(qkv, k_cache, v_cache, cos, sin, slot_mapping, weights)
+        gpu.rotate_and_store(qkv, k_cache, v_cache, cos, sin, slot_mapping, head_norm)
         return
     if (fast := kernels("elementwise", qkv)) is None:
         rotate_and_store_reference_(qkv, cos, sin, k_cache, v_cache, slot_mapping, head_norm)
@@ -93,7 +109,9 @@ def rotate_and_store_(
     assert sin.is_contiguous()
     assert slot_mapping.is_contiguous()
     _, num_kv_heads, head_dim = k_cache.shape
-    norm = (0, 0, 0, 0.0) if head_norm is None else (1, head_norm.q, head_norm.k, head_norm.eps)
+    norm: tuple[Tensor | int | float, ...] = (0, 0, 0, 0.0, 0.0)
+    if head_norm is not None:
+        norm = (1, head_norm.q, head_norm.k, head_norm.eps, head_norm.base)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     fast.rotate_and_store(
         qkv,
@@ -108,5 +126,6 @@ def rotate_and_store_(
         num_heads,
         num_kv_heads,
         head_dim,
+        cos.shape[1],
         *norm,
     )
