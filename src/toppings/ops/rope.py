@@ -95,7 +95,7 @@ def rotate_and_store_(
     slot_mapping: int64 [T], the cache row of each token.
     """
     if head_norm is not None and head_norm.is_whole:
-        _normalise_whole_(qkv, *k_cache.shape[1:], head_norm)
+        _normalise_whole_(qkv, k_cache.shape[1], k_cache.shape[2], head_norm)
         head_norm = None
     if (gpu := gpu_kernels("elementwise", qkv)) is not None:
         gpu.rotate_and_store(qkv, k_cache, v_cache, cos, sin, slot_mapping, head_norm)
