@@ -143,6 +143,11 @@ class SamplingParams:
         self._check_choice()
 
     @property
+    def has_penalty(self) -> bool:
+        """What occurred changes what is drawn."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    @property
     def reads_prompt(self) -> bool:
         """It asks for something of every token of the prompt, so that all of them must be computed."""
         return self.prompt_logprobs is not None or self.pooling is not None

@@ -10,6 +10,7 @@ from toppings.core import Request
 from toppings.engine.drawing import Drawing
 from toppings.engine.structures import StepMasks, Structures
 from toppings.ops.sampling import SamplingRow
+from toppings.ops.token_counts import TokenCounts
 from toppings.ops.token_mask import TokenMask, mask_of
 
 
@@ -30,6 +31,7 @@ class SamplingRows:
         self._vocab_size = vocab_size
         self._allowed: dict[str, TokenMask] = {}
         self._generators: dict[str, torch.Generator] = {}
+        self._counts: dict[str, TokenCounts] = {}
 
     def begin(self, requests: list[Request]) -> RowsBegun:
         known = {r.request_id: r.output_token_ids for r in requests if not r.num_pending_tokens}
@@ -62,6 +64,7 @@ class SamplingRows:
                 generator=self._generator(r),
                 eos_token_ids=self._eos_token_ids,
                 allowed=masks.get(r.request_id, self._allowed_of(r)),
+                counts=self._counts_of(r),
             )
             for r in requests
         ]
@@ -74,6 +77,7 @@ class SamplingRows:
         """The request has ended."""
         self._generators.pop(request.request_id, None)
         self._allowed.pop(request.request_id, None)
+        self._counts.pop(request.request_id, None)
         if self.structures is not None:
             self.structures.forget(request)
 
@@ -94,6 +98,15 @@ class SamplingRows:
             self._allowed[request.request_id] = mask_of(token_ids, self._vocab_size)
         return self._allowed.get(request.request_id)
 
+    def _counts_of(self, request: Request) -> TokenCounts | None:
+        sampling = request.sampling
+        if not sampling.has_penalty:
+            return None
+        if request.request_id not in self._counts:
+            seen = request.prompt_token_ids if sampling.repetition_penalty != 1.0 else ()
+            self._counts[request.request_id] = TokenCounts(seen)
+        return self._counts[request.request_id]
+
     def _generator(self, request: Request) -> torch.Generator | None:
         seed = request.sampling.seed
         if seed is not None and request.request_id not in self._generators:
@@ -103,7 +116,7 @@ class SamplingRows:
 
 def _looks_back(request: Request) -> bool:
     """Its next draw but one depends on the next."""
-    row = SamplingRow(request.sampling, [], request.output_token_ids)
-    is_held = request.sampling.min_tokens > len(request.output_token_ids)
-    has_bad_words = bool(request.sampling.bad_token_ids)
-    return row.has_penalty or is_held or has_bad_words or request.sampling.structure is not None
+    sampling = request.sampling
+    is_held = sampling.min_tokens > len(request.output_token_ids)
+    has_bad_words = bool(sampling.bad_token_ids)
+    return sampling.has_penalty or is_held or has_bad_words or sampling.structure is not None

@@ -6,7 +6,6 @@ never sorted as a whole, so a tie that reaches from the kept tokens to beyond th
 otherwise.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +76,7 @@ class SamplingPlan:
         places = [(i, t) for i, row in enumerate(rows) for t in row.forbidden_ids(vocab_size)]
         masks = {i: row.allowed for i, row in enumerate(rows) if row.allowed is not None}
         biases = [(i, *each) for i, row in enumerate(rows) for each in row.params.logit_bias]
-        repeated, factors = _repetitions(rows)
-        counted, subtracted = _counts(rows)
+        repeated, factors, counted, subtracted = _penalties(rows)
         reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         return cls(
             drawn=_longs(drawn),
@@ -95,10 +93,10 @@ class SamplingPlan:
             forbidden=_pairs(places),
             biased=_pairs([(i, token) for i, token, _ in biases]),
             biases=np.array([bias for _, _, bias in biases], np.float32),
-            repeated=_pairs(repeated),
-            repetition=np.array(factors, np.float32),
-            counted=_pairs(counted),
-            subtracted=np.array(subtracted, np.float32),
+            repeated=repeated,
+            repetition=factors,
+            counted=counted,
+            subtracted=subtracted,
             reported=_longs(reported),
             named=np.array(named_places([rows[i] for i in reported]), np.int64).reshape(2, -1),
             num_top=max((rows[i].params.num_top_logprobs for i in reported), default=0),
@@ -204,30 +202,32 @@ def to_output(plan: SamplingPlan, rows: Sequence[SamplingRow], drawn: Sequence[T
     return SampleOutput(token_ids, logprobs, undrawable)
 
 
-def _repetitions(rows: Sequence[SamplingRow]) -> tuple[list[tuple[int, int]], list[float]]:
-    """(row, token) of every token that occurred in a row with a repetition penalty, and the penalty."""
-    seen = [
-        (i, token, row.params.repetition_penalty)
-        for i, row in enumerate(rows)
-        if row.params.repetition_penalty != 1.0
-        for token in {*row.prompt_token_ids, *row.output_token_ids}
-    ]
-    return [(i, token) for i, token, _ in seen], [penalty for _, _, penalty in seen]
-
-
-def _counts(rows: Sequence[SamplingRow]) -> tuple[list[tuple[int, int]], list[np.float32]]:
-    """(row, token) of every token of the output of a row with another penalty, and what is subtracted."""
-    places, subtracted = [], []
+def _penalties(rows: Sequence[SamplingRow]) -> tuple[Array, Array, Array, Array]:
+    """(row, token) of every token that occurred in a row with a repetition penalty, int64 [2, N], and the
+    penalty, float32 [N]; of every token of the output of a row with another one, and what is subtracted."""
+    repeated, factors, counted, subtracted = [_pairs([])], [_NONE], [_pairs([])], [_NONE]
     for i, row in enumerate(rows):
-        frequency, presence = (np.float32(getattr(row.params, f"{kind}_penalty")) for kind in _COUNTED)
-        if frequency or presence:
-            for token, times in Counter(row.output_token_ids).items():
-                places.append((i, token))
-                subtracted.append(frequency * np.float32(times) + presence)
-    return places, subtracted
+        if not row.params.has_penalty:
+            continue
+        params, counts = row.params, row.occurred()
+        tokens, times = counts.token_ids, counts.times
+        if params.repetition_penalty != 1.0:
+            repeated.append(np.stack([np.full_like(tokens, i), tokens]))
+            factors.append(np.full(len(tokens), params.repetition_penalty, np.float32))
+        if params.frequency_penalty or params.presence_penalty:
+            drawn = tokens[times > 0]
+            frequency, presence = np.float32(params.frequency_penalty), np.float32(params.presence_penalty)
+            counted.append(np.stack([np.full_like(drawn, i), drawn]))
+            subtracted.append(frequency * times[times > 0].astype(np.float32) + presence)
+    return (
+        np.concatenate(repeated, axis=1),
+        np.concatenate(factors),
+        np.concatenate(counted, axis=1),
+        np.concatenate(subtracted),
+    )
 
 
-_COUNTED = ("frequency", "presence")
+_NONE: Array = np.empty(0, np.float32)
 
 
 def _longs(values: Sequence[int]) -> Array:

@@ -6,7 +6,6 @@ others divide by the temperature, drop what min-p, then top-k, then top-p exclud
 lower token id everywhere.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from toppings.messages import TokenLogprobs
+from toppings.ops.token_counts import TokenCounts
 from toppings.ops.token_mask import TokenMask, allows_more_than, flags_of
 from toppings.ops.truncation import likeliest, truncate
 from toppings.sampling_params import SamplingParams
@@ -28,7 +28,7 @@ class SamplingRow:
 
     `allowed`: the tokens that may be drawn at all. Not drawn are those that would complete one of the
     parameters' `bad_token_ids`, and before `min_tokens` tokens are out `eos_token_ids` and `stop_token_ids`;
-    what would leave nothing to draw does not count.
+    what would leave nothing to draw does not count. `counts`: where they are kept for this sequence.
     """
 
     params: SamplingParams
@@ -37,15 +37,19 @@ class SamplingRow:
     generator: torch.Generator | None = None
     eos_token_ids: tuple[int, ...] = ()
     allowed: TokenMask | None = None
+    counts: TokenCounts | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.params.temperature < GREEDY_BELOW
 
-    @property
-    def has_penalty(self) -> bool:
-        p = self.params
-        return (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) != (0.0, 0.0, 1.0)
+    def occurred(self) -> TokenCounts:
+        """Tokens of the output, and of the prompt where these count."""
+        counts = self.counts
+        if counts is None:
+            counts = TokenCounts(self.prompt_token_ids if self.params.repetition_penalty != 1.0 else ())
+        counts.follow(self.output_token_ids)
+        return counts
 
     def forbidden_ids(self, vocab_size: int) -> list[int]:
         """Beside what `allowed` leaves out."""
@@ -145,7 +149,7 @@ def _bias(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
 
 
 def _penalise(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    penalised = [(i, row) for i, row in enumerate(rows) if row.has_penalty]
+    penalised = [(i, row) for i, row in enumerate(rows) if row.params.has_penalty]
     if not penalised:
         return logits
     logits = logits.clone()
@@ -158,16 +162,14 @@ def _penalise_row_(logits: Tensor, row: SamplingRow) -> None:
     """Repetition penalty p over prompt and output (logit / p where positive, else logit · p), then
     frequency · count and presence are subtracted for the tokens of the output. Only the tokens that occurred
     are touched, however large the vocabulary is. logits: [V]."""
-    params = row.params
-    seen = torch.tensor(list({*row.prompt_token_ids, *row.output_token_ids}), device=logits.device)
-    if params.repetition_penalty != 1.0 and len(seen):
-        p, scores = params.repetition_penalty, logits[seen]
-        logits[seen] = torch.where(scores > 0, scores / p, scores * p)
-    if row.output_token_ids:
-        counts = Counter(row.output_token_ids)
-        drawn = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), device=logits.device)
-        logits[drawn] -= params.frequency_penalty * times + params.presence_penalty
+    params, counts = row.params, row.occurred()
+    seen, times = (torch.from_numpy(each).to(logits.device) for each in (counts.token_ids, counts.times))
+    scores = logits[seen]
+    if params.repetition_penalty != 1.0:
+        p = params.repetition_penalty
+        scores = torch.where(scores > 0, scores / p, scores * p)
+    subtracted = params.frequency_penalty * times + params.presence_penalty
+    logits[seen] = torch.where(times > 0, scores - subtracted, scores)
 
 
 def _draw(logits: Tensor, temperature: Tensor, rows: list[SamplingRow]) -> list[int]:
