@@ -173,6 +173,22 @@ def test_shared_cores_make_the_cpu_less_attractive() -> None:
     assert times[-1] < compare(A100, layout(128, ALL), 64).pipelined.ttft_ms
 
 
+def test_the_cpu_is_left_out_where_the_host_is_slow_to_queue_its_pieces() -> None:
+    """512 pieces of 80 us each take longer than the load of rank 64 that they would hide."""
+    host_bound = replace(H100, queue_layer_ms=0.1, queue_piece_ms=0.08)
+    adapter = layout(64, ALL)
+    assert make_plan(H100, adapter, 64).uses_cpu
+    assert not make_plan(host_bound, adapter, 64).uses_cpu
+    costs = price_layers(host_bound, adapter, 64)[0]
+    assert costs.cpu_ms == pytest.approx(0.1 + 4 * costs.num_workers * 0.08)
+    assert costs.device_ms == price_layers(H100, adapter, 64)[0].device_ms
+
+
+def test_a_host_that_queues_faster_than_the_device_works_costs_nothing() -> None:
+    quick, adapter = replace(A100, queue_layer_ms=0.01, queue_piece_ms=0.001), layout(256, ALL)
+    assert price_layers(quick, adapter, 512) == price_layers(A100, adapter, 512)
+
+
 def test_more_workers_make_no_layer_slower() -> None:
     times = [
         price_layers(replace(A100, num_workers=n), layout(256, ALL), 128)[0].cpu_ms for n in (1, 2, 4, 8, 16)

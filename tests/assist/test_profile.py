@@ -39,6 +39,9 @@ class FakeMachine:
     def slowdown(self, num_tokens: int) -> float:
         return 0.99  # measured a little below 1, as happens
 
+    def queue_s(self) -> tuple[float, float]:
+        return 150e-6, 80e-6
+
 
 @pytest.fixture(scope="module")
 def profile() -> CostProfile:
@@ -66,6 +69,7 @@ def test_the_rest_is_taken_as_measured(profile: CostProfile) -> None:
     assert profile.gemm_share == pytest.approx(0.75)
     assert profile.session_ms == pytest.approx(0.07)
     assert (profile.sharing_slowdown, profile.num_workers) == (1.0, 3)
+    assert (profile.queue_layer_ms, profile.queue_piece_ms) == pytest.approx((0.15, 0.08))
 
 
 @pytest.mark.parametrize(("num_tokens", "ms"), [(1, 1.0), (32, 1.0), (128, 2.56), (320, 6.4), (1024, 20.48)])

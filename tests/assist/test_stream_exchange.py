@@ -17,6 +17,7 @@ from tests.assist.world import (
     NUM_LAYERS,
     OUT_OFFSETS,
     PROFILE,
+    SIZES,
     World,
     assert_same,
     cold,
@@ -25,12 +26,14 @@ from tests.assist.world import (
     pool_settings,
     worker_pool,
 )
+from tests.streams import Device
 from tests.waiting import wait_until
 from toppings.adapters.layout import BaseShapes
 from toppings.assist.coordinator import AssistLora, Coordinator
 from toppings.assist.cuda_stream_ops import CudaStreamOps, self_test, unavailable_reason
 from toppings.assist.plan import Choice
 from toppings.assist.pool import WorkerPool
+from toppings.assist.profile import NUM_QUEUED, REPEATS, EngineProbes
 from toppings.assist.stream_exchange import (
     GROUP_SLOTS,
     MAX_STREAM_ROWS,
@@ -74,6 +77,30 @@ def coordinator(
     exchange = StreamExchange(pool, world.arena, ops, **options)
     item_bytes, arena = world.dtype.itemsize, world.arena
     return Coordinator(world.pool, pool, exchange, item_bytes, OUT_OFFSETS, PROFILE, arena), exchange
+
+
+def test_the_hosts_part_of_the_way_is_measured_by_the_way_itself(here: World, pool: WorkerPool) -> None:
+    """One forward and rows that go out and come back, as often as is asked for."""
+    ops, forwards = EagerOps(), []
+    exchange = StreamExchange(pool, here.arena, ops)
+    device, shapes = Device(), BaseShapes(NUM_LAYERS, SIZES)
+    probes = EngineProbes(
+        pool,
+        lambda num_tokens, _: forwards.append(num_tokens),
+        lambda _: 0.0,
+        shapes,
+        here.dtype,
+        cuda=device,
+        exchange=exchange,
+    )
+    before = sum(worker.channel.done for worker in pool.workers_ready)
+    layer_s, piece_s = probes.queue_s()
+    exchange.close()
+    answered = sum(worker.channel.done for worker in pool.workers_ready) - before
+    assert (len(forwards), answered) == (1 + REPEATS, NUM_QUEUED * (1 + REPEATS))
+    assert layer_s >= 0
+    assert piece_s > 0
+    assert EngineProbes(pool, probes.forward, probes.copy_s, shapes, here.dtype).queue_s() == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("choice", [Choice.CPU, Choice.CPU_SHRINK])

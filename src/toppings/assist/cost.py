@@ -42,7 +42,8 @@ class CostProfile:
     overlaps. `round_trip_ms`: a projection group's round trip less the product itself. `session_ms`: waking
     the workers. `result_gbps`: link over which rows go out and results come back (0: shared memory, in
     `round_trip_ms`). `sharing_slowdown`: factor on the device's time while workers compute on the base
-    model's cores.
+    model's cores. Where the host queues work for a device, `queue_layer_ms` is what it takes to queue a layer
+    and `queue_piece_ms` one worker's share of a projection group, the way there and back; else 0.
     """
 
     origin: str
@@ -56,6 +57,8 @@ class CostProfile:
     num_workers: int
     result_gbps: float = 0.0
     sharing_slowdown: float = 1.0
+    queue_layer_ms: float = 0.0
+    queue_piece_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.link_gbps > 0:

@@ -59,24 +59,29 @@ def _price(profile: CostProfile, layout: AdapterLayout, layer: int, num_tokens: 
         if any(ranks[m] for m in modules)
     ]
     device_ms = profile.layer_time_ms(num_tokens)
+    num_workers = max((trip.num_workers for trip in trips), default=0)
+    num_pieces = num_workers * len(trips)
     a_bytes = layout.layers[layer].numel_a * layout.item_bytes
     return LayerCosts(
         device_ms=device_ms,
         load_a_ms=_link_ms(a_bytes, profile.link_gbps) + 0.5 * profile.copy_ms,
         load_b_ms=_link_ms(layout.layer_bytes(layer) - a_bytes, profile.link_gbps) + 0.5 * profile.copy_ms,
-        cpu_ms=_assisted_ms(profile, device_ms, [(trip.gemm_ms, trip.cpu_ms) for trip in trips]),
-        shrink_ms=_assisted_ms(profile, device_ms, [(trip.gemm_ms, trip.shrink_ms) for trip in trips]),
+        cpu_ms=_assisted_ms(profile, device_ms, [(t.gemm_ms, t.cpu_ms) for t in trips], num_pieces),
+        shrink_ms=_assisted_ms(profile, device_ms, [(t.gemm_ms, t.shrink_ms) for t in trips], num_pieces),
         cpu_return_ms=sum(trip.cpu_return_ms for trip in trips),
         shrink_return_ms=sum(trip.shrink_return_ms for trip in trips),
-        num_workers=max((trip.num_workers for trip in trips), default=0),
+        num_workers=num_workers,
     )
 
 
-def _assisted_ms(profile: CostProfile, device_ms: float, trips: list[tuple[float, float]]) -> float:
+def _assisted_ms(
+    profile: CostProfile, device_ms: float, trips: list[tuple[float, float]], num_pieces: int
+) -> float:
     """The device's time, longer where cores are shared, plus what base products do not hide of the round
-    trips."""
+    trips (`trips`: both, in ms); no less than the host takes to queue it all."""
     slowdown = profile.sharing_slowdown if trips else 1.0
-    return device_ms * slowdown + sum(max(0.0, trip_ms - gemm_ms * slowdown) for gemm_ms, trip_ms in trips)
+    shown_ms = sum(max(0.0, trip_ms - gemm_ms * slowdown) for gemm_ms, trip_ms in trips)
+    return max(device_ms * slowdown + shown_ms, profile.queue_layer_ms + num_pieces * profile.queue_piece_ms)
 
 
 def _round_trip(

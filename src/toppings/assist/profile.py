@@ -7,7 +7,7 @@ pool of workers, the base model's forward and the loader.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, AdapterLayout, BaseShapes
 from toppings.adapters.loader import Bytes, Loader
 from toppings.assist.cost import CostProfile, CpuCost, cpu_features
+from toppings.assist.exchange import AssistStats, Exchange, Piece
 from toppings.assist.pool import Worker, WorkerPool
 from toppings.assist.product import Form, GroupWeights
 from toppings.core import MODULES
@@ -31,6 +32,7 @@ LAYER_TOKENS = (1, 32, 128, 512)
 TYPICAL_TOKENS = 64
 TYPICAL_RANK = 64
 REPEATS = 3
+NUM_QUEUED = 16
 
 
 class Probes(Protocol):
@@ -50,6 +52,9 @@ class Probes(Protocol):
 
     def slowdown(self, num_tokens: int) -> float:
         """Factor on `layer_s` while all workers compute."""
+
+    def queue_s(self) -> tuple[float, float]:
+        """The host's time to queue a layer, and a slice's way there and back; 0 where it does not queue."""
 
 
 def measure(
@@ -71,6 +76,7 @@ def measure(
     tokens = sorted({min(count, max_tokens) for count in LAYER_TOKENS})
     layers = {count: probes.layer_s(count) for count in tokens}
     typical_tokens = min(TYPICAL_TOKENS, max_tokens)
+    queue_layer_s, queue_piece_s = probes.queue_s()
     return CostProfile(
         origin=origin,
         link_gbps=link_gbps,
@@ -83,6 +89,8 @@ def measure(
         num_workers=num_workers,
         result_gbps=link_gbps if has_results_on_link else 0.0,
         sharing_slowdown=max(1.0, probes.slowdown(typical_tokens)),
+        queue_layer_ms=queue_layer_s * 1e3,
+        queue_piece_ms=queue_piece_s * 1e3,
     )
 
 
@@ -177,7 +185,8 @@ ProbeLora = StopwatchLora | EventLora | BusyLora
 class EngineProbes:
     """`forward(num_tokens, lora)` runs the base model once on a prompt of so many tokens; `copy_s` as in
     `Probes` (`LinkProbe` is one). The workers' weights are whatever lies at the start of the host arena.
-    `cuda`: the `torch.cuda` module, or a fake, where the device is not the host."""
+    `cuda`: the `torch.cuda` module, or a fake, where the device is not the host: `device`, to which rows go
+    and come back by `exchange`."""
 
     workers: WorkerPool
     forward: Callable[[int, ProbeLora], None]
@@ -185,7 +194,8 @@ class EngineProbes:
     shapes: BaseShapes
     dtype: torch.dtype
     cuda: Any = None
-    _rows: dict[int, Tensor] = field(default_factory=dict, init=False)
+    device: torch.device | str = "cpu"
+    exchange: Exchange | None = None
 
     def slice_s(self, num_rows: int, rank: int, num_in: int, num_out: int) -> float:
         weights = GroupWeights(num_in, (rank,), (num_out,), (0,), (rank * num_in,))
@@ -219,6 +229,22 @@ class EngineProbes:
         self.forward(num_tokens, lora)
         if self.cuda is not None:
             self.cuda.current_stream().synchronize()
+
+    def queue_s(self) -> tuple[float, float]:
+        if self.cuda is None or self.exchange is None:
+            return 0.0, 0.0
+        layer_s = median_s(lambda: self.forward(1, StopwatchLora())) / self.shapes.num_layers
+        self.cuda.current_stream().synchronize()
+        num_in, num_out = self.shapes.sizes[MODULES.index("q_proj")]
+        weights = GroupWeights(num_in, (1,), (num_out,), (0,), (num_in,))
+        x, y = (
+            torch.zeros(TYPICAL_TOKENS, width, dtype=self.dtype, device=self.device)
+            for width in (num_in, num_out)
+        )
+        with self.exchange.session(AssistStats()) as workers:
+            piece_s = median_s(lambda: _queue_pieces(self.exchange, workers, weights, x, y))  # type: ignore[arg-type]
+        self.cuda.current_stream().synchronize()
+        return layer_s, piece_s / NUM_QUEUED
 
     def slowdown(self, num_tokens: int) -> float:
         """1 where the device computes on no core."""
@@ -290,6 +316,16 @@ class LinkProbe:
         handle.wait_all()
         while not handle.done:  # on a GPU, queued and no more
             time.sleep(0)
+
+
+def _queue_pieces(
+    exchange: Exchange, workers: list[Worker], weights: GroupWeights, x: Tensor, y: Tensor
+) -> None:
+    for i in range(NUM_QUEUED if workers else 0):
+        exchange.begin_group(workers)
+        piece = Piece(0, x.shape[0], Form.FULL, weights, 0)
+        exchange.post(workers[i % len(workers)], piece, x)
+        y += exchange.take(piece, x)
 
 
 def _round_trip(worker: Worker, weights: GroupWeights, x: Tensor, y: Tensor) -> None:

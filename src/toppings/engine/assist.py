@@ -69,16 +69,16 @@ class Assist:
                 is_ordered=stream_ops is not None,
             )
         )
-        try:
-            self.profile = self._read_or_measure(profile_path(config, state_dir), runner)
-        except NoWorkersError:
-            self._workers.close()
-            raise
-        mode.calibrate(self.profile)
         host_arena = torch.from_numpy(adapters.host.arena.view).view(dtype)
         self._exchange: Exchange = HostExchange(self._workers, host_arena)
         if stream_ops is not None:
             self._exchange = self._stream_exchange(host_arena, stream_ops)
+        try:
+            self.profile = self._read_or_measure(profile_path(config, state_dir), runner)
+        except NoWorkersError:
+            self.close()
+            raise
+        mode.calibrate(self.profile)
         self._coordinator = Coordinator(
             adapters.pool,
             self._workers,
@@ -149,6 +149,8 @@ class Assist:
             shapes,
             pool.arena.dtype,
             cuda=torch.cuda if self._is_cuda else None,
+            device=pool.arena.device,
+            exchange=self._exchange,
         )
         return measure(
             probes,
