@@ -127,6 +127,9 @@ def test_each_mode_has_a_configuration_file(mode: str) -> None:
         (["synth", "adapters", "{tmp}/a", "--model", "{model}", "--ranks", "x"], "ranks are 'x'"),
         (["synth", "adapters", "{tmp}/a", "--model", "{model}", "--targets", "z"], "'z'"),
         (["plan", "--rank", "513", "--tokens", "8", "--state-dir", "{tmp}/s"], "rank is 513"),
+        (["plan", "--rank", "8"], "give --rank and --tokens"),
+        (["plan", "--rank", "8", "fleet"], "options of `toppings plan fleet` stand behind that name"),
+        (["plan", "fleet", "--synth", "busy", "--slo-tpt-ms", "40"], "unknown workload 'busy'"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

@@ -94,12 +94,13 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 def _options(command: Any) -> dict[tuple[str, ...], set[str]]:
     """Every verb with its options, those of verbs below it as well."""
+    own = {name for param in command.params for name in param.opts}
     if not isinstance(command, TyperGroup):
-        return {(): {name for param in command.params for name in param.opts}}
+        return {(): own}
     context = Context(command)
     groups = {name: command.get_command(context, name) for name in command.list_commands(context)}
     below = {(name, *verb): opts for name, sub in groups.items() for verb, opts in _options(sub).items()}
-    return {(): set().union(*below.values()), **below}
+    return {(): own.union(*below.values()), **below}
 
 
 SCRIPTS = {

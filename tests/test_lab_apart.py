@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from toppings import command
-from toppings.cli.profile import BATCHES
+from toppings.cli.profile import BATCHES, FLEETS
 
 SERVING = (
     *("toppings.cli.serving", "toppings.cli.adapters", "toppings.cli.profile", "toppings.cli.synth"),
@@ -75,3 +75,10 @@ def test_profile_has_a_verb_of_either_kind() -> None:
     context = typer.Context(group)
     assert group.list_commands(context) == ["cold-start", "products", "quantization", "batches"]
     assert group.get_command(context, "batches").get_short_help_str(200) == BATCHES["batches"][1]
+
+
+def test_plan_is_of_a_cold_start_or_of_a_fleet() -> None:
+    group = command.load_verb(command.VERBS, "plan")
+    context = typer.Context(group)
+    assert group.list_commands(context) == ["fleet"]
+    assert group.get_command(context, "fleet").get_short_help_str(200) == FLEETS["fleet"][1]

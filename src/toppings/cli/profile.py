@@ -15,11 +15,19 @@ BATCHES = {
         "Time steps of many batches and fit what they cost; a server with the same settings tells routers.",
     )
 }
+FLEETS = {
+    "fleet": (
+        "toppings.lab.capacity.cli",
+        "Find how many servers keep the objectives for a load, how to run them, and what that costs.",
+    )
+}
 app = typer.Typer(no_args_is_help=True)
 profile_app = typer.Typer(
     cls=lazy_group(BATCHES), no_args_is_help=True, help="Measure what decisions rest on."
 )
 app.add_typer(profile_app, name="profile")
+plan_app = typer.Typer(cls=lazy_group(FLEETS))
+app.add_typer(plan_app, name="plan")
 
 
 @profile_app.command("cold-start")
@@ -67,16 +75,25 @@ def profile_quantization(
         typer.echo(f"{name:>5} {value:10.3f} {value / found['none'] - 1:+8.2%}")
 
 
-@app.command(name="plan")
+@plan_app.callback(invoke_without_command=True)
 @with_settings
 def plan(
-    rank: Annotated[int, typer.Option(help="the adapter's rank")],
-    tokens: Annotated[int, typer.Option(help="tokens of the cold prefill")],
+    context: typer.Context,
+    rank: Annotated[int | None, typer.Option(help="the adapter's rank (needed)")] = None,
+    tokens: Annotated[int | None, typer.Option(help="tokens of the cold prefill (needed)")] = None,
     targets: Annotated[str, typer.Option(help="projections, or all")] = "q_proj,k_proj,v_proj",
     config: Annotated[Path | None, typer.Option(help="YAML settings; options override them")] = None,
     **settings: Any,
 ) -> None:
     """Show what `auto` would do with a cold adapter, and the times it predicts for each mode."""
+    if context.invoked_subcommand is not None:
+        if settings or config is not None or rank is not None or tokens is not None:
+            raise ValueError(
+                f"options of `toppings plan {context.invoked_subcommand}` stand behind that name"
+            )
+        return
+    if rank is None or tokens is None:
+        raise ValueError("give --rank and --tokens, of the adapter and of the cold prefill")
     from toppings.cold_start import print_plan
 
     resolved = Config.from_settings(settings, Config.from_yaml(config) if config else None)

@@ -12,22 +12,18 @@ import typer
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES
 from toppings.lab.figures import save_all
-from toppings.lab.options import FiguresDir, PrintJson, SettingsOf, parse_ranks, verb
+from toppings.lab.options import FiguresDir, PrintJson, SettingsOf, verb
 from toppings.lab.progress import progress_bar
 from toppings.lab.simulation import tables
 from toppings.lab.simulation.describe import describe
 from toppings.lab.simulation.figures import draw_attainment, draw_tpt, draw_trace
 from toppings.lab.simulation.metrics import RunSummary, summarize_run
-from toppings.sim.assign import TraceOptions
-from toppings.sim.readers import FORMATS, load_trace
+from toppings.lab.simulation.sources import FromFile, FromPreset, Source
 from toppings.sim.records import SimResult
 from toppings.sim.runs import SimJob, run_jobs
 from toppings.sim.settings import SimConfig, parse_slo_ms
-from toppings.sim.synth.arrivals import ARRIVALS
-from toppings.sim.synth.lengths import PARAMETERS as LENGTHS
-from toppings.sim.synth.popularity import POPULARITIES
-from toppings.sim.synth.workload import PRESETS, Workload, preset
-from toppings.sim.trace import Trace, write_trace
+from toppings.sim.synth.workload import PRESETS
+from toppings.sim.trace import write_trace
 
 app = typer.Typer(no_args_is_help=True)
 trace_app = typer.Typer(no_args_is_help=True, help="Traces of requests: make them, look at them.")
@@ -36,62 +32,11 @@ app.add_typer(trace_app, name="trace")
 DEFAULT_POLICIES = "random,first_fit,dlora,rank_aware"
 
 
-# --- what is asked of the servers ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Options that change what a trace or a workload says itself."""
-
-    rate: Annotated[
-        float | None, typer.Option(help="requests per second (default: the trace's or preset's own)")
-    ] = None
-    duration: Annotated[float | None, typer.Option(help="seconds (default: all; preset: its own)")] = None
-    adapters: Annotated[int | None, typer.Option(help="how many adapters")] = None
-    ranks: Annotated[str, typer.Option(help="ranks of the adapters, in turn")] = "8,16,32,64"
-    popularity: Annotated[
-        str | None, typer.Option(help=f"{', '.join(POPULARITIES)}; zipf:1.2, geometric:1.5")
-    ] = None
-    lengths: Annotated[str | None, typer.Option(help=f"{', '.join(LENGTHS)}; fixed:PROMPT:RESPONSE")] = None
-
-    def changes(self, **more: Any) -> dict[str, Any]:
-        """Fields of `TraceOptions` and `Workload` that were given."""
-        given = {
-            "rate": self.rate,
-            "duration_s": self.duration,
-            "num_adapters": self.adapters,
-            "popularity": self.popularity,
-            "lengths": self.lengths,
-            **more,
-        }
-        kept = {name: value for name, value in given.items() if value is not None}
-        return {**kept, "ranks": parse_ranks(self.ranks)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FromFile(_Source):
-    format_name: Annotated[str, typer.Option("--format", help=f"auto, {', '.join(FORMATS)}")] = "auto"
-    start: Annotated[float, typer.Option(help="leave out the trace's first seconds")] = 0.0
-
-    def load(self, path: Path, seed: int) -> Trace:
-        options = TraceOptions(start_s=self.start, seed=seed, **self.changes())
-        return load_trace(path, options, format_name=self.format_name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FromPreset(_Source):
-    arrivals: Annotated[str | None, typer.Option(help=f"{', '.join(ARRIVALS)}; gamma:CV")] = None
-    drift: Annotated[float | None, typer.Option(help="seconds between changes of popularity")] = None
-
-    def workload(self, name: str) -> Workload:
-        return replace(preset(name), **self.changes(arrivals=self.arrivals, drift_s=self.drift))
-
-
 # --- toppings trace ---
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthOptions(_FromPreset):
+class SynthOptions(FromPreset):
     path: Annotated[Path, typer.Argument(help="the CSV file to write")]
     preset: Annotated[str, typer.Option(help=f"what to begin with: {', '.join(PRESETS)}")] = "poisson-chat"
     seed: int = 0
@@ -108,7 +53,7 @@ def synth(options: SynthOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DescribeOptions(_FromFile):
+class DescribeOptions(FromFile):
     path: Annotated[Path, typer.Argument(help="the trace file")]
     seed: int = 0
     json_output: PrintJson = False
@@ -133,10 +78,8 @@ def describe_trace(options: DescribeOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulateOptions(_FromFile, _FromPreset):
+class SimulateOptions(Source):
     context: typer.Context
-    trace: Annotated[Path | None, typer.Option(help="a trace file")] = None
-    synth: Annotated[str | None, typer.Option(help=f"or a workload: {', '.join(PRESETS)}")] = None
     server: Annotated[dict[str, Any], SettingsOf(SimConfig)]
     policies: Annotated[str, typer.Option(help=f"some of {', '.join(POLICIES)}")] = DEFAULT_POLICIES
     perf_model: Annotated[str, typer.Option(help="JSON file, or a shipped one[:form]")] = "published"
@@ -164,17 +107,6 @@ class SimulateOptions(_FromFile, _FromPreset):
             **self.server,
         )
 
-    def sources(self, seeds: Sequence[int]) -> Sequence[Trace | Workload]:
-        """What each seed's simulation is asked. Raises ValueError for options that would be ignored."""
-        if self.trace is not None:
-            if self.arrivals or self.drift:
-                raise ValueError("--arrivals and --drift are of a workload; the trace has its own")
-            return [self.load(self.trace, seed) for seed in seeds]
-        assert self.synth is not None
-        if self.start or self.format_name != "auto":
-            raise ValueError("--start and --format are of a trace file")
-        return [self.workload(self.synth)] * len(seeds)
-
 
 @app.command("simulate")
 @verb
@@ -188,8 +120,6 @@ def simulate(options: SimulateOptions) -> None:
         validation = ValidationSpec(model=options.model, replays=options.replays, seed=options.seed)
         run_validation(validation, is_json=options.json_output, figures=options.figures)
         return
-    if (options.trace is None) == (options.synth is None):
-        raise ValueError(f"give either --trace FILE or --synth WORKLOAD, one of {', '.join(PRESETS)}")
     config, seeds = options.config(), range(options.seed, options.seed + options.seeds)
     sources = options.sources(seeds)
     jobs = [

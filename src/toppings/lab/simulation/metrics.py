@@ -67,6 +67,13 @@ def latencies_of(result: SimResult, of: NDArray[np.bool_] | None = None) -> Late
     return Latencies(ttft, e2e / result.num_tokens[ended], e2e)
 
 
+def attainment_of(result: SimResult, slo_ttft_ms: float, slo_tpt_ms: float) -> float:
+    """Share of all requests that ended within both objectives; NaN where there are none."""
+    latencies = latencies_of(result)
+    is_good = (latencies.ttft <= slo_ttft_ms) & (latencies.tpt <= slo_tpt_ms)
+    return _share(int(is_good.sum()), len(result.arrived_at))
+
+
 def summarize_run(result: SimResult) -> RunSummary:
     config, ended, totals = result.config, result.has_ended, result.instances
     num_ended, num_rejected = int(ended.sum()), int(result.is_rejected.sum())
