@@ -19,6 +19,7 @@ import pytest
 from torch import get_num_threads, set_num_threads
 
 from tests.ops.gpu_world import DEVICE, needs_triton
+from tests.waiting import wait_until
 from toppings.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -294,6 +295,29 @@ def test_all_sh_goes_on_after_a_failure_and_tells_of_it(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out.tar.gz") as archive:
         assert {"out/load.json", "out/cold_start.log", "out/summary.txt"} <= set(archive.getnames())
     assert "gone wrong" in (tmp_path / "out" / "cold_start.log").read_text()
+
+
+def test_all_sh_that_is_stopped_packs_what_there_is(tmp_path: Path) -> None:
+    """With an interpreter that tells a part of one script's result and then takes its time."""
+    part = json.dumps({"benchmark": "load", "is_partial": True, "aims": [], "rounds": 2})
+    fake, begun = tmp_path / "python", tmp_path / "begun"
+    real = f'PYTHONPATH="{ROOT}/src" exec "{sys.executable}" "$@"'
+    fake.write_text(
+        f"#!/bin/sh\ncase \"$1\" in\n*/load.py) echo '{part}'; touch '{begun}'; exec sleep 600;;\n"
+        f"*/summary.py) {real};;\n*/compile_here.py) ;;\n*) echo so >'{tmp_path}/others';;\nesac\n"
+    )
+    fake.chmod(0o755)
+    environment = {"PYTHON": str(fake), "PATH": "/usr/bin:/bin"}
+    command = [str(GPU_BENCHMARKS / "all.sh"), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as all_sh:
+        wait_until(begun.exists)
+        all_sh.terminate()
+        said, _ = all_sh.communicate(timeout=60)
+    assert all_sh.returncode == 143
+    assert "load             STOPPED" in said
+    assert not (tmp_path / "others").exists()
+    with tarfile.open(tmp_path / "out.tar.gz") as archive:
+        assert {"out/load.json", "out/summary.txt"} <= set(archive.getnames())
 
 
 @needs_triton
