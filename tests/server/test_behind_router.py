@@ -28,7 +28,7 @@ async def router(server: Server, url: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def http(router: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=router) as http:
+    async with httpx.AsyncClient(base_url=router, timeout=None) as http:
         yield http
 
 

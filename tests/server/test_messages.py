@@ -218,6 +218,6 @@ class TestWithAKey:
         async with anthropic.AsyncAnthropic(base_url=url, api_key="wrong", max_retries=0) as client:
             with pytest.raises(anthropic.AuthenticationError, match="key"):
                 await client.messages.create(model="base", max_tokens=1, messages=[USER])
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=None) as http:
             reply = await http.get(f"{url}/v1/models", headers={"X-Api-Key": "secret"})
             assert reply.status_code == 200
