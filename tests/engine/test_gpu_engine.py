@@ -14,10 +14,10 @@ from tests.engine.gpu_stand_in import UnsteadyDevice, stand_in
 from tests.engine.graph_fakes import FakeGraphs
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from tests.streams import Device
+from tests.waiting import PATIENCE_S
 from toppings.engine.engine import Engine
 from toppings.ops.device_faults import is_sticky
 
-PATIENCE_S = 60.0
 NUM_SEEDS = int(os.environ.get("TOPPINGS_RANDOM_SEEDS", "2"))
 """300 take some ten minutes."""
 RANKS = {"r4": 4, "r32": 32, "r16": 16, "r3": 3, "r40": 40}

@@ -6,7 +6,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import schemathesis
 
 from tests.server.conftest import Server
 from toppings.server.openapi import EXAMPLES, answer_models
@@ -124,6 +123,8 @@ def test_examples_fit_their_bodies(document: dict[str, Any]) -> None:
 
 
 def test_the_document_is_one_that_tools_read(document: dict[str, Any]) -> None:
+    import schemathesis  # not while tests are collected: it takes a second
+
     operations = list(schemathesis.openapi.from_dict(document).get_all_operations())
     assert [each.ok().label for each in operations]
     text = json.dumps(document)
