@@ -301,6 +301,7 @@ class EngineStats:
     counters: dict[
         str, float
     ]  # monotonic: preemptions, hits and misses per tier, evictions, steps, tokens ...
+    num_workers: int = 0  # processes of CPU assistance that are alive
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,11 @@ class Assist:
         """Replaces workers that died while nothing ran."""
         self._workers.restart_dead()
 
+    @property
+    def num_workers(self) -> int:
+        """Processes that are alive."""
+        return len(self._workers.pids)
+
     def counters(self) -> dict[str, float]:
         return {
             "assist_recomputed_slices": self._exchange.num_recomputed,

@@ -224,7 +224,14 @@ class Engine:
             **({} if self._assist is None else self._assist.counters()),
             "step_log_dropped": self._step_log.num_dropped,
         }
-        return snapshot(call_id, self.scheduler, self.adapters, counters, only_changes=only_changes)
+        return snapshot(
+            call_id,
+            self.scheduler,
+            self.adapters,
+            counters,
+            only_changes=only_changes,
+            num_workers=0 if self._assist is None else self._assist.num_workers,
+        )
 
     def check_integrity(self) -> None:
         """Nothing is lost or owned twice: pages, pins, requests."""

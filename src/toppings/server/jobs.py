@@ -135,7 +135,7 @@ class Job:
                 async for output in outputs:
                     if timer.num_tokens == 0:
                         lease.note_started()
-                    timer.note(output)
+                    self.state.metrics.note(timer, output)
                     self._note_cold(output, len(prompt))
                     lease.place.spend(len(output.token_ids))
                     if index % self.num_choices == 0:  # the others share what this one has computed
