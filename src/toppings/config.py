@@ -264,6 +264,16 @@ class ServerConfig(Settings):
         10.0, "seconds that running requests get to finish after SIGTERM", at_least=0
     )
     log_dir: str = setting("logs", "logs go to <log-dir>/<mode>/")
+    request_log: float = setting(
+        1.0,
+        "share of requests that have a line in requests.jsonl, by their ids (0: none; of what the server"
+        " failed, all have one where it is above 0)",
+        at_least=0,
+        at_most=1,
+    )
+    audit_log: str = setting(
+        "on", "write a line for each change of adapters, pins and keys to audit.jsonl", choices=SWITCH
+    )
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
     @property

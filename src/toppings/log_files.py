@@ -4,19 +4,26 @@ Several processes may append to one file: whoever finds it full moves it to `<na
 """
 
 import fcntl
+import json
 import logging
 import os
 import queue
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
+
+from toppings.settings import OFF
+from toppings.vital import VitalThread
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MAX_QUEUED_LINES = 4096
 LINGER_S = 1.0
 """How long the last lines may take to be written at the end."""
+RECORDS_LINGER_S = 2.0
+"""How long the last records of a `JsonLines` may."""
 COMPLAIN_S = 60.0
 """How often standard error is told that lines are being dropped."""
 
@@ -81,6 +88,60 @@ class RotatingFile:
             self._complain_at = time.monotonic() + COMPLAIN_S
             with suppress(OSError, ValueError):
                 print(f"{self.path} cannot be written, lines are dropped: {error}", file=sys.stderr)
+
+
+class JsonLines:
+    """Records appended to a file, one a line, by a thread of its own: no disk holds up who writes.
+
+    Writes nothing with an empty path or "off". A record that cannot be written, or comes while too many wait
+    for a slow disk, is dropped and counted.
+    """
+
+    def __init__(self, path: str, max_bytes: int = 0) -> None:
+        self._queue: queue.Queue[Mapping[str, object] | None] = queue.Queue(MAX_QUEUED_LINES)
+        self._num_overrun = 0
+        self._file: RotatingFile | None = None
+        if path and path != OFF:
+            self._file = RotatingFile(path, max_bytes)
+            self._thread = VitalThread(self._run, f"log-{Path(path).stem}")
+            self._thread.start()
+
+    @property
+    def is_on(self) -> bool:
+        return self._file is not None
+
+    @property
+    def num_dropped(self) -> int:
+        return self._num_overrun + (0 if self._file is None else self._file.num_dropped)
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Takes the record, which must not change any more."""
+        if self._file is not None:
+            try:
+                self._queue.put_nowait(record)
+            except queue.Full:
+                self._num_overrun += 1
+
+    def close(self) -> None:
+        """Returns when the last records are written, or within a few seconds."""
+        if self._file is not None:
+            with suppress(queue.Full):
+                self._queue.put(None, timeout=RECORDS_LINGER_S)
+                self._thread.join(RECORDS_LINGER_S)
+            self._file = None
+
+    def _run(self) -> None:
+        file = self._file
+        assert file is not None
+        file.append(b"")  # it is there from the start
+        while (record := self._queue.get()) is not None:
+            try:
+                line = json.dumps(record)
+            except (TypeError, ValueError):
+                self._num_overrun += 1
+                continue
+            file.append(line.encode() + b"\n")
+        file.close()
 
 
 class LogFileHandler(logging.Handler):

@@ -1,6 +1,7 @@
 """What clients may send: bodies, hosts, keys and names of every kind; the router itself never fails of it."""
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tests.cluster.conftest import Start
 from tests.cluster.fakes import FakeVllm, serving
 from toppings.access import why_not_changed
+from toppings.cluster.router.middlewares import NamingFormatter, request_id
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import ConfigError
 
@@ -148,3 +150,14 @@ async def test_a_performance_model_that_is_no_file_is_refused_at_once(
             body = {"url": "http://127.0.0.1:1", "perf_model": str(tmp_path / "pipe")}
             async with client.call("POST", "/instances", body) as response:
                 assert response.status == 400
+
+
+def test_lines_of_the_log_name_the_request_that_they_are_about() -> None:
+    formatter = NamingFormatter("%(levelname)s %(message)s")
+    record = logging.LogRecord("x", logging.INFO, __file__, 0, "on b: it failed", None, None)
+    assert formatter.format(record) == "INFO on b: it failed"
+    token = request_id.set("mine")
+    try:
+        assert formatter.format(record) == "INFO on b: it failed [request mine]"
+    finally:
+        request_id.reset(token)

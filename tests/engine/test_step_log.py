@@ -13,7 +13,6 @@ import pytest
 
 from tests.waiting import PATIENCE_S, wait_until
 from toppings import log_files
-from toppings.engine import step_log as step_log_module
 from toppings.engine.step_log import StepLog
 from toppings.log_files import LogFileHandler, QueuedHandler, RotatingFile, log_handlers
 
@@ -44,8 +43,8 @@ def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_log_module, "MAX_QUEUED_RECORDS", 10)
-    monkeypatch.setattr(step_log_module, "LINGER_S", 0.1)
+    monkeypatch.setattr(log_files, "MAX_QUEUED_LINES", 10)
+    monkeypatch.setattr(log_files, "RECORDS_LINGER_S", 0.1)
     monkeypatch.setattr(RotatingFile, "append", lambda self, data: time.sleep(PATIENCE_S))
     log = StepLog(str(tmp_path / "steps.jsonl"))
     for _ in range(100):

@@ -124,29 +124,34 @@ class AdapterAdmin:
             raise ApiError(400, message, INVALID)
         self.record(name)
         try:
-            record = await self._in_thread(self._state.registry.remove, name)
+            with self._state.audit.change("unload", adapter=name):
+                record = await self._in_thread(self._state.registry.remove, name)
         except AdapterNotFound as error:  # somebody else was faster
             raise _not_found(name) from error
         await self._remove_generation(record)
 
     async def pin(self, name: str, is_pinned: bool) -> None:
         """Keep an adapter on the device, now and after a restart, or let it be evicted again."""
-        registry, client = self._state.registry, self._state.client
         async with self._turn():  # not while a reload gives the name to another generation
             record = self.record(name)
+            with self._state.audit.change("pin" if is_pinned else "unpin", adapter=name):
+                await self._pin(record, is_pinned)
+
+    async def _pin(self, record: AdapterRecord, is_pinned: bool) -> None:
+        registry, client, name = self._state.registry, self._state.client, record.name
+        try:
+            if is_pinned:
+                await self._in_thread(registry.check_pin, name)
+            await client.pin_adapter(record.adapter_id, is_pinned)
             try:
-                if is_pinned:
-                    await self._in_thread(registry.check_pin, name)
-                await client.pin_adapter(record.adapter_id, is_pinned)
-                try:
-                    await self._in_thread(registry.set_pinned, name, is_pinned)
-                except BaseException:
-                    with suppress(RequestError, EngineDeadError):
-                        await client.pin_adapter(record.adapter_id, record.is_pinned)
-                    raise
-            except (RequestError, AdapterNotFound):
-                self.record(name)  # it may have been unloaded meanwhile
+                await self._in_thread(registry.set_pinned, name, is_pinned)
+            except BaseException:
+                with suppress(RequestError, EngineDeadError):
+                    await client.pin_adapter(record.adapter_id, record.is_pinned)
                 raise
+        except (RequestError, AdapterNotFound):
+            self.record(name)  # it may have been unloaded meanwhile
+            raise
 
     async def prefetch(self, name: str) -> None:
         """Have an adapter read into host memory before a request asks for it."""
@@ -189,7 +194,8 @@ class AdapterAdmin:
     ) -> AdapterRecord:
         registry = self._state.registry
         old = registry.find_named(name) if in_place else None
-        with _told(name, directory if source else None):
+        what = {"adapter": name, "path": source or str(directory), "origin": str(origin)}
+        with self._state.audit.change("load", **what), _told(name, directory if source else None):
             max_bytes = await self._in_thread(self._bytes_left, tenant, name)
             record = await self._in_thread(
                 partial(registry.register, roots=roots, max_bytes=max_bytes),

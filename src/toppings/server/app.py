@@ -28,7 +28,7 @@ from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware, check_role
 from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
-from toppings.server.exchange import ExchangeMiddleware
+from toppings.server.exchange import ExchangeMiddleware, Observer
 from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.methods import HeadMiddleware
 from toppings.server.metrics import Metrics
@@ -72,6 +72,7 @@ def create_app(
         redoc_url=None,
     )
     metrics = Metrics(client.info.model_name)
+    observers: list[Observer] = []
     state = ServerState(client, registry, text_model, config, metrics, book, perf_model)
     app.state.toppings = state
     app.state.admin = make_admin(state)
@@ -108,5 +109,6 @@ def create_app(
             allow_credentials=config.server.allow_credentials == "on",
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(ExchangeMiddleware, is_strict=config.server.strict_fields == "on")
+    app.state.observers = observers
+    app.add_middleware(ExchangeMiddleware, is_strict=config.server.strict_fields == "on", observers=observers)
     return app

@@ -64,6 +64,8 @@ def error_response(error: ApiError, exchange: Exchange | None = None) -> Respons
     """In the dialect of the route that was asked, in this exchange or the current one."""
     exchange = exchange or current_exchange.get()
     body = error.body()
+    if exchange is not None:
+        exchange.error = error.message
     if exchange is not None and exchange.is_message:
         body = {"type": "error", "error": message_error(error), "request_id": exchange.request_id}
     return json_response(body, error.status, headers=error.headers)

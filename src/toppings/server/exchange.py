@@ -1,6 +1,8 @@
 """One request and its answer: the id that both go by, and what of the request was not looked at."""
 
 import logging
+import time
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -9,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toppings.bad_input import shown
 from toppings.request_ids import REQUEST_ID, request_id_of
+from toppings.sampling_params import SamplingParams
+from toppings.server.metrics import RequestTimer
 from toppings.tenants.account import Account
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,11 @@ class Warned:
 
 @dataclass(slots=True)
 class Exchange:
-    """`is_strict`: fields that nobody knows are refused. `account`: who asks, once that is known."""
+    """`is_strict`: fields that nobody knows are refused. `account`: who asks, once that is known.
+
+    What became of it: `status` of the answer (0: none was begun), `model` that was asked for, its sequences'
+    `timers` and what they may draw, and the `error` that ended it. `started_at`: of `time.perf_counter`.
+    """
 
     request_id: str
     path: str = ""
@@ -49,6 +57,25 @@ class Exchange:
     warned: Warned = field(default_factory=Warned)
     ignored: dict[str, None] = field(default_factory=dict)
     account: Account | None = None
+    method: str = ""
+    client: str = ""
+    headers_in: list[tuple[bytes, bytes]] = field(default_factory=list)
+    started_at: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    model: str = ""
+    has_adapter: bool = False
+    sampling: SamplingParams | None = None
+    timers: list[RequestTimer] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def tenant(self) -> str:
+        """ "" for the administrator."""
+        return "" if self.account is None else self.account.name
+
+    def header(self, name: bytes) -> str:
+        """ "" where the request has none."""
+        return next((v.decode("latin-1") for n, v in self.headers_in if n == name), "")
 
     @property
     def is_message(self) -> bool:
@@ -79,6 +106,7 @@ class Exchange:
         return {**headers, IGNORED: ", ".join(names)}
 
 
+Observer = Callable[[Exchange], None]
 current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)
 
 
@@ -90,8 +118,10 @@ def exchange_of(scope: Scope) -> Exchange:
 class ExchangeMiddleware:
     """Outside of all others: every answer has the request's id, the client's own where that is of use."""
 
-    def __init__(self, app: ASGIApp, *, is_strict: bool) -> None:
+    def __init__(self, app: ASGIApp, *, is_strict: bool, observers: Sequence[Observer] = ()) -> None:
+        """`observers` are told of each exchange when it is over."""
         self._app = app
+        self._observers = observers
         self._is_strict = is_strict
         self._warned = Warned()
 
@@ -99,15 +129,11 @@ class ExchangeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name = REQUEST_ID.lower().encode()
-        given = next((value for header, value in scope["headers"] if header == name), b"")
-        exchange = Exchange(
-            request_id_of(given.decode("latin-1")), scope["path"], self._is_strict, self._warned
-        )
-        scope["toppings.exchange"] = exchange
+        exchange = self._begin(scope)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                exchange.status = message["status"]
                 own = [(name.encode(), value.encode()) for name, value in exchange.headers().items()]
                 message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
@@ -117,3 +143,18 @@ class ExchangeMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             current_exchange.reset(token)
+            for observe in self._observers:
+                observe(exchange)
+
+    def _begin(self, scope: Scope) -> Exchange:
+        exchange = scope["toppings.exchange"] = Exchange(
+            "",
+            scope["path"],
+            self._is_strict,
+            self._warned,
+            method=scope["method"],
+            client=(scope.get("client") or ("",))[0],
+            headers_in=scope["headers"],
+        )
+        exchange.request_id = request_id_of(exchange.header(REQUEST_ID.lower().encode()))
+        return exchange

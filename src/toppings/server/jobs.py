@@ -130,6 +130,10 @@ class Job:
         prompt = self.prompts[index // self.num_choices]
         timer = RequestTimer(self.started_at, len(prompt), self.target.adapter_id is not None)
         self.timers.append(timer)
+        if (exchange := current_exchange.get()) is not None:
+            exchange.model, exchange.has_adapter = self.target.name, timer.has_adapter
+            exchange.sampling = self.sampling
+            exchange.timers.append(timer)
         try:
             async with aclosing(self._outputs(index, prompt)) as outputs:
                 async for output in outputs:
@@ -143,6 +147,8 @@ class Job:
                     yield output
         except Exception as error:
             timer.outcome = "error"
+            if exchange is not None:
+                exchange.error = str(error)
             self._explain(error)
             raise
         finally:

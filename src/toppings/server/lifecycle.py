@@ -32,6 +32,7 @@ from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_connection_limit
 from toppings.server.exchange import current_exchange
 from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
+from toppings.server.records import keeping_records
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
 from toppings.sources.adapters import parse_source
@@ -128,7 +129,8 @@ async def _serve(config: Config, spawner: Spawner) -> int:
         client, registry, text, perf_model = startup.result()
         try:
             app = create_app(client, registry, text, config, perf_model)
-            return await run_until_stopped(config, app, client, listener, stop)
+            with keeping_records(app, config, run_dir(config)):
+                return await run_until_stopped(config, app, client, listener, stop)
         finally:
             await client.shutdown(0.0)
             registry.close()

@@ -38,12 +38,14 @@ class RequestTimer:
     outcome: str = "abort"
     queue_ms: float | None = None
     cold_start: ColdStart | None = None
+    num_cached_tokens: int = 0
     ended_at: float = field(default=0.0)
 
     def note(self, output: TextOutput) -> None:
         if self.first_at is None and (output.token_ids or output.finish_reason is not None):
             self.first_at = time.perf_counter()
             self.queue_ms, self.cold_start = output.queue_ms, output.cold_start
+            self.num_cached_tokens = output.num_cached_tokens or 0
         self.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self.outcome = str(output.finish_reason)

@@ -20,6 +20,7 @@ from toppings.detokenizer import TokenSource
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
+from toppings.server.audit_log import AuditLog
 from toppings.server.cold_starts import ColdStarts
 from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable
 from toppings.server.exchange import current_exchange
@@ -136,6 +137,7 @@ class ServerState:
         """Asks the adapter sources, where there are any."""
         self.is_draining = False
         self.cold_starts = ColdStarts()
+        self.audit = AuditLog()
         self.checker = StructureChecker(text.special_tokens, client.info.vocab_size)
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len

@@ -46,6 +46,9 @@ class TenantBook:
         self._by_digest: dict[bytes, Account] = {}
         self._delegated: dict[str, Account] = {}
         self._secret = secrets.token_bytes(32)
+        self.on_change: Callable[[TenantsFile, TenantsFile], None] | None = None
+        """Called with the file as it was and as it is now; perhaps by the thread that watches it."""
+        self._file = TenantsFile()
         self._mark: object = None
         self._fill(TenantsFile())
         if self._path is not None:
@@ -147,6 +150,9 @@ class TenantBook:
         if self._admin_digest is not None:
             by_digest[self._admin_digest] = self._admin
         self._accounts, self._by_digest = accounts, by_digest
+        before, self._file = self._file, file
+        if self.on_change is not None:
+            self.on_change(before, file)
 
 
 def _mark_of(path: Path) -> object:

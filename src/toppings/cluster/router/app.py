@@ -22,12 +22,20 @@ from toppings.cluster.router.dashboard import Dashboard
 from toppings.cluster.router.forward import forward
 from toppings.cluster.router.guard import Guard, check_load, check_use
 from toppings.cluster.router.instances import Instances, read_change
-from toppings.cluster.router.middlewares import LAYERS, Handler, account_of, add_id, request_id
+from toppings.cluster.router.middlewares import (
+    LAYERS,
+    Handler,
+    NamingFormatter,
+    account_of,
+    add_id,
+    request_id,
+)
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
+from toppings.log_files import LOG_FORMAT
 from toppings.open_files import raise_file_limit
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
@@ -254,9 +262,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
 def run_router(config: RouterConfig) -> None:
     """Serve until SIGINT or SIGTERM: requests in flight then get 30 s to end."""
     raise_file_limit()
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(NamingFormatter(LOG_FORMAT))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     asyncio.run(_serve(config))
 
 

@@ -77,7 +77,7 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
         try:
             return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
-            logger.info("request %s on %s: %s", request_id.get(), choice.instance_id, error)
+            logger.info("on %s: %s", choice.instance_id, error)
             if flight.move_to is not None:
                 flight.num_moves += 1
                 state.meters.moves.inc()
@@ -282,7 +282,7 @@ async def _cut(
     is_between_events: bool,
 ) -> None:
     message = f"server {flight.instance_id} {reason} after the first token; the answer is incomplete"
-    logger.warning("request %s: %s", request_id.get(), message)
+    logger.warning("%s", message)
     if response.content_type == replies.EVENT_STREAM:
         await response.write(
             replies.stream_error(flight.call.path, message, is_between_events=is_between_events)

@@ -1,5 +1,6 @@
 """What every answer of the router has: an id, and its form where a route or a method is not there."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 
@@ -15,6 +16,14 @@ request_id: ContextVar[str] = ContextVar("request_id")
 """Of the request that is being answered."""
 ACCOUNT = web.RequestKey("toppings.account", Account)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class NamingFormatter(logging.Formatter):
+    """Names the request that a line is about."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        return f"{line} [request {given}]" if (given := request_id.get("")) else line
 
 
 @web.middleware

@@ -1,0 +1,179 @@
+"""The request log and the audit log: what they say of requests and changes, and what they leave out."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import Server
+from tests.waiting import until
+from toppings.config import Config
+from toppings.log_files import RotatingFile
+from toppings.messages import ColdLayer, ColdStart
+from toppings.server.records import keeping_records
+from toppings.tenants.keys import add_key, revoke_key
+
+Read = Callable[[str], list[dict[str, Any]]]
+
+
+@contextmanager
+def kept(server: Server, directory: Path, **settings: object) -> Iterator[Read]:
+    config = Config.from_settings(settings, server.state.config)
+
+    def read(name: str) -> list[dict[str, Any]]:
+        file = directory / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    with keeping_records(server.app, config, directory):
+        yield read
+
+
+def register(server: Server, name: str) -> None:
+    server.registry.register(name, server.state.config.server.adapters + "/adapter-00000")
+
+
+async def test_a_request_has_a_line(server: Server, tmp_path: Path) -> None:
+    register(server, "a")
+    server.engine.num_cached_tokens = 2
+    server.engine.cold_start = ColdStart("disk", 10.0, 20.0, 5.0, 2.0, rank=4, num_bytes=7,
+                                         layers=[ColdLayer(None, 4, 4)])  # fmt: skip
+    with kept(server, tmp_path) as read:
+        body = {"model": "a", "prompt": "hello", "max_tokens": 4, "n": 2}
+        await server.http.post("/v1/completions", json=body, headers={"X-Request-Id": "mine"})
+    [line] = read("requests.jsonl")
+    assert abs(line["at"] - time.time()) < 3600
+    assert (line["request_id"], line["tenant"], line["path"]) == ("mine", "", "/v1/completions")
+    assert (line["model"], line["adapter"], line["status"], line["outcome"]) == ("a", "a", 200, "length")
+    assert (line["sequences"], line["completion_tokens"], line["cached_tokens"]) == (2, 8, 4)
+    assert (line["start"], line["queue_ms"]) == ("cold", 1.5)
+    assert 0 < line["ttft_ms"] <= line["e2e_ms"]
+    assert line["tpt_ms"] > 0
+    assert line["load"] == {
+        **{"tier": "disk", "rank": 4, "bytes": 7, "place": "cpu"},
+        **{"read_ms": 10.0, "copy_ms": 20.0, "exposed_ms": 5.0},
+    }
+
+
+async def test_what_was_refused_says_why(server: Server, tmp_path: Path) -> None:
+    with kept(server, tmp_path) as read:
+        await server.complete(model="nobody")
+        await server.complete(max_tokens=-1)
+        server.engine.error = "the device is gone"
+        await server.complete()
+        server.engine.died.set()
+        await server.complete()
+    lines = read("requests.jsonl")
+    told = [(line["status"], line["outcome"]) for line in lines]
+    assert told == [(404, "refused"), (400, "refused"), (500, "error"), (503, "error")]
+    assert "nobody" in lines[0]["error"]
+    assert lines[2]["error"] == "the device is gone"
+
+
+async def test_a_client_that_leaves_is_told_so(server: Server, url: str, tmp_path: Path) -> None:
+    server.engine.gate.clear()
+    with kept(server, tmp_path) as read:
+        async with httpx.AsyncClient() as http:
+            body = {"prompt": "hello", "stream": True}
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post(f"{url}/v1/completions", json=body, timeout=0.2)
+        await until(lambda: read("requests.jsonl"))
+    assert read("requests.jsonl")[0]["outcome"] == "abort"
+
+
+async def test_a_share_of_the_requests_is_the_same_on_every_server(server: Server, tmp_path: Path) -> None:
+    async def ask(directory: Path, share: float) -> set[str]:
+        server.app.state.observers.clear()
+        with kept(server, directory, request_log=share) as read:
+            for number in range(40):
+                headers = {"X-Request-Id": f"r{number}"}
+                await server.http.post(
+                    "/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=headers
+                )
+        return {line["request_id"] for line in read("requests.jsonl")}
+
+    half = await ask(tmp_path / "one", 0.5)
+    assert 5 < len(half) < 35
+    assert await ask(tmp_path / "two", 0.5) == half
+    assert await ask(tmp_path / "none", 0.0) == set()
+    assert not (tmp_path / "none" / "requests.jsonl").exists()
+
+
+async def test_what_the_server_failed_is_never_left_out(server: Server, tmp_path: Path) -> None:
+    server.engine.error = "broken"
+    with kept(server, tmp_path, request_log=1e-9) as read:
+        await server.complete()
+    assert [line["outcome"] for line in read("requests.jsonl")] == ["error"]
+
+
+async def test_only_what_asks_for_tokens_is_a_request(server: Server, tmp_path: Path) -> None:
+    with kept(server, tmp_path) as read:
+        await server.http.get("/v1/models")
+        await server.post("/tokenize", prompt="hello")
+    assert read("requests.jsonl") == []
+
+
+async def test_changes_of_adapters_are_told(server: Server, tmp_path: Path) -> None:
+    root = server.state.config.server.adapters
+    with kept(server, tmp_path) as read:
+        headers = {"X-Request-Id": "mine"}
+        body = {"lora_name": "new", "lora_path": f"{root}/adapter-00000"}
+        await server.http.post("/v1/load_lora_adapter", json=body, headers=headers)
+        await server.post("/v1/load_lora_adapter", **body)  # it is there already
+        await server.http.post("/adapters/new/pin", json={})
+        await server.http.request("DELETE", "/adapters/new/pin", json={})
+        await server.post("/v1/unload_lora_adapter", lora_name="new")
+    lines = read("audit.jsonl")
+    assert [(line["action"], line["outcome"]) for line in lines] == [
+        *[("load", "done"), ("load", "failed"), ("pin", "done"), ("unpin", "done"), ("unload", "done")]
+    ]
+    assert {line["adapter"] for line in lines} == {"new"}
+    assert (lines[0]["request_id"], lines[0]["client"]) == ("mine", "127.0.0.1")
+    assert "already" in lines[1]["error"]
+
+
+class TestTenants:
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> dict[str, object]:
+        (tmp_path / "tenants.yaml").write_text("tenants:\n  team: {}\nkeys: []\n")
+        return {"tenants_file": str(tmp_path / "tenants.yaml"), "api_key": "root"}
+
+    async def test_keys_that_come_and_go_are_told_by_their_ids(self, server: Server, tmp_path: Path) -> None:
+        file = tmp_path / "tenants.yaml"
+        with kept(server, tmp_path / "logs") as read:
+            key = add_key(file, "team")
+            await until(lambda: len(read("audit.jsonl")) == 1)
+            headers = {"Authorization": f"Bearer {key.text}"}
+            await server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=headers)
+            revoke_key(file, key.entry.id)
+            await until(lambda: len(read("audit.jsonl")) == 2)
+        [request] = read("requests.jsonl")
+        assert request["tenant"] == "team"
+        lines = read("audit.jsonl")
+        assert [(line["action"], line["key"], line["of"]) for line in lines] == [
+            ("add key", key.entry.id, "team"),
+            ("revoke key", key.entry.id, "team"),
+        ]
+        assert key.text not in (tmp_path / "logs" / "audit.jsonl").read_text()
+
+
+async def test_they_are_moved_aside_when_they_are_full(server: Server, tmp_path: Path) -> None:
+    with kept(server, tmp_path, max_log_bytes=400):
+        for _ in range(6):
+            await server.complete(max_tokens=1)
+    assert (tmp_path / "requests.jsonl.1").exists()
+
+
+async def test_a_full_disk_stops_no_request(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RotatingFile) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RotatingFile, "_open", full)
+    with kept(server, tmp_path):
+        assert (await server.complete(max_tokens=1)).status_code == 200
