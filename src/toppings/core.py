@@ -20,12 +20,17 @@ FUSED_MODULES: dict[str, tuple[int, ...]] = {"qkv_proj": GROUPS["qkv"], "gate_up
 """Names that some checkpoints have for a group's projections as one, and what it is made of."""
 
 
-def stored_modules(*, is_fused: bool) -> dict[str, tuple[int, ...]]:
-    """Of a layer, by a module's name in checkpoints: the projections (`MODULES` indices) it is made of."""
+def stored_modules(*, is_fused: bool, has_experts: bool) -> dict[str, tuple[int, ...]]:
+    """Of a layer, by a module's name in checkpoints: the projections (`MODULES` indices) it is made of.
+    Experts have others in the place of `gate_proj`, `up_proj` and `down_proj`."""
     own: dict[tuple[int, ...], str] = {(index,): name for index, name in enumerate(MODULES)}
     if is_fused:
         own = {(3,): "o_proj", (6,): "down_proj"} | {made: name for name, made in FUSED_MODULES.items()}
-    return {f"{'self_attn' if made[0] < 4 else 'mlp'}.{name}": made for made, name in sorted(own.items())}
+    return {
+        f"{'self_attn' if made[0] < 4 else 'mlp'}.{name}": made
+        for made, name in sorted(own.items())
+        if made[0] < 4 or not has_experts
+    }
 
 
 MAX_SALT_CHARS = 1024

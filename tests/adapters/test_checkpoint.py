@@ -208,6 +208,27 @@ def test_weights_are_refused_with_the_key(
         read_checkpoint(tmp_path, SHAPES)
 
 
+@pytest.mark.parametrize(
+    ("key", "shapes", "reason"),
+    [
+        ("mlp.experts.3.gate_proj", (False, True), "of an expert: LoRA on experts is not supported"),
+        ("mlp.gate_proj", (False, True), r"matches no .*\(q_proj, k_proj, v_proj, o_proj\)"),
+        (
+            "self_attn.q_proj",
+            (True, False),
+            r"matches no .*\(qkv_proj, o_proj, gate_up_proj, down_proj\)",
+        ),
+    ],
+)
+def test_modules_that_the_base_model_has_not_are_told_with_those_that_it_has(
+    tmp_path: Path, key: str, shapes: tuple[bool, bool], reason: str
+) -> None:
+    name = f"{PREFIX}{key}.lora_A.weight"
+    write_adapter(tmp_path, tensors={name: torch.zeros(4, HIDDEN)})
+    with pytest.raises(AdapterError, match=reason):
+        read_checkpoint(tmp_path, BaseShapes(SHAPES.num_layers, SHAPES.sizes, *shapes))
+
+
 def test_adapter_of_another_base_model_is_refused(tmp_path: Path) -> None:
     other = BaseShapes(SHAPES.num_layers, tuple((a * 2, b * 2) for a, b in SHAPES.sizes))
     write_adapter(tmp_path, shapes=other)

@@ -58,6 +58,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.1,
         "logits_scaling": 0.5,
     },
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
     "smollm3": {"pad_token_id": 0, "no_rope_layer_interval": 2},
 }
 
@@ -67,6 +75,8 @@ FUSED_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 def all_linear(family: str) -> tuple[str, ...]:
     """The projections by the names that the family's checkpoints have for them."""
+    if family in ("mixtral", "qwen3_moe"):  # experts' are no modules
+        return ALL_LINEAR[:4]
     return FUSED_LINEAR if family == "phi3" else ALL_LINEAR
 
 

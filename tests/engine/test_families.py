@@ -18,6 +18,7 @@ SAVED = {
     "olmo2": ["post_attention_layernorm", "q_norm", "norm"],
     "granite": ["embed_tokens", "lm_head"],
     "smollm3": ["input_layernorm", "embed_tokens"],
+    "qwen3_moe": ["post_attention_layernorm", "lm_head"],
 }
 KINDS: dict[str, Callable[[str], Any]] = {
     "linear": lambda family: LoraConfig(r=8, target_modules=list(all_linear(family))),
@@ -28,7 +29,9 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "tokens": lambda family: LoraConfig(
         r=4, target_modules=["o_proj"], trainable_token_indices=list(range(5, 300, 3))
     ),
-    "saved": lambda family: LoraConfig(r=4, target_modules=["down_proj"], modules_to_save=SAVED[family]),
+    "saved": lambda family: LoraConfig(
+        r=4, target_modules=["v_proj" if family != "phi3" else "down_proj"], modules_to_save=SAVED[family]
+    ),
 }
 
 

@@ -47,6 +47,7 @@ PHI_LONG_ROPE = {
     "partial_rotary_factor": 1.0,
 }
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 9}
+QWEN3_MOE = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": (
@@ -123,6 +124,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}),
+    "qwen3-moe": ("Qwen3Moe", {**QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3-moe-plain": ("Qwen3Moe", {**QWEN3_MOE, "attention_bias": True}),
     "smollm3": ("SmolLM3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     "smollm3-window": (
         "SmolLM3",

@@ -56,6 +56,22 @@ def test_half_precision_is_as_near_to_fp32_as_transformers_is(
         assert rms(run(decoder, IDS, cuts) - exact) < 1.25 * theirs
 
 
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe"])
+def test_experts_in_half_precision_are_as_near_to_fp32_as_transformers_are(
+    variant: str, tmp_path: Path
+) -> None:
+    """Of the median position: where two experts are nearly equal, rounding decides which is taken."""
+
+    def error(logits: torch.Tensor) -> float:
+        return (logits - exact).square().mean(-1).sqrt().median().item()
+
+    model = build(variant, torch.bfloat16)
+    decoder = Decoder.load(save(model, tmp_path))
+    exact = reference_logits(build(variant, torch.bfloat16).float(), IDS)
+    for cuts in SPLITS.values():
+        assert error(run(decoder, IDS, cuts)) < 1.25 * error(reference_logits(model, IDS))
+
+
 def test_with_longropes_other_frequencies_long_sequences_are_those_of_transformers(tmp_path: Path) -> None:
     model = build("phi3-longrope")
     save(model, tmp_path)

@@ -189,6 +189,28 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "weights elsewhere": ("llama", config(transformers_weights="other.safetensors"), "other.safetensors"),
     "too few layer types": ("qwen2", config(layer_types=["full_attention"]), "layer_types|not valid"),
+    "layers without experts": ("qwen3-moe", config(mlp_only_layers=[1]), r"mlp_only_layers is \[1\]"),
+    "more experts for a token than there are": (
+        "mixtral",
+        config(num_experts_per_tok=5),
+        "num_experts_per_tok is 5; it must be from 1 to 4",
+    ),
+    "fewer experts": ("qwen3-moe", config(num_local_experts=7, num_experts=7), "has shape|does not use"),
+    "attention to both sides": (
+        "gemma2",
+        config(use_bidirectional_attention=True),
+        "use_bidirectional_attention is set",
+    ),
+    "rotary positions for too few layers": (
+        "smollm3",
+        config(no_rope_layers=[1]),
+        "no_rope_layers|not valid",
+    ),
+    "a part of a head that is not even": (
+        "phi3-partial",
+        config(partial_rotary_factor=0.7, rope_parameters=None),
+        "partial_rotary_factor is 0.7",
+    ),
     "end tokens that are none": ("llama", config(eos_token_id="</s>"), "eos_token_id|not valid"),
 }
 

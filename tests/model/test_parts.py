@@ -61,9 +61,12 @@ def test_what_cannot_be_split_is_named(num_parts: int, problem: str) -> None:
         split_model(config, num_parts)
 
 
-def test_norms_over_all_heads_are_not_split(tmp_path: Path) -> None:
-    config = ModelConfig.from_checkpoint(make_model(tmp_path / "model", "olmo2"))
-    with pytest.raises(ValueError, match=r"has norms over all queries.*choose one of 1$"):
+@pytest.mark.parametrize(
+    ("family", "problem"), [("olmo2", "norms over all queries"), ("mixtral", "experts, which are not split")]
+)
+def test_what_is_not_split_yet_is_named(family: str, problem: str, tmp_path: Path) -> None:
+    config = ModelConfig.from_checkpoint(make_model(tmp_path / "model", family))
+    with pytest.raises(ValueError, match=rf"has {problem}.*choose one of 1$"):
         split_model(config, 2)
 
 

@@ -17,7 +17,7 @@ from toppings.adapters.peft_config import PeftConfig, shorten
 from toppings.adapters.peft_kinds import BIAS, MAGNITUDE, MAX_RANK, Target, product_rank
 from toppings.adapters.peft_matches import PeftMatches
 from toppings.adapters.stored_tensors import FLOATS, StoredTensor
-from toppings.core import MODULES, stored_modules
+from toppings.core import MODULES
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +56,10 @@ class CheckpointPlan:
         shapes: BaseShapes,
         base: BaseWeights | None,
     ) -> None:
-        stored_names = stored_modules(is_fused=shapes.is_fused)
         self._sites: dict[str, Site] = {
             f"model.layers.{layer}.{name}": (layer, modules)
             for layer in range(shapes.num_layers)
-            for name, modules in stored_names.items()
+            for name, modules in shapes.stored_modules.items()
         }
         self._config, self._shapes = config, shapes
         self._matches = PeftMatches(config, (*self._sites, *OUTSIDE_LAYERS))
@@ -206,7 +205,7 @@ def _explain_ignored(key: str) -> str:
 
 def _by_module(keys: list[str], config: PeftConfig, shapes: BaseShapes) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
-    names = {name.split(".")[-1]: name for name in stored_modules(is_fused=shapes.is_fused)}
+    names = {name.split(".")[-1]: name for name in shapes.stored_modules}
     for key in keys:
         module, part = _parse_key(key, config, shapes.num_layers, names)
         parts = found.setdefault(module, {})
@@ -237,6 +236,8 @@ def _parse_key(key: str, config: PeftConfig, num_layers: int, names: Mapping[str
 def _explain_key(key: str, names: Mapping[str, str]) -> str:
     if "modules_to_save" in key or _ADAPTER_PART.search(key) is None:
         return "is a whole weight; served are those of lm_head, embed_tokens and norms"
+    if ".experts." in key:
+        return "is of an expert: LoRA on experts is not supported"
     return f"matches no projection of the base model ({', '.join(names)})"
 
 

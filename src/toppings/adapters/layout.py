@@ -34,7 +34,7 @@ from itertools import accumulate
 from math import prod
 from typing import TypeAlias
 
-from toppings.core import GROUPS, MODULES
+from toppings.core import GROUPS, MODULES, stored_modules
 
 Extras: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """Of one layer: names and shapes."""
@@ -58,11 +58,17 @@ def offset_name(module: int) -> str:
 @dataclass(frozen=True)
 class BaseShapes:
     """What an adapter must match: the base model's layers and, per `MODULES` index, its (in, out) sizes.
-    `is_fused`: its checkpoints have some projections as one (`core.FUSED_MODULES`), which blocks have not."""
+    `is_fused`: its checkpoints have some projections as one (`core.FUSED_MODULES`), which blocks have not;
+    `has_experts`: in the place of the last three, to which no adapter can be put."""
 
     num_layers: int
     sizes: tuple[tuple[int, int], ...]
     is_fused: bool = field(default=False, compare=False)
+    has_experts: bool = field(default=False, compare=False)
+
+    @property
+    def stored_modules(self) -> dict[str, tuple[int, ...]]:
+        return stored_modules(is_fused=self.is_fused, has_experts=self.has_experts)
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1

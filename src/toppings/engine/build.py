@@ -182,9 +182,9 @@ def _build_engine(
     if followers is not None:
         followers.begin(num_pages, limits.max_model_len, adapters)
     # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
-    can_capture = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
-    if graphs is None and can_capture and config.cuda_graphs != "off":
-        graphs = CudaGraphs()
+    has_kernels = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
+    if graphs is None and has_kernels and config.cuda_graphs != "off" and not model.has_experts:
+        graphs = CudaGraphs()  # who goes to which expert is asked for on the host
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
@@ -197,7 +197,7 @@ def _build_engine(
         # Attention on the host takes the host's word for where prompts are, which no graph can follow.
         if config.cuda_graphs == "on" and dispatch.gpu_kernels("attention", cache.k[0]) is not None:
             runner.graphs = [*runner.graphs, PromptGraphs(*parts)]
-    if can_capture:
+    if has_kernels:
         from toppings.engine.compile_steps import compile_steps  # needs Triton
 
         inputs = InputBuilder(config.page_size, limits.max_model_len, staging)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from toppings.core import GROUPS
-from toppings.model.families import ACTIVATIONS, FAMILIES, PRE, Family, Norms
+from toppings.model.families import ACTIVATIONS, FAMILIES, PRE, ExpertNames, Family, Norms
 from toppings.model.files import read_generation_config, read_json, stored_float_dtype
 from toppings.model.remembered import remembered
 from toppings.model.ropes import Ropes, find_ropes, head_dim, layer_types
@@ -30,7 +30,8 @@ class ModelConfig:
     `families.Family` explains `qk_norm`, `norms`, `norm_base` and `is_fused`. What layers add is multiplied
     by `residual_multiplier`; embeddings by `embedding_multiplier`, which may be rounded to their type first.
     Attention's scores are q · k times `attention_scale`, logits are divided by `logits_divisor`; a softcap c
-    makes c · tanh(s / c) of either, 0 leaves them as they are.
+    makes c · tanh(s / c) of either, 0 leaves them as they are. With experts, `intermediate_size` is that of
+    one, and the weights of a token's add up to 1 if `are_routes_normalised`.
     """
 
     architecture: str
@@ -63,6 +64,10 @@ class ModelConfig:
     attention_softcap: float = 0.0
     logits_divisor: float = 1.0
     logits_softcap: float = 0.0
+    expert_names: ExpertNames | None = None
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    are_routes_normalised: bool = False
 
     @classmethod
     def from_checkpoint(cls, path: Path | str) -> "ModelConfig":
@@ -92,6 +97,10 @@ class ModelConfig:
         return replace(self, ropes=self.ropes._replace(tables=long[0], max_positions=long[1], long=None))
 
     @property
+    def has_experts(self) -> bool:
+        return self.expert_names is not None
+
+    @property
     def max_position_embeddings(self) -> int:
         return self.ropes.max_positions
 
@@ -119,7 +128,9 @@ class ModelConfig:
     def double_cost_len(self) -> float:
         """Tokens of context with which attending to them costs a token as many FLOPs as all projections: two
         per weight there; in attention, two per query value and key, and two per value, in each layer."""
-        return sum(num_in * num_out for num_in, num_out in self.base_shapes()[1]) / (2 * self.q_size)
+        *attention, gate, up, down = (num_in * num_out for num_in, num_out in self.base_shapes()[1])
+        feed_forward = (gate + up + down) * (self.num_experts_per_token if self.has_experts else 1)
+        return (sum(attention) + feed_forward) / (2 * self.q_size)
 
     def group_out_offsets(self) -> dict[str, tuple[int, ...]]:
         """Per projection group, the first column of each of its projections in the group's fused output."""
@@ -190,7 +201,6 @@ def _convert(source: Any, ropes: Ropes, architecture: str, generation: dict[str,
         architecture=architecture,
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
-        intermediate_size=source.intermediate_size,
         num_layers=source.num_hidden_layers,
         num_heads=source.num_attention_heads,
         num_kv_heads=source.num_key_value_heads,
@@ -210,7 +220,12 @@ def _convert(source: Any, ropes: Ropes, architecture: str, generation: dict[str,
         norms=family.norms,
         norm_base=family.norm_base,
         is_fused=family.is_fused,
-        **{"attention_scale": head_dim(source) ** -0.5, **family.numbers(source)},
+        expert_names=family.experts,
+        **{
+            "intermediate_size": source.intermediate_size,
+            "attention_scale": head_dim(source) ** -0.5,
+            **family.numbers(source),
+        },
     )
 
 

@@ -13,6 +13,7 @@ from toppings.model.config import ModelConfig
 from toppings.model.weights import read_weights
 from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
+from toppings.ops.experts import Experts
 from toppings.ops.linear import Linear, QuantizedLinear
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.quantized import BITS, quantize
@@ -77,6 +78,7 @@ class _Layer:
     head_norm: HeadNorm | None
     sliding_window: int | None
     rope: int  # which of the model's
+    experts: Experts | None  # in the place of the groups gate_up and down
 
     @classmethod
     def take(cls, weights: dict[str, Tensor], layer: int, config: ModelConfig, bits: int | None) -> "_Layer":
@@ -95,12 +97,26 @@ class _Layer:
                 group: _linear(
                     take(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None), bits
                 )
-                for group in ("qkv", "o", "gate_up", "down")
+                for group in (("qkv", "o") if config.has_experts else ("qkv", "o", "gate_up", "down"))
             },
             head_norm,
             config.sliding_windows[layer],
             config.ropes.of_layer[layer],
+            _take_experts(weights, prefix, config, bits) if config.has_experts else None,
         )
+
+
+def _take_experts(weights: dict[str, Tensor], prefix: str, config: ModelConfig, bits: int | None) -> Experts:
+    gate_up, down = (
+        [
+            _linear(each, None, bits)
+            for each in weights.pop(f"{prefix}experts.{group}.weight").chunk(config.num_experts)
+        ]
+        for group in ("gate_up", "down")
+    )
+    router, activation = Linear(weights.pop(prefix + "router.weight")), ACTIVATIONS[config.activation]
+    top_k, is_normalised = config.num_experts_per_token, config.are_routes_normalised
+    return Experts(router, gate_up, down, activation, top_k, is_normalised)
 
 
 @dataclass(frozen=True)
@@ -210,8 +226,7 @@ class Decoder:
             x = self._enter(step, index, attention_in, residual, x)
             x = self._leave(step, index, attention_out, self._attend(step, index, layer, x))
             x = self._enter(step, index, mlp_in, residual, x)
-            x = self._project(step, index, "down", self._gate(self._project(step, index, "gate_up", x)))
-            x = self._leave(step, index, mlp_out, x)
+            x = self._leave(step, index, mlp_out, self._feed_forward(step, index, layer, x))
         assert x is not None
         x, residual = x[rows], residual[rows]
         x = self._norm.add_(self._scaled(x), residual)
@@ -284,6 +299,11 @@ class Decoder:
             softcap=config.attention_softcap,
         )
         return self._project(step, index, "o", x)
+
+    def _feed_forward(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
+        if layer.experts is not None:
+            return layer.experts(x)
+        return self._project(step, index, "down", self._gate(self._project(step, index, "gate_up", x)))
 
     def _rotate_and_store(self, step: _Step, index: int, layer: _Layer, qkv: Tensor) -> None:
         k_cache, v_cache, slots = step.cache.k[index], step.cache.v[index], step.meta.slot_mapping

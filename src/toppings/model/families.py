@@ -18,6 +18,21 @@ class Norms(NamedTuple):
     mlp_out: str | None = None
 
 
+class ExpertNames(NamedTuple):
+    """A layer's modules by the names that the checkpoint gives them; {} is an expert's number."""
+
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{}.gate_proj"
+    up: str = "mlp.experts.{}.up_proj"
+    down: str = "mlp.experts.{}.down_proj"
+
+
+MIXTRAL_EXPERTS = ExpertNames(
+    "block_sparse_moe.gate",
+    "block_sparse_moe.experts.{}.w1",
+    "block_sparse_moe.experts.{}.w3",
+    "block_sparse_moe.experts.{}.w2",
+)
 PRE = Norms()
 SANDWICH = Norms(
     attention_out="post_attention_layernorm",
@@ -37,7 +52,8 @@ class Family:
     `norm_base` is added to the weights of all norms. `numbers`: fields of `ModelConfig` that config.json says
     and that other families have not. `is_fused`: the checkpoint has `qkv_proj` and `gate_up_proj`, which
     adapters target. `rotary`: "plain", "partial" (a part of each head may be turned), "by_type" (frequencies
-    by layer type) or "no_rope_layers" (some layers have none).
+    by layer type) or "no_rope_layers" (some layers have none). `experts`: they stand in the place of the
+    feed-forward layer.
     """
 
     model_type: str
@@ -53,6 +69,7 @@ class Family:
     numbers: Callable[[Any], dict[str, Any]] = _nothing
     is_fused: bool = False
     rotary: str = "plain"
+    experts: ExpertNames | None = None
 
 
 def _gemma(source: Any) -> dict[str, Any]:
@@ -68,6 +85,37 @@ def _gemma(source: Any) -> dict[str, Any]:
 
 def _gemma2(source: Any) -> dict[str, Any]:
     return {**_gemma(source), "attention_softcap": source.attn_logit_softcapping or 0.0}
+
+
+def _mixtral(source: Any) -> dict[str, Any]:
+    return _experts(source, source.num_local_experts, source.intermediate_size, is_normalised=True)
+
+
+def _qwen3_moe(source: Any) -> dict[str, Any]:
+    if source.mlp_only_layers or source.decoder_sparse_step != 1:
+        raise ValueError(
+            f"mlp_only_layers is {source.mlp_only_layers!r:.200} and decoder_sparse_step is "
+            f"{source.decoder_sparse_step!r}; only models with experts in all layers are supported"
+        )
+    is_normalised = bool(source.norm_topk_prob)
+    return _experts(
+        source, source.num_local_experts, source.moe_intermediate_size, is_normalised=is_normalised
+    )
+
+
+def _experts(source: Any, num_experts: Any, size: Any, *, is_normalised: bool) -> dict[str, Any]:
+    top_k = source.num_experts_per_tok
+    for name, value in (("number of experts", num_experts), ("experts' intermediate size", size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"the {name} is {value!r}; it must be a whole number of at least 1")
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise ValueError(f"num_experts_per_tok is {top_k!r}; it must be from 1 to {num_experts}")
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_token": top_k,
+        "intermediate_size": size,
+        "are_routes_normalised": is_normalised,
+    }
 
 
 def _granite(source: Any) -> dict[str, Any]:
@@ -120,6 +168,15 @@ FAMILIES = {
         rotary="by_type",
     ),
     "GraniteForCausalLM": Family("granite", heeds_attention_bias=True, heeds_mlp_bias=True, numbers=_granite),
+    "MixtralForCausalLM": Family("mixtral", has_window=True, numbers=_mixtral, experts=MIXTRAL_EXPERTS),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        qk_norm="head",
+        has_window=True,
+        heeds_attention_bias=True,
+        numbers=_qwen3_moe,
+        experts=ExpertNames(),
+    ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         has_window=True,

@@ -122,6 +122,7 @@ def _plan(config: ModelConfig) -> Iterator[tuple[str, _Piece]]:
     yield "model.norm.weight", _Piece("norm", 0, hidden)
     for layer in range(config.num_layers):
         yield from _layer_plan(config, f"model.layers.{layer}.", f"layers.{layer}.")
+        yield from _expert_plan(config, f"model.layers.{layer}.", f"layers.{layer}.")
 
 
 def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, _Piece]]:
@@ -135,13 +136,28 @@ def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple
             yield f"{source}self_attn.{norm}.weight", _Piece(f"{target}{norm}", 0, shape)
     _, sizes = config.base_shapes()
     biases = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
-    for name, modules in stored_modules(is_fused=config.is_fused).items():
+    stored = stored_modules(is_fused=config.is_fused, has_experts=config.has_experts)
+    for name, modules in stored.items():
         group = next(group for group, members in GROUPS.items() if modules[0] in members)
         start = sum(sizes[module][1] for module in GROUPS[group] if module < modules[0])
         num_in, num_out = sizes[modules[0]][0], sum(sizes[module][1] for module in modules)
         yield f"{source}{name}.weight", _Piece(f"{target}{group}.weight", start, (num_out, num_in))
         if biases[group]:
             yield f"{source}{name}.bias", _Piece(f"{target}{group}.bias", start, (num_out,))
+
+
+def _expert_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, _Piece]]:
+    """All experts one below the other, gate and up of each together."""
+    if (names := config.expert_names) is None:
+        return
+    hidden, size = config.hidden_size, config.intermediate_size
+    yield f"{source}{names.router}.weight", _Piece(f"{target}router.weight", 0, (config.num_experts, hidden))
+    for expert in range(config.num_experts):
+        gate_up, down = f"{target}experts.gate_up.weight", f"{target}experts.down.weight"
+        start = 2 * expert * size
+        yield f"{source}{names.gate.format(expert)}.weight", _Piece(gate_up, start, (size, hidden))
+        yield f"{source}{names.up.format(expert)}.weight", _Piece(gate_up, start + size, (size, hidden))
+        yield f"{source}{names.down.format(expert)}.weight", _Piece(down, expert * hidden, (hidden, size))
 
 
 def _check(path: Path, plan: dict[str, _Piece], places: dict[str, Any], config: ModelConfig) -> None:
