@@ -54,6 +54,13 @@ def check_cpu_lora(result: Result) -> None:
     assert result["peak_gflops"] > 0
 
 
+def check_prefix_routing(result: Result) -> None:
+    assert all(0 < row["choose_us"] < row["place_us"] for row in result["decisions"])
+    cached = {row["case"]: row["cached"] for row in result["simulated"]}
+    assert cached["rank_aware, on"] > cached["rank_aware, off"]
+    assert cached["one server"] > 0
+
+
 def check_router_proxy(result: Result) -> None:
     for pattern in ("burst", "paced"):
         figures = result[pattern]
@@ -117,6 +124,7 @@ CHECKS: dict[str, Callable[[Result], None]] = {
     "ipc": check_ipc,
     "cpu_lora": check_cpu_lora,
     "router_proxy": check_router_proxy,
+    "prefix_routing": check_prefix_routing,
 }
 
 

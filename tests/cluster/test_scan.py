@@ -50,6 +50,8 @@ def reference(
         totals = (per_token + load) * num + load + wait
         tpt = tpt + load + wait
         has_room = num < instances.max_num_seqs
+    if instances.found_tokens.any():
+        totals = totals + added[PREFILL] / request.response_tokens
     keeps_slo = tpt <= slo_ms
     for costs in (np.where(has_room & keeps_slo, totals, np.inf), np.where(has_room, tpt, np.inf), num):
         row = least_row(np.round(costs, DECIMALS), instances)
@@ -102,9 +104,11 @@ def test_the_scan_decides_as_array_operations_do(form: str, weighs_residency: bo
     for seed in range(150):
         rng = np.random.default_rng(seed)
         fleet, request = random_fleet(rng, models), random_request(rng, "new")
+        found = np.floor(request.prompt_tokens * rng.random(len(fleet)) * (rng.random(len(fleet)) < 0.3))
+        instances = fleet.finding(found) if seed % 2 else fleet
         slo_ms = float(rng.choice([1.0, 34.0, 36.0, np.inf]))
-        choice = least_cost(request, fleet, slo_ms, weighs_residency=weighs_residency)
-        expected = reference(request, fleet, slo_ms, weighs_residency=weighs_residency)
+        choice = least_cost(request, instances, slo_ms, weighs_residency=weighs_residency)
+        expected = reference(request, instances, slo_ms, weighs_residency=weighs_residency)
         if expected is None or choice is None:
             assert choice is None
             assert expected is None

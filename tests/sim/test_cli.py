@@ -57,7 +57,7 @@ def test_a_trace_file_is_simulated_and_the_seeds_are_summed_up(tmp_path: Path) -
         (("simulate", *SMALL, "--slo", "quick"), "slo is 'quick'"),
         (("simulate", *SMALL, "--ranks", "8;16"), "ranks are '8;16'; write numbers with commas"),
         (("simulate", *SMALL, "--perf-model", "no.json"), "cannot read performance model 'no.json'"),
-        (("simulate", "--trace", "t.csv", "--drift", "3"), "--arrivals and --drift are of a workload"),
+        (("simulate", "--trace", "t.csv", "--drift", "3"), "--arrivals, --drift and --turns are"),
     ],
 )
 def test_what_a_user_did_wrong_is_said(arguments: tuple[str, ...], reason: str) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import BoolArray, Instances
 from toppings.cluster.placement import EMPTY_PLAN, Placement, Plan
@@ -22,6 +24,7 @@ from toppings.cluster.placement.demand import DemandMeter
 from toppings.cluster.placement.sizing import desired_instances
 from toppings.cluster.placement.steering import steer
 from toppings.cluster.policies import Policy
+from toppings.cluster.prefixes import PrefixIndex
 from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.cluster.snapshot import Choice, InstanceSnapshot, Move, RequestSnapshot
 
@@ -88,6 +91,8 @@ class Dispatcher:
         self.policy, self.fleet = policy, Fleet(instances)
         self.placement, self.plan = placement, None if placement is None else EMPTY_PLAN
         self._meter = DemandMeter(ticks_per_s)
+        self._prefixes = PrefixIndex()
+        self._prefixes.set_instances(self.fleet.ids)
         self.lengths = ResponseLengths(response_tokens)
         self._is_own = is_own
         self._places: dict[str, str] = {}  # of each request on its way, the instance
@@ -104,6 +109,7 @@ class Dispatcher:
         of that id.
         """
         self.fleet.add_instance(snapshot)
+        self._prefixes.set_instances(self.fleet.ids)
         self._known[snapshot.instance_id] = _Knowledge(keeps_model)
 
     def remove_instance(self, instance_id: str) -> None:
@@ -111,9 +117,14 @@ class Dispatcher:
         for request_id in self.fleet.request_ids(instance_id):
             self._places.pop(request_id, None)
         self.fleet.remove_instance(instance_id)
+        self._prefixes.set_instances(self.fleet.ids)
         del self._known[instance_id]
         self._recent.pop(instance_id, None)
         self._avoided.pop(instance_id, None)
+
+    def forget_prefixes(self, instance_id: str) -> None:
+        """Its cache is empty: it went down."""
+        self._prefixes.forget(instance_id)
 
     def avoid(self, instance_id: str, until: float) -> None:
         """Until then it gets requests only where there is no other."""
@@ -145,12 +156,17 @@ class Dispatcher:
         self._meter.note(request, now)
         if among is not None:
             instances = instances.among(among)
+        depths = self._prefixes.depths(request.blocks)
+        if depths is not None:
+            found = np.minimum(depths * request.block_tokens, request.prompt_tokens - 1).round()
+            instances = instances.finding(found)
         if self.plan is None or request.adapter is None:
             choice = self.policy.choose(request, instances)
         else:
             homes = self.fleet.rows_of(self.plan.homes_of(request.adapter))
             choice = steer(request, instances, homes, self.policy)
         if choice is not None:
+            request.cached_tokens = 0 if depths is None else int(instances.found_tokens[choice.row])
             self._book(request, choice.instance_id)
         return choice
 
@@ -180,6 +196,7 @@ class Dispatcher:
         """The request is there from now on, wherever it was before."""
         if self._places.get(request.request_id) != instance_id:
             self.ended(request.request_id)
+            request.cached_tokens = 0
             self._book(request, instance_id)
 
     def _book(self, request: RequestSnapshot, instance_id: str) -> None:
@@ -187,6 +204,9 @@ class Dispatcher:
         adapter = request.adapter
         self._places[request.request_id] = instance_id
         row = self.fleet.enqueue(instance_id, request)
+        if request.blocks:
+            num_cached = float(self.fleet.kv_tokens_total[row]) / request.block_tokens
+            self._prefixes.note(instance_id, request.blocks, num_cached)
         if adapter is None:
             return
         self.fleet.on_device[row].add(adapter)

@@ -149,9 +149,8 @@ class Fleet(Instances):
         if request.request_id in waiting or request.request_id in account.running:
             raise ValueError(f"request {request.request_id!r} is on instance {instance_id!r} already")
         waiting[request.request_id] = request
-        tokens = request.prompt_tokens
-        account.waiting.add(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
-        account.active.add(request.rank, request.adapter, 1, tokens, request.adapter_bytes)
+        account.waiting.add(request.rank, request.adapter, *_prefill_of(request))
+        account.active.add(request.rank, request.adapter, 1, request.prompt_tokens, request.adapter_bytes)
         self._note_adapters(row, account.active)
         self._changed[DECODE].add(row)
         self._changed[PREFILL].add(row)
@@ -162,8 +161,7 @@ class Fleet(Instances):
         row = self._rows[instance_id]
         account, request = self._accounts[row], self.queued[row].pop(request_id)
         account.running[request_id] = request
-        tokens = request.prompt_tokens
-        account.waiting.remove(request.rank, request.adapter, tokens, tokens * (tokens + 1) / 2)
+        account.waiting.remove(request.rank, request.adapter, *_prefill_of(request))
         self._changed[PREFILL].add(row)
 
     def grow(self, instance_id: str, request_id: str, num_tokens: int) -> None:
@@ -274,3 +272,9 @@ class Fleet(Instances):
                 cells[at] = value
                 at += num
             max_ranks[kind * num + row] = sums.max_rank
+
+
+def _prefill_of(request: RequestSnapshot) -> tuple[int, float]:
+    """Its tokens that are to be computed, and the keys that they attend to."""
+    cached, tokens = request.cached_tokens, request.prompt_tokens - request.cached_tokens
+    return tokens, tokens * (cached + (tokens + 1) / 2)

@@ -37,6 +37,7 @@ COLUMNS = (
     "num_adapters",
     "link_ms_per_byte",
     "disk_ms_per_byte",
+    "found_tokens",
 )
 LISTS = ("ids", "active", "queued_adapters", "queued", "on_device", "on_host")
 
@@ -49,7 +50,8 @@ class Instances:
     [2, F, N] are each instance's coefficients for the two, `max_ranks` [2, N] the batches' largest ranks;
     `kv_tokens_*`, `max_num_seqs`, `max_adapters`, `adapter_bytes_total` are limits (inf: unknown);
     `num_adapters` are in use by the requests there, and take `adapter_bytes_used` together;
-    `link_ms_per_byte`, `disk_ms_per_byte` are what loading an adapter costs.
+    `link_ms_per_byte`, `disk_ms_per_byte` are what loading an adapter costs; `found_tokens` are those of the
+    prompt in question that a server need not compute.
 
     Lists of length N: `ids`; `active` and `queued_adapters`, adapter to its number of requests, of all and
     of those that wait; `queued`, the waiting requests by id, oldest first; `on_device`, `on_host`, adapters.
@@ -65,6 +67,7 @@ class Instances:
         self.adapter_bytes_total, self.adapter_bytes_used = np.zeros(0), np.zeros(0)
         self.num_adapters = np.zeros(0)
         self.link_ms_per_byte, self.disk_ms_per_byte = np.zeros(0), np.zeros(0)
+        self.found_tokens = np.zeros(0)
         self.uses_distinct_ranks = False  # whether any model has a coefficient for them
         self.counts_slots = False  # whether any tells how many adapters fit, but not their bytes
         self.ids: list[str] = []
@@ -96,7 +99,7 @@ class Instances:
         self._settle()
         return (
             *(self.is_open, self.models, self._batches, self._max_ranks),
-            *(self.kv_tokens_total, self.kv_tokens_used, self.max_num_seqs),
+            *(self.kv_tokens_total, self.kv_tokens_used, self.max_num_seqs, self.found_tokens),
         )
 
     @property
@@ -151,10 +154,14 @@ class Instances:
 
     def step_ms_with(self, request: RequestSnapshot) -> FloatArray:
         """What they would take with the request added, ms [2, N]."""
-        rank, tokens = request.rank, request.prompt_tokens
-        decode = (0, 1, 0, rank, rank, tokens, 1, 0)
-        prefill = (0, tokens, 0, tokens * rank, rank, tokens * (tokens + 1) / 2, 1, 0)
-        added = self.batches + np.array(decode + prefill).reshape(2, len(FEATURES), 1)
+        rank, found, one = request.rank, self.found_tokens, np.ones(len(self))
+        tokens = request.prompt_tokens - found
+        decode = (0, 1, 0, rank, rank, request.prompt_tokens, 1, 0)
+        attended = tokens * (found + (tokens + 1) / 2)
+        prefill = (0, tokens, 0, tokens * rank, rank, attended, 1, np.where(tokens > 1, found, 0))
+        added = self.batches + np.stack([each * one for each in decode + prefill]).reshape(
+            2, len(FEATURES), -1
+        )
         added[:, STEPS] = 1.0
         np.multiply(added[:, TOKENS], np.maximum(self._max_ranks, rank), out=added[:, PADDED_RANKS])
         if self.uses_distinct_ranks and request.adapter is not None:
@@ -162,6 +169,12 @@ class Instances:
             added[PREFILL, DISTINCT_RANK_SUM, rows_with(request.adapter, self.queued_adapters)] -= rank
         ms: FloatArray = np.einsum("bfn,bfn->bn", self.models, added)
         return ms
+
+    def finding(self, tokens: FloatArray) -> "Instances":
+        """The same instances, asked about a prompt of which they need not compute so many tokens [N]."""
+        view = copy.copy(self)
+        view.found_tokens = tokens
+        return view
 
     def among(self, mask: BoolArray) -> "Instances":
         """The same instances, with only those of `mask` [N] open."""

@@ -13,6 +13,7 @@ from toppings.cluster.instances import DECODE, PREFILL, Instances, rows_with
 from toppings.cluster.perf_model import (
     CONTEXT_TOKENS,
     DISTINCT_RANK_SUM,
+    GATHERED_TOKENS,
     PADDED_RANKS,
     RANK_SUM,
     SEQUENCES,
@@ -27,7 +28,7 @@ _NO_LOADS = np.zeros(0)
 _COLUMN, _COLUMNS, _BATCHES = float64[:], float64[:, :], float64[:, :, :]
 _SIGNATURE = types.Tuple((int64, boolean, float64))(
     *(boolean[:], _BATCHES, _BATCHES, _COLUMNS),  # is_open, models, batches, max_ranks
-    *(_COLUMN, _COLUMN, _COLUMN),  # kv_total, kv_used, max_seqs
+    *(_COLUMN, _COLUMN, _COLUMN, _COLUMN),  # kv_total, kv_used, max_seqs, found
     *(boolean[:, :], _COLUMN),  # is_known, load_ms
     *(float64, float64, float64, float64),  # rank, prompt, response, slo_ms
 )
@@ -61,6 +62,7 @@ def _scan(  # type: ignore[no-untyped-def]
     kv_total,
     kv_used,
     max_seqs,
+    found,
     is_known,
     load_ms,
     rank,
@@ -74,14 +76,18 @@ def _scan(  # type: ignore[no-untyped-def]
     kept_row, roomy_row, open_row = NONE, NONE, NONE
     kept_tpt = roomy_tpt = open_tpt = 0.0
     weighs_loads, knows = load_ms.shape[0] > 0, is_known.shape[1] > 0
+    weighs_prefixes = found.any()
     for row in range(is_open.shape[0]):
         if not is_open[row]:
             continue
         num = batches[DECODE, TOKENS, row]
         knows_active, knows_queued = knows and is_known[DECODE, row], knows and is_known[PREFILL, row]
         decode = _added_ms(models, batches, max_ranks, DECODE, row, rank, 1.0, prompt, knows_active)
-        attended = prompt * (prompt + 1.0) / 2.0
-        prefill = _added_ms(models, batches, max_ranks, PREFILL, row, rank, prompt, attended, knows_queued)
+        new = prompt - found[row]
+        attended = new * (found[row] + (new + 1.0) / 2.0)
+        prefill = _added_ms(models, batches, max_ranks, PREFILL, row, rank, new, attended, knows_queued)
+        if new > 1.0:
+            prefill += models[PREFILL, GATHERED_TOKENS, row] * found[row]
         tpt = decode
         for feature in range(models.shape[1]):
             tpt += models[DECODE, feature, row] * batches[DECODE, feature, row]
@@ -97,6 +103,8 @@ def _scan(  # type: ignore[no-untyped-def]
             has_room = False
         tpt += own
         cost = per_token * num + own
+        if weighs_prefixes:
+            cost += prefill / response
         if has_room and tpt <= slo_ms and _is_less(cost, num, kept):
             kept, kept_row, kept_tpt = (cost, num), row, tpt
         if has_room and _is_less(tpt, num, roomy):

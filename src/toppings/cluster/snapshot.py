@@ -1,6 +1,7 @@
 """What a routing policy is given and what it answers."""
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from toppings.cluster.perf_model import PerfModel
@@ -10,8 +11,11 @@ from toppings.cluster.perf_model import PerfModel
 class RequestSnapshot:
     """One request as routing sees it; `response_tokens` is what it is expected to generate.
 
-    `adapter` is None and `rank` 0 for the base model; `adapter_bytes` is 0 where the size is unknown. Nobody
-    changes one; it is not frozen since one is made for every decision, and that would take four times longer.
+    `adapter` is None and `rank` 0 for the base model; `adapter_bytes` is 0 where the size is unknown.
+    `blocks` name what its prompt begins with, `block_tokens` tokens each (`prefixes.py`); `cached_tokens` of
+    it are believed to be on the server where it is, and are set by whoever counts it there. Nobody changes
+    anything else; it is not frozen since one is made for every decision, and that would take four times
+    longer.
     """
 
     request_id: str
@@ -20,6 +24,9 @@ class RequestSnapshot:
     prompt_tokens: int
     response_tokens: float
     adapter_bytes: int = 0
+    blocks: Sequence[Hashable] = ()
+    block_tokens: float = 0.0
+    cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.prompt_tokens < 0 or self.response_tokens <= 0:

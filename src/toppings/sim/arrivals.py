@@ -30,6 +30,8 @@ class Arrivals:
         self._instants = _instants(self.at_ns)
         self._adapters, self._prompts = trace.adapters.tolist(), trace.prompt_tokens.tolist()
         self._num_routers = config.num_routers
+        shares = config.prefix_routing == "on" and config.enable_prefix_caching == "on"
+        self._blocks = trace.blocks if shares else None
         self._owners, self._indices = [("", 1.0)], None
         if trace.tenants is not None:
             self._owners = list(zip(trace.tenants.names, trace.tenants.weights))
@@ -58,7 +60,7 @@ class Arrivals:
 
     def snapshot(self, request: SimRequest, response_tokens: float) -> RequestSnapshot:
         """What its router knows: `response_tokens` is a guess."""
-        adapter = self._adapters[request.index]
+        adapter, blocks = self._adapters[request.index], self._blocks
         return RequestSnapshot(
             request.request_id,
             self.adapter_names[adapter],
@@ -66,6 +68,8 @@ class Arrivals:
             self._prompts[request.index],
             response_tokens,
             self.adapter_bytes[adapter],
+            () if blocks is None else [(adapter, each) for each in blocks[request.index]],
+            0.0 if blocks is None else blocks.block_len,
         )
 
 

@@ -92,7 +92,7 @@ def trace_of_lengths(
     origin: str,
     blocks: PromptBlocks | None = None,
 ) -> Trace:
-    """A trace of requests [N] in any order with known lengths: adapters are drawn.
+    """A trace of requests [N] in any order with known lengths: adapters are drawn, once for a conversation.
 
     Requests without prompt or response tokens failed: they are left out and counted. Time starts with the
     first.
@@ -107,6 +107,9 @@ def trace_of_lengths(
     adapters = draw_adapters(
         options.popularity, num_adapters, len(order), generator(options.seed, "popularity")
     )
+    if blocks is not None:
+        blocks = blocks.take(order)
+        adapters = of_talks(adapters, blocks, prompt[order])
     trace = Trace(
         arrivals_s,
         adapters,
@@ -116,9 +119,25 @@ def trace_of_lengths(
         max(float(arrivals_s[-1]), 1e-9),
         origin,
         num_dropped=num_dropped,
-        blocks=None if blocks is None else blocks.take(order),
+        blocks=blocks,
     )
     return windowed(trace, options)
+
+
+def of_talks(adapters: IntArray, blocks: PromptBlocks, prompts: IntArray) -> IntArray:
+    """The same draws [N], but a prompt that goes on behind the last full block of an earlier one has that
+    one's adapter. Its first block is none to go on from: it may be a system prompt that all begin with.
+    """
+    chosen, ends = adapters.copy(), dict[int, int]()
+    for row, num_tokens in enumerate(prompts.tolist()):
+        ids = blocks[row]
+        earlier = next((ends[each] for each in reversed(ids[1:]) if each in ends), None)
+        if earlier is not None:
+            chosen[row] = earlier
+        num_full = min(num_tokens // blocks.block_len, len(ids))
+        if num_full > 1:
+            ends[ids[num_full - 1]] = int(chosen[row])
+    return chosen
 
 
 def windowed(trace: Trace, options: TraceOptions) -> Trace:

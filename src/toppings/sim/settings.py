@@ -56,6 +56,9 @@ class SimConfig(Settings):
     enable_prefix_caching: str = setting(
         EngineConfig.enable_prefix_caching, "for traces that tell what prompts share", choices=SWITCH
     )
+    prefix_routing: str = setting(
+        "on", "the router knows which prompts' beginnings it sent where", choices=SWITCH
+    )
     kv_cache_tokens: int = setting(65536, "of a server", at_least=1)
     max_adapter_wait_s: float = setting(EngineConfig.max_adapter_wait_s, at_least=0)
     scheduling_policy: str = setting(

@@ -1,6 +1,7 @@
 """A trace: when requests arrive, for which adapter, and how long they are. Arrays, not objects."""
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -133,8 +134,15 @@ class Trace:
 
 def write_trace(trace: Trace, path: Path) -> None:
     """Write our own CSV; times keep nanoseconds. Only adapters that are asked for come back when it is
-    read, and no `blocks`.
+    read. A file named .jsonl gets Mooncake's format, which has `blocks` and no adapters.
+
+    Raises ValueError where CSV would lose what prompts have in common.
     """
+    if path.suffix == ".jsonl":
+        _write_blocks(trace, path)
+        return
+    if trace.blocks is not None:
+        raise ValueError(f"{path} would lose what prompts have in common; name the file *.jsonl")
     names, ranks, tenants = trace.adapter_names, trace.ranks.tolist(), trace.tenants
     columns = COLUMNS if tenants is None else COLUMNS + TENANT_COLUMNS
     owners = (
@@ -153,3 +161,12 @@ def write_trace(trace: Trace, path: Path) -> None:
             owners,
         ):
             writer.writerow((f"{at:.9f}", names[adapter], ranks[adapter], prompt, response, *owner))
+
+
+def _write_blocks(trace: Trace, path: Path) -> None:
+    columns = (trace.arrivals_s, trace.prompt_tokens, trace.response_tokens)
+    with path.open("w") as file:
+        for row, (at, prompt, response) in enumerate(zip(*(column.tolist() for column in columns))):
+            ids = [] if trace.blocks is None else trace.blocks[row]
+            entry = {"timestamp": at * 1e3, "input_length": prompt, "output_length": response}
+            file.write(json.dumps({**entry, "hash_ids": ids}) + "\n")

@@ -8,6 +8,10 @@ and the request goes where cost x (running + queued requests) is least, among th
 it. A batch of nothing costs nothing; where prefills share their steps with decodes (`PerfModel.shared_ms`),
 PrePerf is what they add to those steps. Where every instance would break the SLO: the least DecPerf(running +
 queue + i), and the choice is marked. Where none has room: the fewest requests.
+
+A prompt's tokens that a server has in its cache, as far as is known, are no part of d_prefill there. Where
+any server has some, the request's own d_prefill / response length is added to its cost: idle servers, too,
+then differ.
 """
 
 from toppings.cluster.instances import Instances

@@ -35,6 +35,7 @@ from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
+from toppings.config import OFF
 from toppings.log_files import LOG_FORMAT
 from toppings.open_files import raise_file_limit
 from toppings.tenants.account import Account, Place
@@ -108,7 +109,9 @@ class Router:
         try:
             with self._budget.share() as share:
                 body = await read_body(request, self.state.config, share)
-                call = parse_call(request.path, body, self.state.config.bytes_per_token)
+                config = self.state.config
+                names_blocks = config.prefix_routing != OFF
+                call = parse_call(request.path, body, config.bytes_per_token, names_blocks=names_blocks)
                 account = account_of(request)
                 if not account.tenant.is_admin:
                     check_use(account.tenant, call, self._base_names())

@@ -1,10 +1,11 @@
 """What the router reads of an inference request's body; the body itself goes on as it came."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from toppings.cluster.router.prompt_blocks import BLOCK_BYTES, name_blocks
 from toppings.cluster.router.replies import ApiError
 
 DEFAULT_MAX_TOKENS = 16  # of completions and /generate; chat has none
@@ -28,8 +29,9 @@ INFERENCE_PATHS = (
 class Call:
     """`model` is None where the body names none: the base model. Prompt tokens are an estimate for text.
 
-    `selectors` is all that a body of `/generate` names its adapter by. `wrong` says what of the body has a
-    type that keeps the rest from being read.
+    `selectors` is all that a body of `/generate` names its adapter by. `blocks` name what the prompt begins
+    with, in parts of `block_tokens` each. `wrong` says what of the body has a type that keeps the rest from
+    being read.
     """
 
     path: str
@@ -39,6 +41,8 @@ class Call:
     prompt_tokens: int = 1
     max_tokens: int | None = None
     selectors: tuple[str, ...] = ()
+    blocks: tuple[bytes, ...] = ()
+    block_tokens: float = 0.0
     wrong: str = ""
 
 
@@ -58,6 +62,9 @@ class _Body(msgspec.Struct):
     parameters: dict[str, Any] | None = None
     lora_id: int | None = None
     lora_dir: str | None = None
+    cache_salt: msgspec.Raw = msgspec.Raw(b"")
+    system: msgspec.Raw = msgspec.Raw(b"")
+    tools: msgspec.Raw = msgspec.Raw(b"")
 
 
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -72,8 +79,10 @@ def not_json(error: BaseException) -> ApiError:
 _decoder = msgspec.json.Decoder(_Body, strict=False)
 
 
-def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
-    """Raises ApiError 400 where the body is no JSON. Fields of a wrong type are the server's to refuse."""
+def parse_call(path: str, body: bytes, bytes_per_token: float, *, names_blocks: bool = False) -> Call:
+    """Blocks are named only where they are asked for. Raises ApiError 400 where the body is no JSON. Fields
+    of a wrong type are the server's to refuse.
+    """
     try:
         parsed = _decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -81,11 +90,12 @@ def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
     except NO_JSON as error:
         raise not_json(error) from error
     if path.startswith("/generate"):
-        return _parse_generate(path, body, parsed, bytes_per_token)
+        call, prompt = _parse_generate(path, body, parsed, bytes_per_token), parsed.inputs
+        return _with_blocks(call, parsed, prompt) if names_blocks else call
     if path in TOKEN_PATHS:
         return Call(path, body, model=parsed.model or None, max_tokens=1)
     prompt, max_tokens = _asked(path, parsed)
-    return Call(
+    call = Call(
         path=path,
         body=body,
         model=parsed.model or None,
@@ -93,6 +103,21 @@ def parse_call(path: str, body: bytes, bytes_per_token: float) -> Call:
         prompt_tokens=_count_tokens(prompt, bytes_per_token),
         max_tokens=max_tokens,
     )
+    return _with_blocks(call, parsed, prompt) if names_blocks and path not in POOLED_PATHS else call
+
+
+def _with_blocks(call: Call, parsed: _Body, prompt: msgspec.Raw) -> Call:
+    kind = "/generate" if call.path.startswith("/generate") else call.path
+    texts = (kind, call.model or "")
+    root = (*(text.encode("utf-8", "surrogateescape") for text in texts), *map(bytes, _context_of(parsed)))
+    text = memoryview(prompt)
+    blocks = name_blocks(root, text)
+    return replace(call, blocks=blocks, block_tokens=call.prompt_tokens * BLOCK_BYTES / max(1, len(text)))
+
+
+def _context_of(parsed: _Body) -> tuple[msgspec.Raw, ...]:
+    """What stands before a prompt, or keeps its blocks apart."""
+    return parsed.cache_salt, parsed.system, parsed.tools
 
 
 def _asked(path: str, parsed: _Body) -> tuple[msgspec.Raw, int | None]:

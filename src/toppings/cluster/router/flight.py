@@ -86,6 +86,8 @@ class Flights:
             prompt_tokens=call.prompt_tokens,
             response_tokens=self._dispatcher.lengths.expected(call.max_tokens or np.inf),
             adapter_bytes=adapter.num_bytes if adapter else 0,
+            blocks=call.blocks,
+            block_tokens=call.block_tokens,
         )
         return Flight(call, request, place)
 

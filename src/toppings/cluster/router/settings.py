@@ -12,7 +12,7 @@ from toppings.access import KEY_VARIABLE, UPSTREAM_KEY_VARIABLE, read_api_key
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.placement import NO_PLACEMENT, PLACEMENTS
 from toppings.cluster.policies import POLICIES
-from toppings.config import LOG_LEVELS, ConfigError, Settings, setting
+from toppings.config import LOG_LEVELS, SWITCH, ConfigError, Settings, setting
 
 _ID = re.compile(r"[A-Za-z0-9._:@\[\]~+=-]{1,128}")
 _NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
@@ -79,6 +79,9 @@ class RouterConfig(Settings):
     placement: str = setting(NO_PLACEMENT, "which servers adapters are kept on", choices=tuple(PLACEMENTS))
     num_copies: int = setting(2, "servers of each adapter (static_k, shuffle_shard)", above=0)
     placement_interval_s: float = setting(2.0, "between two looks at where adapters should be", above=0)
+    prefix_routing: str = setting(
+        "on", "count what a server has computed of a prompt before (rank_aware policies)", choices=SWITCH
+    )
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
     seed: int = setting(0, "seed of policies that draw")
     candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)

@@ -105,6 +105,7 @@ class RouterState:
         if upstream.is_alive and (is_gone or upstream.num_failures >= self.config.unhealthy_after):
             logger.warning("%s is down", upstream.instance_id)
             upstream.is_alive = False
+            self.dispatcher.forget_prefixes(upstream.instance_id)
             self.refresh_open(upstream)
             for flight in flights:
                 flight.interrupt()

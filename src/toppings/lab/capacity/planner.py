@@ -99,7 +99,7 @@ class Planner:
             design=best,
             designs=list({**placed, **divided}.items()),
             compared_on=compared_on,
-            compared_at=load * self._trials.sample.rate,
+            compared_at=load * self._trials.rate,
             **self._told(best, size, unseen_seeds),
         )
 
@@ -198,7 +198,7 @@ class Planner:
         ]
         return ValueError(
             f"{' and '.join(kept)} for {self.spec.attainment:.2%} of the requests cannot be had: with "
-            f"{num_instances} servers at {load * self._trials.sample.rate:.3g} requests/s it is "
+            f"{num_instances} servers at {load * self._trials.rate:.3g} requests/s it is "
             f"{outcome.attainment:.2%}, 99 % of first tokens within {outcome.ttft_p99_ms:.1f} ms, of times "
             f"per token within {outcome.tpt_p99_ms:.1f} ms"
         )
@@ -216,7 +216,7 @@ class Planner:
         )
         return {
             "num_instances": num_instances,
-            "rate": load * self._trials.sample.rate,
+            "rate": load * self._trials.rate,
             "pool_bytes": spec.pool_bytes(design),
             "kv_cache_tokens": spec.kv_cache_tokens(design),
             "expected": Measured.of(found),
@@ -247,7 +247,7 @@ class Planner:
         points: dict[float, list[Outcome]] = {}
         for trial, outcome in self._trials.of_design(design).items():
             if trial.load == 1.0 or self._is_inverse:
-                at = trial.load * self._trials.sample.rate if self._is_inverse else trial.num_instances
+                at = trial.load * self._trials.rate if self._is_inverse else trial.num_instances
                 points.setdefault(at, []).append(outcome)
         return [(at, Measured.of(points[at]).attainment) for at in sorted(points)]
 

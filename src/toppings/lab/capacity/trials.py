@@ -58,8 +58,8 @@ class Outcome:
 
 
 class Trials:
-    """`sources`: by seed, what is played at load 1. Raises ValueError where a source holds no request, or an
-    adapter fits no division of the memory.
+    """`source_of`: by seed, what is played at load 1, `rate` requests/s. Raises ValueError where it holds no
+    request.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Trials:
         self._sources: dict[int, Trace | Workload] = {}
         self._outcomes: dict[Trial, Outcome] = {}
         source = self._source(base.seed)
+        self.rate = source.rate
         self.sample = source.make_trace(base.seed) if isinstance(source, Workload) else source
         if not len(self.sample):
             raise ValueError(f"{self.sample.origin} has no requests; a fleet is planned for some")

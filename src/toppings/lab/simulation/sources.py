@@ -60,9 +60,12 @@ class FromFile(_Changes):
 class FromPreset(_Changes):
     arrivals: Annotated[str | None, typer.Option(help=f"{', '.join(ARRIVALS)}; gamma:CV")] = None
     drift: Annotated[float | None, typer.Option(help="seconds between changes of popularity")] = None
+    turns: Annotated[float | None, typer.Option(help="of a conversation, on average (1: none)")] = None
 
     def workload(self, name: str) -> Workload:
-        return replace(preset(name), **self.changes(arrivals=self.arrivals, drift_s=self.drift))
+        return replace(
+            preset(name), **self.changes(arrivals=self.arrivals, drift_s=self.drift, turns=self.turns)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,8 @@ class Source(FromFile, FromPreset):
         if (self.trace is None) == (self.synth is None):
             raise ValueError(f"give either --trace FILE or --synth WORKLOAD, one of {', '.join(PRESETS)}")
         if self.trace is not None:
-            if self.arrivals or self.drift:
-                raise ValueError("--arrivals and --drift are of a workload; the trace has its own")
+            if self.arrivals or self.drift or self.turns:
+                raise ValueError("--arrivals, --drift and --turns are of a workload; the trace has its own")
             return [self.load(self.trace, seed) for seed in seeds]
         assert self.synth is not None
         if self.start or self.format_name != "auto":
