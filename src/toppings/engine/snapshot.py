@@ -51,5 +51,6 @@ def snapshot(
             "prefix_cache_hits": cache.num_hits,
             "prefix_cache_waits": cache.num_waits,
             "prefix_cache_evictions": pages.num_evictions,
+            **({} if scheduler.drafts is None else scheduler.drafts.counters()),
         },
     )

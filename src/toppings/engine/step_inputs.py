@@ -1,7 +1,7 @@
 """A step's inputs: what the model, the attention and the adapters read of a batch, in host memory and on the
 device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
@@ -34,14 +34,13 @@ class StepRows:
     @classmethod
     def of(cls, items: Sequence[BatchItem], page_size: int, num_pages: int = 0) -> "StepRows":
         """`num_pages`: columns of the page tables, by default as many as the longest needs."""
-        tables = [item.request.page_table for item in items]
-        page_tables = np.zeros((len(items), num_pages or max(map(len, tables))), np.int32)
-        for row, table in zip(page_tables, tables, strict=True):
+        parts = [part for item in items for part in _sequences(item)]
+        page_tables = np.zeros((len(parts), num_pages or max(len(table) for table, *_ in parts)), np.int32)
+        for row, (table, *_) in zip(page_tables, parts, strict=True):
             row[: len(table)] = table
-        counts = np.array([item.num_tokens for item in items])
-        starts = np.array([item.request.num_computed_tokens for item in items])
-        query_indptr = [0, *accumulate(item.num_tokens for item in items)]
-        sequences = np.repeat(np.arange(len(items)), counts)
+        starts, counts = np.array([part[1:] for part in parts]).T
+        query_indptr = [0, *accumulate(count for *_, count in parts)]
+        sequences = np.repeat(np.arange(len(parts)), counts)
         positions = np.arange(query_indptr[-1]) + np.repeat(starts - query_indptr[:-1], counts)
         pages = page_tables[sequences, positions // page_size].astype(np.int64)
         return cls(
@@ -110,7 +109,7 @@ class InputBuilder:
         """What kernels read of `segments` is brought along with the rest."""
         rows = StepRows.of(items, self._page_size)
         meta = AttentionMetadata(
-            num_decodes=sum(item.is_decode for item in items),
+            num_decodes=sum(item.num_rows for item in items if item.is_decode),
             query_indptr=rows.query_indptr,
             context_lens=rows.context_lens,
             page_tables=torch.from_numpy(rows.page_tables),
@@ -158,20 +157,29 @@ def lora_segments(
     for item in items:
         adapter_id = item.adapter_id
         if adapter_id is None:
-            append(-1, item.num_tokens)
+            append(-1, item.num_rows)
             continue
         num_base = item.num_base_tokens if item.request.adapter_start else 0
         if num_base:
             append(-1, num_base)
-        append(slots[adapter_id], item.num_tokens - num_base)
+        append(slots[adapter_id], item.num_rows - num_base)
     return LoraSegments(indptr, segment_slots, max_rank, decode_form)
 
 
 _NO_PLACES = np.empty((2, 0), np.int64)
 
 
+def _sequences(item: BatchItem) -> Iterator[tuple[list[int], int, int]]:
+    """What attention sees: pages, the place of the first token, and how many there are. Each token of a draft
+    is a sequence of its own on the same pages, so that it is computed as if it were drawn already."""
+    table, start = item.request.page_table, item.request.num_computed_tokens
+    yield table, start, item.num_tokens
+    for place in range(start + item.num_tokens, start + item.num_rows):
+        yield table, place, 1
+
+
 def _token_ids(item: BatchItem) -> list[int]:
     """0 stands for one that is being drawn."""
     start = item.request.num_computed_tokens
     known = item.request.token_ids(start, start + item.num_tokens)
-    return known + [0] * (item.num_tokens - len(known))
+    return known + [0] * (item.num_tokens - len(known)) + item.draft
