@@ -63,7 +63,7 @@ def list_adapters(
         table.add_row(
             escape(row["name"]), *numbers, targets, f"{row['bytes']:,}", pinned, *values, escape(row["path"])
         )
-    console = Console()
+    console = Console(emoji=False)  # a path may have a word between colons
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     console.print(table)
