@@ -1,7 +1,7 @@
 """A step's inputs: what the model, the attention and the adapters read of a batch, in host memory and on the
 device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
@@ -34,13 +34,16 @@ class StepRows:
     @classmethod
     def of(cls, items: Sequence[BatchItem], page_size: int, num_pages: int = 0) -> "StepRows":
         """`num_pages`: columns of the page tables, by default as many as the longest needs."""
-        parts = [part for item in items for part in _sequences(item)]
-        page_tables = np.zeros((len(parts), num_pages or max(len(table) for table, *_ in parts)), np.int32)
-        for row, (table, *_) in zip(page_tables, parts, strict=True):
+        tables = [item.request.page_table for item in items]
+        counts = np.array([item.num_tokens for item in items])
+        starts = np.array([item.request.num_computed_tokens for item in items])
+        if any(item.draft for item in items):
+            tables, starts, counts = _with_drafts(items, tables, starts, counts)
+        page_tables = np.zeros((len(tables), num_pages or max(map(len, tables))), np.int32)
+        for row, table in zip(page_tables, tables, strict=True):
             row[: len(table)] = table
-        starts, counts = np.array([part[1:] for part in parts]).T
-        query_indptr = [0, *accumulate(count for *_, count in parts)]
-        sequences = np.repeat(np.arange(len(parts)), counts)
+        query_indptr = [0, *accumulate(counts.tolist())]
+        sequences = np.repeat(np.arange(len(tables)), counts)
         positions = np.arange(query_indptr[-1]) + np.repeat(starts - query_indptr[:-1], counts)
         pages = page_tables[sequences, positions // page_size].astype(np.int64)
         return cls(
@@ -169,13 +172,16 @@ def lora_segments(
 _NO_PLACES = np.empty((2, 0), np.int64)
 
 
-def _sequences(item: BatchItem) -> Iterator[tuple[list[int], int, int]]:
-    """What attention sees: pages, the place of the first token, and how many there are. Each token of a draft
-    is a sequence of its own on the same pages, so that it is computed as if it were drawn already."""
-    table, start = item.request.page_table, item.request.num_computed_tokens
-    yield table, start, item.num_tokens
-    for place in range(start + item.num_tokens, start + item.num_rows):
-        yield table, place, 1
+def _with_drafts(
+    items: Sequence[BatchItem], tables: list[list[int]], starts: Longs, counts: Longs
+) -> tuple[list[list[int]], Longs, Longs]:
+    """To attention each token of a draft is a sequence of its own on the same pages, so that it is computed
+    as if it had been drawn: with them, the sequences' pages, first places and lengths."""
+    nums = [1 + len(item.draft) for item in items]
+    index = np.repeat(np.arange(len(items)), nums)
+    place = np.concatenate([np.arange(num) for num in nums])  # in the draft, 0 is before it
+    starts = starts[index] + np.where(place > 0, counts[index] + place - 1, 0)
+    return [tables[i] for i in index], starts, np.where(place > 0, 1, counts[index])
 
 
 def _token_ids(item: BatchItem) -> list[int]:
