@@ -13,6 +13,7 @@ from toppings.config import ConfigError, EngineConfig
 from toppings.core import BatchItem, Request
 from toppings.engine.draft_rows import kept_rows, with_drafts
 from toppings.engine.lookup import FIRST_LEN, FIRST_PAUSE, LookupDrafts
+from toppings.engine.step_plan import StepPlan
 from toppings.ops.sampling import SamplingRow, sample
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 
@@ -104,6 +105,24 @@ def test_few_pages_preemption_and_shared_prefixes_change_no_token(
         assert accepted(driver) > 0
     for turn in range(2):
         assert {name: tokens[f"{name} {turn}"] for name in NAMES} == expected
+
+
+def test_a_prompts_token_that_is_not_its_last_has_no_draft_behind_it(world: World, tmp_path: Path) -> None:
+    """Where one token of a prompt is left over for a step, that looks like one of an answer."""
+
+    class Always(LookupDrafts):
+        def draft(self, request: Request, num_tokens: int) -> list[int]:
+            return [7][:num_tokens]
+
+    with drive(world[0], tmp_path, {}) as driver:
+        scheduler, drafts = driver.engine.scheduler, Always(7)
+        for num_computed, draft in ((5, []), (9, [7])):
+            request = Request("r", list(range(10)), SamplingParams(), num_computed_tokens=num_computed)
+            step = StepPlan(100)
+            step.add(request, 1)
+            scheduler._add_drafts(step, drafts)
+            assert step.items[0].draft == draft
+            scheduler.pages.free(request.page_table)
 
 
 def test_a_block_that_accepted_tokens_filled_is_kept_and_right(

@@ -133,7 +133,7 @@ class Scheduler:
 
     def _add_drafts(self, step: StepPlan, drafts: LookupDrafts) -> None:
         """Of tokens and pages that nobody needs."""
-        items = [i for i in step.items if i.is_decode and not i.request.num_pending_tokens]
+        items = [i for i in step.items if i.is_decode and i.needs_sample and not i.request.num_pending_tokens]
         num_rows = min(step.budget, drafts.max_step_rows - len(step.items))
         for num_left, item in zip(range(len(items), 0, -1), items, strict=True):
             request, share = item.request, -(-num_rows // num_left)
