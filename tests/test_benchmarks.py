@@ -115,7 +115,15 @@ def check_fairness(result: Result) -> None:
     assert len(result["engine"]["fair"]["ttft_ms"]) == 2
 
 
+def check_lookup_decoding(result: Result) -> None:
+    for load in ("edit", "free"):
+        assert result[load]["speedup"] > 0
+        assert result[load]["tokens_per_step"] >= 1
+        assert 0 <= result[load]["accepted"] <= 1
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "lookup_decoding": check_lookup_decoding,
     "fairness": check_fairness,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,

@@ -163,6 +163,26 @@ def test_adapters_are_made_checked_added_listed_and_removed(
     )
 
 
+def test_adapters_are_merged(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, where = tmp_path / "adapters", ["--model", str(model), "--state-dir", str(tmp_path / "state")]
+    write_adapters(made, model, AdapterShape(ranks=(4,)), count=2)
+    for number, name in enumerate(("one", "two")):
+        assert run(monkeypatch, "adapters", "add", name, str(made / f"adapter-0000{number}"), *where) == 0
+    assert run(monkeypatch, "adapters", "merge", "mix", "one=0.7", "two", *where) == 0
+    assert "registered mix: rank 8" in capfd.readouterr().out
+    run(monkeypatch, "adapters", "list", *where)
+    assert "merge:cat: 0.7*one + 1*two" in capfd.readouterr().out
+    for parts, told in (
+        (["one=much"], "'one=much' is no adapter with its weight"),
+        (["one", "three"], "no adapter is named 'three'"),
+        (["one", "--method", "ties"], "needs a density"),
+    ):
+        assert run(monkeypatch, "adapters", "merge", "no", *parts, *where) == 2
+        assert told in capfd.readouterr().err
+
+
 def test_adapters_of_a_directory_that_a_server_holds_are_the_servers_to_change(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
-from peft import LoraConfig, VeraConfig
+from peft import LoraConfig, LoraModel, VeraConfig
 from typer import Context
 from typer.core import TyperGroup
 
 from tests.engine.driver import drive
 from tests.engine.oracle import make_model
 from toppings import command
+from toppings.adapters.merges import METHODS
 from toppings.cluster.placement import PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.cluster.ray_serve.settings import FleetConfig
@@ -35,8 +36,10 @@ from toppings.server.embeddings import EmbeddingBody, ScoreBody
 from toppings.server.fields import LenientBody
 from toppings.server.messages_body import MessagesBody
 from toppings.server.metrics import Metrics
+from toppings.server.models import LoadBody, MergeBody
 from toppings.server.protocol import CompletionBody, StreamOptions
 from toppings.server.responses_body import ResponsesBody
+from toppings.server.schemas.administration import MergedPart
 from toppings.server.tokens import DetokenizeBody, TokenizeBody
 from toppings.sim.settings import SimConfig
 from toppings.tenants.file import parse
@@ -52,6 +55,11 @@ BODIES = (
     *(lorax.Body, lorax.Parameters, lightllm.Body, lightllm.Parameters, StreamOptions),
 )
 OF_BODIES = {name for each in BODIES for name in (*each.known(), *each.neutral, *each.harmless)}
+OF_MERGES = {
+    *("add_weighted_adapter",) * hasattr(LoraModel, "add_weighted_adapter"),
+    *METHODS,
+    *(name for each in (LoadBody, MergeBody, MergedPart) for name in each.model_fields),
+}
 OF_REQUESTS = {
     *(
         "budget_tokens",
@@ -246,6 +254,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
         *OF_BODIES,
         *OF_ANSWERS,
         *OF_TOOLS,
+        *OF_MERGES,
     }
     known |= set(
         re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))

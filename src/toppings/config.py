@@ -70,6 +70,15 @@ class EngineConfig(Settings):
         "start a step before the tokens of the one before are known (auto: on a GPU)",
         choices=("auto", *SWITCH),
     )
+    speculative_method: str = setting(
+        "off",
+        "on a CPU, guess a request's next tokens from its prompt and output (ngram): several are computed in"
+        " one step, and those kept that the model draws itself",
+        choices=("off", "ngram"),
+    )
+    num_speculative_tokens: int = setting(
+        7, "tokens that are guessed at most for one request in one step", at_least=1, at_most=32
+    )
     tensor_parallel_size: int = setting(
         1, "processes, each with a GPU, that the model and its adapters are split over", at_least=1
     )
@@ -164,6 +173,8 @@ class EngineConfig(Settings):
             )
         if self.quantization != "none":
             self._check_quantization()
+        if self.speculative_method != "off":
+            self._check_speculation()
         if self.tensor_parallel_size > 1 and self.mode in CPU_MODES:
             raise ConfigError(
                 f"mode is {self.mode!r}, but with a tensor_parallel_size of {self.tensor_parallel_size} "
@@ -174,6 +185,18 @@ class EngineConfig(Settings):
                 f"async_scheduling is 'on', but with a tensor_parallel_size of {self.tensor_parallel_size} "
                 "steps are taken in turn; choose auto or off"
             )
+
+    def _check_speculation(self) -> None:
+        for name, value, fits in (
+            ("device", self.device, self.device == "cpu"),
+            ("tensor_parallel_size", self.tensor_parallel_size, self.tensor_parallel_size == 1),
+            ("async_scheduling", self.async_scheduling, self.async_scheduling != "on"),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"speculative_method is {self.speculative_method!r}, but {name} is {value!r}: so far it "
+                    "is for one CPU process whose steps are taken in turn; use off"
+                )
 
     def _check_quantization(self) -> None:
         if self.device != "cpu":

@@ -162,12 +162,18 @@ class Request:
 class BatchItem:
     """`num_tokens` of a request's uncomputed tokens, to be run in this step. `stop`, set when it is
     committed: the request's computed tokens with them. `copy_page`: before the step, what the request's page
-    of the first of them holds of tokens before it is copied from there."""
+    of the first of them holds of tokens before it is copied from there. `draft`: a guess at the tokens behind
+    them, which are computed, too; a token is drawn behind each."""
 
     request: Request
     num_tokens: int
     stop: int = 0
     copy_page: int | None = None
+    draft: list[int] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
 
     @property
     def is_decode(self) -> bool:
@@ -209,4 +215,4 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.items)
+        return sum(item.num_rows for item in self.items)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
+from toppings.adapters.merges import Merge
 from toppings.adapters.registry import AdapterRecord
 from toppings.bad_input import RequestError, shown
 from toppings.config import Config
@@ -120,6 +121,15 @@ class LLM:
             )
         record = self._registry.register(name, Path(path), replace=replace)
         if previous is not None and previous.adapter_id != record.adapter_id:
+            self._remove(previous.adapter_id)
+        return record
+
+    def merge_adapters(self, name: str, merge: Merge, *, replace: bool = False) -> AdapterRecord:
+        """Register the weighted sum of registered adapters. Raises as `load_adapter`, and AdapterNotFound for
+        a part that is not registered."""
+        previous = self._find(name)
+        record = self._registry.merge(name, merge, replace=replace)
+        if previous is not None:
             self._remove(previous.adapter_id)
         return record
 

@@ -40,7 +40,12 @@ class RemoteServer:
         return told
 
     def load(self, name: str, path: str, *, in_place: bool) -> str:
-        body = {"lora_name": name, "lora_path": path, "load_inplace": in_place}
+        return self._load({"lora_name": name, "lora_path": path, "load_inplace": in_place})
+
+    def merge(self, name: str, merge: dict[str, Any], *, in_place: bool) -> str:
+        return self._load({"lora_name": name, "merge": merge, "load_inplace": in_place})
+
+    def _load(self, body: dict[str, Any]) -> str:
         return self._send("POST", "/v1/load_lora_adapter", body)
 
     def unload(self, name: str) -> str:

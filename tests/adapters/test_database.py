@@ -116,7 +116,13 @@ def test_a_full_disk_is_told_as_such_and_changes_nothing(registry: AdapterRegist
     [[pages]] = registry._rows._db._writer.execute("PRAGMA page_count").fetchall()
     registry._rows._db._writer.execute(f"PRAGMA max_page_count = {pages}")
     before = registry.list()
-    fields = {**vars(before[0]), "name": "x" * 2**20, "targets": "q_proj", "invocation_tokens": ""}
+    fields = {
+        **vars(before[0]),
+        "name": "x" * 2**20,
+        "targets": "q_proj",
+        "invocation_tokens": "",
+        "merge": "",
+    }
     with pytest.raises(StateFullError, match="full"), registry._rows.change() as change:
         change.insert(fields, replace=False)
     assert registry.list() == before
@@ -144,16 +150,20 @@ def test_a_registry_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> Non
         open_owned(tmp_path / "state")
 
 
-def test_a_registry_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "columns"), [(2, ("invocation_tokens", "merge")), (3, ("merge",))])
+def test_a_registry_of_a_version_before_is_brought_up_to_date(
+    tmp_path: Path, version: int, columns: tuple[str, ...]
+) -> None:
     registry = open_owned(tmp_path / "state")
     registry.register("a", write_adapter(tmp_path / "a"))
     registry.close()
     with closing(sqlite3.connect(tmp_path / "state" / "registry.sqlite", isolation_level=None)) as old:
-        old.execute("ALTER TABLE adapters DROP COLUMN invocation_tokens")
-        old.execute("PRAGMA user_version = 2")
+        for column in columns:
+            old.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
+        old.execute(f"PRAGMA user_version = {version}")
     for _ in range(2):
         registry = open_owned(tmp_path / "state")
-        assert registry.get("a").invocation_tokens == ()
+        assert (registry.get("a").invocation_tokens, registry.get("a").merge) == ((), None)
         registry.close()
 
 

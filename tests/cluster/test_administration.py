@@ -75,6 +75,14 @@ async def test_a_router_is_no_instance_of_itself(two_servers: Any, start_router:
         assert (await change(client, "load", NEW))[0] == 200
 
 
+async def test_a_merge_is_refused_before_any_server_is_asked(two_servers: Any, start_router: Start) -> None:
+    (_, first), _ = two_servers
+    async with start_router(first) as client:
+        status, text = await change(client, "load", {"lora_name": "mix", "merge": {"adapters": []}})
+        assert (status, "send it to the servers themselves" in text) == (400, True)
+        assert (await change(client, "unload", {"lora_name": "mix"}))[0] == 404
+
+
 async def test_loaded_adapter_is_on_every_server_and_served(two_servers: Any, start_router: Start) -> None:
     (one, first), (other, second) = two_servers
     async with start_router(first, second) as client:

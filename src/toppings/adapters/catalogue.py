@@ -5,7 +5,8 @@ found by name and id                 found by id only: requests that hold the id
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from toppings.adapters.capacity import Capacity
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.latest import Latest
 from toppings.adapters.layout import DTYPE_BYTES, BaseShapes
+from toppings.adapters.merges import Merge
+from toppings.adapters.merging import MergePlan
 from toppings.adapters.packed import PackedAdapter, PackedFileError
-from toppings.adapters.packed_dir import PackedDir
+from toppings.adapters.packed_dir import PackedCandidate, PackedDir
 from toppings.adapters.records import AdapterRecord, Records
 from toppings.adapters.rows import AdapterRows, Ids
 from toppings.adapters.state_lock import StateLock
@@ -194,12 +197,15 @@ class AdapterCatalogue:
         """Makes the packed file again. Raises AdapterError where the source is gone or has changed, or is not
         on this machine: then a server fetches it again."""
         record = self.get_by_id(adapter_id)
-        if not record.path.startswith("/"):
+        if not record.is_made_here:
             raise AdapterError(
                 f"the packed file of adapter {record.name!r} is damaged, and it came from {record.path}; "
                 "pull or load it again"
             )
-        candidate = self._packed_dir.pack(record.path, is_synced=True)
+        if record.merge is not None:
+            candidate = self._merge_again(record, record.merge)
+        else:
+            candidate = self._packed_dir.pack(record.path, is_synced=True)
         if candidate.header.digest != record.digest:
             candidate.discard()
             raise AdapterError(
@@ -207,3 +213,21 @@ class AdapterCatalogue:
                 "it was registered; register it again"
             )
         self._packed_dir.adopt(candidate, adapter_id)
+
+    def _merge_again(self, record: AdapterRecord, merge: Merge) -> PackedCandidate:
+        parts = [self.find(part.name, part.digest) for part in merge.parts]
+        for part, found in zip(merge.parts, parts, strict=True):
+            if found is None:
+                raise AdapterError(
+                    f"the packed file of adapter {record.name!r} is damaged, and adapter {part.name!r}, of "
+                    "which it was merged, is not registered any more as it was; merge it again"
+                )
+        with self._planned(merge, [part for part in parts if part is not None]) as plan:
+            return self._packed_dir.merge(plan, record.trained_on)
+
+    @contextmanager
+    def _planned(self, merge: Merge, parts: Sequence[AdapterRecord]) -> Iterator[MergePlan]:
+        """With the parts' packed files open. Raises AdapterError where they cannot be merged."""
+        with ExitStack() as stack:
+            opened = [(each, stack.enter_context(self.open_packed(each.adapter_id))) for each in parts]
+            yield MergePlan(merge, opened, self.shapes, self.dtype)

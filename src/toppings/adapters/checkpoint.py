@@ -38,7 +38,8 @@ class AdapterCheckpoint:
 
     `digest` is the SHA-256 of all that it is served by; `fingerprint` sizes and modification times of its
     files before they were read; `chat_template` its own, if it brings one; `invocation_tokens` those of an
-    activated LoRA; `warnings` what was ignored; `outer` what is outside the projections, by layer and name.
+    activated LoRA; `warnings` what was ignored; `outer` what is outside the projections, by layer and name;
+    `is_plain`: A and B are the tensors that PEFT has saved.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class AdapterCheckpoint:
     invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     outer: Mapping[int, Mapping[str, "torch.Tensor"]] = field(default_factory=dict)
+    is_plain: bool = False
 
     def ranks(self) -> list[list[int]]:
         """Per layer and `MODULES` index, 0 where not targeted."""
@@ -151,6 +153,7 @@ def _read(
         shapes=shapes,
         weights=weights,
         outer=outer,
+        is_plain=config.is_plain,
         digest=digest.hexdigest(),
         fingerprint=mark,
         chat_template=text.chat_template,

@@ -3,15 +3,16 @@
     magic (8 bytes) | header length, header CRC-32 (uint32 each) | header (JSON) | padding to 64 | blocks
 
 The header holds the layout, a CRC-32 per block, the digest and fingerprint of the checkpoint that the file
-was made from, and its own chat template if it has one; the adapter's name is not in it. Whoever makes a file
-renames it when it is whole.
+was made from, its own chat template if it has one, and the scales that B holds, where A and B are those that
+PEFT has saved; the adapter's name is not in it. Whoever makes a file renames it when it is whole.
 """
 
 import json
 import os
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,22 +40,27 @@ class PackedFileError(AdapterError):
 
 @dataclass(frozen=True)
 class PackedHeader:
+    """`scales`: of each layer's modules, 0 where not targeted; None where A and B are not those that PEFT has
+    saved."""
+
     layout: AdapterLayout
     block_crcs: tuple[int, ...]
     digest: str
     fingerprint: str
     chat_template: str | None = None
+    scales: tuple[tuple[float, ...], ...] | None = None
 
-    def to_bytes(self) -> bytes:
-        """Magic, lengths and JSON, padded so that the first block is aligned."""
+    def to_bytes(self, num_bytes: int = 0) -> bytes:
+        """Magic, lengths and JSON, padded so that the first block is aligned, or to `num_bytes`."""
         fields = {
             "layout": json.loads(self.layout.to_json()),
             "block_crcs": self.block_crcs,
             "digest": self.digest,
             "fingerprint": self.fingerprint,
             "chat_template": self.chat_template,
+            "scales": self.scales,
         }
-        text = json.dumps(fields).encode()
+        text = json.dumps(fields).encode().ljust(num_bytes - _PREFIX.size)
         data = _PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)) + text
         return data.ljust(_pad(len(data)), b"\0")
 
@@ -63,7 +69,9 @@ class PackedHeader:
         fields = json.loads(text)
         layout = AdapterLayout.from_json(json.dumps(fields["layout"]))
         named = {name: fields[name] for name in ("digest", "fingerprint")}
-        return cls(layout, tuple(fields["block_crcs"]), **named, chat_template=fields.get("chat_template"))
+        scales = None if (each := fields.get("scales")) is None else tuple(map(tuple, each))
+        crcs, template = tuple(fields["block_crcs"]), fields.get("chat_template")
+        return cls(layout, crcs, **named, chat_template=template, scales=scales)
 
 
 def _pad(num_bytes: int) -> int:
@@ -86,7 +94,8 @@ def pack_weights(checkpoint: AdapterCheckpoint, dtype: str) -> tuple[AdapterLayo
         start = layout.layer_offset_bytes(layer) // layout.item_bytes
         a_start, b_start = start + place.a_offsets[module], start + place.b_offsets[module]
         scaled = (weights.b.float() * weights.scale).T.reshape(-1)
-        _check_magnitudes(checkpoint, layer, module, scaled, dtype)
+        where = f"adapter {checkpoint.path}: layer {layer} {MODULES[module]}"
+        check_magnitudes(where, weights.a, scaled, f" with its scale of {weights.scale:.3g}", dtype)
         blocks[a_start : a_start + weights.a.numel()] = weights.a.reshape(-1)
         blocks[b_start : b_start + scaled.numel()] = scaled
     for layer, each in enumerate(extras):
@@ -122,23 +131,20 @@ def _check_extra(
         )
 
 
-def _check_magnitudes(
-    checkpoint: AdapterCheckpoint, layer: int, module: int, scaled: "torch.Tensor", dtype: str
-) -> None:
-    """`scaled`: B with its scale, fp32. By numpy, as torch would wake its threads for each small tensor."""
+def check_magnitudes(where: str, a: "torch.Tensor", b: "torch.Tensor", scaled: str, dtype: str) -> None:
+    """`b`: with its scale, fp32, as `scaled` says. Raises AdapterError where `dtype` cannot hold them, or
+    not the adapter's effect. By numpy, as torch would wake its threads for each small tensor."""
     import torch
 
-    weights, limit = checkpoint.weights[layer, module], torch.finfo(getattr(torch, dtype)).max
-    largest_a, largest_b = _largest(weights.a), _largest(scaled)
-    place = f"adapter {checkpoint.path}: layer {layer} {MODULES[module]}"
+    limit = torch.finfo(getattr(torch, dtype)).max
+    largest_a, largest_b = _largest(a), _largest(b)
     if not max(largest_a, largest_b) <= limit:
         raise AdapterError(
-            f"{place} holds {max(largest_a, largest_b):.3g} with its scale of {weights.scale:.3g}, "
-            f"more than {dtype} can hold"
+            f"{where} holds {max(largest_a, largest_b):.3g}{scaled}, more than {dtype} can hold"
         )
     if not largest_a * largest_b <= min(limit, MAX_EFFECT):
         raise AdapterError(
-            f"{place} gives products of {largest_a * largest_b:.3g} with its scale of {weights.scale:.3g} "
+            f"{where} gives products of {largest_a * largest_b:.3g}{scaled} "
             f"(lora_alpha or alpha_pattern); above {min(limit, MAX_EFFECT):.3g} the model's arithmetic in "
             f"{dtype} overflows"
         )
@@ -166,15 +172,44 @@ def pack_adapter(
 
     layout, blocks = pack_weights(checkpoint, dtype)
     data = blocks.view(torch.uint8).numpy().data
-    crcs = tuple(zlib.crc32(_block(data, layout, layer)) for layer in range(layout.num_layers))
-    header = PackedHeader(layout, crcs, checkpoint.digest, checkpoint.fingerprint, checkpoint.chat_template)
+    header = PackedHeader(
+        layout,
+        (),
+        checkpoint.digest,
+        checkpoint.fingerprint,
+        checkpoint.chat_template,
+        _scales(checkpoint) if checkpoint.is_plain else None,
+    )
+    parts = (_block(data, layout, layer) for layer in range(layout.num_layers))
+    return write_packed(header, parts, file, is_synced=is_synced)
+
+
+def write_packed(
+    header: PackedHeader, blocks: Iterable[memoryview], file: str | Path, *, is_synced: bool
+) -> PackedHeader:
+    """Writes the layers' blocks as they come, then the header, which has their checksums; else as
+    `pack_adapter`."""
+    reserved = len(replace(header, block_crcs=(2**32 - 1,) * header.layout.num_layers).to_bytes())
+    crcs = []
     with open(file, "xb") as out:
-        out.write(header.to_bytes())
-        out.write(data)
+        out.seek(reserved)
+        for block in blocks:
+            crcs.append(zlib.crc32(block))
+            out.write(block)
+        header = replace(header, block_crcs=tuple(crcs))
+        out.seek(0)
+        out.write(header.to_bytes(reserved))
         if is_synced:
             out.flush()
             os.fsync(out.fileno())
     return header
+
+
+def _scales(checkpoint: AdapterCheckpoint) -> tuple[tuple[float, ...], ...]:
+    scales = [[0.0] * len(MODULES) for _ in range(checkpoint.shapes.num_layers)]
+    for (layer, module), weights in checkpoint.weights.items():
+        scales[layer][module] = weights.scale
+    return tuple(map(tuple, scales))
 
 
 def _block(data: memoryview, layout: AdapterLayout, layer: int) -> memoryview:

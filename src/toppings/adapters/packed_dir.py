@@ -3,25 +3,36 @@
 import errno
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from toppings.adapters.base_weights import BaseWeights
-from toppings.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
+from toppings.adapters.checkpoint import read_checkpoint
 from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.adapters.layout import BaseShapes
-from toppings.adapters.packed import PackedAdapter, PackedFileError, PackedHeader, pack_adapter
+from toppings.adapters.merges import Merge
+from toppings.adapters.merging import MergePlan
+from toppings.adapters.packed import (
+    PackedAdapter,
+    PackedFileError,
+    PackedHeader,
+    pack_adapter,
+    write_packed,
+)
 
 
 @dataclass(frozen=True)
 class PackedCandidate:
-    """A packed file under a temporary name, to be given an id or discarded."""
+    """A packed file under a temporary name, to be given an id or discarded, and what its record will say."""
 
-    checkpoint: AdapterCheckpoint
     header: PackedHeader
     temp_file: Path
+    path: str
+    trained_on: str = ""
+    invocation_tokens: tuple[int, ...] = ()
+    merge: Merge | None = None
 
     def discard(self) -> None:
         with suppress(OSError):  # the next start's clean-up finds it
@@ -60,17 +71,32 @@ class PackedDir:
             checkpoint = read_checkpoint(path, self.shapes, self.base_tokens, roots, self._base)
         except OSError as error:
             raise AdapterError(f"cannot read adapter {path}: {error.strerror}") from error
+        header, temp_file = self._write(
+            lambda file: pack_adapter(checkpoint, self.dtype, file, is_synced=is_synced)
+        )
+        return PackedCandidate(
+            header, temp_file, str(checkpoint.path), checkpoint.base_model, checkpoint.invocation_tokens
+        )
+
+    def merge(self, plan: MergePlan, trained_on: str) -> PackedCandidate:
+        """Raises as `pack`."""
+        header, temp_file = self._write(
+            lambda file: write_packed(plan.header, plan.blocks(), file, is_synced=True)
+        )
+        return PackedCandidate(header, temp_file, plan.merge.path, trained_on, merge=plan.merge)
+
+    def _write(self, write: Callable[[Path], PackedHeader]) -> tuple[PackedHeader, Path]:
+        """Into a file of a temporary name."""
         temp_file = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}.tmp"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)  # it may be gone, as whatever is in it
-            header = pack_adapter(checkpoint, self.dtype, temp_file, is_synced=is_synced)
+            return write(temp_file), temp_file
         except BaseException as error:
             with suppress(OSError):
                 temp_file.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise _state_error("cannot write the packed adapter", error) from error
             raise
-        return PackedCandidate(checkpoint, header, temp_file)
 
     def digest_of(self, path: str | Path) -> str:
         """Of the PEFT checkpoint in `path`. Raises AdapterError where it cannot be served."""

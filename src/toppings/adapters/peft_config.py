@@ -92,6 +92,11 @@ class PeftConfig:
     invocation_tokens: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Served are the A and B that PEFT has saved."""
+        return self.kind is KINDS["LORA"] and not self.use_dora and not self.start
+
     @classmethod
     def read(cls, text: bytes) -> "PeftConfig":
         """Raises AdapterError for malformed values and for every option that would change the result."""

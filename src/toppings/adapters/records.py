@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from toppings.adapters.merges import Merge
+
 
 class Origin(StrEnum):
     """What registered an adapter. One of start-up options lasts as long as they name it, others until they
@@ -38,6 +40,12 @@ class AdapterRecord:
     trained_on: str  # its configuration's base_model_name_or_path, "" where that says nothing
     fingerprint: str  # of its source's files when it was registered
     invocation_tokens: tuple[int, ...]  # of an activated LoRA; else empty
+    merge: Merge | None = None  # of which adapters it is one; else None
+
+    @property
+    def is_made_here(self) -> bool:
+        """Its packed file can be made again without a source: from a directory, or of a merge's parts."""
+        return self.path.startswith("/") or self.merge is not None
 
 
 Records: TypeAlias = list[AdapterRecord]

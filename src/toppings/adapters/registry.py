@@ -19,6 +19,7 @@ from toppings.adapters.catalogue import AdapterCatalogue
 from toppings.adapters.checkpoint import fingerprint
 from toppings.adapters.directories import find_adapters
 from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StateError
+from toppings.adapters.merges import Merge
 from toppings.adapters.names import check_name, is_same_base
 from toppings.adapters.packed_dir import PackedCandidate
 from toppings.adapters.records import AdapterRecord, Origin, Records
@@ -74,20 +75,39 @@ class AdapterRegistry(AdapterCatalogue):
                     f"the adapter at {path} has changed since {name!r} was registered; load it again"
                 )
             num_bytes = candidate.header.layout.num_bytes
-            if max_bytes is not None and num_bytes > max_bytes:
-                raise AdapterError(f"it takes {num_bytes} bytes, and {max_bytes} are left for it")
-            self._check(
-                name,
-                num_bytes,
-                candidate.checkpoint.base_model,
-                is_strict=bool(source),
-            )
+            _check_bytes(num_bytes, max_bytes)
+            self._check(name, num_bytes, candidate.trained_on, is_strict=bool(source))
         except BaseException:
             candidate.discard()
             raise
         [record] = self._commit([(name, candidate)], replace=replace, origin=origin, source=source, over=over)
         if (doubt := self.doubt_of(record)) is not None:
             logger.warning("%s", doubt)
+        return record
+
+    def merge(
+        self,
+        name: str,
+        merge: Merge,
+        *,
+        replace: bool = False,
+        origin: Origin = Origin.LIBRARY,
+        max_bytes: int | None = None,
+    ) -> AdapterRecord:
+        """Registers the sum of adapters as one of its own, which stays as it is whatever becomes of them.
+
+        What it is made of is in its record. `replace` and `max_bytes`, and raises, as `register`;
+        AdapterNotFound also for a part that is not registered.
+        """
+        self.check_free(name, replace=replace)
+        parts = [self.get(part.name) for part in merge.parts]
+        trained_on = next((p.trained_on for p in parts if self.doubt_of(p)), parts[0].trained_on)
+        with self._planned(merge, parts) as plan:
+            num_bytes = plan.header.layout.num_bytes
+            _check_bytes(num_bytes, max_bytes)
+            self._check(name, num_bytes, trained_on)
+            candidate = self._packed_dir.merge(plan, trained_on)
+        [record] = self._commit([(name, candidate)], replace=replace, origin=origin)
         return record
 
     def check_free(self, name: str, *, replace: bool = False) -> None:
@@ -190,7 +210,7 @@ class AdapterRegistry(AdapterCatalogue):
             try:
                 check_name(name, self.base_model)
                 candidate = self._packed_dir.pack(path, is_synced=False)
-                self._check(name, candidate.header.layout.num_bytes, candidate.checkpoint.base_model)
+                self._check(name, candidate.header.layout.num_bytes, candidate.trained_on)
                 candidates.append((name, candidate))
             except (AdapterError, StateError) as error:
                 if candidate is not None:
@@ -245,7 +265,7 @@ class AdapterRegistry(AdapterCatalogue):
         header, layout = candidate.header, candidate.header.layout
         fields = {
             "name": name,
-            "path": source or str(candidate.checkpoint.path),
+            "path": source or candidate.path,
             "base_model": self.base_model,
             "rank": max(layout.max_rank, *layout.outer_ranks.values(), 0),
             "targets": ",".join((*layout.targets, *layout.outer_ranks)),
@@ -253,13 +273,19 @@ class AdapterRegistry(AdapterCatalogue):
             "digest": header.digest,
             "created_at": time.time(),
             "origin": origin,
-            "trained_on": candidate.checkpoint.base_model,
+            "trained_on": candidate.trained_on,
             "fingerprint": header.fingerprint,
-            "invocation_tokens": ",".join(map(str, candidate.checkpoint.invocation_tokens)),
+            "invocation_tokens": ",".join(map(str, candidate.invocation_tokens)),
+            "merge": candidate.merge.to_json() if candidate.merge is not None else "",
         }
         adapter_id = change.insert(fields, replace=replace, over=None if over is None else over.adapter_id)
         self._packed_dir.adopt(candidate, adapter_id)
         return adapter_id
+
+
+def _check_bytes(num_bytes: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise AdapterError(f"it takes {num_bytes} bytes, and {max_bytes} are left for it")
 
 
 def _of_another_base(name: str, trained_on: str, base_model: str) -> str:

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 from toppings.adapters.database import Database
 from toppings.adapters.errors import AdapterExists, AdapterNotFound
+from toppings.adapters.merges import Merge
 from toppings.adapters.records import AdapterRecord, Origin, Records, RecordTable
 
 DATABASE_FILE = "registry.sqlite"
 _COLUMNS = (
     "adapter_id, name, path, base_model, rank, targets, num_bytes, digest, created_at, is_pinned, origin, "
-    "trained_on, fingerprint, invocation_tokens"
+    "trained_on, fingerprint, invocation_tokens, merge"
 )
 _FIELDS = tuple(_COLUMNS.split(", "))
 _SCHEMA = """
@@ -25,12 +26,16 @@ CREATE TABLE IF NOT EXISTS adapters (
     name TEXT NOT NULL, path TEXT NOT NULL, base_model TEXT NOT NULL, rank INTEGER NOT NULL,
     targets TEXT NOT NULL, num_bytes INTEGER NOT NULL, digest TEXT NOT NULL, created_at REAL NOT NULL,
     is_pinned INTEGER NOT NULL, origin TEXT NOT NULL, trained_on TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    removed_at REAL, invocation_tokens TEXT NOT NULL DEFAULT ''
+    removed_at REAL, invocation_tokens TEXT NOT NULL DEFAULT '',
+    merge TEXT NOT NULL DEFAULT ''
 );
 CREATE UNIQUE INDEX IF NOT EXISTS live_names ON adapters (name) WHERE removed_at IS NULL;
 CREATE INDEX IF NOT EXISTS live_paths ON adapters (path) WHERE removed_at IS NULL
 """
-_UPGRADES = {2: "ALTER TABLE adapters ADD COLUMN invocation_tokens TEXT NOT NULL DEFAULT ''"}
+_UPGRADES = {
+    2: "ALTER TABLE adapters ADD COLUMN invocation_tokens TEXT NOT NULL DEFAULT ''",
+    3: "ALTER TABLE adapters ADD COLUMN merge TEXT NOT NULL DEFAULT ''",
+}
 """What makes a file of this version one of the next."""
 _LIVE = "removed_at IS NULL"
 _IS_NAMED = f"name = ? AND {_LIVE}"
@@ -142,6 +147,7 @@ class AdapterRows:
         fields["targets"] = tuple(fields["targets"].split(","))
         tokens = fields["invocation_tokens"]
         fields["invocation_tokens"] = tuple(map(int, tokens.split(","))) if tokens else ()
+        fields["merge"] = Merge.from_json(fields["merge"]) if fields["merge"] else None
         fields["is_pinned"] = bool(fields["is_pinned"])
         fields["origin"] = Origin(fields["origin"])
         return AdapterRecord(**fields)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from toppings.access import read_api_key
+from toppings.adapters.merges import CAT, METHODS, Merge, MergePart
 from toppings.config import ConfigError, EngineConfig
 from toppings.core import MODULES
 from toppings.options import ApiKey, ApiKeyFile
@@ -62,7 +63,7 @@ def list_adapters(
         table.add_row(
             escape(row["name"]), *numbers, targets, f"{row['bytes']:,}", pinned, *values, escape(row["path"])
         )
-    console = Console()
+    console = Console(emoji=False)  # a path may have a word between colons
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     console.print(table)
@@ -130,6 +131,47 @@ def pull_adapter(
             record = registry.register(name, path, replace=replace, origin=Origin.CLI, source=found.where)
         doubt = registry.doubt_of(record)
     _tell_registered(record, doubt, f", from {found.where}")
+
+
+@adapters_app.command("merge")
+def merge_adapters(
+    name: str,
+    parts: Annotated[list[str], typer.Argument(help="adapters with their weights, as a=0.7 b=0.3")],
+    *,
+    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")] = CAT,
+    density: Annotated[float | None, typer.Option(help="share of values that pruning leaves")] = None,
+    majority_sign_method: Annotated[str | None, typer.Option(help="of ties: total or frequency")] = None,
+    seed: Annotated[int | None, typer.Option(help="of what is pruned at random")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="load a registered name anew")] = False,
+    model: Model = "",
+    state_dir: StateDir = "",
+    dtype: Dtype = "auto",
+    url: Url = "",
+    api_key: ApiKey = "",
+    api_key_file: ApiKeyFile = "",
+) -> None:
+    """Register the weighted sum of adapters as NAME."""
+    merge = Merge(tuple(map(_weighted, parts)), method, density, majority_sign_method, seed)
+    if url:
+        options = {"density": density, "majority_sign_method": majority_sign_method, "seed": seed}
+        named = [{"name": part.name, "weight": part.weight} for part in merge.parts]
+        server = RemoteServer(url, read_api_key(api_key, api_key_file))
+        typer.echo(server.merge(name, {"adapters": named, "method": method, **options}, in_place=replace))
+        return
+    from toppings.adapters.registry import Origin
+
+    with _held_registry(model, state_dir, dtype) as registry:
+        record = registry.merge(name, merge, replace=replace, origin=Origin.CLI)
+        doubt = registry.doubt_of(record)
+    _tell_registered(record, doubt, f", {record.path}")
+
+
+def _weighted(text: str) -> MergePart:
+    name, sign, weight = text.rpartition("=")
+    try:
+        return MergePart(name, float(weight)) if sign else MergePart(text, 1.0)
+    except ValueError:
+        raise ConfigError(f"{text!r} is no adapter with its weight; write e.g. {name}=0.5") from None
 
 
 def _tell_registered(record: "AdapterRecord", doubt: str | None, whence: str = "") -> None:

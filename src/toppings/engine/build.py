@@ -30,6 +30,7 @@ from toppings.engine.decode_graphs import DecodeGraphs
 from toppings.engine.drawing import DeviceSampler, Sampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, GraphBackend, GraphSpec
+from toppings.engine.lookup import LookupDrafts
 from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
@@ -212,10 +213,11 @@ def _build_engine(
     adapters.start()
     pages = PageAllocator(num_pages, config.page_size, double_cost_len=model.double_cost_len)
     names = BlockHasher(config.page_size) if config.enable_prefix_caching == "on" else None
+    drafts = LookupDrafts(config.num_speculative_tokens) if config.speculative_method == "ngram" else None
     info = _ready(config, model, limits, num_pages, decode_form)
     return Engine(
         info,
-        Scheduler(limits, pages, adapters, names),
+        Scheduler(limits, pages, adapters, names, drafts),
         runner if followers is None else followers.leading(runner, adapters),
         adapters,
         eos_token_ids=model.eos_token_ids,

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.manager import AdapterManager
@@ -176,8 +177,9 @@ class Engine:
         read_out = [i for i in batch.items if i.is_last and not i.needs_sample]
         record = describe(batch, self.adapters.rank_of)
         step = Step(batch, read_out, flight, started_at, num_prompt_tokens, record)
+        drawn = [i for i in batch.items if i.needs_sample]
         self.scheduler.commit(batch)
-        for item in flight.items:
+        for item in drawn:
             item.request.num_pending_tokens += self._ends.may_go_on(item.request)
         return step
 
@@ -280,17 +282,37 @@ class Engine:
                 progress.note_prefill(item, now, step_s, result)
             if (reading := result.readings.get(item.request.request_id)) is not None:
                 progress.notes.add(reading)
-        outputs = [
-            self._token_output(item.request, token_id, logprobs)
-            if item.request.request_id not in result.failed
-            else self._fail_all([item.request], result.failed[item.request.request_id])[0]
-            for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs, strict=True)
-            if self._is_alive(item)
-        ]
+        outputs: list[RequestOutput] = []
+        before: BatchItem | None = None
+        for item, token_id, logprobs in zip(result.items, result.token_ids, result.logprobs, strict=True):
+            if not self._is_alive(item):
+                continue
+            if item is before:
+                self._keep_drafted(item.request)
+            before = item
+            if (reason := result.failed.get(item.request.request_id)) is not None:
+                outputs += self._fail_all([item.request], reason)
+            else:
+                outputs.append(self._token_output(item.request, token_id, logprobs))
+        self._note_drafts(step, result)
         self._counters.note_step(step, result, len(outputs))
         outputs += [self._end_of_reading(i.request) for i in step.read_out if self._is_alive(i)]
         self._step_log.write_step(step.record, result, step_s)
         return outputs
+
+    def _keep_drafted(self, request: Request) -> None:
+        """Its last token was in a draft, and was computed in the step that drew it."""
+        request.num_computed_tokens += 1
+        self.scheduler.cache.keep([BatchItem(request, 1, stop=request.num_computed_tokens)])
+
+    def _note_drafts(self, step: Step, result: StepResult) -> None:
+        drafts = self.scheduler.drafts
+        if drafts is None:
+            return
+        num_drawn = Counter(id(item) for item in result.items)
+        for item in step.batch.items:
+            if item.draft:
+                drafts.note(item.request, len(item.draft), num_drawn[id(item)] - 1)
 
     def _token_output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         is_first = not request.output_token_ids

@@ -15,6 +15,7 @@ from toppings.assist.coordinator import AssistLora
 from toppings.assist.exchange import AssistStats
 from toppings.core import Batch, BatchItem, Request
 from toppings.engine.device_lora import DeviceLora
+from toppings.engine.draft_rows import kept_rows, with_drafts
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
 from toppings.engine.own_layers import OwnHead, OwnLayers
 from toppings.engine.pages import pages_for
@@ -36,7 +37,8 @@ NO_LOGITS = (
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step drew, one entry per item that needed a token, and how long it waited for adapter loads."""
+    """What a step drew, and how long it waited for adapter loads. An item that needed a token has an entry,
+    and one more for each token of its draft that was drawn."""
 
     items: list[BatchItem]
     token_ids: list[int]
@@ -50,7 +52,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """A step whose work is queued, and what it draws for `items`."""
+    """A step whose work is queued, and what it draws: `items` has one with a draft once for each row."""
 
     items: list[BatchItem]
     drawing: Drawing
@@ -59,20 +61,23 @@ class StepInFlight:
     assist: AssistStats | None
     failed: dict[str, str] = field(default_factory=dict)
     readings: Readings = read_nothing
+    rows: Sequence[SamplingRow] = ()
 
     def result(self) -> StepResult:
         """Waits for the tokens. Raises what made them wrong."""
         drawn = self.drawing.wait()
         if self.assist is not None and self.assist.error is not None:
             raise self.assist.error
+        kept = kept_rows(self.items, self.rows, drawn)
         return StepResult(
-            items=self.items,
-            token_ids=drawn.token_ids,
-            logprobs=drawn.logprobs,
+            items=[self.items[i] for i in kept],
+            token_ids=[drawn.token_ids[i] for i in kept],
+            logprobs=[drawn.logprobs[i] for i in kept],
             load_wait_s=self.load_wait_s,
             copy_ms=self.copy_ms,
             assist=self.assist,
-            failed={self.items[i].request.request_id: NO_LOGITS for i in drawn.undrawable} | self.failed,
+            failed={self.items[i].request.request_id: NO_LOGITS for i in drawn.undrawable if i in kept}
+            | self.failed,
             readings=self.readings(),
         )
 
@@ -138,10 +143,14 @@ class ModelRunner:
         """
         items = batch.items
         self._copy_pages(items)
+        drawn_items = [item for item in items if item.needs_sample]
         sampled = [
-            (row, item) for row, item in zip(_last_rows(items), items, strict=True) if item.needs_sample
+            (row, item)
+            for last, item in zip(_last_rows(items), items, strict=True)
+            if item.needs_sample
+            for row in range(last - len(item.draft), last + 1)
         ]
-        begun = self.rows.begin([item.request for _, item in sampled])
+        begun = self.rows.begin([item.request for item in drawn_items])
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
@@ -168,6 +177,7 @@ class ModelRunner:
             rows, failed = self.rows.finish(begun, [], None)
         else:
             rows, failed = self.rows.finish(begun, [i.request for i in previous.items], previous.drawing)
+        rows = with_drafts(rows, drawn_items)
         return StepInFlight(
             items=[item for _, item in sampled],
             drawing=self._sample(logits, rows),
@@ -176,6 +186,7 @@ class ModelRunner:
             assist=lora.stats if isinstance(lora, AssistLora) else None,
             failed=failed,
             readings=readings,
+            rows=rows,
         )
 
     def can_run_ahead(self, requests: Sequence[Request]) -> bool:
@@ -268,8 +279,8 @@ class ModelRunner:
 
 
 def _num_tokens_of(items: list[BatchItem], adapter_id: int) -> int:
-    return sum(item.num_tokens - item.num_base_tokens for item in items if item.adapter_id == adapter_id)
+    return sum(item.num_rows - item.num_base_tokens for item in items if item.adapter_id == adapter_id)
 
 
 def _last_rows(items: list[BatchItem]) -> list[int]:
-    return [end - 1 for end in accumulate(item.num_tokens for item in items)]
+    return [end - 1 for end in accumulate(item.num_rows for item in items)]

@@ -22,6 +22,7 @@ from toppings.core import Admission, Batch, Request
 from toppings.engine.adapter_placement import AdapterPlacement
 from toppings.engine.draining import Draining
 from toppings.engine.fair_queue import FairQueue
+from toppings.engine.lookup import LookupDrafts
 from toppings.engine.making_room import last_of, victims_for
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.prefix_cache import BlockNames, PrefixCache
@@ -35,7 +36,7 @@ MAX_LOOKED_AT = 32
 class Scheduler:
     """By turns over `waiting` (`fair_queue.py`), among one client's requests first come first served but for
     a lead that the prefix cache gives; whoever waits for an adapter is overtaken, never starved. `names`: of
-    what the cache keeps, if it is to keep anything.
+    what the cache keeps, if it is to keep anything. `drafts`: who guesses tokens, if anybody does.
 
     A tenant that asks for no more than its share of places is a guest of those that ask for more: its prompts
     come before what is left of theirs, and all others get half as many tokens of that step, so that it takes
@@ -48,12 +49,14 @@ class Scheduler:
         pages: PageAllocator,
         adapters: AdapterPlacement,
         names: BlockNames | None = None,
+        drafts: LookupDrafts | None = None,
     ) -> None:
         assert pages.num_pages * pages.page_size >= limits.max_model_len, "one sequence may not fit the cache"
         self.limits = limits
         self.pages = pages
         self.adapters = adapters
         self.cache = PrefixCache(pages, names)
+        self.drafts = drafts
         self.waiting = FairQueue(
             limits.scheduling_policy, self.num_generated, self.cache.in_turn, limits.max_num_seqs
         )
@@ -81,6 +84,8 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self._unblock(request)
+        if self.drafts is not None:
+            self.drafts.forget(request)
 
     def _end_running(self, request: Request) -> None:
         if not request.output_token_ids and not request.num_preemptions:
@@ -122,7 +127,22 @@ class Scheduler:
             self._schedule_waiting(now, step)
         self._was_overtaken = step.was_overtaken or step.guest_tokens > 0
         self._started.clear()
+        if self.drafts is not None:
+            self._add_drafts(step, self.drafts)
         return step.batch()
+
+    def _add_drafts(self, step: StepPlan, drafts: LookupDrafts) -> None:
+        """Of tokens and pages that nobody needs."""
+        items = [i for i in step.items if i.is_decode and i.needs_sample and not i.request.num_pending_tokens]
+        num_rows = min(step.budget, drafts.max_step_rows - len(step.items))
+        for num_left, item in zip(range(len(items), 0, -1), items, strict=True):
+            request, share = item.request, -(-num_rows // num_left)
+            draft = drafts.draft(request, min(share, self.limits.max_draft_len(request)))
+            has_room = self.pages.num_free >= len(self.running) + pages_for(len(draft), self.pages.page_size)
+            num_tokens = request.num_computed_tokens + 1 + len(draft)
+            if draft and has_room and self.pages.grow(request.page_table, num_tokens):
+                item.draft = draft
+                num_rows -= len(draft)
 
     def _schedule_running(self, step: StepPlan, *, may_overtake: bool) -> None:
         """What is left of prompts is `late` where others may overtake it."""

@@ -18,6 +18,11 @@ class SchedulerLimits:
     max_adapter_wait_s: float
     scheduling_policy: str = "fair"
 
+    def max_draft_len(self, request: Request) -> int:
+        """How many tokens may be guessed, so that one more can follow."""
+        num_output = request.sampling.max_tokens - len(request.output_token_ids)
+        return min(num_output, self.max_model_len - request.num_tokens) - 1
+
     def check(self, request: Request) -> None:
         """Raises RequestError where it can never fit, or stands as nobody may."""
         num_prompt, limit = len(request.prompt_token_ids), self.max_model_len

@@ -113,7 +113,7 @@ class ReadingPlan:
 
 def _ends(items: Sequence[BatchItem]) -> Iterator[tuple[BatchItem, int]]:
     """With the row of the step behind each item's last."""
-    return zip(items, accumulate(item.num_tokens for item in items), strict=True)
+    return zip(items, accumulate(item.num_rows for item in items), strict=True)
 
 
 def _slices(lengths: Iterable[int], start: int) -> list[slice]:

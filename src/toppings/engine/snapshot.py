@@ -52,6 +52,7 @@ def snapshot(
             "prefix_cache_hits": cache.num_hits,
             "prefix_cache_waits": cache.num_waits,
             "prefix_cache_evictions": pages.num_evictions,
+            **({} if scheduler.drafts is None else scheduler.drafts.counters()),
         },
         num_workers=num_workers,
     )

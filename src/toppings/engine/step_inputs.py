@@ -35,13 +35,15 @@ class StepRows:
     def of(cls, items: Sequence[BatchItem], page_size: int, num_pages: int = 0) -> "StepRows":
         """`num_pages`: columns of the page tables, by default as many as the longest needs."""
         tables = [item.request.page_table for item in items]
-        page_tables = np.zeros((len(items), num_pages or max(map(len, tables))), np.int32)
-        for row, table in zip(page_tables, tables, strict=True):
-            row[: len(table)] = table
         counts = np.array([item.num_tokens for item in items])
         starts = np.array([item.request.num_computed_tokens for item in items])
-        query_indptr = [0, *accumulate(item.num_tokens for item in items)]
-        sequences = np.repeat(np.arange(len(items)), counts)
+        if any(item.draft for item in items):
+            tables, starts, counts = _with_drafts(items, tables, starts, counts)
+        page_tables = np.zeros((len(tables), num_pages or max(map(len, tables))), np.int32)
+        for row, table in zip(page_tables, tables, strict=True):
+            row[: len(table)] = table
+        query_indptr = [0, *accumulate(counts.tolist())]
+        sequences = np.repeat(np.arange(len(tables)), counts)
         positions = np.arange(query_indptr[-1]) + np.repeat(starts - query_indptr[:-1], counts)
         pages = page_tables[sequences, positions // page_size].astype(np.int64)
         return cls(
@@ -110,7 +112,7 @@ class InputBuilder:
         """What kernels read of `segments` is brought along with the rest."""
         rows = StepRows.of(items, self._page_size)
         meta = AttentionMetadata(
-            num_decodes=sum(item.is_decode for item in items),
+            num_decodes=sum(item.num_rows for item in items if item.is_decode),
             query_indptr=rows.query_indptr,
             context_lens=rows.context_lens,
             page_tables=torch.from_numpy(rows.page_tables),
@@ -158,20 +160,32 @@ def lora_segments(
     for item in items:
         adapter_id = item.adapter_id
         if adapter_id is None:
-            append(-1, item.num_tokens)
+            append(-1, item.num_rows)
             continue
         num_base = item.num_base_tokens if item.request.adapter_start else 0
         if num_base:
             append(-1, num_base)
-        append(slots[adapter_id], item.num_tokens - num_base)
+        append(slots[adapter_id], item.num_rows - num_base)
     return LoraSegments(indptr, segment_slots, max_rank, decode_form)
 
 
 _NO_PLACES = np.empty((2, 0), np.int64)
 
 
+def _with_drafts(
+    items: Sequence[BatchItem], tables: list[list[int]], starts: Longs, counts: Longs
+) -> tuple[list[list[int]], Longs, Longs]:
+    """To attention each token of a draft is a sequence of its own on the same pages, so that it is computed
+    as if it had been drawn: with them, the sequences' pages, first places and lengths."""
+    nums = [1 + len(item.draft) for item in items]
+    index = np.repeat(np.arange(len(items)), nums)
+    place = np.concatenate([np.arange(num) for num in nums])  # in the draft, 0 is before it
+    starts = starts[index] + np.where(place > 0, counts[index] + place - 1, 0)
+    return [tables[i] for i in index], starts, np.where(place > 0, 1, counts[index])
+
+
 def _token_ids(item: BatchItem) -> list[int]:
     """0 stands for one that is being drawn."""
     start = item.request.num_computed_tokens
     known = item.request.token_ids(start, start + item.num_tokens)
-    return known + [0] * (item.num_tokens - len(known))
+    return known + [0] * (item.num_tokens - len(known)) + item.draft

@@ -29,7 +29,7 @@ class StepPlan:
         for item in self.items:
             if item.request is request:
                 self.items.remove(item)
-                self.budget += item.num_tokens
+                self.budget += item.num_rows
                 return
 
     def batch(self) -> Batch:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from toppings.adapters.checkpoint import AdapterCheckpoint
 from toppings.adapters.layout import AdapterLayout
 from toppings.adapters.packed import PackedHeader
 from toppings.adapters.packed_dir import PackedCandidate
@@ -75,8 +74,7 @@ def _linked(file: Path, header: PackedHeader) -> PackedCandidate:
     """The same content under a temporary name of its own."""
     link = _temporary(file.parent)
     os.link(file, link)
-    checkpoint = AdapterCheckpoint(file, "", header.layout.shapes, {}, header.digest, header.fingerprint)
-    return PackedCandidate(checkpoint, header, link)
+    return PackedCandidate(header, link, str(file))
 
 
 def _temporary(directory: Path) -> Path:

@@ -18,12 +18,14 @@ from toppings.adapters.errors import (
     StateError,
     StateFullError,
 )
+from toppings.adapters.merges import Merge
 from toppings.adapters.registry import AdapterRecord, Origin
 from toppings.bad_input import RequestError
 from toppings.engine.client import EngineDeadError
 from toppings.server.errors import ApiError
 from toppings.server.paths import AdapterRoots, not_configured
 from toppings.server.state import ServerState
+from toppings.sources.adapters import PRIVATE
 from toppings.sources.models import find_model
 from toppings.tenants.book import ADMIN
 from toppings.tenants.refusals import denied
@@ -75,9 +77,39 @@ class AdapterAdmin:
             raise ApiError(404, message, "NotFoundError", "lora_path") from None
         _check_place(tenant, str(directory), path)
         async with self._turn():
+            make = partial(self._state.registry.register, name, directory, roots=self.roots.directories)
+            return await self._register(name, str(directory), make, in_place=in_place, tenant=tenant)
+
+    async def merge(
+        self, name: str, make: Callable[[], Merge], *, in_place: bool = False, tenant: Tenant = ADMIN
+    ) -> AdapterRecord:
+        """Register the sum of adapters that the tenant may use; those of sources are fetched if need be.
+
+        `make`: what is asked for, or AdapterError. Raises as `load`, and Refusal 403 for a part that is not
+        the tenant's to use.
+        """
+        self._state.check_open()
+        if not name:
+            raise ApiError(400, "'lora_name' must be provided.", INVALID)
+        with _told(name):
+            merge = make()
+            self._state.registry.check_free(name, replace=in_place)
+        for part in merge.parts:
+            await self._check_part(name, part.name)
+        async with self._turn():
+            make_merge, parts = partial(self._state.registry.merge, name, merge), [p.name for p in merge.parts]
             return await self._register(
-                name, directory, self.roots.directories, in_place=in_place, tenant=tenant
+                name, f"merge of {', '.join(parts)}", make_merge, in_place=in_place, tenant=tenant
             )
+
+    async def _check_part(self, name: str, part: str) -> None:
+        failure = f"Loading lora {name} failed: {part!r}"
+        target = await self._state.find_target(part)
+        if target.adapter_id is None:
+            raise ApiError(400, f"{failure} is the base model; only adapters can be merged", INVALID)
+        if self._state.registry.get_by_id(target.adapter_id).path.startswith(PRIVATE):
+            message = f"{failure} is only for those whose own token may read it; it cannot be merged"
+            raise ApiError(403, message, "PermissionDeniedError")
 
     async def register_found(
         self,
@@ -93,16 +125,10 @@ class AdapterAdmin:
     ) -> AdapterRecord:
         """What was fetched from `source` into `directory`, which is not needed afterwards; no link of it may
         lead out of `root`. `over`: the only one whose name it may take."""
+        make = partial(self._state.registry.register, name, directory, roots=[root], source=source, over=over)
         async with self._turn():
             return await self._register(
-                name,
-                directory,
-                [root],
-                in_place=in_place,
-                origin=origin,
-                source=source,
-                tenant=tenant,
-                over=over,
+                name, source, make, in_place=in_place, origin=origin, fetched=directory, tenant=tenant
             )
 
     async def _load_from_source(
@@ -183,28 +209,21 @@ class AdapterAdmin:
     async def _register(
         self,
         name: str,
-        directory: Path,
-        roots: list[Path],
+        path: str,
+        make: Callable[..., AdapterRecord],
         *,
         in_place: bool,
         origin: Origin = Origin.HTTP,
-        source: str = "",
+        fetched: Path | None = None,
         tenant: Tenant = ADMIN,
-        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
-        registry = self._state.registry
-        old = registry.find_named(name) if in_place else None
-        what = {"adapter": name, "path": source or str(directory), "origin": str(origin)}
-        with self._state.audit.change("load", **what), _told(name, directory if source else None):
+        """`make`: one of the registry's ways to make an adapter, which runs in a thread; `path`: of what, for the
+        audit log."""
+        old = self._state.registry.find_named(name) if in_place else None
+        told = self._state.audit.change("load", adapter=name, path=path, origin=str(origin))
+        with told, _told(name, fetched):
             max_bytes = await self._in_thread(self._bytes_left, tenant, name)
-            record = await self._in_thread(
-                partial(registry.register, roots=roots, max_bytes=max_bytes),
-                *(name, directory),
-                replace=in_place,
-                origin=origin,
-                source=source,
-                over=over,
-            )
+            record = await self._in_thread(make, replace=in_place, origin=origin, max_bytes=max_bytes)
         if record.is_pinned:
             await self._pass_pin(old, record)
         if old is not None and old.adapter_id != record.adapter_id:

@@ -9,7 +9,8 @@ from fastapi.responses import Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from toppings import __version__
-from toppings.adapters.registry import AdapterRecord
+from toppings.adapters.merges import Merge
+from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.engine.client import EngineDeadError
 from toppings.messages import AdapterStatus, EngineStats
 from toppings.server.auth import may_change_state, tenant_of
@@ -102,7 +103,7 @@ async def list_adapters(request: Request) -> Response:
     places = {} if engine is None else {status.adapter_id: status for status in engine.adapters}
 
     def encode(record: AdapterRecord) -> bytes:
-        return msgspec.json.encode(_row(record, places.get(record.adapter_id)))
+        return msgspec.json.encode(_row(record, places.get(record.adapter_id), state.registry))
 
     rows = await encode_all(await records_of(state, tenant_of(request)), encode)
     body = await asyncio.to_thread(b",".join, rows)
@@ -134,7 +135,19 @@ async def _stats_or_none(state: ServerState) -> EngineStats | None:
         return None
 
 
-def _row(record: AdapterRecord, status: AdapterStatus | None) -> dict[str, Any]:
+def _merge(merge: Merge, registry: AdapterRegistry) -> dict[str, Any]:
+    """Of which generations it was made, and which of them are still what their names mean."""
+    parts = []
+    for part in merge.parts:
+        named = registry.find_named(part.name)
+        is_current = named is not None and named.adapter_id == part.adapter_id
+        told = {"name": part.name, "weight": part.weight, "id": part.adapter_id, "digest": part.digest}
+        parts.append({**told, "is_current": is_current})
+    options = {"density": merge.density, "majority_sign_method": merge.majority_sign, "seed": merge.seed}
+    return {"method": merge.method, **options, "adapters": parts}
+
+
+def _row(record: AdapterRecord, status: AdapterStatus | None, registry: AdapterRegistry) -> dict[str, Any]:
     row = {
         "name": record.name,
         "id": record.adapter_id,
@@ -143,6 +156,7 @@ def _row(record: AdapterRecord, status: AdapterStatus | None) -> dict[str, Any]:
         "targets": list(record.targets),
         "bytes": record.num_bytes,
         "digest": record.digest,
+        "merge": None if record.merge is None else _merge(record.merge, registry),
         "is_pinned": record.is_pinned,
         "state": "disk" if status is None else place(status),
     }

@@ -19,6 +19,7 @@ from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, Texts, Token
 from toppings.server.jobs import Choice, Job, tokens_of
+from toppings.server.lorax_merges import MergedAdapters, find_merged
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
 from toppings.server.structures import Schema, checked_structure, named_structure, schema_text
@@ -83,7 +84,7 @@ class Parameters(LenientBody):
     typical_p: float | None = None
     watermark: bool = False
     decoder_input_details: bool = False
-    merged_adapters: None = None
+    merged_adapters: MergedAdapters | None = None
     apply_chat_template: bool = False
 
     def check(self) -> None:
@@ -177,6 +178,10 @@ async def generate(request: Request, raw: dict[str, Any], *, is_stream: bool) ->
 
 async def _target(state: ServerState, parameters: Parameters) -> Target:
     adapter, source = parameters.adapter_id, parameters.adapter_source
+    if parameters.merged_adapters is not None:
+        if adapter is not None:
+            raise ApiError(400, "adapter_id and merged_adapters were given together; give one of them")
+        return await find_merged(state, parameters.merged_adapters.to_merge())
     if source not in (None, "local") and (state.resolver is None or not state.resolver.has(SOURCES[source])):
         raise ApiError(400, f"adapter_source is {source!r}; this server has no source of that kind")
     return await state.find_target(

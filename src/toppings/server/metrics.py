@@ -21,6 +21,9 @@ VLLM_COUNTERS = {
     "preemptions": ("num_preemptions", "Preemptions by recomputation."),
     "prefix_cache_queries": ("prefix_cache_queries", "Tokens of started prompts."),
     "prefix_cache_hits": ("prefix_cache_hits", "Tokens of started prompts that were in the cache."),
+    "spec_decode_drafts": ("spec_decode_num_drafts", "Drafts of tokens that were computed."),
+    "spec_decode_draft_tokens": ("spec_decode_num_draft_tokens", "Tokens of drafts."),
+    "spec_decode_accepted_tokens": ("spec_decode_num_accepted_tokens", "Those that the model drew itself."),
 }
 """The engine's counters by their names here, with those that vLLM gives them."""
 COLD_START_PARTS = ("read", "copy", "exposed", "compute")

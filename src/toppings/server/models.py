@@ -1,10 +1,13 @@
 """`/v1/models`, and loading and unloading adapters as vLLM, SageMaker and SGLang spell it."""
 
+from typing import Annotated
+
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from toppings.adapters.merges import CAT, MAX_PARTS, Merge, MergePart
 from toppings.adapters.registry import AdapterRecord
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import check_may_load, may_change_state, tenant_of
@@ -22,9 +25,32 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class MergePartBody(StrictBody):
+    name: Name
+    weight: float = 1.0
+
+
+class MergeBody(StrictBody):
+    """Values are checked where the merge is made: `adapters/merges.py`."""
+
+    adapters: Annotated[list[MergePartBody], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    method: Name = CAT
+    density: float | None = None
+    majority_sign_method: Name | None = None
+    seed: Int | None = None
+
+    def to_merge(self) -> Merge:
+        """Raises AdapterError."""
+        parts = tuple(MergePart(part.name, part.weight) for part in self.adapters)
+        return Merge(parts, self.method, self.density, self.majority_sign_method, self.seed)
+
+
 class LoadBody(StrictBody):
+    """Either a place, or what to merge of adapters that are served."""
+
     lora_name: Name
-    lora_path: PathText
+    lora_path: PathText | None = None
+    merge: MergeBody | None = None
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
 
@@ -71,9 +97,15 @@ async def load_lora_adapter(body: LoadBody, request: Request) -> Response:
     if body.is_3d_lora_weight:
         raise ApiError(400, "is_3d_lora_weight is not supported; leave it out", param="is_3d_lora_weight")
     tenant = check_may_load(request, body.lora_name)
-    record = await admin_of(request).load(
-        body.lora_name, body.lora_path, in_place=body.load_inplace, tenant=tenant
-    )
+    admin, name, in_place = admin_of(request), body.lora_name, body.load_inplace
+    if body.merge is None and body.lora_path is None:
+        raise ApiError(400, "1 validation error:\n  body.lora_path: Field required", param="lora_path")
+    if body.merge is not None and body.lora_path is not None:
+        raise ApiError(400, "lora_path and merge were given together; give one of them", param="merge")
+    if body.merge is not None:
+        record = await admin.merge(name, body.merge.to_merge, in_place=in_place, tenant=tenant)
+    else:
+        record = await admin.load(name, body.lora_path or "", in_place=in_place, tenant=tenant)
     return _loaded(request, record, f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

@@ -101,7 +101,7 @@ class Resolver:
         from a source, None where that is not why. Raises ApiError where it cannot be had."""
         registry = self._state.registry
         record = registry.find_named(target.name)
-        if record is None or record.path.startswith("/"):  # those the engine makes again itself
+        if record is None or record.is_made_here:  # those the engine makes again itself
             return None
         if record.adapter_id == target.adapter_id:
             if await self._short.run(registry.is_intact, record.adapter_id):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from toppings.adapters.checkpoint import fingerprint
 from toppings.adapters.errors import AdapterError
+from toppings.adapters.merges import MERGE_PATH
 from toppings.adapters.names import check_name
 from toppings.adapters.peft_config import CONFIG_FILE
 from toppings.adapters.stored_tensors import WEIGHTS_FILE
@@ -236,8 +237,8 @@ def owner_of(sources: list[AdapterSource], reference: str) -> tuple[AdapterSourc
 
 
 def kind_of(where: str) -> str:
-    """Of the source that a record's path names; that of a directory for a path of this machine."""
-    return DIR if where.startswith("/") else where.removeprefix(PRIVATE).partition(":")[0]
+    """Of the source that a record's path names; that of a directory for what is made on this machine."""
+    return DIR if where.startswith(("/", MERGE_PATH)) else where.removeprefix(PRIVATE).partition(":")[0]
 
 
 def find_again(sources: list[AdapterSource], name: str, where: str) -> Found:

@@ -9,6 +9,7 @@ import pytest
 from tests.fakes import FakeEngineClient
 from tests.sources.hub_server import running_hub
 from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
+from toppings.adapters.merges import Merge, MergePart
 from toppings.adapters.registry import AdapterRegistry, Origin
 from toppings.cluster.ray_serve.messages import AdapterRef
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, open_node_registry
@@ -82,6 +83,18 @@ async def test_elsewhere_it_is_registered_from_its_path_when_first_named(
     shutil.rmtree(ref.path)  # from now on it is the machine's own
     assert await adapters.resolve(ref) == adapter_id
     assert await elsewhere.replica()[0].resolve(ref) == adapter_id
+
+
+async def test_a_merge_is_served_on_the_fronts_machine_and_refused_by_name_elsewhere(
+    front: Machine, elsewhere: Machine, sources: Path
+) -> None:
+    load(front, "a", sources / "adapter-00000")
+    ref = AdapterRef.of(front.registry.merge("mix", Merge((MergePart("a", 2.0),))))
+    adapters, _ = front.replica()
+    assert await adapters.resolve(ref) == ref.generation
+    adapters, _ = elsewhere.replica()
+    with pytest.raises(AdapterError, match="'mix' is a merge, which was made on the front's machine"):
+        await adapters.resolve(ref)
 
 
 async def fetch(machine: Machine, name: str, tmp_path: Path) -> AdapterRef:

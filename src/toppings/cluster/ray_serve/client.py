@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import Context
 from dataclasses import replace
@@ -282,26 +282,17 @@ class FleetAdmin(AdapterAdmin):
     async def _register(
         self,
         name: str,
-        directory: Path,
-        roots: list[Path],
+        make: Callable[..., AdapterRecord],
         *,
         in_place: bool,
         origin: Origin = Origin.HTTP,
-        source: str = "",
+        fetched: Path | None = None,
         tenant: Tenant = ADMIN,
-        over: AdapterRecord | None = None,
     ) -> AdapterRecord:
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
             record = await super()._register(
-                name,
-                directory,
-                roots,
-                in_place=in_place,
-                origin=origin,
-                source=source,
-                tenant=tenant,
-                over=over,
+                name, make, in_place=in_place, origin=origin, fetched=fetched, tenant=tenant
             )
             refusals = await self._replicas.adopt(record)
         if not refusals:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from toppings.adapters.errors import AdapterError, AdapterNotFound, StateHeldError
+from toppings.adapters.merges import MERGE_PATH
 from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.state_lock import StateLock
@@ -135,6 +136,11 @@ class ReplicaAdapters:
         """Of the replicas of a machine, one fetches what came from a source; the others find it then."""
         if (found := self._find(ref)) is not None:
             return found
+        if ref.path.startswith(MERGE_PATH):
+            raise AdapterError(
+                f"adapter {ref.name!r} is a merge, which was made on the front's machine and is not on this "
+                "one; merge with PEFT and load what that saves, or keep the replicas on the front's machine"
+            )
         fetched = self._registry.state_dir / FETCHED
         fetched.mkdir(exist_ok=True)
         lock = fetched / f"{ref.digest[:16]}.lock"

@@ -58,6 +58,13 @@ class AdapterAdmin:
     async def load(self, body: dict[str, Any], tenant: Tenant = ADMIN) -> Answer:
         """The servers' answer. Raises ApiError 503 where none can be reached, 504 where none answers."""
         name, path = _name(body), str(body.get("lora_path"))
+        if body.get("merge") is not None:
+            raise ApiError(
+                400,
+                "merge: each server merges of the adapters that it has at that moment; send it to the servers"
+                " themselves, and the router sends requests to those that have the merge",
+                param="merge",
+            )
         async with self._alone(name):
             away = self._away()
             outcome = await self._ask_all(LOAD, body, tenant)

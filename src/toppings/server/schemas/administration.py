@@ -5,6 +5,22 @@ from typing import Literal
 from pydantic import BaseModel
 
 
+class MergedPart(BaseModel):
+    name: str
+    weight: float
+    id: int
+    digest: str
+    is_current: bool
+
+
+class Merged(BaseModel):
+    method: str
+    density: float | None
+    majority_sign_method: str | None
+    seed: int | None
+    adapters: list[MergedPart]
+
+
 class AdapterRow(BaseModel):
     name: str
     id: int
@@ -13,6 +29,7 @@ class AdapterRow(BaseModel):
     targets: list[str]
     bytes: int
     digest: str
+    merge: Merged | None
     is_pinned: bool
     state: Literal["device", "host", "disk"]
     layers_on_device: int
