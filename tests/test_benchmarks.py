@@ -107,7 +107,14 @@ def check_fairness(result: Result) -> None:
     assert len(result["engine"]["fair"]["ttft_ms"]) == 2
 
 
+def check_dashboard(result: Result) -> None:
+    assert result["registered"] == 4
+    assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
+    assert result["cost"]["watched_percent"] > 0
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "dashboard": check_dashboard,
     "fairness": check_fairness,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,

@@ -105,7 +105,7 @@ ACCESS: dict[str, tuple[str, dict[str, Any] | None]] = {
     ),
     **dict.fromkeys(("POST /adapters/{name:path}/pin", "DELETE /adapters/{name:path}/pin"), (ADMIN, None)),
     "POST /adapters/{name:path}/prefetch": (ADMIN, None),
-    **dict.fromkeys(("GET /stats", "GET /metrics"), (ADMIN, None)),
+    **dict.fromkeys(("GET /stats", "GET /metrics", "GET /cold_starts"), (ADMIN, None)),
     **dict.fromkeys((f"GET /dashboard/{path}" for path in ("events", "data", "adapters")), (ADMIN, None)),
 }
 MAY = {

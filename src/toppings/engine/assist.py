@@ -109,7 +109,7 @@ class Assist:
     def _cold(self, adapter_id: int, load: LoadHandle, num_tokens: int) -> ColdAdapter:
         entry = self._adapters.host_entry_of(adapter_id)
         choices = self._mode.plan(entry.layout, num_tokens).choices
-        return ColdAdapter(self._adapters.slot_of(adapter_id), load, entry, choices)
+        return ColdAdapter(adapter_id, self._adapters.slot_of(adapter_id), load, entry, choices)
 
     def poll(self) -> None:
         """Replaces workers that died while nothing ran."""

@@ -280,8 +280,7 @@ class Engine:
         for item in filter(self._is_alive, step.batch.items):
             progress = self._progress[item.request.request_id]
             if not item.request.output_token_ids:
-                progress.prefill_s += step_s
-                progress.load_wait_s += result.load_wait_s
+                progress.note_prefill(item, now, step_s, result)
             if (reading := result.readings.get(item.request.request_id)) is not None:
                 progress.notes.add(reading)
         outputs = [

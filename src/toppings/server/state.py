@@ -20,6 +20,7 @@ from toppings.detokenizer import TokenSource
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
+from toppings.server.cold_starts import ColdStarts
 from toppings.server.errors import RETRY_AFTER_S, ApiError
 from toppings.server.exchange import current_exchange
 from toppings.server.metrics import Metrics
@@ -134,6 +135,7 @@ class ServerState:
         self.resolver: Resolver | None = None
         """Asks the adapter sources, where there are any."""
         self.is_draining = False
+        self.cold_starts = ColdStarts()
         self.checker = StructureChecker(text.special_tokens, client.info.vocab_size)
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
