@@ -122,8 +122,15 @@ def check_lookup_decoding(result: Result) -> None:
         assert 0 <= result[load]["accepted"] <= 1
 
 
+def check_dashboard(result: Result) -> None:
+    assert result["registered"] == 4
+    assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
+    assert result["cost"]["watched_percent"] > 0
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
+    "dashboard": check_dashboard,
     "fairness": check_fairness,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,

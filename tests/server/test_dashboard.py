@@ -13,7 +13,8 @@ from tests.server.conftest import Server
 from tests.server.test_polling import NUM_REGISTERED, NUM_RESIDENT, SLACK, cost_ms, many, poll
 from tests.waiting import until
 from toppings.dashboard.page import EVENTS, HEADERS
-from toppings.messages import AdapterStatus, EngineStats
+from toppings.messages import AdapterStatus, ColdLayer, ColdStart, EngineStats, Span
+from toppings.server.readings import MAX_COLD
 
 __all__ = ["many"]
 RUDE = "<script>alert(1)</script>"
@@ -107,6 +108,31 @@ async def test_it_tells_where_adapters_are(server: Server) -> None:
     assert [(row["name"], row["place"]) for row in found["rows"]] == [("a4", "device"), ("a5", "disk")]
     bad = await server.http.get("/dashboard/adapters?limit=0")
     assert (bad.status_code, "limit is '0'" in bad.text) == (400, True)
+
+
+async def test_it_tells_of_the_latest_cold_starts(server: Server) -> None:
+    server.registry.register("a", f"{server.state.config.server.adapters}/adapter-00000")
+    layers = [
+        *(ColdLayer(Span(-1.0, 2.04), 4), ColdLayer(None, 4, 4, 8, Span(2.0, 3.0))),
+        *(ColdLayer(Span(2.0, 4.0), 4, 1, 2, Span(1.0, 2.0)), ColdLayer(None, 0)),
+    ]
+    server.engine.cold_start = ColdStart(
+        "disk", 10.0, 20.0, 5.0, 2.0, rank=4, num_bytes=9, arrived_at=1e9, first_token_ms=40.0, layers=layers
+    )
+    assert (await data(server))["cold"] == {"num": 0, "latest": []}
+    for _ in range(MAX_COLD + 3):
+        await server.complete(model="a", max_tokens=1)
+    server.app.state.feed._read_at = float("-inf")
+    told = (await data(server))["cold"]
+    assert told["num"] == MAX_COLD + 3
+    assert [each["number"] for each in told["latest"]] == list(range(MAX_COLD + 3, 3, -1))
+    latest = told["latest"][0]
+    assert (latest["adapter"], latest["tier"], latest["rank"], latest["at"]) == ("a", "disk", 4, 1e9)
+    assert (latest["first_token_ms"], latest["read_ms"]) == (40.0, 10.0)
+    assert latest["places"] == ["device", "cpu", "both", "none"]
+    assert latest["copies"] == [[-1.0, 2.0], None, [2.0, 4.0], None]
+    assert latest["workers"] == [None, [2.0, 3.0], [1.0, 2.0], None]
+    assert len(latest["request_id"]) == 32
 
 
 async def test_names_travel_as_values_of_json(server: Server) -> None:

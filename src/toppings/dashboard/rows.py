@@ -4,7 +4,7 @@ from collections import Counter
 from heapq import nlargest
 from typing import Any
 
-MAX_ROWS = 50
+MAX_ROWS = 20
 
 
 def queue_section(waiting: Counter[tuple[str, str]], running: Counter[tuple[str, str]]) -> dict[str, Any]:

@@ -97,7 +97,10 @@ class AdapterAdmin:
         for part in merge.parts:
             await self._check_part(name, part.name)
         async with self._turn():
-            make_merge, parts = partial(self._state.registry.merge, name, merge), [p.name for p in merge.parts]
+            make_merge, parts = (
+                partial(self._state.registry.merge, name, merge),
+                [p.name for p in merge.parts],
+            )
             return await self._register(
                 name, f"merge of {', '.join(parts)}", make_merge, in_place=in_place, tenant=tenant
             )

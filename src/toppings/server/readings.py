@@ -12,10 +12,13 @@ from toppings.dashboard.feed import PERIOD_S
 from toppings.dashboard.recent import Recent
 from toppings.dashboard.rows import MAX_ROWS, queue_section
 from toppings.engine.client import EngineDeadError
-from toppings.messages import AdapterStatus, EngineStats
+from toppings.messages import AdapterStatus, EngineStats, Span
+from toppings.server.cold_starts import ToldColdStart
 from toppings.server.metrics import is_resident
 from toppings.server.state import ServerState
 
+MAX_COLD = 12
+COLD_TIMES = ("queue_ms", "read_ms", "copy_ms", "exposed_ms", "compute_ms", "first_token_ms")
 ENGINE_WAIT_S = PERIOD_S / 2
 """A step may keep the engine from answering for longer: what the server itself knows is told meanwhile."""
 
@@ -44,6 +47,7 @@ class Readings:
             "adapters": None if engine is None else self._adapters(engine),
             "cache": None if engine is None else _cache(engine),
             "workers": None if engine is None else _workers(engine),
+            "cold": self._cold(),
         }
 
     async def engine(self) -> EngineStats | None:
@@ -104,6 +108,13 @@ class Readings:
             waiting[tenant, model] += num_waiting
             running[tenant, model] += num_waiting == 0
         return queue_section(waiting, running)
+
+    def _cold(self) -> dict[str, Any]:
+        """The latest, newest first."""
+        cold = self._state.cold_starts
+        latest = [*cold][: -MAX_COLD - 1 : -1]
+        rows = [cold_row(cold.num_noted - i, told) for i, told in enumerate(latest)]
+        return {"num": cold.num_noted, "latest": rows}
 
     def _adapters(self, engine: EngineStats) -> dict[str, Any]:
         """Made anew only where an adapter has changed its place or its requests."""
@@ -168,6 +179,31 @@ def adapter_row(name: str, status: AdapterStatus | None) -> dict[str, Any]:
         "hits": status.num_hits,
         "is_pinned": status.is_pinned,
     }
+
+
+def cold_row(number: int, told: ToldColdStart) -> dict[str, Any]:
+    """`number` counts cold starts. Of its layers, in order: `places`, where their products were computed;
+    `copies` and `workers`, from and to when, in ms after the request's arrival."""
+    cold = told.cold_start
+    return {
+        "number": number,
+        "at": round(cold.arrived_at, 3),
+        "request_id": told.request_id,
+        "tenant": told.tenant,
+        "adapter": told.adapter,
+        "num_prompt_tokens": told.num_prompt_tokens,
+        "tier": cold.tier,
+        "rank": cold.rank,
+        "num_bytes": cold.num_bytes,
+        **{name: round(getattr(cold, name), 1) for name in COLD_TIMES},
+        "places": [layer.place for layer in cold.layers],
+        "copies": [_pair(layer.load) for layer in cold.layers],
+        "workers": [_pair(layer.cpu) for layer in cold.layers],
+    }
+
+
+def _pair(span: Span | None) -> list[float] | None:
+    return None if span is None else [round(span.from_ms, 1), round(span.to_ms, 1)]
 
 
 def _cache(engine: EngineStats) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 // Each section of what the server tells, shown.
 
 import { chart } from "./charts.js";
+import { coldStart } from "./cold.js";
 import { byId, keep, make, setText, show, table } from "./dom.js";
 import { bytes, clock, count, ms, percent, short } from "./format.js";
 
@@ -62,7 +63,7 @@ export const views = {
 
   cold(cold) {
     show(byId("cold-part"), true);
-    setText(byId("cold-legend"), `${count(cold.num)} since the server's start. One cell a layer, by where its adapter's part was computed: green on the device, amber by CPU workers, half and half where both did; behind each, when its copy had landed.`);
+    setText(byId("cold-legend"), `${count(cold.num)} since the server's start. One cell a layer, by where its adapter's part was computed: green on the device, amber by CPU workers, half and half where both did. Opened, each tells when its layers had landed.`);
     keep(byId("cold"), cold.latest, (each) => each.number, coldStart);
   },
 
@@ -183,58 +184,4 @@ function decision(each) {
     make("p", { class: "note" }, [`request ${each.request_id}`, each.tenant ? `of ${each.tenant}` : "", `${count(each.prompt_tokens)} tokens`].filter(Boolean).join(", ")),
     make("div", { class: "wide" }, table("What was known of the servers", columns, each.servers, "Nothing.")),
   );
-}
-
-// --- cold starts ---
-
-function coldStart(each) {
-  const cells = each.layers.map((layer) => make("i", { class: COMPUTED[layer.place] }));
-  const parts = [
-    ["in the queue", each.queue_ms],
-    ["read from disk", each.read_ms],
-    ["copied to the device", each.copy_ms],
-    ["of both waited for", each.exposed_ms],
-    ["computed", each.compute_ms],
-  ].filter(([, value]) => value !== null);
-  const who = [`request ${each.request_id}`, each.tenant ? `of ${each.tenant}` : "", `${count(each.num_prompt_tokens)} tokens`,
-    `rank ${each.rank}`, bytes(each.num_bytes)].filter(Boolean).join(", ");
-  const columns = [
-    ["Layer", (row) => String(row.number)],
-    ["Computed", (row) => PLACES_OF_COMPUTING[row.place]],
-    ["Copy landed after", (row) => (row.landed_ms === null ? "not by the first token" : ms(row.landed_ms)), "number"],
-    ["Workers done after", (row) => (row.cpu_ms === null ? "–" : ms(row.cpu_ms)), "number"],
-  ];
-  const rows = each.layers.map((layer, i) => ({ ...layer, number: i }));
-  return make(
-    "details",
-    {},
-    make("summary", {}, make("time", {}, clock(each.at)), ` ${each.adapter} from ${each.tier}, first token after ${ms(each.first_token_ms)} `,
-      make("span", { class: "cells", role: "img", "aria-label": told(each.layers) }, cells)),
-    make("p", { class: "note" }, who),
-    make("p", {}, parts.map(([name, value]) => `${ms(value)} ${name}`).join(", ")),
-    timeline(each),
-    make("div", { class: "wide" }, table("Layers", columns, rows, "Its layers are not told.")),
-  );
-}
-
-const COMPUTED = { device: "dev", cpu: "cpu", both: "dev half", none: "" };
-const PLACES_OF_COMPUTING = { device: "on the device", cpu: "by CPU workers", both: "on both", none: "nothing to compute" };
-
-function told(layers) {
-  const counts = Object.entries(PLACES_OF_COMPUTING).map(([place, name]) => [layers.filter((layer) => layer.place === place).length, name]);
-  return counts.filter(([n]) => n).map(([n, name]) => `${n} layers ${name}`).join(", ");
-}
-
-// One line a layer, from the request's arrival to its first token: its copy, and the workers' time.
-function timeline({ layers, first_token_ms: end }) {
-  const width = 600;
-  const height = 8;
-  const x = (value) => (width * Math.min(1, Math.max(0, value / end))).toFixed(1);
-  const bars = layers.flatMap((layer, i) => [["load", "copy"], ["cpu", "work"]].filter(([name]) => layer[name]).map(([name, kind]) =>
-    draw("rect", { class: kind, x: x(layer[name][0]), y: height * i + (kind === "work" ? 4 : 1), height: 3,
-      width: Math.max(1, x(layer[name][1]) - x(layer[name][0])) })));
-  if (!bars.length || !(end > 0)) return null;
-  return make("figure", { class: "timeline" }, make("figcaption", {}, make("span", { class: "copy" }, "copy to the device"),
-    make("span", { class: "work" }, "CPU workers"), make("span", { class: "top" }, `${ms(end)} to the first token, a line a layer`)),
-    draw("svg", { viewBox: `0 0 ${width} ${height * layers.length}`, preserveAspectRatio: "none", "aria-hidden": "true" }, bars));
 }
