@@ -220,8 +220,8 @@ class AdapterAdmin:
         fetched: Path | None = None,
         tenant: Tenant = ADMIN,
     ) -> AdapterRecord:
-        """`make`: one of the registry's ways to make an adapter, which runs in a thread; `path`: of what, for the
-        audit log."""
+        """`make`: one of the registry's ways to make an adapter, which runs in a thread; `path`: what it is
+        made of, for the audit log."""
         old = self._state.registry.find_named(name) if in_place else None
         told = self._state.audit.change("load", adapter=name, path=path, origin=str(origin))
         with told, _told(name, fetched):

@@ -282,6 +282,7 @@ class FleetAdmin(AdapterAdmin):
     async def _register(
         self,
         name: str,
+        path: str,
         make: Callable[..., AdapterRecord],
         *,
         in_place: bool,
@@ -292,7 +293,7 @@ class FleetAdmin(AdapterAdmin):
         """As one server's; an adapter that some replica cannot have is taken back, unless it was in place."""
         async with self._adopting:
             record = await super()._register(
-                name, make, in_place=in_place, origin=origin, fetched=fetched, tenant=tenant
+                name, path, make, in_place=in_place, origin=origin, fetched=fetched, tenant=tenant
             )
             refusals = await self._replicas.adopt(record)
         if not refusals:
