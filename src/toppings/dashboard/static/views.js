@@ -19,7 +19,7 @@ export const views = {
   about(about) {
     const isRouter = about.kind === "router";
     const told = isRouter ? `router ${about.version}, policy ${about.policy}` : `${about.model}, mode ${about.mode}, ${about.version}`;
-    const link = about.link_gbps ? `, emulated link of ${about.link_gbps} Gbit/s` : "";
+    const link = about.link_gbps ? `, emulated link of ${about.link_gbps} GB/s` : "";
     const placement = isRouter && about.placement !== "none" ? `, placement ${about.placement}` : "";
     setText(byId("about"), told + placement + link);
     document.title = `${isRouter ? "Router" : about.model} – Toppings`;
