@@ -88,8 +88,12 @@ def upward(imports: list[Import], rows: list[list[str]]) -> list[str]:
 
 
 MODULES = modules_in(SOURCE)
-IMPORTS = imports_in(MODULES)
 ROWS = rows_of(DOCUMENT.read_text())
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    return imports_in(MODULES)
 
 
 def test_every_module_is_in_a_room_and_every_room_is_there() -> None:
@@ -99,14 +103,14 @@ def test_every_module_is_in_a_room_and_every_room_is_there() -> None:
     assert [room for room in rooms if not any(f"{name}.".startswith(room) for name in MODULES)] == []
 
 
-def test_rooms_import_only_downward() -> None:
-    assert len(IMPORTS) > 500
-    assert upward(IMPORTS, ROWS) == []
+def test_rooms_import_only_downward(imports: list[Import]) -> None:
+    assert len(imports) > 500
+    assert upward(imports, ROWS) == []
 
 
-def test_no_modules_import_one_another_in_a_circle() -> None:
+def test_no_modules_import_one_another_in_a_circle(imports: list[Import]) -> None:
     graph: dict[str, set[str]] = {}
-    for importer, imported, is_for_types in IMPORTS:
+    for importer, imported, is_for_types in imports:
         if not is_for_types and ROOT not in (importer, imported):
             graph.setdefault(importer, set()).add(imported)
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

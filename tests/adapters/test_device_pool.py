@@ -128,7 +128,7 @@ def test_blocks_under_load_do_not_move() -> None:
     pool.check_integrity()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 127)), max_size=40))
 def test_random_use_keeps_contents_and_finds_room_whenever_the_total_suffices(
     actions: list[tuple[int, int, int]],

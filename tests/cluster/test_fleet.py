@@ -34,7 +34,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS)
 def test_sums_equal_a_recount_after_any_history(steps: list[tuple[str, int, int, int, int]]) -> None:
     fleet = make_fleet("x", "y", "z")

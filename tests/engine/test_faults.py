@@ -1,6 +1,6 @@
 """An engine that cannot go on says so, one that can goes on; and what it costs to ask it."""
 
-import time
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt
+from tests.waiting import wait_until
 from toppings.core import Batch, Request
 from toppings.engine.drawing import Drawing
 from toppings.engine.engine import MAX_FAILURES
@@ -173,12 +174,7 @@ def test_changes_add_up_to_the_whole(driver: Driver) -> None:
 
     def check() -> None:
         """Threads read and copy meanwhile, so that two looks may differ; not for long."""
-        for _ in range(1000):
-            told, whole = look()
-            if told == whole:
-                return
-            time.sleep(0.001)
-        assert told == whole
+        wait_until(lambda: operator.eq(*look()))
 
     ids = {name: driver.registry.get(name).adapter_id for name in ("a0", "a1", "a2")}
     engine.adapters.set_pinned(ids["a2"], True)
@@ -191,8 +187,7 @@ def test_changes_add_up_to_the_whole(driver: Driver) -> None:
     engine.adapters.set_pinned(ids["a2"], False)
     check()
     engine.adapters.request_removal(ids["a0"])
-    while not engine.is_removed(ids["a0"]):
-        time.sleep(0.001)
+    wait_until(lambda: engine.is_removed(ids["a0"]))
     check()
     assert ids["a0"] not in [status.adapter_id for status in engine.stats(0).adapters]
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_S
 from toppings.config import EngineConfig
 from toppings.engine.client import EngineClient, EngineStartError
-from toppings.engine.heartbeat import _BEAT, BEAT_S, LOOK_S, Pulse, open_lifeline
+from toppings.engine.heartbeat import _BEAT, LOOK_S, Pulse, open_lifeline
 from toppings.engine.life import EngineLife
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.engine.process import EngineLog
@@ -67,9 +68,9 @@ def begin(**settings: Any) -> tuple[EngineLife, FakeProcess]:
 
 
 async def test_a_start_longer_than_a_step_may_take_is_no_step_that_hangs() -> None:
-    life, process = begin(step_timeout_s=2 * BEAT_S)
+    life, process = begin(step_timeout_s=PATIENCE_S)
     running = asyncio.create_task(life.run())
-    process.beat(100)  # the loop has not turned, for there is none yet
+    process.beat(10**6)  # the loop has not turned, for there is none yet
     await asyncio.sleep(2 * LOOK_S)
     life.note_ready(READY)
     await asyncio.sleep(2 * LOOK_S)
@@ -122,7 +123,7 @@ class TestWhatFailsBeforeThereIsAProcess:
 
         monkeypatch.setattr(MeetingPlace, "make", fail)
         spawner.process.kill()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await client.died.wait()
         assert client.num_restarts == 2
         assert client.down_reason == (
