@@ -10,7 +10,8 @@ from typing import Self
 
 from hostile.fault_plan import ENGINE_START_S, HELD_S, MODEL, Fault, half_open, server_stopped
 from hostile.faults import kill, served_again, stopped, wait_for
-from hostile.served import ENGINE, START_TIMEOUT_S, Program, Served, Usage, free_port
+from hostile.served import ENGINE, START_TIMEOUT_S, Program, Served, Usage
+from toppings.lab.http.server import free_port
 
 NUM_SERVERS = 2
 STATUSES_OF_5XX = (502, 503, 504, 507)

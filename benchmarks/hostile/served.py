@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, Self
 
 import psutil
 
+from toppings.lab.http.server import free_port
 from toppings.sources.models import DEMO
 
 START_TIMEOUT_S = 300.0
@@ -235,9 +235,3 @@ def _memfds(pid: int) -> dict[int, int]:
                 status = entry.stat()
                 found[status.st_ino] = status.st_size
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

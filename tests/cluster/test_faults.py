@@ -16,6 +16,7 @@ from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import PATIENCE_S, until, wait_until
 from toppings.cluster.router.calls import Call
+from toppings.lab.http.server import free_port
 
 
 @contextlib.contextmanager
@@ -194,12 +195,13 @@ async def test_all_servers_gone_is_503_with_retry_after(start_router: Start) -> 
 
 
 async def test_server_that_comes_back_gets_requests_again(start_router: Start) -> None:
-    with server_process("vllm", "0", "0") as (process, url):
+    port = str(free_port())
+    with server_process("vllm", "0", "0", port) as (process, url):
         async with start_router(url) as client:
             process.kill()
             process.wait()
             assert await statuses(client, 2) == [503, 503]
-            with server_process("vllm", "0", "0", url.rpartition(":")[2]):
+            with server_process("vllm", "0", "0", port):
                 await until(lambda: client.router.state.upstreams["s0"].is_alive)
                 assert await statuses(client, 2) == [200, 200]
 

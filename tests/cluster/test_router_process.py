@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import PATIENCE_S, wait_until
+from toppings.lab.http.server import free_port
 
 LIMIT_S = PATIENCE_S
 
@@ -40,7 +41,10 @@ def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> Non
     server = FakeVllm()
     server.behaviour.token_s = 0.1
     with serving(server) as url:
-        with router(url) as (process, routed), httpx.Client(base_url=routed, timeout=LIMIT_S) as client:
+        with (
+            router(url, free_port()) as (process, routed),
+            httpx.Client(base_url=routed, timeout=LIMIT_S) as client,
+        ):
             assert client.get("/ready").status_code == 200
             with client.stream("POST", "/v1/completions", json=body(8)) as response:
                 events = response.iter_lines()
@@ -63,7 +67,7 @@ def test_killed_router_cuts_what_it_had_at_once_and_the_next_one_serves() -> Non
     server = FakeVllm()
     server.behaviour.token_s = 0.1
     with serving(server) as url, ThreadPoolExecutor(4) as pool:
-        with router(url) as (process, routed):
+        with router(url, free_port()) as (process, routed):
             ends = [pool.submit(_outcome, routed, body(10_000)) for _ in range(4)]
             wait_until(lambda: len(server.seen) == 4)
             process.kill()

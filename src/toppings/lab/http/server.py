@@ -1,10 +1,11 @@
 """`toppings serve` as a subprocess, from its start to its orderly end."""
 
 import asyncio
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from toppings.access import read_api_key
@@ -16,6 +17,8 @@ START_TIMEOUT_S = 600.0
 """Packing many large adapters, or loading them all, may take minutes."""
 KILL_AFTER_S = 10.0
 NUM_SHOWN_LINES = 8
+PORTS = range(10_000, 32_768)
+"""Below those that Linux gives to whoever asks for any."""
 
 Command = Callable[[Path], list[str]]
 
@@ -29,10 +32,13 @@ def serve_command(config_file: Path) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that nobody has, and that nobody who asks for any gets until a server listens on it. Raises OSError
+    where there is none."""
+    for port in random.SystemRandom().sample(PORTS, 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free")
 
 
 def run_dir(config: Config) -> Path:
