@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.conftest import Start
 from tests.cluster.fakes import FakeToppings, FakeVllm, serving
-from tests.cluster.hostile import CHUNKED, EVENTS, HTML, JSON, Script, head, hostile
+from tests.cluster.hostile import CHUNKED, EVENTS, HTML, JSON, Script, closing_idle_ones, head, hostile
 from tests.waiting import PATIENCE_S
 
 NOISE = random.Random(3).randbytes(4096)
@@ -54,6 +54,24 @@ async def test_what_is_no_answer_is_asked_of_another_server(start_router: Start,
                 async with client.complete() as response:
                     assert response.status == 200
                 assert client.outcomes() == {"answered": 1}
+
+
+async def test_idle_connections_that_a_server_has_closed_are_no_failures_of_it(start_router: Start) -> None:
+    """All requests meet one at once, as after a while in which a busy router could not let them go."""
+    async with (
+        closing_idle_ones(4) as url,
+        start_router(url, health_interval_s=3600.0, sync_interval_s=3600.0) as client,
+    ):
+
+        async def ask() -> int:
+            async with client.complete() as response:
+                await response.read()
+                return int(response.status)
+
+        for _ in range(3):
+            assert await asyncio.gather(*(ask() for _ in range(4))) == [200] * 4
+        upstream = client.router.state.upstreams["s0"]
+        assert (upstream.is_alive, upstream.num_failures) == (True, 0)
 
 
 async def test_server_that_never_ends_its_head_is_told_as_504(start_router: Start) -> None:

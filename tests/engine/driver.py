@@ -1,12 +1,17 @@
 """Runs an engine by hand, in the test's own thread."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.waiting import PATIENCE_S
+from toppings.adapters.link import EmulatedLink
+from toppings.assist.pool import Ticket, Worker
 from toppings.config import EngineConfig
 from toppings.core import FinishReason
 from toppings.engine.base import open_registry
@@ -18,6 +23,24 @@ from toppings.sampling_params import SamplingParams
 
 LIMIT_S = 3 * PATIENCE_S
 """Of many requests; only one that never ends takes as long."""
+HOLD_S = 30.0
+
+
+def hold_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nothing lands over an emulated link before a CPU worker is asked for a product. (While
+    an engine is built, its link is measured.)"""
+    asked, prepare, wait = threading.Event(), Worker.prepare, EmulatedLink.wait_for_transfer
+
+    def note(worker: Worker, *of_what: Any) -> Ticket | None:
+        asked.set()
+        return prepare(worker, *of_what)
+
+    def hold(link: EmulatedLink, started_at: float, num_bytes: int) -> None:
+        asked.wait(HOLD_S)
+        wait(link, started_at, num_bytes)
+
+    monkeypatch.setattr(Worker, "prepare", note)
+    monkeypatch.setattr(EmulatedLink, "wait_for_transfer", hold)
 
 
 class Driver:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.driver import Driver, drive
+from tests.engine.driver import Driver, drive, hold_link
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_tokens
 
 INVOCATION = [301, 302, 303]
@@ -74,11 +74,12 @@ def test_tokens_are_those_of_peft(
 
 
 def test_workers_compute_what_comes_behind_the_invocation(
-    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path
+    checkpoints: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, adapters = checkpoints
     asked = {place: prompts()[place] for place in ("in between", "twice in a page")}
     with drive(model, tmp_path, adapters, mode="cpu_assisted", **COLD) as driver:
+        hold_link(monkeypatch)
         check(driver, model, adapters, 0, asked)
         assert driver.engine.stats(0).counters["assist_cpu_products"] > 0
 

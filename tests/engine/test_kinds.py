@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig
 
-from tests.engine.driver import drive
+from tests.engine.driver import drive, hold_link
 from tests.engine.oracle import (
     ALL_LINEAR,
     make_adapter,
@@ -106,12 +106,12 @@ def test_chunked_preempted_evicted_and_reloaded_they_give_the_same_tokens(
 
 
 def test_cpu_workers_compute_products_of_adapters_with_gains(
-    world: tuple[Path, dict[str, Path]], tmp_path: Path
+    world: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over a link so slow that nothing lands before it is reached."""
     model, adapters = world
     chosen, prompt = {"dora": adapters["dora"]}, make_prompt(3, 40)
     with drive(model, tmp_path, chosen, mode="cpu_assisted", link_gbps=0.002) as driver:
+        hold_link(monkeypatch)
         driver.add("cold", prompt, 4, "dora")
         tokens = driver.run()
         assert driver.engine.stats(0).counters["assist_cpu_products"] > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.engine.driver import Driver, drive
+from tests.engine.driver import Driver, drive, hold_link
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
 from toppings.core import FinishReason
 from toppings.engine import scoring
@@ -161,11 +161,12 @@ def test_a_prompt_that_was_preempted_is_told_of_once(checkpoints: Checkpoints, t
 
 
 def test_cold_prompts_that_cpu_workers_assist_are_told_of_alike(
-    checkpoints: Checkpoints, tmp_path: Path
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, adapters = checkpoints
     settings = {**SETTINGS, "mode": "cpu_assisted", "link_gbps": 0.01}
     with drive(model, tmp_path, adapters, **settings) as driver:
+        hold_link(monkeypatch)
         for i, name in enumerate(NAMES):
             driver.add(f"{name}", make_prompt(i, 50), 0, name, prompt_logprobs=1)
             driver.add(f"mean {name}", make_prompt(i, 50), 0, name, pooling="mean")

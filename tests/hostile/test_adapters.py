@@ -12,12 +12,13 @@ from hostile.workshop import Kind, Workshop
 
 from tests.adapters.fixtures import SHAPES, open_registry
 from tests.hostile.peft_oracle import Deltas, assert_same, our_deltas, peft_deltas
+from tests.waiting import PATIENCE_S
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.registry import AdapterRegistry
 
 MAX_REASON = 4000
 
-pytestmark = pytest.mark.timeout(60, func_only=True)  # nothing of a checkpoint holds whoever reads it
+pytestmark = pytest.mark.timeout(PATIENCE_S, func_only=True)  # nothing of a checkpoint holds whoever reads it
 
 
 @pytest.fixture(scope="module")

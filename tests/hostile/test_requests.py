@@ -25,15 +25,13 @@ from hostile.routes import known_routes
 from hostile.served import Served, Usage
 from hostile.shots import draw_shots
 
+from tests.waiting import PATIENCE_S
 from toppings.demo import demo_adapters_dir
 
 NUM_REQUESTS = 800
-LIMIT_S = 10.0
-HEALTH_S = 2.0
+LIMIT_S = HEALTH_S = PATIENCE_S
 MAX_GROWTH_PERCENT = 15.0
 OVER_HTTP = ADAPTER_KINDS[::12]
-
-pytestmark = pytest.mark.timeout(240)
 
 
 def test_what_there_was_none_of_and_is_now_has_grown() -> None:
@@ -90,7 +88,7 @@ def test_every_place_in_the_queue_is_free_after_odd_requests(served: Served) -> 
     stats = served.wait_until_idle()
     assert (stats["num_open"], stats["num_pending"]) == (0, 0)
     body = {"prompt": ["Hello."] * stats["max_queue"], "max_tokens": 1}
-    status, content = served.ask("/v1/completions", body, timeout_s=100)
+    status, content = served.ask("/v1/completions", body, timeout_s=PATIENCE_S)
     assert (status, len(content.get("choices", ()))) == (200, stats["max_queue"])
 
 
@@ -113,7 +111,7 @@ def test_forced_calls_fit_their_tools(served: Served, roots: Path) -> None:
     told = "{{ messages[0].content }}{% for t in tools %} {{ t.function.name }}{% endfor %}"
     (roots / "caller" / "chat_template.jinja").write_text(told + "{# [TOOL_CALLS] #}")
     named = {"lora_name": "caller", "lora_path": str(roots / "caller")}
-    assert served.ask("/v1/load_lora_adapter", named, timeout_s=100)[0] == 200
+    assert served.ask("/v1/load_lora_adapter", named, timeout_s=PATIENCE_S)[0] == 200
     days = {"type": "integer", "minimum": 1, "maximum": 9}
     schema = {
         "type": "object",
@@ -125,14 +123,14 @@ def test_forced_calls_fit_their_tools(served: Served, roots: Path) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "b"}}):
         body = {"model": "caller", "messages": chat, "tools": tools, "tool_choice": choice, "n": 3}
         forced = {**body, "parallel_tool_calls": False, "max_tokens": 150}
-        status, content = served.ask("/v1/chat/completions", forced, timeout_s=100)
+        status, content = served.ask("/v1/chat/completions", forced, timeout_s=PATIENCE_S)
         assert status == 200, content
         for answer in content["choices"]:
             [call] = answer["message"]["tool_calls"]
             assert answer["finish_reason"] == "tool_calls"
             assert call["function"]["name"] in ("a", "b")[choice != "required" :]
             jsonschema.Draft202012Validator(schema).validate(json.loads(call["function"]["arguments"]))
-    assert served.ask("/v1/unload_lora_adapter", {"lora_name": "caller"}, timeout_s=100)[0] == 200
+    assert served.ask("/v1/unload_lora_adapter", {"lora_name": "caller"}, timeout_s=PATIENCE_S)[0] == 200
 
 
 def test_a_seed_gives_the_same_requests(served: Served) -> None:

@@ -19,7 +19,7 @@ from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, pa
 from toppings.cluster.router.cards import Card, Cards
 from toppings.cluster.router.connections import listen
 from toppings.cluster.router.dashboard import Dashboard
-from toppings.cluster.router.forward import forward
+from toppings.cluster.router.forward import forward, tracing
 from toppings.cluster.router.guard import Guard, check_load, check_use
 from toppings.cluster.router.instances import Instances, read_change
 from toppings.cluster.router.middlewares import (
@@ -230,7 +230,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
     """A router that serves while the context is open, and its base URL."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session:
+    options: dict[str, Any] = {"timeout": timeout, "auto_decompress": False, "trace_configs": [tracing()]}
+    async with aiohttp.ClientSession(connector=connector, **options) as session:
         state = RouterState(config, session)
         for instance in config.instances:
             state.add_instance(instance)

@@ -22,12 +22,12 @@ def start_loop(name: str, interval_s: float, turn: Callable[[], Awaitable[bool]]
     return asyncio.create_task(loop(), name=name)
 
 
-def start_once(name: str, work: Awaitable[None]) -> "asyncio.Task[None]":
+def start_once(name: str, work: Callable[[], Awaitable[None]]) -> "asyncio.Task[None]":
     """A task whose failure is logged. Whoever starts it keeps it, so that it is not collected as it runs."""
 
     async def run() -> None:
         try:
-            await work
+            await work()
         except Exception:
             logger.exception("%s failed", name)
 

@@ -25,6 +25,7 @@ class Flight:
     waits for more of a stream that has begun; `heard_at` is when it began to wait, by the loop's clock.
     `num_tokens` is the length of its answer once that is whole. `tried` are the servers that gave it none.
     `place` is what it takes of its tenant's limits. `client_id` is the id that client and servers know it by.
+    `is_reusing` a connection that was idle: its server may just have closed it.
     """
 
     call: Call
@@ -42,6 +43,7 @@ class Flight:
     is_cut: bool = False
     client_id: str = ""
     has_begun: bool = False
+    is_reusing: bool = False
 
     def may_move_to(self, instance_id: str) -> bool:
         """Whether it waits for its first token, was not moved too often and had no refusal there."""

@@ -8,6 +8,7 @@ import asyncio
 import io
 import logging
 from enum import Enum
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -132,6 +133,7 @@ async def _open(
     settings, call = state.config, flight.call
     limit_s = settings.first_token_timeout_s if call.is_stream else settings.response_timeout_s
     answer: aiohttp.ClientResponse | None = None
+    flight.is_reusing = False
     try:
         async with asyncio.timeout(limit_s) as flight.deadline:
             answer = await state.session.post(
@@ -140,6 +142,7 @@ async def _open(
                 headers=_request_headers(http_request, upstream),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
+                trace_request_ctx=flight,
             )
             return answer, *await read_start(answer, settings.max_answer_bytes)
     except BaseException as error:
@@ -182,8 +185,22 @@ def _explain(
         state.note_status(upstream, BAD_GATEWAY)
         reason = "sent what is no HTTP" if isinstance(error, aiohttp.ClientResponseError) else error
         return AttemptError(f"{name} {reason}", Failure.BAD)
-    state.note_failure(upstream)
+    if not flight.is_reusing:
+        state.note_failure(upstream)
     return AttemptError(f"{name} broke the connection before answering", Failure.CUT)
+
+
+def tracing() -> aiohttp.TraceConfig:
+    """Of the session with which requests are sent: tells a flight what connection it got."""
+
+    async def reuse(session: aiohttp.ClientSession, context: Any, params: object) -> None:
+        flight = context.trace_request_ctx
+        if isinstance(flight, Flight):
+            flight.is_reusing = True
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(reuse)
+    return trace
 
 
 def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole: Whole) -> web.Response:

@@ -95,7 +95,7 @@ class Monitor:
         is_due = upstream.synced_at is None or now - upstream.synced_at >= self._state.config.sync_interval_s
         if instance_id in self._syncs or (upstream.is_alive and not is_due):
             return
-        task = start_once(f"bringing {instance_id} up to date", self._bring_up_to_date(upstream))
+        task = start_once(f"bringing {instance_id} up to date", lambda: self._bring_up_to_date(upstream))
         self._syncs[instance_id] = task
         task.add_done_callback(lambda _: self._syncs.pop(instance_id, None))
 
