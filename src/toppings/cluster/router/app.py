@@ -18,10 +18,18 @@ from toppings.cluster.router.bodies import Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, parse_call
 from toppings.cluster.router.cards import Card, Cards
 from toppings.cluster.router.connections import listen
+from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.forward import forward
 from toppings.cluster.router.guard import Guard, check_load, check_use
 from toppings.cluster.router.instances import Instances, read_change
-from toppings.cluster.router.middlewares import LAYERS, Handler, NamingFormatter, account_of, add_id
+from toppings.cluster.router.middlewares import (
+    LAYERS,
+    Handler,
+    NamingFormatter,
+    account_of,
+    add_id,
+    request_id,
+)
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import RouterConfig
@@ -32,6 +40,7 @@ from toppings.open_files import raise_file_limit
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
 from toppings.tenants.tenant import Tenant
+from toppings.tracing import PARENT_HEADERS, open_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +114,9 @@ class Router:
                 await self._check_model(call, account.tenant)
                 with closing_place(account, call) as place:
                     flight = self.state.make_flight(call, place)
-                    response = await forward(self.state, request, flight)
+                    with traced(self.state, request, flight):
+                        response = await forward(self.state, request, flight)
+                        flight.span.set(http__response__status_code=response.status)
             outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
             return response
         except (asyncio.CancelledError, ConnectionError):
@@ -195,6 +206,27 @@ class Router:
 
 
 @contextmanager
+def traced(state: RouterState, request: web.Request, flight: Flight) -> Iterator[None]:
+    """The flight has its span within; the servers' own are below it."""
+    if state.tracing.is_on:
+        headers = {name: request.headers[name] for name in PARENT_HEADERS if name in request.headers}
+        told = {"url.path": request.path, "toppings.request_id": request_id.get()}
+        told["toppings.policy"] = state.config.policy
+        model = {"gen_ai.request.model": flight.call.model} if flight.call.model else {}
+        flight.span = state.tracing.serve(f"route {request.path}", headers, time.time_ns(), {**told, **model})
+    try:
+        yield
+        flight.span.set(toppings__moves=flight.num_moves)
+        if flight.is_cut:
+            flight.span.fail("its server broke off after the first token")
+    except BaseException as error:
+        flight.span.fail(str(error) or type(error).__name__)
+        raise
+    finally:
+        flight.span.end()
+
+
+@contextmanager
 def closing_place(account: Account, call: Call) -> Iterator[Place]:
     """What a request takes of its tenant's limits; of the prompt's tokens an estimate. Raises Refusal 429."""
     place = account.enter(1)
@@ -217,6 +249,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session:
         state = RouterState(config, session)
+        state.tracing = open_tracing(config.otlp_traces_endpoint, "toppings-router")
         for instance in config.instances:
             state.add_instance(instance)
         router = Router(state)
@@ -244,6 +277,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
                 listener.close()
             await runner.cleanup()
             await router.monitor.stop()
+            state.tracing.close()
 
 
 def run_router(config: RouterConfig) -> None:

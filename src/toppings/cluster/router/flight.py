@@ -14,6 +14,7 @@ from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 from toppings.tenants.account import Place
+from toppings.tracing import Span
 
 MAX_MOVES = 3
 
@@ -39,6 +40,8 @@ class Flight:
     received_at: float = field(default_factory=time.monotonic)
     num_tokens: int | None = None
     is_cut: bool = False
+    span: Span = field(default_factory=Span)  # of the request
+    attempt: Span = field(default_factory=Span)  # of the server that is tried
 
     def may_move_to(self, instance_id: str) -> bool:
         """Whether it waits for its first token, was not moved too often and had no refusal there."""
