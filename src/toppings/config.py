@@ -286,6 +286,11 @@ class ServerConfig(Settings):
     shutdown_timeout_s: float = setting(
         10.0, "seconds that running requests get to finish after SIGTERM", at_least=0
     )
+    otlp_traces_endpoint: str = setting(
+        "",
+        "OTLP receiver that traces are sent to over HTTP, such as http://localhost:4318/v1/traces (needs the"
+        " extra otel; empty: no traces)",
+    )
     log_dir: str = setting("logs", "logs go to <log-dir>/<mode>/")
     request_log: float = setting(
         1.0,

@@ -39,6 +39,7 @@ from toppings.sources.adapters import parse_source
 from toppings.sources.models import find_model, with_model
 from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
+from toppings.tracing import check_endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def run_server(config: Config, spawner: Spawner) -> int:
     Raises ConfigError, ValueError, OSError or EngineStartError where the server cannot start.
     """
     TenantBook(config.server.tenants_file)  # mistakes are told before an engine starts
+    if config.server.otlp_traces_endpoint:
+        check_endpoint(config.server.otlp_traces_endpoint)
     for source in config.server.adapter_source:
         parse_source(source)
     config = with_run_files(config)

@@ -77,6 +77,11 @@ class Metrics:
         names = ("model_name",)
         self._vllm_ttft = histogram("vllm:time_to_first_token_seconds", "Time to first token.", *names)
         self._vllm_e2e = histogram("vllm:e2e_request_latency_seconds", "End-to-end latency.", *names)
+        self._vllm_queue = histogram("vllm:request_queue_time_seconds", "Arrival to first scheduled.", *names)
+        self._vllm_decode = histogram("vllm:request_decode_time_seconds", "First token to last.", *names)
+        self._vllm_success = counter(
+            "vllm:request_success", "Sequences that ended well, by how.", *names, "finished_reason"
+        )
         self._ttft = histogram(
             "toppings:ttft_seconds", "Time to first token, by how the adapter was found.", "start"
         )
@@ -91,6 +96,10 @@ class Metrics:
         self.recent = Recent()
         for outcome in ("stop", "length", "abort", "error", "rejected"):
             self._requests.labels(outcome)
+        for reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._vllm_success.labels(model_name, reason)
+        for family in (self._vllm_queue, self._vllm_decode):
+            family.labels(**model)
         for family in (self._vllm_ttft, self._vllm_e2e, self._prompt_tokens, self._generated_tokens):
             family.labels(**model)
 
@@ -122,11 +131,14 @@ class Metrics:
             self._ttft.labels(timer.start).observe(ttft)
         if timer.queue_ms is not None:
             self._queue.observe(timer.queue_ms / 1e3)
+            self._vllm_queue.labels(**self._model).observe(timer.queue_ms / 1e3)
         if timer.cold_start is not None:
             self._observe_cold(timer.cold_start)
         if timer.outcome in (FinishReason.STOP, FinishReason.LENGTH):
             e2e = timer.ended_at - timer.started_at
             self._vllm_e2e.labels(**self._model).observe(e2e)
+            self._vllm_decode.labels(**self._model).observe(timer.ended_at - timer.first_at)
+            self._vllm_success.labels(finished_reason=timer.outcome, **self._model).inc()
             self._e2e.labels(timer.start).observe(e2e)
             if timer.num_tokens:
                 self._tpt.labels(timer.start).observe(e2e / timer.num_tokens)

@@ -11,13 +11,21 @@ from toppings.log_files import JsonLines
 from toppings.server.audit_log import AuditLog
 from toppings.server.request_log import RequestLog
 from toppings.server.state import ServerState
+from toppings.server.traces import RequestTraces
+from toppings.tracing import open_tracing
 
 
 @contextmanager
 def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[None]:
-    """`requests.jsonl` and `audit.jsonl` in `directory`, as far as the settings ask for them."""
+    """`requests.jsonl` and `audit.jsonl` in `directory`, and traces, as far as the settings ask for them.
+
+    Raises ConfigError where traces cannot be sent.
+    """
     state: ServerState = app.state.toppings
     server, max_bytes = config.server, config.engine.max_log_bytes
+    tracing = open_tracing(server.otlp_traces_endpoint, "toppings")
+    if tracing.is_on:
+        app.state.observers.append(RequestTraces(tracing).note)
     requests = JsonLines(str(directory / "requests.jsonl") if server.request_log else "", max_bytes)
     audits = JsonLines(str(directory / "audit.jsonl") if server.audit_log == "on" else "", max_bytes)
     if requests.is_on:
@@ -27,5 +35,6 @@ def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[N
     try:
         yield
     finally:
+        tracing.close()
         requests.close()
         audits.close()

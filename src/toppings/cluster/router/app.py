@@ -19,6 +19,7 @@ from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, pa
 from toppings.cluster.router.cards import Card, Cards
 from toppings.cluster.router.connections import listen
 from toppings.cluster.router.dashboard import Dashboard
+from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.forward import forward, tracing
 from toppings.cluster.router.guard import Guard, check_load, check_use
 from toppings.cluster.router.instances import Instances, read_change
@@ -41,6 +42,7 @@ from toppings.open_files import raise_file_limit
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
 from toppings.tenants.tenant import Tenant
+from toppings.tracing import PARENT_HEADERS, open_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,9 @@ class Router:
                 with closing_place(account, call) as place:
                     flight = self.state.make_flight(call, place)
                     flight.client_id = request_id.get()
-                    response = await forward(self.state, request, flight)
+                    with traced(self.state, request, flight):
+                        response = await forward(self.state, request, flight)
+                        flight.span.set(http__response__status_code=response.status)
             outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
             return response
         except (asyncio.CancelledError, ConnectionError):
@@ -210,6 +214,27 @@ class Router:
 
 
 @contextmanager
+def traced(state: RouterState, request: web.Request, flight: Flight) -> Iterator[None]:
+    """The flight has its span within; the servers' own are below it."""
+    if state.tracing.is_on:
+        headers = {name: request.headers[name] for name in PARENT_HEADERS if name in request.headers}
+        told = {"url.path": request.path, "toppings.request_id": request_id.get()}
+        told["toppings.policy"] = state.config.policy
+        model = {"gen_ai.request.model": flight.call.model} if flight.call.model else {}
+        flight.span = state.tracing.serve(f"route {request.path}", headers, time.time_ns(), {**told, **model})
+    try:
+        yield
+        flight.span.set(toppings__moves=flight.num_moves)
+        if flight.is_cut:
+            flight.span.fail("its server broke off after the first token")
+    except BaseException as error:
+        flight.span.fail(str(error) or type(error).__name__)
+        raise
+    finally:
+        flight.span.end()
+
+
+@contextmanager
 def closing_place(account: Account, call: Call) -> Iterator[Place]:
     """What a request takes of its tenant's limits; of the prompt's tokens an estimate. Raises Refusal 429."""
     place = account.enter(1)
@@ -233,6 +258,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
     options: dict[str, Any] = {"timeout": timeout, "auto_decompress": False, "trace_configs": [tracing()]}
     async with aiohttp.ClientSession(connector=connector, **options) as session:
         state = RouterState(config, session)
+        state.tracing = open_tracing(config.otlp_traces_endpoint, "toppings-router")
         for instance in config.instances:
             state.add_instance(instance)
         router = Router(state)
@@ -261,6 +287,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
                 listener.close()
             await runner.cleanup()
             await router.monitor.stop()
+            state.tracing.close()
 
 
 def run_router(config: RouterConfig) -> None:

@@ -15,6 +15,7 @@ from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 from toppings.dashboard.recent import Recent
 from toppings.tenants.account import Place
+from toppings.tracing import Span
 
 MAX_MOVES = 3
 
@@ -44,6 +45,8 @@ class Flight:
     client_id: str = ""
     has_begun: bool = False
     is_reusing: bool = False
+    span: Span = field(default_factory=Span)  # of the request
+    attempt: Span = field(default_factory=Span)  # of the server that is tried
 
     def may_move_to(self, instance_id: str) -> bool:
         """Whether it waits for its first token, was not moved too often and had no refusal there."""

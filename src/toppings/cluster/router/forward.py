@@ -75,9 +75,12 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             choice = state.place(flight)
         if choice is None:
             break
+        flight.attempt = flight.span.begin("attempt", attributes={"toppings.instance": choice.instance_id})
+        flight.span.set(toppings__instance=choice.instance_id)
         try:
             return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
+            flight.attempt.fail(str(error))
             logger.info("on %s: %s", choice.instance_id, error)
             if flight.move_to is not None:
                 flight.num_moves += 1
@@ -87,6 +90,8 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             flight.tried.add(choice.instance_id)
             last = error
             state.meters.retries.labels(choice.instance_id).inc()
+        finally:
+            flight.attempt.end()
     return _give_up(state, last)
 
 
@@ -139,7 +144,7 @@ async def _open(
             answer = await state.session.post(
                 _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
-                headers=_request_headers(http_request, upstream),
+                headers=_request_headers(http_request, upstream, flight),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
                 trace_request_ctx=flight,
@@ -314,7 +319,7 @@ def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
 
 
-def _request_headers(request: web.Request, upstream: Upstream) -> CIMultiDict[str]:
+def _request_headers(request: web.Request, upstream: Upstream, flight: Flight) -> CIMultiDict[str]:
     """The client's own, with the id that its attempts have in common, the servers' key, and who asks. A
     tenant's key is for this router alone."""
     kept, tenant = _end_to_end(request.headers), account_of(request).tenant
@@ -325,6 +330,7 @@ def _request_headers(request: web.Request, upstream: Upstream) -> CIMultiDict[st
     if key:
         kept["Authorization"] = f"Bearer {key}"
     kept.update(upstream.headers_for(tenant))
+    flight.attempt.inject(kept)
     return kept
 
 

@@ -134,6 +134,11 @@ class RouterConfig(Settings):
     bytes_per_token: float = setting(4.0, "to estimate a text prompt's tokens", above=0)
     default_rank: int = setting(16, "rank of adapters whose rank nobody tells", above=0)
     state_file: str = setting("", "where adapters loaded through the router are remembered (empty: nowhere)")
+    otlp_traces_endpoint: str = setting(
+        "",
+        "OTLP receiver that traces are sent to over HTTP, such as http://localhost:4318/v1/traces (needs the"
+        " extra otel; empty: no traces)",
+    )
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from toppings.cluster.snapshot import Choice, InstanceSnapshot
 from toppings.cluster.warm_up import warm_up
 from toppings.dashboard.recent import Recent
 from toppings.tenants.account import Place
+from toppings.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ MAX_MASKS = 10_000
 class RouterState:
     def __init__(self, config: RouterConfig, session: aiohttp.ClientSession) -> None:
         self.config, self.session = config, session
+        self.tracing = Tracing()
         self.router_id = uuid.uuid4().hex
         settings = PolicySettings(config.slo_tpt_ms, config.seed, config.candidates)
         self.dispatcher = Dispatcher(
