@@ -18,6 +18,7 @@ Ends in one JSON line with the aims: below 2 % of a core, below 1 s, no error.
 import asyncio
 import http.client
 import json
+import shutil
 import sys
 import tempfile
 import threading
@@ -48,6 +49,8 @@ OPTIONS = (
     *("--host-store-bytes", "256MB", "--link-gbps", "0.05"),
 )
 TENANTS = "tenants:\n  search: {use: ['*'], weight: 2}\n  support: {use: ['*']}\nkeys:\n"
+RUDE = "<img src=x onerror=alert(1)>"
+"""An adapter's name that would be markup where it was taken for that."""
 LONG = 200
 """Tokens of a request that is still open when it is shown."""
 
@@ -71,6 +74,7 @@ def main() -> int:
 def run(folder: Path, args: Any) -> dict[str, Any]:
     shape = AdapterShape(ranks=(8, 16, 32, 64))
     write_adapters(folder / "adapters", demo_model_dir(), shape, count=args.adapters)
+    shutil.copytree(folder / "adapters" / "adapter-00000", folder / "adapters" / RUDE)
     tenants, key_file = folder / "tenants.yaml", folder / "key"
     tenants.write_text(TENANTS)
     key_file.write_text(ADMIN_KEY)
@@ -281,7 +285,7 @@ async def pictures(page: Page, folder: Path) -> None:
 
 
 async def use_by_keyboard(page: Page) -> None:
-    """Every control can be reached by Tab, and a search made."""
+    """Every control can be reached by Tab, and a search made, whose result is no markup."""
     await page.value("document.body.focus(), document.activeElement.blur()")
     reached = set()
     for _ in range(40):
@@ -290,9 +294,11 @@ async def use_by_keyboard(page: Page) -> None:
     assert {"pause", "find"} <= reached, reached
     assert "SUMMARY" in reached, reached
     await page.value("document.getElementById('find').focus()")
-    await page.write("adapter-0000")
+    await page.write("<IMG")
     await page.press("Enter")
-    await page.until("document.getElementById('found').textContent.startsWith('1 to ')")
+    await page.until("document.getElementById('found').textContent === '1 to 1 of 1'")
+    assert await page.value("document.querySelector('#adapters tbody th').textContent") == RUDE
+    assert await page.value("document.querySelector('#adapters img')") is None
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:

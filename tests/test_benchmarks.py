@@ -123,7 +123,7 @@ def check_lookup_decoding(result: Result) -> None:
 
 
 def check_dashboard(result: Result) -> None:
-    assert result["registered"] == 4
+    assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
     assert result["cost"]["watched_percent"] > 0
 

@@ -12,6 +12,8 @@ from tests.cluster.fakes import FakeToppings, serving
 from tests.waiting import until
 from toppings.cluster.policies import POLICIES
 from toppings.cluster.router.decisions import MAX_KEPT, MAX_SERVERS
+from toppings.cluster.router.readings import MAX_SERVERS as MAX_TOLD
+from toppings.cluster.snapshot import RequestSnapshot
 from toppings.command import app
 from toppings.dashboard.page import EVENTS, HEADERS
 
@@ -59,7 +61,7 @@ async def test_it_tells_of_servers_and_of_what_went_through(two_servers: Any, st
             await complete(client, stream=stream)
         await until(lambda: not len(client.router.state.flights))
         told = await data(client)
-        assert [(each["id"], each["state"], each["kind"]) for each in told["servers"]] == [
+        assert [(each["id"], each["state"], each["kind"]) for each in told["servers"]["rows"]] == [
             ("s0", "up", "toppings"),
             ("s1", "up", "openai"),
         ]
@@ -86,7 +88,7 @@ async def test_requests_on_their_way_are_told_by_model(two_servers: Any, start_r
         await until(lambda: len(client.router.state.flights) == 1)
         told = await data(client)
         assert told["queue"]["rows"] == [{"tenant": "", "model": "small", "waiting": 1, "running": 0}]
-        assert told["servers"][0]["in_flight"] == told["servers"][0]["waiting"] == 1
+        assert told["servers"]["rows"][0]["in_flight"] == told["servers"]["rows"][0]["waiting"] == 1
         assert told["adapters"]["rows"][0]["requests"] == 1
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
@@ -163,3 +165,18 @@ async def test_top_shows_a_router(two_servers: Any, start_router: Start) -> None
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
     assert any(line.startswith("router, least_loaded (") and line.endswith("): ready") for line in lines)
     assert f"│ s0 │ up │ 0 │ 0 │ 0 │ 2 │ {two_servers[0][1]} │" in lines
+
+
+async def test_of_many_servers_those_that_are_down_and_the_busiest_are_told(start_router: Start) -> None:
+    with serving(FakeToppings()) as url:
+        async with start_router(*[url] * (MAX_TOLD + 5)) as client:
+            upstreams = client.router.state.upstreams
+            for upstream in upstreams.values():
+                upstream.is_alive = True  # whatever its checks say on a busy machine
+            first, busy = list(upstreams)[-2:]
+            upstreams[first].is_draining = True
+            client.router.state.dispatcher.sent(RequestSnapshot("r", None, 0, 8, 8.0), busy)
+            told: Any = (await client.router.dashboard._readings.read())["servers"]
+            assert [each["id"] for each in told["rows"]][:2] == [first, busy]
+            assert (len(told["rows"]), told["num_more"]) == (MAX_TOLD, 5)
+            client.router.state.dispatcher.ended("r")

@@ -109,9 +109,9 @@ def _pair(latency: Section) -> str:
     return "/".join("-" if ms is None else f"{ms:g}" for ms in (latency["p50_ms"], latency["p99_ms"])) + " ms"
 
 
-def _servers(servers: list[Section]) -> Table:
+def _servers(servers: Section) -> Table:
     table = Table("server", "state", "running", "waiting", "from here", "on device", "url")
-    for each in servers:
+    for each in servers["rows"][:MAX_ROWS]:
         numbers = [f"{each[name]:,}" for name in ("running", "waiting", "in_flight", "on_device")]
         table.add_row(_safe(each["id"]), each["state"], *numbers, _safe(each["url"]))
     return table

@@ -38,6 +38,7 @@ class Recent:
         self._clock = clock
         self._started_at = clock()
         self._slot = int(self._started_at // SLOT_S)  # that is being filled
+        self._told: tuple[int, dict[str, Any]] | None = None  # the history up to that slot
         self._counts = np.zeros((len(COUNTS), NUM_SLOTS + 1))
         self._latencies = np.zeros((len(LATENCIES), NUM_SLOTS + 1, NUM_BUCKETS), np.int64)
 
@@ -80,11 +81,14 @@ class Recent:
     def history(self) -> dict[str, Any]:
         """Of the whole slots, the oldest first, `slot_s` seconds each: rates and percentiles."""
         columns = self._last(NUM_SLOTS)[:-1]
+        if self._told is not None and self._told[0] == self._slot:
+            return self._told[1]
         told: dict[str, Any] = {"slot_s": SLOT_S}
         for name, row in COUNTS.items():
             told[f"{name}_per_s"] = [_rounded(count / SLOT_S) for count in self._counts[row, columns]]
         for name, row in LATENCIES.items():
             told[f"{name}_p50_ms"], told[f"{name}_p99_ms"] = _percentiles_ms(self._latencies[row, columns])
+        self._told = (self._slot, told)
         return told
 
     def _last(self, num: int) -> NDArray[np.int64]:

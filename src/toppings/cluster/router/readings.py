@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from heapq import nlargest
+from heapq import nlargest, nsmallest
 from typing import Any
 
 from toppings import __version__
@@ -12,6 +12,9 @@ from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import Upstream
 from toppings.dashboard.rows import MAX_ROWS, queue_section
 
+UP = "up"
+MAX_SERVERS = 50
+"""That are told of."""
 MAX_HOLDERS = 8
 """Servers that are named as having an adapter."""
 
@@ -23,18 +26,17 @@ class Readings:
 
     async def read(self) -> dict[str, object]:
         state = self._state
-        servers = [self._server(row, each) for row, each in enumerate(state.upstreams.values())]
         return {
             "at": round(time.time(), 3),
             "about": self._about(),
-            "state": self._health(servers),
-            "now": self._now(servers),
+            "state": self._health(),
+            "now": self._now(),
             "latency": state.recent.latency(),
             "history": state.recent.history(),
             "queue": self._queue(),
-            "servers": servers,
+            "servers": self._servers(),
             "decisions": state.decisions.look(),
-            "adapters": self._adapters(servers),
+            "adapters": self._adapters(),
         }
 
     def _about(self) -> dict[str, Any]:
@@ -50,20 +52,21 @@ class Readings:
             "started_at": self._started_at,
         }
 
-    def _health(self, servers: list[dict[str, Any]]) -> dict[str, str]:
-        down = [each["id"] for each in servers if each["state"] != "up"]
-        if len(down) == len(servers):
+    def _health(self) -> dict[str, str]:
+        num, num_up = len(self._state.upstreams), int(self._state.fleet.is_open.sum())
+        if not num_up:
             return {"word": "no server", "reason": ""}
-        reason = f"{len(down)} of {len(servers)} servers take no requests" if down else ""
+        reason = f"{num - num_up} of {num} servers take no requests" if num_up < num else ""
         return {"word": "ready", "reason": reason}
 
-    def _now(self, servers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _now(self) -> dict[str, Any]:
         """Requests that run or wait are those of all servers, however they came there."""
-        recent = self._state.recent
+        recent, fleet = self._state.recent, self._state.fleet
+        num_waiting = sum(map(len, fleet.queued))
         return {
             "open": len(self._state.flights),
-            "running": sum(each["running"] for each in servers),
-            "waiting": sum(each["waiting"] for each in servers),
+            "running": int(fleet.num_requests.sum()) - num_waiting,
+            "waiting": num_waiting,
             **recent.rates(),
             "ended": dict(recent.outcomes),
             "engine_age_s": 0,
@@ -77,6 +80,18 @@ class Readings:
             key = (flight.place.account.name, flight.call.model or "base model")
             (running if flight.has_begun else waiting)[key] += 1
         return queue_section(waiting, running)
+
+    def _servers(self) -> dict[str, Any]:
+        """Those that are not up, then the busiest; of many only the first are told of."""
+        upstreams, requests = list(self._state.upstreams.values()), self._state.fleet.num_requests.tolist()
+
+        def order(row: int) -> tuple[bool, float]:
+            return _state_of(upstreams[row]) == UP, -requests[row]
+
+        is_all = len(upstreams) <= MAX_SERVERS
+        rows = range(len(upstreams)) if is_all else nsmallest(MAX_SERVERS, range(len(upstreams)), key=order)
+        told = [self._server(row, upstreams[row]) for row in rows]
+        return {"rows": told, "num_more": len(upstreams) - len(told)}
 
     def _server(self, row: int, upstream: Upstream) -> dict[str, Any]:
         fleet, instance_id = self._state.fleet, upstream.instance_id
@@ -98,7 +113,7 @@ class Readings:
 
     # --- adapters ---
 
-    def _adapters(self, servers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _adapters(self) -> dict[str, Any]:
         """Copies on devices and in host memory, and the rows of adapters with requests."""
         requests: Counter[str] = Counter()
         for active in self._state.fleet.active:
@@ -110,8 +125,8 @@ class Readings:
         busiest = nlargest(MAX_ROWS, listed, key=lambda name: (requests[name], name))
         return {
             "registered": max((len(each.by_name) - len(each.bases) for each in cards), default=0),
-            "device": sum(each["on_device"] for each in servers),
-            "host": sum(each["on_host"] for each in servers),
+            "device": sum(map(len, self._state.fleet.on_device)),
+            "host": sum(map(len, self._state.fleet.on_host)),
             "rows": [self.adapter_row(name) for name in busiest],
         }
 
@@ -138,7 +153,7 @@ def _state_of(upstream: Upstream) -> str:
     if upstream.is_draining:
         return "draining"
     if upstream.is_alive:
-        return "up"
+        return UP
     return "silent" if upstream.is_silent else "down"
 
 

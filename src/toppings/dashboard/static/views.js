@@ -33,8 +33,8 @@ export const views = {
     byId("history").replaceChildren(
       chart("Tokens/s", [["tokens/s", history.tokens_per_s, "p50"]], short),
       chart("Requests/s", [["requests/s", history.requests_per_s, "p50"]], short),
-      chart("Time to first token", pair("ttft"), ms),
-      chart("Time per token", pair("tpt"), ms),
+      chart("TTFT", pair("ttft"), ms),
+      chart("TPT", pair("tpt"), ms),
     );
   },
 
@@ -80,7 +80,8 @@ export const views = {
       ["On device", (row) => count(row.on_device), "number"],
       ["On host", (row) => count(row.on_host), "number"],
     ];
-    byId("servers").replaceChildren(table("The router's servers", columns, servers, "There is no server."));
+    const more = servers.num_more ? [make("p", { class: "note" }, `and ${count(servers.num_more)} more`)] : [];
+    byId("servers").replaceChildren(table("The router's servers", columns, servers.rows, "There is no server."), ...more);
   },
 };
 
