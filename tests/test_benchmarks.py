@@ -111,8 +111,22 @@ def check_fairness(result: Result) -> None:
     assert abs(fair - 0.5) < 0.03 < abs(fcfs - 0.5)
     fair, fcfs = shares["weights 1 and 3"]
     assert abs(fair - 0.25) < 0.03 < abs(fcfs - 0.25)
-    assert result["engine"]["throughput_ratio"] > 0
-    assert len(result["engine"]["fair"]["ttft_ms"]) == 2
+    flood, overload = result["engine"]["flood"], result["engine"]["overload"]
+    assert flood["throughput_ratio"] > 0
+    assert len(flood["fair"]["ttft_ms"]) == 2
+    drawn = [flood[policy]["generation_tokens"] for policy in ("fair", "fcfs")]
+    assert drawn[0] == drawn[1] > 0
+    assert all(
+        max(run["served_by_weight"]) == 1.0
+        for name, runs in overload.items()
+        if name != "seconds"
+        for run in runs.values()
+    )
+
+
+def check_scheduling_step(result: Result) -> None:
+    for row in result["places"].values():
+        assert 0 < row["fair"]["schedule_us"] <= row["fair"]["all_us"]
 
 
 def check_lookup_decoding(result: Result) -> None:
@@ -132,6 +146,7 @@ CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
+    "scheduling_step": check_scheduling_step,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,

@@ -105,8 +105,9 @@ class Request:
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant`, `weight` and `priority`: as of `Standing`. It `has_yielded` where it was preempted for another
-    tenant or adapter; it will not be again.
+    `tenant`, `weight` and `priority`: as of `Standing`. Where it was preempted, it makes way for another
+    tenant only when it has drawn `num_owed_tokens` more, as many as its new start had to compute. It
+    `was_drained` where it was preempted for another adapter; it will not be again.
     """
 
     request_id: str
@@ -128,7 +129,8 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
-    has_yielded: bool = False
+    num_owed_tokens: float = 0.0
+    was_drained: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -12,10 +12,12 @@ from tests.waiting import PATIENCE_S, wait_until
 from toppings.adapters import known_records
 from toppings.adapters.checkpoint import read_checkpoint
 from toppings.adapters.errors import AdapterError, StateError
+from toppings.adapters.load_cost import LINK_BYTES
 from toppings.adapters.manager import AdapterManager
-from toppings.adapters.modes import make_mode
+from toppings.adapters.modes import LOADING_MODES, make_mode
 from toppings.adapters.packed import pack_weights
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.assist.modes import ASSIST_MODES
 from toppings.config import EngineConfig
 from toppings.core import Admission
 
@@ -561,3 +563,29 @@ def test_nobody_is_evicted_for_an_adapter_that_the_host_does_not_let_go(
     monkeypatch.undo()
     use(manager, 2)
     assert not manager.holds(1)
+
+
+def test_a_load_that_nobody_has_measured_costs_by_its_bytes_and_its_link(make: Make) -> None:
+    manager, slow = make(device=4), make(device=4, link_gbps=0.001)
+    for each in (manager, slow):
+        for adapter_id in (1, 7):
+            assert settle(each, adapter_id) is Admission.READY
+    assert manager.load_tokens(1) > 0.0
+    num_bytes = [manager.host_entry_of(adapter_id).layout.num_bytes for adapter_id in (1, 7)]
+    per_byte = [manager.load_tokens(i) / n for i, n in zip((1, 7), num_bytes, strict=True)]
+    assert per_byte[0] == pytest.approx(per_byte[1])
+    assert slow.load_tokens(1) == pytest.approx(manager.load_tokens(1) * LINK_BYTES["cpu"] / 1e6)
+    for each in (manager, slow):
+        for adapter_id in (1, 7):
+            wait(each, adapter_id)
+            each.release(adapter_id)
+
+
+def test_a_mode_that_was_not_calibrated_tells_no_cost(make: Make) -> None:
+    manager = make()
+    use(manager, 1)
+    layout = manager.host_entry_of(1).layout
+    modes = {**LOADING_MODES, **ASSIST_MODES}
+    assert {name: make_mode().load_tokens(layout) for name, make_mode in modes.items()} == dict.fromkeys(
+        modes
+    )

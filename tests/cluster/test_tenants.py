@@ -149,7 +149,9 @@ async def test_no_odd_body_gets_a_model_that_is_not_the_tenants(fleet: Fleet, bo
 async def test_servers_are_told_who_asks_and_nothing_of_keys(fleet: Fleet) -> None:
     for role in ("user", "administrator"):
         for _ in range(2):
-            assert await fleet.status(role, model="small") == 200
+            assert await fleet.status(role, model="small", priority=3) == 200
+    bodies = [json.loads(raw) for server in fleet.servers for raw in server.raw_bodies]
+    assert [body["priority"] for body in bodies] == [3] * 4
     toppings, vllm = (server.headers for server in fleet.servers)
     assert toppings
     assert {headers["authorization"] for headers in (*toppings, *vllm)} == {"Bearer the-servers"}

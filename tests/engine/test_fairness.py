@@ -9,6 +9,7 @@ import pytest
 from tests.engine.test_scheduler import FakePlacement, names, run_step
 from toppings.bad_input import RequestError
 from toppings.core import Request
+from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.fair_clients import MAX_TURN_WAIT_S
 from toppings.engine.fair_queue import OUTPUT_WEIGHT
 from toppings.engine.pages import PageAllocator
@@ -20,12 +21,17 @@ STEP_S, TOKEN_S = 0.015, 0.0005
 
 
 def make_scheduler(
-    policy: str = "fair", *, placement: FakePlacement | None = None, **given: int
+    policy: str = "fair",
+    *,
+    placement: FakePlacement | None = None,
+    has_cache: bool = False,
+    **given: int,
 ) -> Scheduler:
     sizes = {"num_pages": 400, "max_num_seqs": 16, "max_num_batched_tokens": 256, **given}
     num_pages = sizes.pop("num_pages")
     limits = SchedulerLimits(**sizes, max_model_len=1024, max_adapter_wait_s=1.0, scheduling_policy=policy)
-    return Scheduler(limits, PageAllocator(num_pages, 16), placement or FakePlacement())
+    names = BlockHasher(16) if has_cache else None
+    return Scheduler(limits, PageAllocator(num_pages, 16), placement or FakePlacement(), names)
 
 
 @dataclass
@@ -39,6 +45,8 @@ class World:
     ttft_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     longest_step_s: float = 0.0
     ends: dict[Request, int] = field(default_factory=dict)
+    computed: dict[Request, int] = field(default_factory=lambda: defaultdict(int))  # again counts again
+    step_s: float = STEP_S  # and as much again for each token as `TOKEN_S` says
 
     def add(
         self,
@@ -53,7 +61,7 @@ class World:
         self.num += 1
         request = Request(
             f"{tenant}-{self.num}",
-            [1] * prompt,
+            [self.num] + [1] * (prompt - 1),  # no two begin alike
             SamplingParams(max_tokens=outputs),
             adapter_id,
             arrived_at=self.now,
@@ -70,10 +78,12 @@ class World:
         batch = self.scheduler.schedule(self.now)
         drawing = [item.request for item in batch.items if item.needs_sample]
         for item in batch.items:
+            self.computed[item.request] += item.num_tokens
             if item.request.num_computed_tokens + item.num_tokens <= len(item.request.prompt_token_ids):
                 self.served[item.request.tenant] += item.num_tokens
         self.scheduler.commit(batch)
-        step_s = STEP_S + TOKEN_S * batch.num_tokens
+        self.scheduler.cache.keep(batch.items)
+        step_s = self.step_s + TOKEN_S * batch.num_tokens
         self.longest_step_s = max(self.longest_step_s, step_s)
         self.now += step_s
         ended = []
@@ -254,11 +264,40 @@ def test_a_client_that_waits_too_long_goes_first_whoever_comes() -> None:
     assert world.now - asked_at < MAX_TURN_WAIT_S + 5.0
 
 
-def test_a_request_makes_way_for_another_tenant_only_once() -> None:
+def test_who_made_way_does_so_again_only_when_it_has_drawn_as_much_as_its_new_start_computed() -> None:
     world = World(make_scheduler(max_num_seqs=4))
-    flood(world, 40.0, guest_prompt=40, outputs=200, prompt=100)
-    assert world.scheduler.num_preemptions > 0
-    assert max(request.num_preemptions for request in world.ends) == 1
+    flood(world, 60.0, guest_prompt=40, outputs=600, prompt=16)
+    assert max(request.num_preemptions for request in world.ends) > 1
+    for request, num_computed in world.computed.items():
+        again = num_computed - request.num_computed_tokens
+        num_last = len(request.prompt_token_ids) + world.ends[request]  # its last start may be a new one
+        assert again <= len(request.output_token_ids) + num_last, request.request_id
+
+
+def test_a_request_beside_long_answers_need_not_wait_for_one_of_them_to_end() -> None:
+    alone = World(make_scheduler(has_cache=True))
+    alone.add("guest", prompt=100, outputs=1)
+    alone.step()
+    world = World(make_scheduler(has_cache=True, max_num_seqs=8, num_pages=2000))
+    flood(world, 90.0, guest_prompt=100, prompt=100, outputs=800)
+    assert len(world.ttft_s["guest"]) > 100
+    assert max(world.ttft_s["guest"]) <= 1.5 * alone.ttft_s["guest"][0] + world.longest_step_s
+    num_again = sum(world.computed.values()) - sum(r.num_computed_tokens for r in world.computed)
+    assert num_again < 0.02 * sum(world.computed.values())
+
+
+def test_guests_without_end_leave_few_places_in_steps_empty() -> None:
+    served = []
+    for policy in ("fair", "fcfs"):
+        world = World(make_scheduler(policy, max_num_seqs=64, num_pages=4000), step_s=0.2)
+        for step in range(400):
+            while world.num_waiting("flood") < 40:
+                world.add("flood", prompt=256, outputs=4)
+            if step % 2 == 0:
+                world.add("guest", prompt=32, outputs=1)
+            world.step()
+        served.append(sum(world.served.values()) / world.now)
+    assert served[0] > 0.95 * served[1]
 
 
 def test_pages_are_taken_from_the_tenant_that_holds_most_when_they_run_out() -> None:

@@ -365,21 +365,41 @@ async def test_usage_tells_what_of_each_prompt_was_cached(server: Server, route:
     assert stream[-2]["usage"] == whole
 
 
+CHAT = [{"role": "user", "content": "a"}]
+GENERATING: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": CHAT, "max_tokens": 3},
+    "/v1/responses": {"input": "a", "max_output_tokens": 3},
+    "/v1/messages": {"model": "base", "messages": CHAT, "max_tokens": 3},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/score": {"text_1": "a", "text_2": "a"},
+    "/score": {"text_1": "a", "text_2": "a"},
+    "/generate": {"inputs": "a", "parameters": {"max_new_tokens": 3}},
+    "/generate_stream": {"inputs": "a", "parameters": {"max_new_tokens": 3}, "lora_dir": None},
+}
+"""Routes that make the engine compute, each with a body."""
+
+
 @pytest.mark.parametrize("policy", ["fair", "priority"])
-@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+@pytest.mark.parametrize("route", GENERATING)
 async def test_a_priority_goes_to_the_engine_where_the_policy_looks_at_it(
     server: Server, route: str, policy: str
 ) -> None:
     state = server.state
     state.config = replace(state.config, engine=replace(state.config.engine, scheduling_policy=policy))
-    prompt = {"prompt": "a"} if route == "completions" else {"messages": [{"role": "user", "content": "a"}]}
-    body = {"model": "base", "max_tokens": 3, "priority": -2, **prompt}
-    reply = await server.http.post(f"/v1/{route}", json=body)
+    body = dict(GENERATING[route])
+    if "parameters" in body:
+        body["parameters"] = {**body["parameters"], "priority": -2}
+    else:
+        body["priority"] = -2
+    reply = await server.http.post(route, json=body)
     if policy == "priority":
+        assert reply.status_code == 200, reply.text
         assert [call.standing.priority for call in server.engine.calls] == [-2]
     else:
-        assert reply.status_code == 400
-        assert reply.json()["error"]["param"] == "priority"
+        assert reply.status_code in (400, 422)  # the latter is TGI's
+        assert "scheduling_policy is 'fair'" in reply.text
+        assert not server.engine.calls
 
 
 @pytest.mark.parametrize("salt", ["", "x" * 1025, 7])

@@ -21,6 +21,7 @@ from toppings.adapters.hits import Hits
 from toppings.adapters.host_entry import HostEntry
 from toppings.adapters.host_store import HostStore
 from toppings.adapters.known_records import KnownRecords
+from toppings.adapters.load_cost import tokens_per_byte
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.modes import LoadingMode
 from toppings.adapters.parts import CutSource
@@ -56,6 +57,7 @@ class AdapterManager:
         self._cut = None if lead is None else CutSource(registry, lead.parts)
         self.pool = make_pool(registry, config, mode, lead)
         self.shapes = registry.shapes if lead is None else lead.parts.shapes  # on this device
+        self._tokens_per_byte = tokens_per_byte(registry.shapes, config.device, config.link_gbps)
         self.loader = make_loader(self.pool, config, lead)
         self.host = HostStore(
             config.host_store_bytes,
@@ -142,7 +144,9 @@ class AdapterManager:
 
     def load_tokens(self, adapter_id: int) -> float:
         """What the load of an adapter that has its room costs, in tokens of prompts."""
-        return self._mode.load_tokens(self._tier.residents[adapter_id].entry.layout)
+        layout = self._tier.residents[adapter_id].entry.layout
+        measured = self._mode.load_tokens(layout)
+        return layout.num_bytes * self._tokens_per_byte if measured is None else measured
 
     def victims_for(self, adapter_id: int) -> list[int]:
         """Adapters in use, least valuable first, no more than needed, whose end would make room for it.

@@ -21,8 +21,8 @@ class LoadingMode(Protocol):
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         """In what order the adapter's blocks should travel for a prefill of `num_tokens`."""
 
-    def load_tokens(self, layout: AdapterLayout) -> float:
-        """How many tokens of a prompt the device computes in the time that the adapter travels; 0 where
+    def load_tokens(self, layout: AdapterLayout) -> float | None:
+        """How many tokens of a prompt the device computes in the time that the adapter travels; None where
         nothing was measured."""
 
 
@@ -38,8 +38,8 @@ class OnDemandMode:
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         return by_layer(range(layout.num_layers))
 
-    def load_tokens(self, layout: AdapterLayout) -> float:
-        return 0.0
+    def load_tokens(self, layout: AdapterLayout) -> float | None:
+        return None
 
 
 class CachedMode(OnDemandMode):
@@ -61,8 +61,8 @@ class PipelinedMode:
     def load_order(self, layout: AdapterLayout, num_tokens: int) -> LoadOrder:
         return by_layer(range(layout.num_layers))
 
-    def load_tokens(self, layout: AdapterLayout) -> float:
-        return 0.0
+    def load_tokens(self, layout: AdapterLayout) -> float | None:
+        return None
 
 
 LOADING_MODES: dict[str, type[LoadingMode]] = {

@@ -35,8 +35,9 @@ class AssistMode(PipelinedMode, ABC):
             return super().load_order(layout, num_tokens)
         return self.plan(layout, num_tokens).order
 
-    def load_tokens(self, layout: AdapterLayout) -> float:
-        assert self._profile is not None, "the mode was not calibrated"
+    def load_tokens(self, layout: AdapterLayout) -> float | None:
+        if self._profile is None:
+            return super().load_tokens(layout)
         return self._profile.load_tokens(layout.num_bytes, layout.num_layers)
 
 

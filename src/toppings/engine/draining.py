@@ -67,7 +67,7 @@ class Draining:
             self._begin(now)
         elif now - self._drain.started_at > self._max_wait_s:
             ids = self._drain.adapter_ids
-            return [r for r in running if r.adapter_id in ids and not r.has_yielded]
+            return [r for r in running if r.adapter_id in ids and not r.was_drained]
         return []
 
     def _begin(self, now: float) -> None:

@@ -41,7 +41,7 @@ class FairQueue:
         self,
         policy: str,
         num_generated: Callable[[Request], int],
-        in_turn: Callable[[Sequence[Request]], list[Request]],
+        in_turn: Callable[[Sequence[Request]], Iterator[Request]],
         max_num_seqs: int,
     ) -> None:
         self.tenants = Level()
@@ -68,11 +68,12 @@ class FairQueue:
     def add(self, request: Request) -> None:
         """It waits from now on: behind its client's others of its priority, as it arrived."""
         account = self._accounts.get(request)
+        is_new = account is None
         if account is None:
             account = self._accounts[request] = Account(self._client_of(request))
         client = account.client
         self._waiting[request] = None
-        _insert(client.requests, request)
+        _insert(client.requests, request, is_new=is_new)
         self._count(client, waiting=1)
         # Adapters first: a tenant's place is that of its first adapter.
         for level, each in self._levels(client):
@@ -100,7 +101,9 @@ class FairQueue:
         self._count(account.client, running=1)
         self._leave(request)
         self._running[request] = account
-        if not account.has_started:
+        if account.has_started:
+            request.num_owed_tokens += num_tokens
+        else:
             account.has_started = True
             self._charge(account.client, num_tokens)
 
@@ -134,13 +137,12 @@ class FairQueue:
 
     def candidates(self, now: float) -> Generator[Request, None, None]:
         """Those that wait, as their turns come; whoever starts one says so before it asks for the next."""
-        self.settle()
         orders: dict[Client, Iterator[Request]] = {}
         aside: list[Client] = []
         try:
             while (client := self._next(now)) is not None:
                 if client not in orders:
-                    orders[client] = iter(self._in_turn(client.requests))
+                    orders[client] = self._in_turn(client.requests)
                 request = next(orders[client], None)
                 if request is not None:
                     yield request
@@ -229,10 +231,11 @@ class FairQueue:
                 level.push(each)
 
     def _settle(self, request: Request, account: Account) -> None:
-        num_generated = self._num_generated(request)
-        if num_generated > account.num_outputs:
-            self._charge(account.client, OUTPUT_WEIGHT * (num_generated - account.num_outputs))
-            account.num_outputs = num_generated
+        num_new = self._num_generated(request) - account.num_outputs
+        if num_new > 0:
+            self._charge(account.client, OUTPUT_WEIGHT * num_new)
+            account.num_outputs += num_new
+            request.num_owed_tokens = max(0.0, request.num_owed_tokens - num_new)
 
     def _charge(self, client: Client, num_tokens: float) -> None:
         client.served += num_tokens
@@ -292,12 +295,17 @@ class FairQueue:
         assert (self.first is None) == (not self._waiting), "nobody's turn comes"
 
 
-def _insert(requests: deque[Request], request: Request) -> None:
-    """By priority, then by arrival."""
-    if not requests or _rank(requests[-1]) <= _rank(request):
+def _insert(requests: deque[Request], request: Request, *, is_new: bool) -> None:
+    """By priority, then by arrival; one that had begun is before those that came with it."""
+    rank = _rank(request)
+
+    def is_after(other: Request) -> bool:
+        return _rank(other) > rank or (not is_new and _rank(other) == rank)
+
+    if not requests or not is_after(requests[-1]):
         requests.append(request)
         return
-    index = next(i for i, other in enumerate(requests) if _rank(other) > _rank(request))
+    index = next(i for i, other in enumerate(requests) if is_after(other))
     requests.insert(index, request)
 
 

@@ -1,8 +1,9 @@
 """Which of those that run make room for others: between tenants, never between one's own.
 
 A tenant's share of places and of pages is by its weight among those that have requests. One that holds less
-may start a request at the cost of those that hold more, who are left their shares: so the number of
-preemptions is bounded, and a request makes way so only once.
+may start a request at the cost of those that hold more, who are left their shares. A request that has made
+way does so again only when it has drawn as many tokens as its new start had to compute: so no more is
+computed again than is drawn.
 """
 
 from collections import Counter
@@ -42,7 +43,7 @@ def victims_for(
         if num_seqs <= 0 and num_pages <= 0:
             break
         tenant, num_freed = queue.tenant_of(other), num_pages_of(other)
-        if tenant is mine or other.has_yielded or other.priority < request.priority or other in spared:
+        if tenant is mine or other.num_owed_tokens or other.priority < request.priority or other in spared:
             continue
         share = queue.share_of(tenant)
         leaves_seqs = tenant.num_running - seqs[tenant] - 1 >= share * max_num_seqs
@@ -57,10 +58,10 @@ def victims_for(
 
 def last_of(running: Sequence[Request], queue: FairQueue, num_pages_of: Callable[[Request], int]) -> Request:
     """Who gives its pages back where they have run out for those that run: of the least urgent, the last to
-    arrive; among tenants, of the one that holds most for its weight, if it has not made way before."""
+    arrive; among tenants, of the one that holds most for its weight, if it may make way (again)."""
     worst = max(request.priority for request in running)
     urgent = [request for request in running if request.priority == worst]
-    free = [request for request in urgent if not request.has_yielded]
+    free = [request for request in urgent if not request.num_owed_tokens]
     if not queue.has_several_tenants or not free:
         return urgent[-1]
     pages = _pages_of(running, queue, num_pages_of)
@@ -70,9 +71,7 @@ def last_of(running: Sequence[Request], queue: FairQueue, num_pages_of: Callable
         return pages[tenant] / tenant.weight
 
     most = max(map(excess, free))
-    victim = next(request for request in reversed(free) if excess(request) == most)
-    victim.has_yielded = True
-    return victim
+    return next(request for request in reversed(free) if excess(request) == most)
 
 
 def _pages_of(

@@ -82,6 +82,8 @@ class PageAllocator:
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
         """Extend `table` in place to hold `num_tokens`; False, and nothing changed, where pages run out."""
+        if num_tokens <= len(table) * self.page_size:
+            return True
         num_missing = pages_for(num_tokens, self.page_size) - len(table)
         if num_missing > self.num_free:
             return False

@@ -6,7 +6,7 @@ full, is kept when it ends: whoever begins with all its tokens starts with a cop
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -71,11 +71,16 @@ class PrefixCache:
         """How many of these blocks are in use anyway."""
         return self._pages.num_owned(request.block_hashes, num_found) if num_found else 0
 
-    def in_turn(self, waiting: Sequence[Request]) -> list[Request]:
-        """Requests in the order in which they are to start: as they came, with a lead for what is found."""
-        if self._names is None or len(waiting) < 2:
-            return list(waiting)
-        return [*sorted(islice(waiting, NUM_ORDERED), key=self._turn), *islice(waiting, NUM_ORDERED, None)]
+    def in_turn(self, waiting: Sequence[Request]) -> Iterator[Request]:
+        """Requests in the order in which they are to start: as they came, with a lead for what is found.
+        Those that were told may leave `waiting` meanwhile."""
+        head = list(islice(waiting, NUM_ORDERED))
+        if self._names is not None and len(head) > 1:
+            head.sort(key=self._turn)
+        yield from head
+        if len(head) == NUM_ORDERED:
+            told = set(head)
+            yield from [request for request in waiting if request not in told]
 
     def is_awaited(self, request: Request, num_found: int, items: Iterable[BatchItem], now: float) -> bool:
         """Much of what it would compute is being computed by one of `items`: it starts behind that, soon."""

@@ -29,6 +29,8 @@ from toppings.engine.prefix_cache import BlockNames, PrefixCache
 from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.engine.step_plan import StepPlan
 
+LOSS_SHARE = 20
+"""Of so many tokens of prompts, one place in a step may be left empty for guests' sake."""
 MAX_LOOKED_AT = 32
 """Waiting requests whose adapters are asked for between steps; where there are more, one may find its own."""
 
@@ -40,7 +42,8 @@ class Scheduler:
 
     A tenant that asks for no more than its share of places is a guest of those that ask for more: its prompts
     come before what is left of theirs, and all others get half as many tokens of that step, so that it takes
-    little longer than it would alone; but not in two steps on end, so that prompts go on whoever comes.
+    little longer than it would alone; but not in two steps on end, so that prompts go on whoever comes, and
+    only while what such steps leave empty is a twentieth of what is computed.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Scheduler:
         self.draining = Draining(adapters, limits.max_adapter_wait_s)
         self._started: set[Request] = set()  # in the step that is put together
         self._was_overtaken = False  # in the last step, a prompt under way, or others for a guest
+        self._max_credit = LOSS_SHARE * limits.max_num_batched_tokens
+        self._credit = self._max_credit  # prompts' tokens for which places may be left empty
         self._failed: list[tuple[Request, str]] = []
 
     # --- the life of a request ---
@@ -112,11 +117,12 @@ class Scheduler:
 
     def schedule(self, now: float, *, admits: bool = True) -> Batch:
         """The next step's batch; empty where nothing can run now. Without `admits`, of running requests."""
-        step = StepPlan(self.limits.max_num_batched_tokens)
+        may_shorten = not self._was_overtaken and self._credit > 0
+        step = StepPlan(self.limits.max_num_batched_tokens, may_shorten)
         may_overtake = admits and not self._was_overtaken and bool(self.waiting) and self.waiting.is_contended
         if admits:
             for request in self.draining.advance(now, self.running):
-                request.has_yielded = True
+                request.was_drained = True
                 self.preempt(request)
         self._schedule_running(step, may_overtake=may_overtake)
         step.num_others = self.limits.max_num_batched_tokens - step.budget
@@ -126,6 +132,8 @@ class Scheduler:
         if admits and not step.was_preempted:
             self._schedule_waiting(now, step)
         self._was_overtaken = step.was_overtaken or step.guest_tokens > 0
+        num_lost = step.budget if step.is_held_back else 0
+        self._credit = min(self._max_credit, self._credit + step.num_prompt_tokens - LOSS_SHARE * num_lost)
         self._started.clear()
         if self.drafts is not None:
             self._add_drafts(step, self.drafts)
@@ -157,9 +165,11 @@ class Scheduler:
 
     def _schedule_late(self, step: StepPlan) -> None:
         for request in step.late:
-            num_tokens = min(request.num_uncomputed_tokens, self._budget_of(step, request))
+            is_guest = self.waiting.is_guest(request)
+            num_tokens = step.tokens_for(request, is_guest=is_guest)
             if num_tokens > 0 and self.waiting.is_running(request):
                 self._grow_or_preempt(step, request, num_tokens)
+                step.note_others(0 if is_guest else num_tokens)
 
     def _grow_or_preempt(self, step: StepPlan, request: Request, num_tokens: int) -> None:
         """Adds it to the step, at the cost of those that make way; not where it is one of these itself."""
@@ -174,7 +184,7 @@ class Scheduler:
 
     def _schedule_waiting(self, now: float, step: StepPlan, ahead_of: Request | None = None) -> None:
         """Adds to the step those that wait, or only those whose clients come before that of a running one."""
-        if step.budget <= 0 or not self._may_start_any():
+        if step.budget <= 0 or self._first_in_turn() is None:
             return
         refused: set[int] = set()  # adapters that were asked for in this step and cannot start
         with closing(self.waiting.candidates(now)) as candidates:
@@ -187,15 +197,15 @@ class Scheduler:
 
     def _try_start(self, step: StepPlan, request: Request, now: float, refused: set[int]) -> bool:
         """Start it, if it can be; False where those behind it have to wait as well."""
+        adapter_id, is_guest = request.adapter_id, self.waiting.is_guest(request)
+        if not step.tokens_for(request, is_guest=is_guest):
+            return step.budget > 0
         num_found = self.cache.num_found(request)
-        victims = self._victims(request, num_found) if step.budget > 0 else None
+        victims = self._victims(request, num_found)
         if victims is None:
             return False
-        adapter_id, budget = request.adapter_id, self._budget_of(step, request)
-        is_held_up = adapter_id in refused or request in step.made_way or budget <= 0
-        if is_held_up or not self.draining.may_start(request):
-            return True
-        if self.cache.is_awaited(request, num_found, step.items, now):
+        is_held_up = adapter_id in refused or request in step.made_way or not self.draining.may_start(request)
+        if is_held_up or self.cache.is_awaited(request, num_found, step.items, now):
             return True
         is_cold = adapter_id is not None and not self.adapters.holds(adapter_id)
         if adapter_id is not None and self._acquire(request, adapter_id, now, num_found) != Admission.READY:
@@ -204,13 +214,12 @@ class Scheduler:
         if victims and not self._make_room(step, victims, request, num_found):
             return False
         load_tokens = self.adapters.load_tokens(adapter_id) if is_cold and adapter_id is not None else 0.0
-        self._start(step, request, num_found, budget, load_tokens, now)
+        self._start(step, request, num_found, load_tokens, now)
         return True
 
     def _make_room(self, step: StepPlan, victims: list[Request], request: Request, num_found: int) -> bool:
         """Others make way for it. False where that is not enough, since they shared pages: it waits on."""
         for victim in victims:
-            victim.has_yielded = True
             self.preempt(victim)
             step.drop(victim)
             step.made_way.append(victim)
@@ -220,14 +229,8 @@ class Scheduler:
             self.adapters.release(request.adapter_id)
         return False
 
-    def _budget_of(self, step: StepPlan, request: Request) -> int:
-        """Tokens of the step that its prompt may take, which is a guest's or one of those who have some."""
-        if step.spare_tokens is None or self.waiting.is_guest(request):
-            return step.budget
-        return min(step.budget, step.spare_tokens)
-
     def _start(
-        self, step: StepPlan, request: Request, num_found: int, budget: int, load_tokens: float, now: float
+        self, step: StepPlan, request: Request, num_found: int, load_tokens: float, now: float
     ) -> None:
         is_guest = self.waiting.is_guest(request)
         self._unblock(request)
@@ -239,26 +242,24 @@ class Scheduler:
         self._started.add(request)
         if not is_latest:
             self.running.sort(key=lambda r: r.arrived_at)
-        num_tokens = min(request.num_uncomputed_tokens, budget)
+        num_tokens = step.tokens_for(request, is_guest=is_guest)
         # All that its prompt needs: others may start before the rest of it is computed.
         has_grown = self.pages.grow(request.page_table, request.num_tokens)
         assert has_grown, "pages were counted before the adapter was acquired"
         step.add(request, num_tokens, copy_page)
-        self._note_guest(step, num_tokens, is_guest=is_guest)
+        if is_guest:
+            step.note_guest(num_tokens)
+        else:
+            step.note_others(num_tokens)
 
-    def _note_guest(self, step: StepPlan, num_tokens: int, *, is_guest: bool) -> None:
-        if is_guest and not self._was_overtaken:
-            step.guest_tokens += num_tokens
-            step.spare_tokens = max(0, step.guest_tokens // 2 - step.num_others)
-        elif not is_guest:
-            step.num_others += num_tokens
-            step.spare_tokens = None if step.spare_tokens is None else step.spare_tokens - num_tokens
-
-    def _may_start_any(self) -> bool:
-        """A request may start, for all that is known of places."""
-        first = self.waiting.first
+    def _first_in_turn(self) -> Request | None:
+        """Whose turn it is, by all that was drawn until now; None where no place is to be had."""
         is_full = len(self.running) >= self.limits.max_num_seqs
-        return first is not None and (not is_full or self._victims(first, 0) is not None)
+        if not self.waiting or (is_full and not self.waiting.has_several_tenants):
+            return None
+        self.waiting.settle()
+        first = self.waiting.first
+        return None if first is None or (is_full and self._victims(first, 0) is None) else first
 
     def num_generated(self, request: Request) -> int:
         """Tokens that were drawn for it."""
@@ -271,7 +272,7 @@ class Scheduler:
     def may_admit(self, now: float) -> bool:
         """The next step may start a waiting request, or make room for one, for all that can be told without
         changing anything."""
-        first = self.waiting.first
+        first = self._first_in_turn()
         if first is None or self._victims(first, self.cache.num_found(first)) is None:
             return False
         if self.draining.is_due(now):

@@ -15,10 +15,11 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from toppings.bad_input import RequestError, shown
+from toppings.core import Standing
 from toppings.sampling_params import Pooling, SamplingParams
 from toppings.server.bodies import JsonRoute
 from toppings.server.errors import CLIENT_GONE, ApiError, json_response
-from toppings.server.fields import Int, LenientBody, Name, Texts, TokenIds
+from toppings.server.fields import Int, LenientBody, Name, Priority, Texts, TokenIds
 from toppings.server.jobs import Job, beside_loop, num_last_tokens, tokens_of
 from toppings.server.replies import raw_list
 from toppings.server.state import Lease, ServerState, Target, state_of
@@ -32,7 +33,7 @@ class PooledBody(LenientBody):
 
     harmless: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "request_id"})
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **{"normalize": (True,), "use_activation": (True,), "activation": (True,), "priority": (0,)},
+        **{"normalize": (True,), "use_activation": (True,), "activation": (True,)},
         **{"embed_dtype": ("float32",), "endianness": ("native",), "mm_processor_kwargs": ({},)},
     }
 
@@ -40,6 +41,7 @@ class PooledBody(LenientBody):
     pooling: Literal["last", "mean"] | None = None
     truncate_prompt_tokens: Int | None = None
     add_special_tokens: bool | None = None
+    priority: Priority | None = None
 
 
 class EmbeddingBody(PooledBody):
@@ -139,7 +141,14 @@ async def _job(
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, 0)
     prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)
     sampling = SamplingParams(max_tokens=0, pooling=Pooling(body.pooling or "last"))
-    return Job(state=state, target=target, prompts=prompts, sampling=sampling, started_at=started_at)
+    return Job(
+        state=state,
+        target=target,
+        prompts=prompts,
+        sampling=sampling,
+        standing=Standing(priority=body.priority or 0),
+        started_at=started_at,
+    )
 
 
 async def _vectors(request: Request, job: Job, lease: Lease) -> list[bytes] | None:

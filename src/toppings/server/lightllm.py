@@ -13,10 +13,11 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from toppings.adapters.errors import AdapterNotFound
+from toppings.core import Standing
 from toppings.detokenizer import TextOutput
 from toppings.sampling_params import SamplingParams
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
-from toppings.server.fields import Int, LenientBody, Name, PathText, Texts
+from toppings.server.fields import Int, LenientBody, Name, PathText, Priority, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.state import Lease, ServerState, Target, state_of
 from toppings.server.streams import ClientGoneError, EventStream, until_gone
@@ -61,6 +62,7 @@ class Parameters(LenientBody):
     max_new_tokens: Int = 16
     stop_sequences: str | Texts | None = None
     return_details: bool = False
+    priority: Priority | None = None
 
     def sampling(self, state: ServerState, *, has_logprobs: bool) -> SamplingParams:
         """Without `do_sample`, greedy. Raises RequestError for a value out of range."""
@@ -116,6 +118,7 @@ async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, 
         started_at=lease.started_at,
         prompts=await tokens_of(state, [body.inputs]),
         sampling=body.parameters.sampling(state, has_logprobs=has_logprobs),
+        standing=Standing(priority=body.parameters.priority or 0),
     )
 
 

@@ -14,10 +14,10 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from toppings.core import FinishReason
+from toppings.core import FinishReason, Standing
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
 from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
-from toppings.server.fields import Int, LenientBody, Name, Texts, Token
+from toppings.server.fields import Int, LenientBody, Name, Priority, Texts, Token
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.lorax_merges import MergedAdapters, find_merged
 from toppings.server.state import Lease, ServerState, Target, state_of
@@ -78,6 +78,7 @@ class Parameters(LenientBody):
     return_k_alternatives: Int | None = None
     grammar: Grammar | None = None
     response_format: Format | None = None
+    priority: Priority | None = None
     # Accepted only where they ask for nothing:
     best_of: Int | None = None
     truncate: Int | None = None
@@ -200,6 +201,7 @@ async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, 
         started_at=lease.started_at,
         prompts=await tokens_of(state, [body.inputs]),
         sampling=parameters.sampling(has_logprobs=has_logprobs, structure=structure),
+        standing=Standing(priority=parameters.priority or 0),
     )
 
 

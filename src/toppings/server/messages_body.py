@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field
 from toppings.server.chat_body import MAX_TOOLS, OF_CHATS, ChatBody, FunctionName
 from toppings.server.errors import ApiError
 from toppings.server.exchange import current_exchange
-from toppings.server.fields import Count, Int, LenientBody, Name, Salt, Texts
+from toppings.server.fields import Count, Int, LenientBody, Name, Priority, Salt, Texts
 
 
 class CacheablePart(LenientBody):
@@ -216,11 +216,12 @@ class MessagesBody(PromptBody):
     repetition_penalty: float | None = None
     seed: Int | None = None
     cache_salt: Salt | None = None
+    priority: Priority | None = None
 
     def _chat_fields(self) -> dict[str, Any]:
         names = (
             *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
-            "cache_salt",
+            *("cache_salt", "priority"),
         )
         own = {name: getattr(self, name) for name in names}
         return {**super()._chat_fields(), **own, "stop": self.stop_sequences}

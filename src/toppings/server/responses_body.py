@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from toppings.server.chat_body import EFFORTS, MAX_TOOLS, OF_CHATS, ChatBody, FunctionName
 from toppings.server.errors import ApiError
 from toppings.server.exchange import current_exchange
-from toppings.server.fields import Count, LenientBody, Name, Salt, SamplingFields
+from toppings.server.fields import Count, LenientBody, Name, Priority, Salt, SamplingFields
 
 OwnField = frozenset({"id", "status"})
 """What items of an answer have that say nothing when they are sent back."""
@@ -169,6 +169,7 @@ class ResponsesBody(SamplingFields):
     metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: Salt | None = None
+    priority: Priority | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> "ResponsesBody":
@@ -183,7 +184,7 @@ class ResponsesBody(SamplingFields):
         names = (
             *("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
             *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-            *("chat_template_kwargs", "cache_salt"),
+            *("chat_template_kwargs", "cache_salt", "priority"),
         )
         fields = {
             "messages": self._messages(),

@@ -92,12 +92,15 @@ class EnginePlayer:
         clock: Clock,
         *,
         on_step: Callable[[PlayedStep], None] = lambda _: None,
+        is_cacheable: bool = False,
     ) -> None:
+        """`is_cacheable`: prompts that share nothing, too, which are those of other traces."""
+        self._is_cacheable = is_cacheable
         self._engine, self._adapter_ids, self._clock, self._on_step = engine, adapter_ids, clock, on_step
 
     def play(self, trace: Trace) -> list[Outcome]:
         """Instants are seconds since the trace began. Raises RuntimeError where a request is not served."""
-        self._requests = self._make_requests(trace)
+        self._requests = self.requests_of(trace)
         self._arrivals = trace.arrivals_s.tolist()
         self._first_token_at = [np.nan] * len(trace)
         self._ended_at = [np.nan] * len(trace)
@@ -111,7 +114,7 @@ class EnginePlayer:
                 self._clock.sleep_until(begin_at + self._next_look(now))
         return self._outcomes(trace)
 
-    def _make_requests(self, trace: Trace) -> list[AddRequest]:
+    def requests_of(self, trace: Trace) -> list[AddRequest]:
         """Made beforehand, so that no time goes by for it; the i-th has the request id i."""
         tenants = trace.tenants
         owners = [("", 1.0)] * len(trace)
@@ -123,7 +126,7 @@ class EnginePlayer:
                 list(map(int, call.prompt)),
                 SamplingParams(max_tokens=call.max_tokens, temperature=0.0, ignore_eos=True),
                 self._adapter_ids[adapter],
-                is_cacheable=trace.blocks is not None,  # a random prompt is that of other traces, too
+                is_cacheable=self._is_cacheable or trace.blocks is not None,
                 standing=Standing(tenant, weight),
             )
             for index, (adapter, call, (tenant, weight)) in enumerate(
