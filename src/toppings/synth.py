@@ -2,13 +2,13 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toppings.config import ConfigError
-from toppings.core import MODULES
+from toppings.core import MODULES, stored_modules
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -157,15 +157,22 @@ def write_adapters(
     *,
     count: int,
     seed: int = 0,
+    modules: Mapping[str, tuple[int, ...]] | None = None,
     on_written: Callable[[int], None] = lambda _: None,
 ) -> None:
     """`count` PEFT adapters of `model`: adapter-00000 and so on. A and B are both random, so outputs change.
+    `modules`: those of its layers, where they are others than `core.stored_modules` says of most models.
 
-    Raises ConfigError where `path` holds something already or `model` is no checkpoint.
+    Raises ConfigError where `path` holds something already, or `model` is no checkpoint or lacks a target.
     """
     import torch
 
     sizes, num_layers = projection_sizes(model)
+    modules = modules or stored_modules(is_fused=False, has_experts=False)
+    names = {MODULES[index]: name for name, made in modules.items() for index in made}
+    for target in shape.targets:
+        _require(target in names, f"target {target!r} is none of {model}; it has {', '.join(names)}")
+    targeted = {name: modules[name] for name in dict.fromkeys(names[target] for target in shape.targets)}
     _make_empty(path)
     generator = torch.Generator().manual_seed(seed)
     for index, rank in zip(range(count), itertools.cycle(shape.ranks)):
@@ -176,6 +183,7 @@ def write_adapters(
             rank,
             sizes=sizes,
             num_layers=num_layers,
+            modules=targeted,
             generator=generator,
         )
         on_written(1)
@@ -208,24 +216,29 @@ def _write_adapter(
     *,
     sizes: dict[str, tuple[int, int]],
     num_layers: int,
+    modules: Mapping[str, tuple[int, ...]],
     generator: Any,
 ) -> None:
+    """`modules`: the targeted ones; of what is in them beside the targets, B is zero."""
     import torch
     from safetensors.torch import save_file
 
     path.mkdir()
     dtype = getattr(torch, shape.dtype)
     tensors = {}
-    for layer, target in itertools.product(range(num_layers), shape.targets):
-        block = "self_attn" if MODULES.index(target) < 4 else "mlp"
-        key = f"base_model.model.model.layers.{layer}.{block}.{target}"
-        num_in, num_out = sizes[target]
+    for layer, (name, made) in itertools.product(range(num_layers), modules.items()):
+        key = f"base_model.model.model.layers.{layer}.{name}"
+        outs = {MODULES[index]: sizes[MODULES[index]][1] for index in made}
+        num_in = sizes[MODULES[made[0]]][0]
         a = torch.randn(rank, num_in, generator=generator) / num_in**0.5
-        b = torch.randn(num_out, rank, generator=generator) / rank**0.5
+        b = torch.randn(sum(outs.values()), rank, generator=generator) / rank**0.5
+        for target, rows in zip(outs, b.split(list(outs.values())), strict=True):
+            if target not in shape.targets:
+                rows.zero_()
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a.to(dtype), b.to(dtype)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     (path / "adapter_config.json").write_text(
-        json.dumps(_adapter_config(model, rank, shape.targets), indent=2)
+        json.dumps(_adapter_config(model, rank, [name.split(".")[1] for name in modules]), indent=2)
     )
 
 

@@ -10,6 +10,8 @@ from rich.progress import Progress
 
 from toppings.config import ConfigError
 from toppings.core import parse_targets
+from toppings.model.families import modules_of
+from toppings.model.files import read_json
 from toppings.sources.models import find_model
 from toppings.synth import DTYPES, FAMILIES, PRESETS, AdapterShape, ModelShape, write_adapters, write_model
 
@@ -62,12 +64,14 @@ def synth_adapters(
     shape = AdapterShape(ranks=numbers, targets=parse_targets(targets), dtype=dtype)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("adapters", total=count)
+        where = find_model(model).path
         write_adapters(
             path,
-            find_model(model).path,
+            where,
             shape,
             count=count,
             seed=seed,
+            modules=modules_of(read_json(where / "config.json")),
             on_written=lambda n: progress.advance(task, n),
         )
     typer.echo(f"wrote {count} adapters to {path}")

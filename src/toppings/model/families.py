@@ -1,9 +1,11 @@
 """The supported architectures: what transformers' class for each does, as data, and which fields of
 config.json it heeds. `docs/adding-a-model.md` shows how one is added."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from toppings.core import stored_modules
 
 
 class Norms(NamedTuple):
@@ -186,6 +188,18 @@ FAMILIES = {
         rotary="no_rope_layers",
     ),
 }
+
+
+def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """`core.stored_modules` of the model that has this config.json."""
+    named = config.get("architectures")
+    family = FAMILIES.get(str(named[0])) if isinstance(named, list) and named else None
+    return stored_modules(
+        is_fused=family is not None and family.is_fused,
+        has_experts=family is not None and family.experts is not None,
+    )
+
+
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """Those of `ops.activation`."""

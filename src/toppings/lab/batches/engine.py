@@ -76,6 +76,7 @@ def _make_adapters(
         shape,
         count=num,
         seed=config.seed,
+        modules=registry.shapes.stored_modules,
         on_written=lambda _: on_progress("making adapters", next(num_written) / num),
     )
     report = registry.register_directory(work / "adapters")
