@@ -9,8 +9,12 @@ at 24 GB/s: SLO attainment (1.5 times the base model's time per token), adapters
 loaded per request, and TTFT of all requests and of those for the coldest tenth of the adapters, for each
 placement with the policies that go with it. `crowd`: within ten seconds one adapter comes to 30 % of the
 requests. `death`: one of the servers dies. For both, seconds until attainment, by arrival and over windows of
-5 s, is back above 95 % for the rest of a minute. `--form` is the performance model's. Figures are means over
-seeds, `spread` their standard deviations. Ends in one JSON line.
+5 s, is back above 95 % for the rest of a minute. `bounds`: what no placement can change, for the loads of the
+first three: if each token took `step_ms`, `in_use` is the part of all devices that adapters with requests
+take on average, `crowded` the part of time in which they do not fit all devices together, `must_wait` the
+part of requests that come then for an adapter that nobody uses; `least_loads` per request, if those adapters
+that save most stayed on the devices for ever and all others came and went. `--form` is the performance
+model's. Figures are means over seeds, `spread` their standard deviations. Ends in one JSON line.
 """
 
 import argparse
@@ -37,6 +41,8 @@ SLO_FACTOR = 1.5
 MEAN_RANK = 30
 WINDOW_S, WATCHED_S, RECOVERED = 5.0, 60.0, 0.95
 CROWD_SHARE, CROWD_RISE_S = 0.3, 10.0
+STEP_FACTORS = (1.0, 1.25, 1.5)
+"""Of the base model's time per token: the least there is, what batches take, and the objective."""
 Row = dict[str, Any]
 
 
@@ -214,12 +220,55 @@ def recovery_s(good: NDArray[np.bool_], since_s: NDArray[np.float64]) -> float |
     return None if bad[-1] == num - 1 else (bad[-1] + 1) * WINDOW_S
 
 
+def study_bounds(plan: Plan) -> Iterator[Row]:
+    base_ms = base_tpt_ms(model_of(plan, plan.gbps[0]))
+    for popularity, rates in plan.rates.items():
+        for rate, factor in product(rates, STEP_FACTORS):
+            figures = [
+                bounds_of(plan, workload_of(plan, popularity, rate).make_trace(seed), factor * base_ms)
+                for seed in range(plan.seeds)
+            ]
+            yield {"popularity": popularity, "rate": rate, "step_ms": factor * base_ms, **means(figures)}
+
+
+def bounds_of(plan: Plan, trace: Trace, step_ms: float) -> dict[str, float]:
+    """Sizes in ranks. What runs on no server yet when the trace begins is left out by its first sixth."""
+    capacity, first_s = plan.num_servers * plan.slots * MEAN_RANK, trace.duration_s / 6
+    ends_s = trace.arrivals_s + trace.response_tokens * step_ms / 1e3
+    events = sorted(
+        [(at, 1, a) for at, a in zip(trace.arrivals_s.tolist(), trace.adapters.tolist(), strict=True)]
+        + [(at, -1, a) for at, a in zip(ends_s.tolist(), trace.adapters.tolist(), strict=True)]
+    )
+    ranks, users = trace.ranks.tolist(), [0] * len(trace.ranks)
+    used, before, in_use, crowded, num, num_waiting = 0, first_s, 0.0, 0.0, 0, 0
+    for at, change, adapter in events:
+        if first_s < at <= trace.duration_s:
+            in_use += used * (at - before)
+            crowded += (at - before) * (used > capacity)
+            num += change > 0
+            num_waiting += change > 0 and not users[adapter] and used + ranks[adapter] > capacity
+            before = at
+        was_used, users[adapter] = users[adapter] > 0, users[adapter] + change
+        used += ranks[adapter] * ((users[adapter] > 0) - was_used)
+    span_s = trace.duration_s - first_s
+    counts = np.bincount(trace.adapters, minlength=len(ranks))
+    order = np.argsort(-counts / trace.ranks)
+    num_kept = int(np.searchsorted(np.cumsum(trace.ranks[order]), capacity)) + 1
+    return {
+        "in_use": in_use / span_s / capacity,
+        "crowded": crowded / span_s,
+        "must_wait": num_waiting / max(num, 1),
+        "least_loads": 1.0 - float(counts[order][:num_kept].sum() / counts.sum()),
+    }
+
+
 STUDIES: dict[str, Callable[[Plan], Iterator[Row]]] = {
     "zipf": partial(study_loads, popularity="zipf:1.0"),
     "flat": partial(study_loads, popularity="uniform"),
     "published": partial(study_loads, popularity="published"),
     "crowd": study_crowd,
     "death": study_death,
+    "bounds": study_bounds,
 }
 
 

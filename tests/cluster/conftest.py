@@ -57,8 +57,11 @@ Start = Callable[..., AbstractAsyncContextManager[Client]]
 @pytest.fixture
 def start_router() -> Start:
     @asynccontextmanager
-    async def start(*urls: str, **settings: Any) -> AsyncIterator[Client]:
-        instances = tuple(InstanceConfig(url=url, instance_id=f"s{i}") for i, url in enumerate(urls))
+    async def start(*urls: str | InstanceConfig, **settings: Any) -> AsyncIterator[Client]:
+        instances = tuple(
+            InstanceConfig(url=url, instance_id=f"s{i}") if isinstance(url, str) else url
+            for i, url in enumerate(urls)
+        )
         config = RouterConfig(instances=instances, port=0, **{**FAST, **settings})
         async with running_router(config) as (router, url), aiohttp.ClientSession() as session:
             yield Client(router, url, session)

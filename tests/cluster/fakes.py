@@ -61,6 +61,7 @@ class FakeServer:
     extra_stats: dict[str, Any] = field(default_factory=dict)
     admin_calls: list[dict[str, Any]] = field(default_factory=list)
     prefetched: list[str] = field(default_factory=list)
+    max_cpu_loras: int = 1000
 
     def app(self) -> Starlette:
         routes = [
@@ -153,6 +154,8 @@ class FakeServer:
                 "If you want to load the adapter in place, set 'load_inplace' to True."
             )
             return _error(400, "InvalidUserInput", text)
+        if name not in self.adapters and len(self.adapters) >= self.max_cpu_loras:
+            return _error(500, "InternalServerError", "Call to add_lora method failed: no room")
         self.adapters[name] = 16
         return Response(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -76,6 +76,10 @@ class Plan:
             homes = self._others[adapter] = self.rule.homes_of(adapter)
         return homes
 
+    def known_homes(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Of the adapters that were chosen for, the most loaded first, and of those that were asked about."""
+        return [*self.chosen.items(), *self._others.items()]
+
     def num_moves_from(self, before: "Plan | None") -> int:
         """Homes of adapters that had other ones before."""
         if before is None:

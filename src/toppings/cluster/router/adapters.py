@@ -114,6 +114,39 @@ class AdapterAdmin:
         lock = self._names.get(name)
         return lock is not None and lock.locked()
 
+    # --- what a placement asks of one server ---
+
+    def remembers(self, name: str) -> bool:
+        """Whether the fleet as a whole was told of this name."""
+        return self._memory.get(name) is not None or self._is_changing(name)
+
+    async def place(self, upstream: Upstream, name: str, path: str) -> bool:
+        """Load what others have there, too. What a server refuses it is not asked for again until it has been
+        away.
+        """
+        async with self._alone(name):
+            if self._memory.get(name) is not None:
+                return False
+            answer = await self._ask(upstream, LOAD, {"lora_name": name, "lora_path": path})
+            if isinstance(answer, Answer) and answer.status < 400:
+                upstream.placed.add(name)
+                await self._refresh(upstream)
+                return True
+        if isinstance(answer, Answer):
+            upstream.refused.add(name)
+            logger.warning("%s refused %s for its placement: %s", upstream.instance_id, name, answer.text)
+        return False
+
+    async def displace(self, upstream: Upstream, name: str) -> bool:
+        """Unload what was placed there."""
+        async with self._alone(name):
+            upstream.placed.discard(name)
+            if self._memory.get(name) is not None:
+                return False
+            answer = await self._ask(upstream, UNLOAD, {"lora_name": name})
+            await self._refresh(upstream)
+        return isinstance(answer, Answer) and answer.status < 400
+
     # --- one server at a time ---
 
     async def sync(self, upstream: Upstream) -> None:

@@ -5,21 +5,15 @@ of where adapters should be.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from itertools import islice
-from urllib.parse import quote
 
-from toppings.cluster.placement import Plan
 from toppings.cluster.router.adapters import AdapterAdmin
 from toppings.cluster.router.background import start_loop, start_once
+from toppings.cluster.router.orders import PlacementOrders
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Health, Kind, Upstream
 from toppings.open_files import is_out_of_files
 
 logger = logging.getLogger(__name__)
-
-MAX_ORDERS = 32
-"""Adapters that servers are told to read at once: a plan may change many, and disks are slow."""
 
 
 class Monitor:
@@ -30,6 +24,7 @@ class Monitor:
 
     def __init__(self, state: RouterState, admin: AdapterAdmin) -> None:
         self._state, self._admin = state, admin
+        self.orders = PlacementOrders(state, admin)
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._syncs: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -59,7 +54,7 @@ class Monitor:
             self._watches[upstream.instance_id] = start_loop(name, interval_s, lambda: self._watch(upstream))
 
     async def stop(self) -> None:
-        tasks = [*self._watches.values(), *self._syncs.values(), *self._loops]
+        tasks = [*self._watches.values(), *self._syncs.values(), *self._loops, *self.orders.loads]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -155,35 +150,8 @@ class Monitor:
         plan = await asyncio.to_thread(dispatcher.planning(time.monotonic()))
         before, dispatcher.plan = dispatcher.plan, plan
         self._state.meters.placement_moves.inc(plan.num_moves_from(before))
-        await asyncio.gather(
-            *(self._order(each, upstream) for each, upstream in self._new_homes(plan, before))
-        )
+        await self.orders.give(plan, before)
         return True
-
-    def _new_homes(self, plan: Plan, before: Plan | None) -> Iterator[tuple[str, Upstream]]:
-        """Adapters, the most loaded first, and servers that are to read them: `MAX_ORDERS` at most."""
-        state = self._state
-        rows = {each: row for row, each in enumerate(state.fleet.ids)}
-        new = (
-            (adapter, state.upstreams[home])
-            for adapter, homes in plan.chosen.items()
-            for home in homes
-            if home in rows
-            and state.upstreams[home].serves(adapter)
-            and (before is None or home not in before.homes_of(adapter))
-            and adapter not in state.fleet.on_host[rows[home]]
-            and adapter not in state.fleet.on_device[rows[home]]
-        )
-        return islice((each for each in new if each[1].kind is Kind.TOPPINGS), MAX_ORDERS)
-
-    async def _order(self, adapter: str, upstream: Upstream) -> None:
-        """A server that does not do it reads the adapter when a request comes."""
-        try:
-            answer = await upstream.call("POST", f"/adapters/{quote(adapter, safe='/')}/prefetch")
-            if answer.status >= 400:
-                logger.info("%s: no prefetch of %s: %d", upstream.instance_id, adapter, answer.status)
-        except CALL_FAILURES as error:
-            logger.info("%s: no prefetch of %s: %r", upstream.instance_id, adapter, error)
 
 
 def rebalance(state: RouterState) -> None:

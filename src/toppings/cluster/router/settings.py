@@ -22,11 +22,14 @@ _URL = re.compile(r"[!-~]{1,2000}")
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceConfig:
-    """One server. `instance_id` defaults to the URL's host and port; `perf_model` overrides its report."""
+    """One server. `instance_id` defaults to the URL's host and port; `perf_model` overrides its report.
+    `max_cpu_loras`: adapters that a placement may have there, those it lists by itself among them (0: as many
+    as it says that its device holds, which is vLLM's own default)."""
 
     url: str
     instance_id: str = ""
     perf_model: str = ""
+    max_cpu_loras: int = 0
 
     def __post_init__(self) -> None:
         host = _host_of(self.url)
@@ -39,23 +42,29 @@ class InstanceConfig:
             )
         if self.perf_model:
             _check_perf_model(self.perf_model)
+        if isinstance(self.max_cpu_loras, bool) or not isinstance(self.max_cpu_loras, int):
+            raise ConfigError(f"max_cpu_loras is {self.max_cpu_loras!r}; it must be a whole number")
+        if self.max_cpu_loras < 0:
+            raise ConfigError(f"max_cpu_loras is {self.max_cpu_loras}; it must be at least 0")
 
     @classmethod
     def of(cls, value: Any) -> "InstanceConfig":
-        """From a URL, or a mapping with `url` and perhaps `id` and `perf_model`. Raises ConfigError."""
+        """From a URL, or a mapping with `url` and perhaps other settings. Raises ConfigError."""
         if isinstance(value, InstanceConfig):
             return value
         if isinstance(value, str):
             return cls(url=value)
         if not isinstance(value, dict) or not isinstance(value.get("url"), str):
             raise ConfigError(f"instance {value!r} must be a URL or a mapping with a url")
-        unknown = sorted(set(value) - {"url", "id", "perf_model"})
+        known = ("url", "id", "perf_model", "max_cpu_loras")
+        unknown = sorted(set(value) - set(known))
         if unknown:
-            raise ConfigError(f"unknown instance setting {unknown[0]!r}; known: url, id, perf_model")
+            raise ConfigError(f"unknown instance setting {unknown[0]!r}; known: {', '.join(known)}")
         return cls(
             url=value["url"],
             instance_id=str(value.get("id") or ""),
             perf_model=str(value.get("perf_model") or ""),
+            max_cpu_loras=value.get("max_cpu_loras") or 0,
         )
 
 

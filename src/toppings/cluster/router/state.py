@@ -108,6 +108,8 @@ class RouterState:
             logger.warning("%s is down", upstream.instance_id)
             upstream.is_alive = False
             self.dispatcher.forget_prefixes(upstream.instance_id)
+            upstream.placed.clear()
+            upstream.refused.clear()
             self.refresh_open(upstream)
             for flight in flights:
                 flight.interrupt()

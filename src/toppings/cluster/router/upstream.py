@@ -92,6 +92,8 @@ class Upstream:
     applied: dict[str, int] = field(default_factory=dict)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waits: set[asyncio.Timeout] = field(default_factory=set)
+    placed: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     @property
     def instance_id(self) -> str:
