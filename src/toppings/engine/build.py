@@ -29,6 +29,7 @@ from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.drawing import DeviceSampler, Sampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, DecodeGraphs, GraphBackend, GraphSpec
+from toppings.engine.host_graphs import HostGraphs, can_record, recorded_sizes
 from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
@@ -197,6 +198,9 @@ def _build_engine(
         if config.cuda_graphs == "on" and dispatch.gpu_kernels("attention", cache.k[0]) is not None:
             prompts = PromptGraphs(*parts, max_num_tokens=limits.max_num_batched_tokens)
             runner.graphs = [*runner.graphs, prompts]
+    elif followers is None and can_record(decoder):
+        parts = (decoder, cache, adapters.pool, spec, Staging(decoder.device, None), HostGraphs())
+        runner.graphs = [DecodeGraphs(*parts, recorded_sizes(config.max_num_seqs))]
     if can_capture:
         from toppings.engine.compile_steps import compile_steps  # needs Triton
 

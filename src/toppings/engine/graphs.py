@@ -1,5 +1,5 @@
 """Decode steps captured once per batch size and replayed: on a GPU, a step costs one launch instead of
-hundreds.
+hundreds, on a CPU one call (`host_graphs.py`).
 
 A graph has fixed inputs: a packed buffer on the device, at whose start every replay's inputs are put, so that
 the graphs of one batch size find them where its first one did. A batch is padded to the next size captured:
@@ -94,7 +94,8 @@ class GraphSpec:
 
 
 class DecodeGraphs:
-    """To be made when the model, its cache and the pool are there and nothing else uses the device."""
+    """To be made when the model, its cache and the pool are there and nothing else uses the device. `sizes`,
+    rising: numbers of rows whose graphs are captured when they are first needed; None: all, and now."""
 
     def __init__(
         self,
@@ -104,22 +105,23 @@ class DecodeGraphs:
         spec: GraphSpec,
         staging: Staging,
         backend: GraphBackend,
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
         self._decoder, self._cache, self._pool, self._spec = decoder, cache, pool, spec
-        self._staging = staging
+        self._staging, self._backend = staging, backend
         self._num_pages = pages_for(spec.max_context, cache.page_size)
-        self._sizes = batch_sizes(spec.max_num_seqs)
+        self._sizes = sizes or batch_sizes(spec.max_num_seqs)
         device = decoder.device
         largest = self._arrays([], None, self._sizes[-1])
         self._inputs = torch.empty(packed_bytes(largest), dtype=torch.uint8, device=device)
         self._rows = torch.arange(self._sizes[-1], device=device)
         shape = (self._sizes[-1], decoder.config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self._graphs = {
-            (size, groups): self._capture(size, groups, backend)
-            for size in reversed(self._sizes)  # the largest first: the smaller ones find room in its memory
-            for groups in GROUP_SETS
-        }
+        self._graphs: dict[tuple[int, frozenset[str]], Graph] = {}
+        if sizes is None:
+            for size in reversed(self._sizes):  # the largest first: the smaller ones find room in its memory
+                for groups in GROUP_SETS:
+                    self._graph(size, groups)
         self.num_replays = 0
 
     def can_run(self, items: Sequence[BatchItem]) -> bool:
@@ -133,12 +135,13 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= len(items))
         groups = frozenset() if segments is None else self._pool.groups_of(segments.slots)
         covering = next(captured for captured in GROUP_SETS if groups <= captured)
+        graph = self._graph(size, covering)
         arrays = self._arrays(items, segments, size, pending)
         self._staging.copy(arrays, self._inputs)
         if pending is not None:
             token_ids, *_, places = unpack(self._inputs, arrays)
             pending.put_into(token_ids, places[:, : pending.places.shape[1]])
-        self._graphs[size, covering].replay()
+        graph.replay()
         self.num_replays += 1
         return self._logits[: len(items)]
 
@@ -169,7 +172,13 @@ class DecodeGraphs:
             places[:, : pending.places.shape[1]] = pending.places
         return token_ids, positions, slots, context_lens, page_tables, chunks, places
 
-    def _capture(self, size: int, groups: frozenset[str], backend: GraphBackend) -> Graph:
+    def _graph(self, size: int, groups: frozenset[str]) -> Graph:
+        """Captured now, where it is not there yet."""
+        if (size, groups) not in self._graphs:
+            self._graphs[size, groups] = self._capture(size, groups)
+        return self._graphs[size, groups]
+
+    def _capture(self, size: int, groups: frozenset[str]) -> Graph:
         arrays = self._arrays([], None, size)
         self._staging.copy(arrays, self._inputs)
         token_ids, positions, slots, context_lens, page_tables, chunks, _ = unpack(self._inputs, arrays)
@@ -189,4 +198,4 @@ class DecodeGraphs:
         def run() -> None:
             logits.copy_(self._decoder.forward(token_ids, positions, self._cache, meta, rows, lora))
 
-        return backend.capture(run)
+        return self._backend.capture(run)
