@@ -8,6 +8,7 @@ from tests.engine import tile_kernels
 from tests.engine.driver import Driver, drive
 from tests.engine.graph_fakes import FakeGraphs
 from tests.engine.oracle import make_adapter, make_model, make_prompt
+from toppings.engine import build
 from toppings.engine.decode_graphs import batch_sizes
 from toppings.engine.graphs import GROUP_SETS
 from toppings.engine.prompt_graphs import row_counts
@@ -120,3 +121,22 @@ def test_sizes_reach_the_number_of_requests_that_may_run() -> None:
     assert batch_sizes(1) == (1,)
     assert batch_sizes(20) == (1, 2, 4, 8, 16, 20)
     assert batch_sizes(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_steps_recorded_on_the_cpu_give_the_same_tokens(
+    checkpoints: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str,
+) -> None:
+    model, adapters = checkpoints
+    scarce = {"device_pool_bytes": 1200 * 1024, "mode": "on_demand", "quantization": quantization, **SETTINGS}
+    with drive(model, tmp_path / "recorded", adapters, **scarce) as driver:
+        recorded = run_everything(driver)
+        (graphs,) = driver.engine._runner.graphs  # type: ignore[attr-defined]
+        assert graphs.num_replays > 50
+    monkeypatch.setattr(build, "can_record", lambda decoder: False)
+    with drive(model, tmp_path / "called", adapters, **scarce) as driver:
+        assert run_everything(driver) == recorded
+        assert not driver.engine._runner.graphs  # type: ignore[attr-defined]

@@ -30,6 +30,7 @@ from toppings.engine.decode_graphs import DecodeGraphs
 from toppings.engine.drawing import DeviceSampler, Sampler, draw_on_host
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import CudaGraphs, GraphBackend, GraphSpec
+from toppings.engine.host_graphs import HostGraphs, can_record, recorded_sizes
 from toppings.engine.lookup import LookupDrafts
 from toppings.engine.memory import measure
 from toppings.engine.model_runner import ModelRunner
@@ -198,6 +199,9 @@ def _build_engine(
         # Attention on the host takes the host's word for where prompts are, which no graph can follow.
         if config.cuda_graphs == "on" and dispatch.gpu_kernels("attention", cache.k[0]) is not None:
             runner.graphs = [*runner.graphs, PromptGraphs(*parts)]
+    elif followers is None and can_record(decoder):
+        parts = (decoder, cache, adapters.pool, spec, Staging(decoder.device, None), HostGraphs())
+        runner.graphs = [DecodeGraphs(*parts, recorded_sizes(config.max_num_seqs))]
     if has_kernels:
         from toppings.engine.compile_steps import compile_steps  # needs Triton
 

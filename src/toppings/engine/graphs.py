@@ -1,4 +1,5 @@
-"""Steps captured once per number of rows and replayed: on a GPU, a step costs one launch instead of hundreds.
+"""Steps captured once per number of rows and replayed: on a GPU, a step costs one launch instead of hundreds,
+on a CPU one call (`host_graphs.py`).
 
 A graph has fixed inputs: a packed buffer on the device, at whose start every replay's inputs are put, so that
 the graphs of one size find them where its first one did. A step is padded to the next size captured: rows
@@ -111,7 +112,8 @@ class Inputs(NamedTuple):
 
 class StepGraphs(ABC):
     """Graphs of steps of one kind. To be made when the model, its cache and the pool are there and nothing
-    else uses the device."""
+    else uses the device. `sizes`, rising: numbers of rows whose graphs are captured when they are first
+    needed; None: all of `sizes_of`, and now."""
 
     _padding_context_len = 0
     """Of sequences that are none."""
@@ -124,22 +126,24 @@ class StepGraphs(ABC):
         spec: GraphSpec,
         staging: Staging,
         backend: GraphBackend,
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
         self._decoder, self._cache, self._pool, self._spec = decoder, cache, pool, spec
-        self._staging, self._sizes = staging, self.sizes_of(spec)
+        self._staging, self._backend = staging, backend
+        self._sizes = self.sizes_of(spec) if sizes is None else sizes
         self.num_replays = 0
         if not self._sizes:
             return
         device = decoder.device
         largest = self._inputs_of([], None, self._sizes[-1])
         self._inputs = torch.empty(packed_bytes(largest.arrays), dtype=torch.uint8, device=device)
-        shape = (spec.max_num_seqs, decoder.config.vocab_size)
+        shape = (min(spec.max_num_seqs, self._sizes[-1]), decoder.config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self._graphs = {
-            (size, groups): self._capture(size, groups, backend)
-            for size in reversed(self._sizes)  # the largest first: the smaller ones find room in its memory
-            for groups in GROUP_SETS
-        }
+        self._graphs: dict[tuple[int, frozenset[str]], Graph] = {}
+        if sizes is None:
+            for size in reversed(self._sizes):  # the largest first: the smaller ones find room in its memory
+                for groups in GROUP_SETS:
+                    self._graph(size, groups)
 
     @staticmethod
     @abstractmethod
@@ -177,12 +181,13 @@ class StepGraphs(ABC):
         size = next(size for size in self._sizes if size >= num_rows)
         groups = frozenset() if segments is None else self._pool.groups_of(segments.slots)
         covering = next(captured for captured in GROUP_SETS if groups <= captured)
+        graph = self._graph(size, covering)
         arrays = self._inputs_of(items, segments, size, pending).arrays
         self._staging.copy(arrays, self._inputs)
         if pending is not None:
             inputs = Inputs.of(unpack(self._inputs, arrays))
             pending.put_into(inputs.token_ids, inputs.places[:, : pending.places.shape[1]])
-        self._graphs[size, covering].replay()
+        graph.replay()
         self.num_replays += 1
         return self._logits[: sum(item.needs_sample for item in items)]
 
@@ -216,7 +221,13 @@ class StepGraphs(ABC):
         own_inputs = self._own_inputs(items, rows, size)
         return Inputs(token_ids, positions, slots, context_lens, page_tables, chunks, places, own_inputs)
 
-    def _capture(self, size: int, groups: frozenset[str], backend: GraphBackend) -> Graph:
+    def _graph(self, size: int, groups: frozenset[str]) -> Graph:
+        """Captured now, where it is not there yet."""
+        if (size, groups) not in self._graphs:
+            self._graphs[size, groups] = self._capture(size, groups)
+        return self._graphs[size, groups]
+
+    def _capture(self, size: int, groups: frozenset[str]) -> Graph:
         arrays = self._inputs_of([], None, size).arrays
         self._staging.copy(arrays, self._inputs)
         inputs = Inputs.of(unpack(self._inputs, arrays))
@@ -231,4 +242,4 @@ class StepGraphs(ABC):
             forward = self._decoder.forward
             logits.copy_(forward(inputs.token_ids, inputs.positions, self._cache, meta, rows, lora))
 
-        return backend.capture(run)
+        return self._backend.capture(run)

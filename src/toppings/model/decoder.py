@@ -189,6 +189,11 @@ class Decoder:
     def device(self) -> torch.device:
         return self._embed.device
 
+    def has_kernels(self, num_rows: int) -> bool:
+        """Products of 1 to `num_rows` rows are kernels of ours."""
+        projections = (each for layer in self._layers for each in layer.projections.values())
+        return all(each.has_kernel(num_rows) for each in (*projections, self._lm_head))
+
     @torch.inference_mode()
     def forward(
         self,

@@ -85,6 +85,9 @@ class AttentionMetadata:
 
     @cached_property
     def num_decode_keys(self) -> int:
+        """In a graph, as many as there may be."""
+        if self.brought is not None:
+            return self.num_decodes * self.brought.max_decode_context
         return sum(self.context_lens[: self.num_decodes])
 
     @cached_property

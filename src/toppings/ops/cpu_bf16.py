@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, elements, helper, int64s, load, store
+from toppings.ops.cpu_bits import Pointer, elements, helper, int32s, int64s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 from toppings.ops.cpu_tiles import BLOCK, STEP, dot_tile, outer_tile, packed_tile
 
@@ -86,11 +86,12 @@ def _expand(
 
 @Kernel
 def add_lora(block: Any) -> None:
-    """Task: one module for one block of a segment's rows; `lora.py` says what it computes. Widths are
-    multiples of 32; no block has more than `max_rows` rows, no adapter a rank above `max_rank`."""
+    """Task: one module for one block of a segment's rows, none where its slot is -1; `lora.py` says what it
+    computes. Widths are multiples of 32; no block has more than `max_rows` rows, no adapter a rank above
+    `max_rank`."""
     y, x, arena = elements(block, 0), elements(block, 1), elements(block, 2)
     places, slot_stride = int64s(block, 3), integer(block, 4)
-    blocks, offsets = int64s(block, 5), int64s(block, 6)  # (start, stop, slot) each; columns of each module
+    blocks, offsets = int32s(block, 5), int64s(block, 6)  # (start, stop, slot) each; columns of each module
     num_modules, num_in = integer(block, 7), integer(block, 8)
     y_stride, x_stride = integer(block, 9), integer(block, 10)
     max_rows, max_rank = integer(block, 11), integer(block, 12)
@@ -102,8 +103,10 @@ def add_lora(block: Any) -> None:
         rows, module = task // num_modules * 3, task % num_modules
         start, slot = load(blocks, rows), load(blocks, rows + 2)
         num_rows = load(blocks, rows + 1) - start
-        place = slot * slot_stride + module * 3
+        place = max(slot, 0) * slot_stride + module * 3
         a_start, b_start, rank = load(places, place), load(places, place + 1), load(places, place + 2)
+        if slot < 0:
+            rank = 0
         column = load(offsets, module)
         num_out = load(offsets, module + 1) - column
         stride = rank + rank % 2

@@ -173,6 +173,18 @@ def prefetch(typing_context: Any, source: Any, index: Any) -> Any:
 
 
 @helper
+def put(y: Any, index: int, value: np.float32, bias: Pointer, has_bias: bool, column: int) -> None:
+    """y[index] = value + bias[column]; y: its elements, the same as float32, and whether that is what they
+    are."""
+    if has_bias:
+        value += load(bias, column)
+    if y[2]:
+        store(y[1], index, value)
+    else:
+        store(y[0], index, value)
+
+
+@helper
 def exp(x: np.float32) -> np.float32:
     """e**x to 2 ulp for |x| < 87, saturating beyond: 2**n times a polynomial on [-ln2/2, ln2/2].
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from toppings.ops.cpu_bits import elements, int64s, load, store
+from toppings.ops.cpu_bits import elements, int32s, int64s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 
 
@@ -11,7 +11,7 @@ def adjust_columns(block: Any) -> None:
     """Task: one module for the rows of one block of few rows."""
     y, arena = elements(block, 0), elements(block, 1)
     places, slot_stride = int64s(block, 2), integer(block, 3)  # (gain, offset) of each module, slot to slot
-    segments, offsets = int64s(block, 4), int64s(block, 5)  # (start, stop, slot) each; columns of each module
+    segments, offsets = int32s(block, 4), int64s(block, 5)  # (start, stop, slot) each; columns of each module
     num_modules, y_stride = integer(block, 6), integer(block, 7)
     task = claim(block)
     while task >= 0:

@@ -11,8 +11,10 @@ a few microseconds less than converting tensors to arrays would.
 
 import ctypes
 import struct
+import threading
 from array import array as words
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +34,43 @@ _WORD = ir.IntType(64)
 _FIRST_OPERAND = 2
 
 
-def _find_team() -> tuple[Any, str]:
-    """torch's OpenMP entry point, and where it was found or why there is none."""
+def _find_team() -> tuple[Any, int, str]:
+    """torch's OpenMP entry point, the address of what tells a team's size inside of it, and where they are
+    or why there are none."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         try:
-            entry = ctypes.CDLL(str(library)).GOMP_parallel
+            loaded = ctypes.CDLL(str(library))
+            entry, size = loaded.GOMP_parallel, ctypes.cast(loaded.omp_get_num_threads, ctypes.c_void_p)
         except (OSError, AttributeError):
             continue
         entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         entry.restype = None
-        return entry, f"torch's OpenMP is {library.name}"
-    return None, "torch's OpenMP library was not found: kernels run on one thread"
+        return entry, size.value or 0, f"torch's OpenMP is {library.name}"
+    return None, 0, "torch's OpenMP library was not found: kernels run on one thread"
 
 
-_RUN_ON_TEAM, TEAM_REASON = _find_team()
+_RUN_ON_TEAM, _TEAM_SIZE, TEAM_REASON = _find_team()
 USE_TEAM = _RUN_ON_TEAM is not None
 """Kernels with enough work run on as many threads as torch's operators."""
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """What a kernel was called with: its address, its words, for how many threads there is work, and the
+    tensors that its words point to."""
+
+    address: int
+    block: "words[int]"
+    max_threads: int
+    tensors: tuple[Tensor, ...]
+
+
+_recording = threading.local()
+
+
+def record_to(note: Callable[[KernelCall], None] | None) -> None:
+    """From now on this thread's kernels are not run but given to `note`; None: they are run again."""
+    _recording.note = note
 
 
 class Kernel:
@@ -63,7 +86,10 @@ class Kernel:
         address, run = self._compiled.get(like.dtype) or self._compile(like.dtype)
         block = words("q", [0, num_tasks, *map(_word, operands)])
         num_threads = min(num_tasks, 1 + size // _GRAIN)
-        if num_threads > 1 and USE_TEAM:
+        if (note := getattr(_recording, "note", None)) is not None:
+            tensors = tuple(each for each in operands if isinstance(each, Tensor))
+            note(KernelCall(address, block, num_threads, tensors))
+        elif num_threads > 1 and USE_TEAM:
             num_threads = min(num_threads, torch.get_num_threads())
             _RUN_ON_TEAM(address, block.buffer_info()[0], num_threads, 0)
         elif num_threads > 1:
@@ -71,6 +97,17 @@ class Kernel:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(block.buffer_info()[0])
         else:
             run(block.buffer_info()[0])
+
+    def run_on(self, num_threads: int, *operands: Tensor | int) -> None:
+        """For a kernel that is run once by each thread, of `num_threads` or fewer; operand 0 is the address
+        of a function that tells how many they are, or 0 where there is one."""
+        address, _ = self._compiled.get(torch.float32) or self._compile(torch.float32)
+        is_team = num_threads > 1 and USE_TEAM
+        block = words("q", [0, num_threads, _TEAM_SIZE if is_team else 0, *map(_word, operands)])
+        if is_team:
+            _RUN_ON_TEAM(address, block.buffer_info()[0], num_threads, 0)
+        else:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(block.buffer_info()[0])
 
     def _compile(self, dtype: torch.dtype) -> tuple[int, Any]:
         signature = types.void(types.CPointer(_FORMATS[dtype]))

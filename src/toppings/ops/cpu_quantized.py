@@ -21,6 +21,7 @@ from toppings.ops.cpu_bits import (
     load,
     nibbles,
     prefetch,
+    put,
     store,
 )
 from toppings.ops.cpu_kernel import Kernel, claim, integer
@@ -57,17 +58,6 @@ def _padded(num_rows: int) -> int:
 
 
 @helper
-def _put(y: Any, index: int, value: np.float32, bias: Pointer, has_bias: bool, column: int) -> None:
-    """y: its elements, the same as float32, and whether that is what they are."""
-    if has_bias:
-        value += load(bias, column)
-    if y[2]:
-        store(y[1], index, value)
-    else:
-        store(y[0], index, value)
-
-
-@helper
 def _tiles(y: Any, xs: Floats, wide: Floats, sums: Floats, starts: Any, bias: Pointer, shape: Any) -> None:
     """Up to COLUMNS columns of y, whose weights are in `wide`, for all rows."""
     num_rows, num_out, width, first, num_columns, has_bias = shape
@@ -77,7 +67,7 @@ def _tiles(y: Any, xs: Floats, wide: Floats, sums: Floats, starts: Any, bias: Po
         for i in range(min(ROWS, num_rows - row)):
             for j in range(num_columns):
                 value = load(sums, i * COLUMNS + j)
-                _put(y, (row + i) * num_out + first + j, value, bias, has_bias, first + j)
+                put(y, (row + i) * num_out + first + j, value, bias, has_bias, first + j)
 
 
 @helper
@@ -114,7 +104,7 @@ def int8_linear(block: Any) -> None:
         if num_rows == 1:
             for j in range(start, stop):
                 value = _int8_dot(xs, codes, j * num_in, num_in) * load(scales, j)
-                _put(y, j, value, bias, has_bias, j)
+                put(y, j, value, bias, has_bias, j)
             start = stop
         for first in range(start, stop, COLUMNS):
             num_columns = min(COLUMNS, stop - first)
@@ -177,7 +167,7 @@ def int4_linear(block: Any) -> None:
         if num_rows == 1:
             for j in range(start, stop):
                 value = _int4_dot(xs, x_sums, codes, scales, offsets, j, num_groups)
-                _put(y, j, value, bias, has_bias, j)
+                put(y, j, value, bias, has_bias, j)
             start = stop
         for first in range(start, stop, COLUMNS):
             num_columns = min(COLUMNS, stop - first)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, dot, elements, floats, helper, load, prefetch, store
+from toppings.ops.cpu_bits import Pointer, dot, elements, floats, helper, load, prefetch, put, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 
 Floats = NDArray[np.float32]
@@ -85,21 +85,10 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int,
 
 
 @helper
-def _put(y: Any, index: int, value: np.float32) -> None:
-    """y: its elements, the same as float32, and whether that is what they are."""
-    if y[2]:
-        store(y[1], index, value)
-    else:
-        store(y[0], index, value)
-
-
-@helper
 def _one_row(y: Any, x: Floats, w: Pointer, bias: Pointer, has_bias: bool, span: Any, n: int) -> None:
     for j in range(span[0], span[1]):
         value = _dot_one(x, w, j * n, n)
-        if has_bias:
-            value += load(bias, j)
-        _put(y, j, value)
+        put(y, j, value, bias, has_bias, j)
 
 
 @Kernel
@@ -134,7 +123,5 @@ def few_rows_linear(block: Any) -> None:
                 for i in range(min(ROWS, num_rows - row)):
                     for j in range(columns):
                         value = load(sums, i * COLUMNS + j)
-                        if has_bias:
-                            value += load(bias, first + j)
-                        _put(y, (row + i) * num_out + first + j, value)
+                        put(y, (row + i) * num_out + first + j, value, bias, has_bias, first + j)
         task = claim(block)

@@ -42,14 +42,14 @@ def has_matrix_unit() -> bool:
     return bool(binding.get_host_cpu_features().get("amx-bf16"))
 
 
-def _add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+def add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     instruction = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(instruction, [sums, builder.bitcast(a, _PAIRS), builder.bitcast(b, _PAIRS)])
 
 
-def _total(builder: Any, sums: Any) -> Any:
+def total_of(builder: Any, sums: Any) -> Any:
     kind = ir.FunctionType(_F32, [_F32, _SUMS])
     add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
     return builder.call(add, [_F32(0), sums], fastmath=("reassoc",))
@@ -66,7 +66,7 @@ def _read(builder: Any, address: Any, index: Any) -> Any:
     return value
 
 
-def _see(builder: Any, pointer: Any, start: Any, kind: Any) -> Any:
+def see(builder: Any, pointer: Any, start: Any, kind: Any) -> Any:
     """`pointer[start]` and what follows as elements of `kind`."""
     return builder.bitcast(builder.gep(pointer, [start], inbounds=True), kind.as_pointer())
 
@@ -80,7 +80,7 @@ def _prefetch(builder: Any, address: Any) -> None:
     builder.call(instruction, [builder.bitcast(address, byte), is_write, locality, is_data])
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def data_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return context.make_array(kind)(context, builder, array).data
 
 
@@ -95,7 +95,7 @@ class _Sums:
 
     def add(self, row: int, column: int, a: Any, b: Any) -> None:
         slot = self._slots[row * self._num_columns + column]
-        self._builder.store(_add_products(self._builder, self._builder.load(slot), a, b), slot)
+        self._builder.store(add_products(self._builder, self._builder.load(slot), a, b), slot)
 
     def load_from(self, address: Any) -> None:
         self._each(address, lambda slot, place: self._builder.store(self._unaligned(place), slot))
@@ -109,7 +109,7 @@ class _Sums:
     def totals_to(self, address: Any) -> None:
         """Each register's own sum, as floats side by side."""
         for i, slot in enumerate(self._slots):
-            total = _total(self._builder, self._builder.load(slot))
+            total = total_of(self._builder, self._builder.load(slot))
             self._builder.store(total, self._builder.gep(address, [_I64(i)]))
 
     def _unaligned(self, place: Any) -> Any:
@@ -134,9 +134,9 @@ def dot_tile(num_rows: int, num_columns: int) -> Any:
             out, x, x_starts, a, a_starts, n = args
 
             def vectors(pointer: Any, kind: Any, starts: Any, count: int) -> list[Any]:
-                first = _data(context, builder, kind, starts)
+                first = data_of(context, builder, kind, starts)
                 offsets = [builder.load(builder.gep(first, [_I64(i)])) for i in range(count)]
-                return [_see(builder, pointer, offset, _ELEMENTS) for offset in offsets]
+                return [see(builder, pointer, offset, _ELEMENTS) for offset in offsets]
 
             xs, columns = (
                 vectors(x, kinds[2], x_starts, num_rows),
@@ -149,7 +149,7 @@ def dot_tile(num_rows: int, num_columns: int) -> Any:
                     part = _read(builder, row, loop.index)
                     for j, value in enumerate(values):
                         sums.add(i, j, value, part)
-            sums.totals_to(_data(context, builder, kinds[0], out))
+            sums.totals_to(data_of(context, builder, kinds[0], out))
             return context.get_dummy_value()
 
         return types.void(out, x, x_starts, a, a_starts, n), codegen
@@ -180,12 +180,12 @@ def outer_tile(num_rows: int, num_vectors: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             out, h, h_start, h_stride, b, b_start, b_stride, n = args
-            h = _data(context, builder, signature.args[1], h)
+            h = data_of(context, builder, signature.args[1], h)
             starts = [
                 builder.add(h_start, builder.mul(h_stride, ir.Constant(h_stride.type, i)))
                 for i in range(num_rows)
             ]
-            rows = [_see(builder, h, start, _I32) for start in starts]
+            rows = [see(builder, h, start, _I32) for start in starts]
             sums = _Sums(builder, num_rows, num_vectors)
             one = ir.Constant(n.type, 1)
             with cgutils.for_range(builder, builder.lshr(builder.add(n, one), one)) as loop:
@@ -193,7 +193,7 @@ def outer_tile(num_rows: int, num_vectors: int) -> Any:
                 second = builder.add(first, one)
                 second = builder.select(builder.icmp_signed("<", second, n), second, first)
                 upper, lower = (
-                    _see(builder, b, builder.add(b_start, builder.mul(r, b_stride)), _ELEMENTS)
+                    see(builder, b, builder.add(b_start, builder.mul(r, b_stride)), _ELEMENTS)
                     for r in (first, second)
                 )
                 pairs = []
@@ -204,7 +204,7 @@ def outer_tile(num_rows: int, num_vectors: int) -> Any:
                     pair = _repeat(builder, _read(builder, row, loop.index))
                     for j, value in enumerate(pairs):
                         sums.add(i, j, value, pair)
-            sums.store_to(_data(context, builder, signature.args[0], out))
+            sums.store_to(data_of(context, builder, signature.args[0], out))
             return context.get_dummy_value()
 
         return types.void(out, h, h_start, h_stride, b, b_start, b_stride, n), codegen
@@ -236,14 +236,14 @@ def packed_tile(num_rows: int, lines_ahead: int = 0) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             out, x, x_start, x_stride, w, w_start, n, ahead = args
-            out = _data(context, builder, signature.args[0], out)
-            weights = _see(builder, w, w_start, _PAIRS)
+            out = data_of(context, builder, signature.args[0], out)
+            weights = see(builder, w, w_start, _PAIRS)
             later = builder.bitcast(builder.gep(w, [ahead]), _ELEMENTS.as_pointer())
             starts = [
                 builder.add(x_start, builder.mul(x_stride, ir.Constant(x_stride.type, i)))
                 for i in range(num_rows)
             ]
-            rows = [_see(builder, x, start, _I32) for start in starts]
+            rows = [see(builder, x, start, _I32) for start in starts]
             sums = _Sums(builder, num_rows, num_vectors)
             sums.load_from(out)
             with cgutils.for_range(builder, n) as loop:

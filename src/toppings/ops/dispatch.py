@@ -38,11 +38,12 @@ def kernels(name: str, sample: Tensor) -> ModuleType | None:
     return _module(name)
 
 
-def bf16_kernels(sample: Tensor) -> ModuleType | None:
-    """The module `toppings.ops.cpu_bf16` where it can serve tensors like `sample`, else None."""
+def bf16_kernels(sample: Tensor, name: str = "bf16") -> ModuleType | None:
+    """The module `toppings.ops.cpu_<name>`, one of those for CPUs that multiply bfloat16, where it can serve
+    tensors like `sample`, else None."""
     if sample.dtype != torch.bfloat16 or sample.device.type != "cpu" or not USE_NUMBA or not has_bf16():
         return None
-    return _module("bf16")
+    return _module(name)
 
 
 @cache
@@ -75,10 +76,12 @@ def import_kernels() -> None:
         for name in (
             "attention",
             "bf16",
+            "bf16_quantized",
             "columns",
             "elementwise",
             "lora",
             "quantized",
+            "recording",
             "stream",
             "tiles",
             "warm_up",

@@ -116,6 +116,12 @@ class Linear:
         self._stream = None if self.is_packed else kernels("stream", weight)
         self._is_widened = is_widened(weight) and not self.is_packed
 
+    def has_kernel(self, num_rows: int) -> bool:
+        """Products of so many rows, and of fewer, are a kernel's."""
+        if self._blocks is not None:
+            return num_rows <= MAX_FEW_ROWS
+        return self._stream is not None and num_rows <= self.forms.max_stream_rows
+
     def __call__(self, x: Tensor, *, is_wide: bool = False) -> Tensor:
         dtype = torch.float32 if is_wide else x.dtype
         num_rows = x.shape[0]
@@ -152,19 +158,27 @@ class QuantizedLinear:
         self.num_out, self.num_in = weight.shape
         self.bias, self.weight = bias, weight
         self.forms = forms or quantized_forms()
-        module = kernels("quantized", weight.codes.new_empty(0, dtype=weight.dtype))
+        sample, name = weight.codes.new_empty(0, dtype=weight.dtype), f"int{weight.bits}_linear"
+        module, bf16 = kernels("quantized", sample), bf16_kernels(sample, "bf16_quantized")
         self._columns = 0 if module is None else module.TASK_COLUMNS
-        self._kernel: Any = module and (module.int8_linear if weight.bits == 8 else module.int4_linear)
+        self._kernel: Any = module and getattr(module, name)
+        self._bf16: Any = bf16 and getattr(bf16, name)
+        self._min_bf16_rows = 2 if weight.bits == 8 else 1  # of 8 bits, one row is not faster so
+
+    def has_kernel(self, num_rows: int) -> bool:
+        return self._kernel is not None and num_rows <= self.forms.max_stream_rows
 
     def __call__(self, x: Tensor, *, is_wide: bool = False) -> Tensor:
         num_rows, dtype = x.shape[0], torch.float32 if is_wide else x.dtype
-        if self._kernel is None or not 0 < num_rows <= self.forms.max_stream_rows:
+        if not num_rows or not self.has_kernel(num_rows):
             return mm_widened(x, self.weight, self.bias, dtype)
         x, weight, y = x.contiguous(), self.weight, x.new_empty(num_rows, self.num_out, dtype=dtype)
         bias, offsets = (0 if each is None else each for each in (self.bias, weight.offsets))
         shape = (num_rows, self.num_out, self.num_in, weight.row_elements // GROUP, int(dtype != x.dtype))
         num_tasks = -(-self.num_out // self._columns)
-        self._kernel(
+        is_bf16 = self._bf16 is not None and self._min_bf16_rows <= num_rows <= MAX_FEW_ROWS
+        kernel = self._bf16 if is_bf16 else self._kernel
+        kernel(
             x, num_tasks, self.num_out * self.num_in, y, x, weight.codes, weight.scales, offsets, bias, *shape
         )
         return y

@@ -87,13 +87,15 @@ class LoraSegments:
 
     @cached_property
     def blocks(self) -> Tensor:
-        """int64 [n, 3]: all segments for the bfloat16 kernel, cut into blocks of few rows."""
+        """int32 [n, 3]: all segments for the bfloat16 kernel, cut into blocks of few rows; as `short`."""
+        if (batch := self.batches.get(_CPU)) is not None:
+            return batch.chunks
         rows = [
             (first, min(first + _BLOCK_ROWS, stop), slot)
             for start, stop, slot in self.adapted
             for first in range(start, stop, _BLOCK_ROWS)
         ]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        return torch.tensor(rows, dtype=torch.int32).view(-1, 3)
 
     @cached_property
     def long(self) -> list[tuple[int, int, int]]:
@@ -171,8 +173,9 @@ def add_lora_(
 
 
 def _bf16_kernels(x: Tensor, y: Tensor, out_offsets: Sequence[int], segments: LoraSegments) -> Any:
-    """Those that serve these tensors best, or None: also in a graph, whose segments are not in the lists."""
-    bf16 = None if _CPU in segments.batches else bf16_kernels(x)
+    """Those that serve these tensors best, or None. In a graph, whose segments are not in the lists, an
+    adapter has few rows."""
+    bf16 = bf16_kernels(x)
     if bf16 is None or any(width % _WIDTH_STEP for width in (x.shape[1], y.shape[1], *out_offsets)):
         return None
     return None if has_matrix_unit() and segments.longest > _MAX_ROWS_BESIDE_MATRIX_UNIT else bf16
