@@ -25,8 +25,10 @@ from toppings.cluster.ray_serve.settings import FleetConfig
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import MODES, EngineConfig, ServerConfig
+from toppings.core import FUSED_MODULES
 from toppings.engine.assist import Assist
 from toppings.messages import EngineStats
+from toppings.model.families import Family
 from toppings.sampling_params import SamplingParams
 from toppings.server import lightllm, lorax
 from toppings.server.chat_body import ChatBody
@@ -46,7 +48,7 @@ from toppings.tenants.tenant import Tenant
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig, Tenant)
-OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings"}
+OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings", *FUSED_MODULES}
 BODIES = (
     *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
     *(EmbeddingBody, ScoreBody),
@@ -241,7 +243,7 @@ def test_the_table_of_the_routers_metrics_has_all_of_them() -> None:
 def test_names_are_those_of_settings_or_known_others(document: Path, stats: EngineStats) -> None:
     """A setting that has gone, or is misspelt, is none of these."""
     of_peft = (LoraConfig, VeraConfig)
-    known = {field.name for each in (*SETTINGS, SamplingParams, *of_peft) for field in fields(each)}
+    known = {field.name for each in (*SETTINGS, SamplingParams, Family, *of_peft) for field in fields(each)}
     known |= {
         *MODES,
         *POLICIES,

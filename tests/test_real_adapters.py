@@ -171,7 +171,6 @@ def test_a_saved_adapter_fits_the_loader(trainee: Trainee, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["dates"]
 
 
-@pytest.mark.timeout(300)
 def test_the_score_script_asks_base_and_adapter_over_http(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

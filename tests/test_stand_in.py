@@ -139,6 +139,8 @@ def test_every_request_is_served_by_one_server() -> None:
 class Watching(Policy):
     """Notes what the only server's accounts say whenever it is asked: waiting, all, adapters held."""
 
+    rule = "watched"
+
     def __init__(self) -> None:
         super().__init__(PolicySettings())
         self.seen: list[tuple[int, int, set[str]]] = []

@@ -3,9 +3,12 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 _LOOK_S = 0.002
+
+T = TypeVar("T")
 
 
 def wait_until(is_so: Callable[[], object], limit_s: float = PATIENCE_S) -> None:
@@ -21,3 +24,12 @@ async def until(is_so: Callable[[], object], limit_s: float = PATIENCE_S) -> Non
     while not is_so():
         assert time.monotonic() < stop_at, f"it did not come about in {limit_s:g} s"
         await asyncio.sleep(_LOOK_S)
+
+
+def first_good(measure: Callable[[], T], is_good: Callable[[T], object], num_tries: int = 8) -> T:
+    """Of several measurements the first that a busy machine has not spoilt; the last one where all are."""
+    for _ in range(num_tries):
+        measured = measure()
+        if is_good(measured):
+            break
+    return measured

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from toppings.core import GROUPS
 from toppings.model.config import ModelConfig
 from toppings.model.named import NAMED_MODELS, named_config
 from toppings.ops import dispatch, gpu_launch
-from toppings.ops.activation import silu_mul
+from toppings.ops.activation import gelu_mul, silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
 from toppings.ops.columns import adjust_columns_
 from toppings.ops.gpu_plan import LoraBatch
@@ -205,17 +205,22 @@ def record_elementwise(recorder: Recorder, model: ModelConfig, dtype: torch.dtyp
     recorder.record("add_rms_norm", lambda: add_rms_norm_(x, x.clone(), weight, 1e-5))
     gate_up = torch.empty(num_rows, 2 * model.intermediate_size, dtype=dtype)
     recorder.record("silu_mul", lambda: silu_mul(gate_up))
+    recorder.record("gelu_mul", lambda: gelu_mul(gate_up))
     width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     qkv, slots = torch.empty(num_rows, width, dtype=dtype), torch.arange(num_rows)
     cache = KVCache.allocate(1, 1, num_rows, model.num_kv_heads, model.head_dim, dtype, CPU)
-    cos, sin = Rope(torch.ones(model.head_dim // 2)).cos_sin(slots)
-    recorder.record(
-        "rotate_and_store", lambda: rotate_and_store_(qkv, cos, sin, cache.k[0], cache.v[0], slots)
-    )
+    for name, part in (("rotate_and_store", 2), ("rotate_and_store a part", 4)):
+        cos, sin = Rope(torch.ones(model.head_dim // part)).cos_sin(slots)
+        recorder.record(name, partial(rotate_and_store_, qkv, cos, sin, cache.k[0], cache.v[0], slots))
 
 
 def record_attention(
-    recorder: Recorder, model: ModelConfig, dtype: torch.dtype, query_lens: list[int], context: int
+    recorder: Recorder,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    query_lens: list[int],
+    context: int,
+    softcap: float = 0.0,
 ) -> None:
     num = len(query_lens)
     indptr = [sum(query_lens[:i]) for i in range(num + 1)]
@@ -230,8 +235,8 @@ def record_attention(
     q, k, v = heads.tensor_split((model.num_heads, model.num_heads + model.num_kv_heads), dim=1)
     name = "decode" if num_decodes else "prefill"
     recorder.record(
-        f"attention {name} of {num}",
-        lambda: paged_attention(q, k, v, cache.k[0], cache.v[0], meta, scale=0.1),
+        f"attention {name} of {num}{', capped' if softcap else ''}",
+        lambda: paged_attention(q, k, v, cache.k[0], cache.v[0], meta, scale=0.1, softcap=softcap),
     )
 
 
@@ -259,6 +264,11 @@ def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
     """What is widest, in bfloat16 for every chip and in fp32 for the one with the least memory; what is alike
     for all chips for one."""
     smallest = min(SHARED_BYTES, key=SHARED_BYTES.__getitem__)
+    wide = replace(model, num_heads=8, num_kv_heads=4, head_dim=256)  # Gemma 2's
+    for name in ("float32", "bfloat16"):
+        recorder.compile_for(smallest, name)
+        for query_lens in ([1], [128, 128]):
+            record_attention(recorder, wide, getattr(torch, name), query_lens, 256, softcap=50.0)
     for capability, name in [(smallest, "float32"), *((chip, "bfloat16") for chip in SHARED_BYTES)]:
         dtype = getattr(torch, name)
         recorder.compile_for(capability, name)

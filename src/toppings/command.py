@@ -26,6 +26,10 @@ VERBS: Verbs = {
         "Serve a base model from many engines with Ray Serve.",
     ),
     "adapters": (f"{CLI}.adapters", "The adapters of a model, or of a running server."),
+    "top": (
+        f"{CLI}.top",
+        "Show how a running server or router is: requests, latencies, queue, adapters, servers.",
+    ),
     "keys": (f"{CLI}.keys", "The API keys of tenants."),
     "plan": (
         f"{CLI}.profile",

@@ -16,6 +16,18 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 GROUPS: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4, 5), "down": (6,)}
 """Projection groups: indices into `MODULES` of the projections that read the same input."""
+FUSED_MODULES: dict[str, tuple[int, ...]] = {"qkv_proj": GROUPS["qkv"], "gate_up_proj": GROUPS["gate_up"]}
+"""Names that some checkpoints have for a group's projections as one, and what it is made of."""
+
+
+def stored_modules(*, is_fused: bool) -> dict[str, tuple[int, ...]]:
+    """Of a layer, by a module's name in checkpoints: the projections (`MODULES` indices) it is made of."""
+    own: dict[tuple[int, ...], str] = {(index,): name for index, name in enumerate(MODULES)}
+    if is_fused:
+        own = {(3,): "o_proj", (6,): "down_proj"} | {made: name for name, made in FUSED_MODULES.items()}
+    return {f"{'self_attn' if made[0] < 4 else 'mlp'}.{name}": made for made, name in sorted(own.items())}
+
+
 MAX_SALT_CHARS = 1024
 
 BlockHash = Hashable

@@ -115,11 +115,62 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """From when to when, in ms after a request's arrival; below 0 where it came about for an earlier one."""
+
+    from_ms: float
+    to_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.to_ms - self.from_ms
+
+
+@dataclass(frozen=True, slots=True)
+class ColdLayer:
+    """One layer of a cold request's adapter, up to its first token.
+
+    `load`: its copy from host to device, None where it had not landed by then. Products are those of a
+    projection group in a prefill step; `num_cpu_products` of `num_products` were computed by CPU workers, in
+    `num_slices` pieces between the two instants of `cpu`, the others on the device. On a GPU, `cpu` is when
+    they were queued.
+    """
+
+    load: Span | None
+    num_products: int
+    num_cpu_products: int = 0
+    num_slices: int = 0
+    cpu: Span | None = None
+
+    @property
+    def place(self) -> str:
+        """Where its products were computed: "device", "cpu", "both", or "none" where it has none."""
+        if not self.num_products:
+            return "none"
+        if not self.num_cpu_products:
+            return "device"
+        return "cpu" if self.num_cpu_products >= self.num_products else "both"
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStep:
+    """A step with `num_tokens` of a cold request's prompt. `load_wait_ms` of it were waits for adapters."""
+
+    span: Span
+    num_tokens: int
+    load_wait_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class ColdStart:
     """What a cold request waited for, in ms; `tier` is where its adapter was when it arrived.
 
     `read_ms`: disk to host, `copy_ms`: host to device, `exposed_ms`: the part of both that the request itself
     waited for, `compute_ms`: its prefill steps less that wait.
+
+    Its course: `arrived_at` the engine (Unix time, s), `queue_ms` until its first step, `first_token_ms`
+    until its first token; the `read` from disk, where there was one; each layer; its prefill steps, of which
+    the last one stands for all beyond `MAX_COLD_STEPS`.
     """
 
     tier: str  # "disk" or "host"
@@ -127,6 +178,15 @@ class ColdStart:
     copy_ms: float
     exposed_ms: float
     compute_ms: float
+    adapter_id: int = 0
+    rank: int = 0
+    num_bytes: int = 0
+    arrived_at: float = 0.0
+    queue_ms: float = 0.0
+    first_token_ms: float = 0.0
+    read: Span | None = None
+    layers: list[ColdLayer] = field(default_factory=list)
+    steps: list[ColdStep] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +301,7 @@ class EngineStats:
     counters: dict[
         str, float
     ]  # monotonic: preemptions, hits and misses per tier, evictions, steps, tokens ...
+    num_workers: int = 0  # processes of CPU assistance that are alive
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from tests.adapters.fixtures import NUM_LAYERS
 from tests.adapters.test_device_pool import layout
 from tests.adapters.test_loader import FakeSource
 from tests.streams import Device, Memory
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 from toppings.adapters import arena as arena_module
 from toppings.adapters.cuda_loader import GROUP_BYTES, CudaLoader, CudaLoadHandle
 from toppings.adapters.device_pool import DevicePool
@@ -137,7 +137,7 @@ def test_the_host_waits_for_the_copy_to_be_queued_and_no_longer(world: World) ->
     waiter.start()
     source.num_layers_ready = NUM_LAYERS
     world.loader.notify()
-    waiter.join(10)
+    waiter.join(PATIENCE_S)
     assert not waiter.is_alive()
     assert not world.loads["slow"].layer_ready(0)  # queued, but not over
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES, open_registry, write_adapter
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 from toppings.adapters import arena as arena_module
 from toppings.adapters import host_entry
 from toppings.adapters.arena import HostArena
@@ -34,7 +34,7 @@ class SlowSource:
         self.opened: list[int] = []
 
     def open_packed(self, adapter_id: int) -> PackedAdapter:
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE_S)
         self.opened.append(adapter_id)
         return self.registry.open_packed(adapter_id)
 

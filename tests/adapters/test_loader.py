@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.adapters.fixtures import NUM_LAYERS, SHAPES
+from tests.waiting import PATIENCE_S
 from toppings.adapters import link
 from toppings.adapters import loader as loader_module
 from toppings.adapters.errors import AdapterError
@@ -208,7 +209,7 @@ def test_waiters_hear_of_a_device_that_has_failed_for_good(arena: torch.Tensor) 
     handle = loader.start(FakeSource(), offsets())
     with pytest.raises(AdapterError, match="illegal memory access"):
         handle.wait(0)
-    loader._thread.join(10)
+    loader._thread.join(PATIENCE_S)
     with pytest.raises(EngineLostError, match="illegal memory access"):  # the engine is to end
         loader.start(FakeSource(), offsets())
     loader.close()
@@ -231,7 +232,7 @@ def test_a_loader_whose_thread_has_failed_fails_its_loads_and_says_so(arena: tor
     handle = loader.start(FakeSource(), offsets())
     with pytest.raises(AdapterError):
         handle.wait(0)
-    loader._thread.join(10)
+    loader._thread.join(PATIENCE_S)
     with pytest.raises(EngineLostError, match="adapter-loader"):
         loader.check()
     with pytest.raises(EngineLostError):

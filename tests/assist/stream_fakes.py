@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.streams import Device, FakeEvent, FakeStream
+from tests.waiting import PATIENCE_S
 from toppings.assist.pool import Worker
 from toppings.assist.product import Slice
-
-WAIT_TIMEOUT_S = 30.0
 
 
 def word_at(address: int) -> ctypes.c_int64:
@@ -41,7 +40,7 @@ class EagerOps:
 
     def wait(self, address: int, value: int) -> None:
         self._check(address)
-        stop_at = time.monotonic() + WAIT_TIMEOUT_S
+        stop_at = time.monotonic() + PATIENCE_S
         while word_at(address).value < value:
             assert time.monotonic() < stop_at, "the stream hangs"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 from toppings.assist import pool as pool_module
 from toppings.assist import stream_exchange
 from toppings.assist.exchange import AssistStats
@@ -56,7 +56,7 @@ def test_a_request_is_answered_even_if_its_worker_cannot_be_reached(monkeypatch:
     attendant.start()
     wait_until(lambda: not worker.channel.has_request)
     attendant.end_after(lambda: True)
-    attendant.join(10)
+    attendant.join(PATIENCE_S)
     assert isinstance(stats.error, OSError)
 
 
@@ -68,7 +68,7 @@ def test_a_device_that_cannot_be_asked_fails_the_step() -> None:
     attendant = Attendant([], torch.zeros(1), stats, deadline_s=1.0)
     attendant.end_after(is_over)
     attendant.start()
-    attendant.join(10)
+    attendant.join(PATIENCE_S)
     assert not attendant.is_alive()
     assert "CUDA error" in str(stats.error)
 
@@ -90,7 +90,7 @@ def test_a_nudge_is_over_before_its_pipe_is_closed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "write", slow_write)
     worker.nudge()
-    closer.join(10)
+    closer.join(PATIENCE_S)
     worker.nudge()  # does nothing now
     assert os.read(reading, 10) == b"!"
     assert os.read(reading, 10) == b""

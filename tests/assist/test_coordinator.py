@@ -108,7 +108,7 @@ def test_cold_warm_and_base_rows_mix_while_weights_land(
         for layer in range(NUM_LAYERS):
             load.land(layer, chance.choice(("", "", "B", "AB")))
         choices = [chance.choice(list(Choice)) for _ in range(NUM_LAYERS)]
-        adapters.append(ColdAdapter(load.slot, load, load.entry, choices))
+        adapters.append(ColdAdapter(load.slot, load.slot, load, load.entry, choices))
     with coordinator.step(segments, adapters) as lora:
         got = forward(lora, segments, world.dtype)
     assert_same(got, expected(world, loads, segments), world.dtype)

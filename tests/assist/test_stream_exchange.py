@@ -27,7 +27,7 @@ from tests.assist.world import (
     worker_pool,
 )
 from tests.streams import Device
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 from toppings.adapters.layout import BaseShapes
 from toppings.assist.coordinator import AssistLora, Coordinator
 from toppings.assist.cuda_stream_ops import CudaStreamOps, self_test, unavailable_reason
@@ -74,7 +74,7 @@ def pool(shared_pool: WorkerPool) -> WorkerPool:
 def coordinator(
     world: World, pool: WorkerPool, ops: StreamOps, **options: Any
 ) -> tuple[Coordinator, StreamExchange]:
-    exchange = StreamExchange(pool, world.arena, ops, **options)
+    exchange = StreamExchange(pool, world.arena, ops, **{"deadline_s": PATIENCE_S, **options})
     item_bytes, arena = world.dtype.itemsize, world.arena
     return Coordinator(world.pool, pool, exchange, item_bytes, OUT_OFFSETS, PROFILE, arena), exchange
 
@@ -220,11 +220,13 @@ def test_nothing_is_written_before_it_has_been_read(here: World, pool: WorkerPoo
             ops.device.check()
 
 
-def run_with_fault(world: World, pool: WorkerPool, harm: Callable[[list[int]], None]) -> AssistLora:
+def run_with_fault(
+    world: World, pool: WorkerPool, harm: Callable[[list[int]], None], deadline_s: float
+) -> AssistLora:
     """Workers are stopped, asked, and then `harm` strikes; checks the outputs."""
     load = world.add_adapter(ALL)
     segments = LoraSegments([0, 64], [load.slot])
-    assist, exchange = coordinator(world, pool, EagerOps(), deadline_s=0.3)
+    assist, exchange = coordinator(world, pool, EagerOps(), deadline_s=deadline_s)
     with assist.step(segments, [cold(load)]) as lora:
         start = lora.start
 
@@ -263,10 +265,14 @@ def stop_one(pids: list[int]) -> None:
 def test_a_stream_does_not_hang_when_workers_do(
     here: World, pool: WorkerPool, harm: Callable[[list[int]], None]
 ) -> None:
-    before = set(pool.pids)
-    run_with_fault(here, pool, harm)
+    before = pool.pids
+    run_with_fault(here, pool, harm, 1.0 if harm is stop_one else PATIENCE_S)
     pool.wait_ready()
-    assert len(before - set(pool.pids)) == (2 if harm is kill_all else 1)
+    gone = [pid for pid in before if pid not in pool.pids]
+    if harm is stop_one:
+        assert before[0] in gone  # a busy machine may keep the other one from answering in time, too
+    else:
+        assert len(gone) == (2 if harm is kill_all else 1)
     load = here.add_adapter(ALL)
     segments = LoraSegments([0, 64], [load.slot])
     assist, exchange = coordinator(here, pool, EagerOps())
@@ -285,7 +291,7 @@ def test_a_slice_that_cannot_be_computed_fails_the_step_and_not_the_stream(
 
     load = here.add_adapter(ALL)
     segments = LoraSegments([0, 64], [load.slot])
-    assist, exchange = coordinator(here, pool, EagerOps(), deadline_s=0.3)
+    assist, exchange = coordinator(here, pool, EagerOps())
     monkeypatch.setattr("toppings.assist.stream_exchange.compute_next", fail)
     with assist.step(segments, [cold(load)]) as lora:
         for pid in pool.pids:

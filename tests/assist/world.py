@@ -155,7 +155,7 @@ def make_coordinator(world: World, workers: WorkerPool) -> Coordinator:
 
 
 def cold(load: FakeLoad, choice: Choice = Choice.CPU) -> ColdAdapter:
-    return ColdAdapter(load.slot, load, load.entry, [choice] * NUM_LAYERS)
+    return ColdAdapter(load.slot, load.slot, load, load.entry, [choice] * NUM_LAYERS)
 
 
 def group_widths(group: str) -> tuple[int, int]:

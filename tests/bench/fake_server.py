@@ -98,7 +98,7 @@ class Script:
                 yield _event({"error": {"message": "the engine has died"}})
                 return
             if i == 1 and name == "hangs":
-                await asyncio.sleep(60)
+                await asyncio.sleep(3600)
             reason = "length" if i == num_tokens - 1 else None
             yield _event({"choices": [{"index": 0, "text": f"t{i}", "finish_reason": reason}]})
         if self.has_usage:

@@ -4,29 +4,44 @@ import socket
 import pytest
 
 from tests.bench.fake_server import Script, serving
+from tests.waiting import PATIENCE_S, first_good
 from toppings.lab.http.apis import APIS, CompletionsApi
 from toppings.lab.http.client import LoadClient
 from toppings.lab.outcome import Outcome, PlannedCall
 
 
-async def _send(url: str, call: PlannedCall, *, api: str = "completions", timeout_s: float = 30.0) -> Outcome:
+async def _send(
+    url: str, call: PlannedCall, *, api: str = "completions", timeout_s: float = PATIENCE_S
+) -> Outcome:
     async with LoadClient(url, APIS[api](ignores_eos=True), timeout_s=timeout_s) as client:
         return await client.send(call)
 
 
 def _sent(
-    call: PlannedCall, script: Script | None = None, *, api: str = "completions", timeout_s: float = 30.0
+    call: PlannedCall,
+    script: Script | None = None,
+    *,
+    api: str = "completions",
+    timeout_s: float = PATIENCE_S,
 ) -> Outcome:
     with serving(script or Script()) as url:
         return asyncio.run(_send(url, call, api=api, timeout_s=timeout_s))
 
 
 def test_ttft_is_the_time_of_the_first_token_and_e2e_of_the_last() -> None:
-    outcome = _sent(PlannedCall("a", [5], 3), Script(first_token_s=0.1, token_s=0.5))
-    assert outcome.error is None
-    assert outcome.ttft_ms is not None
-    assert 100 <= outcome.ttft_ms <= outcome.e2e_ms - 100
-    assert outcome.e2e_ms >= 1100
+    def take() -> Outcome:
+        outcome = _sent(PlannedCall("a", [5], 3), Script(first_token_s=0.1, token_s=0.5))
+        assert outcome.error is None
+        assert outcome.ttft_ms is not None
+        assert outcome.ttft_ms >= 100
+        assert outcome.e2e_ms >= 1100
+        return outcome
+
+    def has_tokens_after_the_first(outcome: Outcome) -> bool:
+        """On a busy machine all may come at once."""
+        return outcome.ttft_ms is not None and outcome.ttft_ms <= outcome.e2e_ms - 100
+
+    assert has_tokens_after_the_first(first_good(take, has_tokens_after_the_first))
 
 
 def test_tpt_is_e2e_over_the_tokens_that_usage_counts() -> None:

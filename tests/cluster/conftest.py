@@ -2,16 +2,23 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
 
 from tests.cluster.fakes import FakeServer, FakeToppings, FakeVllm, serving
+from tests.waiting import PATIENCE_S
 from toppings.cluster.router.app import Router, running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 
-FAST = {"health_interval_s": 0.05, "health_timeout_s": 2.0, "sync_interval_s": 0.2, "policy": "least_loaded"}
+FAST = {
+    "health_interval_s": 0.05,
+    "health_timeout_s": PATIENCE_S,  # a busy machine's server is no hanging one
+    "sync_interval_s": 0.2,
+    "policy": "least_loaded",
+}
 
 
 class Client:
@@ -34,6 +41,11 @@ class Client:
     def outcomes(self) -> dict[str, int]:
         samples = next(iter(self.router.state.meters.ended.collect())).samples
         return {s.labels["outcome"]: int(s.value) for s in samples if s.name.endswith("_total")}
+
+    def limit(self, instance_id: str, **settings: Any) -> None:
+        """Limits of time for the router's own calls to one server, which the others need not keep to."""
+        upstream = self.router.state.upstreams[instance_id]
+        upstream.settings = replace(upstream.settings, **settings)
 
     def num_received(self) -> int:
         return int(next(iter(self.router.state.meters.received.collect())).samples[0].value)

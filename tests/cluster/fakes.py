@@ -28,13 +28,19 @@ RANKS = {"small": 8, "large": 64}
 
 @dataclass
 class Behaviour:
-    """What the server does; may be changed while it runs. `mode`: ok, error, busy, hang, cut."""
+    """What the server does; may be changed while it runs. `mode`: ok, error, busy, hang, cut. An answer has
+    `max_sent` tokens until more may come; None: as many as were asked for."""
 
     mode: str = "ok"
     num_tokens_before_cut: int = 2
     first_token_s: float = 0.0
     token_s: float = 0.0
     is_healthy: bool = True
+    max_sent: int | None = None
+
+    async def may_send(self, count: int) -> None:
+        while self.max_sent is not None and count > self.max_sent:
+            await asyncio.sleep(0.005)
 
 
 @dataclass
@@ -107,6 +113,7 @@ class FakeServer:
         if body.get("stream") or path == "/generate_stream":
             return StreamingResponse(self.stream(path, model, count), media_type="text/event-stream")
         await asyncio.sleep(self.behaviour.first_token_s + count * self.behaviour.token_s)
+        await self.behaviour.may_send(count)
         text = " ".join(f"t{i}" for i in range(count))
         if path == "/generate":
             return JSONResponse({"generated_text": [text], "count_output_tokens": count})
@@ -122,6 +129,7 @@ class FakeServer:
             for i in range(count):
                 if self.behaviour.mode == "cut" and i == self.behaviour.num_tokens_before_cut:
                     raise ConnectionResetError("told to break")
+                await self.behaviour.may_send(i + 1)
                 yield _event(path, model, f"t{i} ", "length" if i == count - 1 else None)
                 await asyncio.sleep(self.behaviour.token_s)
             if path != "/generate_stream":

@@ -205,7 +205,7 @@ async def test_restarted_router_remembers_what_was_loaded(start_router: Start, t
 
 async def test_drained_server_finishes_but_gets_nothing_new(two_servers: Any, start_router: Start) -> None:
     (one, first), (other, second) = two_servers
-    one.behaviour.token_s = 0.05
+    one.behaviour.max_sent = 1
     async with (
         start_router(first, second, policy="first_fit") as client,
         client.complete(stream=True, max_tokens=6) as response,
@@ -214,6 +214,7 @@ async def test_drained_server_finishes_but_gets_nothing_new(two_servers: Any, st
         assert (await client.json("POST", "/instances/s0/drain"))["is_draining"]
         async with client.complete() as later:
             assert later.headers["X-Toppings-Instance"] == "s1"
+        one.behaviour.max_sent = None
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
     assert (len(one.seen), len(other.seen)) == (1, 1)
 
@@ -222,7 +223,7 @@ async def test_removed_server_is_forgotten_when_its_last_request_ended(
     two_servers: Any, start_router: Start
 ) -> None:
     (one, first), (_, second) = two_servers
-    one.behaviour.token_s = 0.05
+    one.behaviour.max_sent = 1
     async with start_router(first, second, policy="first_fit") as client:
         async with client.complete(stream=True, max_tokens=6) as response:
             await response.content.readany()
@@ -230,6 +231,7 @@ async def test_removed_server_is_forgotten_when_its_last_request_ended(
                 assert removed.status == 202
             await asyncio.sleep(0.1)
             assert "s0" in client.router.state.upstreams
+            one.behaviour.max_sent = None
             await response.read()
         await until(lambda: "s0" not in client.router.state.upstreams)
         async with client.call("GET", "/metrics") as metrics:

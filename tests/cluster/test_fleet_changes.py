@@ -100,10 +100,30 @@ async def test_a_server_that_a_change_does_not_reach_follows_at_once(start_route
             await until(lambda: "small" not in late.adapters)
 
 
+async def test_a_server_that_is_looked_at_before_a_change_is_over_follows_at_once(
+    start_router: Start,
+) -> None:
+    """It comes up when the other one has done the change, and is asked what it has now."""
+    changed, late = Listing(), FakeVllm()
+    late.behaviour.is_healthy = False
+    with serving(changed) as first, serving(late) as second:
+        async with start_router(first, second, sync_interval_s=600.0) as client:
+            changed.num_to_hold = 1
+            task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
+            await until(lambda: changed.num_held)
+            late.behaviour.is_healthy = True
+            await until(lambda: _upstream(client, "s1").is_alive)
+            assert "small" in late.adapters
+            changed.is_open = True
+            assert (await task)[0] == 200
+            await until(lambda: "small" not in late.adapters)
+
+
 async def test_a_server_that_hangs_keeps_no_change_from_the_others(start_router: Start) -> None:
     hanging, other = Draining(), FakeVllm()
     with serving(hanging) as first, serving(other) as second:
-        async with start_router(first, second, admin_timeout_s=0.5) as client:
+        async with start_router(first, second) as client:
+            client.limit("s0", admin_timeout_s=0.5)
             status, text = await change(client, "unload", {"lora_name": "small"})
             assert status == 200
             assert "Not yet on s0 (no answer in 0.5 s)" in text
@@ -123,7 +143,7 @@ async def test_where_no_server_answers_a_change_is_504(start_router: Start) -> N
 async def test_changes_of_different_servers_adapters_go_on_beside_each_other(start_router: Start) -> None:
     draining, other = Draining(), FakeVllm()
     with serving(draining) as first, serving(other) as second:
-        async with start_router(first, second, admin_timeout_s=10.0) as client:
+        async with start_router(first, second) as client:
             task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
             await until(lambda: draining.num_waiting)
             loading = asyncio.create_task(change(client, "load", NEW))
@@ -137,7 +157,8 @@ async def test_changes_of_different_servers_adapters_go_on_beside_each_other(sta
 async def test_a_change_ends_when_its_server_goes_down(start_router: Start) -> None:
     hanging, other = Draining(), FakeVllm()
     with serving(hanging) as first, serving(other) as second:
-        async with start_router(first, second, health_timeout_s=0.5, admin_timeout_s=60.0) as client:
+        async with start_router(first, second, admin_timeout_s=PATIENCE_S) as client:
+            client.limit("s0", health_timeout_s=0.5)
             task = asyncio.create_task(change(client, "unload", {"lora_name": "small"}))
             await until(lambda: hanging.num_waiting)
             hanging.behaviour.mode = "hang"

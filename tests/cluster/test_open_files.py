@@ -37,10 +37,10 @@ async def _ask(client: Client, **fields: Any) -> tuple[int, str]:
 
 async def test_requests_are_503_and_the_server_is_not_blamed(start_router: Start) -> None:
     server = FakeVllm()
-    server.behaviour.token_s = 0.02
     with serving(server) as url:
-        async with start_router(url, health_interval_s=60.0) as client:
+        async with start_router(url, health_interval_s=3600.0) as client:
             upstream = client.router.state.upstreams["s0"]
+            server.behaviour.max_sent = 4
             idle = asyncio.create_task(_ask(client))  # leaves a connection of the client's open
             streams = [asyncio.create_task(_ask(client, stream=True, max_tokens=100)) for _ in range(6)]
             await until(lambda: len(server.running) == 6)  # no connection to the server is left over
@@ -55,6 +55,7 @@ async def test_requests_are_503_and_the_server_is_not_blamed(start_router: Start
             assert status == 503
             assert "the router has too many files open" in text
             assert (upstream.is_alive, upstream.num_failures) == (True, 0)
+            server.behaviour.max_sent = None
             answers = await asyncio.gather(*streams, held)
             assert all(text.endswith("[DONE]\n\n") for _, text in answers)
             assert client.outcomes() == {"refused": 1, "answered": 8}

@@ -9,6 +9,7 @@ import pytest
 
 from tests.cluster.conftest import Start
 from tests.cluster.fakes import FakeVllm, serving
+from tests.waiting import until
 
 
 async def test_openai_client_completes_through_the_router(two_servers: Any, start_router: Start) -> None:
@@ -45,11 +46,14 @@ def _without_times(stream: bytes) -> list[Any]:
 
 async def test_tokens_pass_one_by_one_as_they_are_made(start_router: Start) -> None:
     server = FakeVllm()
-    server.behaviour.token_s = 0.05
+    server.behaviour.max_sent = 1
     with serving(server) as url:
         async with start_router(url) as client, client.complete(stream=True) as response:
-            chunks = [chunk async for chunk in response.content.iter_any()]
-    assert len(chunks) >= 4
+            for i in range(4):
+                chunk = await response.content.readany()
+                assert f'"t{i} "'.encode() in chunk
+                server.behaviour.max_sent = i + 2
+            assert (chunk + await response.read()).endswith(b"[DONE]\n\n")
 
 
 async def test_body_reaches_the_server_byte_for_byte(two_servers: Any, start_router: Start) -> None:
@@ -143,8 +147,7 @@ async def test_ranks_come_from_the_toppings_server(two_servers: Any, start_route
         client.router.state.upstreams["s0"].is_draining = True
         client.router.state.refresh_open(client.router.state.upstreams["s0"])
         waiting = [asyncio.ensure_future(client.complete(name, stream=True)) for name in ("large", "small")]
-        while len(client.router.state.flights) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(client.router.state.flights) == 2)
         listed = await client.json("GET", "/instances")
         assert [(i["kind"], i["ranks"]) for i in listed["instances"]] == [
             ("toppings", []),
@@ -185,16 +188,12 @@ async def test_client_that_leaves_closes_the_servers_stream(two_servers: Any, st
         await response.content.readany()
         response.close()
         await _settle(client)
-        for _ in range(200):
-            if server.num_aborted:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: server.num_aborted)
         assert (server.num_aborted, client.outcomes()) == (1, {"client_gone": 1})
 
 
 async def _settle(client: Any) -> None:
-    while client.router.state.flights:
-        await asyncio.sleep(0.01)
+    await until(lambda: not client.router.state.flights)
 
 
 async def test_request_no_server_can_keep_in_time_is_marked(two_servers: Any, start_router: Start) -> None:

@@ -19,6 +19,8 @@ from tests.waiting import PATIENCE_S, until, wait_until
 from toppings.cluster.router.settings import RouterConfig
 
 NOBODY_WAITS_LONGER_S = 10.0
+NEVER = "3600"
+"""Seconds until a server's first token."""
 DEFAULTS = {
     name: getattr(RouterConfig(), name)
     for name in ("health_interval_s", "health_timeout_s", "unhealthy_after")
@@ -46,8 +48,9 @@ def test_defaults_find_a_stopped_server_in_time() -> None:
 
 
 async def test_requests_on_a_stopped_server_are_answered_by_another(start_router: Start) -> None:
-    with server_process("vllm", "0.5", "0") as (process, doomed), serving(FakeVllm()) as healthy:
+    with server_process("vllm", NEVER, "0") as (process, doomed), serving(FakeVllm()) as healthy:
         async with start_router(doomed, healthy, policy="first_fit", **DEFAULTS) as client:
+            client.limit("s1", health_timeout_s=PATIENCE_S)
             waiting = [asyncio.create_task(_ask(client, is_stream=i % 2 == 0)) for i in range(6)]
             await until(lambda: len(client.router.state.flights.on("s0")) == 6)
             with stopped(process.pid):
@@ -92,7 +95,7 @@ async def test_streams_that_go_on_outlive_health_checks_that_fail(start_router: 
 async def test_without_another_server_the_stopped_ones_requests_are_refused_in_time(
     start_router: Start,
 ) -> None:
-    with server_process("vllm", "0.5", "0") as (process, url):
+    with server_process("vllm", NEVER, "0") as (process, url):
         async with start_router(url, **DEFAULTS) as client:
             waiting = [asyncio.create_task(_ask(client, is_stream=i % 2 == 0)) for i in range(4)]
             await until(lambda: len(client.router.state.flights) == 4)

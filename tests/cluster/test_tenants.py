@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeServer
+from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
 from toppings.tenants.keys import digest_of
 from toppings.tenants.tenant import Tenant
@@ -81,6 +82,8 @@ ACCESS = {
         ("GET /instances", "POST /instances", "POST /instances/{id}/drain", "DELETE /instances/{id}"), ADMIN
     ),
     "GET /metrics": ADMIN,
+    **dict.fromkeys(("GET /dashboard", "GET /dashboard/static/{asset}"), OPEN),
+    **dict.fromkeys(("GET /dashboard/events", "GET /dashboard/data", "GET /dashboard/adapters"), ADMIN),
 }
 MAY = {
     OPEN: set(ROLES),
@@ -99,7 +102,8 @@ async def test_every_route_answers_whom_it_should(fleet: Fleet) -> None:
         told = {}
         for operation in ACCESS:
             method, _, path = operation.partition(" ")
-            path = path.replace("{name:.+}", "mine-x").replace("{id}", "nobody")
+            path = path.replace("{name:.+}", "mine-x").replace("{id}", "nobody").replace("{asset}", "app.js")
+            method = "HEAD" if path == EVENTS else method  # the answer to a GET has no end
             body = {"lora_name": "mine-x", "lora_path": "/mine/missing"} if "lora_adapter" in path else []
             status, _, _ = await fleet.ask(role, method, path, body if method == "POST" else None)
             told[operation] = status if status in (401, 403) else "let in"

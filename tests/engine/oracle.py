@@ -1,5 +1,6 @@
 """The oracle: small random checkpoints made by transformers and PEFT, and what these two answer with them."""
 
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 24},
     "qwen2": {},
     "qwen3": {"head_dim": 32},
+    "gemma2": {
+        "head_dim": 24,
+        "query_pre_attn_scalar": 30,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 30,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+    },
+    "phi3": {
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+    },
+    "olmo2": {},
+    "olmo3": {
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 0.5,
+    },
+    "smollm3": {"pad_token_id": 0, "no_rope_layer_interval": 2},
 }
+
+
+FUSED_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def all_linear(family: str) -> tuple[str, ...]:
+    """The projections by the names that the family's checkpoints have for them."""
+    return FUSED_LINEAR if family == "phi3" else ALL_LINEAR
 
 
 def make_model(path: Path, family: str = "llama", **overrides: Any) -> Path:
@@ -44,7 +83,7 @@ def make_model(path: Path, family: str = "llama", **overrides: Any) -> Path:
         "max_position_embeddings": 1024,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        **FAMILIES[family],
+        **deepcopy(FAMILIES[family]),  # transformers changes what it is given
         **overrides,
     }
     dtype = getattr(torch, settings.pop("dtype", "float32"))
@@ -53,6 +92,8 @@ def make_model(path: Path, family: str = "llama", **overrides: Any) -> Path:
     for name, parameter in model.named_parameters():  # sharper than the default, so that greedy tokens vary
         if parameter.dim() > 1 or name.endswith(".bias"):
             parameter.data.normal_(0, 0.15)
+        elif family.startswith("gemma") and "post_" in name:  # else the embedding would drown what layers add
+            parameter.data.uniform_(0, 4)
     model.save_pretrained(path)
     return path
 

@@ -24,13 +24,13 @@ from toppings.sampling_params import SamplingParams
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # of the engine that they share
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=5000, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("client")
-    model = make_model(root / "model")
+    model = make_model(root / "model", max_position_embeddings=8192)
     return model, make_adapter(root / "adapter", model, rank=8)
 
 
@@ -71,9 +71,11 @@ async def collect(
     return [t async for output in client.generate(prompt, sampling, **kwargs) for t in output.token_ids]
 
 
-async def run(client: EngineClient, sampling: SamplingParams, tokens: list[int]) -> RequestOutput:
+async def run(
+    client: EngineClient, sampling: SamplingParams, tokens: list[int], **kwargs: Any
+) -> RequestOutput:
     """`tokens` grows with what comes."""
-    async for output in client.generate(make_prompt(0, 10), sampling):
+    async for output in client.generate(make_prompt(0, 10), sampling, **kwargs):
         tokens += output.token_ids
     return output
 
@@ -120,12 +122,13 @@ async def test_removing_an_adapter_waits_for_its_requests_and_frees_its_memory(
     before = await client.stats()
     adapter_id = registry.register("removed", checkpoints[1]).adapter_id
     sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
-    running = asyncio.create_task(collect(client, make_prompt(0, 10), sampling, adapter_id=adapter_id))
-    while not (await client.stats()).num_running:
-        await asyncio.sleep(0.001)
+    tokens: list[int] = []
+    running = asyncio.create_task(run(client, sampling, tokens, adapter_id=adapter_id))
+    await until(lambda: tokens)
     registry.remove("removed")
     await client.remove_adapter(adapter_id)
-    assert running.done() or len(await running) == 200
+    await running
+    assert len(tokens) == 200
     stats = await client.stats()
     assert (stats.host_bytes_used, stats.device_bytes_used) == (
         before.host_bytes_used,
@@ -141,10 +144,10 @@ async def test_an_unknown_adapter_and_a_prompt_too_long_each_get_one_clear_error
     client: EngineClient,
 ) -> None:
     unknown = [output async for output in client.generate([3], GREEDY, 77)]
-    too_long = [output async for output in client.generate([3] * 5000, GREEDY)]
+    too_long = [output async for output in client.generate([3] * 9000, GREEDY)]
     assert [o.finish_reason for o in unknown + too_long] == [FinishReason.ERROR] * 2
     assert "77" in str(unknown[0].error)
-    assert "5000" in str(too_long[0].error)
+    assert "9000" in str(too_long[0].error)
 
 
 async def test_pinning_loads_the_adapter_and_keeps_it(

@@ -23,13 +23,13 @@ from toppings.sampling_params import SamplingParams
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=5000, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     root = tmp_path_factory.mktemp("restart")
-    model = make_model(root / "model")
+    model = make_model(root / "model", max_position_embeddings=8192)
     config = EngineConfig(
         model=str(model),
         state_dir=str(root / "state"),

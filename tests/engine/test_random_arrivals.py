@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.driver import Driver, drive
+from tests.engine.driver import LIMIT_S, Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.core import FinishReason
 
@@ -50,9 +50,9 @@ def run_randomly(driver: Driver, requests: Requests) -> set[str]:
     """Adds all requests at random steps and aborts some of them; the names of those aborted."""
     rng = random.Random(1)
     todo, aborted = list(requests.items()), set()
-    deadline = time.monotonic() + 120
+    stop_at = time.monotonic() + LIMIT_S
     while todo or driver.engine.has_requests:
-        assert time.monotonic() < deadline, "requests do not end"
+        assert time.monotonic() < stop_at, "requests do not end"
         while todo and rng.random() < 0.4:
             name, (prompt, num_tokens, adapter) = todo.pop()
             driver.add(name, prompt, num_tokens, adapter)

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from tokenizers import Tokenizer
 from tests.engine.driver import Driver, drive
 from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
 from tests.gate import ONE_GPU
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 from toppings.config import ConfigError, EngineConfig
 from toppings.engine.base import open_registry
 from toppings.engine.build import build_engine
@@ -217,7 +216,8 @@ def test_adapters_add_no_communication(driver: Driver, monkeypatch: pytest.Monke
 
 async def test_when_a_follower_is_killed_callers_hear_of_it_and_no_process_stays(tmp_path: Path) -> None:
     """A Qwen2, whose one key-value head both parts hold and whose embedding is tied."""
-    model = make_model(tmp_path / "model", "qwen2", num_key_value_heads=1, tie_word_embeddings=True)
+    shape = {"num_key_value_heads": 1, "max_position_embeddings": 4096}
+    model = make_model(tmp_path / "model", "qwen2", tie_word_embeddings=True, **shape)
     draw_biases(model)
     adapter = make_adapter(tmp_path / "adapter", model, rank=8)
     config = EngineConfig(
@@ -239,7 +239,7 @@ async def test_when_a_follower_is_killed_callers_hear_of_it_and_no_process_stays
     for a in (None, adapter_id):
         tokens = [t async for o in client.generate(make_prompt(2, 21), greedy, a) for t in o.token_ids]
         assert tokens == reference_tokens(model, adapter if a else None, make_prompt(2, 21), 10)
-    endless = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+    endless = SamplingParams(temperature=0.0, max_tokens=3000, ignore_eos=True)
     stream = client.generate(make_prompt(0, 10), endless, adapter_id)
     await anext(stream)
     os.kill(follower, signal.SIGKILL)
@@ -294,15 +294,7 @@ def test_an_idle_engine_notices_that_a_follower_has_ended(driver: Driver) -> Non
     """The last test: the engine cannot be used after it."""
     os.kill(followers_of(os.getpid())[0], signal.SIGKILL)
     with pytest.raises(FollowerLostError, match=r"part 1 of the model \(pid \d+\) ended with signal 9"):
-        poll(driver, timeout_s=PATIENCE_S)
-
-
-def poll(driver: Driver, timeout_s: float) -> None:
-    """As an idle engine's loop does."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        driver.engine.poll()
-        time.sleep(0.01)
+        wait_until(driver.engine.poll)  # as an idle engine's loop does
 
 
 def test_steps_ahead_of_a_split_model_are_refused() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 from toppings import log_files
 from toppings.engine import step_log as step_log_module
 from toppings.engine.step_log import StepLog
@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
 def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_log_module, "MAX_QUEUED_RECORDS", 10)
     monkeypatch.setattr(step_log_module, "LINGER_S", 0.1)
-    monkeypatch.setattr(RotatingFile, "append", lambda self, data: time.sleep(60))
+    monkeypatch.setattr(RotatingFile, "append", lambda self, data: time.sleep(PATIENCE_S))
     log = StepLog(str(tmp_path / "steps.jsonl"))
     for _ in range(100):
         log.write({})
@@ -84,7 +84,7 @@ def test_processes_that_share_a_file_lose_nothing_when_it_is_rotated(tmp_path: P
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(path), name], env=environment) for name in "ab"
     ]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0]
     lines = path.read_text().splitlines() + path.with_name("log.1").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 300
 
@@ -95,11 +95,12 @@ def test_neither_a_disk_that_hangs_nor_an_unread_pipe_holds_up_who_logs(
     """The one that takes its lines says what the other has not taken."""
     monkeypatch.setattr(log_files, "MAX_QUEUED_LINES", 10)
     monkeypatch.setattr(log_files, "LINGER_S", 0.1)
-    goes_on = threading.Event()
+    hangs, goes_on = threading.Event(), threading.Event()
 
     class Hanging(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            goes_on.wait(60)
+            hangs.set()
+            goes_on.wait(PATIENCE_S)
 
     monkeypatch.setattr(log_files, "_StderrHandler", Hanging)
     told, kept = log_handlers(str(tmp_path / "log"), 0)
@@ -110,13 +111,13 @@ def test_neither_a_disk_that_hangs_nor_an_unread_pipe_holds_up_who_logs(
         log.addHandler(handler)
     for number in range(50):
         log.warning("line %d", number)
-        while isinstance(kept, QueuedHandler) and kept.queue.unfinished_tasks:
-            time.sleep(0.001)
+        assert hangs.wait(PATIENCE_S)  # with the first line
+        wait_until(lambda: not isinstance(kept, QueuedHandler) or not kept.queue.unfinished_tasks)
     assert told.num_dropped == 50 - 10 - 1
     started_at = time.monotonic()
     for handler in (told, kept):
         handler.close()
-    assert time.monotonic() - started_at < 30  # not as long as it hangs
+    assert time.monotonic() - started_at < PATIENCE_S / 2  # not as long as it hangs
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line for line in lines if "line" in line.split()] == [f"WARNING line {n}" for n in range(50)]
     assert [line for line in lines if "standard error takes no lines, 1 are dropped" in line] == [

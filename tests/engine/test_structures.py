@@ -60,7 +60,7 @@ def test_outputs_are_what_their_schemas_accept(driver: Driver, prompt: list[int]
         driver.add(f"schema {seed}", prompt, MAX_TOKENS, NAMES[seed % 3], **wish)
         if seed % 10 == 0:
             driver.add(f"free {seed}", prompt, 50, NAMES[seed % 3], temperature=1.0, seed=seed)
-    tokens = driver.run(timeout_s=100)
+    tokens = driver.run()
     for seed in range(NUM_SCHEMAS):
         name = f"schema {seed}"
         assert driver.last[name].finish_reason is FinishReason.STOP, text.decode(tokens[name])

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from tests.engine.driver import drive
-from tests.engine.oracle import ALL_LINEAR, FAMILIES, make_adapter, make_model, make_prompt, reference_tokens
+from tests.engine.oracle import (
+    ALL_LINEAR,
+    FAMILIES,
+    all_linear,
+    make_adapter,
+    make_model,
+    make_prompt,
+    reference_tokens,
+)
 
 ADAPTERS: dict[str, dict[str, object]] = {
     "all-r8": {"rank": 8},
@@ -38,7 +46,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_matches_the_oracle_with_and_without_an_adapter(family: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", family)
-    adapter = make_adapter(tmp_path / "adapter", model, rank=8)
+    adapter = make_adapter(tmp_path / "adapter", model, rank=8, targets=all_linear(family))
     prompt = make_prompt(0, 37)
     with drive(model, tmp_path / "state", {"a": adapter}) as driver:
         driver.add("base", prompt, 20)

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family, written by transformers, and steps through the decoder."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    "original_max_position_embeddings": 40,
+}
+PHI_LONG_ROPE = {
+    "rope_parameters": LONG_ROPE,
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 1.0,
+}
+GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 9}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": (
@@ -55,16 +69,82 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-uncapped": (
+        "Gemma2",
+        {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+    ),
+    "gemma3": ("Gemma3", {**GEMMA, "sliding_window_pattern": 2}),
+    "gemma3-linear": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 9}),
+    "phi3-partial": (
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "phi3-longrope": ("Phi3", {"pad_token_id": 0, **PHI_LONG_ROPE}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-yarn": ("Olmo2", {"rope_parameters": YARN_ROPE, "attention_bias": True}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "pad_token_id": 0,
+            "no_rope_layers": [1, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "rope_parameters": YARN_ROPE,
+        },
+    ),
 }
 PAGE_SIZE = 16
-PAGES = [2, 5, 1, 7]
+PAGES = [2, 5, 1, 7, 4, 3, 6]
 """The cache pages of the one sequence that `run` computes: not in order."""
 
 
 def build(variant: str, dtype: torch.dtype = torch.float32) -> Any:
     """A transformers model whose logits are far from uniform."""
-    family, changes = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+    family, changes = deepcopy(VARIANTS[variant])  # transformers changes what it is given
+    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, name)(**{**SHAPE, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():

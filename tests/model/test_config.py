@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.checkpoints import LLAMA3_ROPE, SHAPE, build, save
+from tests.model.checkpoints import LLAMA3_ROPE, LONG_ROPE, SHAPE, build, save
 from toppings.model.config import ModelConfig
 
 
@@ -36,6 +36,7 @@ def test_old_and_new_spelling_of_rope_settings_mean_the_same(tmp_path: Path) -> 
         ({"rope_type": "dynamic", "factor": 2.0}, 128),
         ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}, 256),
         (LLAMA3_ROPE, 128),
+        (LONG_ROPE, 40),
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
 )
@@ -44,6 +45,17 @@ def test_positions_reach_as_far_as_the_frequencies(
 ) -> None:
     path = llama(tmp_path, rope_parameters={"rope_theta": 10000.0, **rope})
     assert ModelConfig.from_checkpoint(path).max_position_embeddings == expected
+
+
+def test_long_sequences_have_the_other_frequencies_of_longrope(tmp_path: Path) -> None:
+    config = ModelConfig.from_checkpoint(
+        llama(tmp_path, rope_parameters={"rope_theta": 10000.0, **LONG_ROPE})
+    )
+    longer = config.for_length(41)
+    assert config.for_length(40) == config
+    assert longer.max_position_embeddings == 128
+    assert longer.ropes.tables[0].frequencies[-1] < config.ropes.tables[0].frequencies[-1]
+    assert longer.ropes.tables[0].scaling == config.ropes.tables[0].scaling
 
 
 def test_sizes_and_offsets_follow_the_module_order(tmp_path: Path) -> None:
@@ -75,16 +87,12 @@ def test_dtype_is_the_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized .gptq"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [1.0] * 8,
-                    "original_max_position_embeddings": 32,
-                }
-            },
-            "rope_type is 'longrope'",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type is 'proportional'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
         ),
         ({"dtype": "float64"}, "float64"),
         ({"hidden_size": "big"}, "config.json is not valid"),

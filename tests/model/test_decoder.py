@@ -6,6 +6,7 @@ import torch
 
 from tests.model.checkpoints import VARIANTS, build, new_cache, reference_logits, run, save
 from tests.tolerances import rms
+from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.ops import dispatch
 from toppings.ops.attention import AttentionMetadata
@@ -16,6 +17,7 @@ SPLITS = {
     "chunked": [17, 18, 33, 50],
     "token by token": list(range(1, 51)),
 }
+NEWER = ["gemma2", "gemma3", "phi3-partial", "olmo2", "granite", "smollm3"]
 FP32: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
 
 
@@ -30,7 +32,7 @@ def test_fp32_logits_are_those_of_transformers_however_the_prompt_is_split(
         torch.testing.assert_close(run(decoder, IDS, cuts), expected, **FP32)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2-window", "qwen3", "gemma2", "phi3-partial", "olmo2"])
 def test_without_numba_the_logits_are_the_same(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,7 +44,7 @@ def test_without_numba_the_logits_are_the_same(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2", "qwen3", *NEWER])
 def test_half_precision_is_as_near_to_fp32_as_transformers_is(
     variant: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -52,6 +54,16 @@ def test_half_precision_is_as_near_to_fp32_as_transformers_is(
     theirs = rms(reference_logits(model, IDS) - exact)
     for cuts in SPLITS.values():
         assert rms(run(decoder, IDS, cuts) - exact) < 1.25 * theirs
+
+
+def test_with_longropes_other_frequencies_long_sequences_are_those_of_transformers(tmp_path: Path) -> None:
+    model = build("phi3-longrope")
+    save(model, tmp_path)
+    ids = [*IDS, *IDS]
+    config = ModelConfig.from_checkpoint(tmp_path).for_length(len(ids))
+    decoder = Decoder.load(tmp_path, config=config, dtype=torch.float32)
+    for cuts in ([100], [40, 63, 64, 65, 100]):
+        torch.testing.assert_close(run(decoder, ids, cuts)[-1], reference_logits(model, ids)[-1], **FP32)
 
 
 def test_greedy_tokens_are_those_of_generate(tmp_path: Path) -> None:

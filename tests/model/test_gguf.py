@@ -115,7 +115,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return root / "made" / "model", floats
 
 
-@pytest.mark.timeout(400)
 def test_all_kinds_of_tensors_become_what_the_format_says(
     converted: tuple[Path, dict[str, torch.Tensor]],
 ) -> None:
@@ -132,7 +131,6 @@ def test_all_kinds_of_tensors_become_what_the_format_says(
         assert torch.equal(found, expected.bfloat16()), name
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16])
 def test_plain_floats_stay_what_they_are(tmp_path: Path, kind: Kind) -> None:
     floats = write(tmp_path / "m.gguf", kinds=dict.fromkeys(KINDS, kind))
@@ -144,7 +142,6 @@ def test_plain_floats_stay_what_they_are(tmp_path: Path, kind: Kind) -> None:
     assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], floats["ffn_up"].to(dtype))
 
 
-@pytest.mark.timeout(400)
 def test_a_conversion_ends_with_who_began_it_and_the_next_one_clears_up(tmp_path: Path) -> None:
     """The file is a pipe in which nothing comes: a conversion that nobody ends waits for ever."""
     pipe, made = tmp_path / "m.gguf", tmp_path / "made"
@@ -186,7 +183,6 @@ def test_tokeniser_template_and_end_tokens_come_along(
     assert [each.name for each in path.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [({"architecture": "mamba"}, "'mamba'"), ({"pre": "unheard-of"}, "'unheard-of'")],

@@ -25,11 +25,13 @@ def modules_of(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[st
     return found
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize(("num_parts", "num_kv_heads"), [(2, 2), (4, 2), (4, 4), (2, 1)])
 def test_the_parts_of_every_projection_make_the_whole(
-    tmp_path: Path, num_parts: int, num_kv_heads: int
+    tmp_path: Path, num_parts: int, num_kv_heads: int, family: str
 ) -> None:
-    path = make_model(tmp_path / "model", num_key_value_heads=num_kv_heads)
+    """Phi-3's checkpoints have some of them as one."""
+    path = make_model(tmp_path / "model", family, num_key_value_heads=num_kv_heads)
     config = ModelConfig.from_checkpoint(path)
     whole = modules_of(read_weights(path, config, torch.float32), config)
     rebuilt = {module: torch.full_like(weight, torch.nan) for module, weight in whole.items()}
@@ -57,6 +59,12 @@ def test_what_cannot_be_split_is_named(num_parts: int, problem: str) -> None:
     config = named_config("llama-3.1-8b", intermediate_size=14352 if num_parts == 32 else 14336)
     with pytest.raises(ValueError, match=f"tensor_parallel_size is {num_parts}, but the model has {problem}"):
         split_model(config, num_parts)
+
+
+def test_norms_over_all_heads_are_not_split(tmp_path: Path) -> None:
+    config = ModelConfig.from_checkpoint(make_model(tmp_path / "model", "olmo2"))
+    with pytest.raises(ValueError, match=r"has norms over all queries.*choose one of 1$"):
+        split_model(config, 2)
 
 
 def test_key_value_heads_that_neither_divide_nor_are_divided_are_refused() -> None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from toppings.sandbox import Sandbox, SandboxBusyError, SandboxError, pool
+from tests.sandbox.jobs import end_jobs, num_ticks
+from tests.waiting import PATIENCE_S, wait_until
+from toppings.sandbox import Sandbox, SandboxBusyError, SandboxError, SandboxLostError, pool
+from toppings.sandbox import process as process_module
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-GENEROUS_S = 30.0
+GENEROUS_S = PATIENCE_S
 
 
 def template_job(template: str, **changes: Any) -> dict[str, Any]:
@@ -39,6 +42,12 @@ def pid_of(sandbox: Sandbox) -> int:
     process = sandbox._idle.queue[-1]._process
     assert process is not None
     return process.pid
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may give a process its time late."""
+    monkeypatch.setattr(process_module, "MAX_WAIT_S", PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +125,13 @@ def test_a_process_that_is_stopped_in_a_job_is_replaced_and_the_job_done_again(s
         took_s.append(time.monotonic() - started_at)
 
     caller = threading.Thread(target=ask)
+    before = num_ticks(old)
     caller.start()
-    time.sleep(0.3)
+    wait_until(lambda: num_ticks(old) >= before + 20)
     os.kill(old, signal.SIGSTOP)
     caller.join(GENEROUS_S)
     assert took_s, "the job was not done again"
-    assert took_s[0] >= 1.2  # the second try had its whole second, too
+    assert took_s[0] >= 1.1  # the second try had its whole second, too
 
 
 def test_processes_end_with_their_sandbox() -> None:
@@ -133,6 +143,29 @@ def test_processes_end_with_their_sandbox() -> None:
         os.kill(pid, 0)
 
 
+def test_a_sandbox_that_is_closed_in_a_job_ends_it_and_starts_no_other() -> None:
+    box = Sandbox()
+    render(box, "x")
+    pid, told = pid_of(box), []
+    before = num_ticks(pid)
+
+    def ask() -> None:
+        with pytest.raises(SandboxLostError) as lost:
+            render(box, ENDLESS)
+        told.append(lost.value)
+
+    caller = threading.Thread(target=ask)
+    caller.start()
+    wait_until(lambda: num_ticks(pid) > before)
+    box.close()
+    caller.join(PATIENCE_S)
+    assert told
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(SandboxLostError):
+        render(box, "x")
+
+
 def test_a_process_ends_with_a_killed_parent() -> None:
     code = (
         "import os, signal\nfrom toppings.sandbox import Sandbox\nbox = Sandbox()\n"
@@ -141,10 +174,7 @@ def test_a_process_ends_with_a_killed_parent() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     pid = int(run.stdout)
-    deadline = time.monotonic() + 30
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_running(pid)
+    wait_until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:
@@ -168,7 +198,7 @@ def test_a_sandbox_runs_without_any_installed_library() -> None:
 async def test_a_slow_template_does_not_hold_up_another() -> None:
     box = Sandbox(2)
     slow = [
-        asyncio.create_task(box.run_in_turn("slow", "render", cpu_s=0.2, **template_job(ENDLESS)))
+        asyncio.create_task(box.run_in_turn("slow", "render", cpu_s=GENEROUS_S, **template_job(ENDLESS)))
         for _ in range(4)
     ]
     await asyncio.sleep(0)
@@ -177,9 +207,8 @@ async def test_a_slow_template_does_not_hold_up_another() -> None:
         for _ in range(20)
     ]
     assert texts == ["hi"] * 20
-    assert not all(task.done() for task in slow)
-    await asyncio.gather(*slow, return_exceptions=True)
-    assert all(isinstance(task.exception(), SandboxError | SandboxBusyError) for task in slow)
+    assert not any(task.done() for task in slow)
+    await end_jobs(slow)
     box.close()
 
 
@@ -208,11 +237,11 @@ async def test_a_caller_that_leaves_gives_up_its_turn(keys: list[str]) -> None:
 async def test_many_slow_jobs_keep_no_other_longer_than_the_bound(
     monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """Whether its key is theirs or its own: those that have begun take half a second of a processor."""
+    """Whether its key is theirs or its own."""
     monkeypatch.setattr(pool, "TURN_TIMEOUT_S", 0.1)
     box = Sandbox(2, work="a chat template")
     slow = [
-        asyncio.create_task(box.run_in_turn(f"slow {i}", "render", cpu_s=0.5, **template_job(ENDLESS)))
+        asyncio.create_task(box.run_in_turn(f"slow {i}", "render", cpu_s=GENEROUS_S, **template_job(ENDLESS)))
         for i in range(6)
     ]
     await asyncio.sleep(0)
@@ -220,9 +249,10 @@ async def test_many_slow_jobs_keep_no_other_longer_than_the_bound(
     with pytest.raises(SandboxBusyError, match="wait for a chat template"):
         await box.run_in_turn(key, "render", cpu_s=GENEROUS_S, **quick)
     assert not any(task.done() for task in slow[:2])
-    ends = await asyncio.gather(*slow, return_exceptions=True)
-    assert all(isinstance(end, SandboxError) for end in ends[:2])
-    assert all(isinstance(end, SandboxBusyError) for end in ends[2:])
+    ends = await asyncio.gather(*slow[2:], return_exceptions=True)
+    assert all(isinstance(end, SandboxBusyError) for end in ends)
+    await end_jobs(slow[:2])
+    monkeypatch.setattr(pool, "TURN_TIMEOUT_S", GENEROUS_S)
     assert await box.run_in_turn(key, "render", cpu_s=GENEROUS_S, **quick) == "hi"
     await all_is_free(box)
     box.close()

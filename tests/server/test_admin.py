@@ -8,8 +8,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fakes import FakeEngineClient
 from tests.server.conftest import Server
 from tests.waiting import until
-from toppings.messages import AdapterStatus, ColdStart, EngineStats
+from toppings.messages import AdapterStatus, ColdLayer, ColdStart, EngineStats, Span
+from toppings.server.cold_starts import MAX_COLD_STARTS
 from toppings.server.metrics import lora_lists, num_slots
+from toppings.server.schemas.administration import ColdStarts
 
 
 def status(
@@ -80,6 +82,25 @@ async def test_latencies_and_outcomes_are_counted(server: Server) -> None:
     assert found["toppings:cold_start_seconds_sum", (("part", "exposed"), ("tier", "disk"))] == 0.005
     assert found["toppings:requests_total", (("outcome", "length"),)] == 1
     assert found["vllm:generation_tokens_total", (("model_name", "base"),)] == 4
+
+
+async def test_the_latest_cold_starts_are_told_with_their_names(server: Server) -> None:
+    layers = [ColdLayer(Span(1.0, 2.0), 4), ColdLayer(None, 4, 4, 8, Span(2.0, 3.0)), ColdLayer(None, 0)]
+    server.engine.cold_start = ColdStart("disk", 10.0, 20.0, 5.0, 2.0, rank=4, layers=layers)
+    server.registry.register("a", server.state.config.server.adapters + "/adapter-00000")
+    assert (await server.http.get("/cold_starts")).json() == {"cold_starts": []}
+    body, mine = {"model": "a", "prompt": "hello", "max_tokens": 2}, {"X-Request-Id": "mine"}
+    for _ in range(MAX_COLD_STARTS + 1):
+        await server.http.post("/v1/completions", json=body, headers=mine)
+    reply = (await server.http.get("/cold_starts")).json()["cold_starts"]
+    assert len(reply) == MAX_COLD_STARTS < server.state.cold_starts.num_noted
+    assert ColdStarts.model_validate({"cold_starts": reply}, strict=True)
+    told = reply[-1]
+    assert (told["request_id"], told["adapter"], told["place"]) == ("mine", "a", "both")
+    assert told["cold_start"]["rank"] == 4
+    assert [layer["load"] for layer in told["cold_start"]["layers"]] == [
+        {"from_ms": 1.0, "to_ms": 2.0}, None, None,
+    ]  # fmt: skip
 
 
 async def test_metrics_are_there_without_an_engine(server: Server) -> None:

@@ -1,10 +1,11 @@
 """The routes of today's clients through the router, with their own packages; the server behind it is ours."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import openai
 import pytest
@@ -14,6 +15,9 @@ from toppings.cluster.router.answers import BadAnswerError, StreamWatch, count_e
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.request_ids import REQUEST_ID
+
+if TYPE_CHECKING:  # its import takes seconds: not while tests are collected, which every process does
+    import anthropic
 
 USER: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 
@@ -28,11 +32,13 @@ async def router(server: Server, url: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def http(router: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=router) as http:
+    async with httpx.AsyncClient(base_url=router, timeout=None) as http:
         yield http
 
 
 async def test_responses_and_messages_go_where_their_model_is(server: Server, router: str) -> None:
+    import anthropic
+
     server.engine.script = lambda call: [70, 71, 72, 0]
     async with openai.AsyncOpenAI(base_url=f"{router}/v1", api_key="x", max_retries=0) as client:
         reply = await client.responses.create(model="a", input="hi", max_output_tokens=5)

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import Server
+from tests.waiting import PATIENCE_S
 from toppings.server.bodies import MAX_ITEMS, MAX_TEXTS, parse
 from toppings.server.errors import MAX_MESSAGE_CHARS, ApiError, describe
 from toppings.server.limits import body_limit
@@ -298,7 +299,7 @@ async def test_a_refused_request_leaves_its_place(server: Server, path: str, bod
 class TestBodies:
     @pytest.fixture
     def settings(self) -> dict[str, object]:
-        return {"max_body_bytes": 300, "receive_timeout_s": 0.05}
+        return {"max_body_bytes": 300, "receive_timeout_s": PATIENCE_S}
 
     @pytest.mark.parametrize("path", BODY_ROUTES)
     async def test_a_body_beyond_the_limit_is_413(self, server: Server, path: str) -> None:
@@ -308,24 +309,6 @@ class TestBodies:
 
         for content in (b"x" * 301, chunks()):
             assert (await server.http.post(path, content=content, headers=JSON)).status_code == 413
-
-    @pytest.mark.parametrize("path", BODY_ROUTES)
-    async def test_a_body_that_stalls_is_408(self, server: Server, path: str) -> None:
-        async def stalling() -> AsyncIterator[bytes]:
-            yield b'{"prompt": '
-            await asyncio.Event().wait()
-
-        reply = await server.http.post(path, content=stalling(), headers=JSON)
-        assert (reply.status_code, reply.headers["connection"]) == (408, "close")
-
-    async def test_a_body_that_trickles_is_cut_as_well(self, server: Server) -> None:
-        async def trickling() -> AsyncIterator[bytes]:
-            for _ in range(200):
-                yield b" "
-                await asyncio.sleep(0.01)
-
-        reply = await server.http.post("/v1/completions", content=trickling(), headers=JSON)
-        assert reply.status_code == 408
 
     async def test_unfinished_bodies_share_a_bound(self, server: Server) -> None:
         has_ended = asyncio.Event()
@@ -340,8 +323,33 @@ class TestBodies:
         ]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         assert [task.result().status_code for task in waiting if task.done()] == [503]
+        has_ended.set()
         await asyncio.gather(*waiting)
         assert (await server.complete("hi")).status_code == 200
+
+
+class TestWhatHasToComeSoon:
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"receive_timeout_s": 0.05}
+
+    @pytest.mark.parametrize("path", BODY_ROUTES)
+    async def test_a_body_that_stalls_is_408(self, server: Server, path: str) -> None:
+        async def stalling() -> AsyncIterator[bytes]:
+            yield b'{"prompt": '
+            await asyncio.Event().wait()
+
+        reply = await server.http.post(path, content=stalling(), headers=JSON)
+        assert (reply.status_code, reply.headers["connection"]) == (408, "close")
+
+    async def test_a_body_that_trickles_is_cut_as_well(self, server: Server) -> None:
+        async def trickling() -> AsyncIterator[bytes]:
+            while True:
+                yield b" "
+                await asyncio.sleep(0.01)
+
+        reply = await server.http.post("/v1/completions", content=trickling(), headers=JSON)
+        assert reply.status_code == 408
 
 
 def test_the_limit_of_a_body_follows_the_models_context() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.sandbox.jobs import end_jobs
 from tests.server.conftest import Server
+from tests.waiting import PATIENCE_S
 from toppings import chat_template
 from toppings.adapters import peft_matches
+from toppings.sandbox import pool
 
 OWN = (
     "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}] "
@@ -93,7 +96,8 @@ async def test_a_template_that_fails_is_a_400_that_names_it(
 async def test_others_chat_while_an_adapters_template_runs(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_template, "RENDER_CPU_S", 0.5)
+    monkeypatch.setattr(chat_template, "RENDER_CPU_S", PATIENCE_S)
+    monkeypatch.setattr(pool, "TURN_TIMEOUT_S", PATIENCE_S)
     make_adapter(server, tmp_path, "slow", ENDLESS)
     await prompt_of(server)  # a process has started
     slow = [
@@ -102,7 +106,8 @@ async def test_others_chat_while_an_adapters_template_runs(
     ]
     await asyncio.sleep(0.1)
     assert await prompt_of(server)
-    assert not all(task.done() for task in slow)
+    assert not any(task.done() for task in slow)
+    await end_jobs(slow)
     assert {(await task).status_code for task in slow} <= {400, 503}  # 503: no turn in time
 
 
@@ -162,7 +167,7 @@ class TestPatterns:
     async def test_others_are_answered_while_a_pattern_backtracks(
         self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(peft_matches, "PATTERN_CPU_S", 1.0)
+        monkeypatch.setattr(peft_matches, "PATTERN_CPU_S", PATIENCE_S)
         shutil.copytree(Path(server.state.config.server.adapters) / "adapter-00000", tmp_path / "bad")
         file = tmp_path / "bad" / "adapter_config.json"
         fields = {**json.loads(file.read_text()), "target_modules": r"(?:(?:\w+\.?)+)+!"}
@@ -172,6 +177,7 @@ class TestPatterns:
         await asyncio.sleep(0.1)
         assert (await server.complete(max_tokens=1)).status_code == 200
         assert not loading.done()
+        await end_jobs([loading])
         reply = await loading
         assert reply.status_code == 400
         assert "target_modules" in reply.json()["error"]["message"]

@@ -3,18 +3,21 @@
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
 from tests.server.conftest import Server
+from tests.waiting import PATIENCE_S, until
 from toppings.adapters.errors import StateError, StateFullError
 from toppings.server import connections, lifecycle
 from toppings.server.upgrades import UpgradeFilter
 
-SOON_S = 60.0
-"""Far longer than any wait here takes; only a failure waits so long."""
+SOON_S = PATIENCE_S
+SHORT_S = 0.2
+"""A limit that a test waits for; where it does not, a busy machine has the patience."""
 OK = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -38,6 +41,14 @@ class Listening:
         finally:
             writer.close()
 
+    @contextmanager
+    def hurry(self) -> Iterator[None]:
+        """What is to come has to come soon."""
+        patience = self.connections.receive_timeout_s, self.connections.send_timeout_s
+        self.connections.receive_timeout_s = self.connections.send_timeout_s = SHORT_S
+        yield
+        self.connections.receive_timeout_s, self.connections.send_timeout_s = patience
+
     async def is_healthy(self) -> bool:
         answer = await self.answer(OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         return answer.startswith(b"HTTP/1.1 200")
@@ -45,7 +56,7 @@ class Listening:
 
 @pytest.fixture
 def settings() -> dict[str, object]:
-    return {"port": 0, "receive_timeout_s": 0.2, "send_timeout_s": 0.2}
+    return {"port": 0, "receive_timeout_s": SOON_S, "send_timeout_s": SOON_S}
 
 
 @pytest.fixture(params=["h11", "httptools"])
@@ -61,23 +72,33 @@ async def listening(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         running = lifecycle._make_server(config, server.app)
         task = asyncio.create_task(running.serve(sockets=[listener]))
-        while not running.started:
-            await asyncio.sleep(0.005)
+        await until(lambda: running.started)
         yield Listening(listener.getsockname()[1], running._connections)
         running.should_exit = True
         await task
 
 
 async def test_a_connection_that_says_nothing_is_closed(listening: Listening) -> None:
-    assert await listening.answer(b"") == b""
+    with listening.hurry():
+        assert await listening.answer(b"") == b""
+
+
+async def begin_head(listening: Listening) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Of a connection of which the server has read the first line."""
+    reader, writer = await listening.connect(b"GET / HTTP/1.1\r\n")
+    await until(lambda: any(each._num_head_bytes for each in listening.connections.silent))
+    return reader, writer
 
 
 async def test_a_head_that_does_not_end_is_408(listening: Listening) -> None:
-    assert (await listening.answer(b"GET / HTTP/1.1\r\nHost: x\r\n")).startswith(b"HTTP/1.1 408 ")
+    reader, writer = await begin_head(listening)
+    with listening.hurry():
+        assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 408 ")
+    writer.close()
 
 
 async def test_a_head_that_trickles_is_408(listening: Listening) -> None:
-    reader, writer = await listening.connect(b"GET / HTTP/1.1\r\n")
+    reader, writer = await begin_head(listening)
 
     async def trickle() -> None:
         while True:
@@ -85,7 +106,8 @@ async def test_a_head_that_trickles_is_408(listening: Listening) -> None:
             await asyncio.sleep(0.02)
 
     task = asyncio.create_task(trickle())
-    assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 408 ")
+    with listening.hurry():
+        assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 408 ")
     task.cancel()
     writer.close()
 
@@ -94,7 +116,9 @@ async def test_a_second_head_that_does_not_end_is_408(listening: Listening) -> N
     reader, writer = await listening.connect(OK)
     await asyncio.wait_for(reader.readuntil(b'{"status":"ok"}'), SOON_S)
     writer.write(b"GET / HTTP/1.1\r\n")
-    assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 408 ")
+    await until(lambda: listening.connections.silent)
+    with listening.hurry():
+        assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 408 ")
     writer.close()
 
 
@@ -102,7 +126,8 @@ async def test_a_second_head_that_does_not_end_is_408(listening: Listening) -> N
 async def test_a_head_without_end_is_cut_before_it_fills_the_memory(
     listening: Listening, piece: bytes
 ) -> None:
-    answer = await listening.answer(b"GET / HTTP/1.1\r\n" + piece * 300_000)
+    with listening.hurry():
+        answer = await listening.answer(b"GET / HTTP/1.1\r\n" + piece * 300_000)
     assert answer == b"" or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
     assert await listening.is_healthy()
 
@@ -143,13 +168,12 @@ def test_a_head_loses_its_offers_and_nothing_else(step: int) -> None:
     assert filter_.is_done
 
 
-async def test_a_body_that_stalls_is_408_and_closed(listening: Listening) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
-    assert (await listening.answer(head + b'{"prompt')).startswith(b"HTTP/1.1 408 ")
-
-
 async def test_a_body_that_nobody_reads_does_not_keep_its_connection(listening: Listening) -> None:
-    assert (await listening.answer(OK[:-2] + b"Content-Length: 100\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    reader, writer = await listening.connect(OK[:-2] + b"Content-Length: 100\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), SOON_S)).startswith(b"HTTP/1.1 200 ")
+    with listening.hurry():
+        assert (await asyncio.wait_for(reader.read(), SOON_S)).endswith(b'{"status":"ok"}')
+    writer.close()
 
 
 async def test_an_idle_connection_may_stay_longer(listening: Listening) -> None:
@@ -158,7 +182,8 @@ async def test_an_idle_connection_may_stay_longer(listening: Listening) -> None:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON_S)
         assert head.startswith(b"HTTP/1.1 200 ")
         await reader.readexactly(len(b'{"status":"ok"}'))
-        await asyncio.sleep(0.5)
+        with listening.hurry():
+            await asyncio.sleep(2 * SHORT_S)
         writer.write(OK)
     writer.close()
 
@@ -167,15 +192,14 @@ async def test_a_client_that_does_not_read_is_dropped_and_its_request_ends(
     listening: Listening, server: Server
 ) -> None:
     server.engine.delay_s = 0.001
+    listening.connections.send_timeout_s = SHORT_S
     body = b'{"prompt": "x", "max_tokens": 120, "n": 8, "logprobs": 20, "stream": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", listening.port))
         client.sendall(head + body)
-        async with asyncio.timeout(SOON_S):
-            while not server.engine.calls or server.state.num_open:
-                await asyncio.sleep(0.01)
+        await until(lambda: server.engine.calls and not server.state.num_open)
     assert any(call.was_aborted for call in server.engine.calls)
 
 
@@ -184,7 +208,6 @@ async def test_silent_connections_give_way_to_new_ones(
 ) -> None:
     monkeypatch.setattr(connections, "FREE_FOR_S", 0.0)
     listening.connections.max_open = 4
-    listening.connections.receive_timeout_s = 1000.0
     silent = [await listening.connect(b"GET / HT") for _ in range(20)]
     assert await listening.is_healthy()
     assert listening.connections.num_open <= 5
@@ -198,9 +221,7 @@ async def test_requests_under_way_do_not_give_way(listening: Listening, server: 
     body = b'{"prompt": "x", "max_tokens": 1}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     busy = [await listening.connect(head + body) for _ in range(2)]
-    async with asyncio.timeout(SOON_S):
-        while len(server.engine.calls) < 2:
-            await asyncio.sleep(0.005)
+    await until(lambda: len(server.engine.calls) == 2)
     assert (await listening.answer(OK)).startswith(b"HTTP/1.1 503 ")
     server.engine.gate.set()
     for reader, writer in busy:
@@ -247,39 +268,50 @@ async def test_a_connection_stays_open_after_a_refusal_unless_it_says_otherwise(
     writer.close()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"\r\n" * 1000,
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"GET  HTTP/1.1\r\n\r\n",
-        b"GET http://[/ HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n",
-        POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        POST + b"Content-Length: -1\r\n\r\n",
-        POST + b"Content-Length: 99999999999999999999999\r\n\r\n",
-        POST + b"Transfer-Encoding: gzip\r\n\r\nx",
-        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
-        POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n",
-        POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel",
-        POST + b"Content-Length: 3\r\nConnection: close\r\n\r\n{}{}{}{}",
-        POST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n",
-    ],
-    ids=lambda content: ascii(content[-24:]),
-)
-async def test_nonsense_is_no_server_error(
-    listening: Listening, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    reader, writer = await listening.connect(content)
-    answer = await asyncio.wait_for(reader.read(1000), SOON_S)  # what is valid is answered and kept alive
-    writer.close()
-    assert b"HTTP/1.1 5" not in answer
-    assert await listening.is_healthy()
-    assert "Traceback" not in caplog.text
+class TestWhatHasToComeSoon:
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"port": 0, "receive_timeout_s": SHORT_S, "send_timeout_s": SOON_S}
+
+    async def test_a_body_that_stalls_is_408_and_closed(self, listening: Listening) -> None:
+        listening.connections.receive_timeout_s = SOON_S  # of its head
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        assert (await listening.answer(head + b'{"prompt')).startswith(b"HTTP/1.1 408 ")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+            b"\r\n" * 1000,
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"GET  HTTP/1.1\r\n\r\n",
+            b"GET http://[/ HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n",
+            POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+            POST + b"Content-Length: -1\r\n\r\n",
+            POST + b"Content-Length: 99999999999999999999999\r\n\r\n",
+            POST + b"Transfer-Encoding: gzip\r\n\r\nx",
+            POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+            POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n",
+            POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel",
+            POST + b"Content-Length: 3\r\nConnection: close\r\n\r\n{}{}{}{}",
+            POST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n",
+        ],
+        ids=lambda content: ascii(content[-24:]),
+    )
+    async def test_nonsense_is_no_server_error(
+        self, listening: Listening, content: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        reader, writer = await listening.connect(content)
+        answer = await asyncio.wait_for(reader.read(1000), SOON_S)  # what is valid is answered and kept alive
+        writer.close()
+        listening.connections.receive_timeout_s = SOON_S
+        assert b"HTTP/1.1 5" not in answer
+        assert await listening.is_healthy()
+        assert "Traceback" not in caplog.text
 
 
 async def test_a_client_that_breaks_off_its_body_leaves_nothing(listening: Listening, server: Server) -> None:
@@ -287,9 +319,7 @@ async def test_a_client_that_breaks_off_its_body_leaves_nothing(listening: Liste
         _, writer = await listening.connect(POST + part)
         await writer.drain()
         writer.close()
-    async with asyncio.timeout(SOON_S):
-        while listening.connections.num_open:
-            await asyncio.sleep(0.01)
+    await until(lambda: not listening.connections.num_open)
     assert server.state.num_open == 0
     assert not listening.connections.silent
 

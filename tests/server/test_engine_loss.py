@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.waiting import PATIENCE_S, wait_until
+from toppings.log_files import COMPLAIN_S
 
 READY = re.compile(r"the engine's process (\d+) is ready")
 
@@ -37,6 +38,7 @@ class Serving:
         self.temporary = root / "tmp"
         self.temporary.mkdir()
         environment = {**os.environ, "TMPDIR": str(self.temporary)}
+        self.started_at = time.monotonic()
         self.process = subprocess.Popen(command, stderr=self.stderr, env=environment)
         self.url = self._await(r"Uvicorn running on (\S+)")
 
@@ -50,23 +52,23 @@ class Serving:
         return int(READY.findall(self.output)[-1])
 
     def _await(self, pattern: str) -> str:
-        deadline = time.monotonic() + 120
         while (found := re.search(pattern, self.output)) is None:
             assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
+            assert time.monotonic() < self.started_at + 2 * PATIENCE_S, self.output
             time.sleep(0.05)
         return found[1]
 
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=PATIENCE_S)
+
     def complete(self, max_tokens: int = 4, **body: object) -> httpx.Response:
         body = {"prompt": "What is the sea?", "max_tokens": max_tokens, "temperature": 0, **body}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S)
 
     def await_good_answer(self) -> float:
         """Seconds until one came."""
         started_at = time.monotonic()
-        while self.complete().status_code != 200:
-            assert time.monotonic() < started_at + 60
-            time.sleep(0.02)
+        wait_until(lambda: self.complete().status_code == 200)
         return time.monotonic() - started_at
 
     def close(self) -> None:
@@ -90,11 +92,13 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 def test_full_log_disks_stop_nothing_and_are_told_once(serving: Serving) -> None:
     for _ in range(3):
         assert serving.complete().status_code == 200
-    metrics = httpx.get(f"{serving.url}/metrics").text
+    metrics = serving.get("/metrics").text
     dropped = re.search(r"^toppings:step_log_dropped_total (\S+)", metrics, re.M)
     assert dropped is not None
     assert float(dropped[1]) >= 3
-    assert serving.output.count("cannot be written, lines are dropped") <= 3  # a file and process
+    num_minutes = 1 + (time.monotonic() - serving.started_at) // COMPLAIN_S
+    num_told = serving.output.count("cannot be written, lines are dropped")
+    assert num_told <= 3 * num_minutes  # a file and process
     assert "the configuration is not kept" in serving.output
     assert "Traceback" not in serving.output
 
@@ -113,7 +117,7 @@ def test_requests_of_an_engine_that_goes_are_answered_and_the_next_ones_served(
     callers = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
     for caller in callers:
         caller.start()
-    wait_until(lambda: httpx.get(f"{serving.url}/stats").json()["num_running"] == 2)
+    wait_until(lambda: serving.get("/stats").json()["num_running"] == 2)
     os.kill(old, number)
     gone_at = time.monotonic()
     for caller in callers:
@@ -133,14 +137,14 @@ def test_health_tells_that_the_engine_is_restarting(serving: Serving) -> None:
     serving.await_good_answer()
     os.kill(serving.engine, signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE_S
-    while (health := httpx.get(f"{serving.url}/health")).status_code == 200:
+    while (health := serving.get("/health")).status_code == 200:
         assert time.monotonic() < deadline
-    ready, refused = httpx.get(f"{serving.url}/ready"), serving.complete()
+    ready, refused = serving.get("/ready"), serving.complete()
     assert "the engine is restarting" in health.json()["status"]
     assert (ready.status_code, refused.status_code) == (503, 503)
     assert refused.headers["retry-after"] == "1"
     serving.await_good_answer()
-    assert httpx.get(f"{serving.url}/health").status_code == 200
+    assert serving.get("/health").status_code == 200
 
 
 def test_nothing_is_left_in_the_temporary_folder_while_it_serves(serving: Serving) -> None:

@@ -35,7 +35,7 @@ class Running:
         )
 
     async def post(self, **body: object) -> httpx.Response:
-        async with httpx.AsyncClient(timeout=30) as http:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
             return await http.post(f"{self.url}/v1/completions", json={"prompt": "hello", **body})
 
 
@@ -204,13 +204,13 @@ def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
     process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
     try:
         url = _wait_for_url(process, tmp_path / "logs" / "auto" / "server.log")
-        models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        models = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=PATIENCE_S).json()["data"]]
         assert models[0] == "toppings-demo"
         body = {"model": models[1], "prompt": "What is the sea?", "max_tokens": 8, "temperature": 0}
-        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
         assert reply.json()["choices"][0]["text"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert (tmp_path / "logs" / "auto" / "steps.jsonl").stat().st_size > 0
     finally:
         process.kill()

@@ -1,16 +1,20 @@
 """`/v1/messages` with Anthropic's own client against the server on a loopback port, and by hand."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import pytest
-from anthropic.types import MessageParam, ToolParam
 
 from tests.fakes import FakeEngineClient
 from tests.server.conftest import CALL, Server, roomy_engine, says
+
+if TYPE_CHECKING:  # its import takes seconds: not while tests are collected, which every process does
+    import anthropic
+    from anthropic.types import MessageParam, ToolParam
 
 USER: MessageParam = {"role": "user", "content": "hi"}
 BODY: dict[str, Any] = {"model": "base", "max_tokens": 4, "messages": [USER]}
@@ -28,6 +32,8 @@ async def engine() -> FakeEngineClient:
 
 @pytest.fixture
 async def client(url: str) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    import anthropic
+
     async with anthropic.AsyncAnthropic(base_url=url, api_key="unused", max_retries=0) as client:
         yield client
 
@@ -174,6 +180,8 @@ async def test_what_cannot_be_done_is_told_in_anthropics_form(
 
 
 async def test_errors_have_their_classes(server: Server, client: anthropic.AsyncAnthropic) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         await client.messages.create(model="nobody", max_tokens=1, messages=[USER])
     server.engine.num_pending = 256
@@ -213,11 +221,13 @@ class TestWithAKey:
         return {"api_key": "secret"}
 
     async def test_it_may_come_as_anthropics_clients_send_it(self, server: Server, url: str) -> None:
+        import anthropic
+
         async with anthropic.AsyncAnthropic(base_url=url, api_key="secret", max_retries=0) as client:
             assert await client.messages.create(model="base", max_tokens=1, messages=[USER])
         async with anthropic.AsyncAnthropic(base_url=url, api_key="wrong", max_retries=0) as client:
             with pytest.raises(anthropic.AuthenticationError, match="key"):
                 await client.messages.create(model="base", max_tokens=1, messages=[USER])
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=None) as http:
             reply = await http.get(f"{url}/v1/models", headers={"X-Api-Key": "secret"})
             assert reply.status_code == 200

@@ -86,7 +86,7 @@ async def test_a_client_that_leaves_ends_its_requests(
     if num_tokens_before == 0:
         engine.gate.clear()
     body = {"prompt": "hello", "max_tokens": 100, "n": 2, "stream": is_streamed}
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=None) as http:
         reading = asyncio.create_task(http.post(f"{url}/v1/completions", json=body))
         while len(engine.calls) < 2 or min(call.num_sent for call in engine.calls) < num_tokens_before:
             await asyncio.sleep(0.001)
@@ -105,7 +105,7 @@ async def test_a_client_that_leaves_generate_ends_its_request(
 ) -> None:
     server.engine.gate.clear()
     body = {"inputs": "hello", "parameters": {}, **selector}
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=None) as http:
         reading = asyncio.create_task(http.post(f"{url}/generate", json=body))
         while not server.engine.calls:
             await asyncio.sleep(0.001)

@@ -48,7 +48,7 @@ def post(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> It
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://toppings")
 
         def post(path: str, **body: object) -> dict[str, Any]:
-            reply = runner.run(http.post(path, json=body, timeout=60.0))
+            reply = runner.run(http.post(path, json=body, timeout=None))
             assert reply.status_code == 200, reply.text
             content: dict[str, Any] = reply.json()
             return content

@@ -10,17 +10,19 @@ import subprocess
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.server.conftest import Server
 from tests.sources.hub_server import Hub
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 from toppings.adapters import packed_dir
 from toppings.adapters.records import Origin
 from toppings.adapters.registry import AdapterRegistry
-from toppings.config import Config, ConfigError
+from toppings.config import Config, ConfigError, ServerConfig
 from toppings.server import lookups
 from toppings.server.errors import ApiError
 from toppings.server.resolver import drop_unconfigured
@@ -42,7 +44,7 @@ def settings(hub: Hub, folder: Path) -> dict[str, object]:
     return {
         "adapter_source": [f"dir:{folder}", "hub:org/*", f"{hub.url}/org,*-web"],
         "source_max_bytes": MAX_BYTES,
-        "source_timeout_s": 1.0,
+        "source_timeout_s": PATIENCE_S,
         "source_refresh_s": 1e-6,
     }
 
@@ -179,9 +181,11 @@ async def test_a_pickle_instead_of_safetensors_is_refused(server: Server, hub: H
     ],
 )
 async def test_a_fetch_that_goes_wrong_is_said_and_leaves_nothing(
-    server: Server, hub: Hub, fault: str, problem: str
+    server: Server, hub: Hub, fault: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.faults["org/one"] = fault
+    limit_s = 1.0 if fault == "slow" else PATIENCE_S
+    monkeypatch.setattr(server.state.resolver, "_config", _with(server, source_timeout_s=limit_s))
     reply = await server.complete(model="org/one")
     assert reply.status_code == 502
     assert problem in reply.text
@@ -192,6 +196,7 @@ async def test_a_fetch_that_goes_wrong_is_said_and_leaves_nothing(
     again = await server.complete(model="org/one")  # remembered
     assert again.text == reply.text
     assert hub.num_fetched["org/one/adapter_model.safetensors"] == 2
+    monkeypatch.setattr(server.state.resolver, "_config", _with(server))
     assert (await server.complete(model="org/two")).status_code == 200
 
 
@@ -272,11 +277,8 @@ async def test_a_new_revision_is_a_new_generation(server: Server, hub: Hub, adap
     old = server.registry.get("org/one")
     shutil.copy(adapters_dir / "adapter-00001" / "adapter_model.safetensors", hub.root / "org/one")
     shutil.copy(adapters_dir / "adapter-00001" / "adapter_config.json", hub.root / "org/one")
-    for _ in range(200):
-        assert (await server.complete(model="org/one")).status_code == 200
-        if server.registry.get("org/one").adapter_id != old.adapter_id:
-            break
-        await asyncio.sleep(0.02)
+    assert (await server.complete(model="org/one")).status_code == 200  # which looks for a new one
+    await until(lambda: server.registry.get("org/one").adapter_id != old.adapter_id)
     new = server.registry.get("org/one")
     assert (old.rank, new.rank) == (4, 8)
     assert new.path.endswith(hub.revision("org/one"))
@@ -519,24 +521,19 @@ async def test_the_least_recently_asked_for_leaves(
     one = 2 * 4 * 2 * (32 + 32) * 4  # bytes: about two adapters of rank 4 fit
     await server.complete(model="adapter-00000")
     num_bytes = server.registry.get("adapter-00000").num_bytes
-    monkeypatch.setattr(server.state.resolver, "_config", _with_bound(server, 3 * num_bytes + one))
+    bounded = _with(server, source_cache_bytes=3 * num_bytes + one)
+    monkeypatch.setattr(server.state.resolver, "_config", bounded)
     for name in ("adapter-00002", "adapter-00000", "org/one", "adapter-00000", "org/two"):
         assert (await server.complete(model=name)).status_code == 200
-    for _ in range(100):
-        await asyncio.sleep(0.01)
-        names = {record.name for record in server.registry.list()}
-        if "adapter-00002" not in names:
-            break
-    assert "adapter-00002" not in names
+    await until(lambda: "adapter-00002" not in {record.name for record in server.registry.list()})
+    names = {record.name for record in server.registry.list()}
     assert {"adapter-00000", "org/two"} <= names
     held = [r for r in server.registry.list() if r.origin is Origin.SOURCE]
     assert sum(record.num_bytes for record in held) <= 3 * num_bytes + one
 
 
-def _with_bound(server: Server, num_bytes: int) -> object:
-    from dataclasses import replace
-
-    return replace(server.state.config.server, source_cache_bytes=num_bytes)
+def _with(server: Server, **settings: Any) -> ServerConfig:
+    return replace(server.state.config.server, **settings)
 
 
 def test_what_is_no_source_is_refused_by_name(tmp_path: Path) -> None:

@@ -70,7 +70,6 @@ def find(hub: Hub, tmp_path: Path, reference: str, **variables: str) -> "subproc
     )
 
 
-@pytest.mark.timeout(300)
 def test_a_hub_id_is_fetched_once_without_code_or_pickles(hub: Hub, tmp_path: Path) -> None:
     first = find(hub, tmp_path, "org/tiny")
     assert first.returncode == 0, first.stderr
@@ -85,7 +84,6 @@ def test_a_hub_id_is_fetched_once_without_code_or_pickles(hub: Hub, tmp_path: Pa
     assert hub.num_fetched["org/tiny/model.safetensors"] == 1
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("reference", "token", "variables", "problem"),
     [
@@ -111,7 +109,6 @@ def test_what_cannot_be_had_is_said_in_one_line(
     assert problem in last
 
 
-@pytest.mark.timeout(300)
 def test_a_token_opens_a_restricted_repository(hub: Hub, tmp_path: Path) -> None:
     hub.tokens["org/tiny"] = "sesame"
     assert find(hub, tmp_path, "org/tiny", HF_TOKEN="sesame").returncode == 0

@@ -124,7 +124,6 @@ def test_a_header_without_end_is_followed_no_further_than_the_file(tmp_path: Pat
     assert header_bytes(tmp_path / "m.gguf") <= max(len(content), 8)
 
 
-@pytest.mark.timeout(600)
 def test_the_installed_model_answers_and_stops(tmp_path: Path) -> None:
     with LLM(state_dir=str(tmp_path), kv_cache_bytes="64MiB", num_threads=1, dtype="float32") as llm:
         prompt = llm.text_model.chat(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.sources.gcs_server import running_store
 from toppings.adapters.stored_tensors import WEIGHTS_FILE
@@ -58,6 +57,8 @@ def store(request: pytest.FixtureRequest, content: Path) -> Iterator[str]:
                 patch.setenv("STORAGE_EMULATOR_HOST", server.url)
                 yield f"gs://{BUCKET}"
             return
+        from moto.server import ThreadedMotoServer  # takes a second, with botocore
+
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
         server.start()
         host, port = server.get_host_and_port()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ from toppings.adapters.peft_config import PeftConfig, shorten
 from toppings.adapters.peft_kinds import BIAS, MAGNITUDE, MAX_RANK, Target, product_rank
 from toppings.adapters.peft_matches import PeftMatches
 from toppings.adapters.stored_tensors import FLOATS, StoredTensor
-from toppings.core import MODULES
+from toppings.core import MODULES, stored_modules
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ _OPTIONS = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
 _ADAPTER_PART = re.compile(r"lora_|hada_|lokr_|vera_")
 
 Place = tuple[int, int]  # layer, `MODULES` index
+Site = tuple[int, tuple[int, ...]]
+"""A layer, and `MODULES` indices: the projections that a module of the checkpoint is made of."""
 
 
 def module_name(layer: int, module: int) -> str:
@@ -53,22 +56,26 @@ class CheckpointPlan:
         shapes: BaseShapes,
         base: BaseWeights | None,
     ) -> None:
-        places = [(layer, module) for layer in range(shapes.num_layers) for module in range(len(MODULES))]
-        names = [module_name(*place) for place in places]
+        stored_names = stored_modules(is_fused=shapes.is_fused)
+        self._sites: dict[str, Site] = {
+            f"model.layers.{layer}.{name}": (layer, modules)
+            for layer in range(shapes.num_layers)
+            for name, modules in stored_names.items()
+        }
         self._config, self._shapes = config, shapes
-        self._matches = PeftMatches(config, (*names, *OUTSIDE_LAYERS))
+        self._matches = PeftMatches(config, (*self._sites, *OUTSIDE_LAYERS))
         self._base = base
         self._outer = OuterPlan(stored, config, shapes.num_layers, self._matches, base)
         self._shared = {key: key for key in stored if key in config.kind.shared}
         others = [key for key in stored if key not in self._shared and key not in self._outer.taken]
         ignored = [key for key in others if _is_ignored(key)]
         known = [key for key in others if not _is_ignored(key)]
-        by_place = _by_place(known, config, shapes)
-        self._keys: dict[Place, dict[str, str]] = {}  # by part
-        for place, name in zip(places, names, strict=True):
-            keys = by_place.get(place, {})
-            if self._check(name, place, keys, stored):
-                self._keys[place] = keys | self._shared
+        by_module = _by_module(known, config, shapes)
+        self._keys: dict[str, dict[str, str]] = {}  # by module and part
+        for name in self._sites:
+            keys = by_module.get(name, {})
+            if self._check(name, keys, stored):
+                self._keys[name] = keys | self._shared
         self._check_base()
         self.warnings = [
             *self._outer.warnings[:20],
@@ -86,18 +93,18 @@ class CheckpointPlan:
             if not is_finite(tensor):
                 raise AdapterError(f"key {key!r} holds NaN or infinite values")
         with self._open_base() as base:
-            made = {
-                place: self._make(place, {part: tensors[key] for part, key in keys.items()}, base)
-                for place, keys in self._keys.items()
-            }
+            made: dict[Place, ProjectionWeights] = {}
+            for name, keys in self._keys.items():
+                weights = self._make(name, {part: tensors[key] for part, key in keys.items()}, base)
+                made |= self._split(name, weights)
             outer = {} if base is None or self._outer.is_empty else self._outer.extras(tensors, base)
             return made, outer
 
     def _make(
-        self, place: Place, tensors: dict[str, "torch.Tensor"], base: OpenWeights | None
+        self, name: str, tensors: dict[str, "torch.Tensor"], base: OpenWeights | None
     ) -> ProjectionWeights:
-        name, config = module_name(*place), self._config
-        a, b = config.kind.product(self._target(name, place), tensors)
+        config = self._config
+        a, b = config.kind.product(self._target(name), tensors)
         weights = ProjectionWeights(a, b, self._matches.scale_of(name))
         if config.has_bias:
             return ProjectionWeights(a, b, weights.scale, offset=tensors[BIAS].float() * weights.scale)
@@ -108,14 +115,29 @@ class CheckpointPlan:
             return fold_magnitude(weights, magnitude, weight, bias, name)
         return weights
 
-    def _target(self, name: str, place: Place) -> Target:
-        return Target(name, *self._shapes.sizes[place[1]], self._matches.rank_of(name))
+    def _split(self, name: str, weights: ProjectionWeights) -> dict[Place, ProjectionWeights]:
+        """Of each projection of a module: all have its A, and their own outputs of the rest."""
+        layer, modules = self._sites[name]
+        if len(modules) == 1:
+            return {(layer, modules[0]): weights}
+        ends = list(accumulate(self._shapes.sizes[module][1] for module in modules))
+        starts = [0, *ends]
+        return {
+            (layer, module): weights.rows(slice(start, end))
+            for module, start, end in zip(modules, starts, ends, strict=False)
+        }
 
-    def _check(
-        self, name: str, place: Place, keys: Mapping[str, str], stored: Mapping[str, StoredTensor]
-    ) -> bool:
+    def _size(self, name: str) -> tuple[int, int]:
+        """Inputs and outputs."""
+        sizes = [self._shapes.sizes[module] for module in self._sites[name][1]]
+        return sizes[0][0], sum(num_out for _, num_out in sizes)
+
+    def _target(self, name: str) -> Target:
+        return Target(name, *self._size(name), self._matches.rank_of(name))
+
+    def _check(self, name: str, keys: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> bool:
         """Whether there is a product to serve."""
-        kind, target = self._config.kind, self._target(name, place)
+        kind, target = self._config.kind, self._target(name)
         if not keys:
             if self._matches.is_target(name) and not self._is_pruned:
                 raise AdapterError(f"target_modules names {name}, but the file has no weights for it")
@@ -158,7 +180,7 @@ class CheckpointPlan:
             why = "use_dora" if config.use_dora else f"init_lora_weights {config.start!r}"
             raise AdapterError(f"{why} needs the base model's checkpoint, and there is none here")
         if config.start:
-            check_start(config.start, [self._shapes.sizes[module] for _, module in self._keys])
+            check_start(config.start, [self._size(name) for name in self._keys])
 
     @contextmanager
     def _open_base(self) -> Iterator[OpenWeights | None]:
@@ -182,38 +204,40 @@ def _explain_ignored(key: str) -> str:
     return f"key {key[:200]!r} is no parameter of the base model; it is ignored, as PEFT ignores it"
 
 
-def _by_place(keys: list[str], config: PeftConfig, shapes: BaseShapes) -> dict[Place, dict[str, str]]:
-    found: dict[Place, dict[str, str]] = {}
+def _by_module(keys: list[str], config: PeftConfig, shapes: BaseShapes) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    names = {name.split(".")[-1]: name for name in stored_modules(is_fused=shapes.is_fused)}
     for key in keys:
-        place, part = _parse_key(key, config, shapes)
-        parts = found.setdefault(place, {})
+        module, part = _parse_key(key, config, shapes.num_layers, names)
+        parts = found.setdefault(module, {})
         if part in parts:
             raise AdapterError(f"keys {parts[part]!r} and {key!r} are the same weight")
         parts[part] = key
     return found
 
 
-def _parse_key(key: str, config: PeftConfig, shapes: BaseShapes) -> tuple[Place, str]:
+def _parse_key(key: str, config: PeftConfig, num_layers: int, names: Mapping[str, str]) -> tuple[str, str]:
+    """The module, one of a layer's `names`, and the part."""
     match = _KEY.fullmatch(key)
-    if match is None or match["name"] not in MODULES:
-        raise AdapterError(f"key {shorten(key)} {_explain_key(key)}")
-    layer, module = int(match["layer"]), MODULES.index(match["name"])
-    if layer >= shapes.num_layers:
-        raise AdapterError(f"key {key!r} is for layer {layer}; the base model has {shapes.num_layers} layers")
-    if match["module"] != module_name(layer, module):
-        raise AdapterError(f"key {key!r} matches nothing; expected {module_name(layer, module)}")
+    if match is None or match["name"] not in names:
+        raise AdapterError(f"key {shorten(key)} {_explain_key(key, names)}")
+    layer = int(match["layer"])
+    if layer >= num_layers:
+        raise AdapterError(f"key {key!r} is for layer {layer}; the base model has {num_layers} layers")
+    if match["module"] != (expected := f"model.layers.{layer}.{names[match['name']]}"):
+        raise AdapterError(f"key {key!r} matches nothing; expected {expected}")
     part = match["part"] + (match["tail"] or "")
     if part == f"{MAGNITUDE}.weight":
         part = MAGNITUDE
     if part not in config.kind.parts:
         raise AdapterError(f"key {key!r} is no tensor of {config.kind.title}, the adapter's peft_type")
-    return (layer, module), part
+    return expected, part
 
 
-def _explain_key(key: str) -> str:
+def _explain_key(key: str, names: Mapping[str, str]) -> str:
     if "modules_to_save" in key or _ADAPTER_PART.search(key) is None:
         return "is a whole weight; served are those of lm_head, embed_tokens and norms"
-    return f"matches no projection of the base model ({', '.join(MODULES)})"
+    return f"matches no projection of the base model ({', '.join(names)})"
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:

@@ -7,6 +7,7 @@ E0 is recorded when the load begins, on the stream of the thread that places ada
 before, and whatever the pool moved to make room, is out of the way when the first copy is made.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ class CudaLoader(Loader):
         with self._cuda.stream(self._stream):
             if handle.begun is None:
                 self._stream.wait_event(handle.blocks_free)
-                handle.begun = self._record()
+                handle.begun, handle.begun_at = self._record(), time.perf_counter()
             for step in steps:
                 first = job.offsets_bytes[step.layer] + step.start
                 view = job.source.layer_view(step.layer)[step.start : step.stop]
@@ -84,6 +85,7 @@ class CudaLoadHandle(LoadHandle):
         self._cuda = cuda
         self.blocks_free = blocks_free
         self.begun: Any = None
+        self.begun_at = 0.0  # time.perf_counter
         self.events: list[Any] = []  # of each step that has been queued
         self._last_steps = {step.layer: i for i, step in enumerate(self.steps)}
 
@@ -107,6 +109,24 @@ class CudaLoadHandle(LoadHandle):
     @property
     def copy_ms(self) -> float:
         return float(self.begun.elapsed_time(self.events[-1])) if self.done else 0.0
+
+    def copies(self) -> list[tuple[float, float] | None]:
+        """By the device's own clock, from when the first copy was queued: a layer's copy begins when the
+        group before its own has landed."""
+        found: list[tuple[float, float] | None] = [None] * self.num_layers
+        begin = end = self.begun_at
+        last = self.begun
+        first: dict[int, float] = {}
+        for index, (step, event) in enumerate(zip(self.steps, list(self.events), strict=False)):
+            if not event.query():
+                break
+            if event is not last:
+                begin, end = end, self.begun_at + self.begun.elapsed_time(event) / 1e3
+                last = event
+            first.setdefault(step.layer, begin)
+            if index == self._last_steps[step.layer]:
+                found[step.layer] = (first[step.layer], end)
+        return found
 
     def wait(self, layer: int) -> None:
         self._wait_for_step(self._last_steps[layer])

@@ -17,12 +17,17 @@ from toppings.adapters.loader import Loader, LoadHandle
 
 @dataclass(frozen=True)
 class LoadTimes:
-    """Of the load that brought an adapter to the device. `tier`: where it was before, "host" or "disk"."""
+    """Of the load that brought an adapter to the device; instants are of `time.perf_counter`.
+
+    `tier`: where it was before, "host" or "disk"; `copies`: of each layer, as far as it has landed.
+    """
 
     tier: str
     read_ms: float  # disk to host, 0 where it was on the host
     copy_ms: float  # host to device, so far
-    host_ready_at: float  # time.perf_counter
+    read_at: float | None
+    host_ready_at: float
+    copies: list[tuple[float, float] | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +64,9 @@ class Resident:
             tier=self.tier,
             read_ms=self.entry.read_ms if self.tier == "disk" else 0.0,
             copy_ms=self.load.copy_ms,
+            read_at=self.entry.read_at if self.tier == "disk" else None,
             host_ready_at=self.entry.ready_at or self.load.started_at,
+            copies=self.load.copies(),
         )
 
 

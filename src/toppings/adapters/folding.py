@@ -36,6 +36,11 @@ class ProjectionWeights:
     gain: "torch.Tensor | None" = None
     offset: "torch.Tensor | None" = None
 
+    def rows(self, outputs: slice) -> "ProjectionWeights":
+        """Those of some outputs."""
+        gain, offset = (None if each is None else each[outputs] for each in (self.gain, self.offset))
+        return replace(self, b=self.b[outputs], gain=gain, offset=offset)
+
 
 def fold_magnitude(
     weights: ProjectionWeights,

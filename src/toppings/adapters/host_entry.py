@@ -34,6 +34,7 @@ class HostEntry:
         self.wanted_at = time.perf_counter()
         self.error: AdapterError | None = None
         self.read_ms = 0.0
+        self.read_at: float | None = None  # when it got its room and the read began; time.perf_counter
         self.ready_at: float | None = None  # time.perf_counter
         self._arena = arena
         self._layout: AdapterLayout | None = None

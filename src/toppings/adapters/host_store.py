@@ -230,7 +230,8 @@ class HostStore:
                 return
             for offset, size in zip(entry.offsets, entry.sizes(), strict=True):
                 self.arena.use(offset, size)
-            started_at += time.perf_counter() - waited_at  # waiting for room is not reading
+            entry.read_at = time.perf_counter()
+            started_at += entry.read_at - waited_at  # waiting for room is not reading
             for layer in range(packed.layout.num_layers):
                 packed = self._read_layer(entry, packed, layer)
                 if self._is_closed:

@@ -9,8 +9,8 @@ They are named tensors, which most adapters have none of:
 |---|---|---|
 | `q_proj.gain`, ... | [out] | the base model's output y becomes y + gain ∘ y |
 | `q_proj.offset`, ... | [out] | is added to y |
-| `input_layernorm`, `post_attention_layernorm` | [hidden] | stands for the layer's own |
-| `q_norm`, `k_norm` | [head] | likewise |
+| `input_layernorm`, `post_attention_layernorm`, ... | [hidden] | stands for the layer's own |
+| `q_norm`, `k_norm` | [head], or that of all heads | likewise |
 
 The first layer's block has those of the embedding besides, the last one's those of the end:
 
@@ -28,7 +28,7 @@ The first layer's block has those of the embedding besides, the last one's those
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import prod
@@ -57,10 +57,12 @@ def offset_name(module: int) -> str:
 
 @dataclass(frozen=True)
 class BaseShapes:
-    """What an adapter must match: the base model's layers and, per `MODULES` index, its (in, out) sizes."""
+    """What an adapter must match: the base model's layers and, per `MODULES` index, its (in, out) sizes.
+    `is_fused`: its checkpoints have some projections as one (`core.FUSED_MODULES`), which blocks have not."""
 
     num_layers: int
     sizes: tuple[tuple[int, int], ...]
+    is_fused: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1

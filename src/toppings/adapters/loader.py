@@ -64,11 +64,13 @@ class LoadHandle:
 
     def __init__(self, source: LoadSource, order: LoadOrder) -> None:
         self.adapter_id = source.adapter_id
+        self.layout = source.layout
         self.num_layers = source.layout.num_layers
         self.num_bytes = source.layout.num_bytes
         self.error: AdapterError | None = None
         self.started_at = time.perf_counter()
         self.landed_at: list[float | None] = [None] * self.num_layers
+        self._begun_at: list[float | None] = [None] * self.num_layers
         self.steps = plan_steps(source.layout, order)
         self._num_steps_done = 0
         self._copy_time = 0.0
@@ -96,6 +98,11 @@ class LoadHandle:
         """Time the copies themselves took so far, without waiting for the disk or for other loads."""
         return self._copy_time * 1e3
 
+    def copies(self) -> list[tuple[float, float] | None]:
+        """When each layer's copy began and when it landed, of `time.perf_counter`; None: it has not yet."""
+        times = zip(self._begun_at, self.landed_at, strict=True)
+        return [None if begun is None or landed is None else (begun, landed) for begun, landed in times]
+
     def wait(self, layer: int) -> None:
         """Returns when work that starts now finds the layer there. Raises AdapterError if it never comes."""
         self._await(lambda: self.layer_ready(layer))
@@ -122,13 +129,15 @@ class LoadHandle:
 
     def _finish(self, steps: Sequence[LoadStep], copy_time: float) -> None:
         """The next `steps` have been copied, or set on their way."""
+        now = time.perf_counter()
         with self._changed:
             self._copy_time += copy_time
             for step in steps:
+                self._begun_at[step.layer] = self._begun_at[step.layer] or now - copy_time
                 for half in step.halves:
                     self._missing[half].discard(step.layer)
                 if all(step.layer not in missing for missing in self._missing.values()):
-                    self.landed_at[step.layer] = time.perf_counter()
+                    self.landed_at[step.layer] = now
             self._num_steps_done += len(steps)
             self._changed.notify_all()
 

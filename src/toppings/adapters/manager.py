@@ -28,7 +28,7 @@ from toppings.adapters.pins import Pins
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.statuses import Statuses
 from toppings.config import EngineConfig
-from toppings.core import Admission
+from toppings.core import GROUPS, Admission
 from toppings.messages import AdapterStatus
 
 if TYPE_CHECKING:
@@ -187,6 +187,15 @@ class AdapterManager:
             return resident.tier if self.load_of(adapter_id) is not None else "device"
         entry = self.host.find(adapter_id)
         return "host" if entry is not None and entry.ready_at is not None else "disk"
+
+    def size_of(self, adapter_id: int) -> int:
+        """Bytes, on host and device alike."""
+        return self._records.get(adapter_id).num_bytes
+
+    def targeted_groups(self, adapter_id: int) -> list[int]:
+        """Of each layer, how many projection groups an adapter that is on the device changes."""
+        layers = self._tier.residents[adapter_id].load.layout.layers
+        return [sum(any(layer.ranks[m] for m in modules) for modules in GROUPS.values()) for layer in layers]
 
     def load_times(self, adapter_id: int) -> LoadTimes:
         """Of an adapter that is on the device."""

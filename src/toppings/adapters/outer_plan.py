@@ -25,7 +25,8 @@ OUTSIDE_LAYERS = {"lm_head": HEAD, "model.embed_tokens": EMBED}
 """The base model's modules, and what extras call them."""
 _WHOLE = re.compile(
     r"base_model\.model\.(?P<module>lm_head|model\.(?:embed_tokens|norm|layers\.(?P<layer>\d{1,6})\."
-    r"(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm)))(?P<base>\.base_layer)?\.weight",
+    r"(?:input_layernorm|post_attention_layernorm|(?:pre|post)_feedforward_layernorm|self_attn\.[qk]_norm)))"
+    r"(?P<base>\.base_layer)?\.weight",
     re.ASCII,
 )
 _LOW_RANK = re.compile(

@@ -23,7 +23,7 @@ from torch import Tensor
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.layout import AdapterLayout, gain_name, offset_name
 from toppings.assist.cost import CostProfile
-from toppings.assist.exchange import AssistStats, Exchange, Piece
+from toppings.assist.exchange import AssistStats, CpuWork, Exchange, Piece
 from toppings.assist.plan import TOKEN_STEP, Choice
 from toppings.assist.pool import Worker, WorkerPool
 from toppings.assist.pricing import LayerCosts, price_layers
@@ -61,6 +61,7 @@ class ColdAdapter:
     """An adapter of the step whose load was not done when the step began; it is in device pool slot
     `slot`."""
 
+    adapter_id: int
     slot: int
     load: Load
     weights: HostWeights
@@ -103,6 +104,7 @@ class AssistLora:
         self._session = ExitStack()
         self._workers: list[Worker] | None = None  # None until the first slice: no session yet
         self._pieces: list[tuple[Piece, Load]] = []
+        self._work: list[CpuWork] = []  # of the group that is under way
         self._prices: dict[tuple[int, int], Sequence[LayerCosts]] = {}  # by slot and rows
 
     @property
@@ -120,13 +122,14 @@ class AssistLora:
     # --- LoraContext ---
 
     def start(self, layer: int, group: str, x: Tensor) -> None:
-        self._pieces = []
+        self._pieces, self._work = [], []
         self._exchange.begin_group(self._workers or [])
         for adapter, rows in self._cold:
             num_rows = sum(stop - start for start, stop in rows)
             form = self._form(adapter, layer, group, num_rows)
             if form is None:
                 continue
+            self._note_work(adapter, layer)
             weights = self._locate(adapter, layer, group)
             num_workers = self._num_workers(adapter, layer, num_rows)
             for start, stop in rows:
@@ -156,6 +159,8 @@ class AssistLora:
             if piece.form is Form.SHRINK:
                 load.wait_b(layer)
             self._add(piece, result, y, layer, group)
+        for work in self._work:
+            work.ended_at = time.perf_counter()
 
     # --- deciding ---
 
@@ -182,6 +187,13 @@ class AssistLora:
             self._workers = self._session.enter_context(self._exchange.session(self.stats))
         return self._workers
 
+    def _note_work(self, adapter: ColdAdapter, layer: int) -> None:
+        key, works = (adapter.adapter_id, layer), self.stats.cpu_work
+        if key not in works:
+            works[key] = CpuWork(time.perf_counter())
+        works[key].num_products += 1
+        self._work.append(works[key])
+
     # --- sending ---
 
     def _locate(self, adapter: ColdAdapter, layer: int, group: str) -> GroupWeights:
@@ -200,6 +212,7 @@ class AssistLora:
             worker = min(workers, key=lambda worker: worker.num_rows_sent)
             piece = replace(whole, start=low, stop=high)
             self._exchange.post(worker, piece, x)
+            self._work[-1].num_slices += 1
             self._pieces.append((piece, load))
 
     # --- taking in ---

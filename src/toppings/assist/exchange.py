@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,16 +14,29 @@ from toppings.assist.product import Form, GroupWeights, compute
 
 
 @dataclass(slots=True)
+class CpuWork:
+    """What of one adapter's layer the CPU computed in a step: products, in slices, between two instants of
+    `time.perf_counter`."""
+
+    started_at: float
+    ended_at: float = 0.0
+    num_products: int = 0
+    num_slices: int = 0
+
+
+@dataclass(slots=True)
 class AssistStats:
     """What a step did. `wait_s`: for loads; `worker_wait_s`: for workers' results, as far as this process
     waited. Products are (segment, layer, group); `num_recomputed`: slices that a worker should have computed
-    and this process did. `error`: why results are wrong, where they are."""
+    and this process did. `cpu_work`: by adapter id and layer. `error`: why results are wrong, where they
+    are."""
 
     wait_s: float = 0.0
     worker_wait_s: float = 0.0
     num_cpu_products: int = 0
     num_cold_products: int = 0
     num_recomputed: int = 0
+    cpu_work: dict[tuple[int, int], CpuWork] = field(default_factory=dict)
     error: Exception | None = None
 
 

@@ -109,11 +109,16 @@ class Assist:
     def _cold(self, adapter_id: int, load: LoadHandle, num_tokens: int) -> ColdAdapter:
         entry = self._adapters.host_entry_of(adapter_id)
         choices = self._mode.plan(entry.layout, num_tokens).choices
-        return ColdAdapter(self._adapters.slot_of(adapter_id), load, entry, choices)
+        return ColdAdapter(adapter_id, self._adapters.slot_of(adapter_id), load, entry, choices)
 
     def poll(self) -> None:
         """Replaces workers that died while nothing ran."""
         self._workers.restart_dead()
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that are alive."""
+        return len(self._workers.pids)
 
     def counters(self) -> dict[str, float]:
         return {

@@ -33,7 +33,7 @@ def model_config(config: EngineConfig) -> ModelConfig:
     """Of the checkpoint, or of a name for which no checkpoint is needed."""
     if config.load_format == "dummy" and config.model in NAMED_MODELS:
         return named_config(config.model)
-    return ModelConfig.from_checkpoint(model_path(config))
+    return ModelConfig.from_checkpoint(model_path(config)).for_length(config.max_model_len)
 
 
 def served_model_name(config: EngineConfig) -> str:
@@ -107,7 +107,7 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
         registry = AdapterRegistry(
             state_dir(config),
             served_model_name(config),
-            BaseShapes(*model.base_shapes()),
+            BaseShapes(*model.base_shapes(), model.is_fused),
             dtype_name(config, model),
             identity=base_identity(config),
             base_names=base_names(config),

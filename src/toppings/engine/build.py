@@ -72,9 +72,8 @@ def load_decoder(config: EngineConfig, model: ModelConfig, part: Part | None = N
     if config.load_format == "dummy":
         weights = dummy_weights(model, dtype, config.device, seed=config.seed)
         return Decoder(model, weights, quantization=config.quantization)
-    return Decoder.load(
-        model_path(config), dtype=dtype, device=config.device, quantization=config.quantization
-    )
+    path, quantization = model_path(config), config.quantization
+    return Decoder.load(path, config=model, dtype=dtype, device=config.device, quantization=quantization)
 
 
 def make_cache(config: EngineConfig, model: ModelConfig, num_pages: int, dtype: torch.dtype) -> KVCache:

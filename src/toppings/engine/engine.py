@@ -226,7 +226,14 @@ class Engine:
             **({} if self._assist is None else self._assist.counters()),
             "step_log_dropped": self._step_log.num_dropped,
         }
-        return snapshot(call_id, self.scheduler, self.adapters, counters, only_changes=only_changes)
+        return snapshot(
+            call_id,
+            self.scheduler,
+            self.adapters,
+            counters,
+            only_changes=only_changes,
+            num_workers=0 if self._assist is None else self._assist.num_workers,
+        )
 
     def check_integrity(self) -> None:
         """Nothing is lost or owned twice: pages, pins, requests."""
@@ -272,8 +279,7 @@ class Engine:
         for item in filter(self._is_alive, step.batch.items):
             progress = self._progress[item.request.request_id]
             if not item.request.output_token_ids:
-                progress.prefill_s += step_s
-                progress.load_wait_s += result.load_wait_s
+                progress.note_prefill(item, now, step_s, result)
             if (reading := result.readings.get(item.request.request_id)) is not None:
                 progress.notes.add(reading)
         outputs: list[RequestOutput] = []

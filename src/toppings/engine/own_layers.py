@@ -8,7 +8,7 @@ or less.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import torch
@@ -19,11 +19,10 @@ from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.layout import EMBED, HEAD, NORM, TIED
 from toppings.adapters.loader import LoadHandle
 from toppings.model.config import ModelConfig
-from toppings.model.decoder import Decoder
+from toppings.model.decoder import Decoder, RmsNorm
 from toppings.ops.columns import adjust_rows_
 from toppings.ops.linear import Linear
 from toppings.ops.lora import LoraSegments, lora_expand_add_, lora_shrink
-from toppings.ops.norm import rms_norm
 from toppings.ops.products import Forms
 from toppings.ops.rope import HeadNorm
 
@@ -63,16 +62,16 @@ class OwnLayers:
                 adjust_rows_(x[rows], self._find(slot, 0, f"{EMBED}.gain"), None)
                 lora_expand_add_(x[rows], functional.embedding(ids, a), b)
 
-    def norm(self, layer: int, name: str, residual: Tensor, x: Tensor, eps: float) -> None:
-        """x: [T, hidden], the base model's norm of `residual`."""
+    def norm(self, layer: int, name: str, source: Tensor, x: Tensor, norm: RmsNorm) -> None:
+        """x: [T, hidden], the base model's norm of `source`."""
         self._await(layer)
-        self._norm(self._runs, layer, name, residual, x, eps)
+        self._norm(self._runs, layer, name, source, x, norm)
 
-    def last_norm(self, residual: Tensor, x: Tensor, eps: float) -> None:
+    def last_norm(self, source: Tensor, x: Tensor, norm: RmsNorm) -> None:
         """`norm`, of the rows that are wanted."""
         last = self._pool.num_layers - 1
         self._await(last)
-        self._norm(self._wanted, last, NORM, residual, x, eps)
+        self._norm(self._wanted, last, NORM, source, x, norm)
 
     def head_norms(self, layer: int, num_rows: int, base: HeadNorm) -> list[tuple[slice, HeadNorm]]:
         """Whose queries' and keys' norms are whose: all rows, cut where they change."""
@@ -80,7 +79,7 @@ class OwnLayers:
         for rows, slot in self._runs:
             q, k = (self._find(slot, layer, name) for name in ("q_norm", "k_norm"))
             if q is not None or k is not None:
-                norm = HeadNorm(base.q if q is None else q, base.k if k is None else k, base.eps)
+                norm = replace(base, q=base.q if q is None else q, k=base.k if k is None else k)
                 own.append((rows, norm))
         cut, done = [], 0
         for rows, norm in own:
@@ -91,7 +90,8 @@ class OwnLayers:
         ]
 
     def change_logits(self, hidden: Tensor, logits: Tensor, first: int) -> None:
-        """hidden [R, hidden] are the wanted rows from `first` on, logits fp32 [R, vocab] the base model's."""
+        """hidden [R, hidden] are the wanted rows from `first` on, logits fp32 [R, vocab] the base model's
+        product."""
         last, num_rows = self._pool.num_layers - 1, hidden.shape[0]
         self._await(last)
         for wanted, slot in self._wanted:
@@ -114,11 +114,11 @@ class OwnLayers:
             logits += _product(lora_shrink(hidden, a).to(b.dtype), b.t())
 
     def _norm(
-        self, runs: Sequence[Run], layer: int, name: str, residual: Tensor, x: Tensor, eps: float
+        self, runs: Sequence[Run], layer: int, name: str, source: Tensor, x: Tensor, norm: RmsNorm
     ) -> None:
         for rows, slot in runs:
             if (weight := self._find(slot, layer, name)) is not None:
-                x[rows] = rms_norm(residual[rows], weight, eps)
+                x[rows] = replace(norm, weight=weight)(source[rows])
 
     def _find(self, slot: int, layer: int, name: str) -> Tensor | None:
         return self._pool.find_extra(slot, layer, name)
@@ -155,9 +155,9 @@ class OwnHead:
 
     def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
         """fp32 [R, vocab]; `start`: which of the head's rows comes first."""
-        logits = self.decoder.logits(hidden)
+        logits = self.decoder.head(hidden)
         self.own.change_logits(hidden, logits, self.first + start)
-        return logits
+        return self.decoder.finish_logits_(logits)
 
 
 def _runs_of(runs: Sequence[Run], rows: Sequence[int]) -> list[Run]:

@@ -16,6 +16,7 @@ def snapshot(
     counters: Mapping[str, float],
     *,
     only_changes: bool,
+    num_workers: int = 0,
 ) -> EngineStats:
     """`only_changes`: of adapters that have changed since the last such snapshot. What it costs grows with
     the number of requests and of such adapters, not with the number that is resident."""
@@ -53,4 +54,5 @@ def snapshot(
             "prefix_cache_evictions": pages.num_evictions,
             **({} if scheduler.drafts is None else scheduler.drafts.counters()),
         },
+        num_workers=num_workers,
     )

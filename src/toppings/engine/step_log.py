@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from toppings.config import OFF
 from toppings.core import Batch
+from toppings.engine.cold_notes import ms
 from toppings.engine.model_runner import StepResult
-from toppings.engine.progress import ms
 from toppings.log_files import RotatingFile
 from toppings.vital import VitalThread
 

@@ -2,53 +2,35 @@
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from toppings.core import GROUPS
+from toppings.model.families import ACTIVATIONS, FAMILIES, PRE, Family, Norms
 from toppings.model.files import read_generation_config, read_json, stored_float_dtype
 from toppings.model.remembered import remembered
+from toppings.model.ropes import Ropes, find_ropes, head_dim, layer_types
 
 logger = logging.getLogger(__name__)
 
-FORM = "1"
+FORM = "2"
 """Another one makes anew what is remembered of configurations."""
 
 
-@dataclass(frozen=True)
-class _Family:
-    """What transformers' class for an architecture does, and which fields of config.json it heeds."""
-
-    model_type: str
-    qkv_bias: bool = False
-    has_head_norm: bool = False
-    has_window: bool = False
-    heeds_attention_bias: bool = False
-    heeds_mlp_bias: bool = False
-    heeds_layer_types: bool = False
-
-
-FAMILIES = {
-    "LlamaForCausalLM": _Family("llama", heeds_attention_bias=True, heeds_mlp_bias=True),
-    "MistralForCausalLM": _Family("mistral", has_window=True),
-    "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True, has_window=True, heeds_layer_types=True),
-    "Qwen3ForCausalLM": _Family(
-        "qwen3", has_head_norm=True, has_window=True, heeds_attention_bias=True, heeds_layer_types=True
-    ),
-}
-LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A base model's shape. `sliding_windows` has one entry per layer, None for full attention.
 
-    `inverse_frequencies` (head_dim / 2) and `rope_scaling` are what `ops.rope.Rope` takes;
-    `max_position_embeddings` counts the positions they are good for. `dtype` is the name of torch's.
+    `max_position_embeddings` counts the positions that `ropes` are good for. `dtype` is the name of torch's;
+    `families.Family` explains `qk_norm`, `norms`, `norm_base` and `is_fused`. What layers add is multiplied
+    by `residual_multiplier`; embeddings by `embedding_multiplier`, which may be rounded to their type first.
+    Attention's scores are q · k times `attention_scale`, logits are divided by `logits_divisor`; a softcap c
+    makes c · tanh(s / c) of either, 0 leaves them as they are.
     """
 
     architecture: str
@@ -63,15 +45,24 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    has_head_norm: bool
+    qk_norm: str
     tie_word_embeddings: bool
     sliding_windows: tuple[int | None, ...]
-    inverse_frequencies: tuple[float, ...]
-    rope_scaling: float
-    max_position_embeddings: int
+    ropes: Ropes
+    attention_scale: float
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
+    activation: str = "silu"
+    norms: Norms = PRE
+    norm_base: float = 0.0
+    is_fused: bool = False
+    embedding_multiplier: float = 1.0
+    rounds_multiplier: bool = False
+    residual_multiplier: float = 1.0
+    attention_softcap: float = 0.0
+    logits_divisor: float = 1.0
+    logits_softcap: float = 0.0
 
     @classmethod
     def from_checkpoint(cls, path: Path | str) -> "ModelConfig":
@@ -83,14 +74,26 @@ class ModelConfig:
         raw = read_json(path / "config.json")
         architecture = _check_served(path, raw)
         read = remembered("config", path, ["config.json"], lambda: _read(path, architecture), FORM)
-        source, rope = SimpleNamespace(**read["source"]), _Rope(tuple(read["frequencies"]), read["scaling"])
+        source = SimpleNamespace(**read["source"])
         source.dtype = source.dtype or _stored_dtype(path)
-        return _convert(source, rope, architecture, read_generation_config(path))
+        return _convert(source, Ropes.from_json(read["ropes"]), architecture, read_generation_config(path))
 
     @classmethod
     def from_transformers(cls, source: Any, architecture: str) -> "ModelConfig":
         """From a configuration object of transformers. Raises ValueError where it cannot be served."""
-        return _convert(source, _rope(source), architecture, {})
+        return _convert(source, _ropes(source, architecture), architecture, {})
+
+    def for_length(self, max_model_len: int) -> "ModelConfig":
+        """The one that serves sequences of that length, in tokens: LongRoPE has two sets of frequencies, and
+        keys in the cache are of one of them."""
+        long = self.ropes.long
+        if long is None or max_model_len <= self.ropes.max_positions:
+            return self
+        return replace(self, ropes=self.ropes._replace(tables=long[0], max_positions=long[1], long=None))
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.ropes.max_positions
 
     @property
     def q_size(self) -> int:
@@ -127,11 +130,6 @@ class ModelConfig:
         }
 
 
-class _Rope(NamedTuple):
-    frequencies: tuple[float, ...]
-    scaling: float
-
-
 def _read(path: Path, architecture: str) -> dict[str, Any]:
     """What transformers makes of config.json: all of its fields, and the rotary frequencies."""
     from transformers import AutoConfig  # takes seconds
@@ -145,7 +143,12 @@ def _read(path: Path, architecture: str) -> dict[str, Any]:
             f"{path / 'config.json'} names architecture {architecture} and model_type "
             f"{source.model_type!r}; {architecture} goes with {expected!r}"
         )
-    return {"source": source.to_dict(), **_rope(source)._asdict()}
+    return {"source": source.to_dict(), "ropes": _ropes(source, architecture)}
+
+
+def _ropes(source: Any, architecture: str) -> Ropes:
+    _check_sizes(source)
+    return find_ropes(source, FAMILIES[architecture])
 
 
 def _stored_dtype(path: Path) -> str | None:
@@ -177,10 +180,11 @@ def _check_served(path: Path, raw: dict[str, Any]) -> str:
     return architecture
 
 
-def _convert(source: Any, rope: _Rope, architecture: str, generation: dict[str, Any]) -> ModelConfig:
+def _convert(source: Any, ropes: Ropes, architecture: str, generation: dict[str, Any]) -> ModelConfig:
     family = FAMILIES[architecture]
-    if source.hidden_act != "silu":
-        raise ValueError(f"hidden_act is {source.hidden_act!r}; only 'silu' is supported")
+    activation = getattr(source, name := family.activation_field)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name} is {activation!r}; supported: {', '.join(map(repr, ACTIVATIONS))}")
     has_bias = family.heeds_attention_bias and bool(source.attention_bias)
     return ModelConfig(
         architecture=architecture,
@@ -190,26 +194,24 @@ def _convert(source: Any, rope: _Rope, architecture: str, generation: dict[str, 
         num_layers=source.num_hidden_layers,
         num_heads=source.num_attention_heads,
         num_kv_heads=source.num_key_value_heads,
-        head_dim=_head_dim(source),
+        head_dim=head_dim(source),
         rms_norm_eps=source.rms_norm_eps,
         qkv_bias=family.qkv_bias or has_bias,
         o_bias=has_bias,
         mlp_bias=family.heeds_mlp_bias and bool(source.mlp_bias),
-        has_head_norm=family.has_head_norm,
+        qk_norm=family.qk_norm,
         tie_word_embeddings=bool(source.tie_word_embeddings),
         sliding_windows=_windows(source, family),
-        inverse_frequencies=rope.frequencies,
-        rope_scaling=rope.scaling,
-        max_position_embeddings=_max_positions(source),
+        ropes=ropes,
         bos_token_id=next(iter(_ids(source, generation, "bos_token_id")), None),
         eos_token_ids=_ids(source, generation, "eos_token_id"),
         dtype=_dtype(source),
+        activation=activation,
+        norms=family.norms,
+        norm_base=family.norm_base,
+        is_fused=family.is_fused,
+        **{"attention_scale": head_dim(source) ** -0.5, **family.numbers(source)},
     )
-
-
-def _head_dim(source: Any) -> int:
-    size: int = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
-    return size
 
 
 def _check_sizes(source: Any) -> None:
@@ -227,9 +229,9 @@ def _check_sizes(source: Any) -> None:
             f"num_attention_heads is {sizes['num_attention_heads']}; it must be a multiple of "
             f"num_key_value_heads, {sizes['num_key_value_heads']}"
         )
-    _check_size("head_dim", head_dim := _head_dim(source))
-    if head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; it must be even, as rotary positions turn pairs")
+    _check_size("head_dim", size := head_dim(source))
+    if size % 2:
+        raise ValueError(f"head_dim is {size}; it must be even, as rotary positions turn pairs")
 
 
 def _check_size(name: str, size: Any) -> None:
@@ -260,54 +262,8 @@ def _dtype(source: Any) -> str:
     return name
 
 
-def _windows(source: Any, family: _Family) -> tuple[int | None, ...]:
+def _windows(source: Any, family: Family) -> tuple[int | None, ...]:
     window = source.sliding_window if family.has_window else None
     if not family.heeds_layer_types:
         return (window,) * int(source.num_hidden_layers)
-    kinds = source.layer_types
-    if len(kinds) != source.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
-        raise ValueError(
-            f"layer_types is {kinds!r:.200}; it must name {' or '.join(LAYER_TYPES)} for each of "
-            f"{source.num_hidden_layers} layers"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _rope(source: Any) -> _Rope:
-    """Inverse frequencies and attention factor, by transformers' own functions, of sizes that are checked."""
-    _check_sizes(source)
-    parameters = source.rope_parameters
-    kind = parameters["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type is {kind!r}; supported: {', '.join(ROPE_TYPES)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor is {parameters['partial_rotary_factor']}; only 1.0 is supported"
-        )
-    import torch
-
-    if kind == "default":
-        head_dim = _head_dim(source)
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return _Rope(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0)
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](source, torch.device("cpu"))
-    return _Rope(tuple(frequencies.tolist()), float(scaling))
-
-
-def _max_positions(source: Any) -> int:
-    """How many positions the rotary frequencies reach.
-
-    "linear" and "yarn" stretch the positions that config.json states (YaRN: the original ones) by their
-    factor. "llama3" states the stretched number. "dynamic" changes its frequencies with a sequence's length
-    beyond the stated number, which keys already in a cache cannot follow: it is served up to there, where it
-    is plain RoPE.
-    """
-    parameters, stated = source.rope_parameters, int(source.max_position_embeddings)
-    if parameters["rope_type"] == "linear":
-        return int(stated * parameters["factor"])
-    if parameters["rope_type"] == "yarn":
-        original = parameters.get("original_max_position_embeddings") or stated
-        return max(stated, int(original * parameters["factor"]))
-    return stated
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types(source))

@@ -1,5 +1,5 @@
-"""The decoder of all supported families: pre-norm attention and gated feed-forward layers with rotary
-positions."""
+"""The decoder of all supported families: attention with rotary positions and gated feed-forward layers, in
+turn added to the residual; what differs between families is data (`families.py`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from toppings.model.config import ModelConfig
 from toppings.model.weights import read_weights
-from toppings.ops.activation import silu_mul
+from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
 from toppings.ops.linear import Linear, QuantizedLinear
 from toppings.ops.norm import add_rms_norm_, rms_norm
@@ -35,14 +35,31 @@ class OwnLayers(Protocol):
     def embed(self, token_ids: Tensor, x: Tensor) -> None:
         """x: [T, hidden], the tokens' embeddings."""
 
-    def norm(self, layer: int, name: str, residual: Tensor, x: Tensor, eps: float) -> None:
-        """x: [T, hidden], the norm of `residual`; called before the layer that reads it."""
+    def norm(self, layer: int, name: str, source: Tensor, x: Tensor, norm: "RmsNorm") -> None:
+        """x: [T, hidden], the norm of `source`; called before what reads it."""
 
-    def last_norm(self, residual: Tensor, x: Tensor, eps: float) -> None:
+    def last_norm(self, source: Tensor, x: Tensor, norm: "RmsNorm") -> None:
         """`norm`, of the rows that are returned."""
 
     def head_norms(self, layer: int, num_rows: int, base: HeadNorm) -> list[tuple[slice, HeadNorm]]:
         """Norms of queries and keys of all rows, cut where they change."""
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """x / sqrt(mean(x²) + eps) · (base + weight); `name` is the checkpoint's."""
+
+    name: str
+    weight: Tensor
+    eps: float
+    base: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.base)
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x in place, then its norm."""
+        return add_rms_norm_(x, residual, self.weight, self.eps, self.base)
 
 
 _HEAD_BITS = 8
@@ -55,22 +72,25 @@ def _linear(weight: Tensor, bias: Tensor | None, bits: int | None) -> Linear | Q
 
 @dataclass(frozen=True)
 class _Layer:
-    input_norm: Tensor
+    norms: tuple[RmsNorm | None, ...]  # as `families.Norms` orders them
     projections: dict[str, Linear | QuantizedLinear]  # by projection group
     head_norm: HeadNorm | None
-    post_attention_norm: Tensor
     sliding_window: int | None
+    rope: int  # which of the model's
 
     @classmethod
     def take(cls, weights: dict[str, Tensor], layer: int, config: ModelConfig, bits: int | None) -> "_Layer":
         """Moves the layer's tensors out of `weights`, so that packing never holds two copies of more than
         one."""
         take, prefix = weights.pop, f"layers.{layer}."
-        head_norm = None
-        if config.has_head_norm:
-            head_norm = HeadNorm(take(prefix + "q_norm"), take(prefix + "k_norm"), config.rms_norm_eps)
+        head_norm, form = None, (config.rms_norm_eps, config.norm_base)
+        if config.qk_norm:
+            is_whole = config.qk_norm == "whole"
+            head_norm = HeadNorm(take(prefix + "q_norm"), take(prefix + "k_norm"), *form, is_whole)
         return cls(
-            take(prefix + "input_layernorm"),
+            tuple(
+                None if name is None else RmsNorm(name, take(prefix + name), *form) for name in config.norms
+            ),
             {
                 group: _linear(
                     take(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None), bits
@@ -78,8 +98,8 @@ class _Layer:
                 for group in ("qkv", "o", "gate_up", "down")
             },
             head_norm,
-            take(prefix + "post_attention_layernorm"),
             config.sliding_windows[layer],
+            config.ropes.of_layer[layer],
         )
 
 
@@ -87,8 +107,7 @@ class _Layer:
 class _Step:
     """What every layer of one forward pass shares."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: list[tuple[Tensor, Tensor]]  # cosines and sines of each of the model's ropes
     cache: KVCache
     meta: AttentionMetadata
     lora: LoraContext | None
@@ -110,13 +129,19 @@ class Decoder:
         bits = BITS[quantization]
         self._embed = weights.pop("embed")
         self._layers = [_Layer.take(weights, layer, config, bits) for layer in range(config.num_layers)]
-        self._norm = weights.pop("norm")
+        self._norm = RmsNorm("norm", weights.pop("norm"), config.rms_norm_eps, config.norm_base)
+        self._gate = ACTIVATIONS[config.activation]
         head = weights.pop("lm_head", None)  # a tied one may be stored, too, and then counts where it differs
         assert head is not None or config.tie_word_embeddings
         head_bits = None if bits is None else _HEAD_BITS
         self._lm_head = _linear(self._embed if head is None else head, None, head_bits)
-        frequencies = torch.tensor(config.inverse_frequencies, device=self._embed.device)
-        self._rope = Rope(frequencies, config.rope_scaling)
+        self._ropes = [
+            Rope(torch.tensor(table.frequencies, device=self._embed.device), table.scaling)
+            for table in config.ropes.tables
+        ]
+        self._embedding_multiplier = config.embedding_multiplier
+        if config.rounds_multiplier:
+            self._embedding_multiplier = torch.tensor(config.embedding_multiplier, dtype=self.dtype).item()
         assert not weights, list(weights)
 
     @classmethod
@@ -124,16 +149,17 @@ class Decoder:
         cls,
         path: Path | str,
         *,
+        config: ModelConfig | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         quantization: str = "none",
     ) -> "Decoder":
-        """Reads a checkpoint directory; `dtype` "auto" is the checkpoint's own, or its name, such as
-        "bfloat16".
+        """Reads a checkpoint directory, whose configuration may be known; `dtype` "auto" is the checkpoint's
+        own, or its name, such as "bfloat16".
 
         Raises ValueError as `ModelConfig.from_checkpoint`, `read_weights` and `quantize`.
         """
-        config = ModelConfig.from_checkpoint(path)
+        config = config or ModelConfig.from_checkpoint(path)
         name = config.dtype if dtype == "auto" else dtype
         weights = read_weights(path, config, getattr(torch, name) if isinstance(name, str) else name)
         weights = {name: weight.to(device) for name, weight in weights.items()}
@@ -176,32 +202,68 @@ class Decoder:
 
         input_ids, positions: int64 [T], rows as `meta` groups them; rows: int64 [R], those to return.
         """
-        step, eps = _Step(*self._rope.cos_sin(positions), cache, meta, lora, own), self.config.rms_norm_eps
-        residual = functional.embedding(input_ids, self._embed)
-        if own is not None:
-            own.embed(input_ids, residual)
-        x = rms_norm(residual, self._layers[0].input_norm, eps)
+        turns = [rope.cos_sin(positions) for rope in self._ropes]
+        step, residual = _Step(turns, cache, meta, lora, own), self._embed_tokens(input_ids, own)
+        x: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            if own is not None:
-                own.norm(index, "input_layernorm", residual, x, eps)
-            x = self._attend(step, index, layer, x)
-            x = add_rms_norm_(x, residual, layer.post_attention_norm, eps)
-            if own is not None:
-                own.norm(index, "post_attention_layernorm", residual, x, eps)
-            x = self._project(step, index, "down", silu_mul(self._project(step, index, "gate_up", x)))
-            if index + 1 < len(self._layers):
-                following = self._layers[index + 1].input_norm
-                x = add_rms_norm_(x, residual, following, eps)
+            attention_in, attention_out, mlp_in, mlp_out = layer.norms
+            x = self._enter(step, index, attention_in, residual, x)
+            x = self._leave(step, index, attention_out, self._attend(step, index, layer, x))
+            x = self._enter(step, index, mlp_in, residual, x)
+            x = self._project(step, index, "down", self._gate(self._project(step, index, "gate_up", x)))
+            x = self._leave(step, index, mlp_out, x)
+        assert x is not None
         x, residual = x[rows], residual[rows]
-        x = add_rms_norm_(x, residual, self._norm, eps)
+        x = self._norm.add_(self._scaled(x), residual)
         if own is not None:
-            own.last_norm(residual, x, eps)
+            own.last_norm(residual, x, self._norm)
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
         """fp32 [R, vocab] of rows that `hidden` returned, whichever they are."""
+        return self.finish_logits_(self.head(hidden))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The output layer's product, fp32 [R, vocab]."""
         return self._lm_head(hidden, is_wide=True)  # rounded to bfloat16, likely tokens would often be equals
+
+    def finish_logits_(self, logits: Tensor) -> Tensor:
+        """What the family makes of the output layer's product, in place."""
+        if self.config.logits_divisor != 1.0:
+            logits.div_(self.config.logits_divisor)
+        if cap := self.config.logits_softcap:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+    def _embed_tokens(self, input_ids: Tensor, own: OwnLayers | None) -> Tensor:
+        x = functional.embedding(input_ids, self._embed)
+        if own is not None:
+            own.embed(input_ids, x)
+        return x if self._embedding_multiplier == 1.0 else x.mul_(self._embedding_multiplier)
+
+    def _enter(
+        self, step: _Step, index: int, norm: RmsNorm | None, residual: Tensor, x: Tensor | None
+    ) -> Tensor:
+        """What a block reads: the residual, to which what the block before computed is added, or its norm."""
+        if norm is None:
+            return residual if x is None else residual.add_(self._scaled(x))
+        x = norm(residual) if x is None else norm.add_(self._scaled(x), residual)
+        if step.own is not None:
+            step.own.norm(index, norm.name, residual, x, norm)
+        return x
+
+    def _leave(self, step: _Step, index: int, norm: RmsNorm | None, x: Tensor) -> Tensor:
+        """What is added to the residual of what a block computed."""
+        if norm is None:
+            return x
+        y = norm(x)
+        if step.own is not None:
+            step.own.norm(index, norm.name, x, y, norm)
+        return y
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.config.residual_multiplier == 1.0 else x.mul_(self.config.residual_multiplier)
 
     def _attend(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         config, cache = self.config, step.cache
@@ -217,18 +279,20 @@ class Decoder:
             k_cache,
             v_cache,
             step.meta,
-            scale=config.head_dim**-0.5,
+            scale=config.attention_scale,
             sliding_window=layer.sliding_window,
+            softcap=config.attention_softcap,
         )
         return self._project(step, index, "o", x)
 
     def _rotate_and_store(self, step: _Step, index: int, layer: _Layer, qkv: Tensor) -> None:
         k_cache, v_cache, slots = step.cache.k[index], step.cache.v[index], step.meta.slot_mapping
+        cos, sin = step.turns[layer.rope]
         if step.own is None or layer.head_norm is None:
-            rotate_and_store_(qkv, step.cos, step.sin, k_cache, v_cache, slots, layer.head_norm)
+            rotate_and_store_(qkv, cos, sin, k_cache, v_cache, slots, layer.head_norm)
             return
         for rows, norm in step.own.head_norms(index, qkv.shape[0], layer.head_norm):
-            rotate_and_store_(qkv[rows], step.cos[rows], step.sin[rows], k_cache, v_cache, slots[rows], norm)
+            rotate_and_store_(qkv[rows], cos[rows], sin[rows], k_cache, v_cache, slots[rows], norm)
 
     def _project(self, step: _Step, index: int, group: str, x: Tensor) -> Tensor:
         """The group's base product with the adapters' part added."""

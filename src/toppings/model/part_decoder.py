@@ -49,12 +49,11 @@ class PartDecoder(Decoder):
         weights["embed"].normal_(generator=generator)
         return cls(part, weights)
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """To be asked for by every part, of the same rows."""
         if not hidden.shape[0]:
             return torch.empty(0, self.config.vocab_size, device=hidden.device)
-        logits = super().logits(hidden)
+        logits = super().head(hidden)
         parts = [torch.empty_like(logits) for _ in range(self._num_parts)]
         dist.all_gather(parts, logits)
         return torch.cat(parts, dim=1)[:, : self.config.vocab_size]

@@ -61,6 +61,8 @@ def _problem(config: ModelConfig, num_parts: int) -> str | None:
         return f"{config.num_heads} attention heads"
     if config.num_kv_heads % num_parts and num_parts % config.num_kv_heads:
         return f"{config.num_kv_heads} key-value heads"
+    if num_parts > 1 and config.qk_norm == "whole":
+        return "norms over all queries and keys of a token"
     if config.intermediate_size % num_parts:
         return f"an intermediate size of {config.intermediate_size}"
     return None

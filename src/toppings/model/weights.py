@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toppings.core import MODULES
+from toppings.core import FUSED_MODULES, GROUPS, MODULES, stored_modules
 from toppings.model.config import ModelConfig
 from toppings.model.files import FLOATS, open_tensors
 from toppings.model.parts import Part
@@ -57,7 +57,7 @@ def read_weights(
             if piece.target not in weights:
                 weights[piece.target] = torch.empty(shapes[piece.target], dtype=dtype)
             rows = slice(piece.start, piece.start + piece.shape[0])
-            weights[piece.target][rows].copy_(_read(places[name], name, part))
+            weights[piece.target][rows].copy_(_read(places[name], name, config, part))
     if config.tie_word_embeddings and "lm_head" in weights:
         _drop_copy(path, weights)
     return weights
@@ -74,14 +74,18 @@ def _drop_copy(path: Path, weights: dict[str, Tensor]) -> None:
         )
 
 
-def _read(file: Any, name: str, part: Part | None) -> Tensor:
+def _read(file: Any, name: str, config: ModelConfig, part: Part | None) -> Tensor:
     module = name.split(".")[-2]
-    if part is None or module not in MODULES:
+    if part is None or module not in (*MODULES, *FUSED_MODULES):
         tensor: Tensor = file.get_tensor(name)
         return tensor
-    inputs, outputs = part.slices[MODULES.index(module)]
-    cut: Tensor = file.get_slice(name)[(outputs, inputs) if name.endswith(".weight") else outputs]
-    return cut
+    cuts, start, sizes = [], 0, config.base_shapes()[1]
+    for index in FUSED_MODULES.get(module) or (MODULES.index(module),):
+        inputs, outputs = part.slices[index]
+        rows = slice(start + outputs.start, start + outputs.stop)
+        cuts.append(file.get_slice(name)[(rows, inputs) if name.endswith(".weight") else rows])
+        start += sizes[index][1]
+    return torch.cat(cuts) if len(cuts) > 1 else cuts[0]
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -121,25 +125,23 @@ def _plan(config: ModelConfig) -> Iterator[tuple[str, _Piece]]:
 
 
 def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, _Piece]]:
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{source}{norm}.weight", _Piece(f"{target}{norm}", 0, (config.hidden_size,))
-    if config.has_head_norm:
-        for norm in ("q_norm", "k_norm"):
-            yield f"{source}self_attn.{norm}.weight", _Piece(f"{target}{norm}", 0, (config.head_dim,))
+    for norm in config.norms:
+        if norm is not None:
+            yield f"{source}{norm}.weight", _Piece(f"{target}{norm}", 0, (config.hidden_size,))
+    if config.qk_norm:
+        is_whole = config.qk_norm == "whole"
+        for norm, size in (("q_norm", config.q_size), ("k_norm", config.kv_size)):
+            shape = (size if is_whole else config.head_dim,)
+            yield f"{source}self_attn.{norm}.weight", _Piece(f"{target}{norm}", 0, shape)
     _, sizes = config.base_shapes()
-    groups = {
-        "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), sizes[:3], config.qkv_bias),
-        "o": (("self_attn.o_proj",), sizes[3:4], config.o_bias),
-        "gate_up": (("mlp.gate_proj", "mlp.up_proj"), sizes[4:6], config.mlp_bias),
-        "down": (("mlp.down_proj",), sizes[6:], config.mlp_bias),
-    }
-    for group, (modules, shapes, has_bias) in groups.items():
-        start = 0
-        for module, (num_in, num_out) in zip(modules, shapes, strict=True):
-            yield f"{source}{module}.weight", _Piece(f"{target}{group}.weight", start, (num_out, num_in))
-            if has_bias:
-                yield f"{source}{module}.bias", _Piece(f"{target}{group}.bias", start, (num_out,))
-            start += num_out
+    biases = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+    for name, modules in stored_modules(is_fused=config.is_fused).items():
+        group = next(group for group, members in GROUPS.items() if modules[0] in members)
+        start = sum(sizes[module][1] for module in GROUPS[group] if module < modules[0])
+        num_in, num_out = sizes[modules[0]][0], sum(sizes[module][1] for module in modules)
+        yield f"{source}{name}.weight", _Piece(f"{target}{group}.weight", start, (num_out, num_in))
+        if biases[group]:
+            yield f"{source}{name}.bias", _Piece(f"{target}{group}.bias", start, (num_out,))
 
 
 def _check(path: Path, plan: dict[str, _Piece], places: dict[str, Any], config: ModelConfig) -> None:

@@ -29,6 +29,7 @@ from toppings.ops.gpu_varlen import attend_varlen, varlen_reason
 _LOG2_E = math.log2(math.e)
 _KEYS = 64  # of one step through the keys
 _MIN_GROUP = 16  # rows of a tensor core's tile
+_WIDE_HEAD = 128
 _MIN_SPLIT_KEYS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _LONGEST_WINDOW = 2**30
@@ -69,6 +70,9 @@ def decode(
         marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(head_dim))
     keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, _num_stages(q.device))
+    warps = 4
+    if block_d > _WIDE_HEAD:
+        keys, warps = keys // 2, 8
     decode_kernel(
         (num_kv_heads, num, splits),
         out,
@@ -93,7 +97,7 @@ def decode(
         SPLITS=splits,
         HAS_CAP=softcap > 0,
         **dot_options(q.dtype),
-        num_warps=4,
+        num_warps=warps,
         num_stages=stages,
     )
     if splits > 1:
@@ -129,6 +133,8 @@ def prefill(
     queries, keys, stages = QUERIES, _KEYS, _num_stages(q.device)
     if q.dtype == torch.float32:
         queries, keys, warps, stages = 32, 32, 8, 1
+    if head_dim > _WIDE_HEAD:  # as many registers and as much memory with fewer keys at a time
+        queries, keys, warps = queries // 2, keys // 2, 8
     parts = QUERIES // queries
     prefill_kernel(
         (q.shape[1], len(tiles.prefill_tiles) * parts, 1),

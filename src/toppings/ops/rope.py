@@ -44,8 +44,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1).to(x.dtype)
 
 
-def _normalise_whole_(qkv: Tensor, num_kv_heads: int, head_dim: int, norm: HeadNorm) -> None:
-    kv_size = num_kv_heads * head_dim
+def _normalise_whole_(qkv: Tensor, kv_size: int, norm: HeadNorm) -> None:
     q, k, _ = qkv.tensor_split((qkv.shape[1] - 2 * kv_size, qkv.shape[1] - kv_size), dim=1)
     for x, weight in ((q, norm.q), (k, norm.k)):
         x.copy_(rms_norm(x.contiguous(), weight, norm.eps, norm.base))
@@ -95,7 +94,7 @@ def rotate_and_store_(
     slot_mapping: int64 [T], the cache row of each token.
     """
     if head_norm is not None and head_norm.is_whole:
-        _normalise_whole_(qkv, k_cache.shape[1], k_cache.shape[2], head_norm)
+        _normalise_whole_(qkv, k_cache[0].numel(), head_norm)
         head_norm = None
     if (gpu := gpu_kernels("elementwise", qkv)) is not None:
         gpu.rotate_and_store(qkv, k_cache, v_cache, cos, sin, slot_mapping, head_norm)

@@ -143,4 +143,4 @@ def _ask(process: SandboxProcess, frame: bytes, cpu_s: float) -> bytes:
 def _end_all(processes: Iterable[SandboxProcess], threads: ThreadPoolExecutor) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
     for process in processes:
-        process.end()
+        process.close()

@@ -35,6 +35,7 @@ class SandboxProcess:
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._is_closed = False
 
     def ask(self, frame: bytes, cpu_s: float) -> bytes:
         """The answer to one frame. Raises ProcessEndedError, TimeoutError; the process has ended then, of
@@ -55,6 +56,13 @@ class SandboxProcess:
             raise
         except (OSError, EOFError) as error:
             raise ProcessEndedError(self.end()) from error
+
+    def close(self) -> None:
+        """Ends the process for good, from any thread; whoever waits for its answer hears of it."""
+        self._is_closed = True
+        if (process := self._process) is not None:
+            process.kill()
+            process.wait()
 
     def end(self) -> int:
         """Kills the process if there is one; its exit status, negative for a signal."""
@@ -96,7 +104,9 @@ class SandboxProcess:
         return self._process is not None and self._process.poll() is None
 
     def _start(self) -> socket.socket:
-        self.end()
+        status = self.end()
+        if self._is_closed:
+            raise ProcessEndedError(status)
         mine, theirs = socket.socketpair()
         with theirs:
             arguments = (str(os.getpid()), str(self._memory_bytes), json.dumps(_library_dirs()))

@@ -89,6 +89,13 @@ async def metrics(request: Request) -> Response:
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+@router.get("/cold_starts")
+async def cold_starts(request: Request) -> Response:
+    """The latest cold requests, oldest first: what each waited for, and what became of each layer."""
+    told = [msgspec.to_builtins(each) for each in state_of(request).cold_starts]
+    return json_response({"cold_starts": told})
+
+
 @router.get("/adapters")
 async def list_adapters(request: Request) -> Response:
     state = state_of(request)

@@ -10,10 +10,12 @@ from toppings import __version__
 from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
+from toppings.dashboard.feed import Feed
 from toppings.server import (
     admin,
     chat,
     completions,
+    dashboard,
     embeddings,
     generate,
     messages,
@@ -30,6 +32,7 @@ from toppings.server.exchange import ExchangeMiddleware
 from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.methods import HeadMiddleware
 from toppings.server.metrics import Metrics
+from toppings.server.readings import Readings
 from toppings.server.resolver import Resolver
 from toppings.server.state import Client, ServerState
 from toppings.tenants.book import TenantBook
@@ -75,11 +78,13 @@ def create_app(
     if config.server.adapter_source:
         state.resolver = Resolver(state, app.state.admin)
     app.state.catalogue = Catalogue(state)
+    app.state.readings = Readings(state)
+    app.state.feed = Feed(app.state.readings.read)
     # Pins come before `/adapters/{name:path}`, whose pattern would take them for part of a name.
     routers = (
         *(admin.router, admin.changing, completions.router, chat.router, generate.router, tokens.router),
         *(messages.router, responses.router, embeddings.router),
-        *(models.router, models.changing, openapi.router),
+        *(models.router, models.changing, openapi.router, dashboard.router),
     )
     for router in routers:
         app.include_router(router)

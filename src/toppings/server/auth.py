@@ -4,6 +4,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toppings.access import why_not_changed
+from toppings.dashboard.page import is_page
 from toppings.server.errors import ApiError, describe, error_response
 from toppings.server.exchange import exchange_of
 from toppings.server.metrics import Metrics
@@ -31,8 +32,9 @@ TENANT_NAME = TENANT_HEADER.lower().encode()
 
 
 def is_open(path: str) -> bool:
-    """A document of the API is the same on every server of this version."""
-    return path in OPEN_PATHS or path in ("/openapi.json", "/docs") or path.startswith("/docs/")
+    """A document of the API, and the dashboard's page, are the same on every server of this version."""
+    is_document = path in ("/openapi.json", "/docs") or path.startswith("/docs/")
+    return path in OPEN_PATHS or is_document or is_page(path)
 
 
 class KeyMiddleware:

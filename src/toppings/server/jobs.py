@@ -14,6 +14,7 @@ from toppings.detokenizer import GenerationError, TextOutput, generate_text
 from toppings.messages import PromptLogprobs, check_salt
 from toppings.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
 from toppings.server.errors import ApiError
+from toppings.server.exchange import current_exchange
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
@@ -134,7 +135,8 @@ class Job:
                 async for output in outputs:
                     if timer.num_tokens == 0:
                         lease.note_started()
-                    timer.note(output)
+                    self.state.metrics.note(timer, output)
+                    self._note_cold(output, len(prompt))
                     lease.place.spend(len(output.token_ids))
                     if index % self.num_choices == 0:  # the others share what this one has computed
                         self.num_cached_tokens += output.num_cached_tokens or 0
@@ -146,6 +148,18 @@ class Job:
         finally:
             timer.ended_at = time.perf_counter()
             self.state.metrics.observe(timer)
+
+    def _note_cold(self, output: TextOutput, num_prompt_tokens: int) -> None:
+        if output.cold_start is None:
+            return
+        exchange = current_exchange.get()
+        self.state.cold_starts.note(
+            output.cold_start,
+            request_id="" if exchange is None else exchange.request_id,
+            tenant=self.tenant.name,
+            adapter=self.target.name,
+            num_prompt_tokens=num_prompt_tokens,
+        )
 
     async def _outputs(self, index: int, prompt: list[int]) -> AsyncGenerator[TextOutput, None]:
         """Begun once more where an adapter was damaged and is whole again."""

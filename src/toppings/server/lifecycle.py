@@ -212,6 +212,7 @@ async def run_until_stopped(
         logger.error("%s; the server ends", client.down_reason)
         await _flush(app.state.toppings)
     died.cancel()
+    app.state.feed.close()
     server.should_exit = True
     with suppress(Exception):  # told above
         await serving

@@ -4,6 +4,9 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+IS_HEAD = "toppings.is_head"
+"""In the scope of a GET that was a HEAD."""
+
 
 class HeadMiddleware:
     """HEAD is answered as GET, without the body."""
@@ -21,7 +24,12 @@ class HeadMiddleware:
                 message = {**message, "body": b""}
             await send(message)
 
-        await self._app({**scope, "method": "GET"}, receive, send_head)
+        await self._app({**scope, "method": "GET", IS_HEAD: True}, receive, send_head)
+
+
+def is_head(scope: Scope) -> bool:
+    """Whether the client asked for the head alone: an answer without an end must not be begun for it."""
+    return IS_HEAD in scope
 
 
 def allowed_methods(request: Request) -> list[str]:

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from toppings.core import FinishReason
+from toppings.dashboard.recent import Recent
 from toppings.detokenizer import TextOutput
 from toppings.messages import AdapterStatus, ColdStart, EngineStats
 
@@ -85,6 +86,7 @@ class Metrics:
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started sequences.", *names)
         self._generated_tokens = counter("vllm:generation_tokens", "Generated tokens.", *names)
         self._model = model
+        self.recent = Recent()
         for outcome in ("stop", "length", "abort", "error", "rejected"):
             self._requests.labels(outcome)
         for family in (self._vllm_ttft, self._vllm_e2e, self._prompt_tokens, self._generated_tokens):
@@ -92,10 +94,22 @@ class Metrics:
 
     def count_rejected(self) -> None:
         self._requests.labels("rejected").inc()
+        self.recent.note_end("rejected")
+
+    def note(self, timer: RequestTimer, output: TextOutput) -> None:
+        """An output of a sequence, as it comes."""
+        was_begun = timer.first_at is not None
+        timer.note(output)
+        self.recent.note_tokens(len(output.token_ids))
+        if not was_begun and timer.first_at is not None:
+            self.recent.note_prompt(timer.num_prompt_tokens)
+            if output.token_ids:
+                self.recent.note_ttft(timer.first_at - timer.started_at)
 
     def observe(self, timer: RequestTimer) -> None:
         """Count a sequence that has ended; only finished ones enter the latencies."""
         self._requests.labels(timer.outcome).inc()
+        self.recent.note_end(timer.outcome)
         self._generated_tokens.labels(**self._model).inc(timer.num_tokens)
         if timer.first_at is None:
             return
@@ -114,6 +128,7 @@ class Metrics:
             self._e2e.labels(timer.start).observe(e2e)
             if timer.num_tokens:
                 self._tpt.labels(timer.start).observe(e2e / timer.num_tokens)
+                self.recent.note_tpt(e2e / timer.num_tokens)
 
     def _observe_cold(self, cold: ColdStart) -> None:
         for part in COLD_START_PARTS:

@@ -49,6 +49,7 @@ ANSWERS: dict[str, tuple[Models, type[BaseModel] | None]] = {
     "POST /ping": ((shared.Status,), None),
     "GET /version": ((shared.Version,), None),
     "GET /stats": ((administration.Stats,), None),
+    "GET /cold_starts": ((administration.ColdStarts,), None),
 }
 """What a 200 holds: one of these as JSON, and the data of each event of a stream; elsewhere plain text."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -20,6 +20,7 @@ from toppings.detokenizer import TokenSource
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
+from toppings.server.cold_starts import ColdStarts
 from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable
 from toppings.server.exchange import current_exchange
 from toppings.server.metrics import Metrics
@@ -74,6 +75,8 @@ class Lease:
         self.place = place
         self.started_at = time.perf_counter()
         """When its request came."""
+        self.model = ""
+        """Who answers it, once that is known."""
         self._leases = leases
         leases.add(self)
 
@@ -132,6 +135,7 @@ class ServerState:
         self.resolver: Resolver | None = None
         """Asks the adapter sources, where there are any."""
         self.is_draining = False
+        self.cold_starts = ColdStarts()
         self.checker = StructureChecker(text.special_tokens, client.info.vocab_size)
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")
         text.max_tokens = client.info.max_model_len
@@ -148,6 +152,11 @@ class ServerState:
     def num_open(self) -> int:
         """Requests that have not been answered in full."""
         return len(self._leases)
+
+    def open_requests(self) -> Iterator[tuple[str, str, int]]:
+        """Of each its tenant, who answers it ("" while a source is asked), and how many of its sequences
+        wait."""
+        return ((lease.place.account.name, lease.model, lease.num_waiting) for lease in self._leases)
 
     @property
     def num_waiting(self) -> int:
@@ -244,7 +253,7 @@ class ServerState:
         with self.lease(0) as looking:
             target = await find()
         lease = self.lease(num_sequences)
-        lease.started_at = looking.started_at
+        lease.started_at, lease.model = looking.started_at, target.name
         return target, lease
 
     def lease(self, num_sequences: int) -> Lease:

@@ -126,7 +126,6 @@ def _url(process: subprocess.Popen[str], home: Path) -> str:
     pytest.fail(f"it ended while it started: {(home / 'stderr.log').read_text()[-3000:]}")
 
 
-@pytest.mark.timeout(START_LIMIT_S)
 def test_openai_clients_are_served_whole_and_streamed(up: Up) -> None:
     client = openai.OpenAI(base_url=f"{up.url}/v1", api_key="none", max_retries=0)
     names = [model.id for model in client.models.list()]
@@ -252,7 +251,6 @@ def actor_killer(up: Up) -> Iterator[Callable[[], object]]:
         yield lambda: program.communicate("now\n", LIMIT_S)
 
 
-@pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
 @pytest.mark.parametrize("killer", [engine_killer, replica_killer, actor_killer])
 def test_a_killed_replica_costs_its_requests_one_error_and_others_nothing(
     up: Up, killer: Callable[[Up], AbstractContextManager[Callable[[], object]]]
@@ -284,7 +282,6 @@ def test_a_killed_replica_costs_its_requests_one_error_and_others_nothing(
     assert up.complete("adapter-00001")
 
 
-@pytest.mark.timeout(2 * LIMIT_S + START_LIMIT_S)
 def test_a_stopped_replica_keeps_nobody_waiting(up: Up) -> None:
     """Its streams end with an error; requests without a token, and later ones, the other one answers."""
     body = {"model": "base", "max_tokens": 700, "stream": True, "ignore_eos": True}

@@ -31,6 +31,9 @@ class PolicySettings:
 class Policy(ABC):
     """Decides from what it is given and nothing else; those that draw or take turns keep that state."""
 
+    rule: str
+    """What it looks for, in words, for people who wonder where a request went."""
+
     def __init__(self, settings: PolicySettings) -> None:
         self.settings = settings
 

@@ -17,6 +17,8 @@ COLD_PENALTY_REQUESTS = 1.0
 
 
 class DLora(Policy):
+    rule = "the fewest requests, where an adapter that has to be loaded counts as one"
+
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         if request.adapter is None:
             return least(instances.num_requests, instances)

@@ -8,6 +8,8 @@ from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class FirstFit(Policy):
+    rule = "the first server that has room"
+
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         rows = np.flatnonzero(instances.is_open & instances.has_room(request))
         if not len(rows):

@@ -6,5 +6,7 @@ from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class LeastLoaded(Policy):
+    rule = "the fewest requests"
+
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         return least(instances.num_requests, instances)

@@ -15,6 +15,8 @@ ON_DEVICE, HAS_ROOM, WAITING, NEITHER = 1.0, 0.8, 0.6, 0.0
 
 
 class LoraAffinity(Policy):
+    rule = "a server that has the adapter, else one that has room for it; then the fewest requests"
+
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         if request.adapter is None:
             return least(instances.num_requests, instances)

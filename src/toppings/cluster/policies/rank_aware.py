@@ -16,6 +16,8 @@ from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class RankAware(Policy):
+    rule = "the least time added to the requests there, by rank; within the objective"
+
     def __init__(self, settings: PolicySettings) -> None:
         from toppings.cluster.scan import least_cost  # numba: only where it is used
 

@@ -15,6 +15,11 @@ from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class RankAwareResidency(Policy):
+    rule = (
+        "the least time added to the requests there, by rank, with"
+        " what loading the adapter and a full cache cost"
+    )
+
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         from toppings.cluster.scan import least_cost  # numba: only where it is used
 

@@ -8,6 +8,8 @@ from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class RoundRobin(Policy):
+    rule = "the open servers in turn"
+
     def __init__(self, settings: PolicySettings) -> None:
         super().__init__(settings)
         self._turn = -1

@@ -23,6 +23,7 @@ class Sampled(Policy):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.settings)
         self.policy = policy
+        self.rule = f"of {self.settings.candidates} open servers, drawn for each request: {policy.rule}"
         self._generator = Generator(f"{policy.settings.seed} candidates")
 
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:

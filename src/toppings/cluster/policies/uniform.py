@@ -8,6 +8,8 @@ from toppings.cluster.snapshot import Choice, RequestSnapshot
 
 
 class Random(Policy):
+    rule = "any open server"
+
     def __init__(self, settings: PolicySettings) -> None:
         super().__init__(settings)
         self._generator = Generator(settings.seed)

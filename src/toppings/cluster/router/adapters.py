@@ -78,6 +78,7 @@ class AdapterAdmin:
             await self._remember(name, body, list(answers))
             await self._state.directory.learn_paths([(name, path)], again=True)
             await self._refresh_all(list(answers))
+            self._leave_to_sync(list(answers))
             return outcome.success(away)
 
     async def _undo(self, name: str, outcome: Outcome) -> None:
@@ -88,6 +89,7 @@ class AdapterAdmin:
         if not are_sure and self._memory.get(name) is None:
             reached = [u for u, each in zip(done, undone, strict=True) if isinstance(each, Answer)]
             await self._remember(name, None, reached)
+            self._leave_to_sync(reached)
 
     async def unload(self, body: dict[str, Any], tenant: Tenant = ADMIN) -> Answer:
         """The servers' answer: done where any had the adapter, else the refusal. Raises as `load`."""
@@ -101,6 +103,7 @@ class AdapterAdmin:
                 return (failed or answers)[0]
             await self._remember(name, None, list(outcome.answers))
             await self._refresh_all(list(outcome.answers))
+            self._leave_to_sync(list(outcome.answers))
             return outcome.success(away)
 
     def _alone(self, name: str) -> asyncio.Lock:
@@ -152,7 +155,7 @@ class AdapterAdmin:
         self, upstream: Upstream, path: str, body: dict[str, Any], tenant: Tenant = ADMIN
     ) -> Answer | str:
         """Its answer, or why there is none."""
-        limit_s = self._state.config.admin_timeout_s
+        limit_s = upstream.settings.admin_timeout_s
         try:
             async with asyncio.timeout(limit_s), upstream.changing:
                 return await upstream.change(path, body, tenant)
@@ -187,12 +190,16 @@ class AdapterAdmin:
 
     async def _remember(self, name: str, body: dict[str, Any] | None, reached: list[Upstream]) -> None:
         version = await self._memory.note(name, body)
-        for upstream in self._state.upstreams.values():
-            if upstream in reached:
-                upstream.applied[name] = version
-            else:
-                upstream.synced_at = None
+        for upstream in reached:
+            upstream.applied[name] = version
         await self._drop_if_done(name)
+
+    def _leave_to_sync(self, reached: list[Upstream]) -> None:
+        """The others are due at once. The last of a change: what looks at them while its name is not free
+        passes over it, and would come again an interval later."""
+        for upstream in self._state.upstreams.values():
+            if upstream not in reached:
+                upstream.synced_at = None
 
     async def _drop_if_done(self, name: str) -> None:
         """An unload that every server has done is remembered no longer."""

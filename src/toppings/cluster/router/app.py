@@ -18,10 +18,11 @@ from toppings.cluster.router.bodies import Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, parse_call
 from toppings.cluster.router.cards import Card, Cards
 from toppings.cluster.router.connections import listen
+from toppings.cluster.router.dashboard import Dashboard
 from toppings.cluster.router.forward import forward
 from toppings.cluster.router.guard import Guard, check_load, check_use
 from toppings.cluster.router.instances import Instances, read_change
-from toppings.cluster.router.middlewares import LAYERS, Handler, account_of, add_id
+from toppings.cluster.router.middlewares import LAYERS, Handler, account_of, add_id, request_id
 from toppings.cluster.router.monitor import Monitor
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import RouterConfig
@@ -47,6 +48,7 @@ class Router:
         self.guard = Guard(state.config)
         self.admin = AdapterAdmin(state)
         self.monitor = Monitor(state, self.admin)
+        self.dashboard = Dashboard(state)
         self._budget = Budget(state.config.max_buffered_bytes)
         self._instances = Instances(state, self.monitor, self.guard, self._budget)
         self._changes: set[asyncio.Task[Answer]] = set()
@@ -60,6 +62,7 @@ class Router:
             ("POST", LOAD, self.load_adapter),
             ("POST", UNLOAD, self.unload_adapter),
             *self._instances.routes(),
+            *self.dashboard.routes(),
             ("GET", "/health", self.health),
             ("GET", "/healthz", self.health),
             ("GET", "/ready", self.ready),
@@ -104,6 +107,7 @@ class Router:
                 await self._check_model(call, account.tenant)
                 with closing_place(account, call) as place:
                     flight = self.state.make_flight(call, place)
+                    flight.client_id = request_id.get()
                     response = await forward(self.state, request, flight)
             outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
             return response
@@ -112,6 +116,7 @@ class Router:
             raise
         finally:
             meters.ended.labels(outcome).inc()
+            self.state.recent.note_end(outcome)
 
     async def _check_model(self, call: Call, tenant: Tenant) -> None:
         """Raises ApiError 404 for a model that no server has, after asking them once more."""
@@ -221,6 +226,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         router = Router(state)
         app = web.Application(client_max_size=config.max_body_bytes, middlewares=LAYERS)
         app.on_response_prepare.append(add_id)
+        app.on_shutdown.append(router.dashboard.close)
         app.add_routes(router.routes())
         runner = web.AppRunner(
             app,

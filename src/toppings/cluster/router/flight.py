@@ -13,6 +13,7 @@ from toppings.cluster.router.calls import Call
 from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
+from toppings.dashboard.recent import Recent
 from toppings.tenants.account import Place
 
 MAX_MOVES = 3
@@ -23,7 +24,7 @@ class Flight:
     """`deadline` is set while it has no token yet: only then can it go elsewhere. `idle` is set while it
     waits for more of a stream that has begun; `heard_at` is when it began to wait, by the loop's clock.
     `num_tokens` is the length of its answer once that is whole. `tried` are the servers that gave it none.
-    `place` is what it takes of its tenant's limits.
+    `place` is what it takes of its tenant's limits. `client_id` is the id that client and servers know it by.
     """
 
     call: Call
@@ -39,6 +40,8 @@ class Flight:
     received_at: float = field(default_factory=time.monotonic)
     num_tokens: int | None = None
     is_cut: bool = False
+    client_id: str = ""
+    has_begun: bool = False
 
     def may_move_to(self, instance_id: str) -> bool:
         """Whether it waits for its first token, was not moved too often and had no refusal there."""
@@ -58,13 +61,16 @@ class Flight:
 class Flights:
     """All of them: made, placed on a server and ended there, maybe on one after the other."""
 
-    def __init__(self, dispatcher: Dispatcher, meters: Meters) -> None:
-        self._dispatcher, self._meters = dispatcher, meters
+    def __init__(self, dispatcher: Dispatcher, meters: Meters, recent: Recent) -> None:
+        self._dispatcher, self._meters, self._recent = dispatcher, meters, recent
         self._on: dict[str, dict[str, Flight]] = {}  # servers that have any
         self._num_made = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._on.values()))
+
+    def __iter__(self) -> Iterator[Flight]:
+        return (flight for there in self._on.values() for flight in there.values())
 
     def on(self, instance_id: str) -> list[Flight]:
         """Those that a server has."""
@@ -108,10 +114,16 @@ class Flights:
         if flight.call.is_stream:
             self._dispatcher.started(flight.request.request_id)
         flight.place.start()
-        self._meters.first_byte_seconds.observe(time.monotonic() - flight.received_at)
+        flight.has_begun = True
+        first_byte_s = time.monotonic() - flight.received_at
+        self._meters.first_byte_seconds.observe(first_byte_s)
+        self._recent.note_prompt(flight.request.prompt_tokens)
+        if flight.call.is_stream:
+            self._recent.note_ttft(first_byte_s)
 
     def grow(self, flight: Flight, num_tokens: int) -> None:
         flight.place.spend(num_tokens)
+        self._recent.note_tokens(num_tokens)
         self._dispatcher.grown(flight.request.request_id, num_tokens)
 
     def end(self, flight: Flight) -> None:
@@ -121,6 +133,10 @@ class Flights:
         if not there:
             del self._on[flight.instance_id]
         self._dispatcher.ended(flight.request.request_id, flight.num_tokens)
+        if flight.num_tokens:
+            self._recent.note_tpt((time.monotonic() - flight.received_at) / flight.num_tokens)
+            if not flight.call.is_stream:
+                self._recent.note_tokens(flight.num_tokens)
         self._meters.in_flight.labels(flight.instance_id).dec()
         flight.instance_id = ""
 

@@ -12,6 +12,7 @@ from toppings.cluster.router.calls import INFERENCE_PATHS, MAX_NAME_LEN, Call
 from toppings.cluster.router.middlewares import ACCOUNT
 from toppings.cluster.router.replies import ApiError
 from toppings.cluster.router.settings import RouterConfig
+from toppings.dashboard.page import is_page
 from toppings.tenants.book import TENANT_HEADER, TenantBook
 from toppings.tenants.refusals import denied, no_access
 from toppings.tenants.tenant import Tenant
@@ -32,7 +33,7 @@ class Guard:
 
     def admit(self, request: web.Request) -> None:
         """Notes who asks (`account_of`). Raises Refusal: 401, 403 for a route that is not theirs, 429."""
-        if request.path in OPEN_PATHS:
+        if request.path in OPEN_PATHS or is_page(request.path):
             return
         given = (
             request.headers[name].encode("utf-8", "surrogateescape") if name in request.headers else None

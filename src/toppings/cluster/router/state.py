@@ -15,6 +15,7 @@ from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.report import ServerReport
 from toppings.cluster.router.calls import Call
+from toppings.cluster.router.decisions import Decisions
 from toppings.cluster.router.directory import AdapterDirectory
 from toppings.cluster.router.flight import Flight, Flights, end_wait
 from toppings.cluster.router.meters import Meters
@@ -22,6 +23,7 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.upstream import Upstream
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
 from toppings.cluster.warm_up import warm_up
+from toppings.dashboard.recent import Recent
 from toppings.tenants.account import Place
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,9 @@ class RouterState:
         self.upstreams: dict[str, Upstream] = {}
         self.directory = AdapterDirectory(config.default_rank)
         self.meters = Meters()
-        self.flights = Flights(self.dispatcher, self.meters)
+        self.recent = Recent()
+        self.decisions = Decisions(self.dispatcher)
+        self.flights = Flights(self.dispatcher, self.meters, self.recent)
         self._masks: dict[str | None, BoolArray] = {}
 
     # --- instances ---
@@ -151,12 +155,16 @@ class RouterState:
         that was not tried serves its model.
         """
         mask = self._serving(flight.call)
+        view = self.decisions.view(flight, mask)
         if flight.tried:
             mask = mask & ~self.fleet.rows_in(flight.tried)
         if flight.move_to in self.upstreams:
             target = mask & self.fleet.rows_in({flight.move_to})
             mask = target if (target & self.fleet.is_open).any() else mask
-        return self.flights.place(flight, mask)
+        choice = self.flights.place(flight, mask)
+        if view is not None:
+            self.decisions.note(flight, view, choice)
+        return choice
 
     def _serving(self, call: Call) -> BoolArray:
         model = None if call.path.startswith("/generate") and not self.is_known(call.model) else call.model

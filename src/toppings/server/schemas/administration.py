@@ -58,6 +58,57 @@ class SglangAnswer(BaseModel):
     warning: str | None = None
 
 
+class Span(BaseModel):
+    """In ms after the request's arrival at the engine."""
+
+    from_ms: float
+    to_ms: float
+
+
+class ColdLayer(BaseModel):
+    load: Span | None
+    num_products: int
+    num_cpu_products: int
+    num_slices: int
+    cpu: Span | None
+
+
+class ColdStep(BaseModel):
+    span: Span
+    num_tokens: int
+    load_wait_ms: float
+
+
+class ColdStart(BaseModel):
+    tier: Literal["disk", "host"]
+    read_ms: float
+    copy_ms: float
+    exposed_ms: float
+    compute_ms: float
+    adapter_id: int
+    rank: int
+    num_bytes: int
+    arrived_at: float
+    queue_ms: float
+    first_token_ms: float
+    read: Span | None
+    layers: list[ColdLayer]
+    steps: list[ColdStep]
+
+
+class ToldColdStart(BaseModel):
+    request_id: str
+    tenant: str
+    adapter: str
+    num_prompt_tokens: int
+    place: Literal["device", "cpu", "both"]
+    cold_start: ColdStart
+
+
+class ColdStarts(BaseModel):
+    cold_starts: list[ToldColdStart]
+
+
 class Stats(BaseModel):
     """What the engine and its queue hold; more fields than these."""
 
