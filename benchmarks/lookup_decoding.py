@@ -4,8 +4,9 @@
     python benchmarks/lookup_decoding.py --toy
 
 `edit`: a text is to be written again with a name changed, or the sentences with a number in them, greedily.
-`free`: stories, drawn at a temperature. One request at a time, each with and without drafts in turn, by one
-engine; the text comes from fixed seeds. `speedup`: tokens a second with drafts over those without, of all
+`free`: stories, drawn at a temperature. One request at a time, each with and without drafts, now the one
+first and now the other, by one engine on one thread: threads that wait for each other take processor time,
+too. The text comes from fixed seeds. `speedup`: tokens a second with drafts over those without, of all
 requests together, by the clock and by processor time, which other work on the machine disturbs less;
 `tokens_per_step`, and what share of drafts' tokens was accepted. Ends in one JSON line.
 """
@@ -123,7 +124,8 @@ def compare(engine: Engine, prompts: list[list[int]], scale: Scale, temperature:
                 max_tokens=scale.num_tokens, temperature=temperature, ignore_eos=True, seed=7 * turn + number
             )
             answers = []
-            for each, times in ((None, plain), (drafts, drafted)):
+            forms = [(None, plain), (drafts, drafted)]
+            for each, times in forms if (turn + number) % 2 else forms[::-1]:
                 engine.scheduler.drafts = each
                 answers.append(answer(engine, f"{turn} {number}", prompt, sampling, times))
             num_same += answers[0] == answers[1]
@@ -146,6 +148,7 @@ def run(scale: Scale, model: Path, state_dir: Path) -> dict[str, Any]:
         state_dir=str(state_dir),
         speculative_method="ngram",
         kv_cache_bytes=256 * 2**20,
+        num_threads=1,
         step_log="off",
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
