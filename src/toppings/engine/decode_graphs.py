@@ -40,8 +40,10 @@ class DecodeGraphs(StepGraphs):
         return self._spec.decode_form
 
     def can_run(self, items: Sequence[BatchItem]) -> bool:
-        """Every item is one token that continues a sequence, and is drawn from."""
-        return len(items) <= self._sizes[-1] and all(item.is_decode and item.needs_sample for item in items)
+        """Every item is one token that continues a sequence, with no draft behind it, and is drawn from."""
+        return len(items) <= self._sizes[-1] and all(
+            item.is_decode and item.needs_sample and not item.draft for item in items
+        )
 
     def _room(self, size: int) -> tuple[int, int]:
         return size, size

@@ -40,10 +40,10 @@ class PromptGraphs(StepGraphs):
         return row_counts(spec.max_num_seqs, spec.max_num_tokens)
 
     def can_run(self, items: Sequence[BatchItem]) -> bool:
-        """No prompt of theirs is to be read beside what is drawn."""
+        """No prompt of theirs is to be read beside what is drawn, and none has a draft."""
         num_rows = sum(item.num_tokens for item in items)
         is_small = bool(self._sizes) and num_rows <= self._sizes[-1] and len(items) <= self._spec.max_num_seqs
-        return is_small and not any(item.request.sampling.reads_prompt for item in items)
+        return is_small and not any(item.draft or item.request.sampling.reads_prompt for item in items)
 
     def _room(self, size: int) -> tuple[int, int]:
         num_seqs = self._spec.max_num_seqs

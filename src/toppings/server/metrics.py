@@ -98,8 +98,8 @@ class Metrics:
             self._requests.labels(outcome)
         for reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._vllm_success.labels(model_name, reason)
-        for family in (self._vllm_queue, self._vllm_decode):
-            family.labels(**model)
+        for histogram_of_model in (self._vllm_queue, self._vllm_decode):
+            histogram_of_model.labels(**model)
         for family in (self._vllm_ttft, self._vllm_e2e, self._prompt_tokens, self._generated_tokens):
             family.labels(**model)
 

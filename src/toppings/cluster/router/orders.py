@@ -81,7 +81,7 @@ class PlacementOrders:
         if path is None or adapter in upstream.refused or self._admin.remembers(adapter):
             return
         instance_id = upstream.instance_id
-        task = start_once(f"placing on {instance_id}", self._load(adapter, path, upstream, plan))
+        task = start_once(f"placing on {instance_id}", lambda: self._load(adapter, path, upstream, plan))
         self._loads[instance_id] = task
         task.add_done_callback(lambda _: self._loads.pop(instance_id, None))
 
