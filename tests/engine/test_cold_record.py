@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.engine.driver import Driver, drive
+from tests.engine.driver import Driver, drive, hold_link
 from tests.engine.oracle import make_adapter, make_model, make_prompt
 from toppings.engine.cold_notes import MAX_COLD_STEPS
 from toppings.messages import ColdStart, RequestOutput
@@ -61,7 +61,8 @@ def test_the_course_of_a_cold_start_is_told_in_order(assisted: Driver) -> None:
     assert copies == sorted(copies)  # the link is one
 
 
-def test_layers_say_where_they_were_computed(assisted: Driver) -> None:
+def test_layers_say_where_they_were_computed(assisted: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_link(monkeypatch)
     before = assisted.engine.stats(0).counters["assist_cpu_products"]
     told = cold_start(assisted, "a1")
     num_cpu = assisted.engine.stats(0).counters["assist_cpu_products"] - before
