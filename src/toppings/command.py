@@ -27,6 +27,10 @@ VERBS: Verbs = {
     ),
     "adapters": (f"{CLI}.adapters", "The adapters of a model, or of a running server."),
     "keys": (f"{CLI}.keys", "The API keys of tenants."),
+    "doctor": (
+        f"{CLI}.doctor",
+        "Tell what this machine, these settings and their state directory can do, and what to change.",
+    ),
     "plan": (
         f"{CLI}.profile",
         "Show what `auto` would do with a cold adapter, and the times it predicts for each mode.",
