@@ -147,7 +147,7 @@ def test_an_image_serves_as_a_user_without_rights_on_the_port_that_is_checked(
     assert config.server.host == "0.0.0.0"
     assert config.engine.device == file.suffix.removeprefix(".")
     assert all_of(file, "EXPOSE") == [str(config.server.port)]
-    assert f"127.0.0.1:{config.server.port}/health'" in all_of(file, "HEALTHCHECK")[0]
+    assert f"127.0.0.1:{config.server.port}/ready'" in all_of(file, "HEALTHCHECK")[0]
     assert all_of(file, "USER") == ["toppings"]
     assert {"/models", "/adapters", config.engine.state_dir} == set(json.loads(all_of(file, "VOLUME")[0]))
 

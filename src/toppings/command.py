@@ -31,6 +31,10 @@ VERBS: Verbs = {
         "Show how a running server or router is: requests, latencies, queue, adapters, servers.",
     ),
     "keys": (f"{CLI}.keys", "The API keys of tenants."),
+    "doctor": (
+        f"{CLI}.doctor",
+        "Tell what this machine, these settings and their state directory can do, and what to change.",
+    ),
     "plan": (
         f"{CLI}.profile",
         "Show what `auto` would do with a cold adapter, and the times it predicts for each mode.",

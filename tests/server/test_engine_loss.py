@@ -1,5 +1,7 @@
 """A server whose engine dies or hangs, and whose disks are full: a process with the demo's model."""
 
+import configparser
+import json
 import os
 import re
 import signal
@@ -12,10 +14,20 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import PATIENCE_S, wait_until
+from toppings.cluster.router.meters import Meters
+from toppings.command import USER_ERROR
+from toppings.config import Config
+from toppings.server.auth import OPEN_PATHS
 from toppings.log_files import COMPLAIN_S
+from toppings.server.lifecycle import LAST_RESORT_S
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
+HISTOGRAM_ENDS = ("_bucket", "_sum", "_count")
+FUNCTIONS = {"histogram_quantile", "label_values"}
 READY = re.compile(r"the engine's process (\d+) is ready")
 
 
@@ -101,6 +113,49 @@ def test_full_log_disks_stop_nothing_and_are_told_once(serving: Serving) -> None
     assert num_told <= 3 * num_minutes  # a file and process
     assert "the configuration is not kept" in serving.output
     assert "Traceback" not in serving.output
+
+
+def queries() -> dict[str, str]:
+    """Of the dashboard and the alerts, by where they stand."""
+    board = json.loads((DEPLOY / "grafana.json").read_text())
+    found = {f"{p['title']} {t['refId']}": t["expr"] for p in board["panels"] for t in p["targets"]}
+    groups = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
+    return found | {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+
+
+def test_dashboard_and_alerts_ask_for_what_a_server_and_a_router_tell(serving: Serving) -> None:
+    serving.await_good_answer()
+    told = httpx.get(f"{serving.url}/metrics").text + Meters().render().decode()
+    families = {family.name: family for family in text_string_to_metric_families(told)}
+    known = {sample.name for family in families.values() for sample in family.samples} | {"up"}
+    # Of a counter with labels there is no sample before it counts.
+    known |= {f"{name}_total" for name, family in families.items() if family.type == "counter"}
+    known |= {f"{n}{end}" for n, f in families.items() if f.type == "histogram" for end in HISTOGRAM_ENDS}
+    known |= {name for name, family in families.items() if family.type == "gauge"}
+    for place, query in queries().items():
+        bare = re.sub(r'"[^"]*"|\[[^]]*\]|by \([^)]*\)|\{[^}]*\}', " ", query)
+        names = set(re.findall(r"[a-z_]+:[a-z_0-9]+|\b[a-z]+_[a-z_0-9]+|\bup\b", bare)) - FUNCTIONS
+        assert names, place
+        assert names <= known, (place, names - known)
+
+
+def test_a_unit_and_probes_name_what_is_there() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "toppings.service")
+    service = unit["Service"]
+    options = set(re.findall(r"--([a-z-]+)", service["ExecStart"])) - {"config"}
+    assert {option.replace("-", "_") for option in options} <= set(Config().to_settings())
+    orderly_s = Config().server.shutdown_timeout_s + LAST_RESORT_S
+    assert float(service["TimeoutStopSec"]) > orderly_s
+    assert service["RestartPreventExitStatus"] == str(USER_ERROR)
+    deployment, _ = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["startupProbe"]["httpGet"]["path"] == container["readinessProbe"]["httpGet"]["path"]
+    assert container["readinessProbe"]["httpGet"]["path"] in OPEN_PATHS
+    assert pod["terminationGracePeriodSeconds"] > orderly_s
+    assert container["ports"][0]["containerPort"] == Config().server.port
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

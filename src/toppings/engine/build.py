@@ -270,7 +270,7 @@ def _cache_bytes(config: EngineConfig, decoder: Decoder) -> int:
     if config.tensor_parallel_size > 1 and config.device == "cuda":
         raise ConfigError("a model that is split over GPUs needs kv_cache_bytes, for each of them")
     if config.device != "cuda":
-        return min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
+        return default_cache_bytes()
     memory = measure(decoder, config, torch.cuda)
     pool_bytes = config.device_pool_bytes
     return memory.cache_bytes(utilization=config.gpu_memory_utilization, pool_bytes=pool_bytes)
@@ -300,6 +300,11 @@ def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple
         scheduling_policy=config.scheduling_policy,
     )
     return limits, min(num_pages, config.max_num_seqs * pages_for(max_model_len, config.page_size))
+
+
+def default_cache_bytes() -> int:
+    """Of the key-value cache on the CPU, where none are configured."""
+    return min(_memory_bytes() // 8, MAX_DEFAULT_CACHE_BYTES)
 
 
 def _memory_bytes() -> int:

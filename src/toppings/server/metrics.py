@@ -98,10 +98,10 @@ class Metrics:
             self._requests.labels(outcome)
         for reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._vllm_success.labels(model_name, reason)
-        for histogram_of_model in (self._vllm_queue, self._vllm_decode):
-            histogram_of_model.labels(**model)
-        for family in (self._vllm_ttft, self._vllm_e2e, self._prompt_tokens, self._generated_tokens):
-            family.labels(**model)
+        for times in (self._vllm_ttft, self._vllm_e2e, self._vllm_queue, self._vllm_decode):
+            times.labels(**model)
+        for tokens in (self._prompt_tokens, self._generated_tokens):
+            tokens.labels(**model)
 
     def count_rejected(self) -> None:
         self._requests.labels("rejected").inc()

@@ -1,0 +1,1 @@
+"""What this machine, a configuration and its state directory can do, and what to change."""
