@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,17 @@ SETTINGS = {
     "policy": "rank_aware",
     "stats_period_s": 0.2,
     "shutdown_timeout_s": 2,
+    "scheduling_policy": "priority",
 }
+KEY = "the-administrators"
+TENANTS = f"""\
+tenants:
+  team: {{use: [adapter-00000]}}
+  trial: {{base_model: on, requests_per_minute: 2}}
+keys:
+  - {{id: "1", tenant: team, sha256: {sha256(b"the-teams").hexdigest()}}}
+  - {{id: "2", tenant: trial, sha256: {sha256(b"the-trials").hexdigest()}}}
+"""
 
 
 class Up:
@@ -45,7 +56,11 @@ class Up:
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process, self.url = process, url
-        self.http = httpx.Client(base_url=url, timeout=LIMIT_S)
+        self.http = self.client_of(KEY)
+
+    def client_of(self, key: str) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, timeout=LIMIT_S, headers=headers)
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.http.post(path, json=body)
@@ -98,7 +113,9 @@ def up(home: Path) -> Iterator[Up]:
         "adapter_source": [f"dir:{os.path.relpath(home / 'sourced')}"],
         "state_dir": home / "state",
         "log_dir": home / "logs",
+        "tenants_file": home / "tenants.yaml",
     }
+    (home / "tenants.yaml").write_text(TENANTS)
     settings = {**SETTINGS, **{k: v if isinstance(v, list) else str(v) for k, v in places.items()}}
     (home / "up.json").write_text(json.dumps(settings))  # JSON is YAML
     ray_dir = tempfile.mkdtemp(prefix="ray-")  # sockets in it need a short path
@@ -107,7 +124,7 @@ def up(home: Path) -> Iterator[Up]:
         stdout=subprocess.PIPE,
         stderr=(home / "stderr.log").open("w"),
         text=True,
-        env={**os.environ, **RAY_ENVIRONMENT, "RAY_TMPDIR": ray_dir, "TOPPINGS_API_KEY": ""},
+        env={**os.environ, **RAY_ENVIRONMENT, "RAY_TMPDIR": ray_dir, "TOPPINGS_API_KEY": KEY},
     )
     try:
         yield Up(process, _url(process, home))
@@ -127,7 +144,7 @@ def _url(process: subprocess.Popen[str], home: Path) -> str:
 
 
 def test_openai_clients_are_served_whole_and_streamed(up: Up) -> None:
-    client = openai.OpenAI(base_url=f"{up.url}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{up.url}/v1", api_key=KEY, max_retries=0)
     names = [model.id for model in client.models.list()]
     assert names == ["base", "adapter-00000", "adapter-00001"]
     for name in names:
@@ -218,6 +235,25 @@ def test_statistics_are_of_all_engines(up: Up) -> None:
     assert "vllm:num_requests_running 0.0" in up.http.get("/metrics").text
     states = {row["name"]: row["state"] for row in up.http.get("/adapters").json()["adapters"]}
     assert states["adapter-00000"] == "device"
+
+
+def test_tenants_have_their_rights_and_limits(up: Up) -> None:
+    body = {"prompt": "hello", "max_tokens": 2}
+    for key in ("", "wrong"):
+        with up.client_of(key) as nobody:
+            assert nobody.post("/v1/completions", json={**body, "model": "base"}).status_code == 401
+    with up.client_of("the-teams") as team:
+        assert [each["id"] for each in team.get("/v1/models").json()["data"]] == ["base", "adapter-00000"]
+        served = {**body, "model": "adapter-00000", "priority": -1}
+        assert team.post("/v1/completions", json=served).status_code == 200
+        assert team.post("/v1/completions", json={**body, "model": "adapter-00001"}).status_code == 404
+        assert team.get("/stats").status_code == 403
+        assert team.post("/v1/unload_lora_adapter", json={"lora_name": "adapter-00000"}).status_code == 403
+    with up.client_of("the-trials") as trial:
+        replies = [trial.post("/v1/completions", json={**body, "model": "base"}) for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [200, 200, 429]
+    assert replies[2].json()["error"]["code"] == "rate_limit_exceeded"
+    assert up.complete("adapter-00001")
 
 
 def test_a_client_that_leaves_ends_its_request(up: Up) -> None:
