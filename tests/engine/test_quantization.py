@@ -1,6 +1,5 @@
 """An engine with a quantised base, against transformers and PEFT on what its weights stand for."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -79,14 +78,3 @@ def test_dummy_weights_are_quantized_too(tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_refused_as_it_is_set(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig.from_settings({"quantization": "int8", **settings})
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
-def test_a_checkpoint_that_is_quantized_already_is_refused_by_name(method: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model")
-    fields = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps({**fields, "quantization_config": {"quant_method": method}})
-    )
-    with pytest.raises(ValueError, match=rf"quantized \({method}\).*--quantization int8"):
-        model_config(EngineConfig(model=str(model)))

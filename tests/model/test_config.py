@@ -84,7 +84,7 @@ def test_dtype_is_the_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'.*supported: LlamaForCausalLM, Mistral"),
         ({"architectures": None}, "architecture None"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized .gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized .bitsandbytes"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},

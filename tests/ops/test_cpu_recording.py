@@ -8,7 +8,9 @@ from torch import Tensor
 
 from tests.gate import NO_TEAM
 from toppings.ops.activation import silu_mul
+from toppings.ops.gpu_plan import LoraBatch, lora_chunks
 from toppings.ops.linear import QuantizedLinear
+from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import rms_norm
 from toppings.ops.quantized import quantize
 
@@ -86,3 +88,35 @@ def test_work_that_reads_values_is_refused_and_what_is_called_afterwards_runs() 
     with pytest.raises(ValueError, match="reads"), Recorder(Memory()):
         rms_norm(x, weight, 1e-6).sum().item()
     assert torch.equal(rms_norm(x, weight, 1e-6), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adapters_are_those_that_the_chunks_name_when_it_runs(dtype: torch.dtype) -> None:
+    from toppings.ops.cpu_recording import Memory, Recorder
+
+    torch.manual_seed(0)
+    width, rank, num_rows = 64, 6, 4
+    arena = torch.randn(3 * 2 * rank * width).to(dtype)
+    starts = [[slot * 2 * rank * width, (2 * slot + 1) * rank * width, rank] for slot in range(3)]
+    table = torch.tensor(starts).view(3, 1, 1, 3).expand(3, 1, 7, 3).contiguous()
+    x, chunks = torch.randn(num_rows, width).to(dtype), torch.tensor([[0, 0, -1]] * num_rows).int()
+    y, places = torch.zeros_like(x), (0,)
+
+    def add(segments: LoraSegments) -> None:
+        y.zero_()
+        options = {"layer": 0, "group": places, "out_offsets": places, "segments": segments}
+        add_lora_(y, x, arena=arena, table=table, **options)  # type: ignore[arg-type]
+
+    captured = LoraSegments(list(range(num_rows + 1)), [-1] * num_rows)
+    captured.batches[torch.device("cpu")] = LoraBatch(chunks, "mbgmv", rank)
+    with Recorder(Memory()) as recorder:
+        add(captured)
+    for segments in (LoraSegments([0, 1, 3, 4], [2, 0, -1]), LoraSegments([0, 2, 4], [-1, 1])):
+        add(segments)
+        expected = y.clone()
+        chunks.copy_(torch.tensor([[0, 0, -1]] * num_rows))
+        own = torch.from_numpy(lora_chunks(segments, "mbgmv"))
+        chunks[: len(own)] = own
+        recorder.recording().replay()
+        assert torch.equal(y, expected)

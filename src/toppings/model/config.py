@@ -179,13 +179,15 @@ def _check_served(path: Path, raw: dict[str, Any]) -> str:
             f"supported: {', '.join(FAMILIES)}"
         )
     if quantization := raw.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        )
-        raise ValueError(
-            f"{path} is quantized ({method}), which is not read; use the checkpoint that it was made from, in"
-            " bfloat16, float16 or float32, on a CPU with --quantization int8 or int4"
-        )
+        from toppings.model.prequantized import Scheme  # needs torch
+
+        try:
+            Scheme.of(quantization)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error}; use the checkpoint that it was made from, in bfloat16, float16 or float32,"
+                " on a CPU with --quantization int8 or int4"
+            ) from None
     if raw.get("transformers_weights"):
         raise ValueError(f"{path} has its weights in {raw['transformers_weights']!r}, which is not supported")
     return architecture

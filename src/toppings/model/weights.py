@@ -14,8 +14,9 @@ from torch import Tensor
 
 from toppings.core import FUSED_MODULES, GROUPS, MODULES, stored_modules
 from toppings.model.config import ModelConfig
-from toppings.model.files import FLOATS, open_tensors
+from toppings.model.files import FLOATS, open_tensors, read_json
 from toppings.model.parts import Part
+from toppings.model.prequantized import Scheme, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,12 @@ def read_weights(
     path = Path(path)
     with ExitStack() as stack:
         places = open_tensors(path, stack)
+        quantization = read_json(path / "config.json").get("quantization_config")
+        if quantization:
+            places = unpacked(Scheme.of(quantization), places)
         plan = _plan_for(config, places)
+        if quantization:
+            places = {name: file for name, file in places.items() if not _is_idle_bias(name, plan, file)}
         _check(path, plan, places, config)
         pieces = plan if part is None else _plan_for(part.config, places)
         shapes = _target_shapes(pieces)
@@ -61,6 +67,11 @@ def read_weights(
     if config.tie_word_embeddings and "lm_head" in weights:
         _drop_copy(path, weights)
     return weights
+
+
+def _is_idle_bias(name: str, plan: dict[str, _Piece], file: Any) -> bool:
+    """One that the model does not have and that is 0, as some that quantise write beside every projection."""
+    return name not in plan and name.endswith(".bias") and not file.get_tensor(name).any()
 
 
 def _drop_copy(path: Path, weights: dict[str, Tensor]) -> None:

@@ -1,0 +1,180 @@
+"""Checkpoints whose projections are stored in 4 or 8 bits: GPTQ, AWQ and compressed-tensors, read as the
+weights that they stand for.
+
+Each stores a projection as integers, packed into 32-bit words (W is [out, in], words hold their lowest bits
+first), with a scale and perhaps a zero point for each group of inputs: W = scale · (code - zero).
+
+* gptq: codes `qweight` [in / 8, out]; zeros `qzeros` [groups, out / 8], one less than they are but in
+  "gptq_v2"; scales [groups, out]; `g_idx` [in], each input's group.
+* awq: `qweight` [in, out / 8], a word's outputs in the order 0 2 4 6 1 3 5 7; `qzeros` likewise; scales
+  [groups, out].
+* compressed-tensors, pack-quantized: `weight_packed` [out, in / 8 or 4], whose middle code is the zero;
+  scales [out, groups].
+* compressed-tensors, int-quantized: `weight` [out, in], int8; scales [out, groups].
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METHODS = ("gptq", "awq", "compressed-tensors")
+_WORD_BITS = 32
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_CODES = {"gptq": "qweight", "awq": "qweight", "pack-quantized": "weight_packed", "int-quantized": "weight"}
+_BESIDE = ("qzeros", "scales", "g_idx", "weight_scale", "weight_shape")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint's projections are stored. `form`: a key of `_CODES`; `zero_shift` is added to stored
+    zeros."""
+
+    form: str
+    bits: int
+    zero_shift: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> "Scheme":
+        """`config`: the `quantization_config` of a config.json. Raises ValueError for what is not read."""
+        method = config.get("quant_method", "unknown") if isinstance(config, dict) else config
+        if method == "compressed-tensors":
+            return cls._compressed(config)
+        if method not in METHODS:
+            raise ValueError(f"it is quantized ({method}); of quantized ones, {', '.join(METHODS)} are read")
+        if (bits := config.get("bits", config.get("w_bit"))) != 4:
+            raise ValueError(f"{method} with bits {bits!r} is not read, only with 4")
+        if method == "awq":
+            if (version := str(config.get("version", "gemm")).lower()) != "gemm":
+                raise ValueError(f"awq of version {version!r} is not read, only gemm")
+            return cls("awq", 4)
+        return cls("gptq", 4, 0 if config.get("checkpoint_format") == "gptq_v2" else 1)
+
+    @classmethod
+    def _compressed(cls, config: dict[str, Any]) -> "Scheme":
+        groups = list((config.get("config_groups") or {}).values())
+        if len(groups) != 1:
+            raise ValueError(f"compressed-tensors with {len(groups)} config_groups is not read, only one")
+        if not isinstance(groups[0], dict):
+            raise ValueError(f"compressed-tensors with config_groups of {groups[0]!r} is not read")
+        weights, form = groups[0].get("weights") or {}, config.get("format")
+        bits, kind = weights.get("num_bits"), weights.get("type")
+        is_known = (form == "pack-quantized" and bits in (4, 8)) or (form == "int-quantized" and bits == 8)
+        if not is_known or kind != "int" or not weights.get("symmetric", True):
+            raise ValueError(
+                f"compressed-tensors of format {form!r} with {bits} bits, type {kind!r} and symmetric"
+                f" {weights.get('symmetric')} is not read, only symmetric integers: pack-quantized with 4 or"
+                " 8 bits, int-quantized with 8"
+            )
+        if groups[0].get("input_activations") is not None:
+            raise ValueError("compressed-tensors with quantized activations (W8A8) is not read, only weights")
+        return cls(str(form), 8 if bits == 8 else 4)
+
+
+def unpacked(scheme: Scheme, places: dict[str, Any]) -> dict[str, Any]:
+    """`places` (open file by tensor name) with the projections under their ordinary names, which are made as
+    they are asked for. Raises ValueError where a projection's parts are missing or do not fit."""
+    suffix = "." + _CODES[scheme.form]
+    scales = ".weight_scale" if "quantized" in scheme.form else ".scales"
+    bases = [name.removesuffix(scales) for name in places if name.endswith(scales)]
+    found = {base + ".weight": _Packed(scheme, base, places) for base in bases if base + suffix in places}
+    parts = {f"{base}.{part}" for base in bases for part in (_CODES[scheme.form], *_BESIDE)}
+    return {name: file for name, file in places.items() if name not in parts} | found
+
+
+class _Packed:
+    """One projection, as a file and as a tensor's slice of it."""
+
+    def __init__(self, scheme: Scheme, base: str, places: dict[str, Any]) -> None:
+        self._scheme, self._base, self._places = scheme, base, places
+        by_input = scheme.form in ("gptq", "awq")
+        self._scales = self._slice("scales" if by_input else "weight_scale")
+        codes = self._slice(_CODES[scheme.form]).get_shape()
+        per_word = _WORD_BITS // scheme.bits
+        if scheme.form == "gptq":
+            self._shape = (codes[1], codes[0] * per_word)
+        elif scheme.form == "awq":
+            self._shape = (codes[1] * per_word, codes[0])
+        elif scheme.form == "pack-quantized":
+            self._shape = (codes[0], int(self._tensor("weight_shape")[1]))
+        else:
+            self._shape = (codes[0], codes[1])
+        num_out, num_in = self._shape
+        scales = list(self._scales.get_shape())
+        num_groups = scales[0 if by_input else -1]
+        expected = [num_groups, num_out] if by_input else [num_out, num_groups]
+        is_packed_in = scheme.form != "pack-quantized" or codes[1] == -(-num_in // per_word)
+        if scales != expected or not is_packed_in or not num_groups or num_in % num_groups:
+            raise ValueError(
+                f"{base}: scales of shape {scales} do not fit codes of shape {list(codes)} ({scheme.form})"
+            )
+
+    def get_slice(self, name: str) -> "_Packed":
+        return self
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        return str(self._scales.get_dtype())
+
+    def get_tensor(self, name: str) -> Tensor:
+        """fp32 [out, in], exactly what the codes stand for."""
+        num_out, num_in = self._shape
+        form, bits = self._scheme.form, self._scheme.bits
+        if form in ("gptq", "awq"):
+            codes, zeros = self._tensor("qweight"), self._tensor("qzeros")
+            scales = self._tensor("scales").float()
+            if form == "gptq":
+                codes, zeros = _unpack(codes.t(), bits).t(), _unpack(zeros, bits)
+            else:
+                codes, zeros = (_in_order(_unpack(each, bits)) for each in (codes, zeros))
+            if zeros.shape != scales.shape:
+                raise ValueError(
+                    f"{self._base}: qzeros of {list(zeros.shape)} for {list(scales.shape)} scales"
+                )
+            groups = self._groups(num_in, len(scales))
+            shifted = codes - (zeros + self._scheme.zero_shift)[groups]
+            return (shifted * scales[groups]).t().contiguous()
+        scales = self._tensor("weight_scale").float()
+        if form == "pack-quantized":
+            codes = _unpack(self._tensor("weight_packed"), bits)[:, :num_in] - 2 ** (bits - 1)
+        else:
+            codes = self._tensor("weight")
+        by_group = codes.float().view(num_out, scales.shape[1], -1) * scales[:, :, None]
+        return by_group.view(num_out, num_in)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.get_tensor("")[index]
+
+    def _groups(self, num_in: int, num_groups: int) -> Tensor:
+        """int64 [in]: each input's group; GPTQ may have ordered them by how much they matter."""
+        if f"{self._base}.g_idx" not in self._places:
+            return torch.arange(num_in) // (num_in // num_groups)
+        groups = self._tensor("g_idx").long()
+        if groups.shape != (num_in,) or groups.min() < 0 or groups.max() >= num_groups:
+            raise ValueError(f"{self._base}.g_idx must name one of {num_groups} groups for {num_in} inputs")
+        return groups
+
+    def _slice(self, part: str) -> Any:
+        name = f"{self._base}.{part}"
+        if name not in self._places:
+            raise ValueError(f"{name} is missing beside {self._base}'s other tensors")
+        return self._places[name].get_slice(name)
+
+    def _tensor(self, part: str) -> Tensor:
+        tensor: Tensor = self._slice(part)[:]
+        return tensor
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 [n, m · 32 / bits] of int32 [n, m]: each word's codes, from its lowest bits on."""
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
+    return (words[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)
+
+
+def _in_order(codes: Tensor) -> Tensor:
+    """Columns as AWQ's words interleave them, in their order."""
+    inverse = torch.tensor(_AWQ_ORDER).argsort()
+    return codes.view(len(codes), -1, len(_AWQ_ORDER))[:, :, inverse].flatten(1)
