@@ -51,7 +51,7 @@ class Scale:
     num_rounds: int
 
 
-FULL = Scale(num_prompts=4, num_sentences=10, num_tokens=96, num_rounds=2)
+FULL = Scale(num_prompts=4, num_sentences=10, num_tokens=96, num_rounds=1)
 TOY = Scale(num_prompts=1, num_sentences=3, num_tokens=24, num_rounds=1)
 
 
