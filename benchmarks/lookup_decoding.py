@@ -129,6 +129,7 @@ def compare(engine: Engine, prompts: list[list[int]], scale: Scale, temperature:
                 engine.scheduler.drafts = each
                 answers.append(answer(engine, f"{turn} {number}", prompt, sampling, times))
             num_same += answers[0] == answers[1]
+    engine.scheduler.drafts = drafts
     grown = {name: value - before[name] for name, value in drafts.counters().items()}
     num_drafted = grown["spec_decode_draft_tokens"]
     return {
