@@ -51,7 +51,7 @@ class Scale:
     num_rounds: int
 
 
-FULL = Scale(num_prompts=4, num_sentences=10, num_tokens=96, num_rounds=2)
+FULL = Scale(num_prompts=4, num_sentences=10, num_tokens=96, num_rounds=1)
 TOY = Scale(num_prompts=1, num_sentences=3, num_tokens=24, num_rounds=1)
 
 
@@ -129,6 +129,7 @@ def compare(engine: Engine, prompts: list[list[int]], scale: Scale, temperature:
                 engine.scheduler.drafts = each
                 answers.append(answer(engine, f"{turn} {number}", prompt, sampling, times))
             num_same += answers[0] == answers[1]
+    engine.scheduler.drafts = drafts
     grown = {name: value - before[name] for name, value in drafts.counters().items()}
     num_drafted = grown["spec_decode_draft_tokens"]
     return {
