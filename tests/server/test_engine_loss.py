@@ -21,8 +21,8 @@ from tests.waiting import PATIENCE_S, wait_until
 from toppings.cluster.router.meters import Meters
 from toppings.command import USER_ERROR
 from toppings.config import Config
-from toppings.server.auth import OPEN_PATHS
 from toppings.log_files import COMPLAIN_S
+from toppings.server.auth import OPEN_PATHS
 from toppings.server.lifecycle import LAST_RESORT_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
