@@ -107,8 +107,15 @@ def check_fairness(result: Result) -> None:
     assert len(result["engine"]["fair"]["ttft_ms"]) == 2
 
 
+def check_engine_kills(result: Result) -> None:
+    assert result["lost"] == []
+    assert result["requests"]["answered"] > 0
+    assert len(result["recovery_s"]) == result["kills"] == 2
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
     "fairness": check_fairness,
+    "engine_kills": check_engine_kills,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,
