@@ -142,11 +142,18 @@ def check_dashboard(result: Result) -> None:
     assert result["cost"]["watched_percent"] > 0
 
 
+def check_engine_kills(result: Result) -> None:
+    assert result["lost"] == []
+    assert result["requests"]["answered"] > 0
+    assert len(result["recovery_s"]) == result["kills"] == 2
+
+
 CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,
+    "engine_kills": check_engine_kills,
     "structured_output": check_structured_output,
     "prefix_cache": check_prefix_cache,
     "fuzz": check_fuzz,
