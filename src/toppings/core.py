@@ -106,7 +106,7 @@ class Request:
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
     `tenant`, `weight` and `priority`: as of `Standing`. Where it was preempted, it makes way for another
-    tenant only when it has drawn `num_owed_tokens` more, as many as its new start had to compute. It
+    tenant only when it has drawn `num_owed_tokens` more, by what its new start had to compute. It
     `was_drained` where it was preempted for another adapter; it will not be again.
     """
 

@@ -20,6 +20,9 @@ from toppings.engine.fair_clients import Client, Level
 OUTPUT_WEIGHT = 2.0
 """What a token that is drawn costs, in tokens of a prompt: as in the publication."""
 
+OWED_PER_TOKEN = 16.0
+"""Tokens that a request draws, before it makes way again, for each that its new start had to compute."""
+
 
 @dataclass(slots=True)
 class Account:
@@ -102,7 +105,7 @@ class FairQueue:
         self._leave(request)
         self._running[request] = account
         if account.has_started:
-            request.num_owed_tokens += num_tokens
+            request.num_owed_tokens += OWED_PER_TOKEN * num_tokens
         else:
             account.has_started = True
             self._charge(account.client, num_tokens)

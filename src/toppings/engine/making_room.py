@@ -2,8 +2,8 @@
 
 A tenant's share of places and of pages is by its weight among those that have requests. One that holds less
 may start a request at the cost of those that hold more, who are left their shares. A request that has made
-way does so again only when it has drawn as many tokens as its new start had to compute: so no more is
-computed again than is drawn.
+way does so again only when it has drawn sixteen times as many tokens as its new start had to compute: so
+little is computed again.
 """
 
 from collections import Counter
