@@ -80,7 +80,9 @@ def test_the_makefile_and_each_image_call_the_script_with_options_it_knows() -> 
 
 def test_a_server_is_installed_without_what_tests_figures_and_ray_need() -> None:
     whole, serving = (arguments for who, arguments in calls_of_the_script() if who == "Makefile")
-    assert set(EXTRAS) - {"cuda", "gguf", "remote"} == set(whole[whole.index("--extras") + 1].split(","))
+    assert set(EXTRAS) - {"cuda", "gguf", "otel", "remote"} == set(
+        whole[whole.index("--extras") + 1].split(",")
+    )
     assert "--extras" not in serving
     assert set(serving) < set(whole)
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.driver import Driver, drive, hold_link
 from tests.engine.oracle import make_adapter, make_model, make_prompt
+from tests.waiting import wait_until
 from toppings.engine.cold_notes import MAX_COLD_STEPS
 from toppings.messages import ColdStart, RequestOutput
 
@@ -35,9 +36,11 @@ def assisted(
         yield driver
 
 
-def cold_start(driver: Driver, adapter: str, num_prompt_tokens: int = 100) -> ColdStart:
+def cold_start(
+    driver: Driver, adapter: str, num_prompt_tokens: int = 100, num_tokens: int = NUM_TOKENS
+) -> ColdStart:
     name = f"{adapter} {num_prompt_tokens} {len(driver.tokens)}"
-    driver.add(name, make_prompt(len(driver.tokens), num_prompt_tokens), NUM_TOKENS, adapter)
+    driver.add(name, make_prompt(len(driver.tokens), num_prompt_tokens), num_tokens, adapter)
     driver.run()
     told = driver.first[name].cold_start
     assert told is not None, driver.errors()
@@ -64,7 +67,7 @@ def test_the_course_of_a_cold_start_is_told_in_order(assisted: Driver) -> None:
 def test_layers_say_where_they_were_computed(assisted: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     hold_link(monkeypatch)
     before = assisted.engine.stats(0).counters["assist_cpu_products"]
-    told = cold_start(assisted, "a1")
+    told = cold_start(assisted, "a1", num_tokens=1)  # what comes after the first token is not told
     num_cpu = assisted.engine.stats(0).counters["assist_cpu_products"] - before
     assert sum(layer.num_cpu_products for layer in told.layers) == num_cpu > 0
     for layer in told.layers:
@@ -77,6 +80,8 @@ def test_layers_say_where_they_were_computed(assisted: Driver, monkeypatch: pyte
 
 def test_a_warm_request_has_no_record(assisted: Driver) -> None:
     cold_start(assisted, "a2")
+    adapter_id = assisted.registry.get("a2").adapter_id
+    wait_until(lambda: assisted.engine.adapters.load_of(adapter_id) is None)
     assisted.add("warm", make_prompt(9, 9), NUM_TOKENS, "a2")
     assisted.add("base", make_prompt(9, 9), NUM_TOKENS)
     assisted.run()

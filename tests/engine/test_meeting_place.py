@@ -3,9 +3,11 @@
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,25 @@ from toppings.engine.meeting_place import MeetingPlace
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Whose path is short, as a temporary directory's mostly is."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        monkeypatch.setattr(tempfile, "tempdir", path)
+        yield Path(path)
+
+
+def test_a_path_that_is_too_long_for_sockets_is_not_used(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    place = MeetingPlace.make("engine")
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(place.path / "engine"))
+    assert not list(deep.iterdir())
+    place.close()
+    assert not place.path.exists()
 
 
 def test_a_folder_is_ours_alone_and_gone_after_close() -> None:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 _PREFIX = "toppings-meet-"
+_MAX_ROOT_BYTES = 60
+"""Of the temporary directory's path: with names below it, a socket's has 107 bytes at most."""
 
 
 class MeetingPlace:
@@ -24,9 +26,10 @@ class MeetingPlace:
     @classmethod
     def make(cls, kind: str) -> "MeetingPlace":
         """Raises OSError where the temporary directory takes no folder, or none that can be locked."""
-        _sweep(Path(tempfile.gettempdir()))
+        root = _root()
+        _sweep(root)
         while True:
-            path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-"))
+            path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-", dir=root))
             try:
                 lock = _try_lock(path)
             except OSError:
@@ -45,6 +48,12 @@ class MeetingPlace:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
+
+
+def _root() -> Path:
+    """The temporary directory, or /tmp where its path is too long for sockets in it."""
+    root = tempfile.gettempdir()
+    return Path(root if len(os.fsencode(root)) <= _MAX_ROOT_BYTES else "/tmp")
 
 
 def _sweep(root: Path) -> None:
