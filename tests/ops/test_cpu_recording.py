@@ -17,7 +17,7 @@ from toppings.ops.quantized import quantize
 WIDTH = 256
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 5])
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     from toppings.ops import cpu_kernel
 

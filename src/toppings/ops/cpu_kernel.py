@@ -34,22 +34,20 @@ _WORD = ir.IntType(64)
 _FIRST_OPERAND = 2
 
 
-def _find_team() -> tuple[Any, int, str]:
-    """torch's OpenMP entry point, the address of what tells a team's size inside of it, and where they are
-    or why there are none."""
+def _find_team() -> tuple[Any, str]:
+    """torch's OpenMP entry point, and where it was found or why there is none."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         try:
-            loaded = ctypes.CDLL(str(library))
-            entry, size = loaded.GOMP_parallel, ctypes.cast(loaded.omp_get_num_threads, ctypes.c_void_p)
+            entry = ctypes.CDLL(str(library)).GOMP_parallel
         except (OSError, AttributeError):
             continue
         entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         entry.restype = None
-        return entry, size.value or 0, f"torch's OpenMP is {library.name}"
-    return None, 0, "torch's OpenMP library was not found: kernels run on one thread"
+        return entry, f"torch's OpenMP is {library.name}"
+    return None, "torch's OpenMP library was not found: kernels run on one thread"
 
 
-_RUN_ON_TEAM, _TEAM_SIZE, TEAM_REASON = _find_team()
+_RUN_ON_TEAM, TEAM_REASON = _find_team()
 USE_TEAM = _RUN_ON_TEAM is not None
 """Kernels with enough work run on as many threads as torch's operators."""
 
@@ -99,12 +97,10 @@ class Kernel:
             run(block.buffer_info()[0])
 
     def run_on(self, num_threads: int, *operands: Tensor | int) -> None:
-        """For a kernel that is run once by each thread, of `num_threads` or fewer; operand 0 is the address
-        of a function that tells how many they are, or 0 where there is one."""
+        """For a kernel that is run once by each thread, of `num_threads` or fewer."""
         address, _ = self._compiled.get(torch.float32) or self._compile(torch.float32)
-        is_team = num_threads > 1 and USE_TEAM
-        block = words("q", [0, num_threads, _TEAM_SIZE if is_team else 0, *map(_word, operands)])
-        if is_team:
+        block = words("q", [0, num_threads, *map(_word, operands)])
+        if num_threads > 1 and USE_TEAM:
             _RUN_ON_TEAM(address, block.buffer_info()[0], num_threads, 0)
         else:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(block.buffer_info()[0])

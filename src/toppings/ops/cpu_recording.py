@@ -4,7 +4,7 @@ microseconds each, and calling them from Python as much.
 While a `Recorder` is active in a thread, kernels are not run but noted, with the addresses that they are
 called with; what is torch's own runs and is noted too (a `TorchDispatchMode` sees it, so that nothing is left
 out). The `Recording` runs neighbouring kernels in one call: every thread of torch's team goes through those
-with enough work for many, claims tasks of each until none is left, and meets the others before the next.
+with enough work for many, and claims tasks of each until none is left.
 
 Whoever records sees to it that what the work reads stays where it is, and that nothing of the work depends
 on values that Python reads. Buffers that are allocated meanwhile are the recorder's `Memory`; recordings that
@@ -53,46 +53,42 @@ def _call(typing_context: Any, address: Any, block: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _ask(typing_context: Any, address: Any) -> Any:
-    """What the function at `address` answers."""
-
+def _look(typing_context: Any, state: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), _WORD)
+        return builder.load_atomic(_pointer(builder, args[0]), "acquire", 8)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _arrive(typing_context: Any, meeting: Any) -> Any:
-    """How many threads came to the meeting before this one."""
-
+def _put(typing_context: Any, state: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, args[0]), _WORD(1), "acq_rel")
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _meetings(typing_context: Any, meeting: Any) -> Any:
-    """How many meetings are over."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, args[0], 1), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _end_meeting(typing_context: Any, meeting: Any, number: Any) -> Any:
-    """By the last who came: nobody has come to the next, `number` are over."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(_WORD(0), _pointer(builder, args[0]))
-        builder.store_atomic(args[1], _pointer(builder, args[0], 1), "release", 8)
+        builder.store_atomic(args[1], _pointer(builder, args[0]), "release", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _replace(typing_context: Any, state: Any, old: Any, new: Any) -> Any:
+    """Whether the word was `old`, and is `new` now."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        done = builder.cmpxchg(_pointer(builder, args[0]), args[1], args[2], "acq_rel", "acquire")
+        return builder.extract_value(done, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _decrease(typing_context: Any, state: Any) -> Any:
+    """By one; returns what the word is now."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        was = builder.atomic_rmw("sub", _pointer(builder, args[0]), _WORD(1), "acq_rel")
+        return builder.sub(was, _WORD(1))
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -118,7 +114,10 @@ def _rewind(typing_context: Any, block: Any) -> Any:
 
 
 _SPINS = 2000
-"""Looks at whether the others have come, some microseconds, before the core is offered to other threads."""
+"""Looks at whether there is more to do, some microseconds, before the core is offered to other threads."""
+_SHIFT = 16
+"""The state's word: the kernel at hand, above the number of threads that are in it; negative while one of
+them prepares the next."""
 
 
 @helper
@@ -131,38 +130,30 @@ def _run_alone(table: Pointer, i: int, count: int) -> int:
     return i
 
 
-@helper
-def _skip(table: Pointer, i: int, count: int) -> int:
-    while i < count and load(table, 3 * i + 2) == 1:
-        i += 1
-    return i
-
-
 @Kernel
 def _run_kernels(block: Any) -> None:
-    """Every thread runs this once. Operands: what tells the team's size, 0 where a thread is alone; a row
-    (kernel's address, its words', threads that it is worth) for each kernel, and their number; the meeting's
-    words (threads that have come, meetings that are over).
+    """Every thread runs this once. Operands: a row (kernel's address, its words', threads that it is worth)
+    for each kernel, their number, and the state's word, 0.
 
-    After a kernel for many the threads meet; whoever comes last runs what follows and one is enough for,
-    before the others go on."""
-    table, count, meeting = int64s(block, 1), integer(block, 2), integer(block, 3)
-    num_threads = _ask(integer(block, 0)) if integer(block, 0) != 0 else 1
-    num_over, i = _meetings(meeting), 0
-    while i < count:
-        _call(load(table, 3 * i), load(table, 3 * i + 1))
-        num_over += 1
-        if _arrive(meeting) == num_threads - 1:
-            _rewind(load(table, 3 * i + 1))
-            i = _run_alone(table, i + 1, count)
-            _end_meeting(meeting, num_over)
-        else:
-            num_looks = 0
-            while _meetings(meeting) != num_over:
-                num_looks += 1
-                if num_looks > _SPINS:
-                    _give_way()
-            i = _skip(table, i + 1, count)
+    A kernel is over when its tasks are claimed and nobody is in it: a thread that has none of them, since it
+    has yet to begin or its core is another's, is waited for by nobody. Who leaves last runs what follows and
+    one is enough for, before anybody enters the next."""
+    table, count, state = int64s(block, 0), integer(block, 1), integer(block, 2)
+    left, num_looks = -1, 0
+    now = _look(state)
+    while now < 0 or now >> _SHIFT < count:
+        i = now >> _SHIFT
+        if now < 0 or i == left:
+            num_looks += 1
+            if num_looks > _SPINS:
+                _give_way()
+        elif _replace(state, now, now + 1):
+            left, num_looks = i, 0
+            _call(load(table, 3 * i), load(table, 3 * i + 1))
+            if _decrease(state) == i << _SHIFT and _replace(state, i << _SHIFT, -1):
+                _rewind(load(table, 3 * i + 1))
+                _put(state, _run_alone(table, i + 1, count) << _SHIFT)
+        now = _look(state)
 
 
 @dataclass
@@ -212,11 +203,12 @@ class Recording:
 
 def _native(calls: list[KernelCall]) -> Callable[[], None]:
     rows = [(call.address, call.block.buffer_info()[0], call.max_threads) for call in calls]
-    table, meeting = torch.tensor(rows, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    table, state = torch.tensor(rows, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     max_threads = max(call.max_threads for call in calls)
 
     def run() -> None:
-        _run_kernels.run_on(min(max_threads, torch.get_num_threads()), table, len(calls), meeting)
+        state.zero_()
+        _run_kernels.run_on(min(max_threads, torch.get_num_threads()), table, len(calls), state)
 
     return run
 
