@@ -4,11 +4,10 @@ import asyncio
 import logging
 import threading
 from array import array
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -16,7 +15,7 @@ from typing import Any, TypeVar, cast
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.adapters.merges import Merge
 from toppings.adapters.registry import AdapterRecord
-from toppings.bad_input import RequestError, shown
+from toppings.bad_input import RequestError
 from toppings.config import Config
 from toppings.core import FinishReason
 from toppings.detokenizer import TextOutput, generate_text
@@ -24,6 +23,7 @@ from toppings.engine.base import hold_state, model_path, open_registry
 from toppings.engine.client import EngineClient, EngineDeadError
 from toppings.engine.meeting_place import MeetingPlace
 from toppings.grammar.checker import StructureChecker
+from toppings.prompts import Prompt, as_prompts, check_types, is_list, token_ids_of
 from toppings.sampling_defaults import read_sampling_defaults
 from toppings.sampling_params import Pooling, SamplingParams
 from toppings.sources.models import with_model
@@ -35,7 +35,6 @@ LAST_CALLS_S = 2.0
 """How long calls under way may take to return once the engine has ended."""
 
 T = TypeVar("T")
-Prompt = str | Sequence[int]
 
 
 @dataclass(slots=True)
@@ -156,9 +155,9 @@ class LLM:
         Raises RequestError for a bad prompt or a value of the wrong type, AdapterNotFound for an unknown
         adapter.
         """
-        all_prompts = _as_prompts(prompts)
+        all_prompts = as_prompts(prompts)
         num = len(all_prompts)
-        is_each = not isinstance(adapter, str | None) and _is_list(adapter)
+        is_each = not isinstance(adapter, str | None) and is_list(adapter)
         adapters = list(cast(Sequence[str | None], adapter)) if is_each else [cast(str | None, adapter)] * num
         if len(adapters) != num:
             raise RequestError(f"{len(adapters)} adapters for {num} prompts; give one for all or one each")
@@ -293,8 +292,8 @@ class LLM:
 
     def _token_ids(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> list[int]:
         """Raises RequestError for a prompt that cannot be served."""
-        _check_types(sampling, adapter)
-        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        check_types(sampling, adapter)
+        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else token_ids_of(prompt)
         most = self._client.info.max_model_len - min(1, sampling.max_tokens)
         if not 0 < len(token_ids) <= most:
             raise RequestError(f"the prompt has {len(token_ids)} tokens; between 1 and {most} can be served")
@@ -319,40 +318,3 @@ class LLM:
             return self._registry.get(name)
         except AdapterNotFound:
             return None
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, also where one was given, as text or as token ids. Raises RequestError."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not _is_list(prompts):
-        raise _no_prompt(prompts)
-    is_single = len(prompts) > 0 and not isinstance(prompts[0], str) and not _is_list(prompts[0])
-    return cast(list[Prompt], [prompts] if is_single else list(prompts))
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    """As integers of Python's. Raises RequestError for what is no list of integers."""
-    try:
-        if _is_list(prompt) and not any(isinstance(each, bool) for each in prompt):
-            return list(map(index, prompt))
-    except TypeError:
-        pass
-    raise _no_prompt(prompt)
-
-
-def _is_list(value: object) -> bool:
-    """Arrays and tensors count; bytes, though a sequence of integers, are a text that was not decoded."""
-    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    return is_sequence and not isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-
-
-def _no_prompt(value: object) -> RequestError:
-    return RequestError(f"a prompt is {shown(repr(value))}; it must be a text (str) or a list of token ids")
-
-
-def _check_types(sampling: object, adapter: object) -> None:
-    if not isinstance(sampling, SamplingParams):
-        raise RequestError(f"sampling is {shown(repr(sampling))}; it must be SamplingParams")
-    if not isinstance(adapter, str | None):
-        raise RequestError(f"adapter is {shown(repr(adapter))}; it must be a name or None")

@@ -23,7 +23,7 @@ from toppings.command import USER_ERROR
 from toppings.config import Config
 from toppings.log_files import COMPLAIN_S
 from toppings.server.auth import OPEN_PATHS
-from toppings.server.lifecycle import LAST_RESORT_S
+from toppings.server.stop import LAST_RESORT_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 HISTOGRAM_ENDS = ("_bucket", "_sum", "_count")

@@ -19,7 +19,8 @@ from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
 from toppings.engine.spawn import Spawner
 from toppings.server import lifecycle
-from toppings.server.lifecycle import Stop, listening_socket, run_until_stopped, start_logging, with_run_files
+from toppings.server.lifecycle import listening_socket, run_until_stopped, start_logging, with_run_files
+from toppings.server.stop import Stop
 
 
 class Running:

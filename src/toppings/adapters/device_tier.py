@@ -201,6 +201,15 @@ class DeviceTier:
         del self._loading[resident.adapter_id]
         self._host.unpin(resident.entry)
 
+    def try_drop(self, adapter_id: int) -> bool:
+        """False where it is in use or being copied; else it is not here, now if not before."""
+        resident = self.residents.get(adapter_id)
+        if resident is not None:
+            if resident.num_running or resident.is_loading:
+                return False
+            self.drop(resident)
+        return True
+
     def drop(self, resident: Resident, *, was_evicted: bool = False) -> None:
         """Frees its room; nobody may use it, and a load under way is never cut off."""
         assert not resident.num_running

@@ -151,6 +151,12 @@ class AdapterLayout:
         )
         return cls(dtype, shapes, tuple(blocks))
 
+    def targeted_groups(self) -> list[int]:
+        """Of each layer, how many projection groups the adapter changes."""
+        return [
+            sum(any(layer.ranks[m] for m in modules) for modules in GROUPS.values()) for layer in self.layers
+        ]
+
     def __hash__(self) -> int:
         """Caches of prices and plans ask for it with every cold prefill."""
         return self._hash

@@ -29,7 +29,7 @@ from toppings.adapters.pins import Pins
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.statuses import Statuses
 from toppings.config import EngineConfig
-from toppings.core import GROUPS, Admission
+from toppings.core import Admission
 from toppings.messages import AdapterStatus
 
 if TYPE_CHECKING:
@@ -198,8 +198,7 @@ class AdapterManager:
 
     def targeted_groups(self, adapter_id: int) -> list[int]:
         """Of each layer, how many projection groups an adapter that is on the device changes."""
-        layers = self._tier.residents[adapter_id].load.layout.layers
-        return [sum(any(layer.ranks[m] for m in modules) for modules in GROUPS.values()) for layer in layers]
+        return self._tier.residents[adapter_id].load.layout.targeted_groups()
 
     def load_times(self, adapter_id: int) -> LoadTimes:
         """Of an adapter that is on the device."""
@@ -316,12 +315,7 @@ class AdapterManager:
         when there are none left.
         """
         self.poll()
-        resident = self._tier.residents.get(adapter_id)
-        if resident is not None:
-            if resident.num_running or resident.is_loading:
-                return False
-            self._tier.drop(resident)
-        if not self.host.try_remove(adapter_id):
+        if not (self._tier.try_drop(adapter_id) and self.host.try_remove(adapter_id)):
             return False
         self._records.remove(adapter_id)
         self._hits.forget(adapter_id)

@@ -3,13 +3,24 @@
 from dataclasses import dataclass
 
 from toppings.core import FinishReason, Request
-from toppings.messages import RequestOutput
+from toppings.messages import RequestOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
     eos_token_ids: frozenset[int]
     max_model_len: int
+
+    def output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
+        """What is said of a token that was drawn, its last one by now."""
+        finish_reason, stop_token_id = self.reason(request, token_id)
+        return RequestOutput(
+            request.request_id,
+            [token_id],
+            logprobs=None if logprobs is None else [logprobs],
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+        )
 
     def reason(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
         """Why it ends with this token, its last one by now; the stop token, if that is why."""

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import Counter
 
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.manager import AdapterManager
@@ -164,7 +163,8 @@ class Engine:
         outputs += [self._fail(request, reason) for request, reason in self.scheduler.pop_failed()]
         if not batch.items:
             return None
-        self._note_scheduled(batch, started_at)
+        for item in batch.items:
+            self._progress[item.request.request_id].note_scheduled(started_at)
         try:
             flight = self._runner.start(batch, None if previous is None else previous.flight)
         except AdapterError as error:
@@ -294,7 +294,8 @@ class Engine:
                 outputs += self._fail_all([item.request], reason)
             else:
                 outputs.append(self._token_output(item.request, token_id, logprobs))
-        self._note_drafts(step, result)
+        if self.scheduler.drafts is not None:
+            self.scheduler.drafts.note_step(step.batch.items, result.items)
         self._counters.note_step(step, result, len(outputs))
         outputs += [self._end_of_reading(i.request) for i in step.read_out if self._is_alive(i)]
         self._step_log.write_step(step.record, result, step_s)
@@ -305,30 +306,14 @@ class Engine:
         request.num_computed_tokens += 1
         self.scheduler.cache.keep([BatchItem(request, 1, stop=request.num_computed_tokens)])
 
-    def _note_drafts(self, step: Step, result: StepResult) -> None:
-        drafts = self.scheduler.drafts
-        if drafts is None:
-            return
-        num_drawn = Counter(id(item) for item in result.items)
-        for item in step.batch.items:
-            if item.draft:
-                drafts.note(item.request, len(item.draft), num_drawn[id(item)] - 1)
-
     def _token_output(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         is_first = not request.output_token_ids
         request.output_token_ids.append(token_id)
         request.num_pending_tokens = max(0, request.num_pending_tokens - 1)
-        finish_reason, stop_token_id = self._ends.reason(request, token_id)
-        output = RequestOutput(
-            request.request_id,
-            [token_id],
-            logprobs=None if logprobs is None else [logprobs],
-            finish_reason=finish_reason,
-            stop_token_id=stop_token_id,
-        )
+        output = self._ends.output(request, token_id, logprobs)
         if is_first:
             output = self._progress[request.request_id].with_start(output, self.adapters)
-        if finish_reason is not None:
+        if output.finish_reason is not None:
             self._forget(request)
         return output
 
@@ -357,12 +342,6 @@ class Engine:
         if self._structures is None or not self._structures.cancel(request):
             self.scheduler.finish(request)
         self._runner.forget(request)
-
-    def _note_scheduled(self, batch: Batch, now: float) -> None:
-        for item in batch.items:
-            progress = self._progress[item.request.request_id]
-            if progress.first_scheduled_at is None:
-                progress.first_scheduled_at = now
 
     def _users_of_failed_loads(self, batch: Batch) -> list[Request]:
         """Only they end; for the others nothing was committed, and they run again in the next step."""

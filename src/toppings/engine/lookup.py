@@ -7,11 +7,16 @@ Whether drafts pay is learnt request by request. One that is taken whole doubles
 that is refused at once has the request go without for a while, each time for twice as long.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from toppings.core import Request
+from toppings.core import BatchItem, Request
+from toppings.engine.pages import PageAllocator, pages_for
+from toppings.engine.scheduler_limits import SchedulerLimits
+from toppings.engine.step_plan import StepPlan
 
 NGRAMS = (5, 3)
 """How many last tokens are looked for: with more, what followed is likelier to follow again."""
@@ -72,6 +77,20 @@ class LookupDrafts:
         self._seen: dict[Request, _Seen] = {}
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
 
+    def add_to(self, step: StepPlan, limits: SchedulerLimits, pages: PageAllocator, num_running: int) -> None:
+        """Drafts behind the step's decodes, of tokens and pages that nobody needs; each of so many that run
+        may want a page."""
+        items = [i for i in step.items if i.is_decode and i.needs_sample and not i.request.num_pending_tokens]
+        num_rows = min(step.budget, self.max_step_rows - len(step.items))
+        for num_left, item in zip(range(len(items), 0, -1), items, strict=True):
+            request, share = item.request, -(-num_rows // num_left)
+            draft = self.draft(request, min(share, limits.max_draft_len(request)))
+            has_room = pages.num_free >= num_running + pages_for(len(draft), pages.page_size)
+            num_tokens = request.num_computed_tokens + 1 + len(draft)
+            if draft and has_room and pages.grow(request.page_table, num_tokens):
+                item.draft = draft
+                num_rows -= len(draft)
+
     def draft(self, request: Request, num_tokens: int) -> list[int]:
         """A guess at the request's next tokens after its last one, `num_tokens` at most."""
         sampling = request.sampling
@@ -84,6 +103,13 @@ class LookupDrafts:
             return []
         seen.catch_up(request)
         return seen.find(min(num_tokens, seen.max_len, self._max_len))
+
+    def note_step(self, items: Sequence[BatchItem], drawn_items: Sequence[BatchItem]) -> None:
+        """A step of `items` has ended; `drawn_items` has each once for every token that counts."""
+        num_drawn = Counter(id(item) for item in drawn_items)
+        for item in items:
+            if item.draft:
+                self.note(item.request, len(item.draft), num_drawn[id(item)] - 1)
 
     def note(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         """Of a draft, so many tokens were what the model drew."""

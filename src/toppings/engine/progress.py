@@ -27,6 +27,10 @@ class Progress:
         if self.request.adapter_id is not None and self.tier != "device":
             self.cold = ColdNotes(self.request.arrived_at)
 
+    def note_scheduled(self, now: float) -> None:
+        if self.first_scheduled_at is None:
+            self.first_scheduled_at = now
+
     def note_prefill(self, item: BatchItem, now: float, step_s: float, result: StepResult) -> None:
         """A step up to the first token has ended `now`."""
         self.prefill_s += step_s

@@ -136,21 +136,8 @@ class Scheduler:
         self._credit = min(self._max_credit, self._credit + step.num_prompt_tokens - LOSS_SHARE * num_lost)
         self._started.clear()
         if self.drafts is not None:
-            self._add_drafts(step, self.drafts)
+            self.drafts.add_to(step, self.limits, self.pages, len(self.running))
         return step.batch()
-
-    def _add_drafts(self, step: StepPlan, drafts: LookupDrafts) -> None:
-        """Of tokens and pages that nobody needs."""
-        items = [i for i in step.items if i.is_decode and i.needs_sample and not i.request.num_pending_tokens]
-        num_rows = min(step.budget, drafts.max_step_rows - len(step.items))
-        for num_left, item in zip(range(len(items), 0, -1), items, strict=True):
-            request, share = item.request, -(-num_rows // num_left)
-            draft = drafts.draft(request, min(share, self.limits.max_draft_len(request)))
-            has_room = self.pages.num_free >= len(self.running) + pages_for(len(draft), self.pages.page_size)
-            num_tokens = request.num_computed_tokens + 1 + len(draft)
-            if draft and has_room and self.pages.grow(request.page_table, num_tokens):
-                item.draft = draft
-                num_rows -= len(draft)
 
     def _schedule_running(self, step: StepPlan, *, may_overtake: bool) -> None:
         """What is left of prompts is `late` where others may overtake it."""

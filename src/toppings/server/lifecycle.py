@@ -1,11 +1,9 @@
 """From a configuration to a server that listens, and from a signal to its orderly end."""
 
 import asyncio
-import faulthandler
 import gc
 import logging
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +33,7 @@ from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.records import keeping_records
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
+from toppings.server.stop import Stop
 from toppings.sources.adapters import parse_source
 from toppings.sources.models import find_model, with_model
 from toppings.tenants.book import TenantBook
@@ -47,8 +46,6 @@ FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
 START_END_S = 0.5
 """How long a start that is given up may take to end what it has begun."""
-LAST_RESORT_S = 20.0
-"""How long an orderly end may take beyond `shutdown_timeout_s`."""
 MAX_LOG_CHARS = 4000
 IDLE_CONNECTION_S = 75
 """Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): one that is closed as a request
@@ -311,45 +308,3 @@ def listening_socket(config: Config) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen on {shown(host)}:{port}: {error}") from error
     return listener
-
-
-class Stop:
-    """SIGINT or SIGTERM, as something to wait for. Some time after a signal, sooner after a second one, the
-    process ends in any case, whatever threads or loops hang."""
-
-    def __init__(self, timeout_s: float = 0.0) -> None:
-        self.is_set = False
-        self._timeout_s = timeout_s
-        self._event = asyncio.Event()
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._take_signal)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    def _take_signal(self) -> None:
-        is_second = self.is_set
-        faulthandler.dump_traceback_later(LAST_RESORT_S + (0.0 if is_second else self._timeout_s), exit=True)
-        self.set()
-
-    def set(self) -> None:
-        self.is_set = True
-        self._event.set()
-
-    def rearm(self) -> None:
-        """Wait for another signal."""
-        self._event.clear()
-
-    async def or_done(self, *tasks: "asyncio.Task[object]") -> None:
-        """Until a signal, or until one of `tasks` has ended; neither is touched."""
-        signalled = asyncio.create_task(self._event.wait())
-        try:
-            await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            signalled.cancel()
