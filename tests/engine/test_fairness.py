@@ -1,7 +1,9 @@
 """Who gets how much of an engine, on a virtual clock: a step takes a fixed time and some for each token."""
 
+import itertools
 import random
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,7 +13,7 @@ from toppings.bad_input import RequestError
 from toppings.core import Request
 from toppings.engine.block_hashes import BlockHasher
 from toppings.engine.fair_clients import MAX_TURN_WAIT_S
-from toppings.engine.fair_queue import OUTPUT_WEIGHT, OWED_PER_TOKEN
+from toppings.engine.fair_queue import OUTPUT_WEIGHT, OWED_PER_TOKEN, FairQueue
 from toppings.engine.pages import PageAllocator
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.scheduler_limits import SchedulerLimits
@@ -374,3 +376,26 @@ def test_nothing_is_lost_with_many_tenants_aborts_and_scarce_pages() -> None:
     assert not list(scheduler.requests())
     assert scheduler.pages.num_used == 0
     assert scheduler.num_preemptions > 0
+
+
+def test_a_queue_does_not_grow_while_a_client_waits_that_cannot_start() -> None:
+    """One that was served far more, has waited too long, and is asked first and passed over at every step."""
+    numbers = itertools.count()
+
+    def request(tenant: str, now: float) -> Request:
+        name = str(next(numbers))
+        return Request(name, [1] * 10, SamplingParams(), adapter_id=1, arrived_at=now, tenant=tenant)
+
+    queue = FairQueue("fair", lambda _: 0, lambda requests: iter(list(requests)), 8)
+    served = request("starved", 0.0)
+    queue.add(served)
+    queue.start(served, 1e9, 0.0)
+    queue.add(request("starved", 0.0))
+    for step in range(2000):
+        now = 2 * MAX_TURN_WAIT_S + step
+        queue.add(request("busy", now))
+        with closing(queue.candidates(now)) as candidates:
+            started = next(each for each in candidates if each.tenant == "busy")
+            queue.start(started, 10, now)
+        queue.remove(started)
+    assert queue.tenants.num_entries < 200

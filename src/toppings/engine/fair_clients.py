@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
 from toppings.core import Request
@@ -12,6 +12,9 @@ MAX_TURN_WAIT_S = 60.0
 """A client that has waited for so long without a start goes first, whatever was served to it."""
 MAX_CLIENTS = 4096
 """Of a level: beyond, idle ones are forgotten, least served first, that were served more than others."""
+
+_MIN_STALE = 64
+"""Entries of a heap that are not true any more, so many at least, before they are swept out."""
 
 Entry = tuple[int, float, int, "Client"]
 """Of a level's heap: priority of its first request, tokens served, turn, client."""
@@ -79,6 +82,9 @@ class Level:
         """Its turn may have come nearer."""
         client.entry = (client.priority, client.served, client.turn, client)
         heappush(self._heap, client.entry)
+        if len(self._heap) > 2 * len(self.clients) + _MIN_STALE:
+            self._heap = [entry for entry in self._heap if entry is entry[3].entry]
+            heapify(self._heap)
 
     def peek(self) -> Client | None:
         """Who is next, by what was served."""
@@ -86,7 +92,8 @@ class Level:
         while heap:
             client = heap[0][3]
             if heap[0] is not client.entry or client.is_aside:
-                heappop(heap)
+                if heappop(heap) is client.entry:
+                    client.entry = None
                 continue
             entry = client.priority, client.served, client.turn, client
             if heap[0] == entry:
@@ -94,6 +101,10 @@ class Level:
             client.entry = entry
             heapreplace(heap, entry)
         return None
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._heap)
 
     def next(self, now: float) -> Client | None:
         """Who is next: whoever has waited too long for a start, else as `peek`."""

@@ -169,7 +169,7 @@ class FairQueue:
         for _, each in pairs:
             each.is_aside = False
         for level, each in pairs:
-            if each.num_waiting:
+            if each.num_waiting and each.entry is None:
                 level.push(each)
 
     def precedes(self, request: Request, other: Request) -> bool:
