@@ -20,8 +20,8 @@ from toppings.tenants.tenant import Tenant
 FILE = """\
 tenants:
   user: {use: ["shared-*"], see: ["shown-*"]}
-  loader: {use: ["shared-*"], load: ["mine-*"]}
-  other: {load: ["secret-*"], base_model: off}
+  loader: {use: ["shared-*"], load: ["mine-*"], load_from: ["*"]}
+  other: {load: ["secret-*"], load_from: ["*"], base_model: off}
   boss: {admin: on}
 keys:
 """

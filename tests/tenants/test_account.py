@@ -70,7 +70,7 @@ def test_an_answers_tokens_are_owed_and_made_up(clock: Clock) -> None:
 def test_a_prompt_larger_than_a_minute_is_told_that_waiting_does_not_help(clock: Clock) -> None:
     with pytest.raises(Refusal, match="Request too large") as refused:
         account(clock, tokens_per_minute=600).take_tokens(601)
-    assert "Retry-After" not in refused.value.headers
+    assert refused.value.headers == {"X-Should-Retry": "false"}
 
 
 def test_headers_tell_what_is_left_and_when_all_is_back(clock: Clock) -> None:

@@ -316,7 +316,8 @@ def _told(name: str, fetched: Path | None = None) -> Iterator[None]:
 
 def _check_place(tenant: Tenant, place: str, told: str) -> None:
     if not tenant.may_load_from(place):
-        raise denied(f"tenant `{tenant.name}` may not load adapters from `{told}`")
+        problem = f"tenant `{tenant.name}` may not load adapters from `{told}`"
+        raise denied(f"{problem}: no pattern of its load_from fits")
 
 
 def _not_found(name: str) -> ApiError:

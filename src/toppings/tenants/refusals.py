@@ -57,11 +57,12 @@ def no_access(tenant: str, model: str) -> Refusal:
 def limited(
     tenant: str, what: str, kind: str, *, limit: int, used: int, requested: int, wait_s: float
 ) -> Refusal:
-    """429; `wait_s`: until it may be asked again, infinite where that would not help."""
+    """429; `wait_s`: until it may be asked again, infinite where that would not help, which OpenAI's clients
+    are told in their way, too."""
     counts = f"Limit {limit}, Used {used}, Requested {requested}."
     if math.isinf(wait_s):
         message = f"Request too large for tenant `{tenant}` on {what}: Limit {limit}, Requested {requested}."
-        return Refusal(429, message, kind, RATE_LIMITED)
+        return Refusal(429, message, kind, RATE_LIMITED, headers={"X-Should-Retry": "false"})
     headers = {"Retry-After": str(max(1, math.ceil(wait_s))), "Retry-After-Ms": str(math.ceil(wait_s * 1e3))}
     message = (
         f"Rate limit reached for tenant `{tenant}` on {what}: {counts} Please try again in"

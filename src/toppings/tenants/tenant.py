@@ -28,7 +28,7 @@ class Tenant(Settings):
     use: tuple[str, ...] = setting((), "adapters that it may use, beside its own")
     see: tuple[str, ...] = setting((), "adapters that it may see beyond those that it may use")
     load: tuple[str, ...] = setting((), "its own adapters: those that it may load and unload")
-    load_from: tuple[str, ...] = setting(("*",), "directories and places that it may load adapters from")
+    load_from: tuple[str, ...] = setting((), "directories and places that it may load adapters from")
     adapter_bytes: int = setting(0, "bound of its own adapters together", at_least=0)
     requests_per_minute: int = setting(0, "requests a minute", at_least=0, at_most=10**9)
     tokens_per_minute: int = setting(0, "tokens a minute, of prompts and answers", at_least=0, at_most=10**12)

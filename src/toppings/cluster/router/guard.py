@@ -92,4 +92,5 @@ def check_load(tenant: Tenant, path: str, body: dict[str, Any]) -> None:
         raise denied(f"tenant `{tenant.name}` may not load or unload adapter `{name}`")
     place = os.path.normpath(place) if place.startswith("/") else place
     if path == LOAD and not tenant.may_load_from(place):
-        raise denied(f"tenant `{tenant.name}` may not load adapters from `{place}`")
+        problem = f"tenant `{tenant.name}` may not load adapters from `{place}`"
+        raise denied(f"{problem}: no pattern of its load_from fits")
