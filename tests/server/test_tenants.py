@@ -198,6 +198,7 @@ async def test_models_are_used_by_whom_the_file_says(server: Server, path: str) 
     gone = 424 if path.startswith("/generate") else 404
     assert [await status("user", model) for model in ("base", *ADAPTERS)] == [200, 200, 403, gone, gone]
     assert [await status("loader", model) for model in ("base", *ADAPTERS)] == [200, 200, gone, 200, gone]
+    assert await status("user", "shown-nothing") == gone  # which it would see, if there were such a one
     assert [await status("other", model) for model in ("base", *ADAPTERS)] == [gone, gone, gone, gone, 200]
     assert [await status("boss", model) for model in ("base", *ADAPTERS)] == [200] * 5
     hidden, unknown = [

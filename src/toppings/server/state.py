@@ -181,7 +181,8 @@ class ServerState:
         """
         adapter, account = None if model == self.base_name else model or None, self.account
         if not account.tenant.may_use(adapter):
-            if account.tenant.may_see(adapter):
+            is_there = adapter is None or self.registry.find_named(adapter) is not None
+            if is_there and account.tenant.may_see(adapter):
                 raise no_access(account.name, model or self.base_name)
             raise self.unknown(model or self.base_name)
         if model and model != self.base_name and self.resolver is not None:
