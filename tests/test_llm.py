@@ -183,18 +183,20 @@ def test_an_llm_that_is_killed_leaves_no_state_behind(
 ) -> None:
     """It keeps its state in the temporary folder where the default one is held."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    with closing(hold_state(EngineConfig(model="demo", num_threads=1), "another")):
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,  # a short path, as such folders have
+        closing(hold_state(EngineConfig(model="demo", num_threads=1), "another")),
+    ):
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
         died = subprocess.run(
             [sys.executable, "-c", DYING], env=environment, capture_output=True, check=False
         )
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    (left,) = (tmp_path / "tmp").iterdir()
-    assert list(left.glob("registry*"))
-    MeetingPlace.make("any").close()  # the next start of a server or an LLM
-    assert not list((tmp_path / "tmp").iterdir())
+        assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+        (left,) = Path(folder).iterdir()
+        assert list(left.glob("registry*"))
+        MeetingPlace.make("any").close()  # the next start of a server or an LLM
+        assert not list(Path(folder).iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

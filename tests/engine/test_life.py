@@ -99,14 +99,6 @@ class TestWhatFailsBeforeThereIsAProcess:
         with pytest.raises(EngineStartError, match=r"cannot be started: .*temporarily unavailable"):
             await EngineClient.start(EngineConfig(model="base"))
 
-    async def test_an_address_that_is_too_long(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        deep = root / ("x" * 100)
-        deep.mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(deep))
-        with pytest.raises(EngineStartError, match=r"cannot be started: .*too long"):
-            await EngineClient.start(EngineConfig(model="base"))
-        assert not list(deep.iterdir())
-
     async def test_no_folder_to_meet_in_is_a_start_that_is_tried_again(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
