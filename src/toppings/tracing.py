@@ -18,6 +18,8 @@ from toppings.settings import ConfigError
 Attributes = Mapping[str, str | int | float | bool | list[str]]
 PARENT_HEADERS = ("traceparent", "tracestate")
 PATH = "/v1/traces"
+MAX_PARENT_CHARS = 512
+"""Of a header that names the caller's span: longer ones are nobody's."""
 FLUSH_S = 3.0
 """How long the last spans may take to leave."""
 
@@ -101,7 +103,8 @@ class Tracing:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        context = TraceContextTextMapPropagator().extract(dict(headers))
+        kept = {key: value for key, value in headers.items() if len(value) <= MAX_PARENT_CHARS}
+        context = TraceContextTextMapPropagator().extract(kept)
         kind = SpanKind.SERVER
         started = self._tracer.start_span(name, context, kind, attributes, start_time=start_ns)
         return Span(self._tracer, started)

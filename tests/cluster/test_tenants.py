@@ -136,6 +136,7 @@ async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> N
         {"parameters": {"adapter_id": "large"}},
         {"parameters": {"adapter_id": "small"}, "lora_dir": "large"},
         {"parameters": {}, "lora_id": 2},
+        {"parameters": {"merged_adapters": {"ids": ["small", "large"], "weights": [0.5, 0.5]}}},
     ],
 )
 async def test_no_odd_body_gets_a_model_that_is_not_the_tenants(fleet: Fleet, body: dict[str, Any]) -> None:

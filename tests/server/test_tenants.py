@@ -11,6 +11,7 @@ import pytest
 from fastapi import APIRouter
 
 from tests.server.conftest import Server
+from tests.waiting import until
 from toppings.dashboard.page import EVENTS
 from toppings.request_ids import REQUEST_ID
 from toppings.tenants.book import TENANT_HEADER
@@ -343,6 +344,40 @@ async def test_one_tenants_crowd_leaves_room_for_others(server: Server) -> None:
     server.engine.gate.set()
     assert [reply.status_code for reply in await asyncio.gather(*waiting)] == [200, 200]
     assert (await ask(server, "user", "POST", "/v1/completions", body)).status_code == 200
+
+
+async def test_a_queue_that_others_have_filled_takes_who_has_nothing_in_it(server: Server) -> None:
+    config = server.state.config
+    server.state.config = replace(config, server=replace(config.server, max_queue=8))
+    server.engine.gate.clear()
+    body = {"model": "shared-a", "prompt": "x", "max_tokens": 1}
+    flood = [
+        asyncio.create_task(ask(server, role, "POST", "/v1/completions", body))
+        for role in ("user", "loader")
+        for _ in range(4)
+    ]
+    await until(lambda: server.state.num_waiting == 8)
+    own = {**body, "model": "secret-a"}
+    newcomer = asyncio.create_task(ask(server, "other", "POST", "/v1/completions", own))
+    await until(lambda: server.state.num_waiting == 9)
+    again = await ask(server, "other", "POST", "/v1/completions", own)
+    assert (again.status_code, "9 requests are waiting already" in again.text) == (429, True)
+    server.engine.gate.set()
+    assert [reply.status_code for reply in await asyncio.gather(*flood, newcomer)] == [200] * 9
+
+
+async def test_no_tenant_goes_before_all_others_unless_it_may(server: Server) -> None:
+    engine = replace(server.state.config.engine, scheduling_policy="priority")
+    server.state.config = replace(server.state.config, engine=engine)
+
+    async def status(role: str, priority: int) -> int:
+        body = {"model": "shared-a", "prompt": "x", "max_tokens": 1, "priority": priority}
+        return (await ask(server, role, "POST", "/v1/completions", body)).status_code
+
+    assert [await status("user", priority) for priority in (-1, 0, 5)] == [403, 200, 200]
+    give(server, "user", min_priority=-3)
+    assert [await status("user", priority) for priority in (-4, -3)] == [403, 200]
+    assert await status("boss", -7) == 200
 
 
 # --- what the engine and fronts are told ---

@@ -139,6 +139,9 @@ def test_a_changed_file_is_kept_private_and_its_link_a_link(path: Path, tmp_path
             f"keys: [{', '.join(2 * ['{id: x, tenant: a, sha256: ' + 64 * 'a' + '}'])}]",
             "two keys have the id",
         ),
+        ("tenants: {a: {base-model: on, base_model: off}}", "'base_model' stands there twice"),
+        ("", "it has no part 'tenants'"),
+        ("keys: []", "it has no part 'tenants'"),
         ("- a", "holds a list"),
         ("a: [", "no YAML"),
         (f"tenants: {{a: {{use: ['{'x' * 5000}']}}}}", "at most 4096"),
@@ -150,13 +153,19 @@ def test_what_is_wrong_in_a_file_is_named(text: str, reason: str) -> None:
     assert str(caught.value).startswith("tenants.yaml")
 
 
+def test_settings_may_be_shared_as_yaml_has_it() -> None:
+    text = "tenants:\n  a: &team {weight: 2, use: [x]}\n  b: {<<: *team, use: [y]}\n"
+    found = parse(text, "tenants.yaml").tenants
+    assert (found["b"].weight, found["b"].use) == (2.0, ("y",))
+
+
 def test_a_broken_file_leaves_all_as_it_was_and_says_so_once(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = add_key(path, "search")
     book = TenantBook(str(path))
     good = path.read_text()
-    for breaks in (lambda: path.write_text("tenants: {search: {"), path.unlink):
+    for breaks in (lambda: path.write_text("tenants: {search: {"), lambda: path.write_text(""), path.unlink):
         caplog.clear()
         breaks()
         assert [book.reload() for _ in range(3)] == [False] * 3

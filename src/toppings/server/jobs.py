@@ -18,6 +18,7 @@ from toppings.server.exchange import current_exchange
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
+from toppings.tenants.refusals import denied
 from toppings.tenants.tenant import Tenant
 from toppings.text import TextLogprob
 
@@ -78,6 +79,9 @@ class Job:
                 f"priority is {self.standing.priority}, but this server's scheduling_policy is {policy!r}"
             )
             raise ApiError(400, f"{message}; leave it out", param="priority")
+        if self.standing.priority < self.tenant.min_priority and not self.tenant.is_admin:
+            message = f"priority {self.standing.priority} is below the min_priority of tenant"
+            raise denied(f"{message} `{self.tenant.name}`, {self.tenant.min_priority}")
         for prompt in self.prompts:
             check_prompt(self.state, prompt, self.sampling.max_tokens)
         sampling = self.sampling

@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 LONG_TEXTS_AT_ONCE = 2
 """Bounds what long texts take of the machine; the others wait in their places in the queue."""
+NEWCOMERS_SHARE = 4
+"""A full queue has one place in so many beside, for tenants of whom nothing waits."""
 MAX_TEMPLATES = 512  # that are kept at hand
 
 
@@ -286,7 +288,10 @@ class ServerState:
             raise ApiError(
                 400, f"the request asks for {num_sequences} sequences; at most {max_queue} may wait"
             )
-        if self.num_waiting + num_sequences > max_queue:
+        account = self.account
+        is_newcomer = not account.tenant.is_admin and not account.num_waiting
+        num_places = max_queue + (max_queue // NEWCOMERS_SHARE if is_newcomer else 0)
+        if self.num_waiting + num_sequences > num_places:
             self.metrics.count_rejected()
             raise ApiError(
                 429,

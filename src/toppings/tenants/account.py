@@ -94,6 +94,11 @@ class Account:
         if limit := self.tenant.tokens_per_minute:
             self._tokens.spend(num_tokens, limit, self._clock())
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences of its requests that have had no token yet."""
+        return sum(place.num_waiting for place in self.places)
+
     def enter(self, num_sequences: int, *, max_queue: int = 0) -> Place:
         """A place for a request; `max_queue` counts where the tenant's own is 0. Raises Refusal 429."""
         tenant = self.tenant
@@ -109,7 +114,7 @@ class Account:
                 wait_s=WAIT_S,
             )
         if max_queue:
-            num_waiting = sum(place.num_waiting for place in self.places)
+            num_waiting = self.num_waiting
             if num_waiting + num_sequences > max_queue:
                 wait_s = math.inf if num_sequences > max_queue else WAIT_S
                 raise limited(

@@ -44,12 +44,17 @@ class TenantsFile:
         return [key for key in self.keys if key.tenant not in self.tenants]
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(_Base):  # type: ignore[misc] # of C, where there is one
     """Refuses what YAML allows and nobody means: one key twice, the first for nothing."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 line = key_node.start_mark.line + 1
@@ -104,6 +109,8 @@ def _read(loaded: Any) -> TenantsFile:
         if len(set(values)) != len(values):
             twice = next(value for value in values if values.count(value) > 1)
             raise ConfigError(f"two keys have the {what} {twice!r}")
+    if TENANTS not in content:
+        raise ConfigError(f"it has no part {TENANTS!r}; `{TENANTS}: {{}}` is one without any")
     return TenantsFile({name: Tenant.parse(name, tenants[name]) for name in names}, entries)
 
 

@@ -37,6 +37,7 @@ class Tenant(Settings):
         0, "sequences that may wait for their first token (0: half of the server's places)", at_least=0
     )
     weight: float = setting(1.0, "its share where several tenants wait", above=0, at_most=1e6)
+    min_priority: int = setting(0, "the least `priority` that its requests may ask for: the least goes first")
     share_prefixes: str = setting(
         "off", "share the cache of prompts' tokens with others that do so", choices=SWITCH
     )
@@ -62,6 +63,10 @@ class Tenant(Settings):
             raise ConfigError(f"tenant {name} is {settings!r}; it must be a mapping of its settings")
         given = {str(key).replace("-", "_"): value for key, value in (settings or {}).items()}
         try:
+            if len(given) < len(settings or {}):
+                names = set(settings or {})
+                twice = next(key for key in given if {key, key.replace("_", "-")} <= names)
+                raise ConfigError(f"{twice!r} stands there twice, once with hyphens")
             if "name" in given:
                 raise ConfigError("unknown setting 'name'; the name stands before the colon")
             return cls.from_settings({"name": name, **given})

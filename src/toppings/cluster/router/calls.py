@@ -139,7 +139,10 @@ def _asked(path: str, parsed: _Body) -> tuple[msgspec.Raw, int | None]:
 
 def _parse_generate(path: str, body: bytes, parsed: _Body, bytes_per_token: float) -> Call:
     parameters = parsed.parameters or {}
-    given = (parameters.get("adapter_id"), parsed.lora_dir, parsed.lora_id)
+    merged = parameters.get("merged_adapters")
+    ids = merged.get("ids") if isinstance(merged, dict) else None
+    merged_ids = ids if isinstance(ids, list) else []
+    given = (parameters.get("adapter_id"), parsed.lora_dir, parsed.lora_id, *merged_ids)
     selectors = tuple(str(selector) for selector in given if selector is not None)
     model = next(iter(selectors), None)
     max_tokens = parameters.get("max_new_tokens")
