@@ -60,6 +60,17 @@ def test_every_mistake_is_told_with_what_to_change(
     assert output.count("->") >= len(wrong)
 
 
+def test_adapters_that_a_server_would_not_find(doctor: Doctor, tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "gone").symlink_to(tmp_path / "nothing")
+    code, output = doctor("--adapters", str(tmp_path / "adapters"))
+    assert "is a link to nothing" in output
+    places = ("--adapters", "/no/such", "--adapter-roots", "/no/root", "--adapter-source", "foo:bar")
+    code, output = doctor(*places)
+    assert code == 1
+    assert all(word in output for word in ("/no/such", "there is no directory /no/root", "foo:bar")), output
+
+
 def test_a_model_that_is_not_there(doctor: Doctor, tmp_path: Path) -> None:
     code, output = doctor("--model", str(tmp_path / "nowhere"))
     assert code == 1

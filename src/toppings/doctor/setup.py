@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from toppings.access import is_loopback, with_api_key
-from toppings.adapters.errors import StateError, StateHeldError
+from toppings.adapters.directories import find_adapters
+from toppings.adapters.errors import AdapterError, StateError, StateHeldError
 from toppings.adapters.state_lock import OWNER, StateLock
-from toppings.config import Config
+from toppings.config import Config, ServerConfig
 from toppings.doctor.finding import Finding, gib, good, note, wrong
+from toppings.sources.adapters import parse_source
 from toppings.tenants.book import TenantBook
 from toppings.tracing import check_endpoint
 
@@ -22,6 +24,7 @@ def look(config: Config) -> Iterator[Finding]:
     yield from _model(config)
     yield from _port(config)
     yield from _keys(config)
+    yield from _adapters(config.server)
     yield _disk("logs", Path(config.server.log_dir))
     if config.server.otlp_traces_endpoint:
         yield from _traces(config.server.otlp_traces_endpoint)
@@ -73,6 +76,26 @@ def _state(config: Config, directory: Path) -> Iterator[Finding]:
     if not profiles and config.engine.mode in ("auto", "cpu_assisted", "cpu_shrink"):
         advice = "nothing: the first start measures it where it is needed; or `toppings profile cold-start`"
         yield note("cold starts", "not measured here yet", advice)
+
+
+def _adapters(server: ServerConfig) -> Iterator[Finding]:
+    if server.adapters:
+        try:
+            found, failures = find_adapters(server.adapters)
+        except AdapterError as error:
+            yield wrong("adapters", str(error), "--adapters")
+        else:
+            yield good("adapters", f"{len(found)} in {server.adapters}")
+            for name, reason in failures.items():
+                yield note("adapters", f"{name}: {reason}", "what the message says; it is left out")
+    for root in server.adapter_roots:
+        if not Path(root).is_dir():
+            yield wrong("adapter roots", f"there is no directory {root}", "--adapter-roots")
+    for source in server.adapter_source:
+        try:
+            parse_source(source)
+        except ValueError as error:
+            yield wrong("adapter source", str(error), "--adapter-source")
 
 
 def _disk(topic: str, directory: Path) -> Finding:

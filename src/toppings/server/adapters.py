@@ -287,6 +287,9 @@ def adapter_roots(state: ServerState) -> list[Path]:
     """Where adapters may be loaded from: the configured roots, the start-up directory, the built-in ones."""
     server = state.config.server
     roots = [Path(root) for root in server.adapter_roots]
+    for root in roots:
+        if not root.is_dir():
+            logger.warning("adapter_roots: there is no directory %s yet", root)
     if server.adapters:
         roots.append(Path(server.adapters))
     engine = state.config.engine
