@@ -41,7 +41,7 @@ EXIT_GRACE_S = 5.0
 """How long an engine that was told to end may take beyond its deadline before it is killed."""
 STEADY_S = 20.0
 """An engine that has served for so long begins the count of restarts in a row anew."""
-MAX_RESTART_DELAY_S = 5.0
+MAX_RESTART_DELAY_S = 2.0
 
 logger = logging.getLogger(__name__)
 
