@@ -39,14 +39,15 @@ class RotatingFile:
         self._complain_at = 0.0
 
     def append(self, data: bytes) -> None:
-        """Writes whole lines, or drops and counts them; never raises."""
+        """Writes whole lines, or drops and counts them; never raises. Of a line that was cut a part may stay,
+        on a line of its own."""
+        num_written = 0
         try:
             descriptor = self._open()
-            written = os.write(descriptor, data)
-            if written < len(data):
-                os.write(descriptor, data[written:])
+            while num_written < len(data):
+                num_written += os.write(descriptor, data[num_written:])
         except OSError as error:
-            self.num_dropped += data.count(b"\n")
+            self.num_dropped += data.count(b"\n", num_written)
             self.close()
             self._complain(error)
 
@@ -69,7 +70,20 @@ class RotatingFile:
             self._descriptor = os.open(
                 self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
             )
+            if self._ends_within_a_line(self._descriptor):
+                os.write(self._descriptor, b"\n")
         return self._descriptor
+
+    def _ends_within_a_line(self, descriptor: int) -> bool:
+        """Where a write was cut, here or in a process that has ended."""
+        if not os.fstat(descriptor).st_size:  # or it is no file
+            return False
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) != b"\n"
+        except OSError:  # not to be read
+            return False
 
     def _is_current(self, descriptor: int) -> bool:
         try:
