@@ -82,7 +82,9 @@ def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(log_files, "MAX_QUEUED_LINES", 10)
     monkeypatch.setattr(log_files, "RECORDS_LINGER_S", 0.1)
     monkeypatch.setattr(RotatingFile, "append", lambda self, data: time.sleep(PATIENCE_S))
@@ -90,7 +92,17 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.M
     for _ in range(100):
         log.write({})
     assert log.num_dropped >= 100 - 10 - 1
+    assert caplog.messages == ["steps.jsonl: 1 are dropped so far: too many wait"]  # once a minute
     log.close()
+
+
+def test_a_record_that_is_no_json_is_dropped_and_the_next_is_written(tmp_path: Path) -> None:
+    log = StepLog(str(tmp_path / "steps.jsonl"))
+    log.write({"what": object()})
+    log.write({"number": 1})
+    log.close()
+    assert (tmp_path / "steps.jsonl").read_text() == '{"number": 1}\n'
+    assert log.num_dropped == 1
 
 
 @pytest.mark.parametrize("path", ["", "off"])

@@ -1,6 +1,7 @@
 """The request log and the audit log: what they say of requests and changes, and what they leave out."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,3 +178,13 @@ async def test_a_full_disk_stops_no_request(
     monkeypatch.setattr(RotatingFile, "_open", full)
     with kept(server, tmp_path):
         assert (await server.complete(max_tokens=1)).status_code == 200
+        root = server.state.config.server.adapters
+        await server.post("/v1/load_lora_adapter", lora_name="new", lora_path=f"{root}/adapter-00000")
+
+        async def dropped() -> dict[str, float]:
+            text = (await server.http.get("/metrics")).text
+            found = re.findall(r'^toppings:log_dropped_total\{file="(\S+)"\} (\S+)$', text, re.MULTILINE)
+            return {name: float(value) for name, value in found}
+
+        await until(lambda: all(num_dropped() for num_dropped in server.state.metrics.logs.values()))
+        assert await dropped() == {"audit.jsonl": 1, "requests.jsonl": 1, "steps.jsonl": 0}

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -26,6 +26,7 @@ VLLM_COUNTERS = {
     "spec_decode_accepted_tokens": ("spec_decode_num_accepted_tokens", "Those that the model drew itself."),
 }
 """The engine's counters by their names here, with those that vLLM gives them."""
+STEP_LOG, STEP_LOG_DROPPED = "steps.jsonl", "step_log_dropped"
 COLD_START_PARTS = ("read", "copy", "exposed", "compute")
 
 
@@ -93,6 +94,8 @@ class Metrics:
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started sequences.", *names)
         self._generated_tokens = counter("vllm:generation_tokens", "Generated tokens.", *names)
         self._model = model
+        self.logs: dict[str, Callable[[], int]] = {}
+        """Files of records, and how many each has dropped; the engine tells of its own."""
         self.recent = Recent()
         for outcome in ("stop", "length", "abort", "error", "rejected"):
             self._requests.labels(outcome)
@@ -154,16 +157,31 @@ class Metrics:
     ) -> bytes:
         """The exposition text; without `stats` (no engine) only what the server itself counted. Made beside
         the event loop: it takes milliseconds."""
-        collector = None if stats is None else EngineCollector(stats, name_of, num_registered)
-        return await asyncio.to_thread(self._text, collector)
+        dropped = {name: num_dropped() for name, num_dropped in self.logs.items()}
+        snapshot = CollectorRegistry(auto_describe=False)
+        if stats is not None:
+            snapshot.register(EngineCollector(stats, name_of, num_registered))
+            dropped[STEP_LOG] = int(stats.counters.get(STEP_LOG_DROPPED, 0))
+        snapshot.register(LogsCollector(dropped))
+        return await asyncio.to_thread(lambda: generate_latest(self.registry) + generate_latest(snapshot))
 
-    def _text(self, collector: "EngineCollector | None") -> bytes:
-        text = generate_latest(self.registry)
-        if collector is not None:
-            snapshot = CollectorRegistry(auto_describe=False)
-            snapshot.register(collector)
-            text += generate_latest(snapshot)
-        return text
+
+class LogsCollector(Collector):
+    """Records that were dropped, by their file's name."""
+
+    def __init__(self, dropped: Mapping[str, int]) -> None:
+        self._dropped = dropped
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "toppings:log_dropped", "Records that were not written, by file.", labels=["file"]
+        )
+        for name, num_dropped in sorted(self._dropped.items()):
+            family.add_metric([name], num_dropped)
+        yield family
 
 
 class EngineCollector(Collector):
@@ -188,6 +206,8 @@ class EngineCollector(Collector):
         yield self._lora_info()
         yield from self._memory()
         for name, value in sorted(stats.counters.items()):
+            if name == STEP_LOG_DROPPED:  # told with the other logs
+                continue
             yield CounterMetricFamily(f"toppings:{name}", f"The engine's count of {name}.", value=value)
         for name, (told, help_text) in VLLM_COUNTERS.items():
             yield CounterMetricFamily(f"vllm:{told}", help_text, value=stats.counters.get(name, 0))
