@@ -1,5 +1,6 @@
 """The request log and the audit log: what they say of requests and changes, and what they leave out."""
 
+import asyncio
 import json
 import re
 import time
@@ -78,10 +79,12 @@ async def test_what_was_refused_says_why(server: Server, tmp_path: Path) -> None
 async def test_a_client_that_leaves_is_told_so(server: Server, url: str, tmp_path: Path) -> None:
     server.engine.gate.clear()
     with kept(server, tmp_path) as read:
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             body = {"prompt": "hello", "stream": True}
-            with pytest.raises(httpx.ReadTimeout):
-                await http.post(f"{url}/v1/completions", json=body, timeout=0.2)
+            asking = asyncio.create_task(http.post(f"{url}/v1/completions", json=body))
+            await until(lambda: server.engine.calls)
+            asking.cancel()
+            await asyncio.wait({asking})
         await until(lambda: read("requests.jsonl"))
     assert read("requests.jsonl")[0]["outcome"] == "abort"
 
@@ -160,6 +163,35 @@ class TestTenants:
             ("revoke key", key.entry.id, "team"),
         ]
         assert key.text not in (tmp_path / "logs" / "audit.jsonl").read_text()
+
+    async def test_a_key_that_is_another_under_its_id_is_told(self, server: Server, tmp_path: Path) -> None:
+        """Its tenant, or the value that opens: who reads the log sees that others have got in."""
+        file = tmp_path / "tenants.yaml"
+        first, second = "0" * 64, "1" * 64
+
+        def write(tenant: str, sha256: str) -> None:
+            keys = [{"id": "a", "tenant": tenant, "sha256": sha256}]
+            new = tmp_path / tenant / sha256  # moved there whole: the file may be read at any time
+            new.parent.mkdir(exist_ok=True)
+            new.write_text(json.dumps({"tenants": {"team": {}, "rich": {}}, "keys": keys}))
+            new.replace(file)
+
+        write("team", first)
+        server.state.book.reload()
+        with kept(server, tmp_path / "logs") as read:
+            write("rich", first)
+            await until(lambda: server.state.book.reload() or read("audit.jsonl"))
+            await until(lambda: len(read("audit.jsonl")) == 1)
+            write("rich", second)
+            await until(lambda: server.state.book.reload() or len(read("audit.jsonl")) == 2)
+            await until(lambda: len(read("audit.jsonl")) == 2)
+        assert [
+            (line["action"], line["key"], line["of"], line["changed"]) for line in read("audit.jsonl")
+        ] == [
+            ("change key", "a", "rich", ["tenant"]),
+            ("change key", "a", "rich", ["sha256"]),
+        ]
+        assert second not in (tmp_path / "logs" / "audit.jsonl").read_text()
 
 
 async def test_they_are_moved_aside_when_they_are_full(server: Server, tmp_path: Path) -> None:
