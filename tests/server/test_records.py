@@ -156,13 +156,25 @@ class TestTenants:
             revoke_key(file, key.entry.id)
             await until(lambda: len(read("audit.jsonl")) == 2)
         [request] = read("requests.jsonl")
-        assert request["tenant"] == "team"
+        assert (request["tenant"], request["key"], request["client"]) == ("team", key.entry.id, "127.0.0.1")
         lines = read("audit.jsonl")
         assert [(line["action"], line["key"], line["of"]) for line in lines] == [
             ("add key", key.entry.id, "team"),
             ("revoke key", key.entry.id, "team"),
         ]
         assert key.text not in (tmp_path / "logs" / "audit.jsonl").read_text()
+
+    async def test_a_wrong_key_is_nobodys_and_counted(self, server: Server, tmp_path: Path) -> None:
+        with kept(server, tmp_path / "logs") as read:
+            for key in ("wrong", "root"):
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"prompt": "a", "max_tokens": 1}
+                await server.http.post("/v1/completions", json=body, headers=headers)
+            metrics = (await server.http.get("/metrics", headers=headers)).text
+        told = [(line["status"], line["tenant"], line["key"]) for line in read("requests.jsonl")]
+        assert told == [(401, None, None), (200, "", None)]
+        assert 'toppings:denied_total{status="401"} 1.0' in metrics
+        assert "wrong" not in (tmp_path / "logs" / "requests.jsonl").read_text()
 
     async def test_a_key_that_is_another_under_its_id_is_told(self, server: Server, tmp_path: Path) -> None:
         """Its tenant, or the value that opens: who reads the log sees that others have got in."""
