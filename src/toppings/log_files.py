@@ -15,8 +15,8 @@ from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
+from toppings.backlog import COMPLAIN_S, Backlog
 from toppings.settings import OFF
-from toppings.vital import VitalThread
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MAX_QUEUED_LINES = 4096
@@ -24,8 +24,6 @@ LINGER_S = 1.0
 """How long the last lines may take to be written at the end."""
 RECORDS_LINGER_S = 2.0
 """How long the last records of a `JsonLines` may."""
-COMPLAIN_S = 60.0
-"""How often standard error is told that lines are being dropped."""
 
 
 class RotatingFile:
@@ -39,14 +37,15 @@ class RotatingFile:
         self._complain_at = 0.0
 
     def append(self, data: bytes) -> None:
-        """Writes whole lines, or drops and counts them; never raises."""
+        """Writes whole lines, or drops and counts them; never raises. Of a line that was cut a part may stay,
+        on a line of its own."""
+        num_written = 0
         try:
             descriptor = self._open()
-            written = os.write(descriptor, data)
-            if written < len(data):
-                os.write(descriptor, data[written:])
+            while num_written < len(data):
+                num_written += os.write(descriptor, data[num_written:])
         except OSError as error:
-            self.num_dropped += data.count(b"\n")
+            self.num_dropped += data.count(b"\n", num_written)
             self.close()
             self._complain(error)
 
@@ -69,7 +68,20 @@ class RotatingFile:
             self._descriptor = os.open(
                 self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
             )
+            if self._ends_within_a_line(self._descriptor):
+                os.write(self._descriptor, b"\n")
         return self._descriptor
+
+    def _ends_within_a_line(self, descriptor: int) -> bool:
+        """Where a write was cut, here or in a process that has ended."""
+        if not os.fstat(descriptor).st_size:  # or it is no file
+            return False
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) != b"\n"
+        except OSError:  # not to be read
+            return False
 
     def _is_current(self, descriptor: int) -> bool:
         try:
@@ -98,50 +110,32 @@ class JsonLines:
     """
 
     def __init__(self, path: str, max_bytes: int = 0) -> None:
-        self._queue: queue.Queue[Mapping[str, object] | None] = queue.Queue(MAX_QUEUED_LINES)
-        self._num_overrun = 0
-        self._file: RotatingFile | None = None
+        self._backlog: Backlog[Mapping[str, object] | bytes] | None = None
+        self._file = RotatingFile(path, max_bytes)
         if path and path != OFF:
-            self._file = RotatingFile(path, max_bytes)
-            self._thread = VitalThread(self._run, f"log-{Path(path).stem}")
-            self._thread.start()
+            self._backlog = Backlog(Path(path).name, self._append, MAX_QUEUED_LINES)
+            self._backlog.put(b"")  # the file is there from the start
 
     @property
     def is_on(self) -> bool:
-        return self._file is not None
+        return self._backlog is not None
 
     @property
     def num_dropped(self) -> int:
-        return self._num_overrun + (0 if self._file is None else self._file.num_dropped)
+        return self._file.num_dropped + (0 if self._backlog is None else self._backlog.num_dropped)
 
     def write(self, record: Mapping[str, object]) -> None:
         """Takes the record, which must not change any more."""
-        if self._file is not None:
-            try:
-                self._queue.put_nowait(record)
-            except queue.Full:
-                self._num_overrun += 1
+        if self._backlog is not None:
+            self._backlog.put(record)
 
     def close(self) -> None:
         """Returns when the last records are written, or within a few seconds."""
-        if self._file is not None:
-            with suppress(queue.Full):
-                self._queue.put(None, timeout=RECORDS_LINGER_S)
-                self._thread.join(RECORDS_LINGER_S)
-            self._file = None
+        if self._backlog is not None and self._backlog.close(RECORDS_LINGER_S):
+            self._file.close()
 
-    def _run(self) -> None:
-        file = self._file
-        assert file is not None
-        file.append(b"")  # it is there from the start
-        while (record := self._queue.get()) is not None:
-            try:
-                line = json.dumps(record)
-            except (TypeError, ValueError):
-                self._num_overrun += 1
-                continue
-            file.append(line.encode() + b"\n")
-        file.close()
+    def _append(self, record: Mapping[str, object] | bytes) -> None:
+        self._file.append(record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n")
 
 
 class LogFileHandler(logging.Handler):

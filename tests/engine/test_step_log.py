@@ -35,6 +35,46 @@ def test_a_full_disk_drops_and_counts_records_and_says_so_once(capfd: pytest.Cap
     assert capfd.readouterr().err.count("/dev/full cannot be written") == 1
 
 
+def test_a_line_that_is_cut_spoils_no_other_and_all_that_are_lost_are_counted(tmp_path: Path) -> None:
+    """The bound of a file's size cuts as a full disk does: what fits is written, then nothing."""
+    path = tmp_path / "log"
+    code = (
+        "import resource, sys; from toppings.log_files import RotatingFile\n"
+        "def bound(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))\n"
+        "log = RotatingFile(sys.argv[1], 0)\n"
+        "bound(25); log.append(b'one 56789\\ntwo 56789\\ncut 56789\\nlost 6789\\n')\n"
+        "log.append(b'lost too\\n')\n"
+        "bound(resource.RLIM_INFINITY); log.append(b'three\\n'); log.append(b'four\\n')\n"
+        "print(log.num_dropped)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert path.read_text() == "one 56789\ntwo 56789\ncut 5\nthree\nfour\n"
+    assert done.stdout == "3\n"
+
+
+def test_a_line_that_a_process_before_has_left_unfinished_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"one\nhalf")
+    log = RotatingFile(tmp_path / "log", 0)
+    log.append(b"two\n")
+    log.close()
+    log.append(b"three\n")
+    assert (tmp_path / "log").read_bytes() == b"one\nhalf\ntwo\nthree\n"
+
+
+def test_a_write_that_takes_a_part_at_a_time_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+    log = RotatingFile(tmp_path / "log", 0)
+    log.append(b"a line of many parts\n")
+    monkeypatch.undo()
+    assert (tmp_path / "log").read_bytes() == b"a line of many parts\n"
+    assert log.num_dropped == 0
+
+
 def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     log = StepLog(str(tmp_path / "file" / "steps.jsonl"))
@@ -42,7 +82,9 @@ def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(log_files, "MAX_QUEUED_LINES", 10)
     monkeypatch.setattr(log_files, "RECORDS_LINGER_S", 0.1)
     monkeypatch.setattr(RotatingFile, "append", lambda self, data: time.sleep(PATIENCE_S))
@@ -50,7 +92,17 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.M
     for _ in range(100):
         log.write({})
     assert log.num_dropped >= 100 - 10 - 1
+    assert caplog.messages == ["steps.jsonl: 1 are dropped so far: too many wait"]  # once a minute
     log.close()
+
+
+def test_a_record_that_is_no_json_is_dropped_and_the_next_is_written(tmp_path: Path) -> None:
+    log = StepLog(str(tmp_path / "steps.jsonl"))
+    log.write({"what": object()})
+    log.write({"number": 1})
+    log.close()
+    assert (tmp_path / "steps.jsonl").read_text() == '{"number": 1}\n'
+    assert log.num_dropped == 1
 
 
 @pytest.mark.parametrize("path", ["", "off"])

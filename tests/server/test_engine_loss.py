@@ -18,10 +18,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import PATIENCE_S, wait_until
+from toppings.backlog import COMPLAIN_S
 from toppings.cluster.router.meters import Meters
 from toppings.command import USER_ERROR
 from toppings.config import Config
-from toppings.log_files import COMPLAIN_S
 from toppings.server.auth import OPEN_PATHS
 from toppings.server.stop import LAST_RESORT_S
 
@@ -105,7 +105,7 @@ def test_full_log_disks_stop_nothing_and_are_told_once(serving: Serving) -> None
     for _ in range(3):
         assert serving.complete().status_code == 200
     metrics = serving.get("/metrics").text
-    dropped = re.search(r"^toppings:step_log_dropped_total (\S+)", metrics, re.M)
+    dropped = re.search(r'^toppings:log_dropped_total\{file="steps.jsonl"\} (\S+)', metrics, re.M)
     assert dropped is not None
     assert float(dropped[1]) >= 3
     num_minutes = 1 + (time.monotonic() - serving.started_at) // COMPLAIN_S

@@ -1,6 +1,8 @@
 """The request log and the audit log: what they say of requests and changes, and what they leave out."""
 
+import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,10 +79,12 @@ async def test_what_was_refused_says_why(server: Server, tmp_path: Path) -> None
 async def test_a_client_that_leaves_is_told_so(server: Server, url: str, tmp_path: Path) -> None:
     server.engine.gate.clear()
     with kept(server, tmp_path) as read:
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             body = {"prompt": "hello", "stream": True}
-            with pytest.raises(httpx.ReadTimeout):
-                await http.post(f"{url}/v1/completions", json=body, timeout=0.2)
+            asking = asyncio.create_task(http.post(f"{url}/v1/completions", json=body))
+            await until(lambda: server.engine.calls)
+            asking.cancel()
+            await asyncio.wait({asking})
         await until(lambda: read("requests.jsonl"))
     assert read("requests.jsonl")[0]["outcome"] == "abort"
 
@@ -152,13 +156,54 @@ class TestTenants:
             revoke_key(file, key.entry.id)
             await until(lambda: len(read("audit.jsonl")) == 2)
         [request] = read("requests.jsonl")
-        assert request["tenant"] == "team"
+        assert (request["tenant"], request["key"], request["client"]) == ("team", key.entry.id, "127.0.0.1")
         lines = read("audit.jsonl")
         assert [(line["action"], line["key"], line["of"]) for line in lines] == [
             ("add key", key.entry.id, "team"),
             ("revoke key", key.entry.id, "team"),
         ]
         assert key.text not in (tmp_path / "logs" / "audit.jsonl").read_text()
+
+    async def test_a_wrong_key_is_nobodys_and_counted(self, server: Server, tmp_path: Path) -> None:
+        with kept(server, tmp_path / "logs") as read:
+            for key in ("wrong", "root"):
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"prompt": "a", "max_tokens": 1}
+                await server.http.post("/v1/completions", json=body, headers=headers)
+            metrics = (await server.http.get("/metrics", headers=headers)).text
+        told = [(line["status"], line["tenant"], line["key"]) for line in read("requests.jsonl")]
+        assert told == [(401, None, None), (200, "", None)]
+        assert 'toppings:denied_total{status="401"} 1.0' in metrics
+        assert "wrong" not in (tmp_path / "logs" / "requests.jsonl").read_text()
+
+    async def test_a_key_that_is_another_under_its_id_is_told(self, server: Server, tmp_path: Path) -> None:
+        """Its tenant, or the value that opens: who reads the log sees that others have got in."""
+        file = tmp_path / "tenants.yaml"
+        first, second = "0" * 64, "1" * 64
+
+        def write(tenant: str, sha256: str) -> None:
+            keys = [{"id": "a", "tenant": tenant, "sha256": sha256}]
+            new = tmp_path / tenant / sha256  # moved there whole: the file may be read at any time
+            new.parent.mkdir(exist_ok=True)
+            new.write_text(json.dumps({"tenants": {"team": {}, "rich": {}}, "keys": keys}))
+            new.replace(file)
+
+        write("team", first)
+        server.state.book.reload()
+        with kept(server, tmp_path / "logs") as read:
+            write("rich", first)
+            await until(lambda: server.state.book.reload() or read("audit.jsonl"))
+            await until(lambda: len(read("audit.jsonl")) == 1)
+            write("rich", second)
+            await until(lambda: server.state.book.reload() or len(read("audit.jsonl")) == 2)
+            await until(lambda: len(read("audit.jsonl")) == 2)
+        assert [
+            (line["action"], line["key"], line["of"], line["changed"]) for line in read("audit.jsonl")
+        ] == [
+            ("change key", "a", "rich", ["tenant"]),
+            ("change key", "a", "rich", ["sha256"]),
+        ]
+        assert second not in (tmp_path / "logs" / "audit.jsonl").read_text()
 
 
 async def test_they_are_moved_aside_when_they_are_full(server: Server, tmp_path: Path) -> None:
@@ -177,3 +222,13 @@ async def test_a_full_disk_stops_no_request(
     monkeypatch.setattr(RotatingFile, "_open", full)
     with kept(server, tmp_path):
         assert (await server.complete(max_tokens=1)).status_code == 200
+        root = server.state.config.server.adapters
+        await server.post("/v1/load_lora_adapter", lora_name="new", lora_path=f"{root}/adapter-00000")
+
+        async def dropped() -> dict[str, float]:
+            text = (await server.http.get("/metrics")).text
+            found = re.findall(r'^toppings:log_dropped_total\{file="(\S+)"\} (\S+)$', text, re.MULTILINE)
+            return {name: float(value) for name, value in found}
+
+        await until(lambda: all(num_dropped() for num_dropped in server.state.metrics.logs.values()))
+        assert await dropped() == {"audit.jsonl": 1, "requests.jsonl": 1, "steps.jsonl": 0}

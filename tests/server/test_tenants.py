@@ -315,6 +315,17 @@ async def test_tokens_of_prompts_and_answers_are_counted(server: Server, is_stre
     large = await ask(server, "user", "POST", "/v1/completions", {**body, "prompt": [70] * 101, "n": 1})
     assert (large.status_code, "Request too large" in large.text) == (429, True)
     assert large.json()["error"]["type"] == "tokens"
+    metrics = (await ask(server, "boss", "GET", "/metrics")).text
+    for line in (
+        'requests_total{outcome="rejected"} 1.0',
+        'rejected_total{reason="tenant"} 1.0',
+        'rejected_total{reason="queue"} 0.0',
+        'tenant_requests_total{tenant="user"} 2.0',
+        'tenant_rejected_total{tenant="user"} 1.0',
+        'tenant_tokens_total{kind="prompt",tenant="user"} 40.0',
+        'tenant_tokens_total{kind="generation",tenant="user"} 30.0',
+    ):
+        assert f"toppings:{line}" in metrics
 
 
 async def test_a_refused_request_is_not_read_and_told_in_its_dialect(server: Server) -> None:

@@ -72,7 +72,7 @@ def create_app(
         redoc_url=None,
     )
     metrics = Metrics(client.info.model_name)
-    observers: list[Observer] = []
+    observers: list[Observer] = [metrics.note_answer]
     state = ServerState(client, registry, text_model, config, metrics, book, perf_model)
     app.state.toppings = state
     app.state.admin = make_admin(state)
@@ -99,7 +99,7 @@ def create_app(
         max_body_bytes=body_limit(config.server.max_body_bytes, client.info.max_model_len),
         timeout_s=config.server.receive_timeout_s,
     )
-    app.add_middleware(KeyMiddleware, book=book, metrics=metrics)
+    app.add_middleware(KeyMiddleware, book=book)
     if config.server.allowed_origins:  # outside of all: browsers ask beforehand, without the key
         app.add_middleware(
             CORSMiddleware,

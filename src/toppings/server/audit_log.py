@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from toppings.bad_input import shown
 from toppings.log_files import JsonLines
@@ -39,11 +40,15 @@ class AuditLog:
     def note_tenants(self, before: TenantsFile, now: TenantsFile) -> None:
         """The tenants file has changed: which keys and tenants came, went or are others. Keys go by their
         ids."""
-        old, new = ({key.id: key.tenant for key in file.keys} for file in (before, now))
+        old, new = ({key.id: key for key in file.keys} for file in (before, now))
         for key_id in sorted(new.keys() - old.keys()):
-            self.write("add key", "done", key=key_id, of=new[key_id])
+            self.write("add key", "done", key=key_id, of=new[key_id].tenant)
         for key_id in sorted(old.keys() - new.keys()):
-            self.write("revoke key", "done", key=key_id, of=old[key_id])
+            self.write("revoke key", "done", key=key_id, of=old[key_id].tenant)
+        for key_id in sorted(old.keys() & new.keys()):
+            was, entry = asdict(old[key_id]), asdict(new[key_id])
+            if parts := [name for name in entry if entry[name] != was[name]]:
+                self.write("change key", "done", key=key_id, of=entry["tenant"], changed=parts)
         for name in sorted(before.tenants.keys() | now.tenants.keys()):
             if before.tenants.get(name) != now.tenants.get(name):
                 self.write("change tenant", "done", of=name, is_there=name in now.tenants)

@@ -7,7 +7,6 @@ from toppings.access import why_not_changed
 from toppings.dashboard.page import is_page
 from toppings.server.errors import ApiError, describe, error_response
 from toppings.server.exchange import exchange_of
-from toppings.server.metrics import Metrics
 from toppings.server.state import state_of
 from toppings.tenants.book import TENANT_HEADER, TenantBook
 from toppings.tenants.refusals import Refusal, denied
@@ -44,8 +43,8 @@ class KeyMiddleware:
     body has been read then.
     """
 
-    def __init__(self, app: ASGIApp, book: TenantBook, metrics: Metrics) -> None:
-        self._app, self._book, self._metrics = app, book, metrics
+    def __init__(self, app: ASGIApp, book: TenantBook) -> None:
+        self._app, self._book = app, book
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_open(scope["path"]):
@@ -58,16 +57,12 @@ class KeyMiddleware:
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(reversed(scope["headers"]))  # the first of each name
-        account = self._book.identify(
-            headers.get(b"authorization", b""), headers.get(b"x-api-key", b""), headers.get(TENANT_NAME)
-        )
-        exchange_of(scope).account = account
+        given = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+        account = self._book.identify(*given, headers.get(TENANT_NAME))
+        exchange = exchange_of(scope)
+        exchange.account, exchange.key = account, self._book.key_id(*given)
         if scope["method"] not in UNCOUNTED:
-            try:
-                account.take_request()
-            except Refusal:
-                self._metrics.count_rejected()
-                raise
+            account.take_request()
 
 
 def check_role(request: Request) -> None:

@@ -119,6 +119,8 @@ def describe(error: BaseException) -> ApiError:
     or memory have run out, wherever in a chain of causes it stands.
     """
     if isinstance(error, ApiError | Refusal):
+        if error.status == 429 and (exchange := current_exchange.get()) is not None:
+            exchange.rejected_by = "queue" if isinstance(error, ApiError) else "tenant"
         return error if isinstance(error, ApiError) else _refused(error)
     if isinstance(error, RequestValidationError | ValidationError):
         return _invalid(error)

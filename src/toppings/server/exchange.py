@@ -45,10 +45,12 @@ class Warned:
 
 @dataclass(slots=True)
 class Exchange:
-    """`is_strict`: fields that nobody knows are refused. `account`: who asks, once that is known.
+    """`is_strict`: fields that nobody knows are refused. `account`: who asks, once that is known, and `key`:
+    the id of their key, where it is one of the tenants file.
 
     What became of it: `status` of the answer (0: none was begun), `model` that was asked for, its sequences'
-    `timers` and what they may draw, and the `error` that ended it. `started_at`: of `time.perf_counter`.
+    `timers` and what they may draw, the `error` that ended it, and whose limit said no, the "queue"'s or the
+    "tenant"'s (`rejected_by`). `started_at`: of `time.perf_counter`.
     """
 
     request_id: str
@@ -57,6 +59,7 @@ class Exchange:
     warned: Warned = field(default_factory=Warned)
     ignored: dict[str, None] = field(default_factory=dict)
     account: Account | None = None
+    key: str | None = None
     method: str = ""
     client: str = ""
     headers_in: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -67,11 +70,12 @@ class Exchange:
     sampling: SamplingParams | None = None
     timers: list[RequestTimer] = field(default_factory=list)
     error: str = ""
+    rejected_by: str = ""
 
     @property
-    def tenant(self) -> str:
-        """ "" for the administrator."""
-        return "" if self.account is None else self.account.name
+    def tenant(self) -> str | None:
+        """ "" for the administrator, None for nobody that is known."""
+        return None if self.account is None else self.account.name
 
     def header(self, name: bytes) -> str:
         """ "" where the request has none."""

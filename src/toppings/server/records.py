@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -30,6 +31,9 @@ def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[N
     audits = JsonLines(str(directory / "audit.jsonl") if server.audit_log == "on" else "", max_bytes)
     if requests.is_on:
         app.state.observers.append(RequestLog(requests, server.request_log).note)
+    for name, lines in (("requests.jsonl", requests), ("audit.jsonl", audits)):
+        if lines.is_on:
+            state.metrics.logs[name] = partial(getattr, lines, "num_dropped")
     state.audit = AuditLog(audits)
     state.book.on_change = state.audit.note_tenants
     try:

@@ -51,6 +51,8 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         "at": round(time.time() - (now - exchange.started_at), 3),
         "request_id": exchange.request_id,
         "tenant": exchange.tenant,
+        "key": exchange.key,
+        "client": exchange.client,
         "path": exchange.path,
         "model": exchange.model,
         "adapter": exchange.model if exchange.has_adapter else None,

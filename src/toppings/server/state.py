@@ -28,7 +28,7 @@ from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
 from toppings.tenants.account import Account, Place
 from toppings.tenants.book import TenantBook
-from toppings.tenants.refusals import Refusal, no_access
+from toppings.tenants.refusals import no_access
 from toppings.text import TextModel
 
 if TYPE_CHECKING:
@@ -273,12 +273,8 @@ class ServerState:
         else:
             self.check_open()
         account, max_queue = self.account, self.config.server.max_queue
-        try:
-            own = 0 if account.tenant.is_admin else max(1, max_queue // 2)
-            return Lease(self._leases, account.enter(num_sequences, max_queue=own))
-        except Refusal:
-            self.metrics.count_rejected()
-            raise
+        own = 0 if account.tenant.is_admin else max(1, max_queue // 2)
+        return Lease(self._leases, account.enter(num_sequences, max_queue=own))
 
     def _check_queue(self, num_sequences: int) -> None:
         """Raises ApiError as `lease`."""
@@ -292,7 +288,6 @@ class ServerState:
         is_newcomer = not account.tenant.is_admin and not account.num_waiting
         num_places = max_queue + (max_queue // NEWCOMERS_SHARE if is_newcomer else 0)
         if self.num_waiting + num_sequences > num_places:
-            self.metrics.count_rejected()
             raise ApiError(
                 429,
                 f"{self.num_waiting} requests are waiting already; the queue holds {max_queue}",

@@ -44,6 +44,7 @@ class TenantBook:
         self._admin_digest = digest_of(api_key.encode()) if api_key else None
         self._accounts: dict[str, Account] = {}
         self._by_digest: dict[bytes, Account] = {}
+        self._key_ids: dict[bytes, str] = {}
         self._delegated: dict[str, Account] = {}
         self._secret = secrets.token_bytes(32)
         self.on_change: Callable[[TenantsFile, TenantsFile], None] | None = None
@@ -73,9 +74,7 @@ class TenantBook:
         """
         account = self._admin
         if self.asks_for_keys:
-            scheme, _, bearer = authorization.strip().partition(b" ")
-            bearer = bearer.strip() if scheme.lower() == b"bearer" else b""
-            found = self._find(bearer) or self._find(plain.strip())
+            found = next(filter(None, map(self._by_digest.get, _digests(authorization, plain))), None)
             if found is None:
                 raise unauthorized(is_given=bool(authorization.strip() or plain.strip()))
             account = found
@@ -85,8 +84,10 @@ class TenantBook:
         """Who asks where no key is asked for."""
         return self._admin
 
-    def _find(self, key: bytes) -> Account | None:
-        return self._by_digest.get(digest_of(key)) if key else None
+    def key_id(self, authorization: bytes, plain: bytes) -> str | None:
+        """Of the tenants file's key that opens; None where it is another, or none."""
+        opening = (digest for digest in _digests(authorization, plain) if digest in self._by_digest)
+        return self._key_ids.get(next(opening, b""))
 
     def _act_for(self, account: Account, header: bytes) -> Account:
         """The tenant that a front names; its limits are the front's to hold."""
@@ -149,10 +150,18 @@ class TenantBook:
         }
         if self._admin_digest is not None:
             by_digest[self._admin_digest] = self._admin
+        self._key_ids = {bytes.fromhex(key.sha256): key.id for key in file.keys}
         self._accounts, self._by_digest = accounts, by_digest
         before, self._file = self._file, file
         if self.on_change is not None:
             self.on_change(before, file)
+
+
+def _digests(authorization: bytes, plain: bytes) -> list[bytes]:
+    """Of the keys that a request's headers give, the first to count first."""
+    scheme, _, bearer = authorization.strip().partition(b" ")
+    given = (bearer.strip() if scheme.lower() == b"bearer" else b"", plain.strip())
+    return [digest_of(key) for key in given if key]
 
 
 def _mark_of(path: Path) -> object:
