@@ -1,6 +1,7 @@
 """Who may ask what: the keys, and loopback only for what changes state where none is asked for."""
 
 from fastapi import Request
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toppings.access import why_not_changed
@@ -38,7 +39,8 @@ def is_open(path: str) -> bool:
 
 
 class KeyMiddleware:
-    """Finds out who asks, on every path that is not open (`is_open`), and counts the request.
+    """Finds out who asks, on every path that is not open (`is_open`), and counts the request, unless
+    its route is not for them.
 
     401 without a key where one is asked for, 429 for a tenant's request that is one too many; nothing of its
     body has been read then.
@@ -62,12 +64,18 @@ class KeyMiddleware:
             headers.get(b"authorization", b""), headers.get(b"x-api-key", b""), headers.get(TENANT_NAME)
         )
         exchange_of(scope).account = account
-        if scope["method"] not in UNCOUNTED:
+        if scope["method"] not in UNCOUNTED and (account.tenant.is_admin or is_for_tenants(scope)):
             try:
                 account.take_request()
             except Refusal:
                 self._metrics.count_rejected()
                 raise
+
+
+def is_for_tenants(scope: Scope) -> bool:
+    """Whether it leads to a route of `TENANT_PATHS`; what tenants are refused uses up no limit."""
+    routes = scope["app"].state.routes
+    return next((r.path for r in routes if r.matches(scope)[0] is Match.FULL), "") in TENANT_PATHS
 
 
 def check_role(request: Request) -> None:
