@@ -1,5 +1,6 @@
 """`toppings route` as a process: started from the command line, stopped while it works, started again."""
 
+import fcntl
 import re
 import signal
 import subprocess
@@ -76,6 +77,23 @@ def test_killed_router_cuts_what_it_had_at_once_and_the_next_one_serves() -> Non
         with router(url, int(routed.rpartition(":")[2])) as (_, again):
             assert again == routed
             assert _outcome(again, body(2)) == "whole"
+
+
+def test_a_router_whose_log_nobody_reads_serves() -> None:
+    """What it has to say is many times what the pipe holds."""
+    server = FakeVllm()
+    server.behaviour.mode = "busy"  # each attempt is a line of the log
+    with (
+        serving(server) as url,
+        router(url) as (process, routed),
+        httpx.Client(base_url=routed, timeout=LIMIT_S) as client,
+    ):
+        assert process.stderr is not None
+        pipe_bytes = fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        for number in range(pipe_bytes // 10):
+            named = {"X-Request-Id": f"{number:064}"}
+            assert client.post("/v1/completions", json=body(1), headers=named).status_code == 429
+        assert client.get("/health").status_code == 200
 
 
 def _outcome(url: str, request: dict[str, object]) -> str:

@@ -165,14 +165,30 @@ async def test_servers_are_told_who_asks_and_nothing_of_keys(fleet: Fleet) -> No
     assert (await fleet.ask("administrator", "POST", "/v1/completions", body, **spoof))[0] == 404
 
 
-async def test_a_tenants_key_stays_with_the_router(
+async def test_keys_that_the_router_asks_for_stay_with_it(
     tenants: Path, two_servers: Any, start_router: Start
 ) -> None:
     (first, url), _ = two_servers
-    async with start_router(url, tenants_file=str(tenants)) as client:
-        assert await Fleet(client, [first]).status("user", model="small") == 200
-    assert not {"authorization", "x-api-key"} & first.headers[0].keys()
+    body = {"model": "small", "prompt": "x", "max_tokens": 1}
+    for settings in ({"tenants_file": str(tenants)}, {}):
+        async with start_router(url, api_key="the-one", **settings) as client:
+            fleet = Fleet(client, [first])
+            for role in ("user", "administrator") if settings else ("administrator",):
+                key = ROLES[role] or ""
+                assert (await fleet.ask(role, "POST", "/v1/completions", body))[0] == 200
+                for name in ("X-Api-Key", "x-api-key"):
+                    assert (await fleet.ask("anonymous", "POST", "/v1/completions", body, **{name: key}))[
+                        0
+                    ] == 200
+    assert not any({"authorization", "x-api-key"} & headers.keys() for headers in first.headers)
     assert Tenant.from_header(first.headers[0][TENANT_HEADER.lower()]).name == "user"
+
+
+async def test_a_router_without_keys_passes_on_the_clients_own(two_servers: Any, start_router: Start) -> None:
+    (first, url), _ = two_servers
+    async with start_router(url) as client:
+        assert await Fleet(client, [first]).status("administrator", model="small") == 200
+    assert first.headers[0]["authorization"] == "Bearer the-one"
 
 
 async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:

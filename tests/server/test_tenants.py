@@ -338,6 +338,14 @@ async def test_a_refused_request_is_not_read_and_told_in_its_dialect(server: Ser
     assert 'toppings:requests_total{outcome="rejected"} 1.0' in metrics
 
 
+async def test_what_a_tenant_may_not_do_uses_up_no_limit(server: Server) -> None:
+    give(server, "user", requests_per_minute=1)
+    for path in ("/adapters/shared-a/pin", "/adapters/shared-a/pin", "/nowhere"):
+        assert (await ask(server, "user", "POST", path)).status_code in (403, 404)
+    assert (await ask(server, "user", "POST", "/tokenize", {"prompt": "x"})).status_code == 200
+    assert (await ask(server, "user", "POST", "/tokenize", {"prompt": "x"})).status_code == 429
+
+
 async def test_one_tenants_crowd_leaves_room_for_others(server: Server) -> None:
     """Half of the places in the queue, and as many requests at once as it may have."""
     give(server, "user", max_requests=2)

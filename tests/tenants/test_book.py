@@ -1,6 +1,8 @@
 """Who asks, by keys and headers; and the file of tenants as it changes."""
 
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -177,6 +179,41 @@ def test_a_broken_file_leaves_all_as_it_was_and_says_so_once(
     assert book.accounts["search"].tenant.requests_per_minute == 7
     with pytest.raises(ConfigError, match="cannot read tenants_file"):
         TenantBook(str(path.with_name("nowhere")))
+
+
+def test_a_file_that_cannot_be_opened_for_a_moment_is_read_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = add_key(path, "search")
+    book = TenantBook(str(path))
+    revoke_key(path, key.entry.id)
+
+    def fails(code: int) -> Callable[..., object]:
+        def opened(*_: object, **__: object) -> object:
+            raise OSError(code, os.strerror(code))
+
+        return opened
+
+    for code in (errno.EMFILE, errno.EACCES):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", fails(code))
+            caplog.clear()
+            assert [book.reload() for _ in range(3)] == [False] * 3
+            assert [record.levelname for record in caplog.records] == ["ERROR"]
+            assert os.strerror(code) in caplog.text
+        assert name_of(book, key.text) == "search"
+    assert book.reload()
+    assert name_of(book, key.text) is None
+    assert not book.reload()
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(path: Path) -> None:
+    book = TenantBook(str(path))
+    before = path.stat()
+    path.write_text(FILE.replace("minute: 600", "minute: 700"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert book.reload()
+    assert book.accounts["search"].tenant.requests_per_minute == 700
 
 
 def test_what_was_used_outlives_a_change_of_the_file(path: Path) -> None:

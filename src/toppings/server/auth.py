@@ -1,6 +1,7 @@
 """Who may ask what: the keys, and loopback only for what changes state where none is asked for."""
 
 from fastapi import Request
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toppings.access import why_not_changed
@@ -37,7 +38,8 @@ def is_open(path: str) -> bool:
 
 
 class KeyMiddleware:
-    """Finds out who asks, on every path that is not open (`is_open`), and counts the request.
+    """Finds out who asks, on every path that is not open (`is_open`), and counts the request, unless
+    its route is not for them.
 
     401 without a key where one is asked for, 429 for a tenant's request that is one too many; nothing of its
     body has been read then.
@@ -61,8 +63,14 @@ class KeyMiddleware:
         account = self._book.identify(*given, headers.get(TENANT_NAME))
         exchange = exchange_of(scope)
         exchange.account, exchange.key = account, self._book.key_id(*given)
-        if scope["method"] not in UNCOUNTED:
+        if scope["method"] not in UNCOUNTED and (account.tenant.is_admin or is_for_tenants(scope)):
             account.take_request()
+
+
+def is_for_tenants(scope: Scope) -> bool:
+    """Whether it leads to a route of `TENANT_PATHS`; what tenants are refused uses up no limit."""
+    routes = scope["app"].state.routes
+    return next((r.path for r in routes if r.matches(scope)[0] is Match.FULL), "") in TENANT_PATHS
 
 
 def check_role(request: Request) -> None:

@@ -51,6 +51,7 @@ class TenantBook:
         """Called with the file as it was and as it is now; perhaps by the thread that watches it."""
         self._file = TenantsFile()
         self._mark: object = None
+        self._complaint = ""
         self._fill(TenantsFile())
         if self._path is not None:
             self._mark = _mark_of(self._path)
@@ -116,18 +117,24 @@ class TenantBook:
 
     def reload(self) -> bool:
         """Whether the file has changed and was read. One that cannot be read leaves all as it was; the log
-        says so, once."""
+        says so, once, and it is tried again at the next look."""
         if self._path is None:
             return False
         mark = _mark_of(self._path)
         if mark == self._mark:
             return False
+        try:
+            text = read_text(self._path)
+        except ConfigError as error:  # perhaps for a moment only: its mark is not kept
+            self._complain(error)
+            return False
         self._mark = mark
         try:
-            file = parse(read_text(self._path), str(self._path))
+            file = parse(text, str(self._path))
         except ConfigError as error:
-            logger.error("the tenants stay as they were: %s", error)
+            self._complain(error)
             return False
+        self._complaint = ""
         self._fill(file)
         logger.info("%s is read anew: %d tenants, %d keys", self._path, len(file.tenants), len(file.keys))
         return True
@@ -137,6 +144,11 @@ class TenantBook:
         there."""
         if self._path is not None:
             threading.Thread(target=_watch, args=(ref(self),), name="toppings-tenants", daemon=True).start()
+
+    def _complain(self, error: ConfigError) -> None:
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            logger.error("the tenants stay as they were: %s", error)
 
     def _fill(self, file: TenantsFile) -> None:
         accounts = {}
@@ -170,7 +182,7 @@ def _mark_of(path: Path) -> object:
         status = os.stat(path)
     except OSError as error:
         return error.errno
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
 
 
 def _watch(book: "ReferenceType[TenantBook]") -> None:

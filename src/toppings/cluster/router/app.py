@@ -37,7 +37,7 @@ from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
 from toppings.config import OFF
-from toppings.log_files import LOG_FORMAT
+from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.open_files import raise_file_limit
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
@@ -293,9 +293,10 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
 def run_router(config: RouterConfig) -> None:
     """Serve until SIGINT or SIGTERM: requests in flight then get 30 s to end."""
     raise_file_limit()
-    handler = logging.StreamHandler()
-    handler.setFormatter(NamingFormatter(LOG_FORMAT))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
+    handlers = log_handlers("", 0)  # a pipe that nobody reads holds up no request
+    for handler in handlers:
+        handler.setFormatter(NamingFormatter(LOG_FORMAT))
+    logging.basicConfig(level=config.log_level.upper(), handlers=handlers)
     asyncio.run(_serve(config))
 
 

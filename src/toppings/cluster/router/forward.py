@@ -144,7 +144,7 @@ async def _open(
             answer = await state.session.post(
                 _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
-                headers=_request_headers(http_request, upstream, flight),
+                headers=_request_headers(state, http_request, upstream, flight),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
                 trace_request_ctx=flight,
@@ -319,13 +319,18 @@ def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
 
 
-def _request_headers(request: web.Request, upstream: Upstream, flight: Flight) -> CIMultiDict[str]:
-    """The client's own, with the id that its attempts have in common, the servers' key, and who asks. A
-    tenant's key is for this router alone."""
+def _request_headers(
+    state: RouterState, request: web.Request, upstream: Upstream, flight: Flight
+) -> CIMultiDict[str]:
+    """The client's own, with the id that its attempts have in common, the servers' key, and who asks. Keys
+    that the router asks for, a tenant's or its administrator's, are for it alone."""
     kept, tenant = _end_to_end(request.headers), account_of(request).tenant
     kept[REQUEST_ID] = request_id.get()
     key = upstream.settings.upstream_api_key
-    for name in (TENANT_HEADER, *(("X-Api-Key", "Authorization") if key or tenant.name else ())):
+    for name in (
+        TENANT_HEADER,
+        *(("X-Api-Key", "Authorization") if key or state.config.asks_for_keys else ()),
+    ):
         kept.popall(name, None)
     if key:
         kept["Authorization"] = f"Bearer {key}"

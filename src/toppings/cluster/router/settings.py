@@ -158,6 +158,10 @@ class RouterConfig(Settings):
                 raise ConfigError(f"two instances have the id {instance_id!r}; give one of them another id")
         _check_perf_model(self.perf_model)
 
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self.api_key or self.tenants_file)
+
     def with_keys(self) -> "RouterConfig":
         """With the keys read from where they stand. Raises ConfigError."""
         upstream = {"name": "upstream_api_key", "variable": UPSTREAM_KEY_VARIABLE}

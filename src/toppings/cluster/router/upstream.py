@@ -160,7 +160,7 @@ class Upstream:
         if answer.status in (401, 403):
             logger.warning(
                 "%s answers the router with %d: its load and adapters are not known, nor changed (setting "
-                "upstream_api_key); clients' own keys are passed on",
+                "upstream_api_key); clients' own keys are passed on where the router asks for none",
                 self.instance_id,
                 answer.status,
             )
