@@ -1,6 +1,7 @@
 """`toppings doctor`: what it finds, and that it tells a mistake for what it is."""
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from toppings.adapters.state_lock import StateLock
 from toppings.command import app
 from toppings.doctor import machine
+from toppings.doctor.control_groups import memory_available
 
 Doctor = Callable[..., tuple[int, str]]
 
@@ -82,3 +84,53 @@ def test_an_open_address_without_a_key_is_noted(doctor: Doctor, monkeypatch: pyt
     code, output = doctor("--host", "0.0.0.0")
     assert code == 0
     assert "note   keys" in output
+
+
+V2, V1 = "0::/pod/own\n", "5:cpu,cpuacct:/\n4:memory:/pod/own\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        (V2, {}, 1000),
+        (V2, {"pod/own/memory.max": "max", "pod/own/memory.current": "900"}, 1000),
+        (V2, {"pod/own/memory.max": "500", "pod/own/memory.current": "200"}, 300),
+        (V2, {"pod/memory.max": "400", "pod/memory.current": "300", "pod/own/memory.max": "max"}, 100),
+        (
+            V2,
+            {
+                **{"pod/own/memory.max": "500", "pod/own/memory.current": "450"},
+                "pod/own/memory.stat": "anon 50\ninactive_file 300\nactive_file 100\n",
+            },
+            350,
+        ),
+        (V2, {"memory.max": "100", "memory.current": "150"}, 0),
+        (
+            V1,
+            {
+                "memory/pod/own/memory.limit_in_bytes": "500",
+                "memory/pod/own/memory.usage_in_bytes": "450",
+                "memory/pod/own/memory.stat": "inactive_file 1\ntotal_inactive_file 200\n",
+            },
+            250,
+        ),
+        (
+            V1,
+            {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "7"},
+            1000,
+        ),
+        (V1, {"memory/memory.limit_in_bytes": "90", "memory/memory.usage_in_bytes": "7"}, 83),
+    ],
+)
+def test_memory_is_what_every_control_group_leaves(
+    group: str, files: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    """In KiB; numbers of the table are made into bytes."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 5000 kB\nMemAvailable:    1000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(group)
+    for name, text in files.items():
+        file = tmp_path / "sys" / "fs" / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(re.sub(r"\b\d{1,9}\b", lambda found: str(int(found[0]) * 1024), text) + "\n")
+    assert memory_available(tmp_path) == expected * 1024

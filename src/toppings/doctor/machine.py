@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from toppings.config import Config
+from toppings.doctor.control_groups import memory_available
 from toppings.doctor.finding import Finding, gib, good, note, wrong
 
 PACKAGES = ("toppings", "torch", "numba", "triton", "transformers", "safetensors", "fastapi")
@@ -91,22 +92,6 @@ def _model_of_processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def memory_available() -> int:
-    """Bytes that this process may still take, by the kernel's estimate and its control group's bound."""
-    text = Path("/proc/meminfo").read_text()
-    found = re.search(r"MemAvailable:\s*(\d+) kB", text)
-    free = int(found[1]) * 1024 if found else 0
-    bound, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return free if bound is None or used is None else min(free, max(0, bound - used))
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _memory(config: Config) -> Iterator[Finding]:
     engine = config.engine
     parts = {"host_store_bytes": engine.host_store_bytes, "the processes": PROCESS_BYTES}
@@ -150,8 +135,8 @@ def _gpu(config: Config) -> Iterator[Finding]:
             yield good("GPU", f"{reason}; the model runs on the CPU")
         return
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    size = engine_size = config.engine.tensor_parallel_size
-    if wants and engine_size > len(names):
+    size = config.engine.tensor_parallel_size
+    if wants and size > len(names):
         yield wrong("GPU", f"{len(names)}, but tensor_parallel_size is {size}", "lower it")
     elif not wants:
         yield note("GPU", f"{', '.join(names)}, not used", "--device cuda")
