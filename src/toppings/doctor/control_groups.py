@@ -39,7 +39,7 @@ def _groups(root: Path) -> Iterator[Path]:
 def _inactive_file_bytes(directory: Path) -> int:
     """Of the group and those below it: version 1 tells the sum under a name of its own."""
     numbers = dict(re.findall(r"^(\S+) (\d+)$", _text(directory / "memory.stat"), re.MULTILINE))
-    return int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
+    return int(numbers.get("total_inactive_file") or numbers.get("inactive_file") or 0)
 
 
 def _number(path: Path) -> int | None:
