@@ -1,5 +1,6 @@
 """Tenants at the router: keys, roles and limits are held there once, and servers are told who asks."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +11,8 @@ import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeServer
+from tests.waiting import until
+from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
 from toppings.tenants.keys import digest_of
@@ -195,11 +198,11 @@ async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:
     book = fleet.client.router.guard.book
     now = book.now()
     book.clock = lambda: now  # no limit recovers
-    body = {"model": "small", "prompt": "x" * 38, "max_tokens": 50}  # ten tokens, and fifty
+    body = {"model": "small", "prompt": "x" * 38, "max_tokens": 50}  # 3 tokens by `usage`, and fifty
     status, _, headers = await fleet.ask("limited", "POST", "/v1/completions", body)
     assert status == 200
     assert headers["x-ratelimit-remaining-requests"] == "2"
-    assert book.accounts["limited"].headers()["x-ratelimit-remaining-tokens"] == "40"
+    assert book.accounts["limited"].headers()["x-ratelimit-remaining-tokens"] == "47"
     status, _, _ = await fleet.ask("limited", "POST", "/v1/completions", {**body, "stream": True})
     assert status == 200
     status, text, headers = await fleet.ask("limited", "POST", "/v1/completions", body)
@@ -209,6 +212,46 @@ async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:
     assert headers["x-ratelimit-remaining-tokens"] == "0"
     status, text, _ = await fleet.ask("limited", "POST", "/v1/messages", {})
     assert (status, json.loads(text)["error"]["type"]) == (429, "rate_limit_error")
+
+
+def sse(*events: object) -> bytes:
+    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+
+
+def test_tokens_of_a_stream_are_its_usages_and_its_events_until_then() -> None:
+    role = {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
+    word = {"choices": [{"delta": {"content": 'data: data: \n"usage"'}}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 7}}
+    stream = sse(role, word, word, usage) + b"data: [DONE]\n\n"
+    for size in (1, 7, len(stream)):
+        tokens = StreamTokens("/v1/chat/completions")
+        assert sum(tokens.note(stream[i : i + size]) for i in range(0, len(stream), size)) == 2
+        assert (tokens.prompt, tokens.answer) == (9, 7)
+    tokens = StreamTokens("/v1/messages")
+    start = {"type": "message_start", "message": {"usage": {"input_tokens": 5, "output_tokens": 1}}}
+    end = {"type": "message_delta", "usage": {"output_tokens": 8}}
+    delta = b"event: content_block_delta\n" + sse({"delta": {"text": "event: content_block_delta"}})
+    assert tokens.note(b"event: message_start\n" + sse(start) + delta + sse(end)) == 1
+    assert (tokens.prompt, tokens.answer) == (5, 8)
+    tokens = StreamTokens("/v1/responses")
+    last = {"type": "response.completed", "response": {"usage": {"input_tokens": 4, "output_tokens": 6}}}
+    assert tokens.note(b"event: response.output_text.delta\n" + sse({"delta": "x"}) + sse(last)) == 1
+    assert (tokens.prompt, tokens.answer) == (4, 6)
+
+
+async def test_a_whole_answer_that_nobody_waits_for_costs_tokens(fleet: Fleet) -> None:
+    book = fleet.client.router.guard.book
+    now = book.now()
+    book.clock = lambda: now
+    for server in fleet.servers:
+        server.behaviour.mode = "hang"
+    body = {"model": "small", "prompt": "x" * 38, "max_tokens": 50}
+    asked = asyncio.create_task(fleet.ask("limited", "POST", "/v1/completions", body))
+    await until(lambda: any(server.seen for server in fleet.servers))
+    asked.cancel()
+    account = book.accounts["limited"]
+    await until(lambda: not account.places)
+    assert 40 <= int(account.headers()["x-ratelimit-remaining-tokens"]) < 90
 
 
 async def test_a_tenant_loads_its_own_on_all_servers(fleet: Fleet) -> None:

@@ -11,9 +11,10 @@ import openai
 import pytest
 
 from tests.server.conftest import Server
-from toppings.cluster.router.answers import BadAnswerError, StreamWatch, count_events
+from toppings.cluster.router.answers import BadAnswerError, StreamWatch
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
+from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.request_ids import REQUEST_ID
 
 if TYPE_CHECKING:  # its import takes seconds: not while tests are collected, which every process does
@@ -123,6 +124,9 @@ def test_the_end_of_a_stream_is_known_by_its_last_event(
 
 
 def test_only_what_says_more_of_an_answer_counts() -> None:
-    assert count_events("/v1/messages", BEGUN + event("message_stop")) == 1
-    assert count_events("/v1/responses", event("response.created") + event("response.output_text.delta")) == 1
-    assert count_events("/v1/completions", b"data: {}\n\ndata: {}\n\n") == 2
+    assert StreamTokens("/v1/messages").note(BEGUN + event("message_stop")) == 1
+    assert (
+        StreamTokens("/v1/responses").note(event("response.created") + event("response.output_text.delta"))
+        == 1
+    )
+    assert StreamTokens("/v1/completions").note(b"data: {}\n\ndata: {}\n\n") == 2

@@ -48,13 +48,27 @@ class Place:
 
     def __init__(self, account: "Account", num_waiting: int) -> None:
         self.account, self.num_waiting = account, num_waiting
+        self.prompt_tokens, self.answer_tokens = 0, 0  # that were counted
 
     def start(self) -> None:
         self.num_waiting -= 1
 
+    def take_prompt(self, num_tokens: int) -> None:
+        """Raises Refusal 429 where they are too many."""
+        self.account.take_tokens(num_tokens)
+        self.prompt_tokens = num_tokens
+
     def spend(self, num_tokens: int) -> None:
         """Of the answer."""
+        self.answer_tokens += num_tokens
         self.account.spend(num_tokens)
+
+    def settle(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
+        """What they were, in place of what was counted; None where that is not known."""
+        prompt = self.prompt_tokens if prompt_tokens is None else prompt_tokens
+        answer = self.answer_tokens if answer_tokens is None else answer_tokens
+        self.account.spend(prompt + answer - self.prompt_tokens - self.answer_tokens)
+        self.prompt_tokens, self.answer_tokens = prompt, answer
 
     def leave(self) -> None:
         self.account.places.discard(self)

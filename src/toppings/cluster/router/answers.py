@@ -7,7 +7,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from toppings.cluster.router import replies
-from toppings.cluster.router.calls import MESSAGES, RESPONSES, count_generated
+from toppings.cluster.router.calls import MESSAGES, RESPONSES, Usage, read_usage
 from toppings.cluster.router.upstream import read_bounded
 
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
@@ -21,8 +21,6 @@ LAST_EVENTS = {
 }
 """Of routes whose events have names: one of these ends a stream. None stands inside of data: JSON has no line
 feeds."""
-GROWTH = {RESPONSES: b".delta\n", MESSAGES: b"event: content_block_delta\n"}
-"""What an event with more of the answer has once; elsewhere all events have more."""
 NAME_LEN = len(EVENT_NAME) + max(len(name) for names in LAST_EVENTS.values() for name in names) + 1
 
 
@@ -66,17 +64,17 @@ def check_event(start: bytes) -> None:
         raise BadAnswerError("sent what is no event")
 
 
-def check_whole(whole: Whole) -> int | None:
-    """The number of tokens that the answer tells. Raises BadAnswerError for a 200 that is no JSON object."""
+def check_whole(whole: Whole) -> Usage:
+    """The numbers of tokens that the answer tells. Raises BadAnswerError for a 200 that is no JSON object."""
     if whole.status != 200:
-        return None
+        return Usage()
     try:
-        num_tokens = count_generated(whole.body)
+        usage = read_usage(whole.body)
     except ValueError as error:
         raise BadAnswerError("answered 200 with what is no JSON") from error
     if whole.body.lstrip()[:1] not in (b"{", b"["):
         raise BadAnswerError("answered 200 with JSON that is no object")
-    return num_tokens
+    return usage
 
 
 def check_last_event(chunk: bytes) -> None:
@@ -84,11 +82,6 @@ def check_last_event(chunk: bytes) -> None:
     _, end, start = chunk.rpartition(b"\n\n")
     if end and start:
         check_event(start)
-
-
-def count_events(path: str, chunk: bytes) -> int:
-    """Events of a chunk that say more of the answer."""
-    return chunk.count(GROWTH.get(path, b"data:"))
 
 
 class StreamWatch:

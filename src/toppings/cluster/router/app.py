@@ -240,7 +240,7 @@ def closing_place(account: Account, call: Call) -> Iterator[Place]:
     place = account.enter(1)
     try:
         if call.path not in TOKEN_PATHS:
-            account.take_tokens(call.prompt_tokens)
+            place.take_prompt(call.prompt_tokens)
         yield place
     finally:
         place.leave()

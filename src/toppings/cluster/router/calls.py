@@ -1,7 +1,7 @@
 """What the router reads of an inference request's body; the body itself goes on as it came."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -167,28 +167,40 @@ def _count_tokens(raw: msgspec.Raw, bytes_per_token: float) -> int:
     return max(1, round(len(text) / bytes_per_token))
 
 
-class _Usage(msgspec.Struct):
-    """OpenAI's newer routes, and Anthropic's, say output where the others say completion."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
-    completion_tokens: int = 0
-    output_tokens: int = 0
+
+class Usage(msgspec.Struct):
+    """What an answer says of its tokens, by any route's names; None where it does not say."""
+
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
+
+    @property
+    def prompt(self) -> int | None:
+        return self.input_tokens if self.prompt_tokens is None else self.prompt_tokens
+
+    @property
+    def answer(self) -> int | None:
+        return self.output_tokens if self.completion_tokens is None else self.completion_tokens
 
 
 class _Answer(msgspec.Struct):
-    usage: _Usage | None = None
-    count_output_tokens: int | None = None
+    usage: Usage | None = None
+    count_output_tokens: Count | None = None
 
 
 _answer_decoder = msgspec.json.Decoder(_Answer)
 
 
-def count_generated(body: bytes) -> int | None:
-    """How many tokens a whole answer says it has; None where it does not say. Raises ValueError: no JSON."""
+def read_usage(body: bytes) -> Usage:
+    """Of a whole answer. Raises ValueError: no JSON."""
     try:
         answer = _answer_decoder.decode(body)
     except msgspec.ValidationError:
-        return None
+        return Usage()
     except NO_JSON as error:
         raise ValueError(str(error)) from error
-    usage = answer.usage
-    return usage.completion_tokens or usage.output_tokens if usage else answer.count_output_tokens
+    return answer.usage or Usage(output_tokens=answer.count_output_tokens)

@@ -9,7 +9,7 @@ import numpy as np
 
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.instances import BoolArray
-from toppings.cluster.router.calls import Call
+from toppings.cluster.router.calls import POOLED_PATHS, TOKEN_PATHS, Call
 from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
@@ -52,6 +52,18 @@ class Flight:
         """Whether it waits for its first token, was not moved too often and had no refusal there."""
         is_waiting = self.deadline is not None and self.call.is_stream
         return is_waiting and self.num_moves < MAX_MOVES and instance_id not in self.tried
+
+    def settle(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
+        """With its tenant, by what the answer says; calls that generate nothing are not counted."""
+        if self.call.path not in TOKEN_PATHS:
+            self.place.settle(prompt_tokens, answer_tokens)
+
+    def leave(self) -> None:
+        """Its client is gone. What a whole answer has come to by then nobody says: the mean of the answers
+        before it is taken, up to its `max_tokens`."""
+        is_drawn = self.instance_id and not (self.call.is_stream or self.has_begun)
+        if is_drawn and self.call.path not in (*TOKEN_PATHS, *POOLED_PATHS):
+            self.place.spend(round(self.request.response_tokens))
 
     def interrupt(self) -> None:
         """End the wait for the first token at once; the request is then tried elsewhere."""

@@ -22,12 +22,12 @@ from toppings.cluster.router.answers import (
     StreamWatch,
     Whole,
     check_whole,
-    count_events,
     read_start,
 )
 from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.middlewares import account_of, request_id
 from toppings.cluster.router.state import RouterState
+from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
@@ -122,6 +122,9 @@ async def _attempt(
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
         upstream.num_failures = 0
         return await _stream(state, http_request, flight, answer, chunk=start, headers=headers)
+    except (asyncio.CancelledError, ConnectionError):
+        flight.leave()
+        raise
     finally:
         state.flights.end(flight)
         if answer is not None:
@@ -210,7 +213,7 @@ def tracing() -> aiohttp.TraceConfig:
 
 def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole: Whole) -> web.Response:
     try:
-        num_generated = check_whole(whole)
+        usage = check_whole(whole)
     except BadAnswerError as error:
         raise _explain(state, flight, upstream, error, 0.0) from error
     state.note_status(upstream, whole.status)
@@ -218,8 +221,8 @@ def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole:
         reason = f"{upstream.instance_id} answered {whole.status}"
         raise AttemptError(reason, Failure.REFUSED, whole=whole)
     state.flights.start(flight)
-    flight.num_tokens = num_generated or None
-    flight.place.spend(num_generated or 0)
+    flight.num_tokens = usage.answer or None
+    flight.settle(usage.prompt, usage.answer)
     return whole.response()
 
 
@@ -237,12 +240,16 @@ async def _stream(
     response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(http_request)
     num_generated, watch = 0, StreamWatch(flight.call.path, answer.status)
+    tokens = StreamTokens(flight.call.path)
     ends_at = asyncio.get_running_loop().time() + state.config.stream_timeout_s
     while chunk:
         await response.write(chunk)
-        num_events = count_events(flight.call.path, chunk)
+        num_events = tokens.note(chunk)
         num_generated += num_events
         state.flights.grow(flight, num_events)
+        flight.settle(
+            tokens.prompt, max(num_generated, tokens.answer or 0)
+        )  # of usage only the last is final
         watch.note(chunk)
         try:
             chunk = await _next(state, flight, answer, ends_at)
@@ -253,7 +260,8 @@ async def _stream(
                 state, http_request, response, flight, reason, is_between_events=watch.is_between_events
             )
             return response
-    flight.num_tokens = num_generated
+    flight.num_tokens = num_generated if tokens.answer is None else tokens.answer
+    flight.settle(tokens.prompt, tokens.answer)
     state.note_status(state.upstreams[flight.instance_id], answer.status)
     await response.write_eof()
     return response
