@@ -1,5 +1,6 @@
 """Traces, as a collector receives them: from the caller over the router and the server to the engine."""
 
+import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 from tests.otlp import Collector, Received, collecting
 from tests.server.conftest import Server
 from tests.server.test_engine_loss import Serving
-from tests.waiting import until, wait_until
+from tests.waiting import PATIENCE_S, until, wait_until
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import Config, ConfigError
 from toppings.core import MODULES
+from toppings.server import traces
 from toppings.server.records import keeping_records
 from toppings.synth import AdapterShape, write_adapters
-from toppings.tracing import Tracing, check_endpoint, open_tracing
+from toppings.tracing import Span, Tracing, check_endpoint, open_tracing
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 FROM_CALLER = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
@@ -75,6 +77,33 @@ async def test_a_request_is_a_part_of_its_callers_trace(traced: Server, collecto
     assert whole.start <= parts[0].start
     assert all(before.end == after.start for before, after in pairwise(parts))
     assert parts[-1].end <= whole.end
+
+
+async def test_traces_are_made_beside_the_event_loop_and_what_is_too_much_is_counted(
+    server: Server, collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers: set[str] = set()
+    goes_on = threading.Event()
+    serve = Tracing.serve
+
+    def slow(self: Tracing, *args: Any) -> Span:
+        makers.add(threading.current_thread().name)
+        goes_on.wait(PATIENCE_S)
+        return serve(self, *args)
+
+    monkeypatch.setattr(Tracing, "serve", slow)
+    monkeypatch.setattr(traces, "MAX_WAITING", 2)
+    config = Config.from_settings({"otlp_traces_endpoint": collector.url}, server.state.config)
+    with keeping_records(server.app, config, tmp_path):
+        await ask(server, FROM_CALLER)
+        await until(lambda: makers)
+        for _ in range(3):
+            assert (await ask(server, FROM_CALLER)).status_code == 200
+        metrics = (await server.http.get("/metrics")).text
+        goes_on.set()
+    assert makers == {"backlog-traces"}
+    assert 'toppings:log_dropped_total{file="traces"} 1.0' in metrics
+    await until(lambda: sum(s.name.startswith("text_completion") for s in collector.of(TRACE)) == 3)
 
 
 async def test_what_failed_is_told(traced: Server, collector: Collector) -> None:

@@ -38,8 +38,9 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def _inactive_file_bytes(directory: Path) -> int:
     """Of the group and those below it: version 1 tells the sum under a name of its own."""
-    numbers = dict(re.findall(r"^(\S+) (\d+)$", _text(directory / "memory.stat"), re.MULTILINE))
-    return int(numbers.get("total_inactive_file") or numbers.get("inactive_file") or 0)
+    lines = [line.split() for line in _text(directory / "memory.stat").splitlines()]
+    numbers = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    return numbers.get("total_inactive_file", numbers.get("inactive_file", 0))
 
 
 def _number(path: Path) -> int | None:

@@ -112,7 +112,7 @@ class Metrics:
         self._generated_tokens = counter("vllm:generation_tokens", "Generated tokens.", *names)
         self._model = model
         self.logs: dict[str, Callable[[], int]] = {}
-        """Files of records, and how many each has dropped; the engine tells of its own."""
+        """Files of records, and "traces", and how many each has dropped; the engine tells of its own."""
         self.recent = Recent()
         for outcome in ("stop", "length", "abort", "error", "rejected"):
             self._requests.labels(outcome)

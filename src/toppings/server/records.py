@@ -25,8 +25,10 @@ def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[N
     state: ServerState = app.state.toppings
     server, max_bytes = config.server, config.engine.max_log_bytes
     tracing = open_tracing(server.otlp_traces_endpoint, "toppings")
-    if tracing.is_on:
-        app.state.observers.append(RequestTraces(tracing).note)
+    traces = RequestTraces(tracing) if tracing.is_on else None
+    if traces is not None:
+        app.state.observers.append(traces.note)
+        state.metrics.logs["traces"] = partial(getattr, traces, "num_dropped")
     requests = JsonLines(str(directory / "requests.jsonl") if server.request_log else "", max_bytes)
     audits = JsonLines(str(directory / "audit.jsonl") if server.audit_log == "on" else "", max_bytes)
     if requests.is_on:
@@ -39,6 +41,8 @@ def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[N
     try:
         yield
     finally:
+        if traces is not None:
+            traces.close()
         tracing.close()
         requests.close()
         audits.close()

@@ -6,7 +6,9 @@ else `toppings.`'s. All spans of an exchange are made when it is over, from what
 
 from collections.abc import Iterator
 from itertools import groupby
+from time import time_ns
 
+from toppings.backlog import Backlog
 from toppings.messages import ColdStart
 from toppings.messages import Span as Time
 from toppings.server.exchange import Exchange
@@ -19,20 +21,36 @@ OPERATIONS = {
     **dict.fromkeys(("/v1/embeddings", "/v1/score", "/score"), "embeddings"),
 }
 OTHER_OPERATION = "text_completion"
+LINGER_S = 2.0
+MAX_WAITING = 1024
+"""Exchanges whose traces are still to be made."""
 MAX_SEQUENCES = 16
 """Of a request, whose course is told."""
 
 
 class RequestTraces:
-    """Makes a trace of each exchange that asks for tokens."""
+    """Makes a trace of each exchange that asks for tokens, in a thread of its own: a cold request has a span
+    for each layer."""
 
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
+        self._backlog: Backlog[tuple[Exchange, int]] = Backlog("traces", self._make, MAX_WAITING)
+
+    @property
+    def num_dropped(self) -> int:
+        return self._backlog.num_dropped
 
     def note(self, exchange: Exchange) -> None:
         """An exchange that is over."""
-        if exchange.method != "POST" or exchange.path not in INFERENCE_PATHS:
-            return
+        if exchange.method == "POST" and exchange.path in INFERENCE_PATHS:
+            self._backlog.put((exchange, time_ns()))
+
+    def close(self) -> None:
+        """Returns when the last ones are made, or within a few seconds; before those who send them end."""
+        self._backlog.close(LINGER_S)
+
+    def _make(self, noted: tuple[Exchange, int]) -> None:
+        exchange, ended_ns = noted
         operation = OPERATIONS.get(exchange.path, OTHER_OPERATION)
         headers = {name: exchange.header(name.encode()) for name in PARENT_HEADERS}
         name = f"{operation} {exchange.model}" if exchange.model else operation
@@ -47,7 +65,7 @@ class RequestTraces:
         if span.is_recording:
             for timer in exchange.timers[:MAX_SEQUENCES]:
                 _tell(span, timer)
-        span.end()
+        span.end(ended_ns)
 
 
 def _attributes(exchange: Exchange) -> Attributes:

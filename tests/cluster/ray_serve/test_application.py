@@ -43,7 +43,7 @@ SETTINGS = {
 KEY = "the-administrators"
 TENANTS = f"""\
 tenants:
-  team: {{use: [adapter-00000]}}
+  team: {{use: [adapter-00000], min_priority: -1}}
   trial: {{base_model: on, requests_per_minute: 2}}
 keys:
   - {{id: "1", tenant: team, sha256: {sha256(b"the-teams").hexdigest()}}}
