@@ -21,7 +21,7 @@ from toppings.dashboard.page import (
 )
 from toppings.server.auth import tenant_of
 from toppings.server.catalogue import records_of
-from toppings.server.errors import RETRY_AFTER_S, ApiError, json_response
+from toppings.server.errors import ApiError, json_response, unavailable
 from toppings.server.methods import is_head
 from toppings.server.readings import adapter_row
 from toppings.server.state import state_of
@@ -47,8 +47,7 @@ async def events(request: Request) -> Response:
     if is_head(request.scope):  # as the answer would begin
         return Response(headers=DATA_HEADERS, media_type="text/event-stream")
     if feed.is_full:
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        raise ApiError(503, WHY_FULL, "ServiceUnavailableError", headers=headers)
+        raise unavailable(WHY_FULL)
     return EventStream(feed.events(), feed.viewing(), headers=DATA_HEADERS)
 
 
