@@ -23,9 +23,10 @@ tenants:
   user: {use: ["small"], see: ["large"], weight: 2}
   loader: {load: ["mine-*"], load_from: ["/mine/*"], base_model: off}
   limited: {use: ["*"], requests_per_minute: 3, tokens_per_minute: 100}
+  boss: {admin: on}
 keys:
 """
-KEYS = {"user": "key-u", "loader": "key-l", "limited": "key-m"}
+KEYS = {"user": "key-u", "loader": "key-l", "limited": "key-m", "boss": "key-b"}
 ROLES = {"anonymous": None, "wrong": "wrong", **KEYS, "administrator": "the-one"}
 
 
@@ -91,8 +92,8 @@ ACCESS = {
 MAY = {
     OPEN: set(ROLES),
     ANY: {*KEYS, "administrator"},
-    LOADING: {"loader", "administrator"},
-    ADMIN: {"administrator"},
+    LOADING: {"loader", "boss", "administrator"},
+    ADMIN: {"boss", "administrator"},
 }
 
 
@@ -112,6 +113,17 @@ async def test_every_route_answers_whom_it_should(fleet: Fleet) -> None:
             told[operation] = status if status in (401, 403) else "let in"
         refused = 401 if key in (None, "wrong") else 403
         assert told == {name: "let in" if role in MAY[who] else refused for name, who in ACCESS.items()}, role
+
+
+@pytest.mark.parametrize("role", ["anonymous", "wrong", "user"])
+async def test_no_spelling_of_a_path_opens_it(fleet: Fleet, role: str) -> None:
+    for path in ("instances", "metrics", "dashboard/data", "dashboard/adapters"):
+        for spelling in (
+            *(f"/{path}/", f"//{path}", f"/docs/..%2f{path}", f"/dashboard/static/..%2f..%2f{path}"),
+            *(f"/{path}%20", f"/{path.upper()}", f"/{path};a=b", f"/health%2f..%2f{path}", f"/%2e/{path}"),
+        ):
+            status, _, _ = await fleet.ask(role, "GET", spelling)
+            assert status in (401, 403, 404), spelling
 
 
 async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> None:

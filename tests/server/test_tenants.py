@@ -14,8 +14,10 @@ from tests.server.conftest import Server
 from tests.waiting import until
 from toppings.dashboard.page import EVENTS
 from toppings.request_ids import REQUEST_ID
+from toppings.server.auth import KeyMiddleware
 from toppings.tenants.book import TENANT_HEADER
 from toppings.tenants.keys import digest_of
+from toppings.tenants.refusals import Refusal
 from toppings.tenants.tenant import Tenant
 
 FILE = """\
@@ -138,6 +140,36 @@ async def test_every_route_answers_whom_it_should(server: Server, role: str) -> 
         told[operation] = reply.status_code if reply.status_code in (401, 403) else "let in"
     refused = 401 if ROLES[role] in (None, "wrong") else 403
     assert told == {name: "let in" if role in MAY[who] else refused for name, (who, _) in ACCESS.items()}
+
+
+async def test_nobody_is_an_administrator_because_nobody_looked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that has come to a route without being asked who sends it, as a route that were mounted past
+    the middleware would be."""
+    monkeypatch.setattr(KeyMiddleware, "_admit", lambda self, scope: None)
+    for operation, (who, body) in ACCESS.items():
+        method, _, path = operation.partition(" ")
+        path = path.replace("{name:path}", "mine-x").replace("{asset}", "favicon.png")
+        method = "HEAD" if path == EVENTS else method
+        reply = await ask(server, "administrator", method, path, body)
+        assert (reply.status_code == 401) == (who != OPEN), operation
+    with pytest.raises(Refusal, match="API key"):
+        _ = server.state.account  # outside of requests, too
+
+
+@pytest.mark.parametrize("role", ["anonymous", "wrong", "user"])
+async def test_no_spelling_of_a_path_opens_it(server: Server, role: str) -> None:
+    for path in ("stats", "metrics", "cold_starts", "dashboard/data", "dashboard/adapters"):
+        for spelling in (
+            *(f"/{path}/", f"//{path}", f"/./{path}", f"/health/../{path}", f"/docs/..%2f{path}"),
+            *(f"/dashboard/static/..%2f..%2f{path}", f"/%2e/{path}", f"/{path}%20", f"/{path.upper()}"),
+            *(f"/{path};a=b", f"/health%2f..%2f{path}", f"/{path}%3f"),
+        ):
+            reply = await server.http.send(
+                httpx.Request("GET", f"http://test{spelling}", headers=as_role(role)), follow_redirects=True
+            )
+            assert reply.status_code in (401, 403, 404), spelling
 
 
 async def test_a_route_that_is_added_later_is_for_administrators(server: Server) -> None:

@@ -74,9 +74,13 @@ def is_for_tenants(scope: Scope) -> bool:
 
 
 def check_role(request: Request) -> None:
-    """Dependency of all routes. Raises Refusal 403 for a tenant on a route that is not in `TENANT_PATHS`."""
+    """Dependency of all routes. Raises Refusal: 403 for a tenant on a route that is not in `TENANT_PATHS`,
+    401 for who is not known on one that is not open."""
     path = request.scope["route"].path
-    if not (is_open(path) or path in TENANT_PATHS or tenant_of(request).is_admin):
+    if is_open(path):
+        return
+    is_admin = tenant_of(request).is_admin
+    if not (is_admin or path in TENANT_PATHS):
         raise denied(f"{request.method} {path} is for administrators")
 
 

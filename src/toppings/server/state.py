@@ -28,7 +28,7 @@ from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
 from toppings.tenants.account import Account, Place
 from toppings.tenants.book import TenantBook
-from toppings.tenants.refusals import no_access
+from toppings.tenants.refusals import no_access, unauthorized
 from toppings.text import TextModel
 
 if TYPE_CHECKING:
@@ -168,10 +168,14 @@ class ServerState:
 
     @property
     def account(self) -> Account:
-        """Of whoever sent the request that is being answered."""
+        """Of whoever sent the request that is being answered. Raises Refusal 401 where a key is asked for and
+        nobody is known, as on an open path or outside of requests."""
         exchange = current_exchange.get()
-        asking = None if exchange is None else exchange.account
-        return self.book.anybody() if asking is None else asking
+        if exchange is not None and exchange.account is not None:
+            return exchange.account
+        if self.book.asks_for_keys:
+            raise unauthorized(is_given=False)
+        return self.book.anybody()
 
     async def find_target(
         self, model: str | None, *, kind: str | None = None, token: str | None = None
