@@ -15,13 +15,14 @@ class Meters:
         self.ended = Counter(
             "toppings_router_ended", "Inference requests by outcome.", ["outcome"], registry=self.registry
         )
+        # Not `instance`: that label is Prometheus' own, of whom it asked, which is the router.
         self.sent = Counter(
-            "toppings_router_sent", "Attempts, by instance.", ["instance"], registry=self.registry
+            "toppings_router_sent", "Attempts, by server.", ["server"], registry=self.registry
         )
         self.retries = Counter(
             "toppings_router_retries",
-            "Attempts that failed, by instance.",
-            ["instance"],
+            "Attempts that failed, by server.",
+            ["server"],
             registry=self.registry,
         )
         self.moves = Counter("toppings_router_moves", "Waiting requests moved.", registry=self.registry)
@@ -51,10 +52,10 @@ class Meters:
             registry=self.registry,
         )
         self.in_flight = Gauge(
-            "toppings_router_in_flight", "Requests, by instance.", ["instance"], registry=self.registry
+            "toppings_router_in_flight", "Requests, by server.", ["server"], registry=self.registry
         )
         self.is_up = Gauge(
-            "toppings_router_instance_up", "1 where requests are sent.", ["instance"], registry=self.registry
+            "toppings_router_instance_up", "1 where requests are sent.", ["server"], registry=self.registry
         )
 
     def forget(self, instance_id: str) -> None:
