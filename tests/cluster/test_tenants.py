@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -141,6 +142,30 @@ async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> N
     assert json.loads((await fleet.ask("loader", "GET", "/v1/models"))[1])["data"] == []
     assert (await fleet.ask("loader", "GET", "/v1/models/small"))[0] == 404
     assert (await fleet.ask("user", "GET", "/v1/models/large"))[0] == 200
+
+
+async def test_tenants_are_not_told_where_servers_and_their_files_are(fleet: Fleet) -> None:
+    async def told(role: str) -> str:
+        answers = []
+        for method, path, body in (
+            ("GET", "/v1/models", None),
+            ("GET", "/v1/models/small", None),
+            ("POST", "/v1/completions", {"model": "small", "prompt": "x"}),
+            ("POST", "/v1/completions", {"model": "small", "prompt": "x", "stream": True}),
+            ("POST", "/v1/load_lora_adapter", {"lora_name": "mine-x", "lora_path": "/mine/x"}),
+        ):
+            _, text, headers = await fleet.ask(role, method, path, body)
+            answers.append(f"{headers} {text}")
+        return "".join(answers)
+
+    secret = re.compile(r"\bs[01]\b|/models/|/adapters/")
+    for mode in ("ok", "cut", "error"):
+        for server in fleet.servers:
+            server.behaviour.mode = mode
+        texts = [await told(role) for role in ("administrator", "user", "loader")]
+        assert {found[:4] for found in secret.findall(texts[0])} >= {"/mod", "/ada"}
+        assert re.search(r"\bs[01]\b", texts[0]) is not None
+        assert not any(secret.search(text) for text in texts[1:])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.audit_log import AuditLog
 from toppings.server.cold_starts import ColdStarts
-from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable
+from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable, without_paths
 from toppings.server.exchange import current_exchange
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
@@ -248,9 +248,15 @@ class ServerState:
         if self.is_draining:
             raise unavailable("the server is shutting down")
         if self.client.died.is_set():
-            raise ApiError(503, self.client.down_reason, "EngineDeadError")
+            raise ApiError(503, self.down_reason, "EngineDeadError")
         if not self.client.is_alive:
-            raise unavailable(self.client.down_reason, "EngineDeadError")
+            raise unavailable(self.down_reason, "EngineDeadError")
+
+    @property
+    def down_reason(self) -> str:
+        """Why there is no engine, for all: where keys are asked for, without paths."""
+        reason = self.client.down_reason
+        return without_paths(reason) if self.book.asks_for_keys else reason
 
     async def admit(self, num_sequences: int, find: Callable[[], Awaitable[Target]]) -> tuple[Target, Lease]:
         """Who answers, as `find` says, and a place for so many sequences.

@@ -34,13 +34,16 @@ class Outcome:
     answers: dict[Upstream, Answer] = field(default_factory=dict)
     failures: dict[Upstream, str] = field(default_factory=dict)
 
-    def success(self, away: list[Upstream]) -> Answer:
-        """A server's own answer, and which servers will follow."""
+    def success(self, away: list[Upstream], tenant: Tenant) -> Answer:
+        """A server's own answer, and which servers will follow; tenants are told how many."""
         answer = next(answer for answer in self.answers.values() if answer.status < 400)
         late = [f"{u.instance_id} ({why})" for u, why in self.failures.items()]
         late += [f"{u.instance_id} (it is down)" for u in away]
         if not late:
             return answer
+        if not tenant.is_admin:
+            num = f"{len(late)} server{'s' if len(late) > 1 else ''}"
+            return Answer(answer.status, f"{answer.text} Not yet on {num}: done there later.".encode())
         more = f", and {len(late) - MAX_TOLD} others" if len(late) > MAX_TOLD else ""
         text = f"{answer.text} Not yet on {', '.join(late[:MAX_TOLD])}{more}: done when it answers again."
         return Answer(answer.status, text.encode())
@@ -79,7 +82,7 @@ class AdapterAdmin:
             await self._state.directory.learn_paths([(name, path)], again=True)
             await self._refresh_all(list(answers))
             self._leave_to_sync(list(answers))
-            return outcome.success(away)
+            return outcome.success(away, tenant)
 
     async def _undo(self, name: str, outcome: Outcome) -> None:
         """Where it was done, and where nobody knows: such a server is rid of it when it is back."""
@@ -104,7 +107,7 @@ class AdapterAdmin:
             await self._remember(name, None, list(outcome.answers))
             await self._refresh_all(list(outcome.answers))
             self._leave_to_sync(list(outcome.answers))
-            return outcome.success(away)
+            return outcome.success(away, tenant)
 
     def _alone(self, name: str) -> asyncio.Lock:
         """To be held while the name is changed; it is forgotten with the last one who holds or awaits it."""
@@ -215,7 +218,8 @@ class AdapterAdmin:
             raise unavailable("no server is up", retry_after_s)
         if not outcome.answers:
             told = ", ".join(f"{u.instance_id}: {why}" for u, why in outcome.failures.items())
-            raise out_of_time(f"no server answered: {told}", retry_after_s)
+            named = f": {told}" if tenant.is_admin else ""
+            raise out_of_time(f"no server answered{named}", retry_after_s)
         return outcome
 
     def _away(self) -> list[Upstream]:

@@ -16,7 +16,7 @@ from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin
 from toppings.cluster.router.bodies import Budget, read_body
 from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, parse_call
-from toppings.cluster.router.cards import Card, Cards
+from toppings.cluster.router.cards import Card, Cards, seen_by
 from toppings.cluster.router.connections import listen
 from toppings.cluster.router.dashboard import Dashboard
 from toppings.cluster.router.flight import Flight
@@ -165,7 +165,7 @@ class Router:
         tenant = account_of(request).tenant
         for each in reversed(self._cards()):
             cards = each.by_name | {name: card for name, card in cards.items() if name not in each}
-        seen = [card.raw for card in cards.values() if tenant.is_admin or tenant.may_see(card.adapter)]
+        seen = await seen_by(tenant, list(cards.values()))
         return json_response({"object": "list", "data": seen})
 
     async def get_model(self, request: web.Request) -> web.Response:
@@ -173,7 +173,7 @@ class Router:
         found = next((cards.by_name[name] for cards in self._cards() if name in cards), None)
         if found is None or not tenant.may_see(found.adapter):
             raise self._unknown(tenant, name)
-        return json_response(found.raw)
+        return json_response(found.told(tenant))
 
     # --- adapters ---
 

@@ -53,6 +53,10 @@ class Flight:
         is_waiting = self.deadline is not None and self.call.is_stream
         return is_waiting and self.num_moves < MAX_MOVES and instance_id not in self.tried
 
+    def name_of(self, instance_id: str) -> str:
+        """Of a server, for who asks: where servers are is not for tenants to know."""
+        return instance_id if self.place.account.tenant.is_admin else "a server"
+
     def settle(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
         """With its tenant, by what the answer says; calls that generate nothing are not counted."""
         if self.call.path not in TOKEN_PATHS:

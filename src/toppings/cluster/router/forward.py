@@ -33,6 +33,7 @@ from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
 from toppings.request_ids import REQUEST_ID
 from toppings.tenants.book import TENANT_HEADER
+from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ async def _attempt(
     answer: aiohttp.ClientResponse | None = None
     try:
         answer, start, is_stream = await _open(state, http_request, flight, upstream)
-        headers = _response_headers(answer.headers, choice)
+        headers = _response_headers(answer.headers, choice, account_of(http_request).tenant)
         if not is_stream:
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
         upstream.num_failures = 0
@@ -176,11 +177,11 @@ def _explain(
     """What is to be told of an attempt; what it says of the server is noted. Raises ApiError 503 where the
     router itself could not even try.
     """
-    name = upstream.instance_id
+    name = flight.name_of(upstream.instance_id)
     if is_out_of_files(error):
         raise replies.unavailable("the router has too many files open", state.config.retry_after_s)
     if flight.move_to is not None:
-        return AttemptError(f"moved to {flight.move_to}", Failure.REFUSED)
+        return AttemptError(f"moved to {flight.name_of(flight.move_to)}", Failure.REFUSED)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | UnicodeError):
         state.note_failure(upstream, is_gone=True)
         return AttemptError(f"{name} cannot be reached", Failure.UNREACHABLE)
@@ -218,7 +219,7 @@ def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole:
         raise _explain(state, flight, upstream, error, 0.0) from error
     state.note_status(upstream, whole.status)
     if whole.status in RETRIED_STATUSES:
-        reason = f"{upstream.instance_id} answered {whole.status}"
+        reason = f"{flight.name_of(upstream.instance_id)} answered {whole.status}"
         raise AttemptError(reason, Failure.REFUSED, whole=whole)
     state.flights.start(flight)
     flight.num_tokens = usage.answer or None
@@ -311,8 +312,9 @@ async def _cut(
     *,
     is_between_events: bool,
 ) -> None:
-    message = f"server {flight.instance_id} {reason} after the first token; the answer is incomplete"
-    logger.warning("%s", message)
+    end = f"{reason} after the first token; the answer is incomplete"
+    logger.warning("server %s %s", flight.instance_id, end)
+    message = f"{flight.name_of(flight.instance_id)} {end}"
     if response.content_type == replies.EVENT_STREAM:
         await response.write(
             replies.stream_error(flight.call.path, message, is_between_events=is_between_events)
@@ -347,9 +349,11 @@ def _request_headers(
     return kept
 
 
-def _response_headers(headers: CIMultiDictProxy[str], choice: Choice) -> CIMultiDict[str]:
+def _response_headers(headers: CIMultiDictProxy[str], choice: Choice, tenant: Tenant) -> CIMultiDict[str]:
+    """Which server it was is for administrators to know."""
     kept = _end_to_end(headers)
-    kept["X-Toppings-Instance"] = choice.instance_id
+    if tenant.is_admin:
+        kept["X-Toppings-Instance"] = choice.instance_id
     if choice.breaks_slo:
         kept["X-Toppings-SLO"] = "at-risk"
     return kept
