@@ -23,7 +23,7 @@ from toppings.cluster.router.meters import Meters
 from toppings.command import USER_ERROR
 from toppings.config import Config
 from toppings.server.auth import OPEN_PATHS
-from toppings.server.stop import LAST_RESORT_S
+from toppings.stop import LAST_RESORT_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 HISTOGRAM_ENDS = ("_bucket", "_sum", "_count")
