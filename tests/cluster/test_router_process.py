@@ -79,7 +79,7 @@ def test_killed_router_cuts_what_it_had_at_once_and_the_next_one_serves() -> Non
             assert _outcome(again, body(2)) == "whole"
 
 
-def test_a_router_whose_log_nobody_reads_serves() -> None:
+def test_a_router_whose_log_nobody_reads_serves_and_ends() -> None:
     """What it has to say is many times what the pipe holds."""
     server = FakeVllm()
     server.behaviour.mode = "busy"  # each attempt is a line of the log
@@ -94,6 +94,8 @@ def test_a_router_whose_log_nobody_reads_serves() -> None:
             named = {"X-Request-Id": f"{number:064}"}
             assert client.post("/v1/completions", json=body(1), headers=named).status_code == 429
         assert client.get("/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 0
 
 
 def _outcome(url: str, request: dict[str, object]) -> str:

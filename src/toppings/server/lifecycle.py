@@ -33,9 +33,9 @@ from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.records import keeping_records
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
-from toppings.server.stop import Stop
 from toppings.sources.adapters import parse_source
 from toppings.sources.models import find_model, with_model
+from toppings.stop import Stop
 from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
 from toppings.tracing import check_endpoint

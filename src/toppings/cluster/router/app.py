@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -39,6 +38,7 @@ from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
 from toppings.config import OFF
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.open_files import raise_file_limit
+from toppings.stop import Stop
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
 from toppings.tenants.tenant import Tenant
@@ -301,10 +301,8 @@ def run_router(config: RouterConfig) -> None:
 
 
 async def _serve(config: RouterConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with running_router(config) as (_, url):
-        logger.info("Router running on %s", url)
-        await stop.wait()
+    stop = Stop(SHUTDOWN_S)
+    with stop.on_signals():
+        async with running_router(config) as (_, url):
+            logger.info("Router running on %s", url)
+            await stop.or_done()
