@@ -11,7 +11,7 @@ costs does not grow with the number of requests; a report costs what it tells.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import BoolArray, Instances
+from toppings.cluster.lengths import RESPONSE_TOKENS, ResponseLengths
 from toppings.cluster.placement import EMPTY_PLAN, Placement, Plan
 from toppings.cluster.placement.demand import DemandMeter
 from toppings.cluster.placement.sizing import desired_instances
@@ -30,31 +31,12 @@ from toppings.cluster.snapshot import Choice, InstanceSnapshot, Move, RequestSna
 
 LIMITS = ("kv_tokens_total", "max_num_seqs", "max_adapters", "adapter_bytes_total")
 """Of a server, that its reports tell."""
+BATCH_SHARE = 0.8
+"""Of the objectives, that a server to which a batch request is sent may come to by it."""
 MAX_OTHERS = 1000
 """Requests of one rank that came another way and are counted at most: more than any server runs at once."""
 MAX_RECENT_ADAPTERS = 64
 """Adapters that a server which does not tell is believed to hold."""
-RESPONSE_TOKENS = 128.0
-"""Expected response length before any was seen."""
-RESPONSE_MEMORY = 1000
-"""The mean response length weighs about the last so many responses."""
-
-
-@dataclass(slots=True)
-class ResponseLengths:
-    """How many tokens responses have: a running mean."""
-
-    mean: float = RESPONSE_TOKENS
-    num_seen: int = 1
-
-    def note(self, num_tokens: int) -> None:
-        self.num_seen = min(self.num_seen + 1, RESPONSE_MEMORY)
-        self.mean += (num_tokens - self.mean) / self.num_seen
-
-    def expected(self, max_tokens: float = math.inf) -> float:
-        """Of a response that has at most so many."""
-        tokens = self.mean if self.mean < max_tokens else max_tokens
-        return tokens if tokens > 1.0 else 1.0
 
 
 @dataclass(slots=True)
@@ -139,10 +121,13 @@ class Dispatcher:
         *,
         among: BoolArray | None = None,
         avoiding: Set[str] = frozenset(),
+        within_slo: bool = False,
     ) -> Choice | None:
         """Where the request goes now, and counts from now on. None where none `among` [N] is open.
 
-        Those in `avoiding` are passed over while there are others.
+        Those in `avoiding` are passed over while there are others. `within_slo`: a choice that breaks the
+        objectives is told, but nothing counts. So it always is for batch requests, to which the objectives
+        are `BATCH_SHARE` of what they are to others, except on servers that have nothing else to do.
         """
         if request.request_id in self._places:
             self.ended(request.request_id)
@@ -153,7 +138,8 @@ class Dispatcher:
         if avoiding:
             others = ~self.fleet.rows_in(avoiding) & (True if among is None else among)
             among = others if (others & self.fleet.is_open).any() else among
-        self._meter.note(request, now)
+        if not request.is_batch:
+            self._meter.note(request, now)
         if among is not None:
             instances = instances.among(among)
         depths = self._prefixes.depths(request.blocks)
@@ -165,10 +151,27 @@ class Dispatcher:
         else:
             homes = self.fleet.rows_of(self.plan.homes_of(request.adapter))
             choice = steer(request, instances, homes, self.policy)
-        if choice is not None:
-            request.cached_tokens = 0 if depths is None else int(instances.found_tokens[choice.row])
-            self._book(request, choice.instance_id)
+        if choice is None:
+            return None
+        if request.is_batch:
+            choice = replace(choice, breaks_slo=not self._is_spare(choice, instances))
+        if choice.breaks_slo and (within_slo or request.is_batch):
+            return choice
+        if request.is_batch:
+            self._meter.note(request, now)
+        request.cached_tokens = 0 if depths is None else int(instances.found_tokens[choice.row])
+        self._book(request, choice.instance_id)
         return choice
+
+    def _is_spare(self, choice: Choice, instances: Instances) -> bool:
+        """Whether what is chosen for a batch request would stay well within the objectives of others."""
+        settings = self.policy.settings
+        predicted = (
+            (choice.predicted_tpt_ms, settings.slo_tpt_ms),
+            (choice.predicted_ttft_ms, settings.slo_ttft_ms),
+        )
+        is_within = all(ms is None or ms <= BATCH_SHARE * slo_ms for ms, slo_ms in predicted)
+        return is_within or not instances.num_requests[choice.row]
 
     # --- placement ---
 

@@ -105,7 +105,7 @@ class FairQueue:
         self._leave(request)
         self._running[request] = account
         if account.has_started:
-            request.num_owed_tokens += OWED_PER_TOKEN * num_tokens
+            request.num_owed_tokens += (1 if request.is_batch else OWED_PER_TOKEN) * num_tokens
         else:
             account.has_started = True
             self._charge(account.client, num_tokens)
