@@ -114,7 +114,7 @@ class Request:
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant`, `weight` and `priority`: of its `Standing`, whose `scheduling_priority` the last is. Where it was
+    `tenant`, `weight`, `priority`: of its `Standing`, the last its `scheduling_priority`. Where it was
     preempted, it makes way for another only when it has drawn `num_owed_tokens` more, by what its new
     start had to compute. It `was_drained` where it was preempted for another adapter, which is only once.
     """

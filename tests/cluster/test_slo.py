@@ -12,7 +12,8 @@ import pytest
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import until
-from toppings.cluster.dispatcher import BATCH_SHARE, Dispatcher
+from toppings.cluster.batch_class import BATCH_SHARE
+from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot

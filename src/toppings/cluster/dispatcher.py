@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from toppings.cluster.batch_class import SpareTime
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import BoolArray, Instances
 from toppings.cluster.lengths import RESPONSE_TOKENS, ResponseLengths
@@ -31,8 +32,6 @@ from toppings.cluster.snapshot import Choice, InstanceSnapshot, Move, RequestSna
 
 LIMITS = ("kv_tokens_total", "max_num_seqs", "max_adapters", "adapter_bytes_total")
 """Of a server, that its reports tell."""
-BATCH_SHARE = 0.8
-"""Of the objectives, that a server to which a batch request is sent may come to by it."""
 MAX_OTHERS = 1000
 """Requests of one rank that came another way and are counted at most: more than any server runs at once."""
 MAX_RECENT_ADAPTERS = 64
@@ -73,6 +72,7 @@ class Dispatcher:
         self.policy, self.fleet = policy, Fleet(instances)
         self.placement, self.plan = placement, None if placement is None else EMPTY_PLAN
         self._meter = DemandMeter(ticks_per_s)
+        self._spare = SpareTime(policy.settings, ticks_per_s)
         self._prefixes = PrefixIndex()
         self._prefixes.set_instances(self.fleet.ids)
         self.lengths = ResponseLengths(response_tokens)
@@ -103,6 +103,7 @@ class Dispatcher:
         del self._known[instance_id]
         self._recent.pop(instance_id, None)
         self._avoided.pop(instance_id, None)
+        self._spare.forget(instance_id)
 
     def forget_prefixes(self, instance_id: str) -> None:
         """Its cache is empty: it went down."""
@@ -126,8 +127,8 @@ class Dispatcher:
         """Where the request goes now, and counts from now on. None where none `among` [N] is open.
 
         Those in `avoiding` are passed over while there are others. `within_slo`: a choice that breaks the
-        objectives is told, but nothing counts. So it always is for batch requests, to which the objectives
-        are `BATCH_SHARE` of what they are to others, except on servers that have nothing else to do.
+        objectives is told, but nothing counts. So it always is for a batch request where there is no spare
+        time (`batch_class.py`).
         """
         if request.request_id in self._places:
             self.ended(request.request_id)
@@ -154,7 +155,8 @@ class Dispatcher:
         if choice is None:
             return None
         if request.is_batch:
-            choice = replace(choice, breaks_slo=not self._is_spare(choice, instances))
+            num_requests = float(instances.num_requests[choice.row])
+            choice = replace(choice, breaks_slo=not self._spare.take(choice, num_requests, now))
         if choice.breaks_slo and (within_slo or request.is_batch):
             return choice
         if request.is_batch:
@@ -162,16 +164,6 @@ class Dispatcher:
         request.cached_tokens = 0 if depths is None else int(instances.found_tokens[choice.row])
         self._book(request, choice.instance_id)
         return choice
-
-    def _is_spare(self, choice: Choice, instances: Instances) -> bool:
-        """Whether what is chosen for a batch request would stay well within the objectives of others."""
-        settings = self.policy.settings
-        predicted = (
-            (choice.predicted_tpt_ms, settings.slo_tpt_ms),
-            (choice.predicted_ttft_ms, settings.slo_ttft_ms),
-        )
-        is_within = all(ms is None or ms <= BATCH_SHARE * slo_ms for ms, slo_ms in predicted)
-        return is_within or not instances.num_requests[choice.row]
 
     # --- placement ---
 

@@ -4,9 +4,9 @@ all the same, or refuses; batch ones it holds.
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable
 
+from toppings.cluster.batch_class import Held
 from toppings.cluster.router import replies
 from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.meters import Meters
@@ -14,8 +14,7 @@ from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.snapshot import Choice
 from toppings.slo import BATCH, INTERACTIVE
 
-MAX_TRIED = 8
-"""Requests that are held, first to last, for which a place is looked for at once: models differ in theirs."""
+Entry = tuple[Flight, "asyncio.Future[Choice | None]"]
 
 
 class Holding:
@@ -31,11 +30,11 @@ class Holding:
         end: Callable[[Flight], None],
     ) -> None:
         self._config, self._meters, self._find, self._end = config, meters, find, end
-        self._waiting: deque[tuple[Flight, asyncio.Future[Choice | None]]] = deque()
-        meters.held.set_function(lambda: len(self._waiting))
+        self._held: Held[Entry] = Held()
+        meters.held.set_function(lambda: len(self._held))
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._held)
 
     async def place(self, flight: Flight) -> Choice | None:
         """Where the request goes: now, or a batch request perhaps later. None where no server is open for it.
@@ -44,7 +43,7 @@ class Holding:
         and for a batch one that has waited for `batch_wait_s`.
         """
         is_batch = flight.request.is_batch
-        if not (is_batch and self._waiting):
+        if not (is_batch and self._held):
             choice = self._find(flight)
             if choice is None or flight.instance_id:
                 return choice
@@ -55,7 +54,7 @@ class Holding:
     async def _hold(self, flight: Flight) -> Choice | None:
         place: asyncio.Future[Choice | None] = asyncio.get_running_loop().create_future()
         entry = flight, place
-        self._waiting.append(entry)
+        self._held.add(entry)
         limit_s = self._config.batch_wait_s
         try:
             async with asyncio.timeout(limit_s):
@@ -66,28 +65,30 @@ class Holding:
             if not isinstance(error, TimeoutError):
                 raise
         finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            self._held.discard(entry)
         self._meters.slo_refused.labels(BATCH).inc()
         message = f"no server had room within the objectives for a batch request in {limit_s:g} s"
         raise replies.out_of_objective(message, self._config.retry_after_s)
 
     def look(self) -> None:
-        """There may be room: a request has ended, a server has reported or come up."""
-        for entry in list(self._waiting)[:MAX_TRIED]:
-            flight, place = entry
-            if place.done():
-                continue
-            choice = self._find(flight)
-            if flight.instance_id or (choice is None and flight.tried):
-                self._waiting.remove(entry)
-                place.set_result(choice)
+        """There may be room: a request has ended, a server has reported or come up, time has passed."""
+        self._held.look(self._try)
+
+    def _try(self, entry: Entry) -> bool:
+        flight, place = entry
+        if place.done():
+            return False
+        choice = self._find(flight)
+        if not flight.instance_id and (choice is not None or not flight.tried):
+            return False
+        place.set_result(choice)
+        return True
 
     async def close(self, _: object = None) -> None:
         """The router stops: what waits is answered 503."""
         stopping = replies.unavailable("the router is stopping", self._config.retry_after_s)
-        while self._waiting:
-            _, place = self._waiting.popleft()
+        while self._held:
+            _, place = self._held.pop()
             if not place.done():
                 place.set_exception(stopping)
 
