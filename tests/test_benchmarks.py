@@ -61,6 +61,13 @@ def check_prefix_routing(result: Result) -> None:
     assert cached["one server"] > 0
 
 
+def check_slo_classes(result: Result) -> None:
+    rows = {row["case"]: row for row in result["simulated"]}
+    assert rows["batch"]["attained"] >= rows["alike"]["attained"]
+    assert rows["batch"]["batch_done_s"] > 0
+    assert not any(row["num_lost"] for row in rows.values())
+
+
 def check_router_proxy(result: Result) -> None:
     for pattern in ("burst", "paced"):
         figures = result[pattern]
@@ -162,6 +169,7 @@ CHECKS: dict[str, Callable[[Result], None]] = {
     "cpu_lora": check_cpu_lora,
     "router_proxy": check_router_proxy,
     "prefix_routing": check_prefix_routing,
+    "slo_classes": check_slo_classes,
 }
 
 

@@ -78,6 +78,7 @@ OF_ANSWERS = {
         "context_length_exceeded",
         "invalid_api_key",
         "rate_limit_exceeded",
+        "slo_unattainable",
         "finish_reason",
         "is_error",
         "reasoning_text",
@@ -283,7 +284,15 @@ def test_the_settings_of_a_tenant_are_documented_with_their_defaults() -> None:
     rows = re.findall(r"^\| `([a-z_]+)` \| ([^|]+) \|", text, re.MULTILINE)
     defaults = {f.name: f.default for f in fields(Tenant) if f.name != "name"}
     assert [name for name, _ in rows] == list(defaults)
-    words = {"on": "on", "off": "off", "none": (), '`["*"]`': ("*",), "0": 0, "1": 1}
+    words = {
+        "interactive": "interactive",
+        "on": "on",
+        "off": "off",
+        "none": (),
+        '`["*"]`': ("*",),
+        "0": 0,
+        "1": 1,
+    }
     assert {name: words[told.split()[0]] for name, told in rows} == defaults
 
 

@@ -69,7 +69,8 @@ class Admission(Enum):
 @dataclass(frozen=True, slots=True)
 class Standing:
     """Whose a request is, and how it stands beside others': what a tenant gets of a contended engine grows
-    with its `weight`; of a lower `priority` is earlier, where the scheduling policy looks at it.
+    with its `weight`; of a lower `priority` is earlier, where the scheduling policy looks at it. One that
+    `is_batch` takes what others leave (`slo.py`).
 
     Raises RequestError for a weight that is not above 0 and finite, or a priority beyond 64 bits.
     """
@@ -77,6 +78,7 @@ class Standing:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    is_batch: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -86,7 +88,14 @@ class Standing:
                 f"priority is {shown(self.priority)}; it must be between {-MAX_INT} and {MAX_INT}"
             )
 
+    @property
+    def scheduling_priority(self) -> int:
+        """By which it stands among others: batch requests behind all interactive ones."""
+        return self.priority + BATCH_PRIORITY * self.is_batch
 
+
+BATCH_PRIORITY = 2 * MAX_INT + 1
+"""More than any two priorities are apart."""
 ALONE = Standing()
 
 
@@ -105,9 +114,9 @@ class Request:
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant`, `weight` and `priority`: as of `Standing`. Where it was preempted, it makes way for another
-    tenant only when it has drawn `num_owed_tokens` more, by what its new start had to compute. It
-    `was_drained` where it was preempted for another adapter; it will not be again.
+    `tenant`, `weight`, `priority`: of its `Standing`, the last its `scheduling_priority`. Where it was
+    preempted, it makes way for another only when it has drawn `num_owed_tokens` more, by what its new
+    start had to compute. It `was_drained` where it was preempted for another adapter, which is only once.
     """
 
     request_id: str
@@ -131,6 +140,10 @@ class Request:
     priority: int = 0
     num_owed_tokens: float = 0.0
     was_drained: bool = False
+
+    @property
+    def is_batch(self) -> bool:
+        return self.priority > MAX_INT
 
     @property
     def num_tokens(self) -> int:

@@ -53,6 +53,7 @@ class FairQueue:
         self._max_num_seqs = max_num_seqs
         self._num_active = 0  # tenants
         self._active_weight = 0.0
+        self._num_batch = 0  # requests of the class batch, waiting or running
         self._accounts: dict[Request, Account] = {}
         self._waiting: dict[Request, None] = {}
         self._running: dict[Request, Account] = {}
@@ -74,6 +75,7 @@ class FairQueue:
         is_new = account is None
         if account is None:
             account = self._accounts[request] = Account(self._client_of(request))
+            self._num_batch += request.is_batch
         client = account.client
         self._waiting[request] = None
         _insert(client.requests, request, is_new=is_new)
@@ -92,6 +94,7 @@ class FairQueue:
         else:
             self._end_run(request)
         client = self._accounts.pop(request).client
+        self._num_batch -= request.is_batch
         for level, each in self._levels(client):
             if not each.is_active:
                 level.forget(each)
@@ -105,7 +108,7 @@ class FairQueue:
         self._leave(request)
         self._running[request] = account
         if account.has_started:
-            request.num_owed_tokens += OWED_PER_TOKEN * num_tokens
+            request.num_owed_tokens += (1 if request.is_batch else OWED_PER_TOKEN) * num_tokens
         else:
             account.has_started = True
             self._charge(account.client, num_tokens)
@@ -208,10 +211,19 @@ class FairQueue:
         return self._num_active > 1
 
     @property
+    def may_displace(self) -> bool:
+        """A request that waits may have a claim to the place of one that runs."""
+        return self.has_several_tenants or self._num_batch > 0
+
+    @property
     def is_contended(self) -> bool:
-        """Several clients may have requests."""
+        """Several clients may have requests, or there are some of both classes."""
         tenants = self.tenants.clients.values()
-        return len(tenants) > 1 or any(len(self._adapters_of(tenant).clients) > 1 for tenant in tenants)
+        return (
+            len(tenants) > 1
+            or self._num_batch > 0
+            or any(len(self._adapters_of(tenant).clients) > 1 for tenant in tenants)
+        )
 
     # --- what was served ---
 
@@ -286,6 +298,9 @@ class FairQueue:
         assert self._num_active == len(active), "tenants are counted wrongly"
         assert abs(self._active_weight - sum(t.weight for t in active)) <= 1e-6 * (1 + self._active_weight)
         assert self._accounts.keys() == {*self._waiting, *self._running}, "a request has no account"
+        assert self._num_batch == sum(r.is_batch for r in self._accounts), (
+            "batch requests are counted wrongly"
+        )
         for tenant in self.tenants.clients.values():
             assert tenant.adapters is not None
             clients = tenant.adapters.clients.values()

@@ -18,7 +18,7 @@ def request_of(message: AddRequest, now: float) -> Request:
         is_cacheable=message.is_cacheable,
         tenant=message.standing.tenant,
         weight=message.standing.weight,
-        priority=message.standing.priority,
+        priority=message.standing.scheduling_priority,
     )
 
 

@@ -18,6 +18,7 @@ from toppings.server.exchange import current_exchange
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
+from toppings.slo import SLO_CLASS_HEADER, is_batch
 from toppings.tenants.refusals import denied
 from toppings.tenants.tenant import Tenant
 from toppings.text import TextLogprob
@@ -71,7 +72,12 @@ class Job:
 
     def __post_init__(self) -> None:
         self.tenant = self.state.account.tenant
-        self.standing = replace(self.standing, tenant=self.tenant.name, weight=self.tenant.weight)
+        self.standing = replace(
+            self.standing,
+            tenant=self.tenant.name,
+            weight=self.tenant.weight,
+            is_batch=is_of_batch(self.tenant),
+        )
         check_salt(self.cache_salt)
         policy = self.state.config.engine.scheduling_policy
         if self.standing.priority and policy != "priority":
@@ -222,6 +228,16 @@ class Job:
                 self.state.registry.get(self.target.name)
             except AdapterNotFound:
                 self.state.target(self.target.name)
+
+
+def is_of_batch(tenant: Tenant) -> bool:
+    """Whether what is being answered is of the class batch. Raises ApiError 400 for one that there is not."""
+    exchange = current_exchange.get()
+    asked = "" if exchange is None else exchange.header(SLO_CLASS_HEADER.lower().encode())
+    try:
+        return is_batch(asked or None, tenant.slo_class)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=SLO_CLASS_HEADER) from error
 
 
 def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from heapq import heapify, heappop, heappush, heapreplace
 
 from toppings.bad_input import RequestError
+from toppings.cluster.batch_class import Held
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
@@ -64,6 +65,7 @@ class Simulator:
         self._ids = [f"instance-{i}" for i in range(config.num_instances)]
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
         self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
+        self._held: list[Held[tuple[SimRequest, RequestSnapshot]]] = [Held() for _ in self.dispatchers]
         self.records = Records(self.arrivals.nums_to_generate)
         self._versions = [0] * config.num_instances
         self._num_arrived = 0
@@ -88,7 +90,9 @@ class Simulator:
         config, everything = self.config, frozenset(self.arrivals.adapter_names)
         seed = config.seed + index * SEED_STRIDE
         return Dispatcher(
-            make_policy(config.policy, PolicySettings(config.slo_tpt_ms, seed, config.candidates)),
+            make_policy(
+                config.policy, PolicySettings(config.slo_tpt_ms, seed, config.candidates, config.slo_ttft_ms)
+            ),
             (
                 InstanceSnapshot(
                     instance_id=instance_id,
@@ -163,7 +167,8 @@ class Simulator:
                 queue.append((0, PLAN, 0, 0))
             if 0 < (kill_at := round(self.config.kill_at_s * NS_PER_S)) <= self.arrivals.at_ns[-1]:
                 queue.append((kill_at, KILL, len(self.instances) - 1, 0))
-            if self.dispatchers[0].policy.migrates and len(self.instances) > 1:
+            moves = self.dispatchers[0].policy.migrates and len(self.instances) > 1
+            if moves or self.config.batch_tenants:
                 queue.append((0, REBALANCE, 0, 0))
         heapify(queue)
         return queue
@@ -179,14 +184,39 @@ class Simulator:
         return self._place(request, snapshot, now)
 
     def _place(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event]:
+        """A batch request is held where there is no room for it, or others are held."""
+        held = self._held[request.router]
+        events = None if request.is_batch and held else self._try(request, snapshot, now)
+        if events is None:
+            held.add((request, snapshot))
+        return events or []
+
+    def _try(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event] | None:
+        """None where there is no room for it, and it is to wait for some."""
         choice = self.dispatchers[request.router].place(snapshot, now)
         assert choice is not None, "an instance is open"
+        if choice.breaks_slo and request.is_batch:
+            return None
         self._num_breaking += choice.breaks_slo
         return self._send(request, choice.row, now, now)
+
+    def _look(self, now: int) -> list[Event]:
+        """There may be room for what is held."""
+        events: list[Event] = []
+
+        def place(entry: tuple[SimRequest, RequestSnapshot]) -> bool:
+            new = self._try(*entry, now)
+            events.extend(new or ())
+            return new is not None
+
+        for held in self._held:
+            held.look(place)
+        return events
 
     def _end_step(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
         instance, dispatchers = self.instances[row], self.dispatchers
+        events: list[Event] = []
         if instance.run is not None:
             started, ended = instance.end()
             for request in started:
@@ -196,12 +226,14 @@ class Simulator:
                 self.records.ended_at[request.index] = now
                 dispatchers[request.router].ended(request.request_id, request.num_to_generate)
             self._num_present -= len(ended)
+            if ended:
+                events = self._look(now)
         for request in instance.begin(now):
             self._reject(request)
         if instance.run is not None:
-            return [self._end_event(row, instance.run)]
+            return [self._end_event(row, instance.run), *events]
         wake_at = instance.wake_at()
-        return [] if wake_at is None else [self._look_event(row, wake_at)]
+        return events if wake_at is None else [self._look_event(row, wake_at), *events]
 
     def _report(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
@@ -210,7 +242,7 @@ class Simulator:
         report = self.instances[row].report(now)
         for dispatcher in self.dispatchers:
             dispatcher.report(self._ids[row], report)
-        return self._again(event, self.config.report_interval_s)
+        return [*self._again(event, self.config.report_interval_s), *self._look(now)]
 
     def _kill(self, event: Event) -> Sequence[Event]:
         """The instance dies as it stands: requests without a token are placed anew, all others are lost."""
@@ -240,8 +272,8 @@ class Simulator:
         return self._again(event, self.config.placement_interval_s)
 
     def _rebalance(self, event: Event) -> Sequence[Event]:
-        """Requests that wait on a server move. One whose prefill has begun is past that, unlike for the
-        policy.
+        """Requests that wait on a server move, and those that are held may find room. One whose prefill has
+        begun is past moving, unlike for the policy.
         """
         events: list[Event] = []
         now = event[0]
@@ -254,7 +286,7 @@ class Simulator:
                     dispatcher.sent(dispatcher.fleet.request(move.source_id, move.request_id), move.target_id)
                     events += self._disturb(source, now + 1)
                     events += self._send(request, target, now, now + 1)
-        return [*events, *self._again(event, self.config.migration_interval_s)]
+        return [*events, *self._again(event, self.config.migration_interval_s), *self._look(now)]
 
     # --- what handlers share ---
 
@@ -313,6 +345,7 @@ class Simulator:
         for dispatcher in self.dispatchers:
             dispatcher.fleet.check_integrity()
         present = sum(len(i.requests()) for row, i in enumerate(self.instances) if row not in self._dead)
+        present += sum(map(len, self._held))
         assert present == self._num_present, f"{present} requests are there, {self._num_present} were counted"
         return self.records.result(
             self.config,

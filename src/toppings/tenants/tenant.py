@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from toppings.settings import SWITCH, ConfigError, Settings, setting
+from toppings.slo import INTERACTIVE, SLO_CLASSES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_PATTERN_CHARS = 4096
@@ -38,6 +39,9 @@ class Tenant(Settings):
     )
     weight: float = setting(1.0, "its share where several tenants wait", above=0, at_most=1e6)
     min_priority: int = setting(0, "the least `priority` that its requests may ask for: the least goes first")
+    slo_class: str = setting(
+        INTERACTIVE, "batch: all its requests take what others leave", choices=SLO_CLASSES
+    )
     share_prefixes: str = setting(
         "off", "share the cache of prompts' tokens with others that do so", choices=SWITCH
     )

@@ -168,7 +168,10 @@ def _routing(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
         "request_router_kwargs": {
             "policy": fleet.policy,
             "perf_model": load_perf_model(fleet.perf_model).to_json(),
-            "slo_tpt_ms": None if fleet.slo_tpt_ms == math.inf else fleet.slo_tpt_ms,
+            **{
+                name: None if getattr(fleet, name) == math.inf else getattr(fleet, name)
+                for name in ("slo_tpt_ms", "slo_ttft_ms")
+            },
             "seed": engine.seed,
         },
         "request_routing_stats_period_s": fleet.stats_period_s,

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.bad_input import RequestError
-from toppings.cluster.dispatcher import ResponseLengths
+from toppings.cluster.lengths import ResponseLengths
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import ALONE, FinishReason, Standing

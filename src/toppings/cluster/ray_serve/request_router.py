@@ -24,11 +24,18 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
     """Made by Serve in the front's process, and used from one event loop there."""
 
     def initialize_state(
-        self, *, policy: str, perf_model: str, slo_tpt_ms: float | None = None, seed: int = 0
+        self,
+        *,
+        policy: str,
+        perf_model: str,
+        slo_tpt_ms: float | None = None,
+        slo_ttft_ms: float | None = None,
+        seed: int = 0,
     ) -> None:
         """`perf_model` is JSON: the costs of replicas that report none of their own."""
         warm_up(policy)
-        settings = PolicySettings(math.inf if slo_tpt_ms is None else slo_tpt_ms, seed)
+        tpt_ms, ttft_ms = (math.inf if ms is None else ms for ms in (slo_tpt_ms, slo_ttft_ms))
+        settings = PolicySettings(tpt_ms, seed, slo_ttft_ms=ttft_ms)
         self._accounts = ReplicaAccounts(make_policy(policy, settings), PerfModel.from_json(perf_model))
         self._calls: dict[str, Call] = {}  # by Serve's own id of the request
         self._slo_at_risk = metrics.Counter(

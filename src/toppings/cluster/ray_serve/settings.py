@@ -32,6 +32,9 @@ class FleetConfig(Settings):
     gpus_per_replica: float = setting(0.0, "GPUs of an engine (0: one where the device is cuda)", at_least=0)
     policy: str = setting("rank_aware", "how an engine is chosen", choices=tuple(POLICIES))
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
+    slo_ttft_ms: float = setting(
+        math.inf, "objective for the time until the first token (inf: none)", above=0
+    )
     perf_model: str = setting(
         "published:mbgmv", "costs of engines that have measured none: a file or a shipped name"
     )

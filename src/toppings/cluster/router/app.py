@@ -38,6 +38,7 @@ from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
 from toppings.config import OFF
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.open_files import raise_file_limit
+from toppings.slo import SLO_CLASS_HEADER, is_batch
 from toppings.stop import Stop
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
@@ -117,9 +118,10 @@ class Router:
                 account = account_of(request)
                 if not account.tenant.is_admin:
                     check_use(account.tenant, call, self._base_names())
+                has_time = is_of_batch(request, account.tenant)
                 await self._check_model(call, account.tenant)
                 with closing_place(account, call) as place:
-                    flight = self.state.make_flight(call, place)
+                    flight = self.state.make_flight(call, place, is_batch=has_time)
                     flight.client_id = request_id.get()
                     with traced(self.state, request, flight):
                         response = await forward(self.state, request, flight)
@@ -246,6 +248,15 @@ def closing_place(account: Account, call: Call) -> Iterator[Place]:
         place.leave()
 
 
+def is_of_batch(request: web.Request, tenant: Tenant) -> bool:
+    """Whether it may wait for room. Raises ApiError 400 for a class that there is not."""
+    try:
+        is_of_class = is_batch(request.headers.get(SLO_CLASS_HEADER), tenant.slo_class)
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+    return is_of_class and request.path not in TOKEN_PATHS
+
+
 def _plain_headers(status: int) -> dict[str, str]:
     return {"Content-Type": "application/json" if status >= 400 else "text/plain; charset=utf-8"}
 
@@ -264,7 +275,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         router = Router(state)
         app = web.Application(client_max_size=config.max_body_bytes, middlewares=LAYERS)
         app.on_response_prepare.append(add_id)
-        app.on_shutdown.append(router.dashboard.close)
+        app.on_shutdown.extend((router.dashboard.close, state.holding.close))
         app.add_routes(router.routes())
         runner = web.AppRunner(
             app,

@@ -97,7 +97,9 @@ class Flights:
         """Those that a server has."""
         return list(self._on.get(instance_id, {}).values())
 
-    def make(self, call: Call, adapter: AdapterInfo | None, place: Place) -> Flight:
+    def make(
+        self, call: Call, adapter: AdapterInfo | None, place: Place, *, is_batch: bool = False
+    ) -> Flight:
         """`adapter` is None where the call is for a base model."""
         self._num_made += 1
         request = RequestSnapshot(
@@ -109,19 +111,22 @@ class Flights:
             adapter_bytes=adapter.num_bytes if adapter else 0,
             blocks=call.blocks,
             block_tokens=call.block_tokens,
+            is_batch=is_batch,
         )
         return Flight(call, request, place)
 
-    def place(self, flight: Flight, among: BoolArray) -> Choice | None:
+    def place(self, flight: Flight, among: BoolArray, *, within_slo: bool = False) -> Choice | None:
         """Where it goes now, and counts until `end`. One that does not stream never shows its start: it
-        counts as running. None where no server of these [N] is open.
+        counts as running. None where no server of these [N] is open. A batch request, and with `within_slo`
+        any, gets no instance where the choice breaks the objectives.
         """
         started_at, request = time.perf_counter(), flight.request
         flight.move_to = None
-        choice = self._dispatcher.place(request, time.monotonic(), among=among)
+        now = time.monotonic()
+        choice = self._dispatcher.place(request, now, among=among, within_slo=within_slo)
         self._meters.decision_seconds.observe(time.perf_counter() - started_at)
-        if choice is None:
-            return None
+        if choice is None or self._dispatcher.place_of(request.request_id) is None:
+            return choice
         if choice.breaks_slo:
             self._meters.slo_at_risk.inc()
         if not flight.call.is_stream:

@@ -32,6 +32,7 @@ from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, 
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
 from toppings.request_ids import REQUEST_ID
+from toppings.slo import BATCH, SLO_CLASS_HEADER
 from toppings.tenants.book import TENANT_HEADER
 from toppings.tenants.tenant import Tenant
 
@@ -70,10 +71,10 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
     last: AttemptError | None = None
     num_attempts = 0
     while num_attempts < state.config.max_attempts:
-        choice = state.place(flight)
+        choice = await state.holding.place(flight)
         if choice is None and last is not None and last.failure is Failure.CUT:
             flight.tried.clear()  # a server may just have closed an idle connection: worth a second try there
-            choice = state.place(flight)
+            choice = await state.holding.place(flight)
         if choice is None:
             break
         flight.attempt = flight.span.begin("attempt", attributes={"toppings.instance": choice.instance_id})
@@ -127,7 +128,7 @@ async def _attempt(
         flight.leave()
         raise
     finally:
-        state.flights.end(flight)
+        state.end(flight)
         if answer is not None:
             answer.close()
 
@@ -345,6 +346,8 @@ def _request_headers(
     if key:
         kept["Authorization"] = f"Bearer {key}"
     kept.update(upstream.headers_for(tenant))
+    if flight.request.is_batch:
+        kept[SLO_CLASS_HEADER] = BATCH
     flight.attempt.inject(kept)
     return kept
 

@@ -39,6 +39,15 @@ class Meters:
         self.slo_at_risk = Counter(
             "toppings_router_slo_at_risk", "Requests no instance could take in time.", registry=self.registry
         )
+        self.slo_refused = Counter(
+            "toppings_router_slo_refused",
+            "Requests answered 429 since no instance could take them within the objectives, by their class.",
+            ["slo_class"],
+            registry=self.registry,
+        )
+        self.held = Gauge(
+            "toppings_router_held", "Batch requests that wait for room at a server.", registry=self.registry
+        )
         self.decision_seconds = Histogram(
             "toppings_router_decision_seconds",
             "Time to choose an instance.",

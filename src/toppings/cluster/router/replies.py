@@ -89,6 +89,11 @@ def unavailable(message: str, retry_after_s: int) -> ApiError:
     return ApiError(503, message, "ServiceUnavailableError", headers={"Retry-After": str(retry_after_s)})
 
 
+def out_of_objective(message: str, retry_after_s: int) -> ApiError:
+    headers = {"Retry-After": str(retry_after_s)}
+    return ApiError(429, message, "rate_limit_error", headers=headers, code="slo_unattainable")
+
+
 def unknown_model(model: str, aliases: list[str]) -> ApiError:
     """A name of any length may have been asked for; its beginning is told."""
     told = model if len(model) <= MAX_TOLD_LEN else f"{model[:MAX_TOLD_LEN]}..."

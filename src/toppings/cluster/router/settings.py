@@ -92,6 +92,13 @@ class RouterConfig(Settings):
         "on", "count what a server has computed of a prompt before (rank_aware policies)", choices=SWITCH
     )
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
+    slo_ttft_ms: float = setting(
+        math.inf, "objective for the time until the first token (inf: none)", above=0
+    )
+    slo_admission: str = setting(
+        "off", "answer interactive requests 429 that no server could take in time", choices=SWITCH
+    )
+    batch_wait_s: float = setting(600.0, "that a batch request waits for room within the objectives", above=0)
     seed: int = setting(0, "seed of policies that draw")
     candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)
     perf_model: str = setting(
