@@ -15,11 +15,11 @@ import yaml
 
 from toppings.settings import ConfigError
 from toppings.tenants.tenant import Tenant
+from toppings.tenants.yaml_text import load_yaml
 
 TENANTS, KEYS = "tenants", "keys"
 MAX_BYTES = 64 * 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +44,6 @@ class TenantsFile:
         return [key for key in self.keys if key.tenant not in self.tenants]
 
 
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _Loader(_Base):  # type: ignore[misc] # of C, where there is one
-    """Refuses what YAML allows and nobody means: one key twice, the first for nothing."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE:
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"{key!r} stands there twice, the second time in line {line}")
-            seen.add(str(key))
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
 def read_text(path: Path) -> str:
     """Raises ConfigError for a file that cannot be read or is too large."""
     try:
@@ -81,7 +61,7 @@ def read_text(path: Path) -> str:
 def parse(text: str, name: str) -> TenantsFile:
     """Raises ConfigError, which begins with the file's `name` and says what is wrong."""
     try:
-        loaded = yaml.load(text, _Loader)
+        loaded = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is no YAML that can be read: {error}") from error
     try:

@@ -73,7 +73,7 @@ class Tenant(Settings):
                 raise ConfigError(f"{twice!r} stands there twice, once with hyphens")
             if "name" in given:
                 raise ConfigError("unknown setting 'name'; the name stands before the colon")
-            return cls.from_settings({"name": name, **given})
+            return cls.from_settings({"name": name, **given}, _NOBODY)
         except ConfigError as error:
             raise ConfigError(f"tenant {name}: {error}") from error
 
@@ -151,6 +151,10 @@ class Tenant(Settings):
         if not isinstance(told, dict) or not isinstance(name := told.pop("name", None), str):
             raise ConfigError("it must be a JSON object with a name")
         return cls.parse(name, told)
+
+
+_NOBODY = Tenant()
+"""With the defaults, which need to be checked once only."""
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
