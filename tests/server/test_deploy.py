@@ -17,7 +17,7 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.command import USER_ERROR
 from toppings.config import Config
 from toppings.server.auth import OPEN_PATHS
-from toppings.server.stop import LAST_RESORT_S
+from toppings.stop import LAST_RESORT_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KEY = "the-one"
