@@ -36,6 +36,8 @@ SETTINGS = {
     "device_pool_bytes": "4MiB",
     "host_store_bytes": "8MiB",
     "policy": "rank_aware",
+    "placement": "adaptive",
+    "placement_interval_s": 0.2,
     "stats_period_s": 0.2,
     "shutdown_timeout_s": 2,
     "scheduling_policy": "priority",
@@ -226,6 +228,19 @@ def test_an_adapter_comes_from_a_source_when_a_request_names_it(up: Up) -> None:
     assert up.post("/v1/completions", model="team/none", prompt="hello").status_code == 404
     assert up.post("/v1/unload_lora_adapter", lora_name=name).status_code == 200
     assert {up.complete(name, max_tokens=40)} == texts  # fetched again
+
+
+def test_an_adapter_is_read_ahead_where_it_has_a_home(up: Up) -> None:
+    """Requests come one at a time, and would not need a second engine."""
+
+    def num_holders() -> int:
+        return sum("later" in row["adapters_on_host"] for row in up.replicas())
+
+    assert up.post("/v1/load_lora_adapter", lora_name="later", lora_path="adapter-00000").status_code == 200
+    assert num_holders() == 0
+    for _ in range(8):
+        up.complete("later")
+    wait_until(lambda: num_holders() == 2)
 
 
 def test_statistics_are_of_all_engines(up: Up) -> None:

@@ -172,6 +172,7 @@ def _routing(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
                 name: None if getattr(fleet, name) == math.inf else getattr(fleet, name)
                 for name in ("slo_tpt_ms", "slo_ttft_ms")
             },
+            **{name: getattr(fleet, name) for name in ("placement", "num_copies", "placement_interval_s")},
             "seed": engine.seed,
         },
         "request_routing_stats_period_s": fleet.stats_period_s,

@@ -136,6 +136,13 @@ class EngineReplica:
             return Ack(self._id, str(error))
         return Ack(self._id)
 
+    async def read_ahead(self, homes: list[tuple[AdapterRef, list[str]]]) -> None:
+        """Those that have a home here. What cannot be read is told by the request that names it."""
+        for ref, replicas in homes:
+            if self._id in replicas:
+                with suppress(AdapterError, RequestError):
+                    await self._adapters.prefetch(ref)
+
     # --- what it tells ---
 
     async def info(self) -> EngineReady:
