@@ -139,8 +139,8 @@ class JsonLines:
 
 
 class StandardError:
-    """Takes lines beside `sys.stderr`: a write to a pipe that nobody reads would hold that one's lock for ever,
-    and the end of the process waits for it."""
+    """Takes lines beside `sys.stderr`: a write to a pipe that nobody reads would hold that one's lock for
+    ever, and the end of the process waits for it."""
 
     def append(self, data: bytes) -> None:
         """Never raises: where standard error itself fails there is nobody to tell."""

@@ -17,6 +17,7 @@ from toppings.cluster.report import ServerReport
 from toppings.cluster.router.calls import Call
 from toppings.cluster.router.decisions import Decisions
 from toppings.cluster.router.directory import AdapterDirectory
+from toppings.cluster.router.exchange import Exchange
 from toppings.cluster.router.flight import Flight, Flights, end_wait
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
@@ -24,6 +25,9 @@ from toppings.cluster.router.upstream import Upstream
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
 from toppings.cluster.warm_up import warm_up
 from toppings.dashboard.recent import Recent
+from toppings.exchanges.audit_log import AuditLog
+from toppings.exchanges.exchange import Observer
+from toppings.exchanges.request_log import RequestLog
 from toppings.tenants.account import Place
 from toppings.tracing import Tracing
 
@@ -55,6 +59,9 @@ class RouterState:
         self.recent = Recent()
         self.decisions = Decisions(self.dispatcher)
         self.flights = Flights(self.dispatcher, self.meters, self.recent)
+        self.audit = AuditLog()
+        self.request_log: RequestLog | None = None
+        self.observers: list[Observer] = [self.meters.note_exchange]
         self._masks: dict[str | None, BoolArray] = {}
 
     # --- instances ---
@@ -142,10 +149,15 @@ class RouterState:
 
     # --- requests ---
 
-    def make_flight(self, call: Call, place: Place) -> Flight:
+    def make_flight(self, call: Call, place: Place, exchange: Exchange) -> Flight:
+        """Of the request `exchange`."""
         is_adapter = call.model and self.is_adapter(call.model)
         adapter = self.directory.get(call.model) if call.model and is_adapter else None
-        return self.flights.make(call, adapter, place)
+        flight = exchange.flight = self.flights.make(call, adapter, place)
+        flight.client_id, flight.span = exchange.request_id, exchange.span
+        flight.tells_why = self.request_log is not None and self.request_log.has(exchange.request_id)
+        exchange.has_adapter = adapter is not None
+        return flight
 
     def is_adapter(self, model: str) -> bool:
         """Whether a server lists it with a parent, or none lists it: it may then be known by another name."""
