@@ -100,7 +100,7 @@ OF_TOOLS = {
 }
 OF_RECORDS = {
     *("request_id", "prompt_tokens", "completion_tokens"),
-    *("queue_ms", "ttft_ms", "tpt_ms", "e2e_ms", "read_ms", "copy_ms", "exposed_ms"),
+    *("wait_ms", "queue_ms", "ttft_ms", "tpt_ms", "e2e_ms", "read_ms", "copy_ms", "exposed_ms"),
 }
 FOLDERS = ("benchmarks", "configs", "deploy", "docker", "docs", "examples", "scripts", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's

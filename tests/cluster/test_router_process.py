@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,9 +21,12 @@ LIMIT_S = PATIENCE_S
 
 
 @contextmanager
-def router(url: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def router(
+    url: str, port: int = 0, log_dir: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its URL once it serves."""
     options = ["--instances", url, "--port", str(port), "--policy", "rank_aware", "--slo-tpt-ms", "60"]
+    options += ["--log-dir", str(log_dir)] if log_dir else ["--request-log", "0", "--audit-log", "off"]
     command = [sys.executable, "-m", "toppings", "route", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Client, Start
+from tests.cluster.conftest import Client, Start, records_in
 from tests.cluster.fakes import FakeServer
 from tests.waiting import until
 from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
-from toppings.tenants.keys import digest_of
+from toppings.tenants.keys import add_key, digest_of
 from toppings.tenants.tenant import Tenant
 
 FILE = """\
@@ -45,8 +45,13 @@ def tenants(tmp_path: Path) -> Path:
 class Fleet:
     """A router with tenants over a Toppings server and one of vLLM."""
 
-    def __init__(self, client: Client, servers: list[FakeServer]) -> None:
-        self.client, self.servers = client, servers
+    def __init__(self, client: Client, servers: list[FakeServer], logs: Path | None = None) -> None:
+        self.client, self.servers, self.logs = client, servers, logs
+
+    async def records(self, name: str, num: int) -> list[dict[str, Any]]:
+        """The lines of `<name>.jsonl`, once there are so many."""
+        assert self.logs is not None
+        return await records_in(self.logs / f"{name}.jsonl", num)
 
     async def ask(
         self, role: str, method: str, path: str, body: object = None, **headers: str
@@ -62,11 +67,11 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet(tenants: Path, two_servers: Any, start_router: Start) -> AsyncIterator[Fleet]:
+async def fleet(tenants: Path, two_servers: Any, start_router: Start, tmp_path: Path) -> AsyncIterator[Fleet]:
     (first, url), (second, other) = two_servers
     settings = {"api_key": "the-one", "upstream_api_key": "the-servers", "tenants_file": str(tenants)}
-    async with start_router(url, other, **settings) as client:
-        yield Fleet(client, [first, second])
+    async with start_router(url, other, records=tmp_path / "logs", **settings) as client:
+        yield Fleet(client, [first, second], tmp_path / "logs")
 
 
 OPEN, ANY, LOADING, ADMIN = "open", "any key", "who may load it", "administrators"
@@ -319,3 +324,68 @@ async def test_a_changed_file_counts_without_a_restart(fleet: Fleet, tenants: Pa
     tenants.write_text(tenants.read_text().replace('use: ["small"]', 'use: ["small", "large"]'))
     fleet.client.router.guard.book.reload()
     assert await fleet.status("user", model="large") == 200
+
+
+async def test_changes_that_were_denied_are_told_and_who_was_told_no_is_counted(fleet: Fleet) -> None:
+    body = {"lora_name": "mine-x", "lora_path": "/mine/x"}
+    named = {"X-Request-Id": "mine"}
+    for role in ("anonymous", "wrong", "user"):
+        await fleet.ask(role, "POST", "/v1/load_lora_adapter", body, **named)
+    await fleet.ask("user", "DELETE", "/instances/s0")
+    await fleet.ask("loader", "POST", "/v1/unload_lora_adapter", {"lora_name": "small"})
+    assert await fleet.status("wrong") == 401  # no change
+    told = [
+        (line["action"], line["outcome"], line["status"], line["tenant"])
+        for line in await fleet.records("audit", 5)
+    ]
+    assert told == [
+        ("POST /v1/load_lora_adapter", "denied", 401, None),
+        ("POST /v1/load_lora_adapter", "denied", 401, None),
+        ("POST /v1/load_lora_adapter", "denied", 403, "user"),
+        ("DELETE /instances/s0", "denied", 403, "user"),
+        ("POST /v1/unload_lora_adapter", "denied", 403, "loader"),
+    ]
+    lines = await fleet.records("audit", 5)
+    assert (lines[0]["request_id"], lines[0]["client"]) == ("mine", "127.0.0.1")
+    assert "mine-x" in lines[2]["error"]
+    [request] = await fleet.records("requests", 1)
+    assert (request["status"], request["tenant"], request["outcome"]) == (401, None, "refused")
+    metrics = (await fleet.ask("administrator", "GET", "/metrics"))[1]
+    assert 'toppings_router_denied_total{status="401"} 3.0' in metrics
+    assert 'toppings_router_denied_total{status="403"} 3.0' in metrics
+    assert 'toppings_router_refused_total{status="401"} 1.0' in metrics
+    assert "wrong" not in "".join(map(str, [*lines, request]))
+
+
+async def test_what_tenants_had_is_counted_and_logged_with_their_keys(fleet: Fleet) -> None:
+    book = fleet.client.router.guard.book
+    now = book.now()
+    book.clock = lambda: now
+    body = {"model": "small", "prompt": "x", "max_tokens": 5}
+    for _ in range(4):
+        await fleet.ask("limited", "POST", "/v1/completions", body)
+    assert await fleet.status("user", stream=True, model="small") == 200
+    *answered, rejected, streamed = await fleet.records("requests", 5)
+    for line in answered:
+        assert (line["tenant"], line["key"], line["outcome"]) == ("limited", "limited", "answered")
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (3, 5)
+    assert (rejected["status"], rejected["outcome"], rejected["model"]) == (429, "rejected", "")
+    assert "server" not in rejected
+    assert (streamed["completion_tokens"], streamed["tenant"]) == (4, "user")
+    metrics = (await fleet.ask("administrator", "GET", "/metrics"))[1]
+    for told in (
+        'rejected_total{reason="tenant"} 1.0',
+        'tenant_requests_total{tenant="limited"} 4.0',
+        'tenant_rejected_total{tenant="limited"} 1.0',
+        'tenant_tokens_total{kind="prompt",tenant="limited"} 9.0',
+        'tenant_tokens_total{kind="generation",tenant="limited"} 15.0',
+        'refused_total{status="429"} 1.0',
+    ):
+        assert f"toppings_router_{told}" in metrics
+
+
+async def test_keys_that_come_are_told(fleet: Fleet, tenants: Path) -> None:
+    key = add_key(tenants, "user")
+    fleet.client.router.guard.book.reload()
+    [line] = await fleet.records("audit", 1)
+    assert (line["action"], line["key"], line["of"]) == ("add key", key.entry.id, "user")

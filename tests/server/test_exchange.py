@@ -6,10 +6,10 @@ import pytest
 
 from tests.fakes import echo_script
 from tests.server.conftest import Server, events
+from toppings.exchanges.log_lines import NamingFormatter
 from toppings.log_files import LOG_FORMAT
 from toppings.request_ids import REQUEST_ID, VALID_ID
-from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED
-from toppings.server.lifecycle import _ShortFormatter
+from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED, current_exchange
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETION = {"prompt": "hello", "max_tokens": 2}
@@ -237,7 +237,7 @@ async def test_log_probabilities_may_name_tokens_by_their_ids(server: Server) ->
 
 
 async def test_lines_of_the_log_name_their_request(server: Server) -> None:
-    formatter = _ShortFormatter(LOG_FORMAT)
+    formatter = NamingFormatter(LOG_FORMAT, current_exchange.get)
     lines: list[str] = []
 
     class Keeping(logging.Handler):

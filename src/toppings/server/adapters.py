@@ -185,7 +185,9 @@ class AdapterAdmin:
 
     async def prefetch(self, name: str) -> None:
         """Have an adapter read into host memory before a request asks for it."""
-        await self._state.client.prefetch_adapter(self.record(name).adapter_id)
+        record = self.record(name)
+        with self._state.audit.change("prefetch", adapter=name):
+            await self._state.client.prefetch_adapter(record.adapter_id)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toppings.access import why_not_changed
 from toppings.dashboard.page import is_page
+from toppings.exchanges.exchange import UNCOUNTED
 from toppings.server.errors import ApiError, describe, error_response
 from toppings.server.exchange import exchange_of
 from toppings.server.state import state_of
@@ -25,8 +26,6 @@ TENANT_PATHS = frozenset(
     }
 )
 """Routes for every key; what they answer and do is bounded by the tenant. All others are administrators'."""
-UNCOUNTED = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods of requests that no limit counts."""
 DENIED = "PermissionDeniedError"
 TENANT_NAME = TENANT_HEADER.lower().encode()
 

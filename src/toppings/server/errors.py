@@ -19,6 +19,7 @@ from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.bad_input import ContextLengthError, RequestError, shown
 from toppings.detokenizer import GenerationCutError, GenerationError
 from toppings.engine.client import EngineDeadError
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sandbox import SandboxBusyError
 from toppings.server.exchange import Exchange, current_exchange, exchange_of
 from toppings.server.methods import allowed_methods
@@ -26,7 +27,6 @@ from toppings.tenants.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
-CLIENT_GONE = 499
 CONTEXT_LENGTH = "context_length_exceeded"
 MAX_MESSAGE_CHARS = 2000
 """Of an answer that says what was wrong: it does not send a client's megabytes back."""

@@ -15,8 +15,9 @@ from fastapi.responses import Response
 from toppings.adapters.errors import AdapterNotFound
 from toppings.core import Standing
 from toppings.detokenizer import TextOutput
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sampling_params import SamplingParams
-from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.errors import ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, PathText, Priority, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.state import Lease, ServerState, Target, state_of

@@ -15,8 +15,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from toppings.core import FinishReason, Standing
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
-from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.errors import ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, Priority, Texts, Token
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.lorax_merges import MergedAdapters, find_merged

@@ -17,10 +17,10 @@ from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.detokenizer import TokenSource
+from toppings.exchanges.audit_log import AuditLog
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
-from toppings.server.audit_log import AuditLog
 from toppings.server.cold_starts import ColdStarts
 from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable, without_paths
 from toppings.server.exchange import current_exchange

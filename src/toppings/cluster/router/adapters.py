@@ -8,6 +8,7 @@ change: a name that is being changed is left to that, and a server that it did n
 
 import asyncio
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,6 +18,7 @@ from toppings.cluster.router.memory import AdapterMemory, Entry
 from toppings.cluster.router.replies import ApiError, out_of_time, unavailable
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Answer, Kind, Upstream
+from toppings.exchanges.audit_log import Change
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
 
@@ -130,7 +132,9 @@ class AdapterAdmin:
         async with self._alone(name):
             if self._memory.get(name) is not None:
                 return False
-            answer = await self._ask(upstream, LOAD, {"lora_name": name, "lora_path": path})
+            with self._audit("place", upstream, name) as change:
+                answer = await self._ask(upstream, LOAD, {"lora_name": name, "lora_path": path})
+                change.failure = failure_of(answer)
             if isinstance(answer, Answer) and answer.status < 400:
                 upstream.placed.add(name)
                 await self._refresh(upstream)
@@ -146,9 +150,14 @@ class AdapterAdmin:
             upstream.placed.discard(name)
             if self._memory.get(name) is not None:
                 return False
-            answer = await self._ask(upstream, UNLOAD, {"lora_name": name})
+            with self._audit("displace", upstream, name) as change:
+                answer = await self._ask(upstream, UNLOAD, {"lora_name": name})
+                change.failure = failure_of(answer)
             await self._refresh(upstream)
         return isinstance(answer, Answer) and answer.status < 400
+
+    def _audit(self, action: str, upstream: Upstream, name: str) -> AbstractContextManager[Change]:
+        return self._state.audit.change(action, adapter=name, instance=upstream.instance_id)
 
     # --- one server at a time ---
 
@@ -296,6 +305,13 @@ def _missed(
         return LOAD, {key: value for key, value in entry.body.items() if key != "load_inplace"}
     is_current = upstream.applied.get(name, entry.version) == entry.version
     return None if is_current else (LOAD, {**entry.body, "load_inplace": True})
+
+
+def failure_of(answer: Answer | str) -> str:
+    """Why a server has not done something; empty where it has."""
+    if isinstance(answer, str):
+        return answer
+    return answer.text or f"status {answer.status}" if answer.status >= 400 else ""
 
 
 def _name(body: dict[str, Any]) -> str:

@@ -24,8 +24,9 @@ from toppings.cluster.router.answers import (
     check_whole,
     read_start,
 )
+from toppings.cluster.router.exchange import EXCHANGE, account_of
 from toppings.cluster.router.flight import Flight
-from toppings.cluster.router.middlewares import account_of, request_id
+from toppings.cluster.router.spans import attempting, note_answer
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, Upstream
@@ -77,12 +78,10 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             choice = await state.holding.place(flight)
         if choice is None:
             break
-        flight.attempt = flight.span.begin("attempt", attributes={"toppings.instance": choice.instance_id})
-        flight.span.set(toppings__instance=choice.instance_id)
         try:
-            return await _attempt(state, http_request, flight, choice)
+            with attempting(flight, choice):
+                return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
-            flight.attempt.fail(str(error))
             logger.info("on %s: %s", choice.instance_id, error)
             if flight.move_to is not None:
                 flight.num_moves += 1
@@ -92,8 +91,6 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             flight.tried.add(choice.instance_id)
             last = error
             state.meters.retries.labels(choice.instance_id).inc()
-        finally:
-            flight.attempt.end()
     return _give_up(state, last)
 
 
@@ -120,6 +117,7 @@ async def _attempt(
     try:
         answer, start, is_stream = await _open(state, http_request, flight, upstream)
         headers = _response_headers(answer.headers, choice, account_of(http_request).tenant)
+        note_answer(flight.attempt, answer.status)
         if not is_stream:
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
         upstream.num_failures = 0
@@ -323,7 +321,8 @@ async def _cut(
         await response.write_eof()
     elif http_request.transport is not None:
         http_request.transport.abort()  # the only way to say that a plain body is not whole
-    flight.is_cut = True
+    flight.is_cut, http_request[EXCHANGE].error = True, message
+    flight.attempt.fail(reason)
 
 
 def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
@@ -336,7 +335,7 @@ def _request_headers(
     """The client's own, with the id that its attempts have in common, the servers' key, and who asks. Keys
     that the router asks for, a tenant's or its administrator's, are for it alone."""
     kept, tenant = _end_to_end(request.headers), account_of(request).tenant
-    kept[REQUEST_ID] = request_id.get()
+    kept[REQUEST_ID] = flight.client_id
     key = upstream.settings.upstream_api_key
     for name in (
         TENANT_HEADER,

@@ -155,6 +155,20 @@ class RouterConfig(Settings):
         "OTLP receiver that traces are sent to over HTTP, such as http://localhost:4318/v1/traces (needs the"
         " extra otel; empty: no traces)",
     )
+    log_dir: str = setting("logs", "requests.jsonl and audit.jsonl go to <log-dir>/router/")
+    request_log: float = setting(
+        1.0,
+        "share of requests that have a line in requests.jsonl, by their ids (0: none; of what failed, all"
+        " have one where it is above 0)",
+        at_least=0,
+        at_most=1,
+    )
+    audit_log: str = setting(
+        "on", "write a line for each change of adapters, servers and keys to audit.jsonl", choices=SWITCH
+    )
+    max_log_bytes: int = setting(
+        64 * 2**20, "size at which such a file is moved to <name>.1 and begun anew (0: no bound)", at_least=0
+    )
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:

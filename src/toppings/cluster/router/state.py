@@ -17,6 +17,7 @@ from toppings.cluster.report import ServerReport
 from toppings.cluster.router.calls import TOKEN_PATHS, Call
 from toppings.cluster.router.decisions import Decisions
 from toppings.cluster.router.directory import AdapterDirectory
+from toppings.cluster.router.exchange import Exchange
 from toppings.cluster.router.flight import Flight, Flights, end_wait
 from toppings.cluster.router.holding import Holding
 from toppings.cluster.router.meters import Meters
@@ -25,6 +26,9 @@ from toppings.cluster.router.upstream import Upstream
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
 from toppings.cluster.warm_up import warm_up
 from toppings.dashboard.recent import Recent
+from toppings.exchanges.audit_log import AuditLog
+from toppings.exchanges.exchange import Observer
+from toppings.exchanges.request_log import RequestLog
 from toppings.settings import OFF
 from toppings.tenants.account import Place
 from toppings.tracing import Tracing
@@ -58,6 +62,9 @@ class RouterState:
         self.decisions = Decisions(self.dispatcher)
         self.flights = Flights(self.dispatcher, self.meters, self.recent)
         self.holding = Holding(config, self.meters, self.place, self.flights.end)
+        self.audit = AuditLog()
+        self.request_log: RequestLog | None = None
+        self.observers: list[Observer] = [self.meters.note_exchange]
         self._masks: dict[str | None, BoolArray] = {}
 
     # --- instances ---
@@ -148,10 +155,15 @@ class RouterState:
 
     # --- requests ---
 
-    def make_flight(self, call: Call, place: Place, *, is_batch: bool = False) -> Flight:
+    def make_flight(self, call: Call, place: Place, exchange: Exchange, *, is_batch: bool = False) -> Flight:
+        """Of the request `exchange`."""
         is_adapter = call.model and self.is_adapter(call.model)
         adapter = self.directory.get(call.model) if call.model and is_adapter else None
-        return self.flights.make(call, adapter, place, is_batch=is_batch)
+        flight = exchange.flight = self.flights.make(call, adapter, place, is_batch=is_batch)
+        flight.client_id, flight.span = exchange.request_id, exchange.span
+        flight.tells_why = self.request_log is not None and self.request_log.has(exchange.request_id)
+        exchange.has_adapter = adapter is not None
+        return flight
 
     def end(self, flight: Flight) -> None:
         """It has left its server, and with that left room."""
