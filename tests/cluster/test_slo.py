@@ -175,6 +175,7 @@ async def test_an_interactive_request_is_refused_early(start_router: Start) -> N
             async with client.call("GET", "/metrics") as response:
                 metrics = await response.text()
             assert 'toppings_router_slo_refused_total{slo_class="interactive"} 1.0' in metrics
+            assert 'toppings_router_rejected_total{reason="objectives"} 1.0' in metrics
         async with start_router(url, **settings) as client, client.complete() as response:
             assert (response.status, response.headers["X-Toppings-SLO"]) == (200, "at-risk")
 

@@ -95,6 +95,8 @@ class Router:
                     request[EXCHANGE].rejected_by = "tenant"
                 return ApiError.of(refusal).response(request.path)
             except ApiError as error:
+                if error.status == 429:
+                    request[EXCHANGE].rejected_by = "objectives"
                 return error.response(request.path)
             except (asyncio.CancelledError, ConnectionError):
                 raise  # the client has left

@@ -79,7 +79,9 @@ class Meters:
             ["status"],
             registry=self.registry,
         )
-        self._exchanges = ExchangeCounts(self.registry, "toppings_router_", ("tenant", "servers"))
+        self._exchanges = ExchangeCounts(
+            self.registry, "toppings_router_", ("tenant", "servers", "objectives")
+        )
         self.logs: dict[str, Callable[[], int]] = {}
         """Files of records, and how many each has dropped."""
         self.registry.register(LogsCollector("toppings_router_log_dropped", self.logs))
