@@ -28,11 +28,11 @@ class BaseWeights:
     @contextmanager
     def open(self) -> Iterator["OpenWeights"]:
         """Raises AdapterError where the checkpoint cannot be read."""
-        from toppings.model.files import open_tensors
+        from toppings.model.prequantized import open_weights
 
         with ExitStack() as stack:
             try:
-                places = open_tensors(self.path, stack)
+                places = open_weights(self.path, stack)
             except ValueError as error:
                 raise AdapterError(f"the base model's weights cannot be read: {error}") from error
             yield OpenWeights(places, self.dtype, self.is_tied)

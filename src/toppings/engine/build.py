@@ -174,7 +174,7 @@ def _build_engine(
     structures = Structures(Compiler(model_path(config), model.vocab_size, model.eos_token_ids))
     decoder = load_decoder(config, model, part)
     if config.device == "cpu":
-        warm_up(decoder.dtype, config.quantization)
+        warm_up(decoder.dtype, decoder.quantized_kinds())
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
     cache = make_cache(config, own, num_pages, decoder.dtype)
     mode = _make_mode(config)

@@ -158,11 +158,16 @@ class QuantizedLinear:
         self.num_out, self.num_in = weight.shape
         self.bias, self.weight = bias, weight
         self.forms = forms or quantized_forms()
-        sample, name = weight.codes.new_empty(0, dtype=weight.dtype), f"int{weight.bits}_linear"
+        is_wide = weight.bits == 4 and weight.scales.dtype == torch.float32
+        sample, name = (
+            weight.codes.new_empty(0, dtype=weight.dtype),
+            f"int{weight.bits}{'_wide' * is_wide}_linear",
+        )
         module, bf16 = kernels("quantized", sample), bf16_kernels(sample, "bf16_quantized")
         self._columns = 0 if module is None else module.TASK_COLUMNS
         self._kernel: Any = module and getattr(module, name)
         self._bf16: Any = bf16 and getattr(bf16, name)
+        self._groups = (weight.row_elements // GROUP, (weight.group // GROUP).bit_length() - 1)
         self._min_bf16_rows = 2 if weight.bits == 8 else 1  # of 8 bits, one row is not faster so
 
     def has_kernel(self, num_rows: int) -> bool:
@@ -173,8 +178,11 @@ class QuantizedLinear:
         if not num_rows or not self.has_kernel(num_rows):
             return mm_widened(x, self.weight, self.bias, dtype)
         x, weight, y = x.contiguous(), self.weight, x.new_empty(num_rows, self.num_out, dtype=dtype)
-        bias, offsets = (0 if each is None else each for each in (self.bias, weight.offsets))
-        shape = (num_rows, self.num_out, self.num_in, weight.row_elements // GROUP, int(dtype != x.dtype))
+        bias, offsets, order = (
+            0 if each is None else each for each in (self.bias, weight.offsets, weight.order)
+        )
+        num_groups, shift = self._groups
+        shape = (num_rows, self.num_out, self.num_in, num_groups, int(dtype != x.dtype), order, shift)
         num_tasks = -(-self.num_out // self._columns)
         is_bf16 = self._bf16 is not None and self._min_bf16_rows <= num_rows <= MAX_FEW_ROWS
         kernel = self._bf16 if is_bf16 else self._kernel
