@@ -4,7 +4,7 @@ Imports nothing of ours and no torch, so that the scheduler, the simulator and t
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -151,7 +151,8 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
+        num_known = len(self.prompt_token_ids) + len(self.output_token_ids)
+        return num_known + self.num_pending_tokens - self.num_computed_tokens
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens `start` to `stop` of prompt and output taken as one sequence, as far as they are known."""
@@ -184,7 +185,7 @@ class BatchItem:
     num_tokens: int
     stop: int = 0
     copy_page: int | None = None
-    draft: list[int] = field(default_factory=list)
+    draft: Sequence[int] = ()
 
     @property
     def num_rows(self) -> int:

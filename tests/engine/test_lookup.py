@@ -121,7 +121,7 @@ def test_a_prompts_token_that_is_not_its_last_has_no_draft_behind_it(world: Worl
             step = StepPlan(100)
             step.add(request, 1)
             drafts.add_to(step, scheduler.limits, scheduler.pages, num_running=0)
-            assert step.items[0].draft == draft
+            assert list(step.decodes[0].draft) == draft
             scheduler.pages.free(request.page_table)
 
 

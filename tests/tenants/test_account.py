@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from toppings.tenants.account import Account, Bucket
+from toppings.tenants.account import Account, Bucket, Tally
 from toppings.tenants.refusals import Refusal, duration
 from toppings.tenants.tenant import Tenant
 
@@ -67,6 +67,46 @@ def test_an_answers_tokens_are_owed_and_made_up(clock: Clock) -> None:
     one.take_request()
 
 
+def left(one: Account) -> int:
+    return int(one.headers()["x-ratelimit-remaining-tokens"])
+
+
+def test_what_an_answer_may_have_is_reserved_and_what_it_did_not_use_given_back(clock: Clock) -> None:
+    one = account(clock, tokens_per_minute=600)
+    first, second = one.enter(1), one.enter(1)
+    first.take(100, 300)
+    assert left(one) == 200
+    with pytest.raises(Refusal, match="Limit 600, Used 400, Requested 201"):
+        second.take(101, 100)
+    second.take(100, 100)
+    first.spend(50)
+    assert left(one) == 0
+    first.leave()
+    first.leave()
+    assert left(one) == 250
+    second.spend(130)  # more than it said
+    assert left(one) == 220
+    second.settle(90, 120)
+    second.leave()
+    assert left(one) == 240  # 600 - 150 - 210
+
+
+def test_who_has_no_limit_by_tokens_gets_nothing_back(clock: Clock) -> None:
+    one = account(clock)
+    place = one.enter(1)
+    place.take(100, 300)
+    one.tenant = Tenant(name="a", tokens_per_minute=600)
+    one.take_tokens(500)
+    place.leave()
+    assert left(one) == 100
+
+
+def test_a_request_that_may_have_more_than_a_minutes_tokens_is_refused_for_good(clock: Clock) -> None:
+    with pytest.raises(Refusal, match="Request too large") as refused:
+        account(clock, tokens_per_minute=600).enter(1).take(100, 501)
+    assert refused.value.headers == {"X-Should-Retry": "false"}
+
+
 def test_a_prompt_larger_than_a_minute_is_told_that_waiting_does_not_help(clock: Clock) -> None:
     with pytest.raises(Refusal, match="Request too large") as refused:
         account(clock, tokens_per_minute=600).take_tokens(601)
@@ -124,6 +164,19 @@ def test_a_place_that_is_dropped_is_left(clock: Clock) -> None:
     one.enter(1)
     gc.collect()
     one.enter(1)
+
+
+def test_what_waits_is_counted_for_the_tenant_and_for_all(clock: Clock) -> None:
+    one, other, both = account(clock), account(clock), Tally()
+    first, second = one.enter(3, both), other.enter(2, both)
+    first.start()
+    assert (one.num_waiting, other.num_waiting, both.num_waiting, both.num_open) == (2, 2, 4, 2)
+    first.leave()
+    first.start()  # too late to count
+    assert (one.num_open, one.num_waiting, both.num_waiting, both.num_open) == (0, 0, 2, 1)
+    del second
+    gc.collect()
+    assert (other.num_open, both.num_waiting, both.num_open) == (0, 0, 0)
 
 
 def test_a_bucket_is_never_fuller_than_a_minute() -> None:

@@ -53,9 +53,11 @@ class Client:
 
 class Level:
     """Clients that share what their parent gets. Those that wait stand in a heap; an entry that is not true
-    any more is put right when it comes to the top, since what was served to a client grows."""
+    any more is put right when it comes to the top, since what was served to a client grows. Without
+    `has_priorities` all requests are of priority 0."""
 
     def __init__(self) -> None:
+        self.has_priorities = False
         self.clients: dict[Hashable, Client] = {}
         self._virtual_time = 0.0
         self._heap: list[Entry] = []
@@ -80,7 +82,7 @@ class Level:
 
     def push(self, client: Client) -> None:
         """Its turn may have come nearer."""
-        client.entry = (client.priority, client.served, client.turn, client)
+        client.entry = self._entry_of(client)
         heappush(self._heap, client.entry)
         if len(self._heap) > 2 * len(self.clients) + _MIN_STALE:
             self._heap = [entry for entry in self._heap if entry is entry[3].entry]
@@ -90,17 +92,20 @@ class Level:
         """Who is next, by what was served."""
         heap = self._heap
         while heap:
-            client = heap[0][3]
-            if heap[0] is not client.entry or client.is_aside:
+            entry = heap[0]
+            client = entry[3]
+            if entry is not client.entry or client.is_aside:
                 if heappop(heap) is client.entry:
                     client.entry = None
-                continue
-            entry = client.priority, client.served, client.turn, client
-            if heap[0] == entry:
+            elif entry[1] == client.served and entry == self._entry_of(client):
                 return client
-            client.entry = entry
-            heapreplace(heap, entry)
+            else:
+                client.entry = self._entry_of(client)
+                heapreplace(heap, client.entry)
         return None
+
+    def _entry_of(self, client: Client) -> Entry:
+        return client.priority if self.has_priorities else 0, client.served, client.turn, client
 
     @property
     def num_entries(self) -> int:

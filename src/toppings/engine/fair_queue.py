@@ -29,6 +29,7 @@ class Account:
     """Of a request, from its arrival to its end: whose it is, and how many of its tokens are charged."""
 
     client: Client
+    tenant: Client
     num_outputs: int = 0
     has_started: bool = False
 
@@ -48,6 +49,7 @@ class FairQueue:
         max_num_seqs: int,
     ) -> None:
         self.tenants = Level()
+        self._has_priorities = False  # whether a request has had another one than 0
         self._is_fair = policy != "fcfs"
         self._num_generated, self._in_turn = num_generated, in_turn
         self._max_num_seqs = max_num_seqs
@@ -57,6 +59,7 @@ class FairQueue:
         self._accounts: dict[Request, Account] = {}
         self._waiting: dict[Request, None] = {}
         self._running: dict[Request, Account] = {}
+        self._aside: list[Client] = []  # for the rest of this step
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -74,8 +77,11 @@ class FairQueue:
         account = self._accounts.get(request)
         is_new = account is None
         if account is None:
-            account = self._accounts[request] = Account(self._client_of(request))
+            client = self._client_of(request)
+            account = self._accounts[request] = Account(client, self._tenant_of(client))
             self._num_batch += request.is_batch
+            if request.priority and not self._has_priorities:
+                self._look_at_priorities()
         client = account.client
         self._waiting[request] = None
         _insert(client.requests, request, is_new=is_new)
@@ -86,6 +92,11 @@ class FairQueue:
                 level.begin_wait(each, request.arrived_at)
             elif client.requests[0] is request:
                 level.push(each)
+
+    def _look_at_priorities(self) -> None:
+        self._has_priorities = self.tenants.has_priorities = True
+        for tenant in self.tenants.clients.values():
+            self._adapters_of(tenant).has_priorities = True
 
     def remove(self, request: Request) -> None:
         """It has ended, waiting or running."""
@@ -111,7 +122,7 @@ class FairQueue:
             request.num_owed_tokens += (1 if request.is_batch else OWED_PER_TOKEN) * num_tokens
         else:
             account.has_started = True
-            self._charge(account.client, num_tokens)
+            self._charge(account, num_tokens)
 
     def put_back(self, request: Request) -> None:
         """From running to waiting: it was preempted."""
@@ -144,7 +155,6 @@ class FairQueue:
     def candidates(self, now: float) -> Generator[Request, None, None]:
         """Those that wait, as their turns come; whoever starts one says so before it asks for the next."""
         orders: dict[Client, Iterator[Request]] = {}
-        aside: list[Client] = []
         try:
             while (client := self._next(now)) is not None:
                 if client not in orders:
@@ -153,21 +163,28 @@ class FairQueue:
                 if request is not None:
                     yield request
                 elif client.num_waiting:  # all that are left have been asked for
-                    self._set_aside(client, aside)
+                    self._set_aside(client)
         finally:
-            self._restore(aside)
+            self._restore()
+
+    def pass_over(self, request: Request) -> None:
+        """It cannot start in this step, nor can others of its tenant."""
+        account = self._accounts[request]
+        self._set_aside(account.client)
+        account.tenant.is_aside = True
 
     def _next(self, now: float) -> Client | None:
         tenant = self.tenants.next(now)
         return None if tenant is None or tenant.adapters is None else tenant.adapters.next(now)
 
-    def _set_aside(self, client: Client, aside: list[Client]) -> None:
+    def _set_aside(self, client: Client) -> None:
         client.is_aside = True
-        aside.append(client)
+        self._aside.append(client)
         (level, _), (_, tenant) = self._levels(client)
         tenant.is_aside = level.peek() is None
 
-    def _restore(self, aside: list[Client]) -> None:
+    def _restore(self) -> None:
+        aside, self._aside = self._aside, []
         pairs = [pair for client in aside for pair in self._levels(client)]
         for _, each in pairs:
             each.is_aside = False
@@ -180,15 +197,11 @@ class FairQueue:
         return self._place(request) < self._place(other)
 
     def _place(self, request: Request) -> tuple[int, float, float]:
-        client = self._accounts[request].client
-        tenant = client.parent
-        assert tenant is not None
-        return request.priority, tenant.served, client.served
+        account = self._accounts[request]
+        return request.priority, account.tenant.served, account.client.served
 
     def tenant_of(self, request: Request) -> Client:
-        tenant = self._accounts[request].client.parent
-        assert tenant is not None
-        return tenant
+        return self._accounts[request].tenant
 
     def is_running(self, request: Request) -> bool:
         return request in self._running
@@ -230,8 +243,10 @@ class FairQueue:
     def settle(self) -> None:
         """Charge what has been drawn, if there is somebody to compare with."""
         if self.is_contended:
+            num_generated = self._num_generated
             for request, account in self._running.items():
-                self._settle(request, account)
+                if (num_new := num_generated(request) - account.num_outputs) > 0:
+                    self._note_drawn(request, account, num_new)
 
     def settle_one(self, request: Request) -> None:
         """Charge what has been drawn for it, which runs."""
@@ -239,24 +254,29 @@ class FairQueue:
 
     def refund(self, request: Request, num_tokens: int) -> None:
         """Tokens of its prompt that were not computed."""
-        client = self._accounts[request].client
-        self._charge(client, -num_tokens)
-        for level, each in self._levels(client):
+        account = self._accounts[request]
+        self._charge(account, -num_tokens)
+        for level, each in self._levels(account.client):
             if each.num_waiting:
                 level.push(each)
 
     def _settle(self, request: Request, account: Account) -> None:
         num_new = self._num_generated(request) - account.num_outputs
         if num_new > 0:
-            self._charge(account.client, OUTPUT_WEIGHT * num_new)
-            account.num_outputs += num_new
+            self._note_drawn(request, account, num_new)
+
+    @staticmethod
+    def _note_drawn(request: Request, account: Account, num_new: int) -> None:
+        account.num_outputs += num_new
+        account.client.served += OUTPUT_WEIGHT * num_new
+        account.tenant.served += OUTPUT_WEIGHT * num_new / account.tenant.weight
+        if request.num_owed_tokens:
             request.num_owed_tokens = max(0.0, request.num_owed_tokens - num_new)
 
-    def _charge(self, client: Client, num_tokens: float) -> None:
-        client.served += num_tokens
-        tenant = client.parent
-        assert tenant is not None
-        tenant.served += num_tokens / tenant.weight
+    @staticmethod
+    def _charge(account: Account, num_tokens: float) -> None:
+        account.client.served += num_tokens
+        account.tenant.served += num_tokens / account.tenant.weight
 
     # --- clients ---
 
@@ -267,12 +287,17 @@ class FairQueue:
         tenant.weight = request.weight
         if tenant.adapters is None:
             tenant.adapters = Level()
+            tenant.adapters.has_priorities = self._has_priorities
         return tenant.adapters.client(request.adapter_id if is_fair else None, tenant)
 
     def _levels(self, client: Client) -> Iterable[tuple[Level, Client]]:
-        tenant = client.parent
-        assert tenant is not None
+        tenant = self._tenant_of(client)
         return (self._adapters_of(tenant), client), (self.tenants, tenant)
+
+    @staticmethod
+    def _tenant_of(client: Client) -> Client:
+        assert client.parent is not None
+        return client.parent
 
     @staticmethod
     def _adapters_of(tenant: Client) -> Level:
@@ -280,8 +305,7 @@ class FairQueue:
         return tenant.adapters
 
     def _count(self, client: Client, *, waiting: int = 0, running: int = 0) -> None:
-        tenant = client.parent
-        assert tenant is not None
+        tenant = self._tenant_of(client)
         was_active = tenant.is_active
         for each in (client, tenant):
             each.num_waiting += waiting

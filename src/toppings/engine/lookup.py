@@ -80,8 +80,8 @@ class LookupDrafts:
     def add_to(self, step: StepPlan, limits: SchedulerLimits, pages: PageAllocator, num_running: int) -> None:
         """Drafts behind the step's decodes, of tokens and pages that nobody needs; each of so many that run
         may want a page."""
-        items = [i for i in step.items if i.is_decode and i.needs_sample and not i.request.num_pending_tokens]
-        num_rows = min(step.budget, self.max_step_rows - len(step.items))
+        items = [i for i in step.decodes if i.needs_sample and not i.request.num_pending_tokens]
+        num_rows = min(step.budget, self.max_step_rows - len(step.decodes) - len(step.prompts))
         for num_left, item in zip(range(len(items), 0, -1), items, strict=True):
             request, share = item.request, -(-num_rows // num_left)
             draft = self.draft(request, min(share, limits.max_draft_len(request)))

@@ -39,23 +39,30 @@ def victims_for(
     share = queue.share_of(mine)
     if mine.num_running and mine.num_running + 1 > share * max_num_seqs:
         return []
-    pages = _pages_of(running, queue, num_pages_of)
+    # Places alone are looked at far more often, and counted already.
+    pages = _pages_of(running, queue, num_pages_of) if mine.num_running or num_pages > 0 else Counter()
     if mine.num_running and pages[mine] + num_pages > share * max_num_pages:
         return []
-    seqs: Counter[Client] = Counter()
+    num_seqs_of: dict[Client, int] = {}  # of those that make way
     victims: list[Request] = []
     for other in reversed(running):
         if num_seqs <= 0 and num_pages <= 0:
             break
-        tenant, num_freed = queue.tenant_of(other), num_pages_of(other)
-        if tenant is mine or other.num_owed_tokens or other.priority < request.priority or other in spared:
+        if other.num_owed_tokens or other.priority < request.priority:
+            continue
+        tenant = queue.tenant_of(other)
+        num_left = tenant.num_running - num_seqs_of.get(tenant, 0) - 1
+        if num_pages <= 0 and not num_left:
             continue
         share = queue.share_of(tenant)
-        leaves_seqs = tenant.num_running - seqs[tenant] - 1 >= share * max_num_seqs
-        leaves_pages = pages[tenant] - num_freed >= share * max_num_pages
-        if (leaves_seqs and num_seqs > 0) or (leaves_pages and num_pages > 0):
+        leaves_seqs = num_seqs > 0 and num_left >= share * max_num_seqs
+        if (not leaves_seqs and num_pages <= 0) or tenant is mine or other in spared:
+            continue
+        num_freed = num_pages_of(other)
+        leaves_pages = num_pages > 0 and pages[tenant] - num_freed >= share * max_num_pages
+        if leaves_seqs or leaves_pages:
             victims.append(other)
-            seqs[tenant] += 1
+            num_seqs_of[tenant] = num_seqs_of.get(tenant, 0) + 1
             pages[tenant] -= num_freed
             num_seqs, num_pages = num_seqs - 1, num_pages - num_freed
     return victims if num_seqs <= 0 and num_pages <= 0 else []

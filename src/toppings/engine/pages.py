@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heappushpop
 
 from toppings.core import BlockHash
 
@@ -48,6 +48,10 @@ class Block:
         return not self.num_owners and not self.num_children
 
 
+Entry = tuple[tuple[float, int], Block]
+"""A block among those that may be evicted, with what it was worth when it was listed."""
+
+
 class PageAllocator:
     """Hands out page numbers 0 … `num_pages` - 1; knows nothing of tensors.
 
@@ -67,7 +71,7 @@ class PageAllocator:
         self._of_adapter: dict[int, set[Block]] = {}
         self._num_idle = 0  # blocks that nobody owns
         self._cost_per_depth = page_size / double_cost_len
-        self._leaving: list[tuple[tuple[float, int], Block]] = []  # heap of every idle leaf, and some others
+        self._leaving: list[Entry] = []  # heap of every idle leaf, and some others
         self._num_given_up = 0
         self._worth_evicted = 0.0
 
@@ -88,7 +92,8 @@ class PageAllocator:
         if num_missing > self.num_free:
             return False
         self._make_free(num_missing)
-        table.extend(self._free.pop() for _ in range(num_missing))
+        table += self._free[: -num_missing - 1 : -1]  # the last one first
+        del self._free[-num_missing:]
         return True
 
     def free(self, table: list[int]) -> None:
@@ -175,7 +180,7 @@ class PageAllocator:
             return
         for block in sorted(blocks, key=lambda block: -block.depth):
             assert not block.num_owners, "a block is dropped while it is in use"
-            self._forget(block)
+            self._list(self._forget(block))
         self._leaving = [entry for entry in self._leaving if self._is_there(entry[1])]
         heapify(self._leaving)
 
@@ -183,45 +188,53 @@ class PageAllocator:
         self._num_idle -= not block.num_owners
         block.num_owners += 1
 
-    def _list(self, block: Block) -> None:
-        """A block that is listed already stays where its worth was then, which was less, until it is met."""
-        if block.is_idle_leaf and not block.is_listed:
-            block.is_listed = True
-            heappush(self._leaving, (block.worth, block))
+    def _list(self, block: Block | None) -> None:
+        if (entry := self._entry_of(block)) is not None:
+            heappush(self._leaving, entry)
+
+    def _entry_of(self, block: Block | None) -> Entry | None:
+        """To be listed with. A block that is listed already stays where its worth was then, which was less,
+        until it is met."""
+        if block is None or block.num_owners or block.num_children or block.is_listed:
+            return None
+        block.is_listed = True
+        return block.worth, block
 
     def _make_free(self, num: int) -> None:
-        while len(self._free) < num:
-            self._evict()
-
-    def _evict(self) -> None:
-        while True:
-            worth, block = heappop(self._leaving)
-            block.is_listed = False
-            if not self._is_there(block) or not block.is_idle_leaf:
+        """What is evicted is mostly one sequence after the other, last block to first: the one before it is
+        asked for next, and need not be sorted in to be met."""
+        free, blocks, entry = self._free, self._blocks, None
+        while len(free) < num:
+            worth, block = heappop(self._leaving) if entry is None else heappushpop(self._leaving, entry)
+            entry, block.is_listed = None, False
+            if blocks.get(block.page) is not block or block.num_owners or block.num_children:
                 continue
             if block.worth > worth:
-                self._list(block)
+                entry = self._entry_of(block)
                 continue
             self._worth_evicted = max(self._worth_evicted, worth[0])
             self.num_evictions += 1
-            self._forget(block)
-            return
+            entry = self._entry_of(self._forget(block))
+        if entry is not None:
+            heappush(self._leaving, entry)
 
     def _is_there(self, block: Block) -> bool:
         return self._blocks.get(block.page) is block
 
-    def _forget(self, block: Block) -> None:
+    def _forget(self, block: Block) -> Block | None:
+        """The block before it."""
         del self._blocks[block.page], self._named[block.name]
         self._num_idle -= 1
         self._free.append(block.page)
-        if block.adapter_id is not None and block.adapter_id in self._of_adapter:
-            self._of_adapter[block.adapter_id].discard(block)
-        if block.parent is not None:
-            block.parent.num_children -= 1
-            if block.num_tokens < self.page_size and block.parent.tails is not None:
-                block.parent.tails[block.num_tokens] -= 1
-                block.parent.tails += Counter()  # without those of which there are none
-            self._list(block.parent)
+        if block.adapter_id is not None and (blocks := self._of_adapter.get(block.adapter_id)) is not None:
+            blocks.discard(block)
+        parent = block.parent
+        if parent is not None:
+            parent.num_children -= 1
+            if block.num_tokens < self.page_size and parent.tails is not None:
+                parent.tails[block.num_tokens] -= 1
+                parent.tails += Counter()  # without those of which there are none
+        return parent
 
     # --- proof ---
 

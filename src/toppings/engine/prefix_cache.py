@@ -62,10 +62,10 @@ class PrefixCache:
     def num_found(self, request: Request) -> int:
         """Blocks that it need not compute; its last token is computed in any case, for the one after it, and
         where its prompt is read, all."""
-        if request.sampling.reads_prompt:
-            return 0
         num_found = self._pages.num_found(request.block_hashes)
-        return num_found and min(num_found, self._num_useful(request))
+        if not num_found or request.sampling.reads_prompt:
+            return 0
+        return min(num_found, self._num_useful(request))
 
     def num_owned(self, request: Request, num_found: int) -> int:
         """How many of these blocks are in use anyway."""
@@ -75,20 +75,21 @@ class PrefixCache:
         """Requests in the order in which they are to start: as they came, with a lead for what is found.
         Those that were told may leave `waiting` meanwhile."""
         head = list(islice(waiting, NUM_ORDERED))
-        if self._names is not None and len(head) > 1:
+        if self._names is not None and len(head) > 1 and any(map(self.num_found, head)):
             head.sort(key=self._turn)
         yield from head
         if len(head) == NUM_ORDERED:
             told = set(head)
             yield from [request for request in waiting if request not in told]
 
-    def is_awaited(self, request: Request, num_found: int, items: Iterable[BatchItem], now: float) -> bool:
-        """Much of what it would compute is being computed by one of `items`: it starts behind that, soon."""
+    def is_awaited(self, request: Request, num_found: int, prompts: Iterable[BatchItem], now: float) -> bool:
+        """Much of what it would compute is being computed by one of `prompts`, a step's items that are no
+        decodes: it starts behind that, soon."""
         num_useful = self._num_useful(request)
         if num_found == num_useful or request.sampling.reads_prompt:
             return False
         wanted = request.block_hashes[num_found]
-        leader = next((i.request for i in items if not i.is_decode and self._next_block(i) == wanted), None)
+        leader = next((item.request for item in prompts if self._next_block(item) == wanted), None)
         if leader is None:
             return False
         num_alike = _num_alike(request.block_hashes, leader.block_hashes, num_useful)

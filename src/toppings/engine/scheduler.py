@@ -14,6 +14,7 @@ What it computed may stay in pages that it gives back (`prefix_cache.py`): whoev
 tokens, itself as well, computes the rest.
 """
 
+from bisect import insort
 from collections.abc import Iterable
 from contextlib import closing
 from itertools import islice
@@ -141,10 +142,16 @@ class Scheduler:
 
     def _schedule_running(self, step: StepPlan, *, may_overtake: bool) -> None:
         """What is left of prompts is `late` where others may overtake it."""
+        page_size = self.pages.page_size
         for request in list(self.running):
             if step.budget <= 0:
                 break
-            num_tokens = min(request.num_uncomputed_tokens, step.budget)
+            num_tokens = request.num_uncomputed_tokens
+            has_page = 0 < request.num_computed_tokens < len(request.page_table) * page_size
+            if num_tokens == 1 and has_page and not step.was_preempted:
+                step.add_decode(request)
+                continue
+            num_tokens = min(num_tokens, step.budget)
             if num_tokens > 1 and may_overtake:
                 step.late.append(request)
             elif num_tokens and not (step.was_preempted and request in self.waiting):
@@ -186,13 +193,14 @@ class Scheduler:
         """Start it, if it can be; False where those behind it have to wait as well."""
         adapter_id, is_guest = request.adapter_id, self.waiting.is_guest(request)
         if not step.tokens_for(request, is_guest=is_guest):
+            self.waiting.pass_over(request)
             return step.budget > 0
         num_found = self.cache.num_found(request)
         victims = self._victims(request, num_found)
         if victims is None:
             return False
         is_held_up = adapter_id in refused or request in step.made_way or not self.draining.may_start(request)
-        if is_held_up or self.cache.is_awaited(request, num_found, step.items, now):
+        if is_held_up or self.cache.is_awaited(request, num_found, step.prompts, now):
             return True
         is_cold = adapter_id is not None and not self.adapters.holds(adapter_id)
         if adapter_id is not None and self._acquire(request, adapter_id, now, num_found) != Admission.READY:
@@ -224,11 +232,8 @@ class Scheduler:
         copy_page = self.cache.take(request, num_found)
         self.waiting.start(request, request.num_uncomputed_tokens + load_tokens, now)
         # Kept in order of arrival, so that the last one is always the one to preempt.
-        is_latest = not self.running or self.running[-1].arrived_at <= request.arrived_at
-        self.running.append(request)
+        insort(self.running, request, key=_arrived_at)
         self._started.add(request)
-        if not is_latest:
-            self.running.sort(key=lambda r: r.arrived_at)
         num_tokens = step.tokens_for(request, is_guest=is_guest)
         # All that its prompt needs: others may start before the rest of it is computed.
         has_grown = self.pages.grow(request.page_table, request.num_tokens)
@@ -344,3 +349,7 @@ class Scheduler:
         assert len(ids) == len(set(ids)), "a request is queued twice"
         self.draining.check_integrity(list(self.waiting))
         self.waiting.check_integrity(self.running)
+
+
+def _arrived_at(request: Request) -> float:
+    return request.arrived_at

@@ -188,4 +188,4 @@ def _token_ids(item: BatchItem) -> list[int]:
     """0 stands for one that is being drawn."""
     start = item.request.num_computed_tokens
     known = item.request.token_ids(start, start + item.num_tokens)
-    return known + [0] * (item.num_tokens - len(known)) + item.draft
+    return [*known, *[0] * (item.num_tokens - len(known)), *item.draft]

@@ -16,7 +16,8 @@ class StepPlan:
 
     budget: int
     may_shorten: bool = False
-    items: list[BatchItem] = field(default_factory=list)
+    decodes: list[BatchItem] = field(default_factory=list)
+    prompts: list[BatchItem] = field(default_factory=list)
     late: list[Request] = field(default_factory=list)  # prompts under way that may be overtaken
     made_way: list[Request] = field(default_factory=list)  # they start again in a later step
     was_preempted: bool = False
@@ -28,18 +29,26 @@ class StepPlan:
     is_held_back: bool = False
 
     def add(self, request: Request, num_tokens: int, copy_page: int | None = None) -> None:
-        self.items.append(BatchItem(request, num_tokens, copy_page=copy_page))
+        is_decode = num_tokens == 1 and request.num_computed_tokens > 0
+        items = self.decodes if is_decode else self.prompts
+        items.append(BatchItem(request, num_tokens, 0, copy_page))
         self.budget -= num_tokens
         self.num_prompt_tokens += num_tokens - 1
 
+    def add_decode(self, request: Request) -> None:
+        """As `add`, of a sequence that goes on by one token: most are such."""
+        self.decodes.append(BatchItem(request, 1))
+        self.budget -= 1
+
     def drop(self, request: Request) -> None:
         """It was preempted after all."""
-        for item in self.items:
-            if item.request is request:
-                self.items.remove(item)
-                self.budget += item.num_rows
-                self.num_prompt_tokens -= item.num_tokens - 1
-                return
+        for items in (self.prompts, self.decodes):
+            for item in items:
+                if item.request is request:
+                    items.remove(item)
+                    self.budget += item.num_rows
+                    self.num_prompt_tokens -= item.num_tokens - 1
+                    return
 
     def tokens_for(self, request: Request, *, is_guest: bool) -> int:
         """Of its uncomputed ones, as many as it may have."""
@@ -62,9 +71,11 @@ class StepPlan:
             self.spare_tokens = max(0, self.spare_tokens - num_tokens)
 
     def batch(self) -> Batch:
-        return Batch(sorted(self.items, key=_batch_order))
+        self.decodes.sort(key=_adapter_of)
+        self.prompts.sort(key=_adapter_of)
+        return Batch(self.decodes + self.prompts)
 
 
-def _batch_order(item: BatchItem) -> tuple[bool, int]:
+def _adapter_of(item: BatchItem) -> int:
     adapter_id = item.request.adapter_id
-    return (not item.is_decode, -1 if adapter_id is None else adapter_id)
+    return -1 if adapter_id is None else adapter_id

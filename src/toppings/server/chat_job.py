@@ -143,6 +143,7 @@ async def _job(state: ServerState, body: ChatBody, target: Target, started_at: f
     plan = await chat_plan(state, body, target)
     text, prompt = await _prompt(state, body, plan)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    is_bounded = max_tokens is not None
     if max_tokens is None:
         room = room_for_output(state, [prompt])
         max_tokens = min(room, state.defaults.get("max_tokens", room))
@@ -162,6 +163,7 @@ async def _job(state: ServerState, body: ChatBody, target: Target, started_at: f
             structure=structure,
         ),
         num_choices=body.num_choices,
+        is_bounded=is_bounded,
         include_stop=bool(body.include_stop_str_in_output),
         cache_salt=body.cache_salt,
         standing=Standing(priority=body.priority or 0),

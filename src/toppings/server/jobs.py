@@ -60,6 +60,8 @@ class Job:
     prompts: list[list[int]]
     sampling: SamplingParams
     num_choices: int = 1
+    is_bounded: bool = True
+    """Whether the request says how long its answer may be: so much of its tenant's limit is reserved."""
     include_stop: bool = False
     shown: Mapping[int, str] | None = None
     """Special tokens that are text all the same, by their ids."""
@@ -118,9 +120,11 @@ class Job:
     async def stream(self, lease: Lease) -> AsyncGenerator[tuple[int, TextOutput], None]:
         """Outputs of all sequences with their indices, as they come. Closing it aborts what is left.
 
-        Raises Refusal 429 where its prompts have more tokens than the tenant has left.
+        Raises Refusal 429 where its prompts, with answers as long as they may be, have more tokens than the
+        tenant has left.
         """
-        lease.place.account.take_tokens(self.num_prompt_tokens)
+        num_answers = self.num_sequences if self.is_bounded else 0
+        lease.place.take(self.num_prompt_tokens, num_answers * self.sampling.max_tokens)
         sequences = [self._sequence(index, lease) for index in range(self.num_sequences)]
         async with aclosing(merged(sequences)) as outputs:
             async for item in outputs:

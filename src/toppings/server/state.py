@@ -26,7 +26,7 @@ from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable, without
 from toppings.server.exchange import current_exchange
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
-from toppings.tenants.account import Account, Place
+from toppings.tenants.account import Account, Place, Tally
 from toppings.tenants.book import TenantBook
 from toppings.tenants.refusals import no_access, unauthorized
 from toppings.text import TextModel
@@ -145,6 +145,7 @@ class ServerState:
         text.max_tokens = client.info.max_model_len
         self.started_at = int(time.time())
         self._leases: WeakSet[Lease] = WeakSet()
+        self._tally = Tally()
         self._templates: dict[int, ChatTemplate | None] = {}
         self._names = RecentNames(registry)
 
@@ -164,7 +165,7 @@ class ServerState:
 
     @property
     def num_waiting(self) -> int:
-        return max(self.client.num_pending, sum(lease.num_waiting for lease in self._leases))
+        return max(self.client.num_pending, self._tally.num_waiting)
 
     @property
     def account(self) -> Account:
@@ -284,7 +285,7 @@ class ServerState:
             self.check_open()
         account, max_queue = self.account, self.config.server.max_queue
         own = 0 if account.tenant.is_admin else max(1, max_queue // 2)
-        return Lease(self._leases, account.enter(num_sequences, max_queue=own))
+        return Lease(self._leases, account.enter(num_sequences, self._tally, max_queue=own))
 
     def _check_queue(self, num_sequences: int) -> None:
         """Raises ApiError as `lease`."""

@@ -228,11 +228,12 @@ class Router:
 
 @contextmanager
 def closing_place(account: Account, call: Call) -> Iterator[Place]:
-    """What a request takes of its tenant's limits; of the prompt's tokens an estimate. Raises Refusal 429."""
+    """What a request takes of its tenant's limits: of the prompt's tokens an estimate, and of its answer's as
+    many as it may have. Raises Refusal 429."""
     place = account.enter(1)
     try:
         if call.path not in TOKEN_PATHS:
-            place.take_prompt(call.prompt_tokens)
+            place.take(call.prompt_tokens, call.reserved_tokens)
         yield place
     finally:
         place.leave()

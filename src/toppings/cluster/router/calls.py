@@ -44,6 +44,14 @@ class Call:
     blocks: tuple[bytes, ...] = ()
     block_tokens: float = 0.0
     wrong: str = ""
+    num_choices: int = 1
+
+    @property
+    def reserved_tokens(self) -> int:
+        """That its answer may have, as far as the body says."""
+        if self.max_tokens is None or self.path in (*TOKEN_PATHS, *POOLED_PATHS):
+            return 0
+        return max(0, self.max_tokens) * max(1, self.num_choices)
 
 
 class _Body(msgspec.Struct):
@@ -56,6 +64,7 @@ class _Body(msgspec.Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
+    n: int | None = None
     input: msgspec.Raw = msgspec.Raw(b'""')
     inputs: msgspec.Raw = msgspec.Raw(b'""')
     text_2: msgspec.Raw = msgspec.Raw(b'""')
@@ -102,6 +111,7 @@ def parse_call(path: str, body: bytes, bytes_per_token: float, *, names_blocks: 
         is_stream=bool(parsed.stream),
         prompt_tokens=_count_tokens(prompt, bytes_per_token),
         max_tokens=max_tokens,
+        num_choices=parsed.n or 1,
     )
     return _with_blocks(call, parsed, prompt) if names_blocks and path not in POOLED_PATHS else call
 
