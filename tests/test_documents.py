@@ -48,7 +48,7 @@ from toppings.tenants.tenant import Tenant
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig, Tenant)
-OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings", *FUSED_MODULES}
+OF_MODELS = {"desc_act", "gate_up", "lm_head", "model_type", "tie_word_embeddings", *FUSED_MODULES}
 BODIES = (
     *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
     *(EmbeddingBody, ScoreBody),
