@@ -1,6 +1,7 @@
 """`toppings route` as a process: started from the command line, stopped while it works, started again."""
 
 import fcntl
+import json
 import re
 import signal
 import subprocess
@@ -42,12 +43,12 @@ def body(num_tokens: int) -> dict[str, object]:
     return {"model": "small", "prompt": "hi", "max_tokens": num_tokens, "stream": True}
 
 
-def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> None:
+def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves(tmp_path: Path) -> None:
     server = FakeVllm()
     server.behaviour.token_s = 0.1
     with serving(server) as url:
         with (
-            router(url, free_port()) as (process, routed),
+            router(url, free_port(), tmp_path) as (process, routed),
             httpx.Client(base_url=routed, timeout=LIMIT_S) as client,
         ):
             assert client.get("/ready").status_code == 200
@@ -59,6 +60,8 @@ def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> Non
             assert text.endswith("data: [DONE]")
             assert text.count('"text"') == 8
             assert process.wait(LIMIT_S) == 0
+            [line] = (tmp_path / "router" / "requests.jsonl").read_text().splitlines()
+            assert json.loads(line).items() >= {"outcome": "answered", "completion_tokens": 8}.items()
         port = int(routed.rpartition(":")[2])
         with router(url, port) as (_, again):
             assert again == routed

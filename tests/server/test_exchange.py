@@ -2,6 +2,7 @@
 
 import logging
 
+import httpx
 import pytest
 
 from tests.fakes import echo_script
@@ -271,3 +272,22 @@ async def test_a_known_field_that_asks_for_nothing_is_no_error(
     reply = await server.post(path, **body)
     assert reply.status_code == 200, reply.text
     assert IGNORED not in reply.headers
+
+
+class TestBelowAPrefix:
+    """As behind Ray Serve, whose `route_prefix` stands in every path."""
+
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"api_key": "root"}
+
+    async def test_routes_are_what_they_are_elsewhere(self, server: Server) -> None:
+        transport = httpx.ASGITransport(server.app, root_path="/below")
+        async with httpx.AsyncClient(transport=transport, base_url="http://server/below") as http:
+            assert (await http.get("/health")).status_code == 200
+            assert (await http.get("/v1/models")).status_code == 401
+            http.headers["Authorization"] = "Bearer root"
+            assert (await http.get("/v1/models")).status_code == 200
+            reply = await http.post("/v1/messages", json={}, headers={"X-Request-Id": "mine"})
+            assert (reply.json()["type"], reply.json()["request_id"]) == ("error", "mine")
+            assert "GET" in (await http.delete("/v1/models")).headers["Allow"]

@@ -48,7 +48,7 @@ class KeyMiddleware:
         self._app, self._book = app, book
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
+        if scope["type"] == "http" and not is_open(exchange_of(scope).path):
             try:
                 self._admit(scope)
             except Refusal as refusal:

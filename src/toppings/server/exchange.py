@@ -145,7 +145,7 @@ class ExchangeMiddleware:
     def _begin(self, scope: Scope) -> Exchange:
         exchange = scope["toppings.exchange"] = Exchange(
             "",
-            scope["path"],
+            scope["path"].removeprefix(scope.get("root_path", "")),  # below where a front has the application
             is_strict=self._is_strict,
             warned=self._warned,
             method=scope["method"],

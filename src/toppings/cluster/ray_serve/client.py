@@ -29,6 +29,7 @@ from toppings.messages import EngineReady, EngineStats, RequestOutput
 from toppings.sampling_params import SamplingParams
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.errors import ApiError, unavailable
+from toppings.server.exchange import current_exchange
 from toppings.server.state import ServerState
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
@@ -110,6 +111,7 @@ class ReplicaClient:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
         expected = self._lengths.expected(sampling.max_tokens)
+        exchange = current_exchange.get()
         call = Call(
             number,
             prompt_token_ids,
@@ -119,6 +121,7 @@ class ReplicaClient:
             self._avoided(),
             cache_salt=cache_salt,
             standing=standing,
+            http_id="" if exchange is None else exchange.request_id,
         )
         num_tokens = 0
         self.num_pending += 1
