@@ -258,6 +258,41 @@ async def test_a_whole_answer_that_nobody_waits_for_costs_tokens(fleet: Fleet) -
     assert 40 <= int(account.headers()["x-ratelimit-remaining-tokens"]) < 90
 
 
+async def test_an_answer_that_nobody_waits_for_costs_what_its_server_had_drawn(fleet: Fleet) -> None:
+    state, book, server = fleet.client.router.state, fleet.client.router.guard.book, fleet.servers[0]
+    now = book.now()
+    book.clock = lambda: now
+    state.upstreams["s1"].is_draining = True
+    state.refresh_open(state.upstreams["s1"])
+    account = book.accounts["limited"]
+
+    def left() -> int:
+        return int(account.headers()["x-ratelimit-remaining-tokens"])
+
+    async def leave() -> None:
+        server.behaviour.mode, num_seen = "hang", len(server.headers)
+        body = {"model": "small", "prompt": "x" * 38, "max_tokens": 50}
+        request = fleet.ask("limited", "POST", "/v1/completions", body, **{"X-Request-Id": "mine"})
+        asked = asyncio.create_task(request)
+        await until(lambda: len(server.headers) > num_seen)
+        asked.cancel()
+        await until(lambda: not account.num_open)
+        server.behaviour.mode = "ok"
+
+    await leave()
+    assert left() < 90
+    server.extra_stats = {"left": [[1, "user", "mine", 3, 40], [2, "limited", "mine", 3, 7]]}
+    await fleet.client.router.monitor.check(state.upstreams["s0"])
+    assert left() == 90
+    await leave()
+    before = left()
+    await fleet.client.router.monitor.check(state.upstreams["s0"])  # it tells of the first one again
+    assert left() == before < 80
+    server.extra_stats["left"].append([3, "limited", "mine", None, 0])
+    await fleet.client.router.monitor.check(state.upstreams["s0"])
+    assert left() == 80  # of its prompt ten were estimated
+
+
 async def test_a_tenant_loads_its_own_on_all_servers(fleet: Fleet) -> None:
     @asynccontextmanager
     async def no_call() -> AsyncIterator[None]:
