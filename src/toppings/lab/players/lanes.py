@@ -25,7 +25,7 @@ from toppings.sim.trace import Trace
 
 MAX_OPEN = 20_000
 """Requests of a lane: beyond, none is sent, so that memory has a bound."""
-MIN_STEPS = 16
+MIN_STEPS = 2
 """Of each lane, whatever the time: a result has something in it."""
 
 
