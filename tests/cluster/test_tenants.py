@@ -12,6 +12,7 @@ import pytest
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeServer
 from tests.waiting import until
+from toppings.cluster.router.calls import parse_call
 from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
@@ -216,6 +217,24 @@ async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:
     assert headers["x-ratelimit-remaining-tokens"] == "0"
     status, text, _ = await fleet.ask("limited", "POST", "/v1/messages", {})
     assert (status, json.loads(text)["error"]["type"]) == (429, "rate_limit_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_reserved"),
+    [
+        ("/v1/completions", {}, 16),
+        ("/v1/completions", {"max_tokens": 5, "n": 3}, 15),
+        ("/v1/chat/completions", {}, 0),
+        ("/v1/chat/completions", {"max_completion_tokens": 9}, 9),
+        ("/v1/chat/completions", {"max_tokens": -1, "n": -1}, 0),
+        ("/v1/responses", {"max_output_tokens": 7}, 7),
+        ("/generate", {"parameters": {"max_new_tokens": 6}}, 6),
+        ("/v1/embeddings", {}, 0),
+        ("/tokenize", {}, 0),
+    ],
+)
+def test_an_answer_reserves_what_its_request_says(path: str, body: dict[str, Any], num_reserved: int) -> None:
+    assert parse_call(path, json.dumps(body).encode(), 4.0).reserved_tokens == num_reserved
 
 
 def sse(*events: object) -> bytes:
