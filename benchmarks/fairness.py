@@ -1,7 +1,7 @@
 """Who is served how much: tenants that compete, with fair scheduling and first come first served beside it.
 
     python benchmarks/fairness.py --json benchmarks/results/fairness.json
-    python benchmarks/fairness.py --preset tiny --seconds 90
+    python benchmarks/fairness.py --preset tiny --minutes 3
     python benchmarks/fairness.py --toy
 
 Simulated, ten minutes each, with the published costs of a 7B model: the two-client shapes of the synthetic
@@ -12,16 +12,15 @@ ones twice, and TTFT; for both: the largest difference of what tenants got that 
 and tokens per second.
 
 Measured, on an engine in this process: one tenant floods it, 250 requests wide, with long prompts, the other
-sends short requests, one every so often; then the shapes above that overload it, each for `--seconds`, at
-rates that are so many times what the engine can do. Time is the processor time of the engine, and passes at
-once where nothing runs, so that others on the machine do not count; beside it stand steps, tokens and loads,
-which do not depend on the machine. Ends in one JSON line.
+sends short requests, one every so often; then the shapes above that overload it, at rates that are so many
+times what the engine can do. The policies take turns, a step of one after a step of the other, each with the
+processor time of its own steps as its clock: so what else the machine does slows both alike. All of it takes
+`--minutes`, whatever else runs; of these the weights have half, which is ten minutes of each policy where all
+is 45. Ends in one JSON line.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,12 +28,14 @@ import numpy as np
 import torch
 
 from toppings.cluster.perf_model import load_perf_model
+from toppings.engine.engine import Engine
 from toppings.engine.fair_queue import OUTPUT_WEIGHT
-from toppings.lab.players.engine import EnginePlayer
+from toppings.lab.machine import describe_machine
+from toppings.lab.players.lanes import Lane, run_lanes
 from toppings.lab.script import finish, make_parser, parse
 from toppings.lab.simulation.metrics import latencies_of, tokens_by
 from toppings.lab.summary import Stats
-from toppings.lab.validation.world import World, make_world
+from toppings.lab.validation.world import make_world
 from toppings.sim.records import SimResult
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.simulator import Simulator
@@ -46,17 +47,25 @@ MINUTE = 60.0
 KV_TOKENS = 10_000  # as published for a 7B model on 24 GB
 RANK = 16
 FLOOD_WIDTH = 250
-ROUNDS = 4
-COUNTED = ("steps", "prompt_tokens", "generation_tokens", "preemptions", "adapter_loads")
+LONG, SHORT = 256, 64
+"""Tokens of prompts on the engine."""
+SHARES = {"flood": 0.2, "both overloaded": 0.2, "short beside long answers": 0.1, "weights 1 and 3": 0.5}
+"""Of the time that the engine has."""
+BURST_SHARE = 0.1
+"""At most, for what the rates are multiples of."""
+TOY_S = 2.0
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "a minute of each workload, and a small flood")
+    began_at = time.monotonic()
+    parser = make_parser(__doc__, "a minute of each simulated workload, and a moment of each on the engine")
     parser.add_argument("--preset", default="small-211m", choices=tuple(PRESETS), help="model of the engine")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of each overload on the engine")
+    parser.add_argument("--minutes", type=float, default=45.0, help="that all of it takes")
     args = parse(parser)
-    duration_s = MINUTE if args.toy else 10 * MINUTE
-    finish(args, "fairness", simulated=simulate_all(duration_s), engine=measure(args))
+    simulated = simulate_all(MINUTE if args.toy else 10 * MINUTE)
+    ends_at = time.monotonic() + TOY_S if args.toy else began_at + MINUTE * args.minutes
+    engine = measure("tiny" if args.toy else args.preset, ends_at, width=40 if args.toy else FLOOD_WIDTH)
+    finish(args, "fairness", machine=describe_machine(), simulated=simulated, engine=engine)
 
 
 # --- simulated ---
@@ -171,149 +180,88 @@ def told(result: SimResult, duration_s: float) -> dict[str, Any]:
 # --- measured ---
 
 
-class ProcessorClock:
-    """Processor time of this process; sleeps pass at once."""
-
-    def __init__(self) -> None:
-        self._slept_s = 0.0
-
-    def now(self) -> float:
-        return time.process_time() + self._slept_s
-
-    def sleep_until(self, at: float) -> None:
-        self._slept_s += max(0.0, at - self.now())
-
-    def stopped(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    preset, width, num_guests = ("tiny", 12, 4) if args.toy else (args.preset, FLOOD_WIDTH, 60)
-    long, short = (96, 24) if args.toy else (256, 64)
-    seconds = 1.0 if args.toy else args.seconds
+def measure(preset: str, ends_at: float, *, width: int) -> dict[str, Any]:
+    """Until `ends_at` of `time.monotonic`."""
     torch.set_num_threads(1)
-    shape = AdapterShape(ranks=(8,))
-    with make_world(
-        "", preset, shape, 2, mode="cached", max_num_seqs=16, max_num_batched_tokens=128 if args.toy else 512
-    ) as world:
-        return {
-            "preset": preset,
-            "flood": measured(world, width, num_guests, long, short, 1 if args.toy else ROUNDS),
-            "overload": overloads(world, long, seconds),
-        }
+    with (
+        make_world(
+            "",
+            preset,
+            AdapterShape(ranks=(8,)),
+            2,
+            mode="cached",
+            max_num_seqs=16,
+            max_num_batched_tokens=512,
+        ) as world,
+        world.engine() as engine,
+    ):
+        began_at = time.monotonic()
+        rate = rate_of(engine, world.adapter_ids, began_at + BURST_SHARE * (ends_at - began_at))
+        began_at = time.monotonic()
+        left_s = max(0.0, ends_at - began_at)
+        results: dict[str, Any] = {"preset": preset, "requests_per_s": rate}
+        share = 0.0
+        for name, part in SHARES.items():
+            share += part
+            seconds = max(TOY_S, part * left_s)  # more than either policy's clock shows then
+            clients = engine_clients(name, rate, seconds, width)
+            results[name] = compared(
+                engine,
+                world.adapter_ids,
+                clients,
+                began_at + share * left_s,
+                seconds,
+                with_guest=name == "flood",
+            )
+            print(name, results[name]["throughput_ratio"], flush=True)
+    flood = results["flood"]
+    flood["ttft_p99_bound_ms"] = 1.5 * flood["alone"]["ttft_ms"][0]["p99"] + flood["fair"]["longest_step_ms"]
+    return results
 
 
-def overloads(world: World, num_prompt: int, seconds: float) -> dict[str, Any]:
-    """Two clients that ask for more than there is, by policy: what each got, by weight, of what got most."""
-    burst = played(world, "fcfs", [(np.zeros(16), num_prompt, 16, 1.0)])
-    rate = 16 / burst["seconds"]  # of requests like these that the engine can do
+def rate_of(engine: Engine, adapter_ids: Sequence[int], ends_at: float) -> float:
+    """Requests with long prompts and sixteen tokens each that the engine can do in a second, by a burst."""
+    burst = trace_of([(np.zeros(16), LONG, 16, 1.0)], 1.0, ["burst"])
+    done = run_lanes({"burst": Lane(engine, "fcfs", burst, adapter_ids)}, ends_at)["burst"]
+    return float(done["tokens_per_s"]) / (LONG + OUTPUT_WEIGHT * 16)
+
+
+def engine_clients(name: str, rate: float, seconds: float, width: int) -> list[Client]:
+    """Whose rates are so many times `rate`."""
 
     def client(times: float, prompt: int, response: int, weight: float = 1.0) -> Client:
         return np.arange(0.0, seconds, 1.0 / (times * rate)), prompt, response, weight
 
-    shapes = {
-        "both overloaded": [client(1.0, num_prompt, 16), client(2.0, num_prompt, 16)],
-        "short beside long answers": [client(3.0, num_prompt, 4), client(2.0, 16, 64)],
-        "weights 1 and 3": [client(2.0, num_prompt, 16), client(2.0, num_prompt, 16, 3.0)],
-    }
-    results: dict[str, Any] = {"seconds": seconds}
-    for name, clients in shapes.items():
-        trace = trace_of(clients, seconds, [f"client {i + 1}" for i in range(len(clients))])
-        results[name] = {policy: served(world, policy, trace, seconds) for policy in POLICIES}
+    if name == "flood":
+        flood = client(1.2, LONG, 16)
+        return [(np.concatenate((np.zeros(width), flood[0])), *flood[1:]), client(0.2, SHORT, 8)]
+    return {
+        "both overloaded": [client(1.0, LONG, 16), client(2.0, LONG, 16)],
+        "short beside long answers": [client(3.0, LONG, 4), client(2.0, 16, 64)],
+        "weights 1 and 3": [client(2.0, LONG, 16), client(2.0, LONG, 16, 3.0)],
+    }[name]
+
+
+def compared(
+    engine: Engine,
+    adapter_ids: Sequence[int],
+    clients: Sequence[Client],
+    ends_at: float,
+    seconds: float,
+    *,
+    with_guest: bool,
+) -> dict[str, Any]:
+    """By policy; of a flood also what its guest has `alone`. `throughput_ratio`: of what was served in a
+    second, fair by first come first served; `steps_ratio`: in a step."""
+    trace = trace_of(clients, seconds, [f"client {i + 1}" for i in range(len(clients))])
+    lanes = {policy: Lane(engine, policy, trace, adapter_ids) for policy in POLICIES}
+    if with_guest:
+        lanes["alone"] = Lane(engine, "fair", trace_of(clients[1:], seconds, ["guest"]), adapter_ids)
+    results: dict[str, Any] = dict(run_lanes(lanes, ends_at))
+    fair, fcfs = (results[policy] for policy in POLICIES)
+    results["throughput_ratio"] = fair["tokens_per_s"] / fcfs["tokens_per_s"]
+    results["steps_ratio"] = fair["tokens_per_step"] / fcfs["tokens_per_step"]
     return results
-
-
-def served(world: World, policy: str, trace: Trace, seconds: float) -> dict[str, Any]:
-    """Until an instant; what is left then is ended. A prompt counts with its first token."""
-    tenants = trace.tenants
-    assert tenants is not None
-    got = np.zeros(len(tenants.names))
-    arrivals, prompts = trace.arrivals_s.tolist(), trace.prompt_tokens.tolist()
-    with world.engine(scheduling_policy=policy) as engine:
-        clock = ProcessorClock()
-        messages = EnginePlayer(engine, world.adapter_ids, clock, is_cacheable=True).requests_of(trace)
-        began_at, num_added, has_begun = clock.now(), 0, [False] * len(trace)
-        while (now := clock.now() - began_at) < seconds:
-            while num_added < len(arrivals) and arrivals[num_added] <= now:
-                engine.add(messages[num_added])
-                num_added += 1
-            for output in engine.step():
-                index = int(output.request_id)
-                got[tenants.indices[index]] += OUTPUT_WEIGHT * len(output.token_ids)
-                got[tenants.indices[index]] += 0 if has_begun[index] else prompts[index]
-                has_begun[index] = True
-            if not engine.has_requests and num_added < len(arrivals):
-                clock.sleep_until(began_at + arrivals[num_added])
-        engine.abort_all("the time is over")
-    by_weight = got / np.asarray(tenants.weights)
-    return {"served_by_weight": (by_weight / by_weight.max()).tolist(), "tokens_per_s": got.sum() / seconds}
-
-
-def measured(
-    world: World, width: int, num_guests: int, long: int, short: int, num_rounds: int
-) -> dict[str, Any]:
-    """The flood is there from the beginning; guests come one every so often while it lasts.
-
-    Steps in which two adapters take part are dearer, whoever decides: so the ratio is told for one adapter
-    that both use, too.
-    """
-    flood: Client = (np.zeros(width), long, 16, 1.0)
-    flood_s = played(world, "fcfs", [flood])["seconds"]
-    guests: Client = (np.linspace(0.05, 0.8, num_guests) * flood_s, short, 8, 1.0)
-    alone = played(world, "fair", [guests])
-    runs = best_of(world, [flood, guests], num_rounds)
-    of_one = best_of(world, [flood, guests], num_rounds, has_one_adapter=True)
-    return {
-        "alone": alone,
-        **runs,
-        "ttft_p99_bound_ms": 1.5 * alone["ttft_ms"][0]["p99"] + runs["fair"]["longest_step_ms"],
-        "throughput_ratio": runs["fcfs"]["seconds"] / runs["fair"]["seconds"],
-        "throughput_ratio_one_adapter": of_one["fcfs"]["seconds"] / of_one["fair"]["seconds"],
-        "steps_ratio": runs["fcfs"]["steps"] / runs["fair"]["steps"],
-    }
-
-
-def best_of(
-    world: World, clients: Sequence[Client], num_rounds: int, *, has_one_adapter: bool = False
-) -> dict[str, dict[str, Any]]:
-    """By policy, its shortest run: what else runs on the machine only adds."""
-    rounds = [
-        {policy: played(world, policy, clients, has_one_adapter=has_one_adapter) for policy in POLICIES}
-        for _ in range(num_rounds)
-    ]
-    return {policy: min((each[policy] for each in rounds), key=_seconds) for policy in POLICIES}
-
-
-def _seconds(run: dict[str, Any]) -> float:
-    return float(run["seconds"])
-
-
-def played(
-    world: World, policy: str, clients: Sequence[Client], *, has_one_adapter: bool = False
-) -> dict[str, Any]:
-    trace = trace_of(clients, 1e6, [f"client {i + 1}" for i in range(len(clients))])
-    if has_one_adapter:
-        trace = replace(trace, adapters=np.zeros_like(trace.adapters))
-    steps_ms: list[float] = []
-    with world.engine(scheduling_policy=policy) as engine:
-        before = engine.stats(0).counters
-        player = EnginePlayer(
-            engine,
-            world.adapter_ids,
-            ProcessorClock(),
-            on_step=lambda step: steps_ms.append(step.ms),
-            is_cacheable=True,  # all prompts are this trace's, and differ
-        )
-        outcomes = player.play(trace)
-        after = engine.stats(0).counters
-    assert trace.tenants is not None
-    ttft_ms = np.array([outcome.ttft_ms for outcome in outcomes])
-    return {
-        "seconds": max(outcome.sent_at + outcome.e2e_ms / 1e3 for outcome in outcomes),
-        "ttft_ms": [asdict(Stats.of(ttft_ms[trace.tenants.indices == i])) for i in range(len(clients))],
-        "longest_step_ms": max(steps_ms),
-        **{name: after[name] - before[name] for name in COUNTED},
-    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 from tests.cluster.conftest import Client, Start, records_in
 from tests.cluster.fakes import FakeServer
 from tests.waiting import until
+from toppings.cluster.router.calls import parse_call
 from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
@@ -260,6 +261,24 @@ async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:
     assert (status, json.loads(text)["error"]["type"]) == (429, "rate_limit_error")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "num_reserved"),
+    [
+        ("/v1/completions", {}, 16),
+        ("/v1/completions", {"max_tokens": 5, "n": 3}, 15),
+        ("/v1/chat/completions", {}, 0),
+        ("/v1/chat/completions", {"max_completion_tokens": 9}, 9),
+        ("/v1/chat/completions", {"max_tokens": -1, "n": -1}, 0),
+        ("/v1/responses", {"max_output_tokens": 7}, 7),
+        ("/generate", {"parameters": {"max_new_tokens": 6}}, 6),
+        ("/v1/embeddings", {}, 0),
+        ("/tokenize", {}, 0),
+    ],
+)
+def test_an_answer_reserves_what_its_request_says(path: str, body: dict[str, Any], num_reserved: int) -> None:
+    assert parse_call(path, json.dumps(body).encode(), 4.0).reserved_tokens == num_reserved
+
+
 def sse(*events: object) -> bytes:
     return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
 
@@ -298,6 +317,41 @@ async def test_a_whole_answer_that_nobody_waits_for_costs_tokens(fleet: Fleet) -
     account = book.accounts["limited"]
     await until(lambda: not account.num_open)
     assert 40 <= int(account.headers()["x-ratelimit-remaining-tokens"]) < 90
+
+
+async def test_an_answer_that_nobody_waits_for_costs_what_its_server_had_drawn(fleet: Fleet) -> None:
+    state, book, server = fleet.client.router.state, fleet.client.router.guard.book, fleet.servers[0]
+    now = book.now()
+    book.clock = lambda: now
+    state.upstreams["s1"].is_draining = True
+    state.refresh_open(state.upstreams["s1"])
+    account = book.accounts["limited"]
+
+    def left() -> int:
+        return int(account.headers()["x-ratelimit-remaining-tokens"])
+
+    async def leave() -> None:
+        server.behaviour.mode, num_seen = "hang", len(server.headers)
+        body = {"model": "small", "prompt": "x" * 38, "max_tokens": 50}
+        request = fleet.ask("limited", "POST", "/v1/completions", body, **{"X-Request-Id": "mine"})
+        asked = asyncio.create_task(request)
+        await until(lambda: len(server.headers) > num_seen)
+        asked.cancel()
+        await until(lambda: not account.num_open)
+        server.behaviour.mode = "ok"
+
+    await leave()
+    assert left() < 90
+    server.extra_stats = {"left": [[1, "user", "mine", 3, 40], [2, "limited", "mine", 3, 7]]}
+    await fleet.client.router.monitor.check(state.upstreams["s0"])
+    assert left() == 90
+    await leave()
+    before = left()
+    await fleet.client.router.monitor.check(state.upstreams["s0"])  # it tells of the first one again
+    assert left() == before < 80
+    server.extra_stats["left"].append([3, "limited", "mine", None, 0])
+    await fleet.client.router.monitor.check(state.upstreams["s0"])
+    assert left() == 80  # of its prompt ten were estimated
 
 
 async def test_a_tenant_loads_its_own_on_all_servers(fleet: Fleet) -> None:

@@ -17,6 +17,7 @@ from toppings.engine.fair_queue import OUTPUT_WEIGHT, OWED_PER_TOKEN, FairQueue
 from toppings.engine.pages import PageAllocator
 from toppings.engine.scheduler import Scheduler
 from toppings.engine.scheduler_limits import SchedulerLimits
+from toppings.engine.step_plan import StepPlan
 from toppings.sampling_params import SamplingParams
 
 STEP_S, TOKEN_S = 0.015, 0.0005
@@ -288,6 +289,26 @@ def test_a_request_beside_long_answers_need_not_wait_for_one_of_them_to_end() ->
     assert num_again < 0.02 * sum(world.computed.values())
 
 
+def test_a_tenant_that_may_have_nothing_of_a_step_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(make_scheduler(max_num_seqs=64, num_pages=4000, max_num_batched_tokens=512))
+    for adapter_id in range(1, 101):
+        world.add("flood", prompt=256, outputs=4, adapter_id=adapter_id)
+    world.step()
+    while world.scheduler._was_overtaken:
+        world.step()
+    guest, asked = world.add("guest", prompt=32, outputs=1), []
+    try_start = world.scheduler._try_start
+
+    def note(step: StepPlan, request: Request, now: float, refused: set[int]) -> bool:
+        asked.append(request)
+        return try_start(step, request, now, refused)
+
+    monkeypatch.setattr(world.scheduler, "_try_start", note)
+    world.step()
+    assert guest.num_computed_tokens == 32
+    assert len(asked) <= 3  # the guest, and of the others the first
+
+
 def test_guests_without_end_leave_few_places_in_steps_empty() -> None:
     served = []
     for policy in ("fair", "fcfs"):
@@ -299,7 +320,7 @@ def test_guests_without_end_leave_few_places_in_steps_empty() -> None:
                 world.add("guest", prompt=32, outputs=1)
             world.step()
         served.append(sum(world.served.values()) / world.now)
-    assert served[0] > 0.95 * served[1]
+    assert served[0] > 0.97 * served[1]
 
 
 def test_pages_are_taken_from_the_tenant_that_holds_most_when_they_run_out() -> None:

@@ -440,6 +440,17 @@ async def test_tokens_of_prompts_and_answers_are_counted(server: Server, is_stre
         assert f"toppings:{line}" in metrics
 
 
+async def test_what_an_answer_may_have_is_reserved_where_the_request_says_it(server: Server) -> None:
+    give(server, "user", tokens_per_minute=60)
+    body = {"model": "base", "prompt": [70] * 20, "max_tokens": 41}
+    large = await ask(server, "user", "POST", "/v1/completions", body)
+    assert (large.status_code, "Limit 60, Requested 61" in large.text) == (429, True)
+    chat = {"model": "base", "messages": [{"role": "user", "content": "x"}]}
+    told = await ask(server, "user", "POST", "/v1/chat/completions", {**chat, "max_tokens": 60})
+    assert told.status_code == 429
+    assert (await ask(server, "user", "POST", "/v1/chat/completions", chat)).status_code == 200
+
+
 async def test_a_refused_request_is_not_read_and_told_in_its_dialect(server: Server) -> None:
     give(server, "user", requests_per_minute=1)
     assert (await ask(server, "user", "POST", "/tokenize", {"prompt": "x"})).status_code == 200

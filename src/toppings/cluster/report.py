@@ -26,12 +26,24 @@ class RequestEntry(msgspec.Struct, array_like=True):
     num_generated: int
 
 
+class LeftEntry(msgspec.Struct, array_like=True):
+    """A request whose client left before its end. A server's `number` grows, also from one start to the next;
+    `prompt_tokens` is None where it had several sequences."""
+
+    number: int
+    tenant: str
+    request_id: str
+    prompt_tokens: int | None
+    answer_tokens: int
+
+
 class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One reading. `None` where nobody tells: of limits, that they are unknown; of adapters, no news.
 
     `running_ranks` and `waiting_ranks` have one entry per request; `requests` are told by those whose ids are
-    the router's. Without ranks `on_device` need not be all of them, and `in_use` are the adapters with
-    requests. `perf_model` is JSON, since it may be of another version.
+    the router's. `left` are the latest whose clients have gone. Without ranks `on_device` need not be all of
+    them, and `in_use` are the adapters with requests. `perf_model` is JSON, since it may be of another
+    version.
     """
 
     num_running: int
@@ -47,6 +59,7 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     on_host: Set[str] | None
     in_use: Set[str] = frozenset()
     requests: list[RequestEntry] | None = None
+    left: list[LeftEntry] = []
     perf_model: Any = None
 
     def __post_init__(self) -> None:

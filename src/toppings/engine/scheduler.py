@@ -30,7 +30,7 @@ from toppings.engine.prefix_cache import BlockNames, PrefixCache
 from toppings.engine.scheduler_limits import SchedulerLimits
 from toppings.engine.step_plan import StepPlan
 
-LOSS_SHARE = 20
+LOSS_SHARE = 34
 """Of so many tokens of prompts, one place in a step may be left empty for guests' sake."""
 MAX_LOOKED_AT = 32
 """Waiting requests whose adapters are asked for between steps; where there are more, one may find its own."""
@@ -44,7 +44,7 @@ class Scheduler:
     A tenant that asks for no more than its share of places is a guest of those that ask for more: its prompts
     come before what is left of theirs, and all others get half as many tokens of that step, so that it takes
     little longer than it would alone; but not in two steps on end, so that prompts go on whoever comes, and
-    only while what such steps leave empty is a twentieth of what is computed.
+    only while what such steps leave empty is below 3 % of what is computed.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ async def stats(request: Request) -> Response:
         "running_adapters": [names[i] for i in running],
         "waiting_adapters": [names[i] for i in waiting],
     }
-    info, perf_model = state.client.info, state.perf_model
+    info, perf_model, left = state.client.info, state.perf_model, list(state.left)
 
     def respond() -> Response:
         """Beside the event loop: with thousands of adapters it takes milliseconds."""
@@ -76,7 +76,7 @@ async def stats(request: Request) -> Response:
         del content["call_id"]
         for fields in content["adapters"]:
             fields["name"] = names[fields["adapter_id"]]
-        report = make_report(engine, info, names.__getitem__, perf_model)
+        report = make_report(engine, info, names.__getitem__, perf_model, left=left)
         return json_response({**server, **content, "perf_model": None, **msgspec.to_builtins(report)})
 
     return await asyncio.to_thread(respond)

@@ -17,11 +17,13 @@ from toppings.tracing import open_tracing
 
 @contextmanager
 def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[None]:
-    """`requests.jsonl` and `audit.jsonl` in `directory`, and traces, as far as the settings ask for them.
+    """`requests.jsonl` and `audit.jsonl` in `directory`, and traces, as far as the settings ask for them; and
+    what is kept at hand of requests whose clients left.
 
     Raises ConfigError where traces cannot be sent.
     """
     state: ServerState = app.state.toppings
+    app.state.observers.append(state.left.note)
     tracing = open_tracing(config.server.otlp_traces_endpoint, "toppings")
     traces = RequestTraces(tracing) if tracing.is_on else None
     if traces is not None:

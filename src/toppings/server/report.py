@@ -1,9 +1,9 @@
 """What this server tells those who send it requests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from toppings.cluster.report import RequestEntry, ServerReport
+from toppings.cluster.report import LeftEntry, RequestEntry, ServerReport
 from toppings.messages import EngineReady, EngineStats
 from toppings.server.metrics import is_resident, num_slots
 
@@ -14,6 +14,7 @@ def make_report(
     name_of: Callable[[int], str],
     perf_model: Any,
     requests: Sequence[RequestEntry] | None = None,
+    left: Iterable[LeftEntry] = (),
 ) -> ServerReport:
     """One engine's state; `perf_model` is JSON or None, `requests` those whose ids the router knows."""
     return ServerReport(
@@ -29,5 +30,6 @@ def make_report(
         on_device=frozenset(name_of(a.adapter_id) for a in stats.adapters if is_resident(a)),
         on_host=frozenset(name_of(a.adapter_id) for a in stats.adapters if a.is_on_host),
         requests=None if requests is None else list(requests),
+        left=list(left),
         perf_model=perf_model,
     )

@@ -24,6 +24,7 @@ from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
 from toppings.server.cold_starts import ColdStarts
 from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable, without_paths
 from toppings.server.exchange import current_exchange
+from toppings.server.left_requests import LeftRequests
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
 from toppings.tenants.account import Account, Place, Tally
@@ -139,6 +140,7 @@ class ServerState:
         """Asks the adapter sources, where there are any."""
         self.is_draining = False
         self.cold_starts = ColdStarts()
+        self.left = LeftRequests()
         self.audit = AuditLog()
         self.checker = StructureChecker(text.special_tokens, client.info.vocab_size)
         self.threads = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, "toppings-text")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.instances import BoolArray
+from toppings.cluster.report import LeftEntry
 from toppings.cluster.router.calls import POOLED_PATHS, TOKEN_PATHS, Call
 from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
@@ -20,6 +21,8 @@ from toppings.tenants.account import Place
 from toppings.tracing import Span
 
 MAX_MOVES = 3
+MAX_LEFT = 4096
+"""Requests whose clients have left, of which servers may still tell what they came to."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,12 +109,10 @@ class Flight:
         if self.call.path not in TOKEN_PATHS:
             self.place.settle(prompt_tokens, answer_tokens)
 
-    def leave(self) -> None:
-        """Its client is gone. What a whole answer has come to by then nobody says: the mean of the answers
-        before it is taken, up to its `max_tokens`."""
-        is_drawn = self.instance_id and not (self.call.is_stream or self.has_begun)
-        if is_drawn and self.call.path not in (*TOKEN_PATHS, *POOLED_PATHS):
-            self.place.spend(round(self.request.response_tokens))
+    @property
+    def is_drawn(self) -> bool:
+        """A server draws tokens for it."""
+        return bool(self.instance_id) and self.call.path not in (*TOKEN_PATHS, *POOLED_PATHS)
 
     def interrupt(self) -> None:
         """End the wait for the first token at once; the request is then tried elsewhere."""
@@ -130,6 +131,8 @@ class Flights:
         self._dispatcher, self._meters, self._recent = dispatcher, meters, recent
         self._on: dict[str, dict[str, Flight]] = {}  # servers that have any
         self._num_made = 0
+        self._left: dict[tuple[str, str, str], Place] = {}  # by server, tenant and the id that all know
+        self._last_left: dict[str, int] = {}  # by server, the last that it told of
 
     def __len__(self) -> int:
         return sum(map(len, self._on.values()))
@@ -214,6 +217,27 @@ class Flights:
                 self._recent.note_tokens(flight.num_tokens)
         self._meters.in_flight.labels(flight.instance_id).dec()
         flight.instance_id = ""
+
+    def leave(self, flight: Flight) -> None:
+        """Its client is gone. What a whole answer has come to by then, its server tells later, if it is of
+        ours: until then it counts as the mean of the answers before it, up to its `max_tokens`."""
+        if not flight.is_drawn:
+            return
+        if not (flight.call.is_stream or flight.has_begun):
+            flight.place.spend(round(flight.request.response_tokens))
+        self._left[flight.instance_id, flight.place.account.name, flight.client_id] = flight.place
+        if len(self._left) > MAX_LEFT:
+            del self._left[next(iter(self._left))]
+
+    def note_left(self, instance_id: str, told: Iterable[LeftEntry]) -> None:
+        """What a server's requests had come to when their clients left; it tells of each more than once."""
+        last = self._last_left.get(instance_id, 0)
+        for entry in told:
+            if entry.number > last:
+                place = self._left.pop((instance_id, entry.tenant, entry.request_id), None)
+                if place is not None:
+                    place.settle(entry.prompt_tokens, entry.answer_tokens)
+                self._last_left[instance_id] = max(entry.number, self._last_left.get(instance_id, 0))
 
     def to_move(self) -> Iterator[tuple[Flight, str]]:
         """Those without a token that should wait on another server by the policy, and which."""

@@ -123,7 +123,7 @@ async def _attempt(
         upstream.num_failures = 0
         return await _stream(state, http_request, flight, answer, chunk=start, headers=headers)
     except (asyncio.CancelledError, ConnectionError):
-        flight.leave()
+        state.flights.leave(flight)
         raise
     finally:
         state.end(flight)

@@ -151,6 +151,7 @@ class RouterState:
         known = [self.directory.get(name).rank for name in report.in_use]
         rank = round(sum(known) / len(known)) if known else 0
         self.dispatcher.report(upstream.instance_id, report, own_then=own_ranks, other_rank=rank)
+        self.flights.note_left(upstream.instance_id, report.left)
         self.holding.look()
 
     # --- requests ---
