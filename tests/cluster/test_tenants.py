@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.cluster.conftest import Client, Start, records_in
 from tests.cluster.fakes import FakeServer
 from tests.waiting import until
 from toppings.cluster.router.calls import parse_call
 from toppings.cluster.router.stream_tokens import StreamTokens
+from toppings.command import app
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
 from toppings.tenants.keys import add_key, digest_of
@@ -148,6 +150,28 @@ async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> N
     assert json.loads((await fleet.ask("loader", "GET", "/v1/models"))[1])["data"] == []
     assert (await fleet.ask("loader", "GET", "/v1/models/small"))[0] == 404
     assert (await fleet.ask("user", "GET", "/v1/models/large"))[0] == 200
+
+
+async def test_top_shows_a_router_to_administrators_and_tells_others_why_not(fleet: Fleet) -> None:
+    fleet.servers[0].behaviour.max_sent = fleet.servers[1].behaviour.max_sent = 0
+    asked = asyncio.create_task(fleet.status("user", model="small"))
+    await until(lambda: any(server.seen for server in fleet.servers))
+    fleet.client.router.dashboard.feed._read_at = float("-inf")
+    for role in ("boss", "administrator"):
+        command = ["top", fleet.client.url, "--once", "--api-key", ROLES[role] or ""]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert result.exit_code == 0
+        assert "│ user │ small │" in " ".join(result.output.split())
+    for role, told in (
+        ("user", "403: You have insufficient permissions"),
+        ("wrong", "401: Incorrect API key"),
+    ):
+        command = ["top", fleet.client.url, "--once", "--api-key", ROLES[role] or ""]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert told in str(result.exception)
+    for server in fleet.servers:
+        server.behaviour.max_sent = None
+    assert await asked == 200
 
 
 async def test_tenants_are_not_told_where_servers_and_their_files_are(fleet: Fleet) -> None:

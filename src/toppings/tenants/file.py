@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from toppings.settings import ConfigError
+from toppings.tenants.expiry import read_instant
 from toppings.tenants.tenant import Tenant
 from toppings.tenants.yaml_text import load_yaml
 
@@ -24,12 +25,13 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """`sha256`: of the key, in hexadecimal digits."""
+    """`sha256`: of the key, in hexadecimal digits; `created` and `expires`: instants, or nothing."""
 
     id: str
     tenant: str
     sha256: str
     created: str = ""
+    expires: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,16 @@ def _key(entry: Any) -> KeyEntry:
     key = KeyEntry(*(_text(entry.get(name, ""), f"a key's {name}") for name in known))
     if not DIGEST.fullmatch(key.sha256):
         raise ConfigError(f"key {key.id}: sha256 must be 64 hexadecimal digits, in small letters")
+    if key.expires:
+        try:
+            read_instant(key.expires)
+        except (ValueError, OverflowError) as error:
+            problem = f"key {key.id}: expires is {key.expires[:80]!r}"
+            raise ConfigError(f"{problem}; it must be an instant, such as 2027-01-31T12:00:00Z") from error
     return key
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not (value or what.endswith("created")):
+    if not isinstance(value, str) or not (value or what.endswith(("created", "expires"))):
         raise ConfigError(f"{what} is {value!r}; it must be a text, in quotes where YAML reads it otherwise")
     return value
