@@ -7,7 +7,8 @@ from aiohttp import web
 
 from toppings.bad_input import shown
 from toppings.cluster.router import replies
-from toppings.cluster.router.middlewares import Handler, account_of
+from toppings.cluster.router.exchange import account_of
+from toppings.cluster.router.middlewares import Handler
 from toppings.cluster.router.readings import Readings
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.state import RouterState
