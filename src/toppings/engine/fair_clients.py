@@ -50,6 +50,25 @@ class Client:
         first = self.adapters.peek()
         return 0 if first is None else first.priority
 
+    def insert(self, request: Request, *, is_new: bool) -> None:
+        """Into those that wait: by priority, then by arrival; one that had begun is before those that came
+        with it.
+        """
+        rank, requests = _rank(request), self.requests
+
+        def is_after(other: Request) -> bool:
+            return _rank(other) > rank or (not is_new and _rank(other) == rank)
+
+        if not requests or not is_after(requests[-1]):
+            requests.append(request)
+            return
+        index = next(i for i, other in enumerate(requests) if is_after(other))
+        requests.insert(index, request)
+
+
+def _rank(request: Request) -> tuple[int, float]:
+    return request.priority, request.arrived_at
+
 
 class Level:
     """Clients that share what their parent gets. Those that wait stand in a heap; an entry that is not true

@@ -10,7 +10,6 @@ A prompt is charged when it starts, what is drawn for it before somebody asks wh
 the request alone, so that a step costs nothing. What is computed again after a preemption is not charged.
 """
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +83,7 @@ class FairQueue:
                 self._look_at_priorities()
         client = account.client
         self._waiting[request] = None
-        _insert(client.requests, request, is_new=is_new)
+        client.insert(request, is_new=is_new)
         self._count(client, waiting=1)
         # Adapters first: a tenant's place is that of its first adapter.
         for level, each in self._levels(client):
@@ -335,21 +334,3 @@ class FairQueue:
                 assert not client.is_aside, "a client stands aside between steps"
         assert sum(t.num_waiting for t in self.tenants.clients.values()) == len(self._waiting)
         assert (self.first is None) == (not self._waiting), "nobody's turn comes"
-
-
-def _insert(requests: deque[Request], request: Request, *, is_new: bool) -> None:
-    """By priority, then by arrival; one that had begun is before those that came with it."""
-    rank = _rank(request)
-
-    def is_after(other: Request) -> bool:
-        return _rank(other) > rank or (not is_new and _rank(other) == rank)
-
-    if not requests or not is_after(requests[-1]):
-        requests.append(request)
-        return
-    index = next(i for i, other in enumerate(requests) if is_after(other))
-    requests.insert(index, request)
-
-
-def _rank(request: Request) -> tuple[int, float]:
-    return request.priority, request.arrived_at

@@ -6,20 +6,15 @@ the next one, and requests that arrive together at an idle server are in one ste
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush, heapreplace
 
 from toppings.bad_input import RequestError
 from toppings.cluster.batch_class import Held
-from toppings.cluster.dispatcher import Dispatcher
-from toppings.cluster.placement import PlacementSettings, make_placement
-from toppings.cluster.policies import PolicySettings, make_policy
-from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
+from toppings.cluster.snapshot import RequestSnapshot
 from toppings.sim.arrivals import Arrivals
-from toppings.sim.blocks import TraceNames
-from toppings.sim.instance import Instance
+from toppings.sim.fleet import make_instances, make_routers
 from toppings.sim.records import NEVER, InstanceTotals, Records, SimResult
 from toppings.sim.request import SimRequest
 from toppings.sim.run import Run
@@ -27,9 +22,6 @@ from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
 
 NUM_PROGRESS_CALLS = 100
-SEED_STRIDE = 1_000_003
-"""Between the seeds of routers of one run."""
-
 STEP_END, REPORT, KILL, PLAN, REBALANCE, END_OF_TIME = range(6)
 """Kinds of events; at one instant, in this order."""
 
@@ -60,11 +52,10 @@ class Simulator:
     def __init__(self, config: SimConfig, trace: Trace) -> None:
         self.config, self.trace = config, trace
         self.arrivals = Arrivals(config, trace)
-        self._shares = trace.blocks is not None and config.enable_prefix_caching == "on"
-        self.instances = [self._make_instance() for _ in range(config.num_instances)]
+        self.instances = make_instances(config, trace, self.arrivals)
         self._ids = [f"instance-{i}" for i in range(config.num_instances)]
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
-        self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
+        self.dispatchers = make_routers(config, self.arrivals, self._ids)
         self._held: list[Held[tuple[SimRequest, RequestSnapshot]]] = [Held() for _ in self.dispatchers]
         self.records = Records(self.arrivals.nums_to_generate)
         self._versions = [0] * config.num_instances
@@ -79,39 +70,6 @@ class Simulator:
             self._plan,
             self._rebalance,
         ]
-
-    def _make_instance(self) -> Instance:
-        blocks = self.trace.blocks if self._shares else None
-        names = None if blocks is None else TraceNames(blocks, self.config.page_size)
-        return Instance(self.config, self.arrivals.adapter_names, self.arrivals.adapter_bytes, names)
-
-    def _make_dispatcher(self, index: int) -> Dispatcher:
-        """Router `index`. It counts what it sent itself; row i of its fleet is instance i."""
-        config, everything = self.config, frozenset(self.arrivals.adapter_names)
-        seed = config.seed + index * SEED_STRIDE
-        return Dispatcher(
-            make_policy(
-                config.policy, PolicySettings(config.slo_tpt_ms, seed, config.candidates, config.slo_ttft_ms)
-            ),
-            (
-                InstanceSnapshot(
-                    instance_id=instance_id,
-                    perf_model=config.perf_model,
-                    kv_tokens_total=config.num_pages * config.page_size,
-                    max_num_seqs=config.max_num_seqs,
-                    adapter_bytes_total=math.inf if config.mode == "cached" else config.device_pool_bytes,
-                    on_device=everything if config.mode == "cached" else frozenset(),
-                    on_host=frozenset() if config.host_store_bytes else everything,
-                )
-                for instance_id in self._ids
-            ),
-            response_tokens=config.response_tokens,
-            snapshot_interval=round(config.snapshot_interval_s * NS_PER_S),
-            placement=make_placement(
-                config.placement, PlacementSettings(config.num_copies, config.slo_tpt_ms)
-            ),
-            ticks_per_s=NS_PER_S,
-        )
 
     def run(
         self, *, until_s: float = float("inf"), on_progress: Callable[[int], None] | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 from yarl import URL
 
 from toppings.cluster.router import replies
@@ -26,23 +26,16 @@ from toppings.cluster.router.answers import (
 )
 from toppings.cluster.router.exchange import EXCHANGE, account_of
 from toppings.cluster.router.flight import Flight
+from toppings.cluster.router.headers import request_headers, response_headers
 from toppings.cluster.router.spans import attempting, note_answer
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
-from toppings.request_ids import REQUEST_ID
-from toppings.slo import BATCH, SLO_CLASS_HEADER
-from toppings.tenants.book import TENANT_HEADER
-from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
-HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
-    | {"transfer-encoding", "upgrade", "host", "content-length", "expect"}
-)
 NO_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 BAD_GATEWAY = 502
 LARGE_BODY_BYTES = 2**20
@@ -116,7 +109,7 @@ async def _attempt(
     answer: aiohttp.ClientResponse | None = None
     try:
         answer, start, is_stream = await _open(state, http_request, flight, upstream)
-        headers = _response_headers(answer.headers, choice, account_of(http_request).tenant)
+        headers = response_headers(answer.headers, choice, account_of(http_request).tenant)
         note_answer(flight.attempt, answer.status)
         if not is_stream:
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
@@ -147,7 +140,7 @@ async def _open(
             answer = await state.session.post(
                 _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
-                headers=_request_headers(state, http_request, upstream, flight),
+                headers=request_headers(state, http_request, upstream, flight),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
                 trace_request_ctx=flight,
@@ -323,39 +316,3 @@ async def _cut(
         http_request.transport.abort()  # the only way to say that a plain body is not whole
     flight.is_cut, http_request[EXCHANGE].error = True, message
     flight.attempt.fail(reason)
-
-
-def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
-
-
-def _request_headers(
-    state: RouterState, request: web.Request, upstream: Upstream, flight: Flight
-) -> CIMultiDict[str]:
-    """The client's own, with the id that its attempts have in common, the servers' key, and who asks. Keys
-    that the router asks for, a tenant's or its administrator's, are for it alone."""
-    kept, tenant = _end_to_end(request.headers), account_of(request).tenant
-    kept[REQUEST_ID] = flight.client_id
-    key = upstream.settings.upstream_api_key
-    for name in (
-        TENANT_HEADER,
-        *(("X-Api-Key", "Authorization") if key or state.config.asks_for_keys else ()),
-    ):
-        kept.popall(name, None)
-    if key:
-        kept["Authorization"] = f"Bearer {key}"
-    kept.update(upstream.headers_for(tenant))
-    if flight.request.is_batch:
-        kept[SLO_CLASS_HEADER] = BATCH
-    flight.attempt.inject(kept)
-    return kept
-
-
-def _response_headers(headers: CIMultiDictProxy[str], choice: Choice, tenant: Tenant) -> CIMultiDict[str]:
-    """Which server it was is for administrators to know."""
-    kept = _end_to_end(headers)
-    if tenant.is_admin:
-        kept["X-Toppings-Instance"] = choice.instance_id
-    if choice.breaks_slo:
-        kept["X-Toppings-SLO"] = "at-risk"
-    return kept
