@@ -136,6 +136,16 @@ def check_scheduling_step(result: Result) -> None:
         assert 0 < row["fair"]["schedule_us"] <= row["fair"]["all_us"]
 
 
+def check_plain_cost(result: Result) -> None:
+    assert result["against"] == "itself"
+    assert set(result["loads"]) == {
+        f"{name}, {kind}" for name in ("base", "plain LoRA") for kind in ("decode", "prefill")
+    }
+    for row in result["loads"].values():
+        assert row["now_ms"] > 0 < row["before_ms"]
+        assert len(row["rounds"]) == 3
+
+
 def check_lookup_decoding(result: Result) -> None:
     for load in ("edit", "free"):
         assert result[load]["speedup"] > 0
@@ -157,6 +167,7 @@ def check_engine_kills(result: Result) -> None:
 
 CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
+    "plain_cost": check_plain_cost,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,

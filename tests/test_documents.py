@@ -19,6 +19,7 @@ from tests.engine.driver import drive
 from tests.engine.oracle import make_model
 from toppings import command
 from toppings.adapters.merges import METHODS
+from toppings.adapters.text_files import SPECIAL_NAMES
 from toppings.cluster.placement import PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.cluster.ray_serve.settings import FleetConfig
@@ -261,6 +262,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
         *OF_TOOLS,
         *OF_MERGES,
         *OF_RECORDS,
+        *SPECIAL_NAMES,
     }
     known |= set(
         re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))

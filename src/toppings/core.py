@@ -135,6 +135,8 @@ class Request:
     num_kept_tokens: int = 0
     num_cached_tokens: int = 0
     adapter_start: int = 0
+    vocab_size: int = 0
+    end_token_ids: tuple[int, ...] = ()
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0

@@ -83,6 +83,11 @@ class CheckpointPlan:
         ]
 
     @property
+    def vocab_size(self) -> int:
+        """The adapter's tokens; 0 where they are no more than the base model's."""
+        return self._outer.vocab_size
+
+    @property
     def keys(self) -> set[str]:
         return self._outer.keys | {key for keys in self._keys.values() for key in keys.values()}
 

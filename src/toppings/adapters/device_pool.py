@@ -14,6 +14,7 @@ import torch
 from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
 from toppings.adapters.layout import (
     BLOCK_ALIGNMENT_BYTES,
+    VOCABULARY,
     AdapterLayout,
     LayerLayout,
     gain_name,
@@ -143,6 +144,11 @@ class DevicePool:
     def has_outer(self, slots: Iterable[int]) -> bool:
         """Any adapter of `slots` has something outside the projections; -1 is no adapter."""
         return any(self._placements[slot].layout.has_outer for slot in slots if slot >= 0)
+
+    def num_tokens_of(self, slot: int) -> int:
+        """Those of the adapter's own vocabulary; 0 where it has as many as the base model."""
+        found = self._placements[slot].layout.layers[0].find_extra(VOCABULARY)
+        return 0 if found is None else found[1][0]
 
     def find_extra(self, slot: int, layer: int, name: str) -> torch.Tensor | None:
         """A view of `arena`, where it stays until the pool changes."""

@@ -24,6 +24,9 @@ The first layer's block has those of the embedding besides, the last one's those
 | `embed_tokens.gain`, `lm_head.gain`, `lm_head.offset` | [hidden], [vocabulary] | as above |
 | `norm` | [hidden] | stands for the norm behind the last layer |
 | `lm_head.tied` | [0] | the output layer has the embedding's own weight or rows |
+
+An adapter with more tokens than the base model has their number in the first block: `vocabulary`, of shape
+[n, 0]. What is [vocabulary, ...] above has that many rows, and `ids` name rows up to there.
 """
 
 import json
@@ -45,6 +48,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 EMBED, HEAD, NORM, TIED = "embed_tokens", "lm_head", "norm", "lm_head.tied"
+VOCABULARY = "vocabulary"
 
 
 def gain_name(module: int) -> str:

@@ -195,6 +195,11 @@ def _check_kind(record: AdapterRecord, header: PackedHeader, method: str) -> Non
             f"adapter {record.name!r} is an activated LoRA, which acts on a part of the prompt alone; it "
             "cannot be merged"
         )
+    if record.vocabulary is not None and record.vocabulary.tokens:
+        raise AdapterError(
+            f"adapter {record.name!r} has tokens of its own, which its sum with others would not have; it "
+            "cannot be merged"
+        )
     if (extra := next((name for each in header.layout.layers for name, _ in each.extras), None)) is not None:
         raise AdapterError(
             f"adapter {record.name!r} has {_named(extra)} beside A and B, which has no weighted sum; only "

@@ -130,7 +130,7 @@ class ModelRunner:
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: Sequence[CapturedSteps] = ()  # likewise
-        self.rows = SamplingRows(decoder.config.eos_token_ids, decoder.config.vocab_size)
+        self.rows = SamplingRows(decoder.config.eos_token_ids)
         self.out_offsets = decoder.config.group_out_offsets()
 
     @torch.inference_mode()

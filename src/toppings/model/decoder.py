@@ -271,7 +271,9 @@ class Decoder:
         return logits
 
     def _embed_tokens(self, input_ids: Tensor, own: OwnLayers | None) -> Tensor:
-        x = functional.embedding(input_ids, self._embed)
+        # An adapter's own tokens have rows of its own.
+        known = input_ids if own is None else input_ids.clamp(max=self._embed.shape[0] - 1)
+        x = functional.embedding(known, self._embed)
         if own is not None:
             own.embed(input_ids, x)
         return x if self._embedding_multiplier == 1.0 else x.mul_(self._embedding_multiplier)

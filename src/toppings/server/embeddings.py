@@ -140,7 +140,7 @@ async def _job(
 ) -> Job:
     is_special = body.add_special_tokens is not False
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, 0)
-    prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)
+    prompts = await tokens_of(state, target, given, add_special_tokens=is_special, num_last=num_last)
     sampling = SamplingParams(max_tokens=0, pooling=Pooling(body.pooling or "last"))
     return Job(
         state=state,

@@ -117,7 +117,7 @@ async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, 
         state=state,
         target=target,
         started_at=lease.started_at,
-        prompts=await tokens_of(state, [body.inputs]),
+        prompts=await tokens_of(state, target, [body.inputs]),
         sampling=body.parameters.sampling(state, has_logprobs=has_logprobs),
         standing=Standing(priority=body.parameters.priority or 0),
     )

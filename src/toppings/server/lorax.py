@@ -195,12 +195,12 @@ async def _target(state: ServerState, parameters: Parameters) -> Target:
 
 async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, has_logprobs: bool) -> Job:
     parameters = body.parameters
-    structure = await checked_structure(state, parameters.structure())
+    structure = await checked_structure(state, target, parameters.structure())
     return Job(
         state=state,
         target=target,
         started_at=lease.started_at,
-        prompts=await tokens_of(state, [body.inputs]),
+        prompts=await tokens_of(state, target, [body.inputs]),
         sampling=parameters.sampling(has_logprobs=has_logprobs, structure=structure),
         standing=Standing(priority=parameters.priority or 0),
     )

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -13,6 +13,7 @@ from fastapi import Request
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.vocabulary import Vocabulary
 from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
@@ -69,6 +70,10 @@ class Target:
 
     name: str
     adapter_id: int | None = None
+    vocabulary: Vocabulary | None = None
+    """Its own, where it has one."""
+    text: TextModel | None = None
+    """That of its own vocabulary, once `find_target` has made it."""
 
 
 class Lease:
@@ -196,7 +201,19 @@ class ServerState:
             raise self.unknown(model or self.base_name)
         if model and model != self.base_name and self.resolver is not None:
             await self.resolver.resolve(model, kind=kind, token=token)
-        return self.target(model)
+        target = self.target(model)
+        if target.vocabulary is None:
+            return target
+        loop = asyncio.get_running_loop()
+        return replace(target, text=await loop.run_in_executor(self.threads, self.text.of, target.vocabulary))
+
+    def text_of(self, target: Target) -> TextModel:
+        """Tokens of its requests to text and back."""
+        return target.text or self.text
+
+    def vocab_size_of(self, target: Target) -> int:
+        own = target.vocabulary
+        return self.client.info.vocab_size if own is None else own.size or self.client.info.vocab_size
 
     def target(self, model: str | None) -> Target:
         """Raises ApiError 404 for a model that is not served; no name means the base model."""
@@ -206,7 +223,7 @@ class ServerState:
         if record is None:
             raise self.unknown(model)
         self._names.note(record.adapter_id, model)
-        return Target(model, record.adapter_id)
+        return Target(model, record.adapter_id, record.vocabulary)
 
     def unknown(self, model: str) -> ApiError:
         """404, the same for a model that there is not and for one that who asks may not see."""
