@@ -21,10 +21,10 @@ from toppings.ops.cpu_bits import (
     prefetch,
     put,
 )
-from toppings.ops.cpu_code_tiles import BLOCK, BLOCK_GROUPS, BYTES, EIGHTH, HALF, code_tile
+from toppings.ops.cpu_code_tiles import BLOCK, BLOCK_GROUPS, BYTES, EIGHTH, HALF, code_tile, int4_place
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 from toppings.ops.cpu_stream import TASK_COLUMNS
-from toppings.ops.cpu_tiles import LANES, STEP
+from toppings.ops.cpu_tiles import LANES
 from toppings.ops.quantized import GROUP
 
 Halves = NDArray[np.uint16]
@@ -92,7 +92,7 @@ def _read_groups(xs: Halves, to: int, block: Any, start: int, num_blocks: int) -
         place = to + g // BLOCK_GROUPS * BLOCK + g % BLOCK_GROUPS * EIGHTH
         for k in range(min(GROUP, num_in - first)):
             source = start + (np.int64(load(order, first + k)) if has_order else first + k)
-            copy(xs, place + k // EIGHTH * STEP + k % EIGHTH, x, source)
+            copy(xs, place + int4_place(k), x, source)
             total += load(x, source)
         sums[g >> shift] += total
 
