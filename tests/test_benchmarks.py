@@ -153,6 +153,21 @@ def check_lookup_decoding(result: Result) -> None:
         assert 0 <= result[load]["accepted"] <= 1
 
 
+def check_cpu_decode(result: Result) -> None:
+    forms = result["forms"]
+    assert forms["none"]["over_bf16"] == 1.0
+    assert forms["int4"]["floor_ms"] < forms["int8"]["floor_ms"] < forms["none"]["floor_ms"]
+    assert all(each["cpu_ms"] >= each["recorded_ms"] for each in forms.values())
+    if dispatch.USE_NUMBA:
+        assert forms["int8"]["recorded_ms"] > 0
+
+
+def check_start_time(result: Result) -> None:
+    (times,) = result["starts"].values()
+    assert times["ready_s"] > 0
+    assert times["cpu_s"] > 0
+
+
 def check_dashboard(result: Result) -> None:
     assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
@@ -168,6 +183,8 @@ def check_engine_kills(result: Result) -> None:
 CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
     "plain_cost": check_plain_cost,
+    "cpu_decode": check_cpu_decode,
+    "start_time": check_start_time,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,

@@ -194,14 +194,15 @@ class Decoder:
 
     def has_kernels(self, num_rows: int) -> bool:
         """Products of 1 to `num_rows` rows are kernels of ours."""
-        return all(each.has_kernel(num_rows) for each in self._products())
+        return all(each.has_kernel(num_rows) for each in self.products())
 
     def quantized_kinds(self) -> list[QuantizedLinear]:
         """A product of each kind of weights with 8 or 4 bits."""
-        products = (each for each in self._products() if isinstance(each, QuantizedLinear))
+        products = (each for each in self.products() if isinstance(each, QuantizedLinear))
         return list({(each.weight.bits, each.weight.scales.dtype): each for each in products}.values())
 
-    def _products(self) -> Iterator[Linear | QuantizedLinear]:
+    def products(self) -> Iterator[Linear | QuantizedLinear]:
+        """Of all layers, and the output layer's."""
         for layer in self._layers:
             yield from layer.projections.values()
             if layer.experts is not None:

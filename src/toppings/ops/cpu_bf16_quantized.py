@@ -21,10 +21,10 @@ from toppings.ops.cpu_bits import (
     prefetch,
     put,
 )
-from toppings.ops.cpu_code_tiles import BLOCK, BLOCK_GROUPS, BYTES, EIGHTH, HALF, code_tile
+from toppings.ops.cpu_code_tiles import BLOCK, BLOCK_GROUPS, BYTES, EIGHTH, HALF, code_tile, int4_place
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 from toppings.ops.cpu_stream import TASK_COLUMNS
-from toppings.ops.cpu_tiles import LANES, STEP
+from toppings.ops.cpu_tiles import LANES
 from toppings.ops.quantized import GROUP
 
 Halves = NDArray[np.uint16]
@@ -33,6 +33,15 @@ _TILE_ROWS = 4
 _LINE, _AHEAD = 64, 4096  # bytes: of a cache line, and how far on codes are asked for
 
 _tile_1, _tile_2, _tile_3, _tile_4 = (code_tile(rows) for rows in (1, 2, 3, 4))
+
+
+@helper
+def _rows(size: int) -> Halves:
+    """Zeros from the start of a cache line on: registers that are read across two lines take twice as
+    long."""
+    zeros = np.zeros(size + _LINE // 2, np.uint16)
+    start = -zeros.ctypes.data % _LINE // 2
+    return zeros[start : start + size]
 
 
 @helper
@@ -71,7 +80,7 @@ def int8_linear(block: Any) -> None:
     """As `cpu_quantized.int8_linear`, for few rows of bfloat16."""
     x, num_rows, num_in = elements(block, 1), integer(block, 6), integer(block, 8)
     stride = (num_in + BYTES - 1) // BYTES * BYTES
-    xs, task = np.zeros(num_rows * stride, np.uint16), claim(block)
+    xs, task = _rows(num_rows * stride), claim(block)
     if task >= 0:
         for i in range(num_rows):
             for k in range(num_in):
@@ -92,7 +101,7 @@ def _read_groups(xs: Halves, to: int, block: Any, start: int, num_blocks: int) -
         place = to + g // BLOCK_GROUPS * BLOCK + g % BLOCK_GROUPS * EIGHTH
         for k in range(min(GROUP, num_in - first)):
             source = start + (np.int64(load(order, first + k)) if has_order else first + k)
-            copy(xs, place + k // EIGHTH * STEP + k % EIGHTH, x, source)
+            copy(xs, place + int4_place(k), x, source)
             total += load(x, source)
         sums[g >> shift] += total
 
@@ -108,7 +117,7 @@ def _int4(block: Any, scales: Pointer, offsets: Pointer) -> None:
     num_blocks = (num_groups + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     num_scales = num_groups >> shift
     stride = num_blocks * BLOCK + 2 * ((num_scales + LANES - 1) // LANES * LANES)
-    xs, task = np.zeros(num_rows * stride, np.uint16), claim(block)
+    xs, task = _rows(num_rows * stride), claim(block)
     if task >= 0:
         for i in range(num_rows):
             _read_groups(xs, i * stride, block, i * num_in, num_blocks)

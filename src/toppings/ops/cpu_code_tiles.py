@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.core.cgutils import ir
 from numba.extending import intrinsic
 
+from toppings.ops.cpu_bits import helper
 from toppings.ops.cpu_tiles import LANES, STEP, add_products, data_of, see, total_of
 from toppings.ops.quantized import GROUP
 
@@ -31,8 +32,6 @@ _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatT
 _FLAGS = ("reassoc", "contract")
 _CODES, _PAIRS, _SUMS = ir.VectorType(_I8, BYTES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 _INTEGERS = [int(bits) >> 16 for bits in np.arange(16, dtype=np.float32).view(np.uint32)]  # as bfloat16
-_LOWER = [place for lane in range(0, BYTES, 16) for i in range(8) for place in (lane + i, BYTES + lane + i)]
-_UPPER = [place + 8 for place in _LOWER]
 
 
 def _first(builder: Any, count: Any, lanes: int) -> Any:
@@ -63,23 +62,28 @@ def _mix(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(places)), places))
 
 
-def _look_up(builder: Any, table: list[int], codes: Any) -> Any:
-    """Of 16 bytes, those that `codes` name."""
-    signature = ir.FunctionType(_CODES, [_CODES, _CODES])
-    name = "llvm.x86.avx512.pshuf.b.512"
+def _look_up(builder: Any, table: list[int], words: Any) -> Any:
+    """bfloat16, of a table of 16 those that the lowest four bits of each word name. (The instruction takes
+    five bits, for 32 entries: here both halves are the same.)"""
+    signature = ir.FunctionType(words.type, [words.type, words.type])
+    name = "llvm.x86.avx512.permvar.hi.512"
     instruction = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(instruction, [ir.Constant(_CODES, table * (BYTES // 16)), codes])
+    return builder.bitcast(builder.call(instruction, [ir.Constant(words.type, table * 2), words]), _PAIRS)
 
 
 def _int4_pairs(builder: Any, codes: Any) -> list[Any]:
-    """Four registers of bfloat16: quarter q of the i-th has the elements 8 i on of the q-th group."""
-    lower = builder.and_(codes, ir.Constant(_CODES, [15] * BYTES))
-    upper = builder.lshr(codes, ir.Constant(_CODES, [4] * BYTES))
-    pairs = []
-    for half in (lower, upper):
-        low, high = (_look_up(builder, [bits >> shift & 255 for bits in _INTEGERS], half) for shift in (0, 8))
-        pairs += [builder.bitcast(_mix(builder, low, high, places), _PAIRS) for places in (_LOWER, _UPPER)]
-    return pairs
+    """Four registers of bfloat16, of which the i-th has the i-th four bits of each word; `int4_place` says
+    which elements these are."""
+    words = builder.bitcast(codes, ir.VectorType(_I16, STEP))
+    shifts = (ir.Constant(words.type, [4 * i] * STEP) for i in range(4))
+    return [_look_up(builder, _INTEGERS, builder.lshr(words, shift)) for shift in shifts]
+
+
+@helper
+def int4_place(k: int) -> int:
+    """Where element k of a block's first group is in the four registers; the next group's is EIGHTH further
+    on."""
+    return (k % 2 * 2 + k // HALF) * STEP + k % HALF // 2
 
 
 def _int8_pairs(builder: Any, codes: Any) -> list[Any]:
