@@ -13,7 +13,7 @@ from toppings.model.config import ModelConfig
 from toppings.model.weights import read_weights
 from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
-from toppings.ops.experts import Experts
+from toppings.ops.experts import ExpertLinears, ExpertLora, Experts
 from toppings.ops.linear import Linear, QuantizedLinear
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.quantized import BITS, quantize
@@ -44,6 +44,12 @@ class OwnLayers(Protocol):
 
     def head_norms(self, layer: int, num_rows: int, base: HeadNorm) -> list[tuple[slice, HeadNorm]]:
         """Norms of queries and keys of all rows, cut where they change."""
+
+
+class StepExpertLora(Protocol):
+    """What adapters have on experts and routers."""
+
+    def of_layer(self, layer: int) -> ExpertLora: ...
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,7 @@ class _Layer:
 
 def _take_experts(weights: dict[str, Tensor], prefix: str, config: ModelConfig, bits: int | None) -> Experts:
     gate_up, down = (
-        [
-            _linear(each, None, bits)
-            for each in weights.pop(f"{prefix}experts.{group}.weight").chunk(config.num_experts)
-        ]
+        ExpertLinears(weights.pop(f"{prefix}experts.{group}.weight"), config.num_experts, bits)
         for group in ("gate_up", "down")
     )
     router, activation = Linear(weights.pop(prefix + "router.weight")), ACTIVATIONS[config.activation]
@@ -128,6 +131,7 @@ class _Step:
     meta: AttentionMetadata
     lora: LoraContext | None
     own: OwnLayers | None
+    experts: StepExpertLora | None
 
 
 class Decoder:
@@ -190,7 +194,10 @@ class Decoder:
         return self._embed.device
 
     def has_kernels(self, num_rows: int) -> bool:
-        """Products of 1 to `num_rows` rows are kernels of ours."""
+        """All of a step of 1 to `num_rows` rows is kernels of ours, whatever the rows hold: which experts are
+        asked for is looked at on the host."""
+        if self.config.has_experts:
+            return False
         projections = (each for layer in self._layers for each in layer.projections.values())
         return all(each.has_kernel(num_rows) for each in (*projections, self._lm_head))
 
@@ -217,6 +224,7 @@ class Decoder:
         rows: Tensor,
         lora: LoraContext | None = None,
         own: OwnLayers | None = None,
+        experts: StepExpertLora | None = None,
     ) -> Tensor:
         """One step: writes the tokens' keys and values to the cache, returns final hidden states, normalised
         as the output layer reads them, [R, hidden] of the model's dtype.
@@ -224,7 +232,7 @@ class Decoder:
         input_ids, positions: int64 [T], rows as `meta` groups them; rows: int64 [R], those to return.
         """
         turns = [rope.cos_sin(positions) for rope in self._ropes]
-        step, residual = _Step(turns, cache, meta, lora, own), self._embed_tokens(input_ids, own)
+        step, residual = _Step(turns, cache, meta, lora, own, experts), self._embed_tokens(input_ids, own)
         x: Tensor | None = None
         for index, layer in enumerate(self._layers):
             attention_in, attention_out, mlp_in, mlp_out = layer.norms
@@ -307,7 +315,7 @@ class Decoder:
 
     def _feed_forward(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         if layer.experts is not None:
-            return layer.experts(x)
+            return layer.experts(x, None if step.experts is None else step.experts.of_layer(index))
         return self._project(step, index, "down", self._gate(self._project(step, index, "gate_up", x)))
 
     def _rotate_and_store(self, step: _Step, index: int, layer: _Layer, qkv: Tensor) -> None:
