@@ -136,6 +136,14 @@ def check_lookup_decoding(result: Result) -> None:
         assert 0 <= result[load]["accepted"] <= 1
 
 
+def check_moe(result: Result) -> None:
+    assert set(result["tokens_per_s_over_transformers"]) == {"one", "eight"}
+    assert all(
+        case["tokens_per_s"] > 0 for side in ("ours", "transformers") for case in result[side].values()
+    )
+    assert set(result["lora_step_over_plain"]) == {"one_experts", "eight_attention", "eight_experts"}
+
+
 def check_dashboard(result: Result) -> None:
     assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
@@ -150,6 +158,7 @@ def check_engine_kills(result: Result) -> None:
 
 CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
+    "moe": check_moe,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,
