@@ -168,6 +168,14 @@ def check_start_time(result: Result) -> None:
     assert times["cpu_s"] > 0
 
 
+def check_moe(result: Result) -> None:
+    assert set(result["tokens_per_s_over_transformers"]) == {"one", "eight"}
+    assert all(
+        case["tokens_per_s"] > 0 for side in ("ours", "transformers") for case in result[side].values()
+    )
+    assert set(result["lora_step_over_plain"]) == {"one_experts", "eight_attention", "eight_experts"}
+
+
 def check_dashboard(result: Result) -> None:
     assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
@@ -185,6 +193,7 @@ CHECKS: dict[str, Callable[[Result], None]] = {
     "plain_cost": check_plain_cost,
     "cpu_decode": check_cpu_decode,
     "start_time": check_start_time,
+    "moe": check_moe,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,

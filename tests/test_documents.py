@@ -26,7 +26,7 @@ from toppings.cluster.ray_serve.settings import FleetConfig
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import MODES, EngineConfig, ServerConfig
-from toppings.core import FUSED_MODULES
+from toppings.core import FUSED_MODULES, MODULES
 from toppings.engine.assist import Assist
 from toppings.messages import EngineStats
 from toppings.model.families import Family
@@ -252,6 +252,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
     known = {field.name for each in (*SETTINGS, SamplingParams, Family, *of_peft) for field in fields(each)}
     known |= {
         *MODES,
+        *MODULES,
         *POLICIES,
         *PLACEMENTS,
         *stats.counters,

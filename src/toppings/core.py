@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 from toppings.bad_input import MAX_INT, RequestError, shown
 from toppings.sampling_params import SamplingParams
@@ -31,6 +32,24 @@ def stored_modules(*, is_fused: bool, has_experts: bool) -> dict[str, tuple[int,
         for made, name in sorted(own.items())
         if made[0] < 4 or not has_experts
     }
+
+
+class ExpertNames(NamedTuple):
+    """A layer's modules by the names that the checkpoint gives them; {} is an expert's number."""
+
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{}.gate_proj"
+    up: str = "mlp.experts.{}.up_proj"
+    down: str = "mlp.experts.{}.down_proj"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a layer has of experts, each of the sizes of `gate_proj`, `up_proj` and `down_proj`."""
+
+    num_experts: int
+    num_per_token: int
+    names: ExpertNames
 
 
 MAX_SALT_CHARS = 1024

@@ -13,7 +13,7 @@ from toppings.adapters.base_weights import BaseWeights
 from toppings.adapters.checkpoint_plan import CheckpointPlan, Place
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.folding import ProjectionWeights
-from toppings.adapters.layout import EMBED, HEAD, BaseShapes, gain_name, offset_name
+from toppings.adapters.layout import BaseShapes, gain_name, offset_name, ranks_of_extras
 from toppings.adapters.peft_config import CONFIG_FILE, PeftConfig
 from toppings.adapters.pickled import PICKLES
 from toppings.adapters.regular_files import open_regular
@@ -64,9 +64,9 @@ class AdapterCheckpoint:
         return ranks
 
     def outer_ranks(self) -> dict[str, int]:
-        """Of the embedding and the output layer, where they have a LoRA."""
-        found = {name: tensor for each in self.outer.values() for name, tensor in each.items()}
-        return {name: found[f"{name}.B"].shape[0] for name in (EMBED, HEAD) if f"{name}.B" in found}
+        """Of what has a LoRA outside the projections."""
+        tensors = (extra for each in self.outer.values() for extra in each.items())
+        return ranks_of_extras((name, tuple(tensor.shape)) for name, tensor in tensors)
 
     def extras(self, layer: int) -> dict[str, "torch.Tensor"]:
         """What the layer has beside A and B, by name, as `layout.LayerLayout` calls it."""

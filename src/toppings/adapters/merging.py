@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.layout import AdapterLayout, BaseShapes
+from toppings.adapters.layout import EXPERTS, ROUTER, AdapterLayout, BaseShapes
 from toppings.adapters.merges import CAT, ELECTING, FREQUENCY, RANDOM, TIES, Merge
 from toppings.adapters.packed import PackedAdapter, PackedHeader, check_magnitudes
 from toppings.adapters.peft_kinds import MAX_RANK
@@ -216,6 +216,8 @@ def _named(extra: str) -> str:
     module, _, kind = extra.partition(".")
     if module in MODULES:
         return f"{extra} (DoRA)" if kind == "gain" else f"{extra} (lora_bias or DoRA)"
+    if module in (EXPERTS, ROUTER):
+        return f"{extra} (LoRA of experts or routers)"
     return f"{extra} (modules_to_save, trained tokens or a LoRA outside the projections)"
 
 

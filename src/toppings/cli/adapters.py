@@ -211,7 +211,7 @@ def check_adapter(path: Path, model: Model = "") -> None:
     engine_config = EngineConfig(model=model)
     directory = model_path(engine_config)
     model_config = ModelConfig.from_checkpoint(directory)
-    shapes = BaseShapes(*model_config.base_shapes(), model_config.is_fused, model_config.has_experts)
+    shapes = BaseShapes(*model_config.base_shapes(), model_config.is_fused, model_config.mixture)
     weights = base_weights(engine_config, model_config)
     checkpoint = read_checkpoint(path, shapes, base=weights)
     ranks = checkpoint.ranks()

@@ -106,7 +106,7 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
         registry = AdapterRegistry(
             state_dir(config),
             served_model_name(config),
-            BaseShapes(*model.base_shapes(), model.is_fused, model.has_experts),
+            BaseShapes(*model.base_shapes(), model.is_fused, model.mixture),
             dtype_name(config, model),
             identity=base_identity(config),
             base_names=base_names(config),

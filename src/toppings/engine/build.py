@@ -186,7 +186,7 @@ def _build_engine(
     # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
     has_kernels = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
     if graphs is None and has_kernels and config.cuda_graphs != "off" and not model.has_experts:
-        graphs = CudaGraphs()  # who goes to which expert is asked for on the host
+        graphs = CudaGraphs()  # not yet tried with experts
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.model.config import ModelConfig
-from toppings.model.projections import HEAD_BITS, experts, linear
+from toppings.model.projections import HEAD_BITS, experts
 from toppings.model.weights import read_quantized, read_weights
 from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
-from toppings.ops.experts import Experts
-from toppings.ops.linear import Linear, QuantizedLinear
+from toppings.ops.experts import ExpertLora, Experts
+from toppings.ops.linear import Linear, QuantizedLinear, linear
 from toppings.ops.norm import add_rms_norm_, rms_norm
 from toppings.ops.quantized import BITS, QuantizedWeight
 from toppings.ops.rope import HeadNorm, Rope, rotate_and_store_
@@ -46,6 +46,12 @@ class OwnLayers(Protocol):
 
     def head_norms(self, layer: int, num_rows: int, base: HeadNorm) -> list[tuple[slice, HeadNorm]]:
         """Norms of queries and keys of all rows, cut where they change."""
+
+
+class StepExpertLora(Protocol):
+    """What adapters have on experts and routers."""
+
+    def of_layer(self, layer: int) -> ExpertLora: ...
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class _Step:
     meta: AttentionMetadata
     lora: LoraContext | None
     own: OwnLayers | None
+    experts: StepExpertLora | None
 
 
 class Decoder:
@@ -193,8 +200,9 @@ class Decoder:
         return self._embed.device
 
     def has_kernels(self, num_rows: int) -> bool:
-        """Products of 1 to `num_rows` rows are kernels of ours."""
-        return all(each.has_kernel(num_rows) for each in self.products())
+        """All of a step of 1 to `num_rows` rows is kernels of ours, whatever the rows hold: which experts are
+        asked for is looked at on the host."""
+        return not self.config.has_experts and all(each.has_kernel(num_rows) for each in self.products())
 
     def quantized_kinds(self) -> list[QuantizedLinear]:
         """A product of each kind of weights with 8 or 4 bits."""
@@ -202,11 +210,11 @@ class Decoder:
         return list({(each.weight.bits, each.weight.scales.dtype): each for each in products}.values())
 
     def products(self) -> Iterator[Linear | QuantizedLinear]:
-        """Of all layers, and the output layer's."""
+        """Of all layers, and the output layer's; not those of experts on a GPU."""
         for layer in self._layers:
             yield from layer.projections.values()
             if layer.experts is not None:
-                yield from (*layer.experts.gate_up, *layer.experts.down)
+                yield from (*layer.experts.gate_up.linears, *layer.experts.down.linears)
         yield self._lm_head
 
     @torch.inference_mode()
@@ -232,6 +240,7 @@ class Decoder:
         rows: Tensor,
         lora: LoraContext | None = None,
         own: OwnLayers | None = None,
+        experts: StepExpertLora | None = None,
     ) -> Tensor:
         """One step: writes the tokens' keys and values to the cache, returns final hidden states, normalised
         as the output layer reads them, [R, hidden] of the model's dtype.
@@ -239,7 +248,7 @@ class Decoder:
         input_ids, positions: int64 [T], rows as `meta` groups them; rows: int64 [R], those to return.
         """
         turns = [rope.cos_sin(positions) for rope in self._ropes]
-        step, residual = _Step(turns, cache, meta, lora, own), self._embed_tokens(input_ids, own)
+        step, residual = _Step(turns, cache, meta, lora, own, experts), self._embed_tokens(input_ids, own)
         x: Tensor | None = None
         for index, layer in enumerate(self._layers):
             attention_in, attention_out, mlp_in, mlp_out = layer.norms
@@ -324,7 +333,7 @@ class Decoder:
 
     def _feed_forward(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         if layer.experts is not None:
-            return layer.experts(x)
+            return layer.experts(x, None if step.experts is None else step.experts.of_layer(index))
         return self._project(step, index, "down", self._gate(self._project(step, index, "gate_up", x)))
 
     def _rotate_and_store(self, step: _Step, index: int, layer: _Layer, qkv: Tensor) -> None:

@@ -6,31 +6,19 @@ from torch import Tensor
 
 from toppings.model.config import ModelConfig
 from toppings.ops.activation import ACTIVATIONS
-from toppings.ops.experts import Experts
-from toppings.ops.linear import Linear, QuantizedLinear
-from toppings.ops.quantized import QuantizedWeight, quantize
+from toppings.ops.experts import ExpertLinears, Experts
+from toppings.ops.linear import Linear
+from toppings.ops.quantized import QuantizedWeight
 
 HEAD_BITS = 8
 """Of the output layer of a quantised model: logits come straight from it (4 bits there were not measured)."""
-
-
-def linear(
-    weight: Tensor | QuantizedWeight, bias: Tensor | None, bits: int | None
-) -> Linear | QuantizedLinear:
-    """With the weight as it is where `bits` is None. Raises ValueError as `quantize`."""
-    if isinstance(weight, QuantizedWeight):
-        return QuantizedLinear(weight, bias)
-    return Linear(weight, bias) if bits is None else QuantizedLinear(quantize(weight, bits), bias)
 
 
 def experts(
     take: Callable[[str], Tensor | QuantizedWeight], prefix: str, config: ModelConfig, bits: int | None
 ) -> Experts:
     gate_up, down = (
-        [
-            linear(each, None, bits)
-            for each in take(f"{prefix}experts.{group}.weight").chunk(config.num_experts)
-        ]
+        ExpertLinears(take(f"{prefix}experts.{group}.weight"), config.num_experts, bits)
         for group in ("gate_up", "down")
     )
     router = take(prefix + "router.weight")

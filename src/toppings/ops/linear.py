@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from toppings.ops.dispatch import bf16_kernels, kernels
 from toppings.ops.products import Forms, forms_for, is_widened, mm_widened, quantized_forms
-from toppings.ops.quantized import GROUP, QuantizedWeight
+from toppings.ops.quantized import GROUP, QuantizedWeight, quantize
 
 USE_PACKED = True
 """Pack weights where the operators work (`packed_reason` says whether and why)."""
@@ -190,3 +190,12 @@ class QuantizedLinear:
             x, num_tasks, self.num_out * self.num_in, y, x, weight.codes, weight.scales, offsets, bias, *shape
         )
         return y
+
+
+def linear(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None, bits: int | None
+) -> Linear | QuantizedLinear:
+    """With the weight as it is where `bits` is None. Raises ValueError as `quantize`."""
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedLinear(weight, bias)
+    return Linear(weight, bias) if bits is None else QuantizedLinear(quantize(weight, bits), bias)
