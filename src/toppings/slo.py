@@ -17,6 +17,7 @@ def is_batch(asked: str | None, tenants: str = INTERACTIVE) -> bool:
     """Whether a request is, by the class that its header asks for and by its tenant's: where that is batch,
     all are. Raises ValueError for a class that there is not.
     """
-    if asked is not None and asked not in SLO_CLASSES:
+    asked = asked.strip().lower() if asked is not None else ""
+    if asked and asked not in SLO_CLASSES:
         raise ValueError(f"{SLO_CLASS_HEADER} is {shown(repr(asked))}; it must be {' or '.join(SLO_CLASSES)}")
     return BATCH in (asked, tenants)

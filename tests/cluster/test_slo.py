@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import until
-from toppings.cluster.batch_class import BATCH_SHARE
+from toppings.cluster.batch_class import BATCH_SHARE, MAX_TRIED, Held
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import PolicySettings, make_policy
@@ -125,8 +125,69 @@ def test_an_idle_server_takes_a_batch_request_that_breaks_the_objectives() -> No
 def test_classes_by_header_and_tenant() -> None:
     assert [is_batch(asked) for asked in (None, INTERACTIVE, BATCH)] == [False, False, True]
     assert [is_batch(asked, BATCH) for asked in (None, INTERACTIVE, BATCH)] == [True, True, True]
+    assert [is_batch(asked) for asked in (" Batch", "", " ")] == [True, False, False]
     with pytest.raises(ValueError, match="is 'bulk'; it must be interactive or batch"):
         is_batch("bulk")
+
+
+# --- who waits ---
+
+
+def test_tenants_are_in_turn_by_their_weights_and_a_tenants_models_too() -> None:
+    held = Held[str]()
+    for i in range(8):
+        held.add(f"a{i}", "a", "m", 1.0)
+        held.add(f"b{i}", "b", "m" if i % 2 else "n", 3.0)
+    placed: list[str] = []
+
+    def place(request: str) -> bool:
+        placed.append(request)
+        return len(placed) <= 8
+
+    held.look(place)
+    assert [name[0] for name in placed[:8]].count("b") == 6
+    assert [name for name in placed if name[0] == "a"] == ["a0", "a1", "a2"][: len(placed) - 6]
+    assert len(held) == 8
+
+
+@pytest.mark.parametrize("others", [(), ("stuck",)])
+def test_a_small_weight_gets_what_nobody_else_can_use(others: tuple[str, ...]) -> None:
+    held = Held[str]()
+    for name in others:
+        held.add(name, name, "m", 1e6)
+    held.add("small", "small", "m", 1e-6)
+    held.look(lambda request: request == "small")
+    assert len(held) == len(others)
+
+
+def test_a_model_without_room_takes_no_look_from_the_others() -> None:
+    held = Held[str]()
+    for i in range(50):
+        held.add(f"x{i}", "", f"stuck {i}")
+    held.add("y", "", "free")
+    num_looks = 0
+    while held.has("", "free"):
+        held.look(lambda request: request == "y")
+        num_looks += 1
+    assert num_looks <= 1 + 50 / MAX_TRIED
+    held.discard("x3", "", "stuck 3")
+    held.discard("x3", "", "stuck 3")
+    assert len(held) == 49
+    assert len(held.pop_all()) == 49
+    assert not len(held)
+
+
+def test_what_a_batch_request_did_not_use_is_free_again() -> None:
+    """One that was over at once, whatever was predicted of it."""
+    brain = dispatcher(slo_tpt_ms=200.0)
+    brain.place(request("huge", prompt=10**6, has_time=True), 0.0)
+    brain.place(request("running"), 0.0)
+    brain.started("running")
+    brain.place(request("kept out", has_time=True), 1.0)
+    assert brain.place_of("kept out") is None
+    brain.ended("huge", now=0.2)
+    brain.place(request("next", has_time=True), 1.0)
+    assert brain.place_of("next") == "0"
 
 
 # --- through a router ---
@@ -135,8 +196,10 @@ AWARE = {"policy": "rank_aware", "slo_tpt_ms": 1e-3}
 """An objective that no server keeps but an idle one for batch requests."""
 
 
-async def complete(client: Client, headers: dict[str, str]) -> tuple[int, Any]:
-    body = {"model": "small", "prompt": "x", "max_tokens": 2}
+async def complete(
+    client: Client, headers: dict[str, str], model: str = "small", prompt: str = "x"
+) -> tuple[int, Any]:
+    body = {"model": model, "prompt": prompt, "max_tokens": 2}
     async with client.call("POST", "/v1/completions", body, headers=headers) as response:
         return response.status, await response.json()
 
@@ -224,6 +287,39 @@ async def test_a_router_that_stops_answers_what_it_holds(start_router: Start) ->
         await held(client, 1)
         await client.router.state.holding.close()
         assert (await waiting)[0] == 503
+
+
+async def test_requests_for_a_model_without_room_keep_back_no_others(start_router: Start) -> None:
+    """Nor for one whose only server has gone: these are told so."""
+    busy_server, other = FakeVllm({"small": 8}), FakeVllm({"other": 8})
+    busy_server.behaviour.max_sent = 0
+    with serving(busy_server) as first, serving(other) as second:
+        async with start_router(first, second, **AWARE) as client:
+            interactive = asyncio.create_task(complete(client, {}))
+            await until(lambda: len(busy_server.seen) == 1)
+            held_back = [asyncio.create_task(complete(client, BATCH_HEADERS)) for _ in range(20)]
+            await held(client, 20)
+            assert (await complete(client, BATCH_HEADERS, "other"))[0] == 200
+            busy_server.behaviour.is_healthy = False
+            assert {status for status, _ in await asyncio.gather(*held_back)} == {503}
+            busy_server.behaviour.max_sent = None
+            await interactive
+
+
+async def test_no_more_are_held_than_may_be(start_router: Start) -> None:
+    async with busy(start_router, max_held=3, max_buffered_bytes=2000) as (client, server, _):
+        waiting = [asyncio.create_task(complete(client, BATCH_HEADERS)) for _ in range(3)]
+        await held(client, 3)
+        status, body = await complete(client, BATCH_HEADERS)
+        assert (status, body["error"]["code"]) == (429, "slo_unattainable")
+        assert "at most 3 may" in body["error"]["message"]
+        waiting.pop().cancel()
+        await held(client, 2)
+        status, body = await complete(client, BATCH_HEADERS, prompt="x" * 900)
+        assert (status, body["error"]["code"]) == (429, "slo_unattainable")
+        server.behaviour.max_sent = None
+        assert (await complete(client, {}, prompt="x" * 900))[0] == 200
+        assert {status for status, _ in await asyncio.gather(*waiting)} == {200}
 
 
 async def test_a_tenant_of_batch_requests_has_no_others(start_router: Start, tmp_path: Path) -> None:

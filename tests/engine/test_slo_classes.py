@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from tests.engine.test_fairness import World, make_scheduler
+from tests.engine.test_scheduler import FakePlacement
 from toppings.bad_input import MAX_INT
 from toppings.core import BATCH_PRIORITY, Request, Standing
+from toppings.engine.fair_clients import MAX_TURN_WAIT_S
 
 
 def batch(world: World, num: int, *, outputs: int = 800, tenant: str = "") -> list[Request]:
@@ -83,6 +85,25 @@ def test_batch_requests_go_on_beside_interactive_ones_and_compute_little_again()
     for request in waiting:
         num_again = world.computed[request] - request.num_computed_tokens
         assert num_again <= len(request.output_token_ids) + request.num_tokens
+
+
+def test_however_long_batch_requests_wait_they_do_not_stand_before_interactive_ones() -> None:
+    """Many adapters' batch requests, of which some have had no start for minutes."""
+    scheduler = make_scheduler(
+        max_num_seqs=4, num_pages=4000, placement=FakePlacement(capacity=64), has_cache=True
+    )
+    world = World(scheduler)
+    for adapter_id in range(20):
+        for _ in range(4):
+            world.add(prompt=200, outputs=800, adapter_id=adapter_id, priority=BATCH_PRIORITY)
+    latest = 0.0
+    while world.now < 3 * MAX_TURN_WAIT_S:
+        asked = world.add("office", prompt=100, outputs=2)
+        while not asked.output_token_ids:
+            world.step()
+        latest = max(latest, world.now - asked.arrived_at)
+        run(world, 5.0)
+    assert latest < 1.0
 
 
 def test_alone_they_have_all_places() -> None:

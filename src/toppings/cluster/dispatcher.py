@@ -156,7 +156,9 @@ class Dispatcher:
             return None
         if request.is_batch:
             num_requests = float(instances.num_requests[choice.row])
-            choice = replace(choice, breaks_slo=not self._spare.take(choice, num_requests, now))
+            choice = replace(
+                choice, breaks_slo=not self._spare.take(request.request_id, choice, num_requests, now)
+            )
         if choice.breaks_slo and (within_slo or request.is_batch):
             return choice
         if request.is_batch:
@@ -223,11 +225,14 @@ class Dispatcher:
         """It generated so many more."""
         self.fleet.grow(self._places[request_id], request_id, num_tokens)
 
-    def ended(self, request_id: str, num_tokens: int | None = None) -> None:
-        """It has left, however; `num_tokens` is the length of a response that is whole."""
+    def ended(self, request_id: str, num_tokens: int | None = None, *, now: float | None = None) -> None:
+        """It has left, however; `num_tokens` is the length of a response that is whole. Where `now` is told,
+        what a batch request has not used of its booking is free again."""
         instance_id = self._places.pop(request_id, None)
         if instance_id is not None:
             self.fleet.finish(instance_id, request_id)
+            if now is not None:
+                self._spare.ended(request_id, instance_id, now)
         if num_tokens is not None:
             self.lengths.note(num_tokens)
 

@@ -245,7 +245,7 @@ def is_of_batch(tenant: Tenant) -> bool:
     exchange = current_exchange.get()
     asked = "" if exchange is None else exchange.header(SLO_CLASS_HEADER.lower().encode())
     try:
-        return is_batch(asked or None, tenant.slo_class)
+        return is_batch(asked, tenant.slo_class)
     except ValueError as error:
         raise ApiError(400, str(error), param=SLO_CLASS_HEADER) from error
 

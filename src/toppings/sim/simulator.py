@@ -56,7 +56,8 @@ class Simulator:
         self._ids = [f"instance-{i}" for i in range(config.num_instances)]
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
         self.dispatchers = make_routers(config, self.arrivals, self._ids)
-        self._held: list[Held[tuple[SimRequest, RequestSnapshot]]] = [Held() for _ in self.dispatchers]
+        self._held: list[Held[SimRequest]] = [Held() for _ in self.dispatchers]
+        self._held_snapshots: dict[SimRequest, RequestSnapshot] = {}
         self.records = Records(self.arrivals.nums_to_generate)
         self._versions = [0] * config.num_instances
         self._num_arrived = 0
@@ -143,10 +144,12 @@ class Simulator:
 
     def _place(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event]:
         """A batch request is held where there is no room for it, or others are held."""
-        held = self._held[request.router]
-        events = None if request.is_batch and held else self._try(request, snapshot, now)
+        held, tenant = self._held[request.router], request.tenant
+        is_behind = request.is_batch and held.has(tenant, request.adapter_id)
+        events = None if is_behind else self._try(request, snapshot, now)
         if events is None:
-            held.add((request, snapshot))
+            self._held_snapshots[request] = snapshot
+            held.add(request, tenant, request.adapter_id, request.weight)
         return events or []
 
     def _try(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event] | None:
@@ -162,10 +165,13 @@ class Simulator:
         """There may be room for what is held."""
         events: list[Event] = []
 
-        def place(entry: tuple[SimRequest, RequestSnapshot]) -> bool:
-            new = self._try(*entry, now)
-            events.extend(new or ())
-            return new is not None
+        def place(request: SimRequest) -> bool:
+            new = self._try(request, self._held_snapshots[request], now)
+            if new is None:
+                return False
+            del self._held_snapshots[request]
+            events.extend(new)
+            return True
 
         for held in self._held:
             held.look(place)
@@ -182,7 +188,7 @@ class Simulator:
                 dispatchers[request.router].started(request.request_id)
             for request in ended:
                 self.records.ended_at[request.index] = now
-                dispatchers[request.router].ended(request.request_id, request.num_to_generate)
+                dispatchers[request.router].ended(request.request_id, request.num_to_generate, now=now)
             self._num_present -= len(ended)
             if ended:
                 events = self._look(now)

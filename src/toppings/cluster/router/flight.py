@@ -162,7 +162,9 @@ class Flights:
         )
         return Flight(call, request, place)
 
-    def place(self, flight: Flight, among: BoolArray, *, within_slo: bool = False) -> Choice | None:
+    def place(
+        self, flight: Flight, among: BoolArray, *, within_slo: bool = False, is_held: bool = False
+    ) -> Choice | None:
         """Where it goes now, and counts until `end`. One that does not stream never shows its start: it
         counts as running. None where no server of these [N] is open. A batch request, and with `within_slo`
         any, gets no instance where the choice breaks the objectives.
@@ -171,7 +173,8 @@ class Flights:
         flight.move_to = None
         now = time.monotonic()
         choice = self._dispatcher.place(request, now, among=among, within_slo=within_slo)
-        self._meters.decision_seconds.observe(time.perf_counter() - started_at)
+        if not is_held:
+            self._meters.decision_seconds.observe(time.perf_counter() - started_at)
         if choice is None or self._dispatcher.place_of(request.request_id) is None:
             return choice
         if choice.breaks_slo:
@@ -210,7 +213,7 @@ class Flights:
         del there[flight.request.request_id]
         if not there:
             del self._on[flight.instance_id]
-        self._dispatcher.ended(flight.request.request_id, flight.num_tokens)
+        self._dispatcher.ended(flight.request.request_id, flight.num_tokens, now=time.monotonic())
         if flight.num_tokens:
             self._recent.note_tpt((time.monotonic() - flight.received_at) / flight.num_tokens)
             if not flight.call.is_stream:

@@ -98,6 +98,9 @@ class RouterConfig(Settings):
     slo_admission: str = setting(
         "off", "answer interactive requests 429 that no server could take in time", choices=SWITCH
     )
+    max_held: int = setting(
+        4096, "batch requests that wait at once, half of them of one tenant; more are answered 429", above=0
+    )
     batch_wait_s: float = setting(600.0, "that a batch request waits for room within the objectives", above=0)
     seed: int = setting(0, "seed of policies that draw")
     candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)

@@ -103,7 +103,7 @@ class RouterState:
         self.fleet.set_open(upstream.instance_id, is_open)
         self.meters.is_up.labels(upstream.instance_id).set(is_open)
         if is_open:
-            self.holding.look()
+            self.holding.look_soon()
 
     def models_changed(self) -> None:
         self._masks.clear()
@@ -152,7 +152,7 @@ class RouterState:
         rank = round(sum(known) / len(known)) if known else 0
         self.dispatcher.report(upstream.instance_id, report, own_then=own_ranks, other_rank=rank)
         self.flights.note_left(upstream.instance_id, report.left)
-        self.holding.look()
+        self.holding.look_soon()
 
     # --- requests ---
 
@@ -169,7 +169,7 @@ class RouterState:
     def end(self, flight: Flight) -> None:
         """It has left its server, and with that left room."""
         self.flights.end(flight)
-        self.holding.look()
+        self.holding.look_soon()
 
     def is_adapter(self, model: str) -> bool:
         """Whether a server lists it with a parent, or none lists it: it may then be known by another name."""
@@ -179,19 +179,20 @@ class RouterState:
     def is_known(self, model: str | None) -> bool:
         return any(upstream.serves(model) for upstream in self.upstreams.values()) or not self.upstreams
 
-    def place(self, flight: Flight) -> Choice | None:
+    def place(self, flight: Flight, *, is_held: bool = False) -> Choice | None:
         """Where the request goes now: where it is to move to, if that is open; None where no open instance
         that was not tried serves its model. Where it is to be within the objectives, it may get none.
+        One that `is_held` is tried again and again: why it goes where it goes is not told.
         """
         mask = self._serving(flight.call)
-        view = self.decisions.view(flight, mask)
+        view = None if is_held else self.decisions.view(flight, mask)
         if flight.tried:
             mask = mask & ~self.fleet.rows_in(flight.tried)
         if flight.move_to in self.upstreams:
             target = mask & self.fleet.rows_in({flight.move_to})
             mask = target if (target & self.fleet.is_open).any() else mask
         refuses = self.config.slo_admission != OFF and flight.call.path not in TOKEN_PATHS
-        choice = self.flights.place(flight, mask, within_slo=refuses)
+        choice = self.flights.place(flight, mask, within_slo=refuses, is_held=is_held)
         if view is not None and flight.instance_id:
             self.decisions.note(flight, view, choice)
         return choice
