@@ -95,10 +95,10 @@ def test_however_long_batch_requests_wait_they_do_not_stand_before_interactive_o
     world = World(scheduler)
     for adapter_id in range(20):
         for _ in range(4):
-            world.add(prompt=200, outputs=800, adapter_id=adapter_id, priority=BATCH_PRIORITY)
+            world.add(prompt=100, outputs=900, adapter_id=adapter_id, priority=BATCH_PRIORITY)
     latest = 0.0
     while world.now < 3 * MAX_TURN_WAIT_S:
-        asked = world.add("office", prompt=100, outputs=2)
+        asked = world.add(prompt=100, outputs=2)
         while not asked.output_token_ids:
             world.step()
         latest = max(latest, world.now - asked.arrived_at)
