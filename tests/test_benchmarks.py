@@ -182,6 +182,18 @@ def check_dashboard(result: Result) -> None:
     assert result["cost"]["watched_percent"] > 0
 
 
+def check_cpu_peers(result: Result) -> None:
+    assert result["absent"] == {
+        "vllm_bf16": "no --vllm-python is named",
+        "llama_f16": "no --llama-python is named",
+    }
+    assert result["failed"] == {}
+    [ours] = result["sides"].values()
+    assert set(ours["samples"].values()) == {1}
+    assert min(ours["eight_tokens_per_s"], ours["eight_adapters_tokens_per_s"], ours["ttft_512_ms"]) > 0
+    assert min(result["limits"].values()) > 0
+
+
 def check_engine_kills(result: Result) -> None:
     assert result["lost"] == []
     assert result["requests"]["answered"] > 0
@@ -189,6 +201,7 @@ def check_engine_kills(result: Result) -> None:
 
 
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "cpu_peers": check_cpu_peers,
     "lookup_decoding": check_lookup_decoding,
     "plain_cost": check_plain_cost,
     "cpu_decode": check_cpu_decode,
