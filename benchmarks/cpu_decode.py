@@ -6,7 +6,8 @@
 
 An engine for each number of bits, all in this process, one request at a time; requests take turns. The floor
 of a token is the bytes of the weights that it reads over the read bandwidth that as many threads have in the
-same turns. `tpt_ms`: the median of a request's decode steps, of which the least disturbed request counts;
+same turns, from huge pages as the weights. `tpt_ms`: the median of a request's decode steps, of which the
+least disturbed request counts;
 `cpu_ms`: the processor time of a step, which with --threads 1 other work on the machine disturbs less
 (threads that wait for each other take some, too), and `cpu_over_floor`, with the processor time of reading;
 `recorded_ms`: of it, the model's forward where it is recorded: the rest is the scheduler, the inputs and the
@@ -33,6 +34,7 @@ from toppings.lab.machine import describe_machine
 from toppings.lab.script import finish, make_parser, parse
 from toppings.messages import AddRequest
 from toppings.model.decoder import Decoder
+from toppings.ops.huge_pages import use_huge_pages
 from toppings.ops.linear import QuantizedLinear
 from toppings.sampling_params import SamplingParams
 from toppings.sources.models import find_model
@@ -108,6 +110,7 @@ def weight_bytes(engine: Engine) -> int:
 
 def run(model: str, state_dir: Path, num_tokens: int, num_rounds: int, num_threads: int) -> dict[str, Any]:
     data = torch.ones(READ_ELEMENTS)
+    use_huge_pages([(data.data_ptr(), data.data_ptr() + data.nbytes)])  # as weights
     data.sum()
     engines: dict[str, Engine] = {}
     times, reads = {name: Times() for name in QUANTIZATIONS}, []

@@ -7,6 +7,7 @@ bfloat16, a kernel of ours reads the packed weight itself, once its layout has b
 """
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.ops.dispatch import bf16_kernels, kernels
+from toppings.ops.huge_pages import Span
 from toppings.ops.products import Forms, forms_for, is_widened, mm_widened, quantized_forms
 from toppings.ops.quantized import GROUP, QuantizedWeight, quantize
 
@@ -57,14 +59,28 @@ class _PackedBlocks:
         return y
 
 
+def _span(tensor: Tensor) -> Span:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def _packed_span(packed: Tensor) -> Span:
+    """Empty where the operators do not say."""
+    try:
+        address: int = torch.ops.mkldnn.data_ptr(packed)
+        num_bytes: int = torch.ops.mkldnn._nbytes(packed)
+    except (RuntimeError, AttributeError):
+        return 0, 0
+    return address, address + num_bytes
+
+
 def _find_blocks(weight: Tensor, packed: Tensor) -> _PackedBlocks | None:
     """None where no kernel serves or the packed bytes are laid out in another way."""
     kernels, (num_out, num_in) = bf16_kernels(weight), weight.shape
     if kernels is None or num_in % 2:
         return None
-    try:
-        address, num_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
-    except (RuntimeError, AttributeError):
+    address, stop = _packed_span(packed)
+    num_bytes = stop - address
+    if not num_bytes:
         return None
     num_blocks = -(-num_out // _BLOCK)
     num_pairs, rest = divmod(num_bytes, num_blocks * _BLOCK * 2 * weight.itemsize)
@@ -115,6 +131,10 @@ class Linear:
         self._blocks = _find_blocks(weight, self._weight) if self.is_packed else None
         self._stream = None if self.is_packed else kernels("stream", weight)
         self._is_widened = is_widened(weight) and not self.is_packed
+
+    def spans(self) -> Iterator[Span]:
+        """Where the weight lies in memory."""
+        yield _packed_span(self._weight) if self.is_packed else _span(self._weight)
 
     def has_kernel(self, num_rows: int) -> bool:
         """Products of so many rows, and of fewer, are a kernel's."""
@@ -169,6 +189,11 @@ class QuantizedLinear:
         self._bf16: Any = bf16 and getattr(bf16, name)
         self._groups = (weight.row_elements // GROUP, (weight.group // GROUP).bit_length() - 1)
         self._min_bf16_rows = 2 if weight.bits == 8 else 1  # of 8 bits, one row is not faster so
+
+    def spans(self) -> Iterator[Span]:
+        """Where the weight lies in memory."""
+        weight = self.weight
+        yield from (_span(each) for each in (weight.codes, weight.scales, weight.offsets) if each is not None)
 
     def has_kernel(self, num_rows: int) -> bool:
         return self._kernel is not None and num_rows <= self.forms.max_stream_rows
