@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -272,8 +272,10 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    args = parse(make_parser(__doc__, "a tiny model and few tokens"))
-    scale = TOY if args.toy else FULL
+    parser = make_parser(__doc__, "a tiny model and few tokens")
+    parser.add_argument("--rounds", type=int, default=FULL.num_rounds, help="rounds to take the median of")
+    args = parse(parser)
+    scale = TOY if args.toy else replace(FULL, num_rounds=args.rounds)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         directory = Path(name)
         write_checkpoint(directory / "model", scale)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.adapters.fixtures import open_registry
 from toppings.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.layout import BaseShapes
+from toppings.adapters.merges import Merge, MergePart
 from toppings.adapters.packed import pack_weights
 from toppings.core import ExpertNames, Mixture
 
@@ -168,3 +170,14 @@ def test_whole_weights_of_experts_and_routers_are_refused(tmp_path: Path) -> Non
         tensors = of_parameters() | {f"{PREFIX}0.{name}": torch.zeros(2, 2)}
         with pytest.raises(AdapterError, match="is a whole weight"):
             read(write(tmp_path, tensors, target_parameters=BOTH))
+
+
+def test_the_registry_names_and_counts_them_and_they_are_not_merged(tmp_path: Path) -> None:
+    registry = open_registry(tmp_path / "state", shapes=SHAPES)
+    (tmp_path / "made").mkdir()
+    record = registry.register("made", write(tmp_path / "made", of_parameters(), target_parameters=BOTH))
+    assert (record.rank, record.targets) == (2, ("experts.down_proj", "experts.gate_up_proj"))
+    assert record.num_bytes == 2 * 4 * NUM_EXPERTS * 2 * (HIDDEN + 2 * SIZE + SIZE + HIDDEN)
+    with pytest.raises(AdapterError, match=r"experts.down_proj.A \(LoRA of experts or routers\)"):
+        registry.merge("mix", Merge((MergePart("made", 1.0),), "cat"))
+    registry.close()
