@@ -55,7 +55,9 @@ class PlacementOrders:
                     is_new = before is None or home not in before.homes_of(adapter)
                     if is_new and upstream.serves(adapter) and not self._holds(rows[home], adapter):
                         yield self._prefetch(adapter, upstream)
-                elif not upstream.serves(adapter) and home not in self._loads:
+                elif (
+                    upstream.kind is Kind.OPENAI and not upstream.serves(adapter) and home not in self._loads
+                ):
                     self._start_load(adapter, upstream, plan)
 
     def _holds(self, row: int, adapter: str) -> bool:
