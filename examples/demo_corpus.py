@@ -100,6 +100,17 @@ def held_out_pairs() -> Iterator[tuple[Topic, str]]:
     return ((topic, intent) for topic in TOPICS for intent in INTENTS if is_held_out(topic, intent))
 
 
+def held_out_text() -> str:
+    """Questions and right answers, a line each, that nothing of the demo was trained on."""
+    lines = (
+        line
+        for topic, intent in held_out_pairs()
+        for question in QUESTIONS[intent]
+        for line in (question.format(**topic.fields), answer(PLAIN, topic, intent))
+    )
+    return "\n".join(lines)
+
+
 def answer(voice: Voice, topic: Topic, intent: str) -> str:
     place = INTENTS.index(intent)
     opening = voice.openings[place % len(voice.openings)]

@@ -61,6 +61,13 @@ def check_prefix_routing(result: Result) -> None:
     assert cached["one server"] > 0
 
 
+def check_slo_classes(result: Result) -> None:
+    rows = {row["case"]: row for row in result["simulated"]}
+    assert rows["batch"]["attained"] >= rows["alike"]["attained"]
+    assert rows["batch"]["batch_done_s"] > 0
+    assert not any(row["num_lost"] for row in rows.values())
+
+
 def check_router_proxy(result: Result) -> None:
     for pattern in ("burst", "paced"):
         figures = result[pattern]
@@ -129,6 +136,16 @@ def check_scheduling_step(result: Result) -> None:
         assert 0 < row["fair"]["schedule_us"] <= row["fair"]["all_us"]
 
 
+def check_plain_cost(result: Result) -> None:
+    assert result["against"] == "itself"
+    assert set(result["loads"]) == {
+        f"{name}, {kind}" for name in ("base", "plain LoRA") for kind in ("decode", "prefill")
+    }
+    for row in result["loads"].values():
+        assert row["now_ms"] > 0 < row["before_ms"]
+        assert len(row["rounds"]) == 3
+
+
 def check_lookup_decoding(result: Result) -> None:
     for load in ("edit", "free"):
         assert result[load]["speedup"] > 0
@@ -136,10 +153,45 @@ def check_lookup_decoding(result: Result) -> None:
         assert 0 <= result[load]["accepted"] <= 1
 
 
+def check_cpu_decode(result: Result) -> None:
+    forms = result["forms"]
+    assert forms["none"]["over_bf16"] == 1.0
+    assert forms["int4"]["floor_ms"] < forms["int8"]["floor_ms"] < forms["none"]["floor_ms"]
+    assert all(each["cpu_ms"] >= each["recorded_ms"] for each in forms.values())
+    if dispatch.USE_NUMBA:
+        assert forms["int8"]["recorded_ms"] > 0
+
+
+def check_start_time(result: Result) -> None:
+    (times,) = result["starts"].values()
+    assert times["ready_s"] > 0
+    assert times["cpu_s"] > 0
+
+
+def check_moe(result: Result) -> None:
+    assert set(result["tokens_per_s_over_transformers"]) == {"one", "eight"}
+    assert all(
+        case["tokens_per_s"] > 0 for side in ("ours", "transformers") for case in result[side].values()
+    )
+    assert set(result["lora_step_over_plain"]) == {"one_experts", "eight_attention", "eight_experts"}
+
+
 def check_dashboard(result: Result) -> None:
     assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
     assert result["cost"]["watched_percent"] > 0
+
+
+def check_cpu_peers(result: Result) -> None:
+    assert result["absent"] == {
+        "vllm_bf16": "no --vllm-python is named",
+        "llama_f16": "no --llama-python is named",
+    }
+    assert result["failed"] == {}
+    [ours] = result["sides"].values()
+    assert set(ours["samples"].values()) == {1}
+    assert min(ours["eight_tokens_per_s"], ours["eight_adapters_tokens_per_s"], ours["ttft_512_ms"]) > 0
+    assert min(result["limits"].values()) > 0
 
 
 def check_engine_kills(result: Result) -> None:
@@ -149,7 +201,12 @@ def check_engine_kills(result: Result) -> None:
 
 
 CHECKS: dict[str, Callable[[Result], None]] = {
+    "cpu_peers": check_cpu_peers,
     "lookup_decoding": check_lookup_decoding,
+    "plain_cost": check_plain_cost,
+    "cpu_decode": check_cpu_decode,
+    "start_time": check_start_time,
+    "moe": check_moe,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,
@@ -162,6 +219,7 @@ CHECKS: dict[str, Callable[[Result], None]] = {
     "cpu_lora": check_cpu_lora,
     "router_proxy": check_router_proxy,
     "prefix_routing": check_prefix_routing,
+    "slo_classes": check_slo_classes,
 }
 
 

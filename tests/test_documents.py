@@ -19,13 +19,14 @@ from tests.engine.driver import drive
 from tests.engine.oracle import make_model
 from toppings import command
 from toppings.adapters.merges import METHODS
+from toppings.adapters.text_files import SPECIAL_NAMES
 from toppings.cluster.placement import PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.cluster.ray_serve.settings import FleetConfig
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import MODES, EngineConfig, ServerConfig
-from toppings.core import FUSED_MODULES
+from toppings.core import FUSED_MODULES, MODULES
 from toppings.engine.assist import Assist
 from toppings.messages import EngineStats
 from toppings.model.families import Family
@@ -48,7 +49,7 @@ from toppings.tenants.tenant import Tenant
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = (EngineConfig, ServerConfig, RouterConfig, InstanceConfig, FleetConfig, SimConfig, Tenant)
-OF_MODELS = {"gate_up", "lm_head", "model_type", "tie_word_embeddings", *FUSED_MODULES}
+OF_MODELS = {"desc_act", "gate_up", "lm_head", "model_type", "tie_word_embeddings", *FUSED_MODULES}
 BODIES = (
     *(CompletionBody, ChatBody, ResponsesBody, MessagesBody, TokenizeBody, DetokenizeBody),
     *(EmbeddingBody, ScoreBody),
@@ -78,6 +79,7 @@ OF_ANSWERS = {
         "context_length_exceeded",
         "invalid_api_key",
         "rate_limit_exceeded",
+        "slo_unattainable",
         "finish_reason",
         "is_error",
         "reasoning_text",
@@ -99,7 +101,7 @@ OF_TOOLS = {
 }
 OF_RECORDS = {
     *("request_id", "prompt_tokens", "completion_tokens"),
-    *("queue_ms", "ttft_ms", "tpt_ms", "e2e_ms", "read_ms", "copy_ms", "exposed_ms"),
+    *("wait_ms", "queue_ms", "ttft_ms", "tpt_ms", "e2e_ms", "read_ms", "copy_ms", "exposed_ms"),
 }
 FOLDERS = ("benchmarks", "configs", "deploy", "docker", "docs", "examples", "scripts", "src", "tests")
 OF_OTHER_COMMANDS = {"--help", "--build-arg", "--shm-size"}  # Docker's
@@ -250,6 +252,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
     known = {field.name for each in (*SETTINGS, SamplingParams, Family, *of_peft) for field in fields(each)}
     known |= {
         *MODES,
+        *MODULES,
         *POLICIES,
         *PLACEMENTS,
         *stats.counters,
@@ -260,6 +263,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
         *OF_TOOLS,
         *OF_MERGES,
         *OF_RECORDS,
+        *SPECIAL_NAMES,
     }
     known |= set(
         re.findall(r'"(assist_\w+)"', inspect.getsource(Assist.counters))
@@ -283,7 +287,15 @@ def test_the_settings_of_a_tenant_are_documented_with_their_defaults() -> None:
     rows = re.findall(r"^\| `([a-z_]+)` \| ([^|]+) \|", text, re.MULTILINE)
     defaults = {f.name: f.default for f in fields(Tenant) if f.name != "name"}
     assert [name for name, _ in rows] == list(defaults)
-    words = {"on": "on", "off": "off", "none": (), '`["*"]`': ("*",), "0": 0, "1": 1}
+    words = {
+        "interactive": "interactive",
+        "on": "on",
+        "off": "off",
+        "none": (),
+        '`["*"]`': ("*",),
+        "0": 0,
+        "1": 1,
+    }
     assert {name: words[told.split()[0]] for name, told in rows} == defaults
 
 

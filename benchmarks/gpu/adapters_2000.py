@@ -15,20 +15,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from common import (
-    Bench,
-    at_least,
-    finish,
-    greedy,
-    make_parser,
-    median,
-    note,
-    open_bench,
-    random_prompt,
-    serve,
-)
+from common import Bench, finish, greedy, make_parser, median, note, open_bench, random_prompt, serve
 
 from toppings.engine.engine import Engine
+from toppings.lab.aims import at_least
 from toppings.lab.players.engine import preload_host
 from toppings.messages import AddRequest
 

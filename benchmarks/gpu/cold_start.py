@@ -19,9 +19,7 @@ from typing import Any
 from common import (
     ALL_LINEAR,
     QKV,
-    Aim,
     Bench,
-    at_most,
     bring_to_device,
     finish,
     greedy,
@@ -40,6 +38,7 @@ from toppings.config import MODES
 from toppings.engine.assist import profile_path
 from toppings.engine.base import open_registry, state_dir
 from toppings.engine.engine import Engine
+from toppings.lab.aims import Aim, at_most
 from toppings.lab.players.engine import preload_host
 from toppings.messages import AddRequest
 

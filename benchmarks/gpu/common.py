@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from toppings.config import EngineConfig
 from toppings.engine.base import model_config, open_registry
 from toppings.engine.engine import Engine
 from toppings.engine.graphs import GraphBackend
+from toppings.lab.aims import Aim
 from toppings.lab.engines import running_engine
 from toppings.lab.machine import describe_machine
 from toppings.lab.random_adapters import register_random
@@ -53,22 +54,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--toy", action="store_true", help="the built-in model, small sizes: does it run?")
     return parser
-
-
-@dataclass(frozen=True)
-class Aim:
-    what: str
-    value: float
-    limit: str
-    is_met: bool
-
-
-def at_most(what: str, value: float, limit: float) -> Aim:
-    return Aim(what, value, f"<= {limit:g}", value <= limit)
-
-
-def at_least(what: str, value: float, limit: float) -> Aim:
-    return Aim(what, value, f">= {limit:g}", value >= limit)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from toppings.ops import dispatch, gpu_launch
 from toppings.ops.activation import gelu_mul, silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
 from toppings.ops.columns import adjust_columns_
+from toppings.ops.experts import ExpertLinears, GroupedRows
 from toppings.ops.gpu_plan import LoraBatch
 from toppings.ops.gpu_sampling import draw_uncertain_
 from toppings.ops.lora import LoraForm, LoraSegments, add_lora_
@@ -196,6 +197,18 @@ def record_columns(recorder: Recorder, model: ModelConfig, dtype: torch.dtype, n
     )
 
 
+def record_experts(recorder: Recorder, dtype: torch.dtype, *, has_many: bool) -> None:
+    """One projection of all experts, of Qwen3-30B-A3B's shape but for their number."""
+    num, num_in, num_out = 2, 2048, 1536
+    num_rows = 128 if has_many else 8
+    experts = torch.arange(num_rows)[:, None] % num
+    x, weight = torch.empty(num_rows, num_in, dtype=dtype), torch.empty(num * num_out, num_in, dtype=dtype)
+    rows = GroupedRows.of(experts, num)
+    assert rows.has_many == has_many
+    name = f"experts, {'many' if has_many else 'few'} rows"
+    recorder.record(name, lambda: ExpertLinears(weight, num)(x, rows))
+
+
 def record_elementwise(recorder: Recorder, model: ModelConfig, dtype: torch.dtype, num_rows: int) -> None:
     x, weight = (
         torch.empty(num_rows, model.hidden_size, dtype=dtype),
@@ -255,6 +268,8 @@ def compile_all(recorder: Recorder, model: ModelConfig, dtype: torch.dtype) -> N
         record_attention(recorder, model, dtype, [1] * num, 512)
     record_attention(recorder, model, dtype, [128, 128], 256)
     record_sampling(recorder, model)
+    for has_many in (True, False):
+        record_experts(recorder, dtype, has_many=has_many)
     forms: tuple[tuple[LoraForm, int], ...] = (("mbgmv", 32), ("bgmv", 32), ("sgmv", 1024))
     for form, num_rows in forms:
         record_lora(recorder, model, dtype, form, num_rows)
@@ -274,9 +289,11 @@ def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
         recorder.compile_for(capability, name)
         record_attention(recorder, model, dtype, [128, 128], 256)
         record_lora(recorder, model, dtype, "sgmv", 1024, ["qkv"])
+        record_experts(recorder, dtype, has_many=True)
         if capability != 89:  # its small kernels are those of 8.6
             record_attention(recorder, model, dtype, [1], 512)
             record_lora(recorder, model, dtype, "mbgmv", 32, ["down"])
+            record_experts(recorder, dtype, has_many=False)
     record_elementwise(recorder, model, torch.bfloat16, 32)
     record_columns(recorder, model, torch.bfloat16, 32)
     record_sampling(recorder, model)

@@ -28,10 +28,7 @@ import torch
 from common import (
     ALL_LINEAR,
     QKV,
-    Aim,
     Bench,
-    at_least,
-    at_most,
     finish,
     greedy,
     make_parser,
@@ -46,6 +43,7 @@ from transformers import AutoModelForCausalLM
 
 from toppings.config import MODES
 from toppings.engine.engine import Engine
+from toppings.lab.aims import Aim, at_least, at_most
 from toppings.messages import AddRequest, RequestOutput
 from toppings.synth import AdapterShape, ModelShape, write_adapters, write_model
 

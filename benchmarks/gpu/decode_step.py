@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import Aim, Bench, at_most, copy_gbps, finish, make_parser, median, note, open_bench, step_bytes
+from common import Bench, copy_gbps, finish, make_parser, median, note, open_bench, step_bytes
 
 from toppings.adapters.registry import AdapterRecord
 from toppings.cluster.batch_row import BatchRow
 from toppings.config import DECODE_LORA_FORMS
+from toppings.lab.aims import Aim, at_most
 from toppings.lab.batches.driver import BatchDriver
 from toppings.lab.batches.plan import Rows
 

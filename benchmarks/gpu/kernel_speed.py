@@ -24,10 +24,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
-from common import at_most, copy_gbps, finish, make_parser, matmul_tflops, note
+from common import copy_gbps, finish, make_parser, matmul_tflops, note
 from torch import Tensor
 
 from toppings.core import GROUPS, MODULES
+from toppings.lab.aims import at_most
 from toppings.model.config import ModelConfig
 from toppings.model.named import named_config
 from toppings.ops import dispatch

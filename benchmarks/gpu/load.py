@@ -15,7 +15,6 @@ from common import (
     ALL_LINEAR,
     QKV,
     Bench,
-    at_least,
     bring_to_device,
     finish,
     host_copy_gbps,
@@ -25,6 +24,7 @@ from common import (
     open_bench,
 )
 
+from toppings.lab.aims import at_least
 from toppings.lab.players.engine import preload_host
 
 KINDS = {"qkv": QKV, "all": ALL_LINEAR}

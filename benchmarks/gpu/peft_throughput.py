@@ -18,7 +18,6 @@ import torch
 from common import (
     QKV,
     Bench,
-    at_least,
     copy_gbps,
     finish,
     free_device,
@@ -36,6 +35,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toppings.demo import demo_model_dir
+from toppings.lab.aims import at_least
 from toppings.lab.transformers_side import generate
 from toppings.messages import AddRequest
 from toppings.model.named import NAMED_MODELS

@@ -10,21 +10,11 @@ operations of projections and causal attention are counted. Ends in one JSON lin
 
 import sys
 
-from common import (
-    ALL_LINEAR,
-    Bench,
-    at_least,
-    at_most,
-    finish,
-    make_parser,
-    matmul_tflops,
-    median,
-    note,
-    open_bench,
-)
+from common import ALL_LINEAR, Bench, finish, make_parser, matmul_tflops, median, note, open_bench
 
 from toppings.adapters.layout import DTYPE_BYTES
 from toppings.cluster.batch_row import BatchRow
+from toppings.lab.aims import at_least, at_most
 from toppings.lab.batches.driver import BatchDriver
 from toppings.model.config import ModelConfig
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from common import Aim, Bench, at_most, finish, make_parser, note, noted, open_bench, progress
+from common import Bench, finish, make_parser, note, noted, open_bench, progress
 
 from toppings.engine.engine import Engine
+from toppings.lab.aims import Aim, at_most
 from toppings.lab.outcome import Outcome
 from toppings.lab.players.engine import EnginePlayer, PlayedStep, WallClock, preload_host
 from toppings.lab.summary import Latencies

@@ -45,9 +45,13 @@ class ChatRenderer:
     them), and `variables` of this chat, which count before the model's own.
     """
 
-    def __init__(self, variables: Mapping[str, Any]) -> None:
+    def __init__(self, variables: Mapping[str, Any], sandbox: Sandbox | None = None) -> None:
         self._variables = {name: _plain(value) for name, value in variables.items()}
-        self._sandbox = Sandbox(NUM_PROCESSES, work="a chat template")
+        self._sandbox = sandbox or Sandbox(NUM_PROCESSES, work="a chat template")
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "ChatRenderer":
+        """Another one that renders in the same processes."""
+        return ChatRenderer(variables, self._sandbox)
 
     def render(self, template: ChatTemplate, messages: Messages, **options: Any) -> str:
         """Raises RequestError where the template fails, takes too long or needs too much memory."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 from toppings.bad_input import MAX_INT, RequestError, shown
 from toppings.sampling_params import SamplingParams
@@ -31,6 +32,24 @@ def stored_modules(*, is_fused: bool, has_experts: bool) -> dict[str, tuple[int,
         for made, name in sorted(own.items())
         if made[0] < 4 or not has_experts
     }
+
+
+class ExpertNames(NamedTuple):
+    """A layer's modules by the names that the checkpoint gives them; {} is an expert's number."""
+
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{}.gate_proj"
+    up: str = "mlp.experts.{}.up_proj"
+    down: str = "mlp.experts.{}.down_proj"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a layer has of experts, each of the sizes of `gate_proj`, `up_proj` and `down_proj`."""
+
+    num_experts: int
+    num_per_token: int
+    names: ExpertNames
 
 
 MAX_SALT_CHARS = 1024
@@ -69,7 +88,8 @@ class Admission(Enum):
 @dataclass(frozen=True, slots=True)
 class Standing:
     """Whose a request is, and how it stands beside others': what a tenant gets of a contended engine grows
-    with its `weight`; of a lower `priority` is earlier, where the scheduling policy looks at it.
+    with its `weight`; of a lower `priority` is earlier, where the scheduling policy looks at it. One that
+    `is_batch` takes what others leave (`slo.py`).
 
     Raises RequestError for a weight that is not above 0 and finite, or a priority beyond 64 bits.
     """
@@ -77,6 +97,7 @@ class Standing:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    is_batch: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -86,7 +107,14 @@ class Standing:
                 f"priority is {shown(self.priority)}; it must be between {-MAX_INT} and {MAX_INT}"
             )
 
+    @property
+    def scheduling_priority(self) -> int:
+        """By which it stands among others: batch requests behind all interactive ones."""
+        return self.priority + BATCH_PRIORITY * self.is_batch
 
+
+BATCH_PRIORITY = 2 * MAX_INT + 1
+"""More than any two priorities are apart."""
 ALONE = Standing()
 
 
@@ -105,9 +133,9 @@ class Request:
 
     Tokens before `adapter_start` are the base model's: an activated LoRA acts from there on.
 
-    `tenant`, `weight` and `priority`: as of `Standing`. Where it was preempted, it makes way for another
-    tenant only when it has drawn `num_owed_tokens` more, by what its new start had to compute. It
-    `was_drained` where it was preempted for another adapter; it will not be again.
+    `tenant`, `weight`, `priority`: of its `Standing`, the last its `scheduling_priority`. Where it was
+    preempted, it makes way for another only when it has drawn `num_owed_tokens` more, by what its new
+    start had to compute. It `was_drained` where it was preempted for another adapter, which is only once.
     """
 
     request_id: str
@@ -126,11 +154,17 @@ class Request:
     num_kept_tokens: int = 0
     num_cached_tokens: int = 0
     adapter_start: int = 0
+    vocab_size: int = 0
+    end_token_ids: tuple[int, ...] = ()
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
     num_owed_tokens: float = 0.0
     was_drained: bool = False
+
+    @property
+    def is_batch(self) -> bool:
+        return self.priority > MAX_INT
 
     @property
     def num_tokens(self) -> int:

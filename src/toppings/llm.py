@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.adapters.merges import Merge
 from toppings.adapters.registry import AdapterRecord
+from toppings.adapters.vocabulary import own_names
 from toppings.bad_input import RequestError
 from toppings.config import Config
 from toppings.core import FinishReason
@@ -280,20 +281,31 @@ class LLM:
     async def _complete(
         self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
     ) -> Completion:
-        completion, token_ids = Completion(), self._token_ids(prompt, sampling, adapter)
+        completion, token_ids = Completion(), await self._token_ids(prompt, sampling, adapter)
+        text = await self._text_of(adapter)
         async for output in self._outputs(token_ids, sampling, adapter, cache_salt):
             completion.append(output)
             if output.prompt_logprobs is not None:
                 told = output.prompt_logprobs.tokens(token_ids[1:])
-                completion.prompt_logprobs = [self.text_model.told(each) for each in told]
+                completion.prompt_logprobs = [text.told(each) for each in told]
             if output.embedding is not None:
                 completion.embedding = [*array("f", output.embedding)]
         return completion
 
-    def _token_ids(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> list[int]:
-        """Raises RequestError for a prompt that cannot be served."""
+    async def _text_of(self, adapter: str | None) -> TextModel:
+        """Raises AdapterNotFound."""
+        vocabulary = None if adapter is None else self._registry.get(adapter).vocabulary
+        if vocabulary is None:
+            return self.text_model
+        return await asyncio.to_thread(self.text_model.of, vocabulary)
+
+    async def _token_ids(self, prompt: Prompt, sampling: SamplingParams, adapter: str | None) -> list[int]:
+        """Raises RequestError for a prompt that cannot be served, AdapterNotFound."""
         check_types(sampling, adapter)
-        token_ids = self.text_model.encode(prompt) if isinstance(prompt, str) else token_ids_of(prompt)
+        if isinstance(prompt, str):
+            token_ids = (await self._text_of(adapter)).encode(prompt)
+        else:
+            token_ids = token_ids_of(prompt)
         most = self._client.info.max_model_len - min(1, sampling.max_tokens)
         if not 0 < len(token_ids) <= most:
             raise RequestError(f"the prompt has {len(token_ids)} tokens; between 1 and {most} can be served")
@@ -302,12 +314,14 @@ class LLM:
     async def _outputs(
         self, prompt: Prompt, sampling: SamplingParams, adapter: str | None, cache_salt: str | None
     ) -> AsyncGenerator[TextOutput, None]:
-        token_ids = self._token_ids(prompt, sampling, adapter)
-        adapter_id = None if adapter is None else self._registry.get(adapter).adapter_id
+        token_ids = await self._token_ids(prompt, sampling, adapter)
+        record = None if adapter is None else self._registry.get(adapter)
+        adapter_id, own = (None, None) if record is None else (record.adapter_id, record.vocabulary)
         if sampling.structure is not None:
-            sampling = replace(sampling, structure=await self._checker.checked(sampling.structure))
+            structure = await self._checker.checked(sampling.structure, *own_names(own))
+            sampling = replace(sampling, structure=structure)
         outputs = generate_text(
-            self._client, self.text_model, token_ids, sampling, adapter_id, cache_salt=cache_salt
+            self._client, await self._text_of(adapter), token_ids, sampling, adapter_id, cache_salt=cache_salt
         )
         async with aclosing(outputs):
             async for output in outputs:

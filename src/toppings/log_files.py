@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
+from typing import Protocol
 
 from toppings.backlog import COMPLAIN_S, Backlog
 from toppings.settings import OFF
@@ -98,8 +99,7 @@ class RotatingFile:
     def _complain(self, error: OSError) -> None:
         if time.monotonic() >= self._complain_at:
             self._complain_at = time.monotonic() + COMPLAIN_S
-            with suppress(OSError, ValueError):
-                print(f"{self.path} cannot be written, lines are dropped: {error}", file=sys.stderr)
+            StandardError().append(f"{self.path} cannot be written, lines are dropped: {error}\n".encode())
 
 
 class JsonLines:
@@ -138,43 +138,55 @@ class JsonLines:
         self._file.append(record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n")
 
 
-class LogFileHandler(logging.Handler):
-    def __init__(self, path: str, max_bytes: int) -> None:
-        super().__init__()
-        self.file = RotatingFile(path, max_bytes)
+class StandardError:
+    """Takes lines beside `sys.stderr`: a write to a pipe that nobody reads would hold that one's lock for
+    ever, and the end of the process waits for it."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(Exception):  # a record that cannot be formatted is its author's fault
-            line = self.format(record) + "\n"
-            self.file.append(line.encode(errors="backslashreplace"))
+    def append(self, data: bytes) -> None:
+        """Never raises: where standard error itself fails there is nobody to tell."""
+        with suppress(OSError, ValueError):  # closed, or no file
+            descriptor = -1 if sys.stderr is None else sys.stderr.fileno()
+            while data:
+                data = data[os.write(descriptor, data) :]
 
     def close(self) -> None:
-        self.file.close()
-        super().close()
+        """It stays open."""
 
 
-class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Where standard error itself fails there is nobody to tell."""
+class LineFile(Protocol):
+    def append(self, data: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Writer(QueueListener):
+    """A thread that appends records, which are formatted, to a file. It has no `logging.Handler` for that:
+    the end of the process would wait for the lock of one that hangs."""
+
+    def __init__(self, records: "queue.Queue[logging.LogRecord]", file: LineFile) -> None:
+        super().__init__(records)
+        self._file = file
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self._file.append(f"{record.getMessage()}\n".encode(errors="backslashreplace"))
 
 
 class QueuedHandler(QueueHandler):
-    """Formats a record and leaves it to a thread that hands it to `target`: a disk that hangs, or a pipe that
-    nobody reads, holds up nobody who logs.
+    """Formats a record and leaves it to a thread that appends it to `file`: a disk that hangs, or a pipe that
+    nobody reads, holds up nobody who logs, and no end of the process.
 
     What comes while too many wait is dropped and counted, and told to `other`, once a minute.
     """
 
     queue: "queue.Queue[logging.LogRecord]"
 
-    def __init__(self, target: logging.Handler, name: str) -> None:
+    def __init__(self, file: LineFile, name: str) -> None:
         super().__init__(queue.Queue(MAX_QUEUED_LINES))
         self.other: QueuedHandler | None = None
         self.num_dropped = 0
         self._what = name
         self._complain_at = 0.0
-        self._target = target
-        self._listener: QueueListener | None = QueueListener(self.queue, target)
+        self._file = file
+        self._listener: QueueListener | None = _Writer(self.queue, file)
         self._listener.start()
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -195,7 +207,7 @@ class QueuedHandler(QueueHandler):
         if self._listener is not None and not self.queue.unfinished_tasks:
             self._listener.stop()
             self._listener = None
-            self._target.close()
+            self._file.close()
         super().close()
 
     def _complain(self) -> None:
@@ -209,9 +221,9 @@ class QueuedHandler(QueueHandler):
 
 def log_handlers(path: str, max_bytes: int) -> list[logging.Handler]:
     """To standard error, and to the file `path` where one is named; each written by a thread of its own."""
-    told = QueuedHandler(_StderrHandler(), "standard error")
+    told = QueuedHandler(StandardError(), "standard error")
     if not path:
         return [told]
-    kept = QueuedHandler(LogFileHandler(path, max_bytes), path)
+    kept = QueuedHandler(RotatingFile(path, max_bytes), path)
     told.other, kept.other = kept, told
     return [told, kept]

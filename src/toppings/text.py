@@ -1,16 +1,19 @@
 """A checkpoint's tokeniser and chat template: text to tokens, tokens to text."""
 
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from toppings.adapters.vocabulary import Vocabulary
 from toppings.bad_input import ContextLengthError, RequestError, check_unicode
 from toppings.chat_template import ChatRenderer, ChatTemplate, Messages
 from toppings.messages import TokenLogprobs
-from toppings.model.tokenizer import load_tokenizer
+from toppings.model.tokenizer import load_tokenizer, with_tokens
 from toppings.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
@@ -18,6 +21,8 @@ REPLACEMENT = "\ufffd"
 TOKEN_TEXT_CACHE = 1 << 16
 SLICE_CHARS = 1 << 16
 END_CHARS_PER_TOKEN = 8
+MAX_OWN = 8
+"""Adapters' vocabularies that are kept at hand; one takes as much memory as the base model's."""
 SLICE_SLACK = 64
 """Tokens that a slice may have more than its part of the whole text: a cut can split words and tokens."""
 
@@ -49,15 +54,18 @@ class TextLogprob:
 class TextModel:
     """The tokeniser of a checkpoint. Token ids are those of the model's vocabulary."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, renderer: ChatRenderer | None = None) -> None:
         self.max_tokens: int | None = None
         """Of a text; more are refused without tokenising it to its end."""
         self._tokenizer = tokenizer
+        self._making = threading.Lock()
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
         self.template = _template_of(tokenizer, "default")
         self.tool_template = _template_of(tokenizer, "tool_use") or self.template
         """For chats with tools."""
-        self._renderer = ChatRenderer(getattr(tokenizer, "special_tokens_map", {}))
+        special = getattr(tokenizer, "special_tokens_map", {})
+        self._renderer = ChatRenderer(special) if renderer is None else renderer.with_variables(special)
+        self._own: OrderedDict[Vocabulary, TextModel] = OrderedDict()
         self._max_token_chars = max(map(len, tokenizer.get_vocab()), default=1)
         self.token_text = lru_cache(TOKEN_TEXT_CACHE)(self._token_text)
         self.token_bytes = lru_cache(TOKEN_TEXT_CACHE)(self._token_bytes)
@@ -71,6 +79,21 @@ class TextModel:
             return cls(load_tokenizer(path))
         except Exception as error:  # the library raises whatever its parsers do
             raise ValueError(f"cannot read a tokeniser from {path}: {error}") from error
+
+    def of(self, vocabulary: Vocabulary | None) -> "TextModel":
+        """Of an adapter with its own vocabulary; this one where it has none. Made once, in a second or less
+        each, and safe to be asked for from any thread."""
+        if vocabulary is None or not (vocabulary.tokens or vocabulary.names):
+            return self
+        with self._making:
+            if (own := self._own.get(vocabulary)) is None:
+                tokenizer = with_tokens(self._tokenizer, vocabulary.tokens, vocabulary.names)
+                own = self._own[vocabulary] = TextModel(tokenizer, self._renderer)
+                own.max_tokens = self.max_tokens
+                if len(self._own) > MAX_OWN:
+                    self._own.popitem(last=False)
+            self._own.move_to_end(vocabulary)
+            return own
 
     @property
     def special_tokens(self) -> list[str]:

@@ -50,7 +50,7 @@ def test_text_files_with_too_many_values_are_not_used(tmp_path: Path) -> None:
     write_adapter(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "own", "a": [' + "0," * MANY + "0]}")
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [' + "[]," * MANY + "[]]}")
-    checkpoint = read_checkpoint(tmp_path, SHAPES, {})
+    checkpoint = read_checkpoint(tmp_path, SHAPES)
     assert checkpoint.chat_template is None
     assert any("tokenizer_config.json" in warning for warning in checkpoint.warnings)
-    assert not any("tokeniser adds" in warning for warning in checkpoint.warnings)
+    assert any("added tokens of tokenizer.json" in warning for warning in checkpoint.warnings)

@@ -14,9 +14,10 @@ from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.packed import pack_weights
 from toppings.adapters.peft_matches import MAX_DIRECT_CHARS
-from toppings.core import MODULES
+from toppings.core import MODULES, ExpertNames, Mixture
 from toppings.sandbox.patterns import match_all
 
+MIXTURE = Mixture(4, 2, ExpertNames())
 KINDS: dict[str, dict[str, Any]] = {
     "list": {"target_modules": ["q_proj", "down_proj"]},
     "all-linear": {"target_modules": "all-linear"},
@@ -211,17 +212,18 @@ def test_weights_are_refused_with_the_key(
 @pytest.mark.parametrize(
     ("key", "shapes", "reason"),
     [
-        ("mlp.experts.3.gate_proj", (False, True), "of an expert: LoRA on experts is not supported"),
-        ("mlp.gate_proj", (False, True), r"matches no .*\(q_proj, k_proj, v_proj, o_proj\)"),
+        ("mlp.experts.4.gate_proj", (False, MIXTURE), "of no expert.*that the configuration targets"),
+        ("mlp.experts.3.gate_proj", (False, MIXTURE), "of no expert.*that the configuration targets"),
+        ("mlp.gate_proj", (False, MIXTURE), r"matches no .*\(q_proj, k_proj, v_proj, o_proj\)"),
         (
             "self_attn.q_proj",
-            (True, False),
+            (True, None),
             r"matches no .*\(qkv_proj, o_proj, gate_up_proj, down_proj\)",
         ),
     ],
 )
 def test_modules_that_the_base_model_has_not_are_told_with_those_that_it_has(
-    tmp_path: Path, key: str, shapes: tuple[bool, bool], reason: str
+    tmp_path: Path, key: str, shapes: tuple[bool, Mixture | None], reason: str
 ) -> None:
     name = f"{PREFIX}{key}.lora_A.weight"
     write_adapter(tmp_path, tensors={name: torch.zeros(4, HIDDEN)})

@@ -122,6 +122,7 @@ def test_a_full_disk_is_told_as_such_and_changes_nothing(registry: AdapterRegist
         "targets": "q_proj",
         "invocation_tokens": "",
         "merge": "",
+        "vocabulary": "",
     }
     with pytest.raises(StateFullError, match="full"), registry._rows.change() as change:
         change.insert(fields, replace=False)
@@ -150,20 +151,23 @@ def test_a_registry_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> Non
         open_owned(tmp_path / "state")
 
 
-@pytest.mark.parametrize(("version", "columns"), [(2, ("invocation_tokens", "merge")), (3, ("merge",))])
-def test_a_registry_of_a_version_before_is_brought_up_to_date(
-    tmp_path: Path, version: int, columns: tuple[str, ...]
-) -> None:
+COLUMNS = "invocation_tokens", "merge", "vocabulary"
+"""Of versions 3, 4 and 5."""
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_a_registry_of_a_version_before_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
     registry = open_owned(tmp_path / "state")
     registry.register("a", write_adapter(tmp_path / "a"))
     registry.close()
     with closing(sqlite3.connect(tmp_path / "state" / "registry.sqlite", isolation_level=None)) as old:
-        for column in columns:
+        for column in COLUMNS[version - 2 :]:
             old.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
         old.execute(f"PRAGMA user_version = {version}")
     for _ in range(2):
         registry = open_owned(tmp_path / "state")
-        assert (registry.get("a").invocation_tokens, registry.get("a").merge) == ((), None)
+        record = registry.get("a")
+        assert (record.invocation_tokens, record.merge, record.vocabulary) == ((), None, None)
         registry.close()
 
 

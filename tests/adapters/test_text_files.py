@@ -9,9 +9,13 @@ from tests.adapters.fixtures import SHAPES, open_registry, write_adapter
 from toppings.adapters.checkpoint import AdapterError, read_checkpoint
 from toppings.adapters.peft_config import CONFIG_FILE
 from toppings.adapters.stored_tensors import WEIGHTS_FILE
-from toppings.adapters.text_files import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, TEXT_FILES, TextFiles, base_tokens
-
-BASE = {"<s>": 0, "</s>": 1}
+from toppings.adapters.text_files import (
+    MAX_TEMPLATE_BYTES,
+    MAX_TOKENS,
+    TEMPLATE_FILE,
+    TEXT_FILES,
+    TextFiles,
+)
 
 
 def write_config(path: Path, **fields: Any) -> Path:
@@ -102,24 +106,49 @@ def test_links_within_the_roots_are_followed(tmp_path: Path) -> None:
     assert read_checkpoint(path, SHAPES, roots=[tmp_path / "link"]).chat_template == "own"
 
 
-@pytest.mark.parametrize("tokens", [{"<pad>": 2}, {"</s>": 7}, {**BASE, "<a>": 2, "<b>": 3}])
-def test_tokens_that_the_base_does_not_have_are_named(tmp_path: Path, tokens: dict[str, int]) -> None:
-    write_tokens(write_adapter(tmp_path), tokens)
-    [warning] = read_checkpoint(tmp_path, SHAPES, BASE).warnings
-    assert all(
-        repr(token) in warning for token in tokens.keys() - {"<s>"} if BASE.get(token) != tokens[token]
+def test_added_tokens_are_those_of_both_files(tmp_path: Path) -> None:
+    write_tokens(tmp_path, {"<a>": 7, "<b>": 8})
+    write_config(
+        tmp_path, added_tokens_decoder={"7": {"content": "<a>"}, "9": {"content": "x", "lstrip": True}}
     )
+    text = TextFiles.read(tmp_path)
+    assert [(each.content, each.id, each.special) for each in text.added_tokens.values()] == [
+        ("<a>", 7, True),
+        ("x", 9, False),
+        ("<b>", 8, True),
+    ]
+    assert text.added_tokens["x"].lstrip
+    assert text.warnings == ()
 
 
-def test_the_bases_own_tokens_are_no_difference(tmp_path: Path) -> None:
-    write_tokens(write_adapter(tmp_path), BASE)
-    write_config(tmp_path, added_tokens_decoder={"0": {"content": "<s>"}})
-    assert read_checkpoint(tmp_path, SHAPES, base_tokens(tmp_path)).warnings == ()
+def test_malformed_tokens_have_no_id(tmp_path: Path) -> None:
+    write_config(
+        tmp_path, added_tokens_decoder={"9" * 5000: {"content": "<x>"}, "1": None, "2": {"content": 3}}
+    )
+    assert {name: each.id for name, each in TextFiles.read(tmp_path).added_tokens.items()} == {"<x>": -1}
 
 
-def test_malformed_tokens_are_a_difference(tmp_path: Path) -> None:
-    write_config(tmp_path, added_tokens_decoder={"9" * 5000: {"content": "<x>"}, "1": None})
-    assert TextFiles.read(tmp_path).differences(BASE)
+@pytest.mark.parametrize(
+    "listed",
+    [
+        '[{"id": 1, "content": "<a',
+        '[{"id": 1, "content": ' + '"]' + '\\"' * 1_500_000,
+        "[" * 1_000_000,
+        "[1 2]",
+    ],
+)
+def test_a_list_of_added_tokens_that_cannot_be_read_is_told(tmp_path: Path, listed: str) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": ' + listed)
+    text = TextFiles.read(tmp_path)
+    assert text.added_tokens == {}
+    assert "tokenizer.json cannot be read" in text.warnings[0]
+
+
+def test_too_many_tokens_are_told(tmp_path: Path) -> None:
+    write_tokens(tmp_path, {f"<{i}>": i for i in range(MAX_TOKENS + 1)})
+    text = TextFiles.read(tmp_path)
+    assert text.added_tokens == {}
+    assert f"{MAX_TOKENS + 1} tokens" in text.warnings[0]
 
 
 def test_a_new_template_is_a_changed_adapter(tmp_path: Path) -> None:

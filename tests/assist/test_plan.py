@@ -245,3 +245,16 @@ def test_a_plan_tells_its_layers() -> None:
     costs = LayerCosts(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1)
     plan = predict(A100, [costs] * 3, [Choice.CPU, Choice.CPU, Choice.DEVICE], by_layer(range(3)))
     assert plan.describe() == "layers 0-1 CPU, 2-2 DEVICE"
+
+
+def test_layers_that_the_device_waits_for_in_any_case_gain_nothing_from_the_cpu() -> None:
+    """Experts are the device's, and travel with their layer."""
+    plain = layout(128, ALL)
+    assert compare(A100, plain, 64).plan.uses_cpu
+    extras = [(("experts.down_proj.A", (8, 4, 64)), ("experts.down_proj.B", (8, 4, 32)))] * 32
+    ranks = [layer.ranks for layer in plain.layers]
+    experts = AdapterLayout.build(ranks, LLAMA_7B, "bfloat16", extras)
+    assert experts.layer_bytes(0) - plain.layer_bytes(0) == 2 * 8 * 4 * (64 + 32)
+    compared = compare(A100, experts, 64)
+    assert not compared.plan.uses_cpu
+    assert compared.cpu_assisted.ttft_ms >= compared.pipelined.ttft_ms

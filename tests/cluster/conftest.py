@@ -1,15 +1,17 @@
 """A router in the test's own event loop, over fakes on real sockets."""
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from tests.cluster.fakes import FakeServer, FakeToppings, FakeVllm, serving
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 from toppings.cluster.router.app import Router, running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 
@@ -51,19 +53,27 @@ class Client:
         return int(next(iter(self.router.state.meters.received.collect())).samples[0].value)
 
 
+async def records_in(file: Path, num: int) -> list[dict[str, Any]]:
+    """The lines of a log, once there are so many."""
+    await until(lambda: file.exists() and file.read_bytes().count(b"\n") >= num)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 Start = Callable[..., AbstractAsyncContextManager[Client]]
 
 
 @pytest.fixture
 def start_router() -> Start:
     @asynccontextmanager
-    async def start(*urls: str | InstanceConfig, **settings: Any) -> AsyncIterator[Client]:
+    async def start(
+        *urls: str | InstanceConfig, records: Path | None = None, **settings: Any
+    ) -> AsyncIterator[Client]:
         instances = tuple(
             InstanceConfig(url=url, instance_id=f"s{i}") if isinstance(url, str) else url
             for i, url in enumerate(urls)
         )
         config = RouterConfig(instances=instances, port=0, **{**FAST, **settings})
-        async with running_router(config) as (router, url), aiohttp.ClientSession() as session:
+        async with running_router(config, records) as (router, url), aiohttp.ClientSession() as session:
             yield Client(router, url, session)
             router.state.fleet.check_integrity()
 

@@ -62,6 +62,7 @@ class FakeServer:
     admin_calls: list[dict[str, Any]] = field(default_factory=list)
     prefetched: list[str] = field(default_factory=list)
     max_cpu_loras: int = 1000
+    extra_headers: dict[str, str] = field(default_factory=dict)
 
     def app(self) -> Starlette:
         routes = [
@@ -112,7 +113,8 @@ class FakeServer:
         count = body.get("max_tokens") or (body.get("parameters") or {}).get("max_new_tokens") or 4
         path = request.url.path
         if body.get("stream") or path == "/generate_stream":
-            return StreamingResponse(self.stream(path, model, count), media_type="text/event-stream")
+            events = self.stream(path, model, count)
+            return StreamingResponse(events, media_type="text/event-stream", headers=self.extra_headers)
         await asyncio.sleep(self.behaviour.first_token_s + count * self.behaviour.token_s)
         await self.behaviour.may_send(count)
         text = " ".join(f"t{i}" for i in range(count))
@@ -120,7 +122,7 @@ class FakeServer:
             return JSONResponse({"generated_text": [text], "count_output_tokens": count})
         usage = {"prompt_tokens": 3, "completion_tokens": count, "total_tokens": count + 3}
         chunk = _chunk(path, model, text, "length", is_stream=False)
-        return JSONResponse({**chunk, "usage": usage})
+        return JSONResponse({**chunk, "usage": usage}, headers=self.extra_headers)
 
     async def stream(self, path: str, model: str, count: int) -> AsyncIterator[bytes]:
         self.running.append(model)

@@ -235,7 +235,7 @@ async def test_removed_server_is_forgotten_when_its_last_request_ended(
             await response.read()
         await until(lambda: "s0" not in client.router.state.upstreams)
         async with client.call("GET", "/metrics") as metrics:
-            assert 'instance="s0"' not in await metrics.text()
+            assert 'server="s0"' not in await metrics.text()
         assert [i["id"] for i in (await client.json("GET", "/instances"))["instances"]] == ["s1"]
 
 

@@ -11,9 +11,10 @@ import pytest
 from tests.cluster.conftest import Start
 from tests.cluster.fakes import FakeVllm, serving
 from toppings.access import why_not_changed
-from toppings.cluster.router.middlewares import NamingFormatter, request_id
+from toppings.cluster.router.exchange import Exchange, current_exchange
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import ConfigError
+from toppings.exchanges.log_lines import NamingFormatter
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 BODIES = {
@@ -153,11 +154,11 @@ async def test_a_performance_model_that_is_no_file_is_refused_at_once(
 
 
 def test_lines_of_the_log_name_the_request_that_they_are_about() -> None:
-    formatter = NamingFormatter("%(levelname)s %(message)s")
+    formatter = NamingFormatter("%(levelname)s %(message)s", current_exchange.get)
     record = logging.LogRecord("x", logging.INFO, __file__, 0, "on b: it failed", None, None)
     assert formatter.format(record) == "INFO on b: it failed"
-    token = request_id.set("mine")
+    token = current_exchange.set(Exchange("mine"))
     try:
         assert formatter.format(record) == "INFO on b: it failed [request mine]"
     finally:
-        request_id.reset(token)
+        current_exchange.reset(token)

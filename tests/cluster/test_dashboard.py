@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import socket
+from contextlib import AsyncExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +18,7 @@ from toppings.cluster.router.decisions import MAX_KEPT, MAX_SERVERS
 from toppings.cluster.router.readings import MAX_SERVERS as MAX_TOLD
 from toppings.cluster.snapshot import RequestSnapshot
 from toppings.command import app
+from toppings.dashboard.feed import FIRM_S, LIFE_S, MAX_VIEWERS_EACH
 from toppings.dashboard.page import EVENTS, HEADERS
 
 
@@ -151,6 +155,27 @@ async def test_streams_end_with_the_router(two_servers: Any, start_router: Start
             await reply.content.read()
             assert reply.content.at_eof()
         await until(lambda: client.router.dashboard.feed.num_viewers == 0)
+
+
+async def test_viewers_that_never_read_lock_nobody_out_of_a_router(
+    two_servers: Any, start_router: Start
+) -> None:
+    async with start_router(two_servers[0][1]) as client, AsyncExitStack() as stack:
+        feed, now = client.router.dashboard.feed, [0.0]
+        feed.clock = lambda: now[0]
+        address = urlsplit(client.url)
+        for _ in range(MAX_VIEWERS_EACH):
+            rude = stack.enter_context(socket.create_connection((address.hostname, address.port)))
+            rude.sendall(f"GET {EVENTS} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+        await until(lambda: feed.num_viewers == MAX_VIEWERS_EACH)
+        async with client.call("GET", EVENTS) as reply:
+            assert (reply.status, "at once; ask again" in await reply.text()) == (503, True)
+        now[0] = FIRM_S
+        reply = await stack.enter_async_context(client.call("GET", EVENTS))
+        assert (await reply.content.readuntil(b"\n\n")).startswith(b"data: ")
+        assert feed.num_viewers == MAX_VIEWERS_EACH
+        now[0] += LIFE_S
+        await until(lambda: feed.num_viewers == 0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

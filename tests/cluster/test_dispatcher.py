@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from toppings.cluster.dispatcher import MAX_OTHERS, MAX_RECENT_ADAPTERS, Dispatcher, ResponseLengths
+from toppings.cluster.dispatcher import MAX_OTHERS, MAX_RECENT_ADAPTERS, Dispatcher
+from toppings.cluster.lengths import ResponseLengths
 from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.policies import POLICIES, PolicySettings, make_policy
 from toppings.cluster.report import RequestEntry, ServerReport

@@ -16,6 +16,7 @@ from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.waiting import PATIENCE_S, until, wait_until
 from toppings.cluster.router.calls import Call
+from toppings.cluster.router.exchange import Exchange
 from toppings.lab.http.server import free_port
 
 
@@ -260,7 +261,8 @@ async def test_a_move_to_a_server_that_has_closed_leaves_the_request_where_it_ca
         async with start_router(first, second) as client:
             state = client.router.state
             place = client.router.guard.book.anybody().enter(1)
-            flight = state.make_flight(Call("/v1/completions", b"{}", "small", is_stream=True), place)
+            call = Call("/v1/completions", b"{}", "small", is_stream=True)
+            flight = state.make_flight(call, place, Exchange("mine"))
             state.fleet.set_open("s1", False)
             flight.move_to = "s1"
             choice = state.place(flight)

@@ -235,7 +235,7 @@ async def test_metrics_are_prometheus_text(two_servers: Any, start_router: Start
         async with client.call("GET", "/metrics") as response:
             text = await response.text()
     assert 'toppings_router_ended_total{outcome="answered"} 1.0' in text
-    assert 'toppings_router_instance_up{instance="s0"} 1.0' in text
+    assert 'toppings_router_instance_up{server="s0"} 1.0' in text
 
 
 @pytest.mark.parametrize(

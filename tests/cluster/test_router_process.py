@@ -1,6 +1,7 @@
 """`toppings route` as a process: started from the command line, stopped while it works, started again."""
 
 import fcntl
+import json
 import re
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,9 +22,12 @@ LIMIT_S = PATIENCE_S
 
 
 @contextmanager
-def router(url: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def router(
+    url: str, port: int = 0, log_dir: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its URL once it serves."""
     options = ["--instances", url, "--port", str(port), "--policy", "rank_aware", "--slo-tpt-ms", "60"]
+    options += ["--log-dir", str(log_dir)] if log_dir else ["--request-log", "0", "--audit-log", "off"]
     command = [sys.executable, "-m", "toppings", "route", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -38,12 +43,12 @@ def body(num_tokens: int) -> dict[str, object]:
     return {"model": "small", "prompt": "hi", "max_tokens": num_tokens, "stream": True}
 
 
-def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> None:
+def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves(tmp_path: Path) -> None:
     server = FakeVllm()
     server.behaviour.token_s = 0.1
     with serving(server) as url:
         with (
-            router(url, free_port()) as (process, routed),
+            router(url, free_port(), tmp_path) as (process, routed),
             httpx.Client(base_url=routed, timeout=LIMIT_S) as client,
         ):
             assert client.get("/ready").status_code == 200
@@ -55,6 +60,8 @@ def test_restart_costs_no_stream_that_has_begun_and_the_next_one_serves() -> Non
             assert text.endswith("data: [DONE]")
             assert text.count('"text"') == 8
             assert process.wait(LIMIT_S) == 0
+            [line] = (tmp_path / "router" / "requests.jsonl").read_text().splitlines()
+            assert json.loads(line).items() >= {"outcome": "answered", "completion_tokens": 8}.items()
         port = int(routed.rpartition(":")[2])
         with router(url, port) as (_, again):
             assert again == routed
@@ -79,7 +86,7 @@ def test_killed_router_cuts_what_it_had_at_once_and_the_next_one_serves() -> Non
             assert _outcome(again, body(2)) == "whole"
 
 
-def test_a_router_whose_log_nobody_reads_serves() -> None:
+def test_a_router_whose_log_nobody_reads_serves_and_ends() -> None:
     """What it has to say is many times what the pipe holds."""
     server = FakeVllm()
     server.behaviour.mode = "busy"  # each attempt is a line of the log
@@ -94,6 +101,8 @@ def test_a_router_whose_log_nobody_reads_serves() -> None:
             named = {"X-Request-Id": f"{number:064}"}
             assert client.post("/v1/completions", json=body(1), headers=named).status_code == 429
         assert client.get("/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 0
 
 
 def _outcome(url: str, request: dict[str, object]) -> str:

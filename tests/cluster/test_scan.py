@@ -9,7 +9,7 @@ import pytest
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import DECODE, PREFILL, Instances
 from toppings.cluster.perf_model import DECODE_FORMS, PREFILL_FORMS, LinearModel, PerfModel, load_perf_model
-from toppings.cluster.policies.base import least_row
+from toppings.cluster.policies.base import PolicySettings, least_row
 from toppings.cluster.scan import least_cost
 from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
 
@@ -34,15 +34,20 @@ MODELS = {
 
 
 def reference(
-    request: RequestSnapshot, instances: Instances, slo_ms: float, *, weighs_residency: bool
-) -> tuple[int, bool, float] | None:
-    """Row, whether the SLO is broken, predicted TPT: the policies' formulas, one array operation after
-    another.
+    request: RequestSnapshot, instances: Instances, slo: PolicySettings, *, weighs_residency: bool
+) -> tuple[int, bool, float, float] | None:
+    """Row, whether the SLO is broken, predicted TPT and TTFT: the policies' formulas, one array operation
+    after another.
     """
     before, after = instances.step_ms(), instances.step_ms_with(request)
     added, tpt = after - before, after[DECODE]
     per_token = added[PREFILL] / request.response_tokens + added[DECODE]
-    num = instances.num_requests
+    num, has_ttft = instances.num_requests, slo.slo_ttft_ms < np.inf
+    ttft = after[PREFILL] + tpt + instances.lacking_kv_share(request) * request.response_tokens * tpt
+    excess = np.maximum(num + 1 - instances.max_num_seqs, 0.0) / instances.max_num_seqs
+    ttft = ttft + np.nan_to_num(excess) * request.response_tokens * tpt
+    if weighs_residency or has_ttft:
+        ttft = ttft + instances.load_ms(request)
     has_room, totals = instances.has_room(request), per_token * num
     if weighs_residency:
         load = instances.load_ms(request) / request.response_tokens
@@ -52,11 +57,12 @@ def reference(
         has_room = num < instances.max_num_seqs
     if instances.found_tokens.any():
         totals = totals + added[PREFILL] / request.response_tokens
-    keeps_slo = tpt <= slo_ms
-    for costs in (np.where(has_room & keeps_slo, totals, np.inf), np.where(has_room, tpt, np.inf), num):
+    keeps_slo = (tpt <= slo.slo_tpt_ms) & (ttft <= slo.slo_ttft_ms)
+    missed = np.maximum(tpt / slo.slo_tpt_ms, ttft / slo.slo_ttft_ms) if has_ttft else tpt
+    for costs in (np.where(has_room & keeps_slo, totals, np.inf), np.where(has_room, missed, np.inf), num):
         row = least_row(np.round(costs, DECIMALS), instances)
         if row is not None:
-            return row, not keeps_slo[row], float(tpt[row])
+            return row, not keeps_slo[row], float(tpt[row]), float(ttft[row])
     return None
 
 
@@ -106,9 +112,12 @@ def test_the_scan_decides_as_array_operations_do(form: str, weighs_residency: bo
         fleet, request = random_fleet(rng, models), random_request(rng, "new")
         found = np.floor(request.prompt_tokens * rng.random(len(fleet)) * (rng.random(len(fleet)) < 0.3))
         instances = fleet.finding(found) if seed % 2 else fleet
-        slo_ms = float(rng.choice([1.0, 34.0, 36.0, np.inf]))
-        choice = least_cost(request, instances, slo_ms, weighs_residency=weighs_residency)
-        expected = reference(request, instances, slo_ms, weighs_residency=weighs_residency)
+        slo = PolicySettings(
+            slo_tpt_ms=float(rng.choice([1.0, 34.0, 36.0, np.inf])),
+            slo_ttft_ms=float(rng.choice([50.0, 150.0, 2000.0, np.inf, np.inf])),
+        )
+        choice = least_cost(request, instances, slo, weighs_residency=weighs_residency)
+        expected = reference(request, instances, slo, weighs_residency=weighs_residency)
         if expected is None or choice is None:
             assert choice is None
             assert expected is None
@@ -119,6 +128,7 @@ def test_the_scan_decides_as_array_operations_do(form: str, weighs_residency: bo
             expected[1],
         )
         assert choice.predicted_tpt_ms == pytest.approx(expected[2], rel=1e-12)
+        assert choice.predicted_ttft_ms == pytest.approx(expected[3], rel=1e-9)
         outcomes.add(choice.breaks_slo)
     assert outcomes == {False, True}
 
@@ -130,9 +140,9 @@ def test_a_fleet_that_changes_is_read_as_it_is() -> None:
     rows = set()
     for i in range(30):
         request = random_request(rng, str(i))
-        choice = least_cost(request, fleet, np.inf, weighs_residency=False)
+        choice = least_cost(request, fleet, PolicySettings(), weighs_residency=False)
         afresh = Fleet(fleet.instance(name) for name in fleet.ids)
-        assert choice == least_cost(request, afresh, np.inf, weighs_residency=False)
+        assert choice == least_cost(request, afresh, PolicySettings(), weighs_residency=False)
         assert choice is not None
         rows.add(choice.row)
         fleet.enqueue(choice.instance_id, request)
@@ -146,8 +156,8 @@ def test_what_is_taken_from_a_fleet_is_scanned_alike() -> None:
     fleet, request = random_fleet(rng, [EXTENDED]), random_request(rng, "new")
     rows = np.arange(len(fleet))[::-1].copy()
     for weighs_residency in (False, True):
-        whole = least_cost(request, fleet, np.inf, weighs_residency=weighs_residency)
-        taken = least_cost(request, fleet.take(rows), np.inf, weighs_residency=weighs_residency)
+        whole = least_cost(request, fleet, PolicySettings(), weighs_residency=weighs_residency)
+        taken = least_cost(request, fleet.take(rows), PolicySettings(), weighs_residency=weighs_residency)
         assert whole is not None
         assert taken is not None
         assert whole.instance_id == taken.instance_id

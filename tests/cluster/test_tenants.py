@@ -2,21 +2,24 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.cluster.conftest import Client, Start
+from tests.cluster.conftest import Client, Start, records_in
 from tests.cluster.fakes import FakeServer
 from tests.waiting import until
 from toppings.cluster.router.calls import parse_call
 from toppings.cluster.router.stream_tokens import StreamTokens
+from toppings.command import app
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
-from toppings.tenants.keys import digest_of
+from toppings.tenants.keys import add_key, digest_of
 from toppings.tenants.tenant import Tenant
 
 FILE = """\
@@ -24,9 +27,10 @@ tenants:
   user: {use: ["small"], see: ["large"], weight: 2}
   loader: {load: ["mine-*"], load_from: ["/mine/*"], base_model: off}
   limited: {use: ["*"], requests_per_minute: 3, tokens_per_minute: 100}
+  boss: {admin: on}
 keys:
 """
-KEYS = {"user": "key-u", "loader": "key-l", "limited": "key-m"}
+KEYS = {"user": "key-u", "loader": "key-l", "limited": "key-m", "boss": "key-b"}
 ROLES = {"anonymous": None, "wrong": "wrong", **KEYS, "administrator": "the-one"}
 
 
@@ -44,8 +48,13 @@ def tenants(tmp_path: Path) -> Path:
 class Fleet:
     """A router with tenants over a Toppings server and one of vLLM."""
 
-    def __init__(self, client: Client, servers: list[FakeServer]) -> None:
-        self.client, self.servers = client, servers
+    def __init__(self, client: Client, servers: list[FakeServer], logs: Path | None = None) -> None:
+        self.client, self.servers, self.logs = client, servers, logs
+
+    async def records(self, name: str, num: int) -> list[dict[str, Any]]:
+        """The lines of `<name>.jsonl`, once there are so many."""
+        assert self.logs is not None
+        return await records_in(self.logs / f"{name}.jsonl", num)
 
     async def ask(
         self, role: str, method: str, path: str, body: object = None, **headers: str
@@ -61,11 +70,11 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet(tenants: Path, two_servers: Any, start_router: Start) -> AsyncIterator[Fleet]:
+async def fleet(tenants: Path, two_servers: Any, start_router: Start, tmp_path: Path) -> AsyncIterator[Fleet]:
     (first, url), (second, other) = two_servers
     settings = {"api_key": "the-one", "upstream_api_key": "the-servers", "tenants_file": str(tenants)}
-    async with start_router(url, other, **settings) as client:
-        yield Fleet(client, [first, second])
+    async with start_router(url, other, records=tmp_path / "logs", **settings) as client:
+        yield Fleet(client, [first, second], tmp_path / "logs")
 
 
 OPEN, ANY, LOADING, ADMIN = "open", "any key", "who may load it", "administrators"
@@ -92,8 +101,8 @@ ACCESS = {
 MAY = {
     OPEN: set(ROLES),
     ANY: {*KEYS, "administrator"},
-    LOADING: {"loader", "administrator"},
-    ADMIN: {"administrator"},
+    LOADING: {"loader", "boss", "administrator"},
+    ADMIN: {"boss", "administrator"},
 }
 
 
@@ -115,6 +124,17 @@ async def test_every_route_answers_whom_it_should(fleet: Fleet) -> None:
         assert told == {name: "let in" if role in MAY[who] else refused for name, who in ACCESS.items()}, role
 
 
+@pytest.mark.parametrize("role", ["anonymous", "wrong", "user"])
+async def test_no_spelling_of_a_path_opens_it(fleet: Fleet, role: str) -> None:
+    for path in ("instances", "metrics", "dashboard/data", "dashboard/adapters"):
+        for spelling in (
+            *(f"/{path}/", f"//{path}", f"/docs/..%2f{path}", f"/dashboard/static/..%2f..%2f{path}"),
+            *(f"/{path}%20", f"/{path.upper()}", f"/{path};a=b", f"/health%2f..%2f{path}", f"/%2e/{path}"),
+        ):
+            status, _, _ = await fleet.ask(role, "GET", spelling)
+            assert status in (401, 403, 404), spelling
+
+
 async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> None:
     for path in ("/v1/completions", "/v1/chat/completions"):
         told = [await fleet.status("user", path, model=model) for model in ("base", "small", "large", "none")]
@@ -130,6 +150,52 @@ async def test_models_are_used_and_seen_by_whom_the_file_says(fleet: Fleet) -> N
     assert json.loads((await fleet.ask("loader", "GET", "/v1/models"))[1])["data"] == []
     assert (await fleet.ask("loader", "GET", "/v1/models/small"))[0] == 404
     assert (await fleet.ask("user", "GET", "/v1/models/large"))[0] == 200
+
+
+async def test_top_shows_a_router_to_administrators_and_tells_others_why_not(fleet: Fleet) -> None:
+    fleet.servers[0].behaviour.max_sent = fleet.servers[1].behaviour.max_sent = 0
+    asked = asyncio.create_task(fleet.status("user", model="small"))
+    await until(lambda: any(server.seen for server in fleet.servers))
+    fleet.client.router.dashboard.feed._read_at = float("-inf")
+    for role in ("boss", "administrator"):
+        command = ["top", fleet.client.url, "--once", "--api-key", ROLES[role] or ""]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert result.exit_code == 0
+        assert "│ user │ small │" in " ".join(result.output.split())
+    for role, told in (
+        ("user", "403: You have insufficient permissions"),
+        ("wrong", "401: Incorrect API key"),
+    ):
+        command = ["top", fleet.client.url, "--once", "--api-key", ROLES[role] or ""]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert told in str(result.exception)
+    for server in fleet.servers:
+        server.behaviour.max_sent = None
+    assert await asked == 200
+
+
+async def test_tenants_are_not_told_where_servers_and_their_files_are(fleet: Fleet) -> None:
+    async def told(role: str) -> str:
+        answers = []
+        for method, path, body in (
+            ("GET", "/v1/models", None),
+            ("GET", "/v1/models/small", None),
+            ("POST", "/v1/completions", {"model": "small", "prompt": "x"}),
+            ("POST", "/v1/completions", {"model": "small", "prompt": "x", "stream": True}),
+            ("POST", "/v1/load_lora_adapter", {"lora_name": "mine-x", "lora_path": "/mine/x"}),
+        ):
+            _, text, headers = await fleet.ask(role, method, path, body)
+            answers.append(f"{headers} {text}")
+        return "".join(answers)
+
+    secret = re.compile(r"\bs[01]\b|/models/|/adapters/")
+    for mode in ("ok", "cut", "error"):
+        for server in fleet.servers:
+            server.behaviour.mode = mode
+        texts = [await told(role) for role in ("administrator", "user", "loader")]
+        assert {found[:4] for found in secret.findall(texts[0])} >= {"/mod", "/ada"}
+        assert re.search(r"\bs[01]\b", texts[0]) is not None
+        assert not any(secret.search(text) for text in texts[1:])
 
 
 @pytest.mark.parametrize(
@@ -340,3 +406,68 @@ async def test_a_changed_file_counts_without_a_restart(fleet: Fleet, tenants: Pa
     tenants.write_text(tenants.read_text().replace('use: ["small"]', 'use: ["small", "large"]'))
     fleet.client.router.guard.book.reload()
     assert await fleet.status("user", model="large") == 200
+
+
+async def test_changes_that_were_denied_are_told_and_who_was_told_no_is_counted(fleet: Fleet) -> None:
+    body = {"lora_name": "mine-x", "lora_path": "/mine/x"}
+    named = {"X-Request-Id": "mine"}
+    for role in ("anonymous", "wrong", "user"):
+        await fleet.ask(role, "POST", "/v1/load_lora_adapter", body, **named)
+    await fleet.ask("user", "DELETE", "/instances/s0")
+    await fleet.ask("loader", "POST", "/v1/unload_lora_adapter", {"lora_name": "small"})
+    assert await fleet.status("wrong") == 401  # no change
+    told = [
+        (line["action"], line["outcome"], line["status"], line["tenant"])
+        for line in await fleet.records("audit", 5)
+    ]
+    assert told == [
+        ("POST /v1/load_lora_adapter", "denied", 401, None),
+        ("POST /v1/load_lora_adapter", "denied", 401, None),
+        ("POST /v1/load_lora_adapter", "denied", 403, "user"),
+        ("DELETE /instances/s0", "denied", 403, "user"),
+        ("POST /v1/unload_lora_adapter", "denied", 403, "loader"),
+    ]
+    lines = await fleet.records("audit", 5)
+    assert (lines[0]["request_id"], lines[0]["client"]) == ("mine", "127.0.0.1")
+    assert "mine-x" in lines[2]["error"]
+    [request] = await fleet.records("requests", 1)
+    assert (request["status"], request["tenant"], request["outcome"]) == (401, None, "refused")
+    metrics = (await fleet.ask("administrator", "GET", "/metrics"))[1]
+    assert 'toppings_router_denied_total{status="401"} 3.0' in metrics
+    assert 'toppings_router_denied_total{status="403"} 3.0' in metrics
+    assert 'toppings_router_refused_total{status="401"} 1.0' in metrics
+    assert "wrong" not in "".join(map(str, [*lines, request]))
+
+
+async def test_what_tenants_had_is_counted_and_logged_with_their_keys(fleet: Fleet) -> None:
+    book = fleet.client.router.guard.book
+    now = book.now()
+    book.clock = lambda: now
+    body = {"model": "small", "prompt": "x", "max_tokens": 5}
+    for _ in range(4):
+        await fleet.ask("limited", "POST", "/v1/completions", body)
+    assert await fleet.status("user", stream=True, model="small") == 200
+    *answered, rejected, streamed = await fleet.records("requests", 5)
+    for line in answered:
+        assert (line["tenant"], line["key"], line["outcome"]) == ("limited", "limited", "answered")
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (3, 5)
+    assert (rejected["status"], rejected["outcome"], rejected["model"]) == (429, "rejected", "")
+    assert "server" not in rejected
+    assert (streamed["completion_tokens"], streamed["tenant"]) == (4, "user")
+    metrics = (await fleet.ask("administrator", "GET", "/metrics"))[1]
+    for told in (
+        'rejected_total{reason="tenant"} 1.0',
+        'tenant_requests_total{tenant="limited"} 4.0',
+        'tenant_rejected_total{tenant="limited"} 1.0',
+        'tenant_tokens_total{kind="prompt",tenant="limited"} 9.0',
+        'tenant_tokens_total{kind="generation",tenant="limited"} 15.0',
+        'refused_total{status="429"} 1.0',
+    ):
+        assert f"toppings_router_{told}" in metrics
+
+
+async def test_keys_that_come_are_told(fleet: Fleet, tenants: Path) -> None:
+    key = add_key(tenants, "user")
+    fleet.client.router.guard.book.reload()
+    [line] = await fleet.records("audit", 1)
+    assert (line["action"], line["key"], line["of"]) == ("add key", key.entry.id, "user")

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 from tests.waiting import until
-from toppings.dashboard.feed import MAX_VIEWERS, Feed
+from toppings.dashboard.feed import FIRM_S, LIFE_S, MAX_VIEWERS, MAX_VIEWERS_EACH, Feed
 
 
 class Source:
@@ -25,10 +25,12 @@ class Source:
 class Viewer:
     """Holds a place and takes events when it is told to."""
 
-    def __init__(self, feed: Feed) -> None:
-        self.place: AbstractContextManager[None] = feed.viewing()
+    def __init__(self, feed: Feed, whose: str = "") -> None:
+        viewer = feed.enter(whose)
+        assert viewer is not None
+        self.place: AbstractContextManager[None] = feed.viewing(viewer)
         self.place.__enter__()
-        self.stream = feed.events()
+        self.stream = feed.events(viewer)
         self.known: dict[str, Any] = {}
 
     async def take(self) -> dict[str, Any]:
@@ -135,12 +137,56 @@ async def test_closing_ends_every_stream() -> None:
         await viewer.leave()
 
 
-async def test_places_are_bounded() -> None:
-    feed = feed_of(Source())
-    viewers = [Viewer(feed) for _ in range(MAX_VIEWERS)]
-    assert feed.is_full
-    await viewers[0].leave()
-    assert not feed.is_full
+async def test_one_key_takes_half_of_the_places_and_then_its_own() -> None:
+    feed, now = feed_of(Source()), [0.0]
+    feed.clock = lambda: now[0]
+    rude = [Viewer(feed, "rude") for _ in range(MAX_VIEWERS_EACH)]
+    assert feed.enter("rude") is None  # none of them has had its time yet
+    first = await rude[0].take()
+    assert first
+    other = Viewer(feed, "other")
+    now[0] = FIRM_S
+    late = Viewer(feed, "rude")
+    assert feed.num_viewers == MAX_VIEWERS_EACH + 1
+    async with aclosing(rude[0].stream) as ended:
+        assert len([event async for event in ended]) <= 1
+    assert await rude[1].take()
+    assert await other.take()
+    assert await late.take()
+
+
+async def test_whoever_comes_to_a_full_house_has_the_place_of_who_has_most() -> None:
+    feed, now = feed_of(Source()), [0.0]
+    feed.clock = lambda: now[0]
+    old = Viewer(feed, "old")
+    others = [Viewer(feed, "ab"[number % 2]) for number in range(MAX_VIEWERS - 1)]
+    assert feed.enter("c") is None
+    now[0] = FIRM_S
+    newcomers = [Viewer(feed, f"c{number}") for number in range(MAX_VIEWERS // 2)]
+    assert feed.num_viewers == MAX_VIEWERS
+    assert await old.take()
+    for newcomer in newcomers:
+        assert await newcomer.take()
+    assert await old.take() is not None
+    for viewer in (old, *newcomers):
+        await viewer.leave()
+    assert feed.num_viewers == len(others) - len(newcomers)
+
+
+async def test_a_stream_ends_after_its_time() -> None:
+    feed, now = feed_of(Source()), [0.0]
+    feed.clock = lambda: now[0]
+    viewer = Viewer(feed)
+    await viewer.take()
+    now[0] = LIFE_S / 2
+    young = Viewer(feed)
+    now[0] = LIFE_S
+    async with aclosing(viewer.stream) as stream:
+        assert len([event async for event in stream]) <= 1
+    await young.take()
+    assert await young.take() is not None
+    await viewer.leave()
+    await young.leave()
 
 
 async def test_one_reading_serves_those_who_ask_together() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SIZE = 320
@@ -129,16 +130,21 @@ def make_adapter(
     return path
 
 
-def make_kind(path: Path, model_path: Path, config: Any, *, seed: int = 0) -> Path:
+def make_kind(path: Path, model_path: Path, config: Any, *, seed: int = 0, num_added: int = 0) -> Path:
     """An adapter of the kind that PEFT's `config` names."""
-    random_peft(model_path, config, seed=seed).save_pretrained(path)
+    random_peft(model_path, config, seed=seed, num_added=num_added).save_pretrained(path)
     return path
 
 
-def random_peft(model_path: Path, config: Any, *, seed: int) -> Any:
-    """PEFT's model with random weights of a visible effect."""
+def random_peft(model_path: Path, config: Any, *, seed: int, num_added: int = 0) -> Any:
+    """PEFT's model with random weights of a visible effect; `num_added` tokens more than the base model."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    if num_added:
+        num_base = base.config.vocab_size
+        base.resize_token_embeddings(num_base + num_added, mean_resizing=False)
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+            layer.weight.data[num_base:].normal_(0, 0.3)  # likelier than others, to be drawn at all
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
@@ -157,7 +163,16 @@ def random_peft(model_path: Path, config: Any, *, seed: int) -> Any:
 @lru_cache(maxsize=32)
 def reference_model(model_path: Path, adapter_path: Path | None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    if adapter_path is not None and (num_tokens := _num_tokens(adapter_path)) > model.config.vocab_size:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return (model if adapter_path is None else PeftModel.from_pretrained(model, adapter_path)).eval()
+
+
+def _num_tokens(adapter_path: Path) -> int:
+    """Rows of the embedding that an adapter has saved."""
+    with safe_open(adapter_path / "adapter_model.safetensors", "pt") as file:
+        names = [name for name in list(file.keys()) if "embed_tokens" in name and name.endswith(".weight")]
+        return max((int(file.get_slice(name).get_shape()[0]) for name in names), default=0)
 
 
 def reference_tokens(

@@ -1,7 +1,10 @@
 """What families have beyond Llama's, through the engine: with adapters on the names that their checkpoints
 have and on what lies around the projections, cold, chunked, side by side, and again from the prefix cache."""
 
+import json
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from peft import LoraConfig
 
 from tests.engine.driver import drive
 from tests.engine.oracle import all_linear, make_kind, make_model, make_prompt, reference_tokens
+from toppings.config import EngineConfig
+from toppings.engine.base import open_registry
 
 SAVED = {
     "gemma2": ["pre_feedforward_layernorm", "post_feedforward_layernorm", "norm", "embed_tokens"],
@@ -19,6 +24,9 @@ SAVED = {
     "granite": ["embed_tokens", "lm_head"],
     "smollm3": ["input_layernorm", "embed_tokens"],
     "qwen3_moe": ["post_attention_layernorm", "lm_head"],
+    "mistral": ["input_layernorm", "embed_tokens", "lm_head"],
+    "mixtral": ["norm", "lm_head"],
+    "olmo3": ["post_feedforward_layernorm", "k_norm"],
 }
 KINDS: dict[str, Callable[[str], Any]] = {
     "linear": lambda family: LoraConfig(r=8, target_modules=list(all_linear(family))),
@@ -35,34 +43,98 @@ KINDS: dict[str, Callable[[str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", SAVED)
-def test_adapters_of_all_kinds_cold_mixed_chunked_and_cached_match_the_oracle(
-    family: str, tmp_path: Path
-) -> None:
-    model = make_model(tmp_path / "model", family)
+MODES = ["cpu_assisted", "pipelined", "cpu_shrink", "on_demand", "auto", "cached"]
+NUM_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class World:
+    model: Path
+    adapters: dict[str, Path]
+    prompts: dict[str, list[int]]
+
+    def check(self, tokens: dict[str, list[int]], turn: str) -> None:
+        for name, prompt in self.prompts.items():
+            expected = reference_tokens(self.model, self.adapters[name], prompt, NUM_TOKENS)
+            assert expected != reference_tokens(self.model, None, prompt, NUM_TOKENS), f"{name} has no effect"
+            assert tokens[f"{name} {turn}"] == expected, name
+
+
+@pytest.fixture(scope="module", params=SAVED)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    root, family = tmp_path_factory.mktemp(request.param), request.param
+    model = make_model(root / "model", family)
     adapters = {
-        name: make_kind(tmp_path / name, model, config(family), seed=i)
+        name: make_kind(root / name, model, config(family), seed=i)
         for i, (name, config) in enumerate(KINDS.items())
     }
-    prompts = {name: make_prompt(i, 21 + 6 * i) for i, name in enumerate(adapters)}
+    return World(model, adapters, {name: make_prompt(i, 21 + 3 * i) for i, name in enumerate(adapters)})
+
+
+def mode_of(world: World, offset: int) -> str:
+    """Families take turns: every mode has some."""
+    families = list(SAVED)
+    family = next(each for each in families if world.model.parent.name.startswith(each + "0"))
+    return MODES[(families.index(family) + offset) % len(MODES)]
+
+
+def test_adapters_of_all_kinds_cold_mixed_chunked_and_cached_match_the_oracle(
+    world: World, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {
-        "mode": "cpu_assisted",
+        "mode": mode_of(world, 0),
         "link_gbps": 0.05,
         "max_num_batched_tokens": 32,
         "max_num_seqs": 8,
     }
-    with drive(model, tmp_path / "state", adapters, **settings) as driver:
+    base = world.prompts["saved"]
+    with drive(world.model, tmp_path / "state", world.adapters, **settings) as driver:
         for turn in ("cold", "cached"):
-            for name, prompt in prompts.items():
-                driver.add(f"{name} {turn}", prompt, 8, name)
-            driver.add(f"base {turn}", prompts["saved"], 8)
+            for name, prompt in world.prompts.items():
+                driver.add(f"{name} {turn}", prompt, NUM_TOKENS, name)
+            driver.add(f"base {turn}", base, NUM_TOKENS)
             driver.run()
         tokens, cached = driver.tokens, driver.first["base cached"].num_cached_tokens
-    expected = reference_tokens(model, None, prompts["saved"], 8)
-    assert tokens["base cold"] == tokens["base cached"] == expected
+    assert (
+        tokens["base cold"] == tokens["base cached"] == reference_tokens(world.model, None, base, NUM_TOKENS)
+    )
     assert cached
-    for name, prompt in prompts.items():
-        expected = reference_tokens(model, adapters[name], prompt, 8)
-        assert expected != reference_tokens(model, None, prompt, 8), f"{name} has no effect"
-        assert tokens[f"{name} cold"] == expected, name
-        assert tokens[f"{name} cached"] == expected, name
+    world.check(tokens, "cold")
+    world.check(tokens, "cached")
+
+
+def test_adapters_of_all_kinds_alone_chunked_preempted_evicted_and_reloaded_match_the_oracle(
+    world: World, tmp_path: Path
+) -> None:
+    """Room for the first two adapters, and for fewer tokens than these two come to."""
+    config = json.loads((world.model / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    page_bytes = 2 * 2 * config["num_key_value_heads"] * head_dim * 4 * config["num_hidden_layers"]
+    engine = EngineConfig(model=str(world.model), state_dir=str(tmp_path / "state"), dtype="float32")
+    with closing(open_registry(engine)) as registry:
+        sizes = [registry.register(name, path).num_bytes for name, path in world.adapters.items()]
+    mode = mode_of(world, 3)
+    settings: dict[str, Any] = {
+        "mode": "pipelined" if mode == "cached" else mode,  # which evicts nothing
+        "link_gbps": 0.05,
+        "max_num_batched_tokens": 7,
+        "max_num_seqs": 4,
+        "max_model_len": 48,
+        "page_size": 2,
+        "enable_prefix_caching": "off",
+        "kv_cache_bytes": 25 * page_bytes,
+        "device_pool_bytes": max(*sizes, sum(sizes[:2])),
+        "host_store_bytes": 2 * max(sizes),
+    }
+    with drive(world.model, tmp_path / "state", {}, **settings) as driver:
+        for name, prompt in world.prompts.items():
+            driver.add(f"{name} mixed", prompt, NUM_TOKENS, name)
+        driver.run()
+        for name, prompt in world.prompts.items():
+            driver.add(f"{name} alone", prompt, NUM_TOKENS, name)
+            tokens = driver.run()
+        counters = driver.engine.stats(0).counters
+    assert counters["device_evictions"] > 0
+    assert counters["preemptions"] > 0
+    world.check(tokens, "mixed")
+    world.check(tokens, "alone")

@@ -140,3 +140,12 @@ def test_steps_recorded_on_the_cpu_give_the_same_tokens(
     with drive(model, tmp_path / "called", adapters, **scarce) as driver:
         assert run_everything(driver) == recorded
         assert not driver.engine._runner.graphs  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
+def test_a_mixture_of_experts_is_not_recorded(settings: dict[str, str], tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "mixtral")
+    with drive(model, tmp_path / "state", {}, **settings) as driver:
+        driver.add("alone", make_prompt(0, 3), 6)
+        assert len(driver.run()["alone"]) == 6
+        assert not driver.engine._runner.graphs  # type: ignore[attr-defined]

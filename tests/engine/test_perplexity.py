@@ -1,5 +1,6 @@
 """The perplexity that `toppings profile quantization` prints, against transformers."""
 
+import importlib
 import math
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_perplexities_are_those_of_transformers(tmp_path: Path, monkeypatch: pyt
     for name in ("int8", "int4"):
         expected[name] = reference(dequantized(tmp_path / name, model, name), ids)
     assert printed == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+def test_few_bits_cost_the_demo_little_on_a_text_that_it_was_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    text = tmp_path / "text"
+    text.write_text(importlib.import_module("demo_corpus").held_out_text())
+    config = EngineConfig(model=str(demo_model_dir()), num_threads=1)
+    found = perplexity.measure_quantization(config, text, 1024)
+    assert found["int8"] < 1.01 * found["none"]
+    assert found["int4"] < 1.06 * found["none"]
 
 
 def test_a_text_that_is_none_is_refused(tmp_path: Path) -> None:

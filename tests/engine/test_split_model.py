@@ -13,11 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.engine.driver import Driver, drive
-from tests.engine.oracle import make_adapter, make_model, make_prompt, reference_model, reference_tokens
+from tests.engine.oracle import (
+    ALL_LINEAR,
+    make_adapter,
+    make_kind,
+    make_model,
+    make_prompt,
+    reference_model,
+    reference_tokens,
+)
 from tests.gate import ONE_GPU
 from tests.waiting import PATIENCE_S, wait_until
 from toppings.config import ConfigError, EngineConfig
@@ -38,6 +47,13 @@ ADAPTERS: dict[str, dict[str, object]] = {
 }
 INVOCATION = [11, 12, 13]
 ADAPTERS["activated"] = {"rank": 8, "alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
+KINDS: dict[str, tuple[Any, int]] = {
+    "dora": (LoraConfig(r=4, use_dora=True, target_modules=list(ALL_LINEAR)), 0),
+    "bias": (LoraConfig(r=4, lora_bias=True, target_modules=list(ALL_LINEAR)), 0),
+    "ends": (LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], modules_to_save=["norm"]), 0),
+    "added": (LoraConfig(r=4, target_modules=["o_proj"]), 3),
+}
+"""With how many tokens they add."""
 POOL_BYTES = 160 * 1024
 PAGE_BYTES = 16 * 2 * 1 * 16 * 4 * 3  # tokens · (k, v) · kv heads of a part · head dim · fp32 · layers
 
@@ -64,6 +80,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
         name: make_adapter(root / name, model, seed=i, **kind)  # type: ignore[arg-type]
         for i, (name, kind) in enumerate(ADAPTERS.items())
     }
+    for i, (name, (config, num_added)) in enumerate(KINDS.items()):
+        adapters[name] = make_kind(root / name, model, config, seed=i, num_added=num_added)
     return model, adapters
 
 
@@ -123,6 +141,7 @@ def test_mixed_adapters_chunked_evicted_and_preempted_match_the_oracle(
     model, adapters = checkpoints
     names: list[str | None] = [*adapters, None]
     prompts = {name: make_prompt(i, 23 + 9 * i) for i, name in enumerate(names)}
+    prompts["added"][5:8] = [321, 322, 323]
     prompts["activated"][40:40] = INVOCATION
     for turn in range(2):
         for name, prompt in prompts.items():
@@ -180,7 +199,7 @@ def test_scores_of_prompts_are_those_of_the_whole_model(
 ) -> None:
     """Prompts in chunks, beside others of which nothing is asked."""
     model, adapters = checkpoints
-    names: tuple[str | None, ...] = (None, "all-r8", "o-down-r16")
+    names: tuple[str | None, ...] = (None, "all-r8", "o-down-r16", "dora", "ends", "added")
     for i, name in enumerate(names):
         driver.add(f"scored {i}", make_prompt(i, 41), i, name, prompt_logprobs=2)
         driver.add(f"beside {i}", make_prompt(i, 20), 3, name)

@@ -14,7 +14,7 @@ import pytest
 from tests.waiting import PATIENCE_S, wait_until
 from toppings import log_files
 from toppings.engine.step_log import StepLog
-from toppings.log_files import LogFileHandler, QueuedHandler, RotatingFile, log_handlers
+from toppings.log_files import QueuedHandler, RotatingFile, StandardError, log_handlers
 
 
 def test_records_reach_the_file_in_order(tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ def test_neither_a_disk_that_hangs_nor_an_unread_pipe_holds_up_who_logs(
     monkeypatch.setattr(log_files, "LINGER_S", 0.1)
     hangs, goes_on = threading.Event(), threading.Event()
 
-    class Hanging(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
+    class Hanging(StandardError):
+        def append(self, data: bytes) -> None:
             hangs.set()
             goes_on.wait(PATIENCE_S)
 
-    monkeypatch.setattr(log_files, "_StderrHandler", Hanging)
+    monkeypatch.setattr(log_files, "StandardError", Hanging)
     told, kept = log_handlers(str(tmp_path / "log"), 0)
     assert isinstance(told, QueuedHandler)
     log = logging.Logger("hanging")
@@ -195,11 +195,12 @@ def test_the_last_words_of_a_process_and_what_failed_are_written(tmp_path: Path)
 
 def test_a_log_handler_on_a_full_disk_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     log = logging.Logger("full")
-    log.addHandler(handler := LogFileHandler("/dev/full", 0))
+    file = RotatingFile("/dev/full", 0)
+    log.addHandler(handler := QueuedHandler(file, "full"))
     for _ in range(20):
         log.warning("hello")
     log.warning("%d", "no number")
     handler.close()
     told = capfd.readouterr().err
     assert told.count("\n") == 1
-    assert handler.file.num_dropped == 20
+    assert file.num_dropped == 20

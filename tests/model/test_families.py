@@ -60,7 +60,7 @@ def test_random_adapters_fit_the_models_of_a_family(
     modules = families.modules_of(read_json(model / "config.json"))
     shape = AdapterShape(ranks=(4,), targets=targets, dtype="float32")
     write_adapters(tmp_path / "made", model, shape, count=1, modules=modules)
-    shapes = BaseShapes(*config.base_shapes(), config.is_fused, config.has_experts)
+    shapes = BaseShapes(*config.base_shapes(), config.is_fused, config.mixture)
     found = read_checkpoint(tmp_path / "made" / "adapter-00000", shapes)
     assert found.ranks() == [expected] * config.num_layers
     changed = {MODULES[module] for (_, module), weights in found.weights.items() if weights.b.any()}

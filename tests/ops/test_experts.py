@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from tests.ops.gpu_world import DEVICE, needs_triton
 from tests.tolerances import assert_close
 from toppings.ops.activation import gelu_mul, silu_mul
-from toppings.ops.experts import Experts, reference, route
+from toppings.ops.experts import ExpertLinears, Experts, GroupedRows, reference, route
 from toppings.ops.linear import Linear
 
 NUM_EXPERTS, HIDDEN, SIZE = 6, 32, 24
@@ -20,8 +21,8 @@ def test_rows_grouped_by_expert_agree_with_token_by_token(num_rows: int, is_norm
     for activation in (silu_mul, gelu_mul):
         experts = Experts(
             Linear(router),
-            [Linear(each) for each in gate_up],
-            [Linear(each) for each in down],
+            ExpertLinears(gate_up.flatten(0, 1), NUM_EXPERTS),
+            ExpertLinears(down.flatten(0, 1), NUM_EXPERTS),
             activation,
             top_k=2,
             is_normalised=is_normalised,
@@ -31,8 +32,11 @@ def test_rows_grouped_by_expert_agree_with_token_by_token(num_rows: int, is_norm
 
 
 def test_no_rows_give_none() -> None:
-    linear = Linear(torch.ones(HIDDEN, HIDDEN))
-    experts = Experts(linear, [linear], [linear], silu_mul, top_k=1, is_normalised=True)
+    router, (gate_up, down) = (
+        Linear(torch.ones(4, HIDDEN)),
+        (ExpertLinears(torch.ones(4 * out, size), 4) for out, size in ((2 * SIZE, HIDDEN), (HIDDEN, SIZE))),
+    )
+    experts = Experts(router, gate_up, down, silu_mul, top_k=1, is_normalised=True)
     assert experts(torch.empty(0, HIDDEN)).shape == (0, HIDDEN)
 
 
@@ -42,3 +46,52 @@ def test_weights_are_the_largest_of_all_experts_and_add_up_to_one_where_asked() 
     assert experts.tolist() == [[1, 2]]
     assert_close(weights, logits.softmax(-1)[:, [1, 2]])
     assert_close(route(logits, 2, is_normalised=True)[1].sum(-1), torch.ones(1))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 5, 100])
+def test_chunks_cover_every_row_once_and_hold_one_expert_and_one_owner(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    experts = torch.randint(NUM_EXPERTS, (num_rows, 2), generator=generator)
+    owners = torch.randint(3, (num_rows,), generator=generator)
+    rows = GroupedRows.of(experts, NUM_EXPERTS, owners, 3)
+    of_token = rows.order // 2
+    assert rows.keys.tolist() == (experts.flatten()[rows.order] * 3 + owners[of_token]).tolist()
+    for by_owner in (False, True):
+        chunks = [each for each in rows.chunks(4, by_owner=by_owner).tolist() if each[2] >= 0]
+        covered = [row for start, stop, _ in chunks for row in range(start, stop)]
+        assert covered == list(range(2 * num_rows))
+        for start, stop, key in chunks:
+            assert 1 <= stop - start <= 4
+            assert {k if by_owner else k // 3 for k in rows.keys[start:stop].tolist()} == {key}
+
+
+def test_there_is_room_for_as_many_chunks_as_there_may_be() -> None:
+    """All rows of one expert, and every row of another."""
+    for experts in (torch.zeros(9, 1, dtype=torch.int64), torch.arange(NUM_EXPERTS)[:, None]):
+        rows = GroupedRows.of(experts, NUM_EXPERTS)
+        chunks = [each for each in rows.chunks(4, by_owner=False).tolist() if each[2] >= 0]
+        assert sum(stop - start for start, stop, _ in chunks) == len(experts)
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 131])
+def test_the_grouped_kernel_agrees_with_products_expert_by_expert(
+    num_tokens: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    num_in, num_out, num = 72, 136, 4
+    weight = torch.randn(num * num_out, num_in, generator=generator).to(dtype) / num_in**0.5
+    experts = torch.randint(num, (num_tokens, 1), generator=generator)
+    rows = GroupedRows.of(experts.to(DEVICE), num)
+    x = torch.randn(num_tokens, num_in, generator=generator).to(dtype)
+    expected = torch.cat(
+        [
+            part.float() @ weight.view(num, num_out, num_in)[expert].float().t()
+            for expert, part in enumerate(torch.split(x, rows.counts))
+        ]
+    )
+    y = ExpertLinears(weight.to(DEVICE), num)(x.to(DEVICE), rows)
+    assert y.dtype == dtype
+    assert_close(y.cpu(), expected.to(dtype))

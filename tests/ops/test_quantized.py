@@ -1,5 +1,7 @@
 """Weights of 8 and 4 bits: what they stand for, and that every form multiplies by just that."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from toppings.ops import products
 from toppings.ops.linear import QuantizedLinear
 from toppings.ops.products import Forms
-from toppings.ops.quantized import GROUP, quantize
+from toppings.ops.quantized import GROUP, GROUPS, QuantizedWeight, pack_nibbles, quantize
 
 STREAM, PANELS = Forms(is_packed=False, max_stream_rows=64), Forms(is_packed=False)
 
@@ -38,6 +40,31 @@ def test_a_product_is_that_with_what_the_codes_stand_for(
             # int4's codes and offsets are summed apart, each up to some times the weight
             terms = x.double().abs() @ (exact.abs() + exact.abs().amax(1, keepdim=True)).t() + 4
             assert ((y.double() - expected).abs() <= rounding + 1e-6 * num_in**0.5 * terms).all()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_in", [128, 640])
+def test_a_checkpoint_may_have_wider_groups_and_an_order_of_inputs(
+    dtype: torch.dtype, num_in: int, kind: torch.dtype, group: int
+) -> None:
+    torch.manual_seed(group)
+    scales, offsets = (torch.randn(50, num_in // group).to(kind) for _ in range(2))
+    codes, order = pack_nibbles(torch.randint(0, 16, (50, num_in))), torch.randperm(num_in).int()
+    plain = QuantizedWeight((50, num_in), dtype, 4, codes, scales, offsets, group)
+    weight = replace(plain, order=order)
+    assert torch.equal(weight.dequantized()[:, order], plain.dequantized())
+    exact = weight.dequantized().double()
+    upper, lower = weight.chunk(2)
+    for num_rows in (1, 2, 3, 4, 7, 9, 40):
+        x = torch.randn(num_rows, num_in).to(dtype)
+        expected = x.double() @ exact.t()
+        bound = torch.finfo(dtype).eps / 2 * expected.abs()
+        terms = x.double().abs() @ (exact.abs() + exact.abs().amax(1, keepdim=True)).t() + 4
+        y = QuantizedLinear(weight)(x)
+        assert ((y.double() - expected).abs() <= bound + 1e-6 * num_in**0.5 * terms).all(), num_rows
+        halves = torch.cat([QuantizedLinear(half)(x) for half in (upper, lower)], dim=1)
+        torch.testing.assert_close(halves, y)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

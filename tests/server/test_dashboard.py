@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from tests.server.conftest import Server
 from tests.server.test_polling import NUM_REGISTERED, NUM_RESIDENT, SLACK, cost_ms, many, poll
 from tests.waiting import until
+from toppings.dashboard.feed import FIRM_S, LIFE_S, MAX_VIEWERS_EACH
 from toppings.dashboard.page import EVENTS, HEADERS
 from toppings.messages import AdapterStatus, ColdLayer, ColdStart, EngineStats, Span
 from toppings.server.readings import MAX_COLD
@@ -200,10 +203,37 @@ async def test_the_head_of_a_stream_has_an_end(server: Server, url: str) -> None
 
 
 async def test_too_many_viewers_are_told_to_come_back(server: Server) -> None:
-    server.app.state.feed.num_viewers = 64
+    for _ in range(MAX_VIEWERS_EACH):
+        assert server.app.state.feed.enter("127.0.0.1") is not None
     reply = await server.http.get(EVENTS)
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
-    assert "64 are looking at the dashboard already" in reply.text
+    assert "as many are looking at the dashboard as may at once" in reply.text
+
+
+async def test_viewers_that_never_read_lock_nobody_out(server: Server, url: str) -> None:
+    """Real connections, whose events the system takes for them: nothing tells them from readers but time."""
+    feed, now = server.app.state.feed, [0.0]
+    feed.clock = lambda: now[0]
+    address = urlsplit(url)
+    async with AsyncExitStack() as stack:
+        for _ in range(MAX_VIEWERS_EACH):
+            rude = stack.enter_context(socket.create_connection((address.hostname, address.port)))
+            rude.sendall(f"GET {EVENTS} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+        await until(lambda: feed.num_viewers == MAX_VIEWERS_EACH)
+        now[0] = FIRM_S
+        events = await stack.enter_async_context(following(url))
+        assert (await anext(events))["now"]["open"] == 0
+        assert feed.num_viewers == MAX_VIEWERS_EACH
+        server.engine.gate.clear()
+        asked = asyncio.create_task(server.complete(max_tokens=2))
+        async for known in events:
+            if known["now"]["open"] == 1:
+                break
+        server.engine.gate.set()
+        await asked
+        now[0] += LIFE_S
+        await until(lambda: feed.num_viewers == 0)  # though they are all still connected
+        assert feed._producer is None
 
 
 async def test_ten_thousand_adapters_cost_the_loop_little(many: Server) -> None:

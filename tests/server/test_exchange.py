@@ -2,14 +2,15 @@
 
 import logging
 
+import httpx
 import pytest
 
 from tests.fakes import echo_script
 from tests.server.conftest import Server, events
+from toppings.exchanges.log_lines import NamingFormatter
 from toppings.log_files import LOG_FORMAT
 from toppings.request_ids import REQUEST_ID, VALID_ID
-from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED
-from toppings.server.lifecycle import _ShortFormatter
+from toppings.server.exchange import MAX_NAMES_BYTES, MAX_WARNED, current_exchange
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETION = {"prompt": "hello", "max_tokens": 2}
@@ -237,7 +238,7 @@ async def test_log_probabilities_may_name_tokens_by_their_ids(server: Server) ->
 
 
 async def test_lines_of_the_log_name_their_request(server: Server) -> None:
-    formatter = _ShortFormatter(LOG_FORMAT)
+    formatter = NamingFormatter(LOG_FORMAT, current_exchange.get)
     lines: list[str] = []
 
     class Keeping(logging.Handler):
@@ -271,3 +272,22 @@ async def test_a_known_field_that_asks_for_nothing_is_no_error(
     reply = await server.post(path, **body)
     assert reply.status_code == 200, reply.text
     assert IGNORED not in reply.headers
+
+
+class TestBelowAPrefix:
+    """As behind Ray Serve, whose `route_prefix` stands in every path."""
+
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {"api_key": "root"}
+
+    async def test_routes_are_what_they_are_elsewhere(self, server: Server) -> None:
+        transport = httpx.ASGITransport(server.app, root_path="/below")
+        async with httpx.AsyncClient(transport=transport, base_url="http://server/below") as http:
+            assert (await http.get("/health")).status_code == 200
+            assert (await http.get("/v1/models")).status_code == 401
+            http.headers["Authorization"] = "Bearer root"
+            assert (await http.get("/v1/models")).status_code == 200
+            reply = await http.post("/v1/messages", json={}, headers={"X-Request-Id": "mine"})
+            assert (reply.json()["type"], reply.json()["request_id"]) == ("error", "mine")
+            assert "GET" in (await http.delete("/v1/models")).headers["Allow"]

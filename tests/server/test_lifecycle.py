@@ -1,12 +1,14 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +22,7 @@ from toppings.engine.client import EngineClient
 from toppings.engine.spawn import Spawner
 from toppings.server import lifecycle
 from toppings.server.lifecycle import listening_socket, run_until_stopped, start_logging, with_run_files
-from toppings.server.stop import Stop
+from toppings.stop import Stop
 
 
 class Running:
@@ -197,12 +199,34 @@ def test_a_start_keeps_the_log_that_says_why_the_last_one_ended(
         handler.close()
 
 
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """The end to write to of a pipe that nobody reads; not a byte more goes in."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
 def test_the_demo_is_served_by_one_command(tmp_path: Path) -> None:
-    """The whole of it: a process, its engine, the demo's model and adapters, a signal."""
+    """The whole of it: a process, its engine, the demo's model and adapters, a signal; and nobody reads its
+    standard error, which is full."""
     command = [sys.executable, "-m", "toppings", "serve", "--model", "demo"]
     command += ["--port", "0", "--num-threads", "1"]
     options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+    with full_pipe() as stderr:
+        _serve_and_end([*command, *options], tmp_path, stderr)
+
+
+def _serve_and_end(command: list[str], tmp_path: Path, stderr: int) -> None:
+    process = subprocess.Popen(command, stderr=stderr)
     try:
         url = _wait_for_url(process, tmp_path / "logs" / "auto" / "server.log")
         models = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=PATIENCE_S).json()["data"]]
@@ -234,15 +258,39 @@ def test_a_signal_during_the_start_ends_it_whatever_is_being_read(tmp_path: Path
     """The thread that reads cannot be stopped, and no exit waits for it."""
     command = [sys.executable, "-c", HANGING, "serve", "--model", "demo", "--port", "0"]
     options = ["--log-dir", str(tmp_path / "logs"), "--state-dir", str(tmp_path / "state")]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"loading\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_S) == 0
-    finally:
-        process.kill()
-        process.wait()
+    assert _ends_with([*command, *options], b"loading\n") == 0
+
+
+STUCK = """
+import asyncio, time
+from toppings import stop
+stop.LAST_RESORT_S = stop.TRACEBACK_S = 0.1
+async def serve():
+    ended = stop.Stop()
+    with ended.on_signals():
+        print("serving", flush=True)
+        await ended.or_done()
+    time.sleep(3600)
+asyncio.run(serve())
+"""
+
+
+def test_an_end_that_hangs_is_cut_even_where_nobody_reads_its_traceback() -> None:
+    assert _ends_with([sys.executable, "-c", STUCK], b"serving\n") == -signal.SIGALRM
+
+
+def _ends_with(command: list[str], marker: bytes) -> int:
+    """Its exit code where it gets a signal once it has said so much, and nobody reads its standard error."""
+    with full_pipe() as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == marker
+            process.send_signal(signal.SIGTERM)
+            return process.wait(PATIENCE_S)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("host", ["\udcff", "no such host", "a" * 64 + ".example", "\0"])

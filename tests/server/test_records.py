@@ -11,12 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from tests.server.conftest import Server
 from tests.waiting import until
 from toppings.config import Config
 from toppings.log_files import RotatingFile
 from toppings.messages import ColdLayer, ColdStart
+from toppings.server import admin, models
 from toppings.server.records import keeping_records
 from toppings.tenants.keys import add_key, revoke_key
 
@@ -129,11 +131,13 @@ async def test_changes_of_adapters_are_told(server: Server, tmp_path: Path) -> N
         await server.http.post("/v1/load_lora_adapter", json=body, headers=headers)
         await server.post("/v1/load_lora_adapter", **body)  # it is there already
         await server.http.post("/adapters/new/pin", json={})
+        await server.http.post("/adapters/new/prefetch", json={})
         await server.http.request("DELETE", "/adapters/new/pin", json={})
         await server.post("/v1/unload_lora_adapter", lora_name="new")
     lines = read("audit.jsonl")
     assert [(line["action"], line["outcome"]) for line in lines] == [
-        *[("load", "done"), ("load", "failed"), ("pin", "done"), ("unpin", "done"), ("unload", "done")]
+        *[("load", "done"), ("load", "failed"), ("pin", "done"), ("prefetch", "done"), ("unpin", "done")],
+        ("unload", "done"),
     ]
     assert {line["adapter"] for line in lines} == {"new"}
     assert (lines[0]["request_id"], lines[0]["client"]) == ("mine", "127.0.0.1")
@@ -175,6 +179,33 @@ class TestTenants:
         assert told == [(401, None, None), (200, "", None)]
         assert 'toppings:denied_total{status="401"} 1.0' in metrics
         assert "wrong" not in (tmp_path / "logs" / "requests.jsonl").read_text()
+
+    async def test_changes_that_were_denied_are_told(self, server: Server, tmp_path: Path) -> None:
+        routes = [
+            (method, route.path.replace("{name:path}", "a"))
+            for router in (models.changing, admin.changing)
+            for route in router.routes
+            if isinstance(route, Route)
+            for method in route.methods or ()
+        ]
+        assert len(routes) > 7
+        with kept(server, tmp_path / "logs") as read:
+            for method, path in routes:
+                await server.http.request(method, path, json={})
+            key = add_key(tmp_path / "tenants.yaml", "team")
+            server.state.book.reload()
+            headers = {"Authorization": f"Bearer {key.text}", "X-Request-Id": "mine"}
+            body = {"lora_name": "theirs", "lora_path": "x"}
+            await server.http.post("/v1/load_lora_adapter", json=body, headers=headers)
+            await server.http.get("/stats", headers=headers)  # no change
+        *denied, added, refused = read("audit.jsonl")
+        assert [(line["action"], line["outcome"], line["status"]) for line in denied] == [
+            (f"{method} {path}", "denied", 401) for method, path in routes
+        ]
+        assert added["action"] == "add key"
+        assert (refused["status"], refused["tenant"], refused["request_id"]) == (403, "team", "mine")
+        assert "theirs" in refused["error"]
+        assert key.text not in (tmp_path / "logs" / "audit.jsonl").read_text()
 
     async def test_a_key_that_is_another_under_its_id_is_told(self, server: Server, tmp_path: Path) -> None:
         """Its tenant, or the value that opens: who reads the log sees that others have got in."""

@@ -1,6 +1,7 @@
 """Who may do what over HTTP: every route and every role, limits, and what tenants see of each other."""
 
 import asyncio
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from tests.server.conftest import Server
 from tests.waiting import until
 from toppings.dashboard.page import EVENTS
 from toppings.request_ids import REQUEST_ID
+from toppings.server.auth import KeyMiddleware
+from toppings.server.errors import without_paths
+from toppings.server.paths import AdapterRoots
 from toppings.tenants.book import TENANT_HEADER
 from toppings.tenants.keys import digest_of
+from toppings.tenants.refusals import Refusal
 from toppings.tenants.tenant import Tenant
 
 FILE = """\
@@ -140,6 +145,36 @@ async def test_every_route_answers_whom_it_should(server: Server, role: str) -> 
     assert told == {name: "let in" if role in MAY[who] else refused for name, (who, _) in ACCESS.items()}
 
 
+async def test_nobody_is_an_administrator_because_nobody_looked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that has come to a route without being asked who sends it, as a route that were mounted past
+    the middleware would be."""
+    monkeypatch.setattr(KeyMiddleware, "_admit", lambda self, scope: None)
+    for operation, (who, body) in ACCESS.items():
+        method, _, path = operation.partition(" ")
+        path = path.replace("{name:path}", "mine-x").replace("{asset}", "favicon.png")
+        method = "HEAD" if path == EVENTS else method
+        reply = await ask(server, "administrator", method, path, body)
+        assert (reply.status_code == 401) == (who != OPEN), operation
+    with pytest.raises(Refusal, match="API key"):
+        _ = server.state.account  # outside of requests, too
+
+
+@pytest.mark.parametrize("role", ["anonymous", "wrong", "user"])
+async def test_no_spelling_of_a_path_opens_it(server: Server, role: str) -> None:
+    for path in ("stats", "metrics", "cold_starts", "dashboard/data", "dashboard/adapters"):
+        for spelling in (
+            *(f"/{path}/", f"//{path}", f"/./{path}", f"/health/../{path}", f"/docs/..%2f{path}"),
+            *(f"/dashboard/static/..%2f..%2f{path}", f"/%2e/{path}", f"/{path}%20", f"/{path.upper()}"),
+            *(f"/{path};a=b", f"/health%2f..%2f{path}", f"/{path}%3f"),
+        ):
+            reply = await server.http.send(
+                httpx.Request("GET", f"http://test{spelling}", headers=as_role(role)), follow_redirects=True
+            )
+            assert reply.status_code in (401, 403, 404), spelling
+
+
 async def test_a_route_that_is_added_later_is_for_administrators(server: Server) -> None:
     """As those are that Ray's front has beside the server's."""
     more = APIRouter()
@@ -248,6 +283,83 @@ async def test_lists_show_what_a_tenant_may_see(server: Server) -> None:
     assert hidden.text.replace("mine-a", "") == unknown.text.replace("mine-z", "")
     sglang = await ask(server, "loader", "POST", "/unload_lora_adapter", {"lora_name": "mine-a"})
     assert sglang.json() == {"success": True, "error_message": "", "loaded_adapters": {}}
+
+
+SECRET = "/srv/toppings/state/packed/7.pack"
+
+
+@pytest.mark.parametrize("role", ["user", "loader"])
+async def test_no_answer_tells_a_tenant_where_the_servers_files_are(
+    server: Server, role: str, tmp_path: Path
+) -> None:
+    """Neither one that is good, nor one that says what is wrong with an adapter, a file or the engine."""
+    adapters, roots = Path(server.state.config.server.adapters), tmp_path / "roots"
+    shutil.copytree(adapters / "adapter-00000", roots / "good")
+    broken = roots / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text("{")
+    server.app.state.admin.roots = AdapterRoots([roots, adapters])
+    hidden = [str(tmp_path), str(adapters), str(server.registry.state_dir), str(server.state.model_path)]
+    hidden.append("srv/toppings")
+    told: dict[str, str] = {}
+
+    async def note(method: str, path: str, body: object = None) -> str:
+        reply = await ask(server, role, method, path, body)
+        told[f"{method} {path} {body} {len(told)}"] = f"{reply.status_code} {reply.headers} {reply.text}"
+        return reply.text
+
+    for operation, (_, body) in ACCESS.items():
+        method, _, path = operation.partition(" ")
+        path = path.replace("{name:path}", "shared-a").replace("{asset}", "favicon.png")
+        await note("HEAD" if path == EVENTS else method, path, body)
+    for src in ("good", "broken", "nowhere", "../x", "\0", "hub:a/b", "s3://a/b"):
+        await note("POST", "/adapters", {"name": "mine-x", "src": src})
+        for path in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+            await note("POST", path, {"lora_name": "mine-y", "lora_path": src})
+    for error in (f"cannot open packed adapter {SECRET}", f"[Errno 2] No such file: '{SECRET}'"):
+        server.engine.error = error
+        for path in MODEL_BODIES:
+            for stream in ({}, {"stream": True}) if path.startswith("/v1") else ({},):
+                await note("POST", path, {**with_model(path, "shared-a"), **stream})
+    assert any("cannot open packed adapter 7.pack" in text for text in told.values())
+    server.engine.error, server.engine.down_reason = None, f"cannot read {SECRET}"
+    server.engine.died.set()
+    for path in ("/health", "/ready"):
+        assert "cannot read 7.pack" in await note("GET", path)
+    for path in MODEL_BODIES:
+        await note("POST", path, with_model(path, "shared-a"))
+    for asked, answer in told.items():
+        assert not any(place in answer for place in hidden), (asked, answer)
+
+
+async def test_an_administrator_is_told_where_they_are(server: Server) -> None:
+    record, model = server.registry.get("shared-a"), server.state.model_path
+    cards = (await ask(server, "boss", "GET", "/v1/models")).json()["data"]
+    assert {card["root"] for card in cards} == {str(model), str(record.path)}
+    assert {card["root"] for card in (await ask(server, "user", "GET", "/v1/models")).json()["data"]} == {
+        *("base", "shared-a", "shown-a")
+    }
+    rows = (await ask(server, "boss", "GET", "/adapters")).json()["adapters"]
+    assert {row["path"] for row in rows} == {str(record.path)}
+    server.engine.error = f"cannot open {SECRET}"
+    body = {"model": "shared-a", "prompt": "x"}
+    assert SECRET in (await ask(server, "boss", "POST", "/v1/completions", body)).text
+    nowhere = await ask(server, "boss", "POST", "/adapters", {"name": "mine-x", "src": "nowhere"})
+    assert str(Path(server.state.config.server.adapters)) in nowhere.text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cannot open /state/packed/7.pack: [Errno 2]", "cannot open 7.pack: [Errno 2]"),
+        ("No such file: '/a/b c'", "No such file: 'b c'"),
+        ("at /state/ or ~/.cache/x", "at state or x"),
+        ("s3://bucket/loras/x, hub:org/name, dir:/a/b", "s3://bucket/loras/x, hub:org/name, dir:b"),
+        ("3 tokens/s, and/or q/k/v / 2", "3 tokens/s, and/or q/k/v / 2"),
+    ],
+)
+def test_of_a_path_its_last_part_is_left(text: str, told: str) -> None:
+    assert without_paths(text) == told
 
 
 # --- loading ---

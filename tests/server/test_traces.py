@@ -1,5 +1,6 @@
 """Traces, as a collector receives them: from the caller over the router and the server to the engine."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
@@ -9,11 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.cluster.fakes import FakeVllm
+from tests.cluster.fakes import serving as serving_fake
 from tests.otlp import Collector, Received, collecting
 from tests.server.conftest import Server
 from tests.server.test_engine_loss import Serving
 from tests.waiting import PATIENCE_S, until, wait_until
-from toppings.cluster.router.app import running_router
+from toppings.cluster.router.app import Router, running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import Config, ConfigError
 from toppings.core import MODULES
@@ -161,6 +164,62 @@ async def test_a_router_tells_of_every_server_that_it_tried(
     tried = [span for span in collector.of(TRACE) if span.name == "attempt"]
     assert {span.attributes["toppings.instance"] for span in tried} <= set(servers)
     assert [span.is_error for span in tried] == [*[True] * (len(tried) - 1), False]
+
+
+FAILURES: dict[str, dict[str, object]] = {
+    "ok": {"model": "nobody"},
+    "error": {},
+    "cut": {"stream": True},
+    "hang": {"stream": True},  # and the client leaves
+    "gone": {},
+}
+"""How a server behaves, and what it is asked."""
+
+
+async def test_a_routers_spans_say_what_failed_and_who_left(collector: Collector) -> None:
+    fake = FakeVllm()
+    with serving_fake(fake) as url:
+        config = RouterConfig(
+            instances=(InstanceConfig(url=url, instance_id="s0"),),
+            port=0,
+            otlp_traces_endpoint=collector.url,
+            health_interval_s=3600.0,  # one that hangs is not found to be down before its client leaves
+            health_timeout_s=PATIENCE_S,
+        )
+        async with running_router(config) as (router, address), httpx.AsyncClient(base_url=address) as http:
+            told = {mode: await _failed(mode, fake, router, http, collector) for mode in FAILURES}
+
+    def status(span: Received) -> tuple[object, bool]:
+        return span.attributes.get("http.response.status_code"), span.is_error
+
+    assert {mode: status(spans["route"]) for mode, spans in told.items()} == {
+        **{"ok": (404, True), "error": (500, True), "cut": (200, True)},
+        **{"hang": (499, True), "gone": (503, True)},
+    }
+    outcomes = {mode: spans["route"].attributes["toppings.outcome"] for mode, spans in told.items()}
+    assert outcomes == {"ok": "refused", **dict.fromkeys(("error", "cut", "gone"), "error"), "hang": "abort"}
+    assert {mode: status(spans["attempt"]) for mode, spans in told.items() if "attempt" in spans} == {
+        **{"error": (500, True), "cut": (200, True), "hang": (None, True)},
+    }
+
+
+async def _failed(
+    mode: str, fake: FakeVllm, router: Router, http: httpx.AsyncClient, collector: Collector
+) -> dict[str, Received]:
+    """The spans of one request, by the first words of their names."""
+    trace = f"{list(FAILURES).index(mode) + 1:032x}"
+    fake.behaviour.mode = mode
+    router.state.fleet.is_open[:] = mode != "gone"
+    body = {"prompt": "a", "max_tokens": 4, **FAILURES[mode]}
+    headers = {"traceparent": f"00-{trace}-{CALLER}-01"}
+    num_seen = len(fake.seen)
+    asking = asyncio.create_task(http.post("/v1/completions", json=body, headers=headers, timeout=PATIENCE_S))
+    if mode == "hang":
+        await until(lambda: len(fake.seen) > num_seen)
+        asking.cancel()
+    await asyncio.wait({asking})
+    await until(lambda: any(span.name.startswith("route") for span in collector.of(trace)))
+    return {span.name.split()[0]: span for span in collector.of(trace)}
 
 
 def test_a_cold_start_is_seen_layer_by_layer(

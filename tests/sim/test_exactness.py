@@ -138,14 +138,24 @@ def test_preempted_requests_whose_adapters_are_gone(registry: AdapterRegistry) -
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs", "priority"])
-@pytest.mark.parametrize("settings", [{"max_num_seqs": 6}, {"kv_cache_tokens": 1024}, {"mode": "cached"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_seqs": 6},
+        {"kv_cache_tokens": 1024},
+        {"mode": "cached"},
+        {"max_num_seqs": 6, "batch_tenants": "flood"},
+        {"kv_cache_tokens": 1024, "batch_tenants": "flood,other"},
+    ],
+)
 def test_tenants_that_compete(registry: AdapterRegistry, policy: str, settings: dict[str, Any]) -> None:
     trace = trace_of(6, rate=16.0)
     trace = replace(trace, adapters=trace.adapters // 4 * 4 + 3)  # of one size, which leave no fragments
     indices = np.array(Random(0).choices(range(3), [8, 1, 1], k=len(trace)), dtype=np.int32)
     trace = replace(trace, tenants=Tenants(indices, ("flood", "guest", "other"), (1.0, 1.0, 3.0)))
     totals = assert_agree(registry, scarce(scheduling_policy=policy, **settings), trace)
-    assert totals.num_preemptions > 0 or policy == "fcfs" or "mode" in settings
+    has_classes = "batch_tenants" in settings
+    assert totals.num_preemptions > 0 or (policy == "fcfs" and not has_classes) or "mode" in settings
 
 
 def test_requests_that_starve_for_room(registry: AdapterRegistry) -> None:

@@ -255,7 +255,9 @@ def play_virtually(
     with virtual_engine(registry, config, clock, names) as engine:
         before = engine.stats(0).counters
         adapter_ids = [a + 1 for a in range(len(trace.ranks))]
-        outcomes = EnginePlayer(engine, adapter_ids, clock, on_step=steps.append).play(trace)
+        batch_tenants = [name for name in config.batch_tenants.split(",") if name]
+        player = EnginePlayer(engine, adapter_ids, clock, on_step=steps.append, batch_tenants=batch_tenants)
+        outcomes = player.play(trace)
         engine.check_integrity()
         grown = {name: value - before[name] for name, value in engine.stats(0).counters.items()}
         pool = engine.adapters.pool

@@ -4,10 +4,12 @@ them."""
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toppings.adapters.errors import AdapterError
+from toppings.adapters.text_files import TextFiles
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +30,35 @@ class BaseWeights:
     @contextmanager
     def open(self) -> Iterator["OpenWeights"]:
         """Raises AdapterError where the checkpoint cannot be read."""
-        from toppings.model.files import open_tensors
+        from toppings.model.prequantized import open_weights
 
         with ExitStack() as stack:
             try:
-                places = open_tensors(self.path, stack)
+                places = open_weights(self.path, stack)
             except ValueError as error:
                 raise AdapterError(f"the base model's weights cannot be read: {error}") from error
             yield OpenWeights(places, self.dtype, self.is_tied)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the embedding. Raises AdapterError as `open`."""
+        with self.open() as weights:
+            return weights.shape(EMBED)[0]
+
+    @cached_property
+    def text(self) -> TextFiles:
+        """What its tokeniser's files say."""
+        return TextFiles.read(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Raises ValueError where there is none that can be used."""
+        from toppings.model.tokenizer import load_tokenizer
+
+        try:
+            return load_tokenizer(self.path)
+        except Exception as error:  # the library raises whatever its parsers do
+            raise ValueError(f"cannot read the base model's tokeniser: {error}") from error
 
 
 @dataclass(frozen=True)

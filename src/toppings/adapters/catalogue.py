@@ -5,7 +5,7 @@ found by name and id                 found by id only: requests that hold the id
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -73,10 +73,6 @@ class AdapterCatalogue:
         self._rows.check_base({**asdict(shapes), "dtype": dtype, "identity": identity})
         if self._is_only_writer:
             self._rows.keep_in_memory()
-
-    def compare_tokens(self, base_tokens: Mapping[str, int]) -> None:
-        """From now on, adapters whose tokeniser adds other tokens than the base model's are warned of."""
-        self._packed_dir.base_tokens = base_tokens
 
     def close(self) -> None:
         self._rows.close()

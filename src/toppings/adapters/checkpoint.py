@@ -13,12 +13,13 @@ from toppings.adapters.base_weights import BaseWeights
 from toppings.adapters.checkpoint_plan import CheckpointPlan, Place
 from toppings.adapters.errors import AdapterError, AdapterNotFound
 from toppings.adapters.folding import ProjectionWeights
-from toppings.adapters.layout import EMBED, HEAD, BaseShapes, gain_name, offset_name
+from toppings.adapters.layout import BaseShapes, gain_name, offset_name, ranks_of_extras
 from toppings.adapters.peft_config import CONFIG_FILE, PeftConfig
 from toppings.adapters.pickled import PICKLES
 from toppings.adapters.regular_files import open_regular
 from toppings.adapters.stored_tensors import WEIGHTS_FILE, StoredTensors
 from toppings.adapters.text_files import TEXT_FILES, TextFiles
+from toppings.adapters.vocabulary import Vocabulary, own_vocabulary
 from toppings.bad_input import RequestError, check_unicode, shown
 from toppings.core import MODULES
 
@@ -38,8 +39,8 @@ class AdapterCheckpoint:
 
     `digest` is the SHA-256 of all that it is served by; `fingerprint` sizes and modification times of its
     files before they were read; `chat_template` its own, if it brings one; `invocation_tokens` those of an
-    activated LoRA; `warnings` what was ignored; `outer` what is outside the projections, by layer and name;
-    `is_plain`: A and B are the tensors that PEFT has saved.
+    activated LoRA; `vocabulary` its own, if it has one; `warnings` what was ignored; `outer` what is outside
+    the projections, by layer and name; `is_plain`: A and B are the tensors that PEFT has saved.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class AdapterCheckpoint:
     fingerprint: str
     chat_template: str | None = None
     invocation_tokens: tuple[int, ...] = ()
+    vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
     outer: Mapping[int, Mapping[str, "torch.Tensor"]] = field(default_factory=dict)
     is_plain: bool = False
@@ -62,9 +64,9 @@ class AdapterCheckpoint:
         return ranks
 
     def outer_ranks(self) -> dict[str, int]:
-        """Of the embedding and the output layer, where they have a LoRA."""
-        found = {name: tensor for each in self.outer.values() for name, tensor in each.items()}
-        return {name: found[f"{name}.B"].shape[0] for name in (EMBED, HEAD) if f"{name}.B" in found}
+        """Of what has a LoRA outside the projections."""
+        tensors = (extra for each in self.outer.values() for extra in each.items())
+        return ranks_of_extras((name, tuple(tensor.shape)) for name, tensor in tensors)
 
     def extras(self, layer: int) -> dict[str, "torch.Tensor"]:
         """What the layer has beside A and B, by name, as `layout.LayerLayout` calls it."""
@@ -93,15 +95,14 @@ def fingerprint(path: str | Path) -> str:
 def read_checkpoint(
     path: str | Path,
     shapes: BaseShapes,
-    base_tokens: Mapping[str, int] | None = None,
     roots: Sequence[Path] | None = None,
     base: BaseWeights | None = None,
 ) -> AdapterCheckpoint:
     """The adapter in the directory `path`, all of it in memory and checked against the base model's `shapes`.
 
-    `base_tokens`: the added tokens of the base model's tokeniser, to warn where the adapter's differ.
     `roots`: its files must lie below one of these directories, with every link followed; None: anywhere.
-    `base`: where to read the base model's weights, which some kinds of adapters need; None: nowhere.
+    `base`: where to read the base model's weights, which some kinds of adapters need, and its tokeniser, to
+    which an adapter may add tokens; None: nowhere.
     Warnings are logged, too. Raises AdapterError with the reason; AdapterNotFound where `path` is no
     directory.
     """
@@ -114,7 +115,7 @@ def read_checkpoint(
         if not path.is_dir():
             raise AdapterNotFound(f"no adapter directory at {path}")
         _check_files(path)
-        checkpoint = _read(path, shapes, base_tokens, roots, base)
+        checkpoint = _read(path, shapes, roots, base)
     except OSError as error:
         raise AdapterError(f"cannot read adapter {path}: {error}") from error
     for warning in checkpoint.warnings:
@@ -125,7 +126,6 @@ def read_checkpoint(
 def _read(
     path: Path,
     shapes: BaseShapes,
-    base_tokens: Mapping[str, int] | None,
     roots: Sequence[Path] | None,
     base: BaseWeights | None,
 ) -> AdapterCheckpoint:
@@ -145,11 +145,19 @@ def _read(
     text = TextFiles.read(path, roots)
     if text.chat_template is not None:
         digest.update(b"chat_template" + text.chat_template.encode("utf-8", "surrogatepass"))
-    differences = text.differences(base_tokens) if base_tokens is not None else []
+    vocabulary, differences = None, list[str]()
+    if base is not None:
+        try:
+            vocabulary, differences = own_vocabulary(text, plan.vocab_size, base)
+        except AdapterError as error:
+            raise AdapterError(f"adapter {path}: {error}") from error
+    if vocabulary is not None:
+        digest.update(b"vocabulary" + vocabulary.to_json().encode("utf-8", "surrogatepass"))
     return AdapterCheckpoint(
         path=path,
         base_model=config.base_model,
         invocation_tokens=config.invocation_tokens,
+        vocabulary=vocabulary,
         shapes=shapes,
         weights=weights,
         outer=outer,

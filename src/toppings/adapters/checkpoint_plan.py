@@ -10,6 +10,7 @@ import numpy as np
 
 from toppings.adapters.base_weights import BaseWeights, OpenWeights
 from toppings.adapters.errors import AdapterError
+from toppings.adapters.expert_plan import ExpertPlan, module_sites, parameter_sites
 from toppings.adapters.folding import ProjectionWeights, check_start, fold_magnitude, fold_start
 from toppings.adapters.layout import BaseShapes
 from toppings.adapters.outer_plan import OUTSIDE_LAYERS, Extras, OuterPlan
@@ -29,7 +30,9 @@ _KEY = re.compile(
 )
 _BASE_PARAMETER = re.compile(
     r"base_model\.model\.(?:lm_head|model\.(?:embed_tokens|norm|layers\.\d+\.(?:\w+layernorm|(?:self_attn|mlp)\."
-    r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?))))\.(?:weight|bias)"
+    r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?)|(?:mlp|block_sparse_moe)\.(?:gate(?:\.base_layer)?|experts\.\d+\.\w+)"
+    r")))\.(?:weight|bias)"
+    r"|base_model\.model\.model\.layers\.\d+\.mlp\.experts\.(?:base_layer\.)*(?:gate_up|down)_proj"
 )
 _OPTIONS = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
 """What of the configuration makes a tensor of a projection."""
@@ -62,11 +65,15 @@ class CheckpointPlan:
             for name, modules in shapes.stored_modules.items()
         }
         self._config, self._shapes = config, shapes
-        self._matches = PeftMatches(config, (*self._sites, *OUTSIDE_LAYERS))
+        experts = (site.name for site in module_sites(shapes))
+        parameters = [site.name for site in parameter_sites(shapes)]
+        self._matches = PeftMatches(config, (*self._sites, *OUTSIDE_LAYERS, *experts), parameters)
         self._base = base
         self._outer = OuterPlan(stored, config, shapes.num_layers, self._matches, base)
         self._shared = {key: key for key in stored if key in config.kind.shared}
-        others = [key for key in stored if key not in self._shared and key not in self._outer.taken]
+        self._experts = ExpertPlan(stored, config, shapes, self._matches)
+        taken = self._shared.keys() | self._outer.taken | self._experts.taken
+        others = [key for key in stored if key not in taken]
         ignored = [key for key in others if _is_ignored(key)]
         known = [key for key in others if not _is_ignored(key)]
         by_module = _by_module(known, config, shapes)
@@ -83,8 +90,14 @@ class CheckpointPlan:
         ]
 
     @property
+    def vocab_size(self) -> int:
+        """The adapter's tokens; 0 where they are no more than the base model's."""
+        return self._outer.vocab_size
+
+    @property
     def keys(self) -> set[str]:
-        return self._outer.keys | {key for keys in self._keys.values() for key in keys.values()}
+        found = self._outer.keys | self._experts.taken
+        return found | {key for keys in self._keys.values() for key in keys.values()}
 
     def weights(self, tensors: Mapping[str, "torch.Tensor"]) -> tuple[dict[Place, ProjectionWeights], Extras]:
         """Of projections, and what is outside them. Raises AdapterError for values that are not finite."""
@@ -97,7 +110,9 @@ class CheckpointPlan:
                 weights = self._make(name, {part: tensors[key] for part, key in keys.items()}, base)
                 made |= self._split(name, weights)
             outer = {} if base is None or self._outer.is_empty else self._outer.extras(tensors, base)
-            return made, outer
+        for layer, extras in self._experts.extras(tensors).items():
+            outer[layer] = extras | outer.get(layer, {})
+        return made, outer
 
     def _make(
         self, name: str, tensors: dict[str, "torch.Tensor"], base: OpenWeights | None
@@ -237,7 +252,7 @@ def _explain_key(key: str, names: Mapping[str, str]) -> str:
     if "modules_to_save" in key or _ADAPTER_PART.search(key) is None:
         return "is a whole weight; served are those of lm_head, embed_tokens and norms"
     if ".experts." in key:
-        return "is of an expert: LoRA on experts is not supported"
+        return "is of no expert, or of no part of one, that the configuration targets"
     return f"matches no projection of the base model ({', '.join(names)})"
 
 

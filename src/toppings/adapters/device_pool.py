@@ -4,7 +4,7 @@ Does not know adapters' names, uses or worth, and copies no weights in: see mana
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,11 @@ import torch
 from toppings.adapters.allocator import Block, RangeAllocator, plan_compaction
 from toppings.adapters.layout import (
     BLOCK_ALIGNMENT_BYTES,
+    EXPERT_MODULES,
+    VOCABULARY,
     AdapterLayout,
     LayerLayout,
+    expert_name,
     gain_name,
     offset_name,
 )
@@ -32,14 +35,53 @@ class _Placement:
     is_loading: bool = True
 
 
+class _Table:
+    """What kernels read of where a layer's block of a slot has what: int64 `[num_slots, num_layers, ...]` in
+    host memory and on the device (on the CPU device: the same memory), zeros where there is nothing."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        rows_of: Callable[[LayerLayout, int], npt.NDArray[np.int64]],
+    ) -> None:
+        """`rows_of`: a layer's, whose block starts at an offset."""
+        self._host = torch.zeros(shape, dtype=torch.int64)
+        self._rows_of = rows_of
+        self.device = self._host.to(device)
+        self.cpu: npt.NDArray[np.int64] = self._host.numpy()
+
+    def write(self, slot: int, placement: "_Placement | None") -> None:
+        was_empty = not self.cpu[slot].any()
+        self.cpu[slot] = self._expected(placement)
+        if self.device.device.type != "cpu" and not (was_empty and not self.cpu[slot].any()):
+            # In the order of the compute stream: kernels that are already queued still see the old row. From
+            # page-locked memory of its own, which the allocator keeps until the copy is over: the host does
+            # not wait for it, and the row is not changed under it.
+            self.device[slot].copy_(self._host[slot].pin_memory(), non_blocking=True)
+
+    def _expected(self, placement: "_Placement | None") -> npt.NDArray[np.int64] | int:
+        if placement is None:
+            return 0
+        layers = zip(placement.layout.layers, placement.offsets, strict=True)
+        return np.stack([self._rows_of(layout, offset) for layout, offset in layers])
+
+    def check_integrity(self, placements: "dict[int, _Placement]") -> None:
+        assert torch.equal(self.device.cpu(), self._host)
+        for slot in range(len(self.cpu)):
+            expected = self._expected(placements.get(slot))
+            assert (self.cpu[slot] == expected).all(), f"a table is wrong for slot {slot}"
+
+
 class DevicePool:
     """Slots of adapters in `arena`, a 1-D tensor of the model's dtype that is allocated once.
 
     `table` is int64 `[num_slots, num_layers, 7, 3]` on the device: (A offset, B offset, rank) of each module,
     in elements of `arena`; rank 0 where not targeted or no adapter. `columns`, int64 `[num_slots, num_layers,
-    7, 2]`, has the starts of each module's gain and offset, 0 where there is none. `table_cpu` and
-    `columns_cpu` are the same in host memory (on the CPU device: the same memory). They change only in
-    `try_place` and `free`, between forwards.
+    7, 2]`, has the starts of each module's gain and offset, 0 where there is none; `experts`, int64
+    `[num_slots, num_layers, 4, 3]`, for each of `EXPERT_MODULES` what `table` has, of the first expert.
+    `table_cpu`, `columns_cpu` and `experts_cpu` are the same in host memory. They change only in `try_place`
+    and `free`, between forwards.
 
     Not thread-safe: called from the engine's loop alone.
     """
@@ -62,12 +104,13 @@ class DevicePool:
         self.num_layers = num_layers
         self.num_slots = num_slots
         self.arena = torch.empty(capacity, dtype=dtype, device=device)
-        self._table_host = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int64)
-        self.table = self._table_host.to(device)
-        self.table_cpu: npt.NDArray[np.int64] = self._table_host.numpy()
-        self._columns_host = torch.zeros(num_slots, num_layers, len(MODULES), 2, dtype=torch.int64)
-        self.columns = self._columns_host.to(device)
-        self.columns_cpu: npt.NDArray[np.int64] = self._columns_host.numpy()
+        size = (num_slots, num_layers)
+        table = _Table((*size, len(MODULES), 3), device, _table_rows)
+        columns = _Table((*size, len(MODULES), 2), device, _column_rows)
+        experts = _Table((*size, len(EXPERT_MODULES), 3), device, _expert_rows)
+        self._tables = (table, columns, experts)
+        self.table, self.columns, self.experts = (each.device for each in self._tables)
+        self.table_cpu, self.columns_cpu, self.experts_cpu = (each.cpu for each in self._tables)
         self._allocator = RangeAllocator(capacity)
         self._placements: dict[int, _Placement] = {}
         self._free_slots = list(range(num_slots))[::-1]
@@ -144,6 +187,15 @@ class DevicePool:
         """Any adapter of `slots` has something outside the projections; -1 is no adapter."""
         return any(self._placements[slot].layout.has_outer for slot in slots if slot >= 0)
 
+    def num_tokens_of(self, slot: int) -> int:
+        """Those of the adapter's own vocabulary; 0 where it has as many as the base model."""
+        found = self._placements[slot].layout.layers[0].find_extra(VOCABULARY)
+        return 0 if found is None else found[1][0]
+
+    def has_experts(self, slots: Iterable[int]) -> bool:
+        """Any adapter of `slots` has a LoRA of experts or routers; -1 is no adapter."""
+        return any(self._placements[slot].layout.has_experts for slot in slots if slot >= 0)
+
     def find_extra(self, slot: int, layer: int, name: str) -> torch.Tensor | None:
         """A view of `arena`, where it stays until the pool changes."""
         placement = self._placements[slot]
@@ -188,38 +240,18 @@ class DevicePool:
         self.num_compactions += bool(moved_slots)
 
     def _write_table(self, slot: int) -> None:
-        self.table_cpu[slot] = 0
-        had_columns = bool(self.columns_cpu[slot].any())
-        self.columns_cpu[slot] = 0
-        placement = self._placements.get(slot)
-        if placement is not None:
-            for layer, layout in enumerate(placement.layout.layers):
-                self.table_cpu[slot, layer] = _table_rows(layout, placement.offsets[layer])
-                self.columns_cpu[slot, layer] = _column_rows(layout, placement.offsets[layer])
-        if self.table.device.type != "cpu":
-            # In the order of the compute stream: kernels that are already queued still see the old row. From
-            # page-locked memory of its own, which the allocator keeps until the copy is over: the host does
-            # not wait for it, and the row is not changed under it.
-            self.table[slot].copy_(self._table_host[slot].pin_memory(), non_blocking=True)
-            if had_columns or self.columns_cpu[slot].any():
-                self.columns[slot].copy_(self._columns_host[slot].pin_memory(), non_blocking=True)
+        for table in self._tables:
+            table.write(slot, self._placements.get(slot))
 
     def check_integrity(self) -> None:
         """Blocks and free ranges tile the arena, and the table says what the placements say."""
         self._allocator.check_integrity([(offset, size) for offset, size, _, _ in self._ranges()])
         assert sorted([*self._free_slots, *self._placements]) == list(range(self.num_slots))
-        assert torch.equal(self.table.cpu(), self._table_host)
-        assert torch.equal(self.columns.cpu(), self._columns_host)
-        for slot in range(self.num_slots):
-            placement = self._placements.get(slot)
-            if placement is None:
-                assert not self.table_cpu[slot].any(), f"slot {slot} is free but in the table"
-                assert not self.columns_cpu[slot].any(), f"slot {slot} is free but in the columns"
-                continue
-            for layer, layout in enumerate(placement.layout.layers):
-                assert (self.table_cpu[slot, layer] == _table_rows(layout, placement.offsets[layer])).all()
-                assert (self.columns_cpu[slot, layer] == _column_rows(layout, placement.offsets[layer])).all()
-                assert placement.offsets[layer] % self._alignment == 0 or not layout.numel
+        for table in self._tables:
+            table.check_integrity(self._placements)
+        for placement in self._placements.values():
+            for layout, offset in zip(placement.layout.layers, placement.offsets, strict=True):
+                assert offset % self._alignment == 0 or not layout.numel
 
 
 def _joined(moves: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -255,4 +287,15 @@ def _column_rows(layout: LayerLayout, offset: int) -> npt.NDArray[np.int64]:
             for i, name in enumerate((gain_name(module), offset_name(module))):
                 if (found := layout.find_extra(name)) is not None:
                     rows[module, i] = offset + found[0]
+    return rows
+
+
+def _expert_rows(layout: LayerLayout, offset: int) -> npt.NDArray[np.int64]:
+    """`[4, 3]`: (A's start, B's start, rank) of the first expert's modules; as `_column_rows`."""
+    rows = np.zeros((len(EXPERT_MODULES), 3), np.int64)
+    if layout.extras:
+        for module in range(len(EXPERT_MODULES)):
+            a, b = (layout.find_extra(expert_name(module, half)) for half in "AB")
+            if a is not None and b is not None:
+                rows[module] = offset + a[0], offset + b[0], b[1][-2]
     return rows

@@ -24,6 +24,18 @@ The first layer's block has those of the embedding besides, the last one's those
 | `embed_tokens.gain`, `lm_head.gain`, `lm_head.offset` | [hidden], [vocabulary] | as above |
 | `norm` | [hidden] | stands for the norm behind the last layer |
 | `lm_head.tied` | [0] | the output layer has the embedding's own weight or rows |
+
+An adapter with more tokens than the base model has their number in the first block: `vocabulary`, of shape
+[n, 0]. What is [vocabulary, ...] above has that many rows, and `ids` name rows up to there.
+
+A layer with experts has those of its own (`ops/experts.py`): a LoRA of every expert, one below the other, and
+of the router. An expert with a smaller rank than another's is filled up with zeros.
+
+| extra | shape | what it is |
+|---|---|---|
+| `experts.gate_proj.A`, ... | [experts, r, in] | LoRA of one projection, or of `gate_up_proj`: both as one |
+| `experts.gate_proj.B`, ... | [experts, r, out] | |
+| `router.A`, `router.B` | [r, hidden], [r, experts] | LoRA |
 """
 
 import json
@@ -34,7 +46,7 @@ from itertools import accumulate
 from math import prod
 from typing import TypeAlias
 
-from toppings.core import GROUPS, MODULES, stored_modules
+from toppings.core import GROUPS, MODULES, Mixture, stored_modules
 
 Extras: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """Of one layer: names and shapes."""
@@ -45,6 +57,15 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 EMBED, HEAD, NORM, TIED = "embed_tokens", "lm_head", "norm", "lm_head.tied"
+VOCABULARY = "vocabulary"
+EXPERTS, ROUTER = "experts", "router"
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+"""What a LoRA of an expert may be on."""
+
+
+def expert_name(module: int, half: str) -> str:
+    """`module`: an index into `EXPERT_MODULES`; `half`: "A" or "B"."""
+    return f"{EXPERTS}.{EXPERT_MODULES[module]}.{half}"
 
 
 def gain_name(module: int) -> str:
@@ -59,16 +80,16 @@ def offset_name(module: int) -> str:
 class BaseShapes:
     """What an adapter must match: the base model's layers and, per `MODULES` index, its (in, out) sizes.
     `is_fused`: its checkpoints have some projections as one (`core.FUSED_MODULES`), which blocks have not;
-    `has_experts`: in the place of the last three, to which no adapter can be put."""
+    `mixture`: the experts that it has in the place of the last three, whose sizes are then each expert's."""
 
     num_layers: int
     sizes: tuple[tuple[int, int], ...]
     is_fused: bool = field(default=False, compare=False)
-    has_experts: bool = field(default=False, compare=False)
+    mixture: Mixture | None = field(default=None, compare=False)
 
     @property
     def stored_modules(self) -> dict[str, tuple[int, ...]]:
-        return stored_modules(is_fused=self.is_fused, has_experts=self.has_experts)
+        return stored_modules(is_fused=self.is_fused, has_experts=self.mixture is not None)
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1
@@ -195,14 +216,23 @@ class AdapterLayout:
 
     @cached_property
     def has_outer(self) -> bool:
-        """There are extras beside gains and offsets of projections."""
-        return any(name.split(".")[0] not in MODULES for name in self._extra_names)
+        """There are extras beside gains and offsets of projections, and beside those of experts."""
+        known = {*MODULES, EXPERTS, ROUTER}
+        return any(name.split(".")[0] not in known for name in self._extra_names)
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """There is a LoRA of experts or of routers."""
+        return any(name.split(".")[0] in (EXPERTS, ROUTER) for name in self._extra_names)
+
+    def is_awaited(self, layer: int) -> bool:
+        """It has what the device alone computes: anything beside gains and offsets of projections."""
+        return any(name.split(".")[0] not in MODULES for name, _ in self.layers[layer].extras)
 
     @cached_property
     def outer_ranks(self) -> dict[str, int]:
-        """Of the embedding and the output layer, where they have a LoRA."""
-        found = {name: shape for layer in self.layers for name, shape in layer.extras}
-        return {name: found[f"{name}.B"][0] for name in (EMBED, HEAD) if f"{name}.B" in found}
+        """Of what has a LoRA outside the projections: embedding, output layer, experts, routers."""
+        return ranks_of_extras(extra for layer in self.layers for extra in layer.extras)
 
     @property
     def item_bytes(self) -> int:
@@ -240,6 +270,15 @@ class AdapterLayout:
         shapes = BaseShapes(len(fields["ranks"]), sizes)
         extras = [tuple((name, tuple(shape)) for name, shape in each) for each in fields.get("extras", [])]
         return cls.build(fields["ranks"], shapes, fields["dtype"], extras)
+
+
+def ranks_of_extras(extras: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+    """The largest of each extra that is a LoRA, whose B is [..., r, out]."""
+    ranks: dict[str, int] = {}
+    for name, shape in extras:
+        if name.endswith(".B"):
+            ranks[name[:-2]] = max(shape[-2], ranks.get(name[:-2], 0))
+    return ranks
 
 
 def by_layer(layers: Iterable[int]) -> tuple[tuple[int, str], ...]:

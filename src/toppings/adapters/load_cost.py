@@ -10,8 +10,10 @@ LINK_BYTES = {"cuda": 2.5e10, "cpu": 1e10}
 
 
 def tokens_per_byte(shapes: BaseShapes, device: str, link_gbps: float = 0.0) -> float:
-    """Two operations of a token for each parameter of the layers; `link_gbps` (10^9 bytes per second): of a
-    link that is known."""
-    num_parameters = shapes.num_layers * sum(num_in * num_out for num_in, num_out in shapes.sizes)
+    """Two operations of a token for each parameter of the layers that it meets; `link_gbps` (10^9 bytes per
+    second): of a link that is known."""
+    *attention, gate, up, down = (num_in * num_out for num_in, num_out in shapes.sizes)
+    num_used = 1 if shapes.mixture is None else shapes.mixture.num_per_token
+    num_parameters = shapes.num_layers * (sum(attention) + (gate + up + down) * num_used)
     link_bytes = link_gbps * 1e9 if link_gbps else LINK_BYTES[device]
     return DEVICE_FLOPS[device] / link_bytes / (2 * num_parameters)

@@ -28,6 +28,7 @@ from toppings.adapters.parts import CutSource
 from toppings.adapters.pins import Pins
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.adapters.statuses import Statuses
+from toppings.adapters.vocabulary import Vocabulary
 from toppings.config import EngineConfig
 from toppings.core import Admission
 from toppings.messages import AdapterStatus
@@ -182,6 +183,10 @@ class AdapterManager:
     def invocation_tokens_of(self, adapter_id: int) -> tuple[int, ...]:
         """Empty but for an activated LoRA. Raises AdapterError."""
         return self._records.get(adapter_id).invocation_tokens
+
+    def vocabulary_of(self, adapter_id: int) -> Vocabulary | None:
+        """Its own, where it has one. Raises AdapterError."""
+        return self._records.get(adapter_id).vocabulary
 
     def tier_of(self, adapter_id: int) -> str:
         """What a request that arrives now finds: "device", "host" or "disk". Raises AdapterError."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from toppings.adapters.errors import AdapterError
-from toppings.adapters.layout import AdapterLayout, BaseShapes
+from toppings.adapters.layout import EXPERTS, ROUTER, AdapterLayout, BaseShapes
 from toppings.adapters.merges import CAT, ELECTING, FREQUENCY, RANDOM, TIES, Merge
 from toppings.adapters.packed import PackedAdapter, PackedHeader, check_magnitudes
 from toppings.adapters.peft_kinds import MAX_RANK
@@ -195,6 +195,11 @@ def _check_kind(record: AdapterRecord, header: PackedHeader, method: str) -> Non
             f"adapter {record.name!r} is an activated LoRA, which acts on a part of the prompt alone; it "
             "cannot be merged"
         )
+    if record.vocabulary is not None and record.vocabulary.tokens:
+        raise AdapterError(
+            f"adapter {record.name!r} has tokens of its own, which its sum with others would not have; it "
+            "cannot be merged"
+        )
     if (extra := next((name for each in header.layout.layers for name, _ in each.extras), None)) is not None:
         raise AdapterError(
             f"adapter {record.name!r} has {_named(extra)} beside A and B, which has no weighted sum; only "
@@ -211,6 +216,8 @@ def _named(extra: str) -> str:
     module, _, kind = extra.partition(".")
     if module in MODULES:
         return f"{extra} (DoRA)" if kind == "gain" else f"{extra} (lora_bias or DoRA)"
+    if module in (EXPERTS, ROUTER):
+        return f"{extra} (LoRA of experts or routers)"
     return f"{extra} (modules_to_save, trained tokens or a LoRA outside the projections)"
 
 

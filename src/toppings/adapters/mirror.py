@@ -18,15 +18,16 @@ from toppings.adapters.cuda_loader import CudaLoader
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.host_entry import HostEntry
-from toppings.adapters.layout import AdapterLayout, BaseShapes, LoadOrder
+from toppings.adapters.layout import AdapterLayout, BaseShapes, Extras, LoadOrder
 from toppings.adapters.loader import CpuLoader, Loader, LoadHandle, LoadSource
 from toppings.adapters.parts import AdapterParts, PartOfEntry
 
 
 class Place(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """`DevicePool.try_place` was called; ranks by layer and module."""
+    """`DevicePool.try_place` was called; ranks by layer and module, and extras by layer."""
 
     ranks: list[tuple[int, ...]]
+    extras: list[Extras]
 
 
 class MarkLoaded(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -63,7 +64,8 @@ class LeadPool(DevicePool):
         has_room = bool(self.num_free_slots) and layout.num_bytes <= self.free_bytes
         slot = super().try_place(layout)
         if has_room:  # even where that failed, blocks may have moved
-            self._send(Place([layer.ranks for layer in layout.layers]))
+            layers = layout.layers
+            self._send(Place([each.ranks for each in layers], [each.extras for each in layers]))
         if slot is not None:
             self.newest_slot = slot
         return slot
@@ -230,7 +232,7 @@ class FollowerAdapters:
     def obey(self, command: PoolCommand) -> None:
         match command:
             case Place():
-                layout = AdapterLayout.build(command.ranks, self._shapes, self._dtype)
+                layout = AdapterLayout.build(command.ranks, self._shapes, self._dtype, command.extras)
                 if (slot := self.pool.try_place(layout)) is not None:
                     self._layouts[slot] = layout
             case MarkLoaded():

@@ -2,7 +2,9 @@
 stand in the place of the base model's (`modules_to_save`, `trainable_token_indices`).
 
 What PEFT loads counts: a whole weight of a module that is not named by `modules_to_save` replaces the base
-model's own, and so that of an output layer which is tied to it.
+model's own, and so that of an output layer which is tied to it. Weights of both ends may have rows for more
+tokens than the base model's. Of a weight that differs from the base model's in a minority of its rows, only
+these are kept.
 """
 
 import re
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 from toppings.adapters.base_weights import BaseWeights, OpenWeights
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.folding import ProjectionWeights, fold_magnitude
-from toppings.adapters.layout import EMBED, HEAD, NORM, TIED
+from toppings.adapters.layout import EMBED, HEAD, NORM, TIED, VOCABULARY
 from toppings.adapters.peft_config import PeftConfig, shorten
 from toppings.adapters.peft_kinds import KINDS
 from toppings.adapters.peft_matches import PeftMatches
@@ -26,7 +28,7 @@ OUTSIDE_LAYERS = {"lm_head": HEAD, "model.embed_tokens": EMBED}
 _WHOLE = re.compile(
     r"base_model\.model\.(?P<module>lm_head|model\.(?:embed_tokens|norm|layers\.(?P<layer>\d{1,6})\."
     r"(?:input_layernorm|post_attention_layernorm|(?:pre|post)_feedforward_layernorm|self_attn\.[qk]_norm)))"
-    r"(?P<base>\.base_layer)?\.weight",
+    r"(?P<base>\.(?:token_adapter\.)?base_layer)?\.weight",
     re.ASCII,
 )
 _LOW_RANK = re.compile(
@@ -44,12 +46,15 @@ _PARTS = {
     "lm_head": ("lora_A.weight", "lora_B.weight"),
 }
 _MAGNITUDE, _BIAS = "lora_magnitude_vector", "lora_B.bias"
+_TOKENS_BASE = ".token_adapter.base_layer.weight"
+MAX_ADDED_TOKENS = 2**16
 
 Extras = dict[int, dict[str, "torch.Tensor"]]
 
 
 class OuterPlan:
-    """`taken`: keys that it knows; `keys`: those of them that are to be read; `warnings`: what has no effect.
+    """`taken`: keys that it knows; `keys`: those of them that are to be read; `warnings`: what has no effect;
+    `vocab_size`: the adapter's tokens, 0 where they are no more than the base model's.
 
     Raises AdapterError for what would not give what PEFT gives.
     """
@@ -64,6 +69,7 @@ class OuterPlan:
     ) -> None:
         self._config, self._matches, self._num_layers = config, matches, num_layers
         self._stored = stored
+        self.vocab_size = 0
         self.warnings: list[str] = []
         self._targeted = {name for name in OUTSIDE_LAYERS if _is_target(name, config, matches)}
         self._whole: dict[str, str] = {}  # keys by module
@@ -80,7 +86,12 @@ class OuterPlan:
             raise AdapterError(f"{self._reason()} needs the base model's checkpoint, and there is none here")
         with base.open() as weights:
             self._ids = self._token_ids(weights)
+            if weights.is_tied:
+                self._join_ends()
+            self._num_tokens = self._count_tokens(weights)
             self._check(weights)
+            if self._num_tokens > weights.shape("model.embed_tokens")[0]:
+                self.vocab_size = self._num_tokens
 
     def _reason(self) -> str:
         """What asks for something outside the projections."""
@@ -101,15 +112,18 @@ class OuterPlan:
         """By layer and name (`layout.py`)."""
         found: Extras = {}
         for module, key in self._whole.items():
-            name = OUTSIDE_LAYERS.get(module)
-            is_same = key.endswith(".base_layer.weight") and _is_equal(tensors[key], base.weight(module))
-            if not is_same:
-                self._put(found, module, f"{name}.weight" if name else _norm_name(module), tensors[key])
+            if module not in OUTSIDE_LAYERS:
+                self._put(found, module, _norm_name(module), tensors[key])
+        for module, name in OUTSIDE_LAYERS.items():
+            for part, tensor in self._own_rows(module, tensors, base).items():
+                self._put(found, module, f"{name}.{part}", tensor)
+        if self.vocab_size:
+            import torch
+
+            self._put(found, "model.embed_tokens", VOCABULARY, torch.empty(self.vocab_size, 0))
         for module in self._low_rank:
             for name, tensor in self._product(module, tensors, base).items():
                 self._put(found, module, f"{OUTSIDE_LAYERS[module]}.{name}", tensor)
-        for module, key in self._tokens.items():
-            self._put_tokens(found, module, tensors[key])
         if base.is_tied and self._shares_embedding:
             import torch
 
@@ -129,7 +143,8 @@ class OuterPlan:
             parts[part] = key
         elif (match := _WHOLE.fullmatch(key)) is not None:
             module = match["module"]
-            if bool(match["base"]) == (module in self._targeted):
+            is_beside_tokens = key.endswith(_TOKENS_BASE)
+            if is_beside_tokens or bool(match["base"]) == (module in self._targeted):
                 self._whole[module] = key
             elif module in self._targeted:
                 raise AdapterError(f"key {key!r} is a whole weight beside a LoRA of the same module")
@@ -148,13 +163,41 @@ class OuterPlan:
             ids.pop("lm_head", None)
         return ids
 
+    def _join_ends(self) -> None:
+        """Of a tied model: what PEFT has saved of one end, or of both, is the weight of both."""
+        ends = "model.embed_tokens", "lm_head"
+        if "lm_head" not in self._ids and all(each in self._tokens for each in ends):
+            del self._tokens["lm_head"]
+            self._whole.pop("lm_head", None)
+        if (
+            "lm_head" in self._whole
+            and "model.embed_tokens" not in self._whole
+            and not self._saves("lm_head")
+        ):
+            self._whole["model.embed_tokens"] = self._whole.pop("lm_head")
+
+    def _saves(self, module: str) -> bool:
+        return any(each and module.endswith(each) for each in self._config.modules_to_save)
+
     @property
     def _shares_embedding(self) -> bool:
         """What replaces the embedding, or rows of it, replaces a tied output layer's, too."""
         is_own = "lm_head" in self._whole or "lm_head" in self._tokens
-        saved = any(each and "model.embed_tokens".endswith(each) for each in self._config.modules_to_save)
-        is_whole = "model.embed_tokens" in self._whole and (not saved or self._config.ties_weights)
+        is_free = not self._saves("model.embed_tokens") or self._config.ties_weights
+        is_whole = "model.embed_tokens" in self._whole and is_free
         return not is_own and (is_whole or "model.embed_tokens" in self._tokens)
+
+    def _count_tokens(self, base: OpenWeights) -> int:
+        """The most that any weight has rows for, or the base model's tokens."""
+        num_tokens = [base.shape(module)[0] for module in OUTSIDE_LAYERS]
+        num_tokens += [1 + max(ids) for ids in self._ids.values()]
+        keys = [self._whole[module] for module in OUTSIDE_LAYERS if module in self._whole]
+        num_tokens += [size for key in keys for size in self._stored[key].shape[:1]]
+        for module, axis in (("model.embed_tokens", 1), ("lm_head", 0)):
+            part = _PARTS[module][axis ^ 1]  # the one with a value per token
+            if (key := self._low_rank.get(module, {}).get(part)) is not None:
+                num_tokens += self._stored[key].shape[axis : axis + 1]
+        return max(num_tokens)
 
     # --- checks ---
 
@@ -175,6 +218,35 @@ class OuterPlan:
         for module in sorted(self._ids.keys() | self._tokens.keys()):
             self._check_tokens(module, base)
         self._check_saved(base)
+        self._check_added(base)
+
+    def _check_added(self, base: OpenWeights) -> None:
+        """Both ends must have rows for all tokens that the base model has not."""
+        num_base = base.shape("model.embed_tokens")[0]
+        if (num_added := self._num_tokens - num_base) <= 0:
+            return
+        if num_added > MAX_ADDED_TOKENS:
+            raise AdapterError(
+                f"it has {num_added} tokens more than the base model; at most {MAX_ADDED_TOKENS} are served"
+            )
+        if self._config.invocation_tokens:
+            raise AdapterError(
+                "alora_invocation_tokens and tokens that the base model has not are not served together: "
+                "what comes before the invocation is the base model's"
+            )
+        for module in OUTSIDE_LAYERS:
+            if not self._has_added(module, num_base, is_tied=base.is_tied):
+                raise AdapterError(
+                    f"it has {self._num_tokens} tokens, {num_added} more than the base model, and no weights "
+                    f"of {module} for all of these; save it with save_embedding_layers=True"
+                )
+
+    def _has_added(self, module: str, num_base: int, *, is_tied: bool) -> bool:
+        added = range(num_base, self._num_tokens)
+        if module in self._whole or set(added) <= set(self._ids.get(module, ())):
+            return True
+        shares = is_tied and module == "lm_head" and self._shares_embedding
+        return shares and self._has_added("model.embed_tokens", num_base, is_tied=is_tied)
 
     def _check_low_rank(self, module: str, base: OpenWeights) -> None:
         parts = self._low_rank.get(module, {})
@@ -192,7 +264,7 @@ class OuterPlan:
             raise AdapterError(f"key {parts[min(surplus)]!r} is of no use with this configuration")
 
     def _low_rank_shapes(self, module: str, base: OpenWeights) -> dict[str, tuple[int, ...]]:
-        vocab, hidden = base.shape(module)
+        vocab, hidden = self._num_tokens, base.shape(module)[1]
         rank, is_embed = self._matches.rank_of(module), module == "model.embed_tokens"
         size_in, size_out = (vocab, hidden) if is_embed else (hidden, vocab)
         a, b = _PARTS[module]
@@ -206,14 +278,15 @@ class OuterPlan:
         return shapes
 
     def _whole_shape(self, module: str, base: OpenWeights) -> tuple[int, ...]:
-        shape = base.shape(module)
-        key = self._whole[module]
-        if module in OUTSIDE_LAYERS and self._stored[key].shape[:1] > shape[:1]:
+        shape, key = base.shape(module), self._whole[module]
+        if module not in OUTSIDE_LAYERS:
+            return shape
+        if (stored := self._stored[key].shape[:1]) < shape[:1]:
             raise AdapterError(
-                f"key {key!r} has {self._stored[key].shape[0]} rows; the base model has {shape[0]} tokens,"
-                " and an adapter with more is not served"
+                f"key {key!r} has {stored[0] if stored else 0} rows; the base model has {shape[0]} tokens, "
+                "and an adapter with fewer is not served"
             )
-        return shape
+        return (self._num_tokens, *shape[1:])
 
     def _check_tokens(self, module: str, base: OpenWeights) -> None:
         ids, key = self._ids.get(module), self._tokens.get(module)
@@ -221,18 +294,14 @@ class OuterPlan:
             raise AdapterError(f"key {key!r} has trained tokens that trainable_token_indices does not name")
         if key is None:
             raise AdapterError(f"trainable_token_indices names {module}, but the file has no weights for it")
-        if module in self._whole or module in self._targeted:
+        is_alone = module not in self._whole or self._whole[module].endswith(_TOKENS_BASE)
+        if not is_alone or module in self._targeted:
             raise AdapterError(
                 f"trainable_token_indices and other weights of {module} are not served together"
             )
-        vocab, hidden = base.shape(module)
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None or len(set(ids)) < len(ids):
-            found = "a token twice" if wrong is None else wrong
-            raise AdapterError(
-                f"trainable_token_indices holds {found}; they must be different ids from 0 to {vocab - 1}"
-            )
-        self._check_shape(key, (len(ids), hidden))
+        if len(set(ids)) < len(ids):
+            raise AdapterError("trainable_token_indices holds a token twice; they must be different ids")
+        self._check_shape(key, (len(ids), base.shape(module)[1]))
 
     def _check_saved(self, base: OpenWeights) -> None:
         """`modules_to_save` names modules by how their paths end."""
@@ -278,13 +347,18 @@ class OuterPlan:
         found |= {} if weights.gain is None else {"gain": weights.gain}
         return found | ({} if offset is None else {"offset": offset})
 
-    def _put_tokens(self, found: Extras, module: str, rows: "torch.Tensor") -> None:
-        """Ids in ascending order, to be searched."""
-        import torch
+    def _own_rows(
+        self, module: str, tensors: Mapping[str, "torch.Tensor"], base: OpenWeights
+    ) -> dict[str, "torch.Tensor"]:
+        from toppings.adapters.outer_rows import own_rows  # needs torch
 
-        ids, order = torch.tensor(self._ids[module], dtype=torch.int32).sort()
-        self._put(found, module, f"{OUTSIDE_LAYERS[module]}.ids", ids)
-        self._put(found, module, f"{OUTSIDE_LAYERS[module]}.rows", rows[order])
+        whole, trained = self._whole.get(module), self._tokens.get(module)
+        return own_rows(
+            None if whole is None else tensors[whole],
+            None if trained is None else (self._ids[module], tensors[trained]),
+            lambda: base.weight(module),
+            is_copy=whole is not None and whole.endswith(".base_layer.weight"),
+        )
 
     def _put(self, found: Extras, module: str, name: str, tensor: "torch.Tensor") -> None:
         found.setdefault(self._layer_of(module), {})[name] = tensor
@@ -305,10 +379,3 @@ def _is_target(name: str, config: PeftConfig, matches: PeftMatches) -> bool:
     """`all-linear` means neither the embedding nor the output layer."""
     is_shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     return not is_shorthand and matches.is_target(name)
-
-
-def _is_equal(stored: "torch.Tensor", weight: "torch.Tensor") -> bool:
-    """But for what is lost where the base model is served in a narrower type than it was trained in."""
-    import torch
-
-    return torch.allclose(stored.float(), weight, rtol=2**-7, atol=0)

@@ -3,7 +3,7 @@
 import errno
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from toppings.adapters.packed import (
     pack_adapter,
     write_packed,
 )
+from toppings.adapters.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PackedCandidate:
     path: str
     trained_on: str = ""
     invocation_tokens: tuple[int, ...] = ()
+    vocabulary: Vocabulary | None = None
     merge: Merge | None = None
 
     def discard(self) -> None:
@@ -48,8 +50,6 @@ class PackedDir:
         self.shapes = shapes
         self.dtype = dtype
         self._base = base
-        self.base_tokens: Mapping[str, int] | None = None
-        """The added tokens of the base model's tokeniser: adapters that bring others are warned of."""
         self._directory = directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -68,14 +68,19 @@ class PackedDir:
         Raises AdapterError with the reason, StateError where no file can be written; none is left then.
         """
         try:
-            checkpoint = read_checkpoint(path, self.shapes, self.base_tokens, roots, self._base)
+            checkpoint = read_checkpoint(path, self.shapes, roots, self._base)
         except OSError as error:
             raise AdapterError(f"cannot read adapter {path}: {error.strerror}") from error
         header, temp_file = self._write(
             lambda file: pack_adapter(checkpoint, self.dtype, file, is_synced=is_synced)
         )
         return PackedCandidate(
-            header, temp_file, str(checkpoint.path), checkpoint.base_model, checkpoint.invocation_tokens
+            header,
+            temp_file,
+            str(checkpoint.path),
+            checkpoint.base_model,
+            checkpoint.invocation_tokens,
+            checkpoint.vocabulary,
         )
 
     def merge(self, plan: MergePlan, trained_on: str) -> PackedCandidate:

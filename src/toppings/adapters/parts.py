@@ -3,12 +3,17 @@
 Packed files hold whole adapters, whatever the number of parts. As the host store's thread reads a layer, it
 cuts it: the store then holds one block per layer and part, each in the layout of an adapter of that part of
 the model, so that every device loads a layer in one copy, as ever. In host memory an adapter takes more than
-when it is whole: A of what is split by output and B of what is split by input are in each part.
+when it is whole: A of what is split by output and B of what is split by input are in each part, and so is all
+that is outside the projections: embedding and norms are computed by every part, the end by the lead.
+
+Of a product that is summed over the parts, each multiplies its share by the whole gain, and one adds the
+offset.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from math import prod
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,15 +21,34 @@ from toppings.adapters.arena import Bytes
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.host_entry import HostEntry
 from toppings.adapters.host_store import PackedReader
-from toppings.adapters.layout import AdapterLayout, BaseShapes, LayerLayout
+from toppings.adapters.layout import (
+    AdapterLayout,
+    BaseShapes,
+    Extras,
+    LayerLayout,
+    layer_layout,
+    offset_name,
+)
 from toppings.adapters.packed import PackedAdapter
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry
+from toppings.core import GROUPS, MODULES
+from toppings.model.parts import SUMMED_GROUPS
 
 _ITEMS = {2: "u2", 4: "u4"}
 """Integers of an element's size, in numpy's words."""
 
 Slices: TypeAlias = tuple[tuple[slice, slice], ...]
 """Per `MODULES` index, which of the whole projection's inputs and outputs a part has."""
+
+
+_SUMMED = frozenset(module for group in SUMMED_GROUPS for module in GROUPS[group])
+Items: TypeAlias = np.ndarray[tuple[int], np.dtype[Any]]
+
+
+def _module_of(extra: str) -> int | None:
+    """The `MODULES` index of the projection that it belongs to."""
+    name = extra.partition(".")[0]
+    return MODULES.index(name) if name in MODULES else None
 
 
 @dataclass(frozen=True)
@@ -39,13 +63,18 @@ class AdapterParts:
         return len(self.slices)
 
     def part_layout(self, whole: AdapterLayout) -> AdapterLayout:
-        """Of each part of an adapter. Raises AdapterError for one of a kind that cannot be cut."""
-        if whole.has_extras:
-            raise AdapterError(
-                "an adapter with magnitudes (DoRA), biases or whole weights is not served by a model that is "
-                "split (tensor_parallel_size)"
-            )
-        return AdapterLayout.build([layer.ranks for layer in whole.layers], self.shapes, whole.dtype)
+        """Of each part of an adapter."""
+        ranks = [layer.ranks for layer in whole.layers]
+        extras = [self._part_extras(layer.extras) for layer in whole.layers]
+        return AdapterLayout.build(ranks, self.shapes, whole.dtype, extras)
+
+    def _part_extras(self, extras: Extras) -> Extras:
+        """What belongs to a projection's outputs is cut as these are."""
+        modules = [_module_of(name) for name, _ in extras]
+        return tuple(
+            (name, shape if module is None else (self.shapes.sizes[module][1],))
+            for (name, shape), module in zip(extras, modules, strict=True)
+        )
 
     def host_layout(self, whole: AdapterLayout) -> AdapterLayout:
         """Of all parts: block `layer * count + part`."""
@@ -67,7 +96,25 @@ class AdapterParts:
                     size = sizes.sizes[module][half]
                     matrix = source[start : start + rank * size].reshape(rank, size)
                     pieces.append(matrix[:, self.slices[part][module][half]].reshape(-1))
-        return np.concatenate(pieces).view(np.uint8) if pieces else block[:0]
+        matrices = np.concatenate(pieces) if pieces else source[:0]
+        if not whole.extras:
+            return matrices.view(np.uint8)
+        extras = self._part_extras(whole.extras)
+        place = layer_layout(whole.ranks, self.shapes.sizes, item_bytes, extras)
+        cut = np.zeros(place.numel, source.dtype)
+        cut[: len(matrices)] = matrices
+        places = zip(extras, place.extra_offsets, whole.extras, whole.extra_offsets, strict=True)
+        for (name, shape), to, (_, whole_shape), start in places:
+            values = source[start : start + prod(whole_shape)]
+            cut[to : to + prod(shape)] = self._cut_extra(name, values, part)
+        return cut.view(np.uint8)
+
+    def _cut_extra(self, name: str, values: Items, part: int) -> Items:
+        module = _module_of(name)
+        if module is None:
+            return values
+        is_added_once = module in _SUMMED and name == offset_name(module) and part > 0
+        return np.zeros_like(values) if is_added_once else values[self.slices[part][module][1]]
 
 
 class CutPacked:

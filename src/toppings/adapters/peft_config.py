@@ -41,7 +41,7 @@ _UNDERSTOOD = frozenset(
         *("peft_type", "r", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "lora_bias"),
         *("lora_alpha", "use_rslora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
-        *("fan_in_fan_out", "alora_invocation_tokens"),
+        *("fan_in_fan_out", "alora_invocation_tokens", "target_parameters"),
     }
 )
 _UNSUPPORTED = {
@@ -52,7 +52,6 @@ _UNSUPPORTED = {
     "use_qalora": "QALoRA is not supported",
     "megatron_config": "Megatron's layers are not supported",
     "layer_replication": "replicated layers are not supported",
-    "target_parameters": "LoRA on bare parameters is not supported",
 }
 """Options that change the arithmetic. Those that PEFT does not know, it ignores with a warning; so do we."""
 T = TypeVar("T")
@@ -83,6 +82,7 @@ class PeftConfig:
     exclude_modules: str | list[str]
     layers_to_transform: list[int]
     layers_pattern: list[str]
+    target_parameters: tuple[str, ...] = ()
     use_dora: bool = False
     has_bias: bool = False
     start: str = ""
@@ -124,6 +124,7 @@ class PeftConfig:
             exclude_modules=_names("exclude_modules", fields.get("exclude_modules")),
             layers_to_transform=_layers(fields.get("layers_to_transform")),
             layers_pattern=as_list(_names("layers_pattern", fields.get("layers_pattern"))),
+            target_parameters=_parameters(fields.get("target_parameters")),
             use_dora=_flag("use_dora", fields.get("use_dora", False)),
             has_bias=_flag("lora_bias", fields.get("lora_bias", False)),
             start=_start(fields.get("init_lora_weights")),
@@ -150,11 +151,13 @@ class PeftConfig:
         ]
         if self.start:
             chosen.append(f"init_lora_weights {self.start!r}")
+        if self.kind is not KINDS["LORA"] and self.target_parameters:
+            chosen.append("target_parameters")
         if self.kind is not KINDS["LORA"] and chosen:
             raise AdapterError(f"{chosen[0]} goes with LoRA alone, not with {self.kind.title}")
         if len(chosen) > 1:
             raise AdapterError(f"{' and '.join(chosen)} together are not supported")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise AdapterError("target_modules is missing or empty; it must name the projections")
         if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
             raise AdapterError("layers_to_transform and layers_pattern need target_modules to be a list")
@@ -286,6 +289,12 @@ def _names(name: str, value: Any) -> str | list[str]:
         _check_patterns(name, value)
         return value
     raise AdapterError(f"{name} is {shorten(value)}; it must be a pattern or a list of names")
+
+
+def _parameters(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise AdapterError(f"target_parameters is {shorten(value)}; it must be a list of names")
+    return tuple(as_list(_names("target_parameters", value)))
 
 
 def _layers(value: Any) -> list[int]:

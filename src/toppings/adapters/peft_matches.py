@@ -23,22 +23,28 @@ _Matches = list[dict[str, str]]
 
 
 class PeftMatches:
-    """What `config` says of each of `modules` (such as `model.layers.0.self_attn.q_proj`).
+    """What `config` says of each of `modules` (such as `model.layers.0.self_attn.q_proj`), and of
+    `parameters` that are none's weight (such as `model.layers.0.mlp.experts.down_proj`).
 
     Raises AdapterError for a pattern that is none, or that takes too long to match.
     """
 
-    def __init__(self, config: PeftConfig, modules: Sequence[str]) -> None:
+    def __init__(self, config: PeftConfig, modules: Sequence[str], parameters: Sequence[str] = ()) -> None:
         self._config = config
         self._modules = list(modules)
         self._excluded = self._named("exclude_modules", config.exclude_modules)
         self._targeted = self._find_targeted()
+        self._parameters = {name for name in parameters if self._is_named_parameter(name)}
         self._rank_keys = self._first_keys("rank_pattern", list(config.rank_pattern))
         self._alpha_keys = self._first_keys("alpha_pattern", list(config.alpha_pattern))
 
     def is_target(self, module: str) -> bool:
         """Whether peft would put an adapter on `module`."""
         return module in self._targeted and module not in self._excluded
+
+    def is_target_parameter(self, parameter: str) -> bool:
+        """Neither its layer nor `exclude_modules` counts for peft."""
+        return parameter in self._parameters
 
     def rank_of(self, module: str) -> int:
         return self._config.rank_pattern.get(self._rank_keys.get(module, ""), self._config.rank)
@@ -60,6 +66,9 @@ class PeftMatches:
             for key in getattr(self._config, option)
             if key not in keys
         ]
+
+    def _is_named_parameter(self, parameter: str) -> bool:
+        return not _ends(parameter).isdisjoint(self._config.target_parameters)
 
     def _find_targeted(self) -> set[str]:
         targets = self._config.target_modules
@@ -92,26 +101,34 @@ class PeftMatches:
         return {module for module, layer in layer_of.items() if int(layer) in layers}
 
     def _first_keys(self, option: str, keys: list[str]) -> dict[str, str]:
-        found = self._match(option, [rf"(.*\.)?({key})$" for key in keys], keys)
+        patterns = [rf"(.*\.)?({key})$" for key in keys]
+        found = self._match(option, patterns, keys, names=[*self._modules, *self._parameters])
         first: dict[str, str] = {}
         for key, matches in zip(keys[::-1], found[::-1], strict=True):
             first |= dict.fromkeys(matches, key)
         return first
 
     def _match(
-        self, option: str, patterns: list[str], given: list[str] | None = None, *, is_full: bool = False
+        self,
+        option: str,
+        patterns: list[str],
+        given: list[str] | None = None,
+        *,
+        is_full: bool = False,
+        names: list[str] | None = None,
     ) -> _Matches:
-        """`given`: what of `patterns` the checkpoint says, the rest being PEFT's own and harmless."""
+        """`given`: what of `patterns` the checkpoint says, the rest being PEFT's own and harmless; `names`:
+        by default the modules."""
+        names = self._modules if names is None else names
         can_backtrack = any(_CAN_BACKTRACK.search(pattern) for pattern in given or patterns)
         is_little = (
-            len(patterns) * len(self._modules) <= MAX_DIRECT_PAIRS
-            and sum(map(len, patterns)) <= MAX_DIRECT_CHARS
+            len(patterns) * len(names) <= MAX_DIRECT_PAIRS and sum(map(len, patterns)) <= MAX_DIRECT_CHARS
         )
         try:
             if not can_backtrack and is_little:
-                return match_all(patterns, self._modules, is_full=is_full)
+                return match_all(patterns, names, is_full=is_full)
             found: _Matches = _sandbox.run(
-                "match", cpu_s=PATTERN_CPU_S, patterns=patterns, names=self._modules, is_full=is_full
+                "match", cpu_s=PATTERN_CPU_S, patterns=patterns, names=names, is_full=is_full
             )
         except ValueError as error:
             which = f"{option} {shorten((given or patterns)[0])}" if len(patterns) == 1 else option

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from toppings.adapters.merges import Merge
+from toppings.adapters.vocabulary import Vocabulary
 
 
 class Origin(StrEnum):
@@ -41,6 +42,7 @@ class AdapterRecord:
     fingerprint: str  # of its source's files when it was registered
     invocation_tokens: tuple[int, ...]  # of an activated LoRA; else empty
     merge: Merge | None = None  # of which adapters it is one; else None
+    vocabulary: Vocabulary | None = None  # its own, where it has one
 
     @property
     def is_made_here(self) -> bool:

@@ -277,6 +277,7 @@ class AdapterRegistry(AdapterCatalogue):
             "fingerprint": header.fingerprint,
             "invocation_tokens": ",".join(map(str, candidate.invocation_tokens)),
             "merge": candidate.merge.to_json() if candidate.merge is not None else "",
+            "vocabulary": candidate.vocabulary.to_json() if candidate.vocabulary is not None else "",
         }
         adapter_id = change.insert(fields, replace=replace, over=None if over is None else over.adapter_id)
         self._packed_dir.adopt(candidate, adapter_id)

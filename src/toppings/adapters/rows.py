@@ -12,11 +12,12 @@ from toppings.adapters.database import Database
 from toppings.adapters.errors import AdapterExists, AdapterNotFound
 from toppings.adapters.merges import Merge
 from toppings.adapters.records import AdapterRecord, Origin, Records, RecordTable
+from toppings.adapters.vocabulary import Vocabulary
 
 DATABASE_FILE = "registry.sqlite"
 _COLUMNS = (
     "adapter_id, name, path, base_model, rank, targets, num_bytes, digest, created_at, is_pinned, origin, "
-    "trained_on, fingerprint, invocation_tokens, merge"
+    "trained_on, fingerprint, invocation_tokens, merge, vocabulary"
 )
 _FIELDS = tuple(_COLUMNS.split(", "))
 _SCHEMA = """
@@ -27,7 +28,7 @@ CREATE TABLE IF NOT EXISTS adapters (
     targets TEXT NOT NULL, num_bytes INTEGER NOT NULL, digest TEXT NOT NULL, created_at REAL NOT NULL,
     is_pinned INTEGER NOT NULL, origin TEXT NOT NULL, trained_on TEXT NOT NULL, fingerprint TEXT NOT NULL,
     removed_at REAL, invocation_tokens TEXT NOT NULL DEFAULT '',
-    merge TEXT NOT NULL DEFAULT ''
+    merge TEXT NOT NULL DEFAULT '', vocabulary TEXT NOT NULL DEFAULT ''
 );
 CREATE UNIQUE INDEX IF NOT EXISTS live_names ON adapters (name) WHERE removed_at IS NULL;
 CREATE INDEX IF NOT EXISTS live_paths ON adapters (path) WHERE removed_at IS NULL
@@ -35,6 +36,7 @@ CREATE INDEX IF NOT EXISTS live_paths ON adapters (path) WHERE removed_at IS NUL
 _UPGRADES = {
     2: "ALTER TABLE adapters ADD COLUMN invocation_tokens TEXT NOT NULL DEFAULT ''",
     3: "ALTER TABLE adapters ADD COLUMN merge TEXT NOT NULL DEFAULT ''",
+    4: "ALTER TABLE adapters ADD COLUMN vocabulary TEXT NOT NULL DEFAULT ''",
 }
 """What makes a file of this version one of the next."""
 _LIVE = "removed_at IS NULL"
@@ -148,6 +150,8 @@ class AdapterRows:
         tokens = fields["invocation_tokens"]
         fields["invocation_tokens"] = tuple(map(int, tokens.split(","))) if tokens else ()
         fields["merge"] = Merge.from_json(fields["merge"]) if fields["merge"] else None
+        vocabulary = fields["vocabulary"]
+        fields["vocabulary"] = Vocabulary.from_json(vocabulary) if vocabulary else None
         fields["is_pinned"] = bool(fields["is_pinned"])
         fields["origin"] = Origin(fields["origin"])
         return AdapterRecord(**fields)

@@ -1,15 +1,16 @@
-"""What of an adapter's directory is about text: its own chat template, and tokens that it adds.
+"""What of an adapter's directory is about text: its own chat template, tokens that it adds, and which of its
+tokens are special.
 
-The base model's tokeniser serves all its adapters, so that an adapter's own is only compared with it.
+The base model's tokeniser serves all its adapters, with the tokens that they add (`vocabulary.py`).
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toppings.adapters.bounded_json import MAX_VALUES, parse_bounded
+from toppings.adapters.bounded_json import parse_bounded
 from toppings.adapters.regular_files import open_regular
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -18,16 +19,33 @@ TOKENIZER_FILE = "tokenizer.json"
 TEXT_FILES = (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE)
 MAX_TEMPLATE_BYTES = 256 << 10
 MAX_CONFIG_BYTES = 8 << 20
-HEAD_BYTES = 1 << 20  # of tokenizer.json, whose added tokens stand before its vocabulary
+HEAD_BYTES = 4 << 20  # of tokenizer.json, whose added tokens stand before its vocabulary
 MAX_NAMED = 5
+MAX_TOKENS, MAX_TOKEN_CHARS = 8192, 256
+SPECIAL_NAMES = ("bos_token", "eos_token")
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """As the tokenizers library has it; an id that is none counts as -1."""
+
+    content: str
+    id: int
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """`added_tokens` maps a token to its id; `warnings` says what could not be read."""
+    """`added_tokens` by their texts; `names`: of `SPECIAL_NAMES`, which token they are; `warnings` says what
+    could not be read."""
 
     chat_template: str | None = None
-    added_tokens: Mapping[str, int] | None = None
+    added_tokens: Mapping[str, AddedToken] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -38,19 +56,8 @@ class TextFiles:
         template = _read_bounded(path / TEMPLATE_FILE, MAX_TEMPLATE_BYTES, roots, warnings)
         if template is None:
             template = _default_template(config.get("chat_template"), warnings)
-        return cls(template, _added_tokens(config, path / TOKENIZER_FILE, roots), tuple(warnings))
-
-    def differences(self, base_tokens: Mapping[str, int]) -> list[str]:
-        """A warning that names tokens which the base's tokeniser has under another id, or not at all."""
-        added = self.added_tokens or {}
-        differing = [(token, i) for token, i in added.items() if base_tokens.get(token) != i]
-        if not differing:
-            return []
-        named = ", ".join(f"{token[:40]!r} (id {i})" for token, i in differing[:MAX_NAMED])
-        return [
-            f"its tokeniser adds {len(differing)} tokens that the base model's does not have so: {named}; "
-            "the base model's tokeniser is used"
-        ]
+        tokens = _added_tokens(config, path / TOKENIZER_FILE, roots, warnings)
+        return cls(template, tokens, _special_names(config), tuple(warnings))
 
 
 def _read_bounded(
@@ -97,16 +104,44 @@ def _default_template(value: Any, warnings: list[str]) -> str | None:
 
 
 def _added_tokens(
-    config: dict[str, Any], tokenizer_file: Path, roots: Sequence[Path] | None
-) -> dict[str, int]:
-    """Of both files; the ids of malformed entries count as -1, which no token of a base model has."""
+    config: dict[str, Any], tokenizer_file: Path, roots: Sequence[Path] | None, warnings: list[str]
+) -> dict[str, AddedToken]:
+    """Of both files; where they differ, tokenizer.json's."""
     decoder = config.get("added_tokens_decoder")
-    entries = [{**_mapping(v), "id": k} for k, v in _mapping(decoder).items()] + _listed_tokens(
-        tokenizer_file, roots
+    entries = [{**_mapping(v), "id": k} for k, v in _mapping(decoder).items()]
+    entries += _listed_tokens(tokenizer_file, roots, warnings)
+    found = [_token(_mapping(entry)) for entry in entries]
+    tokens = {token.content: token for token in found if 0 < len(token.content) <= MAX_TOKEN_CHARS}
+    if len(tokens) > MAX_TOKENS:
+        warnings.append(f"its tokeniser adds {len(tokens)} tokens; more than {MAX_TOKENS} are not used")
+        return {}
+    return tokens
+
+
+def _token(entry: Mapping[str, Any]) -> AddedToken:
+    number, content = str(entry.get("id")), entry.get("content")
+    is_special = entry.get("special") is True
+    return AddedToken(
+        content if isinstance(content, str) else "",
+        int(number) if number.isdecimal() and len(number) < 10 else -1,
+        is_special,
+        single_word=entry.get("single_word") is True,
+        lstrip=entry.get("lstrip") is True,
+        rstrip=entry.get("rstrip") is True,
+        normalized=bool(entry.get("normalized", not is_special)),
     )
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """A token is written as its text, or as an object with that."""
+    found = {name: config.get(name) for name in SPECIAL_NAMES}
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()
+    }
     return {
-        str(entry.get("content")): int(i) if (i := str(entry.get("id"))).isdecimal() and len(i) < 19 else -1
-        for entry in map(_mapping, entries)
+        name: text
+        for name, text in texts.items()
+        if isinstance(text, str) and 0 < len(text) <= MAX_TOKEN_CHARS
     }
 
 
@@ -114,7 +149,7 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _listed_tokens(file: Path, roots: Sequence[Path] | None) -> list[Any]:
+def _listed_tokens(file: Path, roots: Sequence[Path] | None, warnings: list[str]) -> list[Any]:
     try:
         with open_regular(file, roots) as stream:
             head = stream.read(HEAD_BYTES).decode("utf-8", "replace")
@@ -122,15 +157,28 @@ def _listed_tokens(file: Path, roots: Sequence[Path] | None) -> list[Any]:
         return []
     start = head.find('"added_tokens"')
     start = head.find("[", start) if start >= 0 else -1
-    if start < 0 or head.count("[") + head.count("{") > MAX_VALUES:
+    if start < 0:
         return []
     try:
-        listed = json.JSONDecoder().raw_decode(head, start)[0]
+        end = _end_of_list(head, start)
+        listed = parse_bounded(head[start:end])
     except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        warnings.append(f"the added tokens of {file.name} cannot be read and are not used")
         return []
-    return listed if isinstance(listed, list) else []
+    return listed
 
 
-def base_tokens(path: Path) -> dict[str, int]:
-    """The added tokens of a base model's tokeniser, read as an adapter's are."""
-    return dict(TextFiles.read(path).added_tokens or {})
+def _end_of_list(text: str, start: int) -> int:
+    """Behind the bracket that closes the one at `start`. Raises ValueError where there is none."""
+    depth = 0
+    for match in _BRACKETS.finditer(text, start):
+        depth += {"[": 1, "]": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    raise ValueError("the list has no end")
+
+
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]]', re.DOTALL)
+"""Texts, which may hold brackets, and brackets. A text that has no end is one, too: nothing is read twice."""

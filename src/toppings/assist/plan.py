@@ -172,7 +172,8 @@ def predict(
     """Runs the layers one after another against the arrival of their weights; the load starts with the
     prefill.
 
-    A layer that has landed when it is reached is computed by the device, whatever was chosen. Results that
+    A layer that has landed when it is reached is computed by the device, whatever was chosen, and so is one
+    that the device waits for in any case. Results that
     come back over the link delay what has yet to land.
     """
     a_at, b_at = _arrivals_ms(layers, order)
@@ -180,7 +181,7 @@ def predict(
     has_used_cpu = False
     for layer, costs, choice in zip(range(len(layers)), layers, choices, strict=True):
         landed_ms = max(a_at[layer], b_at[layer]) + delay_ms
-        if choice is Choice.DEVICE or landed_ms <= now_ms:
+        if choice is Choice.DEVICE or costs.is_awaited or landed_ms <= now_ms:
             now_ms = max(now_ms, landed_ms) + costs.device_ms
             continue
         now_ms += 0.0 if has_used_cpu else profile.session_ms

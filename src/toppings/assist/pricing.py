@@ -16,7 +16,7 @@ class LayerCosts:
     """One layer of one adapter in a prefill, in ms: the layer's time with its adapter part on the
     device, wholly on the CPU (`cpu_ms`) or shrunk there (`shrink_ms`); what the copies of A and B take;
     and how long results that come back occupy the link. `num_workers`: so many hide the work as well as
-    can be."""
+    can be. `is_awaited`: the device waits for the layer, whoever computes its projections."""
 
     device_ms: float
     load_a_ms: float
@@ -26,6 +26,7 @@ class LayerCosts:
     cpu_return_ms: float
     shrink_return_ms: float
     num_workers: int
+    is_awaited: bool = False
 
     @property
     def load_ms(self) -> float:
@@ -71,6 +72,7 @@ def _price(profile: CostProfile, layout: AdapterLayout, layer: int, num_tokens: 
         cpu_return_ms=sum(trip.cpu_return_ms for trip in trips),
         shrink_return_ms=sum(trip.shrink_return_ms for trip in trips),
         num_workers=num_workers,
+        is_awaited=layout.is_awaited(layer),
     )
 
 

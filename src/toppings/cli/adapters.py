@@ -205,16 +205,15 @@ def check_adapter(path: Path, model: Model = "") -> None:
     """Say whether the PEFT checkpoint in PATH fits the model, or why not; registers nothing."""
     from toppings.adapters.checkpoint import read_checkpoint
     from toppings.adapters.layout import BaseShapes
-    from toppings.adapters.text_files import base_tokens
     from toppings.engine.base import base_weights, model_path
     from toppings.model.config import ModelConfig
 
     engine_config = EngineConfig(model=model)
     directory = model_path(engine_config)
     model_config = ModelConfig.from_checkpoint(directory)
-    shapes = BaseShapes(*model_config.base_shapes(), model_config.is_fused, model_config.has_experts)
+    shapes = BaseShapes(*model_config.base_shapes(), model_config.is_fused, model_config.mixture)
     weights = base_weights(engine_config, model_config)
-    checkpoint = read_checkpoint(path, shapes, base_tokens(directory), base=weights)
+    checkpoint = read_checkpoint(path, shapes, base=weights)
     ranks = checkpoint.ranks()
     by_target = {name: max(layer[index] for layer in ranks) for index, name in enumerate(MODULES)}
     by_target |= checkpoint.outer_ranks()

@@ -11,14 +11,16 @@ costs does not grow with the number of requests; a report costs what it tells.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from toppings.cluster.batch_class import SpareTime
 from toppings.cluster.fleet import Fleet
 from toppings.cluster.instances import BoolArray, Instances
+from toppings.cluster.lengths import RESPONSE_TOKENS, ResponseLengths
 from toppings.cluster.placement import EMPTY_PLAN, Placement, Plan
 from toppings.cluster.placement.demand import DemandMeter
 from toppings.cluster.placement.sizing import desired_instances
@@ -34,27 +36,6 @@ MAX_OTHERS = 1000
 """Requests of one rank that came another way and are counted at most: more than any server runs at once."""
 MAX_RECENT_ADAPTERS = 64
 """Adapters that a server which does not tell is believed to hold."""
-RESPONSE_TOKENS = 128.0
-"""Expected response length before any was seen."""
-RESPONSE_MEMORY = 1000
-"""The mean response length weighs about the last so many responses."""
-
-
-@dataclass(slots=True)
-class ResponseLengths:
-    """How many tokens responses have: a running mean."""
-
-    mean: float = RESPONSE_TOKENS
-    num_seen: int = 1
-
-    def note(self, num_tokens: int) -> None:
-        self.num_seen = min(self.num_seen + 1, RESPONSE_MEMORY)
-        self.mean += (num_tokens - self.mean) / self.num_seen
-
-    def expected(self, max_tokens: float = math.inf) -> float:
-        """Of a response that has at most so many."""
-        tokens = self.mean if self.mean < max_tokens else max_tokens
-        return tokens if tokens > 1.0 else 1.0
 
 
 @dataclass(slots=True)
@@ -91,6 +72,7 @@ class Dispatcher:
         self.policy, self.fleet = policy, Fleet(instances)
         self.placement, self.plan = placement, None if placement is None else EMPTY_PLAN
         self._meter = DemandMeter(ticks_per_s)
+        self._spare = SpareTime(policy.settings, ticks_per_s)
         self._prefixes = PrefixIndex()
         self._prefixes.set_instances(self.fleet.ids)
         self.lengths = ResponseLengths(response_tokens)
@@ -121,6 +103,7 @@ class Dispatcher:
         del self._known[instance_id]
         self._recent.pop(instance_id, None)
         self._avoided.pop(instance_id, None)
+        self._spare.forget(instance_id)
 
     def forget_prefixes(self, instance_id: str) -> None:
         """Its cache is empty: it went down."""
@@ -139,10 +122,13 @@ class Dispatcher:
         *,
         among: BoolArray | None = None,
         avoiding: Set[str] = frozenset(),
+        within_slo: bool = False,
     ) -> Choice | None:
         """Where the request goes now, and counts from now on. None where none `among` [N] is open.
 
-        Those in `avoiding` are passed over while there are others.
+        Those in `avoiding` are passed over while there are others. `within_slo`: a choice that breaks the
+        objectives is told, but nothing counts. So it always is for a batch request where there is no spare
+        time (`batch_class.py`).
         """
         if request.request_id in self._places:
             self.ended(request.request_id)
@@ -153,7 +139,8 @@ class Dispatcher:
         if avoiding:
             others = ~self.fleet.rows_in(avoiding) & (True if among is None else among)
             among = others if (others & self.fleet.is_open).any() else among
-        self._meter.note(request, now)
+        if not request.is_batch:
+            self._meter.note(request, now)
         if among is not None:
             instances = instances.among(among)
         depths = self._prefixes.depths(request.blocks)
@@ -165,9 +152,19 @@ class Dispatcher:
         else:
             homes = self.fleet.rows_of(self.plan.homes_of(request.adapter))
             choice = steer(request, instances, homes, self.policy)
-        if choice is not None:
-            request.cached_tokens = 0 if depths is None else int(instances.found_tokens[choice.row])
-            self._book(request, choice.instance_id)
+        if choice is None:
+            return None
+        if request.is_batch:
+            num_requests = float(instances.num_requests[choice.row])
+            choice = replace(
+                choice, breaks_slo=not self._spare.take(request.request_id, choice, num_requests, now)
+            )
+        if choice.breaks_slo and (within_slo or request.is_batch):
+            return choice
+        if request.is_batch:
+            self._meter.note(request, now)
+        request.cached_tokens = 0 if depths is None else int(instances.found_tokens[choice.row])
+        self._book(request, choice.instance_id)
         return choice
 
     # --- placement ---
@@ -228,11 +225,14 @@ class Dispatcher:
         """It generated so many more."""
         self.fleet.grow(self._places[request_id], request_id, num_tokens)
 
-    def ended(self, request_id: str, num_tokens: int | None = None) -> None:
-        """It has left, however; `num_tokens` is the length of a response that is whole."""
+    def ended(self, request_id: str, num_tokens: int | None = None, *, now: float | None = None) -> None:
+        """It has left, however; `num_tokens` is the length of a response that is whole. Where `now` is told,
+        what a batch request has not used of its booking is free again."""
         instance_id = self._places.pop(request_id, None)
         if instance_id is not None:
             self.fleet.finish(instance_id, request_id)
+            if now is not None:
+                self._spare.ended(request_id, instance_id, now)
         if num_tokens is not None:
             self.lengths.note(num_tokens)
 

@@ -13,9 +13,9 @@ class RequestSnapshot:
 
     `adapter` is None and `rank` 0 for the base model; `adapter_bytes` is 0 where the size is unknown.
     `blocks` name what its prompt begins with, `block_tokens` tokens each (`prefixes.py`); `cached_tokens` of
-    it are believed to be on the server where it is, and are set by whoever counts it there. Nobody changes
-    anything else; it is not frozen since one is made for every decision, and that would take four times
-    longer.
+    it are believed to be on the server where it is, and are set by whoever counts it there. One that
+    `is_batch` takes what others leave (`slo.py`). Nobody changes anything else; it is not frozen since one is
+    made for every decision, and that would take four times longer.
     """
 
     request_id: str
@@ -27,6 +27,7 @@ class RequestSnapshot:
     blocks: Sequence[Hashable] = ()
     block_tokens: float = 0.0
     cached_tokens: int = 0
+    is_batch: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.prompt_tokens < 0 or self.response_tokens <= 0:
@@ -68,13 +69,15 @@ class Choice:
     """Where a request goes: `row` into the instances that were given, and that instance's id.
 
     `breaks_slo` marks a request that no server could have taken within the objective.
-    `predicted_tpt_ms` is the decode step it is expected to run in; None where the policy predicts nothing.
+    `predicted_tpt_ms` is the decode step it is expected to run in, `predicted_ttft_ms` the time until its
+    first token; None where the policy predicts nothing.
     """
 
     row: int
     instance_id: str
     breaks_slo: bool = False
     predicted_tpt_ms: float | None = None
+    predicted_ttft_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from toppings.adapters.layout import BLOCK_ALIGNMENT_BYTES, BaseShapes
 from toppings.adapters.registry import AdapterRegistry
 from toppings.adapters.rows import check_rows
 from toppings.adapters.state_lock import StateLock
-from toppings.adapters.text_files import base_tokens
 from toppings.config import EngineConfig
 from toppings.model.config import ModelConfig
 from toppings.model.files import read_json
@@ -107,7 +106,7 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
         registry = AdapterRegistry(
             state_dir(config),
             served_model_name(config),
-            BaseShapes(*model.base_shapes(), model.is_fused, model.has_experts),
+            BaseShapes(*model.base_shapes(), model.is_fused, model.mixture),
             dtype_name(config, model),
             identity=base_identity(config),
             base_names=base_names(config),
@@ -120,7 +119,6 @@ def open_registry(config: EngineConfig, lock: StateLock | None = None) -> Adapte
         if lock is not None:
             lock.close()
         raise
-    registry.compare_tokens(base_tokens(Path(model_path(config))))
     return registry
 
 

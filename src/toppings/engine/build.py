@@ -53,6 +53,7 @@ from toppings.model.part_decoder import PartDecoder
 from toppings.model.parts import Part
 from toppings.ops import dispatch, warm_up
 from toppings.ops.attention import KVCache
+from toppings.ops.huge_pages import use_huge_pages
 from toppings.ops.lora import LoraForm
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _build_engine(
     structures = Structures(Compiler(model_path(config), model.vocab_size, model.eos_token_ids))
     decoder = load_decoder(config, model, part)
     if config.device == "cpu":
-        warm_up(decoder.dtype, config.quantization)
+        _prepare_host(decoder)
     limits, num_pages = _limits(config, own, _cache_bytes(config, decoder))
     cache = make_cache(config, own, num_pages, decoder.dtype)
     mode = _make_mode(config)
@@ -186,7 +187,7 @@ def _build_engine(
     # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
     has_kernels = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
     if graphs is None and has_kernels and config.cuda_graphs != "off" and not model.has_experts:
-        graphs = CudaGraphs()  # who goes to which expert is asked for on the host
+        graphs = CudaGraphs()  # not yet tried with experts
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
@@ -230,6 +231,13 @@ def _build_engine(
         followers=followers,
         structures=structures,
     )
+
+
+def _prepare_host(decoder: Decoder) -> None:
+    """Before anything else of size is taken, which might lie between weights."""
+    if num_bytes := use_huge_pages(span for each in decoder.products() for span in each.spans()):
+        logger.info("%d MiB of memory with weights are in huge pages now", num_bytes >> 20)
+    warm_up(decoder.dtype, decoder.quantized_kinds())
 
 
 def _ready(

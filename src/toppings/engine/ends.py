@@ -30,7 +30,8 @@ class Ends:
             return FinishReason.STOP, token_id
         # A complete structure ends before `min_tokens`: nothing else may be drawn then.
         may_end = may_stop or sampling.structure is not None
-        if may_end and token_id in self.eos_token_ids and not sampling.ignore_eos:
+        is_end = token_id in self.eos_token_ids or token_id in request.end_token_ids
+        if may_end and is_end and not sampling.ignore_eos:
             return FinishReason.STOP, None
         if num_output >= sampling.max_tokens or request.num_tokens >= self.max_model_len:
             return FinishReason.LENGTH, None

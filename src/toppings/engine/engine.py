@@ -11,7 +11,7 @@ from toppings.engine.activation import activate
 from toppings.engine.assist import Assist
 from toppings.engine.counters import Counters
 from toppings.engine.ends import Ends, error_output
-from toppings.engine.intake import check_tokens, request_of, tier_of
+from toppings.engine.intake import check_tokens, own_tokens, request_of, set_vocabulary, tier_of
 from toppings.engine.model_runner import StepResult
 from toppings.engine.progress import Progress
 from toppings.engine.scheduler import Scheduler
@@ -82,7 +82,8 @@ class Engine:
         try:
             if message.request_id in self._progress:
                 raise RequestError(f"request id {message.request_id!r} is already in use")
-            check_tokens(request, self.info.vocab_size)
+            set_vocabulary(request, self.adapters, self.info.vocab_size)
+            check_tokens(request)
             tier = tier_of(request, self.adapters)
             if request.adapter_id is not None:
                 activate(request, self.adapters.invocation_tokens_of(request.adapter_id))
@@ -99,7 +100,7 @@ class Engine:
             return True
         if self._structures is None:
             raise RequestError("this engine has no structured output; leave the structure out")
-        return self._structures.begin(request)
+        return self._structures.begin(request, own_tokens(request, self.adapters, self._ends.eos_token_ids))
 
     def _add_compiled(self) -> list[RequestOutput]:
         """Queues requests whose structure is compiled by now; what is said to those that cannot be served."""

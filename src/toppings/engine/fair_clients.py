@@ -1,11 +1,13 @@
 """Clients of one level of a fair queue (`fair_queue.py`): what each was served, and who is next."""
 
+import math
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
+from toppings.bad_input import MAX_INT
 from toppings.core import Request
 
 MAX_TURN_WAIT_S = 60.0
@@ -50,16 +52,41 @@ class Client:
         first = self.adapters.peek()
         return 0 if first is None else first.priority
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether all that waits is of the class batch."""
+        return self.priority > MAX_INT
+
+    def insert(self, request: Request, *, is_new: bool) -> None:
+        """Into those that wait: by priority, then by arrival; one that had begun is before those that came
+        with it.
+        """
+        rank, requests = _rank(request), self.requests
+
+        def is_after(other: Request) -> bool:
+            return _rank(other) > rank or (not is_new and _rank(other) == rank)
+
+        if not requests or not is_after(requests[-1]):
+            requests.append(request)
+            return
+        index = next(i for i, other in enumerate(requests) if is_after(other))
+        requests.insert(index, request)
+
+
+def _rank(request: Request) -> tuple[int, float]:
+    return request.priority, request.arrived_at
+
 
 class Level:
     """Clients that share what their parent gets. Those that wait stand in a heap; an entry that is not true
     any more is put right when it comes to the top, since what was served to a client grows. Without
     `has_priorities` all requests are of priority 0."""
 
-    def __init__(self, *, has_priorities: bool) -> None:
-        self._has_priorities = has_priorities
+    def __init__(self) -> None:
+        self.has_priorities = False
         self.clients: dict[Hashable, Client] = {}
         self._virtual_time = 0.0
+        self._now = -math.inf  # the latest instant that was told
         self._heap: list[Entry] = []
         self._waits_since: dict[Client, float] = {}  # its last start, or when it began to wait; in this order
         self._turns = count()
@@ -73,7 +100,8 @@ class Level:
     def begin_wait(self, client: Client, now: float) -> None:
         """What it did not ask for until now is no claim."""
         client.served = max(client.served, self._virtual_time)
-        self._waits_since[client] = now
+        self._now = max(self._now, now)
+        self._waits_since[client] = self._now  # of a request that was put back, its arrival is long past
         self.push(client)
 
     def end_wait(self, client: Client) -> None:
@@ -105,20 +133,23 @@ class Level:
         return None
 
     def _entry_of(self, client: Client) -> Entry:
-        return client.priority if self._has_priorities else 0, client.served, client.turn, client
+        return client.priority if self.has_priorities else 0, client.served, client.turn, client
 
     @property
     def num_entries(self) -> int:
         return len(self._heap)
 
     def next(self, now: float) -> Client | None:
-        """Who is next: whoever has waited too long for a start, else as `peek`."""
+        """Who is next: whoever has waited too long for a start, else as `peek`. Batch requests wait as long
+        as there are others."""
+        self._now = max(self._now, now)
+        first = self.peek()
         for client, since in self._waits_since.items():
             if now - since <= MAX_TURN_WAIT_S:
                 break
-            if not client.is_aside:
+            if not client.is_aside and (first is None or client.is_batch <= first.is_batch):
                 return client
-        return self.peek()
+        return first
 
     def note_start(self, client: Client, now: float) -> None:
         """It gets its turn, and has not been charged for it yet."""

@@ -10,7 +10,6 @@ A prompt is charged when it starts, what is drawn for it before somebody asks wh
 the request alone, so that a step costs nothing. What is computed again after a preemption is not charged.
 """
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,13 +47,14 @@ class FairQueue:
         in_turn: Callable[[Sequence[Request]], Iterator[Request]],
         max_num_seqs: int,
     ) -> None:
-        self._has_priorities = policy == "priority"
-        self.tenants = Level(has_priorities=self._has_priorities)
+        self.tenants = Level()
+        self._has_priorities = False  # whether a request has had another one than 0
         self._is_fair = policy != "fcfs"
         self._num_generated, self._in_turn = num_generated, in_turn
         self._max_num_seqs = max_num_seqs
         self._num_active = 0  # tenants
         self._active_weight = 0.0
+        self._num_batch = 0  # requests of the class batch, waiting or running
         self._accounts: dict[Request, Account] = {}
         self._waiting: dict[Request, None] = {}
         self._running: dict[Request, Account] = {}
@@ -78,9 +78,12 @@ class FairQueue:
         if account is None:
             client = self._client_of(request)
             account = self._accounts[request] = Account(client, self._tenant_of(client))
+            self._num_batch += request.is_batch
+            if request.priority and not self._has_priorities:
+                self._look_at_priorities()
         client = account.client
         self._waiting[request] = None
-        _insert(client.requests, request, is_new=is_new)
+        client.insert(request, is_new=is_new)
         self._count(client, waiting=1)
         # Adapters first: a tenant's place is that of its first adapter.
         for level, each in self._levels(client):
@@ -89,6 +92,11 @@ class FairQueue:
             elif client.requests[0] is request:
                 level.push(each)
 
+    def _look_at_priorities(self) -> None:
+        self._has_priorities = self.tenants.has_priorities = True
+        for tenant in self.tenants.clients.values():
+            self._adapters_of(tenant).has_priorities = True
+
     def remove(self, request: Request) -> None:
         """It has ended, waiting or running."""
         if request in self._waiting:
@@ -96,6 +104,7 @@ class FairQueue:
         else:
             self._end_run(request)
         client = self._accounts.pop(request).client
+        self._num_batch -= request.is_batch
         for level, each in self._levels(client):
             if not each.is_active:
                 level.forget(each)
@@ -109,7 +118,7 @@ class FairQueue:
         self._leave(request)
         self._running[request] = account
         if account.has_started:
-            request.num_owed_tokens += OWED_PER_TOKEN * num_tokens
+            request.num_owed_tokens += (1 if request.is_batch else OWED_PER_TOKEN) * num_tokens
         else:
             account.has_started = True
             self._charge(account, num_tokens)
@@ -214,10 +223,19 @@ class FairQueue:
         return self._num_active > 1
 
     @property
+    def may_displace(self) -> bool:
+        """A request that waits may have a claim to the place of one that runs."""
+        return self.has_several_tenants or self._num_batch > 0
+
+    @property
     def is_contended(self) -> bool:
-        """Several clients may have requests."""
+        """Several clients may have requests, or there are some of both classes."""
         tenants = self.tenants.clients.values()
-        return len(tenants) > 1 or any(len(self._adapters_of(tenant).clients) > 1 for tenant in tenants)
+        return (
+            len(tenants) > 1
+            or self._num_batch > 0
+            or any(len(self._adapters_of(tenant).clients) > 1 for tenant in tenants)
+        )
 
     # --- what was served ---
 
@@ -267,7 +285,8 @@ class FairQueue:
         self._active_weight += (request.weight - tenant.weight) * tenant.is_active
         tenant.weight = request.weight
         if tenant.adapters is None:
-            tenant.adapters = Level(has_priorities=self._has_priorities)
+            tenant.adapters = Level()
+            tenant.adapters.has_priorities = self._has_priorities
         return tenant.adapters.client(request.adapter_id if is_fair else None, tenant)
 
     def _levels(self, client: Client) -> Iterable[tuple[Level, Client]]:
@@ -302,6 +321,9 @@ class FairQueue:
         assert self._num_active == len(active), "tenants are counted wrongly"
         assert abs(self._active_weight - sum(t.weight for t in active)) <= 1e-6 * (1 + self._active_weight)
         assert self._accounts.keys() == {*self._waiting, *self._running}, "a request has no account"
+        assert self._num_batch == sum(r.is_batch for r in self._accounts), (
+            "batch requests are counted wrongly"
+        )
         for tenant in self.tenants.clients.values():
             assert tenant.adapters is not None
             clients = tenant.adapters.clients.values()
@@ -312,21 +334,3 @@ class FairQueue:
                 assert not client.is_aside, "a client stands aside between steps"
         assert sum(t.num_waiting for t in self.tenants.clients.values()) == len(self._waiting)
         assert (self.first is None) == (not self._waiting), "nobody's turn comes"
-
-
-def _insert(requests: deque[Request], request: Request, *, is_new: bool) -> None:
-    """By priority, then by arrival; one that had begun is before those that came with it."""
-    rank = _rank(request)
-
-    def is_after(other: Request) -> bool:
-        return _rank(other) > rank or (not is_new and _rank(other) == rank)
-
-    if not requests or not is_after(requests[-1]):
-        requests.append(request)
-        return
-    index = next(i for i, other in enumerate(requests) if is_after(other))
-    requests.insert(index, request)
-
-
-def _rank(request: Request) -> tuple[int, float]:
-    return request.priority, request.arrived_at

@@ -34,5 +34,8 @@ def recorded_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def can_record(decoder: Decoder) -> bool:
-    """The model's products of few rows are all kernels': where they are torch's, there is little to save."""
+    """The model's products of few rows are all kernels': where they are torch's, there is little to save. Who
+    goes to which expert is asked for on the host, which no recording follows."""
+    if decoder.config.has_experts:
+        return False
     return dispatch.USE_NUMBA and decoder.device.type == "cpu" and decoder.has_kernels(MAX_ROWS)

@@ -1,9 +1,10 @@
-"""Which of those that run make room for others: between tenants, never between one's own.
+"""Which of those that run make room for others: batch requests for interactive ones, else those of one tenant
+for another's, never for its own.
 
 A tenant's share of places and of pages is by its weight among those that have requests. One that holds less
 may start a request at the cost of those that hold more, who are left their shares. A request that has made
-way does so again only when it has drawn sixteen times as many tokens as its new start had to compute: so
-little is computed again.
+way does so again only when it has drawn sixteen times as many tokens as its new start had to compute, a
+batch request once as many: so little is computed again.
 """
 
 from collections import Counter
@@ -27,7 +28,11 @@ def victims_for(
     spared: Collection[Request] = (),
 ) -> list[Request]:
     """Of `running`, ordered by arrival, those that make `num_seqs` places and `num_pages` pages for
-    `request`, the last to arrive first; empty where its tenant has no claim to them."""
+    `request`, the last to arrive first; empty where it has no claim to them."""
+    if not request.is_batch:
+        batch = _batch_among(running, num_seqs, num_pages, num_pages_of, spared)
+        if batch:
+            return batch
     if not queue.has_several_tenants:
         return []
     mine = queue.tenant_of(request)
@@ -60,6 +65,24 @@ def victims_for(
             num_seqs_of[tenant] = num_seqs_of.get(tenant, 0) + 1
             pages[tenant] -= num_freed
             num_seqs, num_pages = num_seqs - 1, num_pages - num_freed
+    return victims if num_seqs <= 0 and num_pages <= 0 else []
+
+
+def _batch_among(
+    running: Sequence[Request],
+    num_seqs: int,
+    num_pages: int,
+    num_pages_of: Callable[[Request], int],
+    spared: Collection[Request],
+) -> list[Request]:
+    """The batch requests that make way, the last to arrive first; empty where they are not enough."""
+    victims: list[Request] = []
+    for other in reversed(running):
+        if num_seqs <= 0 and num_pages <= 0:
+            break
+        if other.is_batch and not other.num_owed_tokens and other not in spared:
+            victims.append(other)
+            num_seqs, num_pages = num_seqs - 1, num_pages - num_pages_of(other)
     return victims if num_seqs <= 0 and num_pages <= 0 else []
 
 

@@ -17,6 +17,7 @@ from toppings.core import Batch, BatchItem, Request
 from toppings.engine.device_lora import DeviceLora
 from toppings.engine.draft_rows import kept_rows, with_drafts
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
+from toppings.engine.expert_lora import StepExpertLora
 from toppings.engine.own_layers import OwnHead, OwnLayers
 from toppings.engine.pages import pages_for
 from toppings.engine.sampling_rows import SamplingRows
@@ -130,7 +131,7 @@ class ModelRunner:
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: Sequence[CapturedSteps] = ()  # likewise
-        self.rows = SamplingRows(decoder.config.eos_token_ids, decoder.config.vocab_size)
+        self.rows = SamplingRows(decoder.config.eos_token_ids)
         self.out_offsets = decoder.config.group_out_offsets()
 
     @torch.inference_mode()
@@ -154,7 +155,7 @@ class ModelRunner:
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
-        own, pending, readings = None, None, read_nothing
+        own, experts, pending, readings = None, None, None, read_nothing
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
         has_extras = segments is not None and self._adapters.pool.has_extras(segments.slots)
@@ -167,8 +168,9 @@ class ModelRunner:
             rows_wanted = [row for row, _ in sampled] + (plan.rows if plan is not None else [])
             inputs = self._inputs.build(items, rows_wanted, segments, pending)
             own = self._own(segments, rows_wanted, loads)
+            experts = self._expert_lora(segments, loads)
             with self._lora(items, segments, loads) as lora:
-                hidden = self._hidden(inputs, lora, own)
+                hidden = self._hidden(inputs, lora, own, experts)
                 logits = self._head(own).logits(hidden[: len(sampled)])
             if plan is not None:
                 readings = self._read(self._head(own, len(sampled)), hidden[len(sampled) :], plan)
@@ -181,7 +183,7 @@ class ModelRunner:
         return StepInFlight(
             items=[item for _, item in sampled],
             drawing=self._sample(logits, rows),
-            load_wait_s=sum(each.wait_s for each in (lora, own) if each is not None),
+            load_wait_s=sum(each.wait_s for each in (lora, own, experts) if each is not None),
             copy_ms=copied_ms,
             assist=lora.stats if isinstance(lora, AssistLora) else None,
             failed=failed,
@@ -216,11 +218,14 @@ class ModelRunner:
         self._sample(torch.zeros(shape, device=self._decoder.device), [row]).wait()
 
     def _hidden(
-        self, inputs: StepInputs, lora: LoraContext | None, own: OwnLayers | None = None
+        self,
+        inputs: StepInputs,
+        lora: LoraContext | None,
+        own: OwnLayers | None = None,
+        experts: StepExpertLora | None = None,
     ) -> torch.Tensor:
-        return self._decoder.hidden(
-            inputs.token_ids, inputs.positions, self._cache, inputs.meta, inputs.logit_rows, lora, own
-        )
+        rows, meta, cache = inputs.logit_rows, inputs.meta, self._cache
+        return self._decoder.hidden(inputs.token_ids, inputs.positions, cache, meta, rows, lora, own, experts)
 
     def _copy_pages(self, items: list[BatchItem]) -> None:
         """Before anything that may fail and be run again: by then a page may be another's."""
@@ -239,8 +244,18 @@ class ModelRunner:
         """None where no adapter of the step has anything outside the projections."""
         if segments is None or not self._adapters.pool.has_outer(segments.slots):
             return None
-        by_slot = {self._adapters.slot_of(adapter_id): load for adapter_id, load in loads.items()}
-        return OwnLayers(self._adapters.pool, segments, rows, by_slot)
+        return OwnLayers(self._adapters.pool, segments, rows, self._by_slot(loads))
+
+    def _expert_lora(
+        self, segments: LoraSegments | None, loads: dict[int, LoadHandle]
+    ) -> StepExpertLora | None:
+        """None where no adapter of the step has anything on experts."""
+        if segments is None or not self._adapters.pool.has_experts(segments.slots):
+            return None
+        return StepExpertLora(self._adapters.pool, segments, self._by_slot(loads))
+
+    def _by_slot(self, loads: dict[int, LoadHandle]) -> dict[int, LoadHandle]:
+        return {self._adapters.slot_of(adapter_id): load for adapter_id, load in loads.items()}
 
     def _head(self, own: OwnLayers | None, first: int = 0) -> Head:
         return self._decoder if own is None else OwnHead(self._decoder, own, first)

@@ -45,6 +45,7 @@ class OwnLayers:
         self._wanted = _runs_of(self._runs, rows)
         self._loads = [loads[slot] for slot in {slot for _, slot in self._runs} if slot in loads]
         self.wait_s = 0.0
+        self._num_tokens = {slot: pool.num_tokens_of(slot) for _, slot in self._runs}
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None:
         """token_ids: int64 [T]; x: [T, hidden], the base model's embedding of them."""
@@ -89,15 +90,40 @@ class OwnLayers:
             (rows, norm) for rows, norm in [*cut, (slice(done, num_rows), base)] if rows.stop > rows.start
         ]
 
-    def change_logits(self, hidden: Tensor, logits: Tensor, first: int) -> None:
-        """hidden [R, hidden] are the wanted rows from `first` on, logits fp32 [R, vocab] the base model's
-        product."""
-        last, num_rows = self._pool.num_layers - 1, hidden.shape[0]
+    def change_logits(self, hidden: Tensor, logits: Tensor, first: int) -> Tensor:
+        """The logits with the adapters' own: wider than the base model's, where one has more tokens.
+
+        hidden [R, hidden] are the wanted rows from `first` on, logits fp32 [R, vocab] the base model's
+        product, which is changed.
+        """
+        last = self._pool.num_layers - 1
         self._await(last)
-        for wanted, slot in self._wanted:
-            rows = slice(max(0, wanted.start - first), min(num_rows, wanted.stop - first))
-            if rows.stop > rows.start:
-                self._change_logits(slot, last, hidden[rows], logits[rows])
+        num_base = logits.shape[1]
+        if (num_more := max(self._num_tokens.values(), default=0) - num_base) > 0:
+            logits = functional.pad(logits, (0, num_more))
+        for rows, slot in self._among(first, hidden.shape[0]):
+            num_tokens = self._num_tokens[slot] or num_base
+            self._change_logits(slot, last, hidden[rows], logits[rows, :num_tokens])
+        return logits
+
+    def hide_others_(self, logits: Tensor, num_base: int, first: int) -> None:
+        """Of finished logits as `change_logits` made them: no row has tokens beyond its adapter's."""
+        if logits.shape[1] == num_base:
+            return
+        done = 0
+        for rows, slot in self._among(first, logits.shape[0]):
+            logits[done : rows.start, num_base:] = -torch.inf
+            logits[rows, self._num_tokens[slot] or num_base :] = -torch.inf
+            done = rows.stop
+        logits[done:, num_base:] = -torch.inf
+
+    def _among(self, first: int, num_rows: int) -> list[Run]:
+        """Of the wanted rows those from `first` on, as many as there are: whose they are."""
+        cut = [
+            (slice(max(0, rows.start - first), min(num_rows, rows.stop - first)), slot)
+            for rows, slot in self._wanted
+        ]
+        return [(rows, slot) for rows, slot in cut if rows.stop > rows.start]
 
     def _change_logits(self, slot: int, last: int, hidden: Tensor, logits: Tensor) -> None:
         is_tied = self._find(slot, last, TIED) is not None
@@ -154,10 +180,12 @@ class OwnHead:
         return self.decoder.config
 
     def logits(self, hidden: Tensor, start: int = 0) -> Tensor:
-        """fp32 [R, vocab]; `start`: which of the head's rows comes first."""
-        logits = self.decoder.head(hidden)
-        self.own.change_logits(hidden, logits, self.first + start)
-        return self.decoder.finish_logits_(logits)
+        """fp32 [R, vocab], as wide as the largest vocabulary of the step; `start`: which of the head's rows
+        comes first."""
+        base, first = self.decoder.head(hidden), self.first + start
+        logits = self.decoder.finish_logits_(self.own.change_logits(hidden, base, first))
+        self.own.hide_others_(logits, base.shape[1], first)
+        return logits
 
 
 def _runs_of(runs: Sequence[Run], rows: Sequence[int]) -> list[Run]:

@@ -25,10 +25,9 @@ class RowsBegun:
 class SamplingRows:
     """`structures`: set once, before the first request that has one."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self.structures: Structures | None = None
         self._eos_token_ids = eos_token_ids
-        self._vocab_size = vocab_size
         self._allowed: dict[str, TokenMask] = {}
         self._generators: dict[str, torch.Generator] = {}
         self._counts: dict[str, TokenCounts] = {}
@@ -62,14 +61,15 @@ class SamplingRows:
                 prompt_token_ids=r.prompt_token_ids,
                 output_token_ids=outputs[r.request_id],
                 generator=self._generator(r),
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=(*self._eos_token_ids, *r.end_token_ids),
+                vocab_size=r.vocab_size,
                 allowed=masks.get(r.request_id, self._allowed_of(r)),
                 counts=self._counts_of(r),
             )
             for r in requests
         ]
         for request, row in zip(requests, rows, strict=True):
-            if row.is_stuck(self._vocab_size):
+            if row.is_stuck():
                 failed.setdefault(request.request_id, "bad_words leave no token that may be drawn")
         return rows, failed
 
@@ -95,7 +95,7 @@ class SamplingRows:
     def _allowed_of(self, request: Request) -> TokenMask | None:
         token_ids = request.sampling.allowed_token_ids
         if token_ids and request.request_id not in self._allowed:
-            self._allowed[request.request_id] = mask_of(token_ids, self._vocab_size)
+            self._allowed[request.request_id] = mask_of(token_ids, request.vocab_size)
         return self._allowed.get(request.request_id)
 
     def _counts_of(self, request: Request) -> TokenCounts | None:

@@ -247,7 +247,7 @@ class Scheduler:
     def _first_in_turn(self) -> Request | None:
         """Whose turn it is, by all that was drawn until now; None where no place is to be had."""
         is_full = len(self.running) >= self.limits.max_num_seqs
-        if not self.waiting or (is_full and not self.waiting.has_several_tenants):
+        if not self.waiting or (is_full and not self.waiting.may_displace):
             return None
         self.waiting.settle()
         first = self.waiting.first

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from toppings.bad_input import RequestError
-from toppings.core import Request
+from toppings.core import BATCH_PRIORITY, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,9 @@ class SchedulerLimits:
             )
         if not 0 < request.weight < math.inf:
             raise RequestError(f"weight is {request.weight}; it must be above 0 and finite")
-        if request.priority and self.scheduling_policy != "priority":
+        priority = request.priority - BATCH_PRIORITY * request.is_batch
+        if priority and self.scheduling_policy != "priority":
             raise RequestError(
-                f"priority is {request.priority}, but scheduling_policy is {self.scheduling_policy!r};"
+                f"priority is {priority}, but scheduling_policy is {self.scheduling_policy!r};"
                 " leave it out, or serve with scheduling_policy priority"
             )

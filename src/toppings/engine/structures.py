@@ -8,7 +8,7 @@ from typing import Any
 
 from toppings.core import Request
 from toppings.grammar import StructureError
-from toppings.grammar.compiler import Compiler
+from toppings.grammar.compiler import Compiler, OwnTokens
 from toppings.grammar.guide import Guide
 from toppings.ops.token_mask import TokenMask
 
@@ -36,15 +36,15 @@ class Structures:
 
     # --- before a request may run ---
 
-    def begin(self, request: Request) -> bool:
-        """True where it may be scheduled at once; else `pop_compiled` gives it back when it may. Raises
-        StructureError."""
+    def begin(self, request: Request, own: OwnTokens | None = None) -> bool:
+        """True where it may be scheduled at once; else `pop_compiled` gives it back when it may. `own`: of
+        its adapter. Raises StructureError."""
         structure = request.sampling.structure
         if structure is None:
             return True
-        compiled = self._compiler.compile(structure)
+        compiled = self._compiler.compile(structure, own)
         if compiled.done():
-            self._guides[request.request_id] = self._guide(compiled)
+            self._guides[request.request_id] = Guide(compiled.result(), request.vocab_size)
             return True
         self._compiling[request.request_id] = (request, compiled)
         return False
@@ -61,13 +61,10 @@ class Structures:
     def _end_compiling(self, request: Request, compiled: Future[Any]) -> str | None:
         del self._compiling[request.request_id]
         try:
-            self._guides[request.request_id] = self._guide(compiled)
+            self._guides[request.request_id] = Guide(compiled.result(), request.vocab_size)
         except StructureError as error:
             return str(error)
         return None
-
-    def _guide(self, compiled: Future[Any]) -> Guide:
-        return Guide(compiled.result(), self._compiler.vocab_size)
 
     def cancel(self, request: Request) -> bool:
         """True where it was waiting here, and is forgotten."""

@@ -22,6 +22,9 @@ class _Refused:
     reason: str
 
 
+_Key = tuple[Structure, tuple[str, ...], int]
+
+
 class StructureChecker:
     """Belongs to one event loop. Grammars may name the model's `special_tokens` as `<name>`, and any token of
     its vocabulary as `<[id]>`."""
@@ -30,16 +33,21 @@ class StructureChecker:
         self._vocab_size = vocab_size
         self._special_tokens = list(special_tokens)
         self._sandbox = Sandbox(NUM_PROCESSES, work="the check of a structured output")
-        self._kept: OrderedDict[Structure, Structure | _Refused] = OrderedDict()
+        self._kept: OrderedDict[_Key, Structure | _Refused] = OrderedDict()
         self._num_chars = 0
 
-    async def checked(self, structure: Structure) -> Structure:
+    async def checked(
+        self, structure: Structure, added_tokens: Sequence[str] = (), vocab_size: int = 0
+    ) -> Structure:
         """What the engine is to be given: the structure, or a grammar in GBNF as one in Lark's notation.
+        `added_tokens`, `vocab_size`: the special tokens that an adapter has besides, and its vocabulary's
+        size, 0 where that is the base model's.
 
         Raises RequestError where it is not valid, allows no output, or is too complex; SandboxBusyError.
         """
-        if (kept := self._kept.get(structure)) is not None:
-            self._kept.move_to_end(structure)
+        kept_as = structure, tuple(added_tokens), vocab_size
+        if (kept := self._kept.get(kept_as)) is not None:
+            self._kept.move_to_end(kept_as)
             return _accepted(kept)
         key = hashlib.sha256(f"{structure.kind}{structure.text}".encode()).hexdigest()
         result: Structure | _Refused
@@ -50,24 +58,24 @@ class StructureChecker:
                 cpu_s=CHECK_CPU_S,
                 structure_kind=structure.kind,
                 text=structure.text,
-                special_tokens=self._special_tokens,
-                vocab_size=self._vocab_size,
+                special_tokens=[*self._special_tokens, *added_tokens],
+                vocab_size=vocab_size or self._vocab_size,
             )
             result = structure if text == structure.text else replace(structure, text=text)
         except SandboxLostError as error:
             raise RequestError(_refusal(structure, str(error))) from error
         except SandboxError as error:
             result = _Refused(_refusal(structure, str(error)))
-        self._keep(structure, result)
+        self._keep(kept_as, result)
         return _accepted(result)
 
-    def _keep(self, structure: Structure, result: Structure | _Refused) -> None:
-        if structure in self._kept:
+    def _keep(self, kept_as: _Key, result: Structure | _Refused) -> None:
+        if kept_as in self._kept:
             return
-        self._kept[structure] = result
-        self._num_chars += len(structure.text)
+        self._kept[kept_as] = result
+        self._num_chars += len(kept_as[0].text)
         while len(self._kept) > MAX_KEPT or self._num_chars > MAX_KEPT_CHARS:
-            self._num_chars -= len(self._kept.popitem(last=False)[0].text)
+            self._num_chars -= len(self._kept.popitem(last=False)[0][0].text)
 
     def close(self) -> None:
         """Ends its processes; they also end with this object."""

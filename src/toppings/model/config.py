@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from toppings.core import GROUPS
-from toppings.model.families import ACTIVATIONS, FAMILIES, PRE, ExpertNames, Family, Norms
+from toppings.core import GROUPS, ExpertNames, Mixture
+from toppings.model.families import ACTIVATIONS, FAMILIES, PRE, Family, Norms
 from toppings.model.files import read_generation_config, read_json, stored_float_dtype
 from toppings.model.remembered import remembered
 from toppings.model.ropes import Ropes, find_ropes, head_dim, layer_types
@@ -99,6 +99,12 @@ class ModelConfig:
     @property
     def has_experts(self) -> bool:
         return self.expert_names is not None
+
+    @property
+    def mixture(self) -> Mixture | None:
+        if self.expert_names is None:
+            return None
+        return Mixture(self.num_experts, self.num_experts_per_token, self.expert_names)
 
     @property
     def max_position_embeddings(self) -> int:

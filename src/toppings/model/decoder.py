@@ -1,6 +1,7 @@
 """The decoder of all supported families: attention with rotary positions and gated feed-forward layers, in
 turn added to the residual; what differs between families is data (`families.py`)."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.model.config import ModelConfig
-from toppings.model.weights import read_weights
+from toppings.model.projections import HEAD_BITS, experts
+from toppings.model.weights import read_quantized, read_weights
 from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
-from toppings.ops.experts import Experts
-from toppings.ops.linear import Linear, QuantizedLinear
+from toppings.ops.experts import ExpertLora, Experts
+from toppings.ops.linear import Linear, QuantizedLinear, linear
 from toppings.ops.norm import add_rms_norm_, rms_norm
-from toppings.ops.quantized import BITS, quantize
+from toppings.ops.quantized import BITS, QuantizedWeight
 from toppings.ops.rope import HeadNorm, Rope, rotate_and_store_
 
 
@@ -46,6 +48,12 @@ class OwnLayers(Protocol):
         """Norms of queries and keys of all rows, cut where they change."""
 
 
+class StepExpertLora(Protocol):
+    """What adapters have on experts and routers."""
+
+    def of_layer(self, layer: int) -> ExpertLora: ...
+
+
 @dataclass(frozen=True)
 class RmsNorm:
     """x / sqrt(mean(x²) + eps) · (base + weight); `name` is the checkpoint's."""
@@ -63,14 +71,6 @@ class RmsNorm:
         return add_rms_norm_(x, residual, self.weight, self.eps, self.base)
 
 
-_HEAD_BITS = 8
-"""Of the output layer of a quantised model: logits come straight from it (4 bits there were not measured)."""
-
-
-def _linear(weight: Tensor, bias: Tensor | None, bits: int | None) -> Linear | QuantizedLinear:
-    return Linear(weight, bias) if bits is None else QuantizedLinear(quantize(weight, bits), bias)
-
-
 @dataclass(frozen=True)
 class _Layer:
     norms: tuple[RmsNorm | None, ...]  # as `families.Norms` orders them
@@ -81,9 +81,20 @@ class _Layer:
     experts: Experts | None  # in the place of the groups gate_up and down
 
     @classmethod
-    def take(cls, weights: dict[str, Tensor], layer: int, config: ModelConfig, bits: int | None) -> "_Layer":
+    def take(
+        cls,
+        weights: dict[str, Tensor],
+        quantized: Mapping[str, QuantizedWeight],
+        layer: int,
+        config: ModelConfig,
+        bits: int | None,
+    ) -> "_Layer":
         """Moves the layer's tensors out of `weights`, so that packing never holds two copies of more than
         one."""
+
+        def of(name: str) -> Tensor | QuantizedWeight:
+            return kept if (kept := quantized.get(name)) is not None else take(name)
+
         take, prefix = weights.pop, f"layers.{layer}."
         head_norm, form = None, (config.rms_norm_eps, config.norm_base)
         if config.qk_norm:
@@ -94,29 +105,14 @@ class _Layer:
                 None if name is None else RmsNorm(name, take(prefix + name), *form) for name in config.norms
             ),
             {
-                group: _linear(
-                    take(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None), bits
-                )
+                group: linear(of(f"{prefix}{group}.weight"), weights.pop(f"{prefix}{group}.bias", None), bits)
                 for group in (("qkv", "o") if config.has_experts else ("qkv", "o", "gate_up", "down"))
             },
             head_norm,
             config.sliding_windows[layer],
             config.ropes.of_layer[layer],
-            _take_experts(weights, prefix, config, bits) if config.has_experts else None,
+            experts(of, prefix, config, bits) if config.has_experts else None,
         )
-
-
-def _take_experts(weights: dict[str, Tensor], prefix: str, config: ModelConfig, bits: int | None) -> Experts:
-    gate_up, down = (
-        [
-            _linear(each, None, bits)
-            for each in weights.pop(f"{prefix}experts.{group}.weight").chunk(config.num_experts)
-        ]
-        for group in ("gate_up", "down")
-    )
-    router, activation = Linear(weights.pop(prefix + "router.weight")), ACTIVATIONS[config.activation]
-    top_k, is_normalised = config.num_experts_per_token, config.are_routes_normalised
-    return Experts(router, gate_up, down, activation, top_k, is_normalised)
 
 
 @dataclass(frozen=True)
@@ -128,6 +124,7 @@ class _Step:
     meta: AttentionMetadata
     lora: LoraContext | None
     own: OwnLayers | None
+    experts: StepExpertLora | None
 
 
 class Decoder:
@@ -135,22 +132,31 @@ class Decoder:
     cache."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], *, quantization: str = "none"
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        *,
+        quantized: Mapping[str, QuantizedWeight] | None = None,
+        quantization: str = "none",
     ) -> None:
-        """`weights` as `read_weights` names them, all on the device; they are moved out of the mapping.
+        """`weights` as `read_weights` names them, all on the device; they are moved out of the mapping. Those
+        in `quantized` (in host memory) are served as they are.
 
-        `quantization`: "int8" or "int4" (in host memory) keeps projections so, layer by layer, and the output
-        layer in int8; embedding, norms and biases stay. Raises ValueError as `quantize`."""
+        `quantization`: "int8" or "int4" (in host memory) keeps the other projections so, layer by layer, and
+        the output layer in int8; embedding, norms and biases stay. Raises ValueError as `quantize`."""
         self.config = config
-        bits = BITS[quantization]
+        bits, quantized = BITS[quantization], quantized or {}
         self._embed = weights.pop("embed")
-        self._layers = [_Layer.take(weights, layer, config, bits) for layer in range(config.num_layers)]
+        self._layers = [
+            _Layer.take(weights, quantized, layer, config, bits) for layer in range(config.num_layers)
+        ]
         self._norm = RmsNorm("norm", weights.pop("norm"), config.rms_norm_eps, config.norm_base)
         self._gate = ACTIVATIONS[config.activation]
-        head = weights.pop("lm_head", None)  # a tied one may be stored, too, and then counts where it differs
+        # A tied one may be stored, too, and then counts where it differs.
+        head = quantized.get("lm_head", weights.pop("lm_head", None))
         assert head is not None or config.tie_word_embeddings
-        head_bits = None if bits is None else _HEAD_BITS
-        self._lm_head = _linear(self._embed if head is None else head, None, head_bits)
+        head_bits = None if bits is None else HEAD_BITS
+        self._lm_head = linear(self._embed if head is None else head, None, head_bits)
         self._ropes = [
             Rope(torch.tensor(table.frequencies, device=self._embed.device), table.scaling)
             for table in config.ropes.tables
@@ -173,13 +179,17 @@ class Decoder:
         """Reads a checkpoint directory, whose configuration may be known; `dtype` "auto" is the checkpoint's
         own, or its name, such as "bfloat16".
 
+        In host memory, what the checkpoint has in 8 or 4 bits stays so where the forms for such hold it.
         Raises ValueError as `ModelConfig.from_checkpoint`, `read_weights` and `quantize`.
         """
         config = config or ModelConfig.from_checkpoint(path)
         name = config.dtype if dtype == "auto" else dtype
-        weights = read_weights(path, config, getattr(torch, name) if isinstance(name, str) else name)
+        kind: torch.dtype = getattr(torch, name) if isinstance(name, str) else name
+        is_on_host = torch.device(device).type == "cpu"
+        quantized = read_quantized(path, config, kind) if is_on_host else {}
+        weights = read_weights(path, config, kind, without=quantized)
         weights = {name: weight.to(device) for name, weight in weights.items()}
-        return cls(config, weights, quantization=quantization)
+        return cls(config, weights, quantized=quantized, quantization=quantization)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,9 +200,22 @@ class Decoder:
         return self._embed.device
 
     def has_kernels(self, num_rows: int) -> bool:
-        """Products of 1 to `num_rows` rows are kernels of ours."""
-        projections = (each for layer in self._layers for each in layer.projections.values())
-        return all(each.has_kernel(num_rows) for each in (*projections, self._lm_head))
+        """All of a step of 1 to `num_rows` rows is kernels of ours, whatever the rows hold: which experts are
+        asked for is looked at on the host."""
+        return not self.config.has_experts and all(each.has_kernel(num_rows) for each in self.products())
+
+    def quantized_kinds(self) -> list[QuantizedLinear]:
+        """A product of each kind of weights with 8 or 4 bits."""
+        products = (each for each in self.products() if isinstance(each, QuantizedLinear))
+        return list({(each.weight.bits, each.weight.scales.dtype): each for each in products}.values())
+
+    def products(self) -> Iterator[Linear | QuantizedLinear]:
+        """Of all layers, and the output layer's; not those of experts on a GPU."""
+        for layer in self._layers:
+            yield from layer.projections.values()
+            if layer.experts is not None:
+                yield from (*layer.experts.gate_up.linears, *layer.experts.down.linears)
+        yield self._lm_head
 
     @torch.inference_mode()
     def forward(
@@ -217,6 +240,7 @@ class Decoder:
         rows: Tensor,
         lora: LoraContext | None = None,
         own: OwnLayers | None = None,
+        experts: StepExpertLora | None = None,
     ) -> Tensor:
         """One step: writes the tokens' keys and values to the cache, returns final hidden states, normalised
         as the output layer reads them, [R, hidden] of the model's dtype.
@@ -224,7 +248,7 @@ class Decoder:
         input_ids, positions: int64 [T], rows as `meta` groups them; rows: int64 [R], those to return.
         """
         turns = [rope.cos_sin(positions) for rope in self._ropes]
-        step, residual = _Step(turns, cache, meta, lora, own), self._embed_tokens(input_ids, own)
+        step, residual = _Step(turns, cache, meta, lora, own, experts), self._embed_tokens(input_ids, own)
         x: Tensor | None = None
         for index, layer in enumerate(self._layers):
             attention_in, attention_out, mlp_in, mlp_out = layer.norms
@@ -257,7 +281,9 @@ class Decoder:
         return logits
 
     def _embed_tokens(self, input_ids: Tensor, own: OwnLayers | None) -> Tensor:
-        x = functional.embedding(input_ids, self._embed)
+        # An adapter's own tokens have rows of its own.
+        known = input_ids if own is None else input_ids.clamp(max=self._embed.shape[0] - 1)
+        x = functional.embedding(known, self._embed)
         if own is not None:
             own.embed(input_ids, x)
         return x if self._embedding_multiplier == 1.0 else x.mul_(self._embedding_multiplier)
@@ -307,7 +333,7 @@ class Decoder:
 
     def _feed_forward(self, step: _Step, index: int, layer: _Layer, x: Tensor) -> Tensor:
         if layer.experts is not None:
-            return layer.experts(x)
+            return layer.experts(x, None if step.experts is None else step.experts.of_layer(index))
         return self._project(step, index, "down", self._gate(self._project(step, index, "gate_up", x)))
 
     def _rotate_and_store(self, step: _Step, index: int, layer: _Layer, qkv: Tensor) -> None:

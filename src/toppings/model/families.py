@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from toppings.core import stored_modules
+from toppings.core import ExpertNames, stored_modules
 
 
 class Norms(NamedTuple):
@@ -18,15 +18,6 @@ class Norms(NamedTuple):
     attention_out: str | None = None
     mlp_in: str | None = "post_attention_layernorm"
     mlp_out: str | None = None
-
-
-class ExpertNames(NamedTuple):
-    """A layer's modules by the names that the checkpoint gives them; {} is an expert's number."""
-
-    router: str = "mlp.gate"
-    gate: str = "mlp.experts.{}.gate_proj"
-    up: str = "mlp.experts.{}.up_proj"
-    down: str = "mlp.experts.{}.down_proj"
 
 
 MIXTRAL_EXPERTS = ExpertNames(

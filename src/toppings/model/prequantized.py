@@ -1,5 +1,5 @@
 """Checkpoints whose projections are stored in 4 or 8 bits: GPTQ, AWQ and compressed-tensors, read as the
-weights that they stand for.
+weights that they stand for, or as `ops/quantized.py` keeps such.
 
 Each stores a projection as integers, packed into 32-bit words (W is [out, in], words hold their lowest bits
 first), with a scale and perhaps a zero point for each group of inputs: W = scale · (code - zero).
@@ -13,16 +13,22 @@ first), with a scale and perhaps a zero point for each group of inputs: W = scal
 * compressed-tensors, int-quantized: `weight` [out, in], int8; scales [out, groups].
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toppings.model.files import open_tensors, read_json
+from toppings.ops.quantized import GROUP, GROUPS, QuantizedWeight, pack_nibbles
+
 METHODS = ("gptq", "awq", "compressed-tensors")
 _WORD_BITS = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _CODES = {"gptq": "qweight", "awq": "qweight", "pack-quantized": "weight_packed", "int-quantized": "weight"}
+_HALVES = ("F16", "BF16")
 _BESIDE = ("qzeros", "scales", "g_idx", "weight_scale", "weight_shape")
 
 
@@ -72,18 +78,29 @@ class Scheme:
         return cls(str(form), 8 if bits == 8 else 4)
 
 
+class NotHeldError(ValueError):
+    """The forms of weights of 8 and 4 bits do not hold what a projection stands for; the message says why."""
+
+
+def open_weights(path: Path, stack: ExitStack) -> dict[str, Any]:
+    """As `open_tensors`, with quantised projections under their ordinary names. Raises ValueError."""
+    places = open_tensors(path, stack)
+    quantization = read_json(path / "config.json").get("quantization_config")
+    return unpacked(Scheme.of(quantization), places) if quantization else places
+
+
 def unpacked(scheme: Scheme, places: dict[str, Any]) -> dict[str, Any]:
     """`places` (open file by tensor name) with the projections under their ordinary names, which are made as
     they are asked for. Raises ValueError where a projection's parts are missing or do not fit."""
     suffix = "." + _CODES[scheme.form]
     scales = ".weight_scale" if "quantized" in scheme.form else ".scales"
     bases = [name.removesuffix(scales) for name in places if name.endswith(scales)]
-    found = {base + ".weight": _Packed(scheme, base, places) for base in bases if base + suffix in places}
+    found = {base + ".weight": Packed(scheme, base, places) for base in bases if base + suffix in places}
     parts = {f"{base}.{part}" for base in bases for part in (_CODES[scheme.form], *_BESIDE)}
     return {name: file for name, file in places.items() if name not in parts} | found
 
 
-class _Packed:
+class Packed:
     """One projection, as a file and as a tensor's slice of it."""
 
     def __init__(self, scheme: Scheme, base: str, places: dict[str, Any]) -> None:
@@ -110,7 +127,7 @@ class _Packed:
                 f"{base}: scales of shape {scales} do not fit codes of shape {list(codes)} ({scheme.form})"
             )
 
-    def get_slice(self, name: str) -> "_Packed":
+    def get_slice(self, name: str) -> "Packed":
         return self
 
     def get_shape(self) -> list[int]:
@@ -121,35 +138,61 @@ class _Packed:
 
     def get_tensor(self, name: str) -> Tensor:
         """fp32 [out, in], exactly what the codes stand for."""
-        num_out, num_in = self._shape
+        codes, zeros, scales = self._parts()
+        groups = self._groups(scales.shape[1])
+        value: Tensor = (codes - zeros[:, groups]) * scales[:, groups]
+        return value
+
+    def quantized(self, dtype: torch.dtype) -> QuantizedWeight:
+        """The codes as they are, for products with `dtype`. Raises NotHeldError."""
+        codes, zeros, scales = self._parts()
+        groups, num_groups = self._groups(scales.shape[1]), scales.shape[1]
+        if self._scheme.bits == 8:
+            if num_groups > 1:
+                raise NotHeldError(f"its {num_groups} groups of 8 bits share no scale")
+            return QuantizedWeight(self._shape, dtype, 8, (codes - zeros).to(torch.int8), scales)
+        size = self._shape[1] // num_groups
+        if size % GROUP or not (groups.bincount(minlength=num_groups) == size).all():
+            raise NotHeldError(f"its groups are not of {size} inputs each, a multiple of {GROUP}")
+        if self._scales.get_dtype() not in _HALVES:
+            raise NotHeldError(f"its scales are of type {self._scales.get_dtype()}, not of 16 bits")
+        order = groups.argsort(stable=True)
+        is_ordered = bool((order.diff() > 0).all())
+        group = max(each for each in GROUPS if size % each == 0)
+        scales, offsets = (
+            each.repeat_interleave(size // group, 1).contiguous() for each in (scales, -scales * zeros)
+        )
+        packed = pack_nibbles(codes if is_ordered else codes[:, order])
+        places = None if is_ordered else order.int()
+        return QuantizedWeight(self._shape, dtype, 4, packed, scales, offsets, group, places)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [out, in], zeros [out, groups], both integers, and scales fp32 [out, groups]."""
         form, bits = self._scheme.form, self._scheme.bits
         if form in ("gptq", "awq"):
-            codes, zeros = self._tensor("qweight"), self._tensor("qzeros")
-            scales = self._tensor("scales").float()
+            codes, zeros, scales = (self._tensor(part) for part in ("qweight", "qzeros", "scales"))
             if form == "gptq":
-                codes, zeros = _unpack(codes.t(), bits).t(), _unpack(zeros, bits)
+                codes, zeros = _unpack(codes.t(), bits), _unpack(zeros, bits)
             else:
                 codes, zeros = (_in_order(_unpack(each, bits)) for each in (codes, zeros))
+                codes = codes.t()
             if zeros.shape != scales.shape:
                 raise ValueError(
                     f"{self._base}: qzeros of {list(zeros.shape)} for {list(scales.shape)} scales"
                 )
-            groups = self._groups(num_in, len(scales))
-            shifted = codes - (zeros + self._scheme.zero_shift)[groups]
-            return (shifted * scales[groups]).t().contiguous()
+            return codes, zeros.t() + self._scheme.zero_shift, scales.t().float()
         scales = self._tensor("weight_scale").float()
-        if form == "pack-quantized":
-            codes = _unpack(self._tensor("weight_packed"), bits)[:, :num_in] - 2 ** (bits - 1)
-        else:
-            codes = self._tensor("weight")
-        by_group = codes.float().view(num_out, scales.shape[1], -1) * scales[:, :, None]
-        return by_group.view(num_out, num_in)
+        if form == "int-quantized":
+            return self._tensor("weight").int(), torch.zeros_like(scales, dtype=torch.int32), scales
+        codes = _unpack(self._tensor("weight_packed"), bits)[:, : self._shape[1]]
+        return codes, torch.full_like(scales, 2 ** (bits - 1), dtype=torch.int32), scales
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.get_tensor("")[index]
 
-    def _groups(self, num_in: int, num_groups: int) -> Tensor:
+    def _groups(self, num_groups: int) -> Tensor:
         """int64 [in]: each input's group; GPTQ may have ordered them by how much they matter."""
+        num_in: int = self._shape[1]
         if f"{self._base}.g_idx" not in self._places:
             return torch.arange(num_in) // (num_in // num_groups)
         groups = self._tensor("g_idx").long()

@@ -3,7 +3,7 @@ memory."""
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from toppings.core import FUSED_MODULES, GROUPS, MODULES, stored_modules
 from toppings.model.config import ModelConfig
-from toppings.model.files import FLOATS, open_tensors, read_json
+from toppings.model.files import FLOATS
 from toppings.model.parts import Part
-from toppings.model.prequantized import Scheme, unpacked
+from toppings.model.prequantized import NotHeldError, Packed, open_weights
+from toppings.ops.quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_KEPT = re.compile(r"layers\.\d+\.(experts\.)?(qkv|o|gate_up|down)\.weight|lm_head")
+"""Weights that may stay quantised as a checkpoint has them."""
 _SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers that old checkpoints carry and that follow from config.json."""
 
@@ -35,9 +38,14 @@ class _Piece:
 
 
 def read_weights(
-    path: Path | str, config: ModelConfig, dtype: torch.dtype, part: Part | None = None
+    path: Path | str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    part: Part | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The decoder's tensors by name (`layers.0.qkv.weight`, ...), converted to `dtype`, in host memory.
+    """The decoder's tensors by name (`layers.0.qkv.weight`, ...), converted to `dtype`, in host memory, but
+    for those in `without`.
 
     With `part`, of the projections no more is read than it has. Where config.json ties the output layer to
     the embedding, the result has an `lm_head` only if the checkpoint stores one that differs: the decoder
@@ -48,18 +56,13 @@ def read_weights(
     """
     path = Path(path)
     with ExitStack() as stack:
-        places = open_tensors(path, stack)
-        quantization = read_json(path / "config.json").get("quantization_config")
-        if quantization:
-            places = unpacked(Scheme.of(quantization), places)
-        plan = _plan_for(config, places)
-        if quantization:
-            places = {name: file for name, file in places.items() if not _is_idle_bias(name, plan, file)}
-        _check(path, plan, places, config)
+        plan, places = _open(path, config, stack)
         pieces = plan if part is None else _plan_for(part.config, places)
         shapes = _target_shapes(pieces)
         weights: dict[str, Tensor] = {}
         for name, piece in pieces.items():
+            if piece.target in without:
+                continue
             if piece.target not in weights:
                 weights[piece.target] = torch.empty(shapes[piece.target], dtype=dtype)
             rows = slice(piece.start, piece.start + piece.shape[0])
@@ -67,6 +70,61 @@ def read_weights(
     if config.tie_word_embeddings and "lm_head" in weights:
         _drop_copy(path, weights)
     return weights
+
+
+def read_quantized(path: Path | str, config: ModelConfig, dtype: torch.dtype) -> dict[str, QuantizedWeight]:
+    """Of a checkpoint that is quantised already, by the decoder's names, the weights that the forms for 8 and
+    4 bits hold exactly; which those are, and why others are none, is in the log.
+
+    Raises ValueError as `read_weights`.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        plan, places = _open(path, config, stack)
+        files: dict[str, list[Any]] = {}
+        for name, piece in plan.items():
+            files.setdefault(piece.target, []).append(places[name])
+        stored = {
+            target: of
+            for target, of in files.items()
+            if _KEPT.fullmatch(target) and any(isinstance(each, Packed) for each in of)
+        }
+        found: dict[str, QuantizedWeight] = {}
+        reasons: dict[str, str] = {}
+        for target, of in stored.items():
+            try:
+                found[target] = _stacked([each for each in of if isinstance(each, Packed)], len(of), dtype)
+            except NotHeldError as error:
+                reasons[target] = str(error)
+    if found:
+        kinds = sorted({f"int{each.bits}" for each in found.values()})
+        logger.info("%d weights are served as the checkpoint has them, in %s", len(found), ", ".join(kinds))
+    if reasons:
+        first, reason = next(iter(reasons.items()))
+        logger.warning(
+            "%d of %d weights that the checkpoint has in 4 or 8 bits are widened to %s as they are read: of"
+            " the first, %s, %s",
+            *(len(reasons), len(stored), dtype, first, reason),
+        )
+    return found
+
+
+def _stacked(files: list[Packed], num_pieces: int, dtype: torch.dtype) -> QuantizedWeight:
+    if len(files) < num_pieces:
+        raise NotHeldError("not all parts are quantised")
+    if (whole := QuantizedWeight.stacked([file.quantized(dtype) for file in files])) is None:
+        raise NotHeldError("its parts have other groups, or their inputs in another order")
+    return whole
+
+
+def _open(path: Path, config: ModelConfig, stack: ExitStack) -> tuple[dict[str, _Piece], dict[str, Any]]:
+    """What of the checkpoint goes where, and the open file of each tensor. Raises ValueError."""
+    places = open_weights(path, stack)
+    plan = _plan_for(config, places)
+    if any(isinstance(file, Packed) for file in places.values()):
+        places = {name: file for name, file in places.items() if not _is_idle_bias(name, plan, file)}
+    _check(path, plan, places, config)
+    return plan, places
 
 
 def _is_idle_bias(name: str, plan: dict[str, _Piece], file: Any) -> bool:

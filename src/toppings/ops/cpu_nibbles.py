@@ -37,9 +37,11 @@ def _spread(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, empty, ir.Constant(_WORDS, [0] * _LANES))
 
 
-def _widened(builder: Any, bits: Any) -> Any:
-    """A bfloat16 as fp32."""
-    wide = builder.zext(bits, ir.IntType(32))
+def _widened(builder: Any, value: Any) -> Any:
+    """A bfloat16 as fp32; fp32 as it is."""
+    if value.type == ir.FloatType():
+        return value
+    wide = builder.zext(value, ir.IntType(32))
     return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
 
 
@@ -48,13 +50,15 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def dot_groups(typing_context: Any, x: Any, codes: Any, scales: Any, first: Any, num_groups: Any) -> Any:
+def dot_groups(
+    typing_context: Any, x: Any, codes: Any, scales: Any, first: Any, num_groups: Any, shift: Any
+) -> Any:
     """Σ over `num_groups` groups from `first` on of scale · Σ_k x[k] · code[k]; x: fp32 array of the groups'
-    elements; scales: bf16."""
+    elements; scales: bf16 or fp32, one for 2^shift groups."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = _data(context, builder, signature.args[0], args[0])
-        _, code_bytes, scale_bits, first, count = args
+        _, code_bytes, scale_bits, first, count, shift = args
         word = count.type
         total = cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * _LANES))
         with cgutils.for_range(builder, count) as loop:
@@ -67,7 +71,8 @@ def dot_groups(typing_context: Any, x: Any, codes: Any, scales: Any, first: Any,
                     pointer = _vector(builder, data, builder.add(at, word(start)), _FLOATS)
                     product = builder.fmul(builder.load(pointer, align=4), half, flags=_FLAGS)
                     part = product if part is None else builder.fadd(part, product, flags=_FLAGS)
-            scale = _spread(builder, _widened(builder, builder.load(builder.gep(scale_bits, [group]))))
+            scale_place = builder.gep(scale_bits, [builder.lshr(group, shift)])
+            scale = _spread(builder, _widened(builder, builder.load(scale_place)))
             scaled = builder.fmul(scale, part, flags=_FLAGS)
             builder.store(builder.fadd(builder.load(total), scaled, flags=_FLAGS), total)
         vector, result = builder.load(total), None
@@ -76,7 +81,7 @@ def dot_groups(typing_context: Any, x: Any, codes: Any, scales: Any, first: Any,
             result = each if result is None else builder.fadd(result, each, flags=_FLAGS)
         return result
 
-    return types.float32(x, codes, scales, types.int64, types.int64), codegen
+    return types.float32(x, codes, scales, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -18,6 +18,7 @@ from toppings.ops.cpu_bits import (
     floats,
     helper,
     int8s,
+    int32s,
     load,
     nibbles,
     prefetch,
@@ -42,12 +43,19 @@ def _ask_for(codes: Pointer, start: int, n: int) -> None:
 
 
 @helper
-def _read_rows(xs: Floats, x: Pointer, num_rows: int, num_in: int, width: int, count: int) -> None:
-    """`count` rows of `width` elements, filled up with zeros; beyond the last row it is repeated."""
+def _read_rows(xs: Floats, block: Any, x: Pointer, width: int, count: int) -> None:
+    """`count` rows of `width` elements in the weight's order of inputs, filled up with zeros; beyond the last
+    row it is repeated."""
+    num_rows, num_in = integer(block, 6), integer(block, 8)
+    order, has_order = int32s(block, 11), integer(block, 11) != 0
     for i in range(count):
         row = min(i, num_rows - 1) * num_in
-        for k in range(num_in):
-            store(xs, i * width + k, load(x, row + k))
+        if has_order:
+            for k in range(num_in):
+                store(xs, i * width + k, load(x, row + load(order, k)))
+        else:
+            for k in range(num_in):
+                store(xs, i * width + k, load(x, row + k))
         for k in range(num_in, width):
             store(xs, i * width + k, np.float32(0))
 
@@ -89,7 +97,8 @@ def _widen_int8(wide: Floats, to: int, codes: Pointer, start: int, scale: np.flo
 @Kernel
 def int8_linear(block: Any) -> None:
     """y = x Wᵀ + bias. Task: TASK_COLUMNS columns of y [rows, out] for all rows of x [rows, in], both dense;
-    `bias` is 0 or an address; operands 4 and 9 are int4's; y is fp32 where operand 10 is 1, else as x."""
+    `bias` is 0 or an address; y is fp32 where operand 10 is 1, else as x; operand 11: 0 or the weight's order
+    of inputs; 4, 9 and 12 are int4's."""
     y = (elements(block, 0), floats(block, 0), integer(block, 10) != 0)
     x, codes, scales = elements(block, 1), int8s(block, 2), floats(block, 3)
     bias, has_bias = elements(block, 5), integer(block, 5) != 0
@@ -98,7 +107,7 @@ def int8_linear(block: Any) -> None:
     wide, starts = np.empty(COLUMNS * num_in, np.float32), np.arange(COLUMNS) * num_in
     task = claim(block)
     if task >= 0:
-        _read_rows(xs, x, num_rows, num_in, num_in, _padded(num_rows))
+        _read_rows(xs, block, x, num_in, _padded(num_rows))
     while task >= 0:
         start, stop = task * TASK_COLUMNS, min((task + 1) * TASK_COLUMNS, num_out)
         if num_rows == 1:
@@ -117,62 +126,80 @@ def int8_linear(block: Any) -> None:
 
 
 @helper
-def _sum_groups(group_sums: Floats, xs: Floats, num_groups: int) -> None:
+def _sum_groups(group_sums: Floats, xs: Floats, num_groups: int, group: int) -> None:
     for g in range(num_groups):
         total = np.float32(0)
-        for k in range(GROUP):
-            total += load(xs, g * GROUP + k)
+        for k in range(group):
+            total += load(xs, g * group + k)
         store(group_sums, g, total)
 
 
 @helper
 def _int4_dot(
-    x: Floats, x_sums: Floats, codes: Pointer, scales: Pointer, offsets: Pointer, row: int, num_groups: int
-) -> np.float32:
+    x: Floats, x_sums: Floats, codes: Pointer, scales: Pointer, offsets: Pointer, row: int, num_groups: int,
+    shift: int,
+) -> np.float32:  # fmt: skip
     """Σ over groups of scale · Σ_k x[k] · code[k] + offset · Σ_k x[k]."""
-    first = row * num_groups
+    first, num_scales = row * num_groups, num_groups >> shift
     _ask_for(codes, first * _HALF, num_groups * _HALF)
-    total: np.float32 = dot_groups(x, codes, scales, first, num_groups)
-    return total + dot(x_sums, 0, offsets, first, num_groups)
+    total: np.float32 = dot_groups(x, codes, scales, first, num_groups, shift)
+    return total + dot(x_sums, 0, offsets, row * num_scales, num_scales)
 
 
 @helper
 def _widen_int4(
-    wide: Floats, to: int, codes: Pointer, scales: Pointer, offsets: Pointer, row: int, num_groups: int
-) -> None:
+    wide: Floats, to: int, codes: Pointer, scales: Pointer, offsets: Pointer, row: int, num_groups: int,
+    shift: int,
+) -> None:  # fmt: skip
     for g in range(num_groups):
         index = row * num_groups + g
-        scale, offset = load(scales, index), load(offsets, index)
+        scale, offset = load(scales, index >> shift), load(offsets, index >> shift)
         widen_group(wide, to + g * GROUP, codes, index * _HALF, scale, offset)
 
 
-@Kernel
-def int4_linear(block: Any) -> None:
-    """As `int8_linear`; operand 4: offsets; 9: the number of groups in a row."""
+@helper
+def _int4(block: Any, scales: Pointer, offsets: Pointer) -> None:
     y = (elements(block, 0), floats(block, 0), integer(block, 10) != 0)
-    x, codes, scales = elements(block, 1), nibbles(block, 2), bf16s(block, 3)
-    offsets, bias, has_bias = bf16s(block, 4), elements(block, 5), integer(block, 5) != 0
-    num_rows, num_out, num_in = integer(block, 6), integer(block, 7), integer(block, 8)
-    num_groups = integer(block, 9)
+    x, codes = elements(block, 1), nibbles(block, 2)
+    bias, has_bias = elements(block, 5), integer(block, 5) != 0
+    num_rows, num_out, num_groups, shift = (
+        integer(block, 6),
+        integer(block, 7),
+        integer(block, 9),
+        integer(block, 12),
+    )
     width = num_groups * GROUP
     xs, sums = np.empty(_padded(num_rows) * width, np.float32), np.empty(ROWS * COLUMNS, np.float32)
-    x_sums = np.empty(num_groups, np.float32)
+    x_sums = np.empty(num_groups >> shift, np.float32)
     wide, starts = np.empty(COLUMNS * width, np.float32), np.arange(COLUMNS) * width
     task = claim(block)
     if task >= 0:
-        _read_rows(xs, x, num_rows, num_in, width, _padded(num_rows))
-        _sum_groups(x_sums, xs, num_groups)
+        _read_rows(xs, block, x, width, _padded(num_rows))
+        _sum_groups(x_sums, xs, num_groups >> shift, GROUP << shift)
     while task >= 0:
         start, stop = task * TASK_COLUMNS, min((task + 1) * TASK_COLUMNS, num_out)
         if num_rows == 1:
             for j in range(start, stop):
-                value = _int4_dot(xs, x_sums, codes, scales, offsets, j, num_groups)
+                value = _int4_dot(xs, x_sums, codes, scales, offsets, j, num_groups, shift)
                 put(y, j, value, bias, has_bias, j)
             start = stop
         for first in range(start, stop, COLUMNS):
             num_columns = min(COLUMNS, stop - first)
             for j in range(num_columns):
-                _widen_int4(wide, j * width, codes, scales, offsets, first + j, num_groups)
+                _widen_int4(wide, j * width, codes, scales, offsets, first + j, num_groups, shift)
             shape = (num_rows, num_out, width, first, num_columns, has_bias)
             _tiles(y, xs, wide, sums, starts, bias, shape)
         task = claim(block)
+
+
+@Kernel
+def int4_linear(block: Any) -> None:
+    """As `int8_linear`; operand 4: offsets; 9: the times GROUP elements in a row; one scale and offset, bf16,
+    for 2^(operand 12) of them."""
+    _int4(block, bf16s(block, 3), bf16s(block, 4))
+
+
+@Kernel
+def int4_wide_linear(block: Any) -> None:
+    """The same with scales and offsets in fp32."""
+    _int4(block, floats(block, 3), floats(block, 4))

@@ -27,19 +27,22 @@ _ZEROS = ir.Constant(_SUMS, [0.0] * LANES)
 
 @cache
 def is_supported() -> bool:
-    """This CPU has the instruction."""
-    from llvmlite import binding
-
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16") and features.get("avx512bw"))
+    """Kernels are compiled for a CPU that has the instruction: this one, or the lesser one that
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name."""
+    return _compiled_for("avx512bf16", "avx512bw")
 
 
 @cache
 def has_matrix_unit() -> bool:
     """This CPU has AMX, which torch's products use: they overtake the tiles where there are many rows."""
-    from llvmlite import binding
+    return _compiled_for("amx-bf16")
 
-    return bool(binding.get_host_cpu_features().get("amx-bf16"))
+
+def _compiled_for(*names: str) -> bool:
+    from numba.core.registry import cpu_target
+
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return {f"+{name}" for name in names} <= set(features.split(","))
 
 
 def add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:

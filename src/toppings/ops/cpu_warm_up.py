@@ -1,18 +1,19 @@
 """Runs every numba kernel once on a tiny input, so that no request waits for a compiler."""
 
+from collections.abc import Sequence
+
 import torch
 
 from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
 from toppings.ops.columns import adjust_columns_
-from toppings.ops.linear import Linear, QuantizedLinear
+from toppings.ops.linear import MAX_FEW_ROWS, Linear, QuantizedLinear
 from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
-from toppings.ops.quantized import quantize
 from toppings.ops.rope import rotate_and_store_
 
 
-def warm_up(dtype: torch.dtype, quantization: str) -> None:
+def warm_up(dtype: torch.dtype, quantized: Sequence[QuantizedLinear]) -> None:
     x, weight = torch.ones(1, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     rms_norm(x, weight, 1e-6)
     add_rms_norm_(x, x.clone(), weight, 1e-6)
@@ -22,10 +23,9 @@ def warm_up(dtype: torch.dtype, quantization: str) -> None:
         _add_lora(width, dtype)
     _adjust_columns(dtype)
     Linear(torch.ones(64, 64, dtype=dtype))(torch.ones(1, 64, dtype=dtype))
-    if quantization != "none":
-        for bits in (8, 4) if quantization == "int4" else (8,):  # the output layer has 8 in any case
-            codes = quantize(torch.ones(64, 64, dtype=dtype), bits)
-            QuantizedLinear(codes)(torch.ones(1, 64, dtype=dtype))
+    for product in quantized:
+        for num_rows in (1, 2, MAX_FEW_ROWS + 1):  # one and several may be different kernels', and many, too
+            product(torch.ones(num_rows, product.num_in, dtype=dtype))
     _attend(dtype)
 
 
@@ -62,4 +62,4 @@ def _attend(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    warm_up(torch.bfloat16, "none")
+    warm_up(torch.bfloat16, [])

@@ -26,7 +26,7 @@ from toppings.ops.sampling import (
     named_places,
     told_logprobs,
 )
-from toppings.ops.token_mask import device_flags, num_words
+from toppings.ops.token_mask import TokenMask, device_flags, num_words
 from toppings.ops.truncation import NUM_CANDIDATES, cut, cut_candidates, likeliest
 
 Array = npt.NDArray[Any]
@@ -89,7 +89,7 @@ class SamplingPlan:
             few=_longs([d for d, few in enumerate(is_few) if few]),
             many=_longs([d for d in range(len(drawn)) if not is_few[d] and not is_uncut[d]]),
             masked=_longs(list(masks)),
-            masks=np.array(list(masks.values()), np.int32).reshape(-1, num_words(vocab_size)),
+            masks=_masks(list(masks.values()), num_words(vocab_size)),
             forbidden=_pairs(places),
             biased=_pairs([(i, token) for i, token, _ in biases]),
             biases=np.array([bias for _, _, bias in biases], np.float32),
@@ -117,6 +117,14 @@ class SamplingPlan:
             *(self.drawn, self.parameters, self.top_k, self.uniform, self.uncut, self.few, self.many),
             *(self.reported, self.named, *self.changes),
         ]
+
+
+def _masks(masks: Sequence[TokenMask], width: int) -> Array:
+    """int32 [N, width]: what a smaller vocabulary does not have is not in it."""
+    found = np.zeros((len(masks), width), np.int32)
+    for row, mask in zip(found, masks, strict=True):
+        row[: len(mask)] = mask
+    return found
 
 
 def draw(logits: Tensor, plan: SamplingPlan, arrays: Sequence[Tensor]) -> list[Tensor]:

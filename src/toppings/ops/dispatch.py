@@ -3,6 +3,7 @@ on a CUDA device, torch for everything else."""
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -89,8 +90,8 @@ def import_kernels() -> None:
             _module(name)
 
 
-def warm_up(dtype: torch.dtype, quantization: str = "none") -> None:
-    """Compile (or read from numba's cache) every CPU kernel for `dtype`; without numba there is nothing to
-    do."""
+def warm_up(dtype: torch.dtype, quantized: Sequence[Any] = ()) -> None:
+    """Compile (or read from numba's cache) every CPU kernel for `dtype`, and those of the products
+    `quantized` (`linear.QuantizedLinear`); without numba there is nothing to do."""
     if USE_NUMBA:
-        _module("warm_up").warm_up(dtype, quantization)
+        _module("warm_up").warm_up(dtype, quantized)

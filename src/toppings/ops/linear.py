@@ -7,6 +7,7 @@ bfloat16, a kernel of ours reads the packed weight itself, once its layout has b
 """
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.ops.dispatch import bf16_kernels, kernels
+from toppings.ops.huge_pages import Span
 from toppings.ops.products import Forms, forms_for, is_widened, mm_widened, quantized_forms
-from toppings.ops.quantized import GROUP, QuantizedWeight
+from toppings.ops.quantized import GROUP, QuantizedWeight, quantize
 
 USE_PACKED = True
 """Pack weights where the operators work (`packed_reason` says whether and why)."""
@@ -57,14 +59,28 @@ class _PackedBlocks:
         return y
 
 
+def _span(tensor: Tensor) -> Span:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def _packed_span(packed: Tensor) -> Span:
+    """Empty where the operators do not say."""
+    try:
+        address: int = torch.ops.mkldnn.data_ptr(packed)
+        num_bytes: int = torch.ops.mkldnn._nbytes(packed)
+    except (RuntimeError, AttributeError):
+        return 0, 0
+    return address, address + num_bytes
+
+
 def _find_blocks(weight: Tensor, packed: Tensor) -> _PackedBlocks | None:
     """None where no kernel serves or the packed bytes are laid out in another way."""
     kernels, (num_out, num_in) = bf16_kernels(weight), weight.shape
     if kernels is None or num_in % 2:
         return None
-    try:
-        address, num_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
-    except (RuntimeError, AttributeError):
+    address, stop = _packed_span(packed)
+    num_bytes = stop - address
+    if not num_bytes:
         return None
     num_blocks = -(-num_out // _BLOCK)
     num_pairs, rest = divmod(num_bytes, num_blocks * _BLOCK * 2 * weight.itemsize)
@@ -116,6 +132,10 @@ class Linear:
         self._stream = None if self.is_packed else kernels("stream", weight)
         self._is_widened = is_widened(weight) and not self.is_packed
 
+    def spans(self) -> Iterator[Span]:
+        """Where the weight lies in memory."""
+        yield _packed_span(self._weight) if self.is_packed else _span(self._weight)
+
     def has_kernel(self, num_rows: int) -> bool:
         """Products of so many rows, and of fewer, are a kernel's."""
         if self._blocks is not None:
@@ -158,12 +178,22 @@ class QuantizedLinear:
         self.num_out, self.num_in = weight.shape
         self.bias, self.weight = bias, weight
         self.forms = forms or quantized_forms()
-        sample, name = weight.codes.new_empty(0, dtype=weight.dtype), f"int{weight.bits}_linear"
+        is_wide = weight.bits == 4 and weight.scales.dtype == torch.float32
+        sample, name = (
+            weight.codes.new_empty(0, dtype=weight.dtype),
+            f"int{weight.bits}{'_wide' * is_wide}_linear",
+        )
         module, bf16 = kernels("quantized", sample), bf16_kernels(sample, "bf16_quantized")
         self._columns = 0 if module is None else module.TASK_COLUMNS
         self._kernel: Any = module and getattr(module, name)
         self._bf16: Any = bf16 and getattr(bf16, name)
+        self._groups = (weight.row_elements // GROUP, (weight.group // GROUP).bit_length() - 1)
         self._min_bf16_rows = 2 if weight.bits == 8 else 1  # of 8 bits, one row is not faster so
+
+    def spans(self) -> Iterator[Span]:
+        """Where the weight lies in memory."""
+        weight = self.weight
+        yield from (_span(each) for each in (weight.codes, weight.scales, weight.offsets) if each is not None)
 
     def has_kernel(self, num_rows: int) -> bool:
         return self._kernel is not None and num_rows <= self.forms.max_stream_rows
@@ -173,8 +203,11 @@ class QuantizedLinear:
         if not num_rows or not self.has_kernel(num_rows):
             return mm_widened(x, self.weight, self.bias, dtype)
         x, weight, y = x.contiguous(), self.weight, x.new_empty(num_rows, self.num_out, dtype=dtype)
-        bias, offsets = (0 if each is None else each for each in (self.bias, weight.offsets))
-        shape = (num_rows, self.num_out, self.num_in, weight.row_elements // GROUP, int(dtype != x.dtype))
+        bias, offsets, order = (
+            0 if each is None else each for each in (self.bias, weight.offsets, weight.order)
+        )
+        num_groups, shift = self._groups
+        shape = (num_rows, self.num_out, self.num_in, num_groups, int(dtype != x.dtype), order, shift)
         num_tasks = -(-self.num_out // self._columns)
         is_bf16 = self._bf16 is not None and self._min_bf16_rows <= num_rows <= MAX_FEW_ROWS
         kernel = self._bf16 if is_bf16 else self._kernel
@@ -182,3 +215,12 @@ class QuantizedLinear:
             x, num_tasks, self.num_out * self.num_in, y, x, weight.codes, weight.scales, offsets, bias, *shape
         )
         return y
+
+
+def linear(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None, bits: int | None
+) -> Linear | QuantizedLinear:
+    """With the weight as it is where `bits` is None. Raises ValueError as `quantize`."""
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedLinear(weight, bias)
+    return Linear(weight, bias) if bits is None else QuantizedLinear(quantize(weight, bits), bias)

@@ -115,6 +115,8 @@ def mm_widened(
     [out]; [T, out]."""
     (num_out, num_in), wide = weight.shape, x.float()
     width = num_in if isinstance(weight, Tensor) else weight.row_elements
+    if isinstance(weight, QuantizedWeight) and weight.order is not None:
+        wide = wide.index_select(1, weight.order)
     y = x.new_empty(x.shape[0], num_out, dtype=dtype or x.dtype)
     step = max(1, PANEL_ELEMENTS // width // _PANEL_STEP) * _PANEL_STEP
     for start in range(0, num_out, step):

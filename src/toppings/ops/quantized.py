@@ -3,9 +3,13 @@
 int8: a code from -127 to 127 for each element and a scale for each output channel (row), so that its largest
 element is 127. int4: for each group of GROUP elements along the input a code from 0 to 15, a scale and an
 offset. Arithmetic stays in float32: what is stored stands for the float32 values that `widen` gives.
+
+A checkpoint that is quantised already may have larger groups, scales that bfloat16 does not hold, and inputs
+in an order of its own (`model/prequantized.py`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +19,8 @@ BITS = {"none": None, "int8": 8, "int4": 4}
 
 GROUP = 32
 """Elements along the input that share an int4 scale and offset; the last group is filled up."""
+GROUPS = (GROUP, 2 * GROUP, 4 * GROUP)
+"""Those that a checkpoint's own may be, which divide the input width."""
 
 _INT8_MAX, _INT4_MAX = 127, 15
 _SHRINKAGES = (1.0, 0.92, 0.84, 0.76)
@@ -26,8 +32,9 @@ _ROWS_ELEMENTS = 2**21
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight [out, in] that served as `dtype` before. `bits` 8: codes int8 [out, in], scales fp32 [out, 1].
-    `bits` 4: codes uint8 [out, groups · GROUP / 2], where byte b of a group has its element b in the lower
-    four bits and its element b + GROUP / 2 in the upper ones; scales and offsets bf16 [out, groups].
+    `bits` 4: codes uint8 [out, n / 2], n being `row_elements`, where byte b of GROUP elements has element b
+    in the lower four bits and element b + GROUP / 2 in the upper ones; scales and offsets [out, n / group],
+    both bf16 or both fp32. `order`: int32 [in], the input that each element of a row is for; None: its own.
 
     A code stands for code · scale + offset (int8: no offset)."""
 
@@ -37,6 +44,41 @@ class QuantizedWeight:
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None = None
+    group: int = GROUP
+    order: Tensor | None = None
+
+    def chunk(self, count: int) -> list["QuantizedWeight"]:
+        """As many weights of equally many rows, one below the other."""
+        shape = (self.shape[0] // count, self.shape[1])
+        offsets = [None] * count if self.offsets is None else self.offsets.chunk(count)
+        parts = zip(self.codes.chunk(count), self.scales.chunk(count), offsets, strict=True)
+        return [
+            replace(self, shape=shape, codes=codes, scales=scales, offsets=each)
+            for codes, scales, each in parts
+        ]
+
+    @classmethod
+    def stacked(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight | None":
+        """One below the other, scales and offsets in bf16 where that holds them; None where bits, groups or
+        orders differ."""
+        first = parts[0]
+        if any(not first.is_like(each) for each in parts):
+            return None
+        codes, scales = (torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scales"))
+        shape, offsets = (len(codes), first.shape[1]), None
+        if first.offsets is not None:
+            offsets = torch.cat([each.offsets for each in parts if each.offsets is not None])
+            if all(torch.equal(each.bfloat16().float(), each.float()) for each in (scales, offsets)):
+                scales, offsets = scales.bfloat16(), offsets.bfloat16()
+        return replace(first, shape=shape, codes=codes, scales=scales, offsets=offsets)
+
+    def is_like(self, other: "QuantizedWeight") -> bool:
+        """The same bits, groups and order of inputs."""
+        if (self.bits, self.group, self.shape[1]) != (other.bits, other.group, other.shape[1]):
+            return False
+        if self.order is None or other.order is None:
+            return self.order is other.order
+        return torch.equal(self.order, other.order)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +90,8 @@ class QuantizedWeight:
         return self.codes.shape[1] * 8 // self.bits
 
     def widen(self, start: int, out: Tensor) -> Tensor:
-        """Rows from `start` on into `out`, fp32 [rows, row_elements]; returns its part [rows, in]."""
+        """Rows from `start` on into `out`, fp32 [rows, row_elements]; returns its part [rows, in], in
+        `order`."""
         rows = slice(start, start + out.shape[0])
         codes, scales = self.codes[rows], self.scales[rows]
         if self.offsets is None:
@@ -57,13 +100,24 @@ class QuantizedWeight:
         groups, packed = out.view(len(codes), -1, 2, half), codes.view(len(codes), -1, half)
         groups[:, :, 0].copy_(packed & 15)
         groups[:, :, 1].copy_(packed >> 4)
-        offsets = self.offsets[rows].float()[:, :, None, None]
-        torch.addcmul(offsets, groups, scales.float()[:, :, None, None], out=groups)
+        shared = out.view(len(codes), -1, self.group)
+        offsets = self.offsets[rows].float()[:, :, None]
+        torch.addcmul(offsets, shared, scales.float()[:, :, None], out=shared)
         return out[:, : self.shape[1]]
 
     def dequantized(self) -> Tensor:
         """fp32 [out, in], what the codes stand for."""
-        return self.widen(0, torch.empty(self.shape[0], self.row_elements, device=self.codes.device))
+        found = self.widen(0, torch.empty(self.shape[0], self.row_elements, device=self.codes.device))
+        return (
+            found if self.order is None else torch.empty_like(found).index_copy_(1, self.order.long(), found)
+        )
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [rows, n / 2] of codes from 0 to 15 [rows, n], n a multiple of GROUP, as `QuantizedWeight` has
+    them."""
+    groups = codes.to(torch.uint8).view(len(codes), -1, GROUP)
+    return (groups[:, :, : GROUP // 2] | groups[:, :, GROUP // 2 :] << 4).flatten(1)
 
 
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
@@ -79,8 +133,9 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
         if not torch.isfinite(rows).all():
             raise ValueError("a weight of the base model is not finite, so it cannot be quantized")
         parts.append(_int8(rows) if bits == 8 else _int4(rows))
-    whole = [torch.cat(each) for each in zip(*parts, strict=True)]
-    return QuantizedWeight((num_out, num_in), weight.dtype, bits, *whole)
+    codes, scales, *offsets = (torch.cat(each) for each in zip(*parts, strict=True))
+    shape = (num_out, num_in)
+    return QuantizedWeight(shape, weight.dtype, bits, codes, scales, offsets[0] if offsets else None)
 
 
 def _int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +162,8 @@ def _int4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scales, offsets = (
             torch.where(is_better, new, old) for new, old in zip(found, (scales, offsets), strict=True)
         )
-    codes = _nearest(groups, scales, offsets).to(torch.uint8)
-    packed = codes[:, :, : GROUP // 2] | codes[:, :, GROUP // 2 :] << 4
-    return packed.flatten(1), scales.squeeze(2).bfloat16(), offsets.squeeze(2).bfloat16()
+    codes = pack_nibbles(_nearest(groups, scales, offsets).flatten(1))
+    return codes, scales.squeeze(2).bfloat16(), offsets.squeeze(2).bfloat16()
 
 
 def _fit(groups: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

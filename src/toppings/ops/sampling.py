@@ -29,6 +29,7 @@ class SamplingRow:
     `allowed`: the tokens that may be drawn at all. Not drawn are those that would complete one of the
     parameters' `bad_token_ids`, and before `min_tokens` tokens are out `eos_token_ids` and `stop_token_ids`;
     what would leave nothing to draw does not count. `counts`: where they are kept for this sequence.
+    `vocab_size`: the row's tokens, where logits may be wider than that; 0: as many as there are logits.
     """
 
     params: SamplingParams
@@ -38,6 +39,7 @@ class SamplingRow:
     eos_token_ids: tuple[int, ...] = ()
     allowed: TokenMask | None = None
     counts: TokenCounts | None = None
+    vocab_size: int = 0
 
     @property
     def is_greedy(self) -> bool:
@@ -52,7 +54,8 @@ class SamplingRow:
         return counts
 
     def forbidden_ids(self, vocab_size: int) -> list[int]:
-        """Beside what `allowed` leaves out."""
+        """Beside what `allowed` leaves out. `vocab_size`: of the logits."""
+        vocab_size = self.vocab_size or vocab_size
         bad = self.bad_ids(vocab_size)
         bad = bad if self._leaves_some(bad, vocab_size) else []
         if len(self.output_token_ids) >= self.params.min_tokens:
@@ -71,9 +74,10 @@ class SamplingRow:
         }
         return [token for token in found if token < vocab_size]
 
-    def is_stuck(self, vocab_size: int) -> bool:
-        """Bad words leave nothing to draw."""
-        return bool(self.params.bad_token_ids) and not self._leaves_some(self.bad_ids(vocab_size), vocab_size)
+    def is_stuck(self) -> bool:
+        """Bad words leave nothing to draw of its `vocab_size` tokens."""
+        size = self.vocab_size
+        return bool(self.params.bad_token_ids) and not self._leaves_some(self.bad_ids(size), size)
 
     def _leaves_some(self, token_ids: list[int], vocab_size: int) -> bool:
         """`token_ids` have no number twice."""

@@ -66,7 +66,8 @@ class AdapterAdmin:
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", INVALID)
         try:
-            directory = await self._in_thread(self.roots.locate, name, path)
+            locate = partial(self.roots.locate, name, path, tells_roots=tenant.is_admin)
+            directory = await self._in_thread(locate)
         except ApiError:
             record = await self._load_from_source(name, path, in_place=in_place, tenant=tenant)
             if record is not None:
@@ -184,7 +185,9 @@ class AdapterAdmin:
 
     async def prefetch(self, name: str) -> None:
         """Have an adapter read into host memory before a request asks for it."""
-        await self._state.client.prefetch_adapter(self.record(name).adapter_id)
+        record = self.record(name)
+        with self._state.audit.change("prefetch", adapter=name):
+            await self._state.client.prefetch_adapter(record.adapter_id)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

@@ -14,7 +14,7 @@ from toppings.adapters.registry import AdapterRecord, AdapterRegistry
 from toppings.engine.client import EngineDeadError
 from toppings.messages import AdapterStatus, EngineStats
 from toppings.server.auth import may_change_state, tenant_of
-from toppings.server.catalogue import encode_all, records_of
+from toppings.server.catalogue import encode_all, records_of, told_path
 from toppings.server.errors import json_response
 from toppings.server.metrics import is_resident, lora_lists
 from toppings.server.models import admin_of
@@ -31,9 +31,9 @@ changing = APIRouter(dependencies=[Depends(may_change_state)])
 @router.post("/ping")
 async def health(request: Request) -> Response:
     """Whether there is an engine: 503 with the reason while it is replaced, or when none will be."""
-    client = state_of(request).client
-    if not client.is_alive:
-        return json_response({"status": client.down_reason}, 503)
+    state = state_of(request)
+    if not state.client.is_alive:
+        return json_response({"status": state.down_reason}, 503)
     return json_response({"status": "ok"})
 
 
@@ -101,11 +101,13 @@ async def list_adapters(request: Request) -> Response:
     state = state_of(request)
     engine = await _stats_or_none(state)
     places = {} if engine is None else {status.adapter_id: status for status in engine.adapters}
+    tenant = tenant_of(request)
 
     def encode(record: AdapterRecord) -> bytes:
-        return msgspec.json.encode(_row(record, places.get(record.adapter_id), state.registry))
+        row = _row(record, places.get(record.adapter_id), state.registry)
+        return msgspec.json.encode({**row, "path": told_path(record, tenant)})
 
-    rows = await encode_all(await records_of(state, tenant_of(request)), encode)
+    rows = await encode_all(await records_of(state, tenant), encode)
     body = await asyncio.to_thread(b",".join, rows)
     return Response(b'{"adapters":[' + body + b"]}", media_type="application/json")
 
@@ -151,7 +153,6 @@ def _row(record: AdapterRecord, status: AdapterStatus | None, registry: AdapterR
     row = {
         "name": record.name,
         "id": record.adapter_id,
-        "path": str(record.path),
         "rank": record.rank,
         "targets": list(record.targets),
         "bytes": record.num_bytes,

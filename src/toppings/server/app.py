@@ -11,6 +11,7 @@ from toppings.adapters.registry import AdapterRegistry
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.dashboard.feed import Feed
+from toppings.exchanges.exchange import Observer
 from toppings.server import (
     admin,
     chat,
@@ -28,7 +29,7 @@ from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import KeyMiddleware, check_role
 from toppings.server.catalogue import Catalogue
 from toppings.server.errors import install_error_handlers
-from toppings.server.exchange import ExchangeMiddleware, Observer
+from toppings.server.exchange import ExchangeMiddleware
 from toppings.server.limits import BoundsMiddleware, body_limit
 from toppings.server.methods import HeadMiddleware
 from toppings.server.metrics import Metrics
@@ -72,7 +73,7 @@ def create_app(
         redoc_url=None,
     )
     metrics = Metrics(client.info.model_name)
-    observers: list[Observer] = [metrics.note_answer]
+    observers: list[Observer] = [metrics.note_exchange]
     state = ServerState(client, registry, text_model, config, metrics, book, perf_model)
     app.state.toppings = state
     app.state.admin = make_admin(state)

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toppings.access import why_not_changed
 from toppings.dashboard.page import is_page
+from toppings.exchanges.exchange import UNCOUNTED
 from toppings.server.errors import ApiError, describe, error_response
 from toppings.server.exchange import exchange_of
 from toppings.server.state import state_of
@@ -25,8 +26,6 @@ TENANT_PATHS = frozenset(
     }
 )
 """Routes for every key; what they answer and do is bounded by the tenant. All others are administrators'."""
-UNCOUNTED = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods of requests that no limit counts."""
 DENIED = "PermissionDeniedError"
 TENANT_NAME = TENANT_HEADER.lower().encode()
 
@@ -49,7 +48,7 @@ class KeyMiddleware:
         self._app, self._book = app, book
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
+        if scope["type"] == "http" and not is_open(exchange_of(scope).path):
             try:
                 self._admit(scope)
             except Refusal as refusal:
@@ -74,9 +73,13 @@ def is_for_tenants(scope: Scope) -> bool:
 
 
 def check_role(request: Request) -> None:
-    """Dependency of all routes. Raises Refusal 403 for a tenant on a route that is not in `TENANT_PATHS`."""
+    """Dependency of all routes. Raises Refusal: 403 for a tenant on a route that is not in `TENANT_PATHS`,
+    401 for who is not known on one that is not open."""
     path = request.scope["route"].path
-    if not (is_open(path) or path in TENANT_PATHS or tenant_of(request).is_admin):
+    if is_open(path):
+        return
+    is_admin = tenant_of(request).is_admin
+    if not (is_admin or path in TENANT_PATHS):
         raise denied(f"{request.method} {path} is for administrators")
 
 

@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from toppings.access import JSON_TYPE, why_not_json
 from toppings.bad_input import RequestError, check_unicode, shown
-from toppings.server.errors import CLIENT_GONE, ApiError, field_at
+from toppings.exchanges.exchange import CLIENT_GONE
+from toppings.server.errors import ApiError, field_at
 
 MAX_ITEMS = 1 << 18
 """Values of one body; reading as many takes tens of milliseconds."""

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -25,17 +26,18 @@ class Catalogue:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._cards: dict[int, bytes] = {}  # by adapter id
+        self._cards: dict[tuple[int, bool], bytes] = {}  # by adapter id and whether it is for administrators
         self._version = -1  # of the cards and the lists
         self._lists: Latest[str, bytes] = Latest(MAX_LISTS)  # by who sees them
 
     async def models(self, tenant: Tenant) -> bytes:
         """The answer of `/v1/models`: what the tenant may see."""
-        version, key = self._state.registry.version(), "" if tenant.sees_all else tenant.to_header()
+        version = self._state.registry.version()
+        key = "admin" if tenant.is_admin else "all" if tenant.sees_all else tenant.to_header()
         if version == self._version and key in self._lists:
             return self._lists[key]
         records = await records_of(self._state, tenant)
-        cards = await encode_all(records, self._card)
+        cards = await encode_all(records, partial(self._card, tenant))
         listed = await asyncio.to_thread(self._list, cards, tenant)
         if version != self._version:
             self._lists.clear()
@@ -43,20 +45,20 @@ class Catalogue:
         self._lists[key] = listed
         return listed
 
-    def _live_cards(self) -> dict[int, bytes]:
-        known = self._cards
-        live = self._state.registry.live_ids()
-        return {adapter_id: known[adapter_id] for adapter_id in live if adapter_id in known}
+    def _live_cards(self) -> dict[tuple[int, bool], bytes]:
+        live = set(self._state.registry.live_ids())
+        return {key: card for key, card in list(self._cards.items()) if key[0] in live}
 
     def _list(self, cards: list[bytes], tenant: Tenant) -> bytes:
         """Beside the event loop: the whole answer."""
-        base = [msgspec.json.encode(base_card(self._state))] if tenant.may_see(None) else []
+        base = [msgspec.json.encode(base_card(self._state, tenant))] if tenant.may_see(None) else []
         return b'{"object":"list","data":[' + b",".join([*base, *cards]) + b"]}"
 
-    def _card(self, record: AdapterRecord) -> bytes:
-        card = self._cards.get(record.adapter_id)
+    def _card(self, tenant: Tenant, record: AdapterRecord) -> bytes:
+        key = (record.adapter_id, tenant.is_admin)
+        card = self._cards.get(key)
         if card is None:
-            card = self._cards[record.adapter_id] = msgspec.json.encode(adapter_card(self._state, record))
+            card = self._cards[key] = msgspec.json.encode(adapter_card(self._state, record, tenant))
         return card
 
 
@@ -81,14 +83,20 @@ async def encode_all(items: Iterable[T], encode: Callable[[T], bytes]) -> list[b
     return encoded
 
 
-def base_card(state: ServerState) -> dict[str, Any]:
-    return _card(
-        state.base_name, str(state.model_path), None, state.started_at, state.client.info.max_model_len
-    )
+def told_path(record: AdapterRecord, tenant: Tenant) -> str:
+    """Where an adapter came from, for administrators; for tenants its name, which says as much as they may
+    know."""
+    return str(record.path) if tenant.is_admin else record.name
 
 
-def adapter_card(state: ServerState, record: AdapterRecord) -> dict[str, Any]:
-    return _card(record.name, str(record.path), state.base_name, int(record.created_at), None)
+def base_card(state: ServerState, tenant: Tenant) -> dict[str, Any]:
+    root = str(state.model_path) if tenant.is_admin else state.base_name
+    return _card(state.base_name, root, None, state.started_at, state.client.info.max_model_len)
+
+
+def adapter_card(state: ServerState, record: AdapterRecord, tenant: Tenant) -> dict[str, Any]:
+    root = told_path(record, tenant)
+    return _card(record.name, root, state.base_name, int(record.created_at), None)
 
 
 def _card(

@@ -41,7 +41,7 @@ class ChatReply:
         self._created = int(time.time())
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        text = self._job.state.text
+        text = self._job.text
         content = [
             {"index": i, "message": _message(c), **self._ending(c.logprobs, c)}
             for i, c in enumerate(cast(list[ChatChoice], choices))
@@ -96,7 +96,7 @@ class ChatReply:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._job.target.name}
 
     def _ending(self, logprobs: list[TextLogprob], output: ChatChoice | ChatOutput) -> dict[str, Any]:
-        text = self._job.state.text
+        text = self._job.text
         name = namer(self._body, text)
         content = None
         if self._body.tells_logprobs:

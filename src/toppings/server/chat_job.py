@@ -103,7 +103,7 @@ class ChatJob(Job):
 
     def _num_tokens(self, thoughts: str) -> int:
         """As the tokeniser would write them: which tokens were theirs is not kept."""
-        return len(self.state.text.encode(thoughts, add_special_tokens=False))
+        return len(self.text.encode(thoughts, add_special_tokens=False))
 
     def _told(self, index: int, output: TextOutput, parser: OutputParser | None) -> ChatOutput:
         text, thoughts = output.text, ""
@@ -141,17 +141,18 @@ async def admitted_chat(state: ServerState, body: ChatBody) -> tuple[ChatJob, Le
 
 async def _job(state: ServerState, body: ChatBody, target: Target, started_at: float) -> ChatJob:
     plan = await chat_plan(state, body, target)
-    text, prompt = await _prompt(state, body, plan)
+    text, prompt = await _prompt(state, target, body, plan)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     is_bounded = max_tokens is not None
     if max_tokens is None:
         room = room_for_output(state, [prompt])
         max_tokens = min(room, state.defaults.get("max_tokens", room))
-    given = await checked_structure(state, body.structure())
+    given = await checked_structure(state, target, body.structure())
     reading = plan.reading(text, given)
     structure = reading.structure
     if structure is not None and structure != given:
-        structure = await checked_structure(state, ("tools" if plan.tools else "messages", structure))
+        name = "tools" if plan.tools else "messages"
+        structure = await checked_structure(state, target, (name, structure))
     return ChatJob(
         state=state,
         target=target,
@@ -176,13 +177,15 @@ async def _job(state: ServerState, body: ChatBody, target: Target, started_at: f
 
 async def chat_tokens(state: ServerState, body: ChatBody, target: Target) -> list[int]:
     """The prompt that the chat is. Raises as `admitted_chat`."""
-    return (await _prompt(state, body, await chat_plan(state, body, target)))[1]
+    return (await _prompt(state, target, body, await chat_plan(state, body, target)))[1]
 
 
-async def _prompt(state: ServerState, body: ChatBody, plan: ChatPlan) -> tuple[str, list[int]]:
-    text = await state.text.chat_text(plan.messages, plan.template, **plan.options)
+async def _prompt(
+    state: ServerState, target: Target, body: ChatBody, plan: ChatPlan
+) -> tuple[str, list[int]]:
+    text = await state.text_of(target).chat_text(plan.messages, plan.template, **plan.options)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, wanted)
     is_special = bool(body.add_special_tokens)
-    [token_ids] = await tokens_of(state, [text], add_special_tokens=is_special, num_last=num_last)
+    [token_ids] = await tokens_of(state, target, [text], add_special_tokens=is_special, num_last=num_last)
     return text, token_ids

@@ -102,11 +102,11 @@ class ChatPlan:
 
 async def chat_plan(state: ServerState, body: ChatBody, target: Target) -> ChatPlan:
     """Raises ApiError and RequestError for a chat that cannot be answered."""
-    settings = state.config.server
+    settings, text = state.config.server, state.text_of(target)
     tools = list(body.usable_tools())
     template = _request_template(state, body) or await state.template_of(target)
     if template is None:
-        template = state.text.tool_template if tools else state.text.template
+        template = text.tool_template if tools else text.template
     source = "" if template is None else template.source
     if body.documents and template is not None and not template.mentions("documents"):
         message = f"documents were given, but the chat template of {template.owner} does not show any"
@@ -116,9 +116,9 @@ async def chat_plan(state: ServerState, body: ChatBody, target: Target) -> ChatP
     thinks = {"auto": reasoning.END in source, "none": False}.get(settings.reasoning_parser, True)
     messages = with_names([message.for_template() for message in body.messages])
     if body.truncate_prompt_tokens is None:
-        state.text.check_chars(sum(len(message["content"]) for message in messages))
+        text.check_chars(sum(len(message["content"]) for message in messages))
     marks = (*(form.marks if tools else ()), *(reasoning.MARKS if thinks else ()))
-    tokens = state.text.single_tokens(marks)
+    tokens = text.single_tokens(marks)
     return ChatPlan(
         body=body,
         template=template,
@@ -127,7 +127,7 @@ async def chat_plan(state: ServerState, body: ChatBody, target: Target) -> ChatP
         thinks=thinks,
         messages=form.messages(messages, tools),
         tokens=tokens,
-        shown=_special(state.text, tokens),
+        shown=_special(text, tokens),
     )
 
 

@@ -43,12 +43,12 @@ async def _job(
 ) -> Job:
     is_special = body.add_special_tokens is not False
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, body.max_tokens)
-    prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)
+    prompts = await tokens_of(state, target, given, add_special_tokens=is_special, num_last=num_last)
     max_tokens = body.max_tokens
     if max_tokens is None:
         default = min(DEFAULT_MAX_TOKENS, state.defaults.get("max_tokens", DEFAULT_MAX_TOKENS))
         max_tokens = min(default, room_for_output(state, prompts))
-    structure = await checked_structure(state, body.structure())
+    structure = await checked_structure(state, target, body.structure())
     return Job(
         state=state,
         target=target,
@@ -72,7 +72,7 @@ async def _echoes(job: Job, body: CompletionBody, given: list[str | list[int]]) 
     def decode() -> list[str]:
         is_whole = body.truncate_prompt_tokens is None
         return [
-            prompt if isinstance(prompt, str) and is_whole else job.state.text.decode(token_ids)
+            prompt if isinstance(prompt, str) and is_whole else job.text.decode(token_ids)
             for prompt, token_ids in zip(given, job.prompts, strict=True)
         ]
 
@@ -106,7 +106,7 @@ class CompletionReply:
             "created": int(time.time()),
             "model": job.target.name,
         }
-        self._text = job.state.text
+        self._text = job.text
         self._echoes = echoes
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from toppings.dashboard.page import (
 from toppings.server.auth import tenant_of
 from toppings.server.catalogue import records_of
 from toppings.server.errors import ApiError, json_response, unavailable
+from toppings.server.exchange import exchange_of
 from toppings.server.methods import is_head
 from toppings.server.readings import adapter_row
 from toppings.server.state import state_of
@@ -46,9 +47,10 @@ async def events(request: Request) -> Response:
     feed = _feed_of(request)
     if is_head(request.scope):  # as the answer would begin
         return Response(headers=DATA_HEADERS, media_type="text/event-stream")
-    if feed.is_full:
+    exchange = exchange_of(request.scope)
+    if (viewer := feed.enter(exchange.tenant or exchange.client)) is None:
         raise unavailable(WHY_FULL)
-    return EventStream(feed.events(), feed.viewing(), headers=DATA_HEADERS)
+    return EventStream(feed.events(viewer), feed.viewing(viewer), headers=DATA_HEADERS)
 
 
 @router.get(DATA)

@@ -16,9 +16,10 @@ from pydantic import Field
 
 from toppings.bad_input import RequestError, shown
 from toppings.core import Standing
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sampling_params import Pooling, SamplingParams
 from toppings.server.bodies import JsonRoute
-from toppings.server.errors import CLIENT_GONE, ApiError, json_response
+from toppings.server.errors import ApiError, json_response
 from toppings.server.fields import Int, LenientBody, Name, Priority, Texts, TokenIds
 from toppings.server.jobs import Job, beside_loop, num_last_tokens, tokens_of
 from toppings.server.replies import raw_list
@@ -139,7 +140,7 @@ async def _job(
 ) -> Job:
     is_special = body.add_special_tokens is not False
     num_last = num_last_tokens(state, body.truncate_prompt_tokens, 0)
-    prompts = await tokens_of(state, given, add_special_tokens=is_special, num_last=num_last)
+    prompts = await tokens_of(state, target, given, add_special_tokens=is_special, num_last=num_last)
     sampling = SamplingParams(max_tokens=0, pooling=Pooling(body.pooling or "last"))
     return Job(
         state=state,

@@ -2,7 +2,9 @@
 
 import errno
 import logging
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from toppings.adapters.errors import AdapterError, StateError, StateFullError
 from toppings.bad_input import ContextLengthError, RequestError, shown
 from toppings.detokenizer import GenerationCutError, GenerationError
 from toppings.engine.client import EngineDeadError
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sandbox import SandboxBusyError
 from toppings.server.exchange import Exchange, current_exchange, exchange_of
 from toppings.server.methods import allowed_methods
@@ -24,7 +27,6 @@ from toppings.tenants.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
-CLIENT_GONE = 499
 CONTEXT_LENGTH = "context_length_exceeded"
 MAX_MESSAGE_CHARS = 2000
 """Of an answer that says what was wrong: it does not send a client's megabytes back."""
@@ -35,7 +37,8 @@ RETRY_AFTER_S = 1
 @dataclass
 class ApiError(Exception):
     """An answer with `status` and the usual error object; `kind` is its `type`, `code` what stands for the
-    status where clients look for a word. A long message is cut."""
+    status where clients look for a word, `logged` what the log has in the message's place. A long message is
+    cut."""
 
     status: int
     message: str
@@ -43,6 +46,7 @@ class ApiError(Exception):
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     code: str | None = None
+    logged: str = ""
 
     def __post_init__(self) -> None:
         self.message = shown(self.message, MAX_MESSAGE_CHARS)
@@ -65,7 +69,7 @@ def error_response(error: ApiError, exchange: Exchange | None = None) -> Respons
     exchange = exchange or current_exchange.get()
     body = error.body()
     if exchange is not None:
-        exchange.error = error.message
+        exchange.error = error.logged or error.message
     if exchange is not None and exchange.is_message:
         body = {"type": "error", "error": message_error(error), "request_id": exchange.request_id}
     return json_response(body, error.status, headers=error.headers)
@@ -112,12 +116,34 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 BUSY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
+NAMING = (AdapterError, OSError, EngineDeadError, GenerationError)
+"""What may name files: words of the registry, a source or the engine, also where another error is around."""
+_PATH = re.compile(r"""(?<![\w./-])~?/(?!/)[^\s'"`,;:()<>\[\]]+""")
+
+
+def without_paths(text: str) -> str:
+    """Of each absolute path its last part only, whether there is such a file or not: who asks about paths
+    learns nothing from what is left out."""
+    return _PATH.sub(lambda found: PurePath(found[0]).name, text)
+
+
 def describe(error: BaseException) -> ApiError:
     """The API's answer to any exception; an unforeseen one is logged and told without its details.
 
     The server's own lack of something is no fault of the request: 507 where a disk is full, 503 where files
-    or memory have run out, wherever in a chain of causes it stands.
+    or memory have run out, wherever in a chain of causes it stands. Tenants, who are no administrators, are
+    not told where the server's files are (`NAMING`).
     """
+    told = _describe(error)
+    exchange = current_exchange.get()
+    if exchange is None or exchange.account is None or exchange.account.tenant.is_admin:
+        return told
+    if not isinstance(error, NAMING) and not isinstance(error.__cause__, NAMING):
+        return told
+    return replace(told, message=without_paths(told.message), logged=told.message)
+
+
+def _describe(error: BaseException) -> ApiError:
     if isinstance(error, ApiError | Refusal):
         if error.status == 429 and (exchange := current_exchange.get()) is not None:
             exchange.rejected_by = "queue" if isinstance(error, ApiError) else "tenant"

@@ -1,24 +1,26 @@
 """One request and its answer: the id that both go by, and what of the request was not looked at."""
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toppings.bad_input import shown
+from toppings.exchanges.exchange import MESSAGES_ID, Observer, outcome_by
+from toppings.exchanges.exchange import Exchange as AnyExchange
 from toppings.request_ids import REQUEST_ID, request_id_of
 from toppings.sampling_params import SamplingParams
 from toppings.server.metrics import RequestTimer
-from toppings.tenants.account import Account
+from toppings.server.timings import measured_by
 
 logger = logging.getLogger(__name__)
 
-MESSAGES, MESSAGES_ID = "/v1/messages", "request-id"
-"""Anthropic's routes, and the name that its clients look for the id under."""
+OUTCOMES = ("error", "abort", "length", "stop")
+"""Of a request with several sequences, the first of these that one of them has."""
 IGNORED = "x-toppings-ignored"
 MAX_NAMES, MAX_NAME_LEN, MAX_NAMES_BYTES = 64, 64, 1024
 """Of fields that were ignored: those that an exchange remembers, and those that its header names."""
@@ -44,47 +46,38 @@ class Warned:
 
 
 @dataclass(slots=True)
-class Exchange:
-    """`is_strict`: fields that nobody knows are refused. `account`: who asks, once that is known, and `key`:
-    the id of their key, where it is one of the tenants file.
+class Exchange(AnyExchange):
+    """`is_strict`: fields that nobody knows are refused. What became of it, too: its sequences' `timers` and
+    what they may draw."""
 
-    What became of it: `status` of the answer (0: none was begun), `model` that was asked for, its sequences'
-    `timers` and what they may draw, the `error` that ended it, and whose limit said no, the "queue"'s or the
-    "tenant"'s (`rejected_by`). `started_at`: of `time.perf_counter`.
-    """
-
-    request_id: str
-    path: str = ""
     is_strict: bool = False
     warned: Warned = field(default_factory=Warned)
     ignored: dict[str, None] = field(default_factory=dict)
-    account: Account | None = None
-    key: str | None = None
-    method: str = ""
-    client: str = ""
     headers_in: list[tuple[bytes, bytes]] = field(default_factory=list)
-    started_at: float = field(default_factory=time.perf_counter)
-    status: int = 0
-    model: str = ""
-    has_adapter: bool = False
     sampling: SamplingParams | None = None
     timers: list[RequestTimer] = field(default_factory=list)
-    error: str = ""
-    rejected_by: str = ""
 
     @property
-    def tenant(self) -> str | None:
-        """ "" for the administrator, None for nobody that is known."""
-        return None if self.account is None else self.account.name
+    def outcome(self) -> str:
+        """How its sequences ended: "stop", "length", "abort" or "error"; else as `outcome_by`."""
+        ended = {timer.outcome for timer in self.timers}
+        if ended:
+            return next((outcome for outcome in OUTCOMES if outcome in ended), "error")
+        return outcome_by(self.status)
+
+    @property
+    def num_tokens(self) -> tuple[int, int] | None:
+        if not self.timers:
+            return None
+        started = [timer for timer in self.timers if timer.first_at is not None]
+        return sum(timer.num_prompt_tokens for timer in started), sum(timer.num_tokens for timer in started)
+
+    def measured(self) -> dict[str, Any]:
+        return measured_by(self.timers) if self.timers else {}
 
     def header(self, name: bytes) -> str:
         """ "" where the request has none."""
         return next((v.decode("latin-1") for n, v in self.headers_in if n == name), "")
-
-    @property
-    def is_message(self) -> bool:
-        """Whether it is in Anthropic's dialect."""
-        return self.path.startswith(MESSAGES)
 
     def ignore(self, name: str) -> None:
         name = shown(name, MAX_NAME_LEN)
@@ -110,7 +103,6 @@ class Exchange:
         return {**headers, IGNORED: ", ".join(names)}
 
 
-Observer = Callable[[Exchange], None]
 current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)
 
 
@@ -153,9 +145,9 @@ class ExchangeMiddleware:
     def _begin(self, scope: Scope) -> Exchange:
         exchange = scope["toppings.exchange"] = Exchange(
             "",
-            scope["path"],
-            self._is_strict,
-            self._warned,
+            scope["path"].removeprefix(scope.get("root_path", "")),  # below where a front has the application
+            is_strict=self._is_strict,
+            warned=self._warned,
             method=scope["method"],
             client=(scope.get("client") or ("",))[0],
             headers_in=scope["headers"],

@@ -18,9 +18,10 @@ from toppings.server.exchange import current_exchange
 from toppings.server.metrics import RequestTimer
 from toppings.server.state import Lease, ServerState, Target
 from toppings.server.streams import merged
+from toppings.slo import SLO_CLASS_HEADER, is_batch
 from toppings.tenants.refusals import denied
 from toppings.tenants.tenant import Tenant
-from toppings.text import TextLogprob
+from toppings.text import TextLogprob, TextModel
 
 LONG_TEXT = 4096
 """Characters, tokens or values of an answer above which they are worked on in a thread."""
@@ -73,7 +74,12 @@ class Job:
 
     def __post_init__(self) -> None:
         self.tenant = self.state.account.tenant
-        self.standing = replace(self.standing, tenant=self.tenant.name, weight=self.tenant.weight)
+        self.standing = replace(
+            self.standing,
+            tenant=self.tenant.name,
+            weight=self.tenant.weight,
+            is_batch=is_of_batch(self.tenant),
+        )
         check_salt(self.cache_salt)
         policy = self.state.config.engine.scheduling_policy
         if self.standing.priority and policy != "priority":
@@ -85,12 +91,14 @@ class Job:
             message = f"priority {self.standing.priority} is below the min_priority of tenant"
             raise denied(f"{message} `{self.tenant.name}`, {self.tenant.min_priority}")
         for prompt in self.prompts:
-            check_prompt(self.state, prompt, self.sampling.max_tokens)
+            check_prompt(self.state, self.target, prompt, self.sampling.max_tokens)
         sampling = self.sampling
-        check_token_ids(self.state, "stop_token_ids", sampling.stop_token_ids)
-        check_token_ids(self.state, "allowed_token_ids", sampling.allowed_token_ids)
-        check_token_ids(self.state, "logprob_token_ids", sampling.logprob_token_ids)
-        check_token_ids(self.state, "logit_bias", [token_id for token_id, _ in sampling.logit_bias])
+        check_token_ids(self.state, self.target, "stop_token_ids", sampling.stop_token_ids)
+        check_token_ids(self.state, self.target, "allowed_token_ids", sampling.allowed_token_ids)
+        check_token_ids(self.state, self.target, "logprob_token_ids", sampling.logprob_token_ids)
+        check_token_ids(
+            self.state, self.target, "logit_bias", [token_id for token_id, _ in sampling.logit_bias]
+        )
         if sampling.prompt_logprobs is not None:
             self._check_told(self.num_choices * self.num_prompt_tokens, sampling.prompt_logprobs + 1)
 
@@ -102,6 +110,10 @@ class Job:
                 f"the request asks for {num_tokens * num_each} log-probabilities of prompts ({num_tokens}"
                 f" tokens, {num_each} each); at most {MAX_PROMPT_LOGPROBS} are told at once"
             )
+
+    @property
+    def text(self) -> TextModel:
+        return self.state.text_of(self.target)
 
     @property
     def num_sequences(self) -> int:
@@ -202,7 +214,7 @@ class Job:
         state = self.state
         return generate_text(
             state.client,
-            state.text,
+            self.text,
             prompt,
             sampling,
             adapter_id,
@@ -228,7 +240,17 @@ class Job:
                 self.state.target(self.target.name)
 
 
-def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None:
+def is_of_batch(tenant: Tenant) -> bool:
+    """Whether what is being answered is of the class batch. Raises ApiError 400 for one that there is not."""
+    exchange = current_exchange.get()
+    asked = "" if exchange is None else exchange.header(SLO_CLASS_HEADER.lower().encode())
+    try:
+        return is_batch(asked, tenant.slo_class)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=SLO_CLASS_HEADER) from error
+
+
+def check_prompt(state: ServerState, target: Target, prompt: list[int], max_tokens: int) -> None:
     """Raises RequestError for an empty prompt, or one that is too long together with `max_tokens`."""
     limit = state.client.info.max_model_len
     if not prompt:
@@ -240,11 +262,13 @@ def check_prompt(state: ServerState, prompt: list[int], max_tokens: int) -> None
             f"you requested {len(prompt) + max_tokens} tokens ({len(prompt)} in the messages, {max_tokens} in"
             " the completion). Please reduce the length of the messages or completion.",
         )
-    check_token_ids(state, "prompt", prompt)
+    check_token_ids(state, target, "prompt", prompt)
 
 
-def check_token_ids(state: ServerState, name: str, token_ids: list[int] | tuple[int, ...]) -> None:
-    vocab_size = state.client.info.vocab_size
+def check_token_ids(
+    state: ServerState, target: Target, name: str, token_ids: list[int] | tuple[int, ...]
+) -> None:
+    vocab_size = state.vocab_size_of(target)
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
         raise RequestError(
@@ -259,6 +283,7 @@ def room_for_output(state: ServerState, prompts: list[list[int]]) -> int:
 
 async def tokens_of(
     state: ServerState,
+    target: Target,
     prompts: list[str | list[int]],
     *,
     add_special_tokens: bool = True,
@@ -266,16 +291,17 @@ async def tokens_of(
 ) -> list[list[int]]:
     """With `num_last`, the last so many of each at most. Raises RequestError for a text that is too long,
     before it is tokenised to its end."""
+    text = state.text_of(target)
     if num_last is None:
         for prompt in prompts:
-            state.text.check_chars(len(prompt) if isinstance(prompt, str) else 0)
+            text.check_chars(len(prompt) if isinstance(prompt, str) else 0)
 
     def tokens(prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt if num_last is None else prompt[-num_last:]
         if num_last is None:
-            return state.text.encode(prompt, add_special_tokens=add_special_tokens)
-        return state.text.encode_end(prompt, num_last, add_special_tokens=add_special_tokens)
+            return text.encode(prompt, add_special_tokens=add_special_tokens)
+        return text.encode_end(prompt, num_last, add_special_tokens=add_special_tokens)
 
     size = sum(len(prompt) for prompt in prompts)
     return await beside_loop(state, size, lambda: [tokens(prompt) for prompt in prompts])

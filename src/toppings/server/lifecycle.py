@@ -25,6 +25,7 @@ from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
 from toppings.engine.spawn import Spawner
+from toppings.exchanges.log_lines import NamingFormatter
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.server.app import create_app
 from toppings.server.connections import Connections, raise_connection_limit
@@ -33,9 +34,9 @@ from toppings.server.limits import MAX_HEAD_BYTES, MAX_URL_BYTES
 from toppings.server.records import keeping_records
 from toppings.server.resolver import drop_unconfigured
 from toppings.server.state import ServerState
-from toppings.server.stop import Stop
 from toppings.sources.adapters import parse_source
 from toppings.sources.models import find_model, with_model
+from toppings.stop import Stop
 from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
 from toppings.tracing import check_endpoint
@@ -46,7 +47,6 @@ FLUSH_S = 2.0
 """How long the last answers may take to leave once the engine has ended."""
 START_END_S = 0.5
 """How long a start that is given up may take to end what it has begun."""
-MAX_LOG_CHARS = 4000
 IDLE_CONNECTION_S = 75
 """Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): one that is closed as a request
 arrives on it loses that request."""
@@ -102,19 +102,8 @@ def start_logging(config: Config) -> None:
         file.touch()  # opened to append, as the engine's process does
     handlers = log_handlers(str(file), config.engine.max_log_bytes)
     for handler in handlers:
-        handler.setFormatter(_ShortFormatter(LOG_FORMAT))
+        handler.setFormatter(NamingFormatter(LOG_FORMAT, current_exchange.get))
     logging.basicConfig(level=config.server.log_level.upper(), handlers=handlers, force=True)
-
-
-class _ShortFormatter(logging.Formatter):
-    """Cuts messages, so that no request writes a megabyte to the log, keeps each on its line, and names the
-    request that it is about."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = shown(record.message, MAX_LOG_CHARS).replace("\r", "\\r").replace("\n", "\\n")
-        if (exchange := current_exchange.get()) is not None:
-            record.message += f" [request {exchange.request_id}]"
-        return super().formatMessage(record)
 
 
 async def _serve(config: Config, spawner: Spawner) -> int:

@@ -15,8 +15,9 @@ from fastapi.responses import Response
 from toppings.adapters.errors import AdapterNotFound
 from toppings.core import Standing
 from toppings.detokenizer import TextOutput
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sampling_params import SamplingParams
-from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.errors import ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, PathText, Priority, Texts
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.state import Lease, ServerState, Target, state_of
@@ -116,7 +117,7 @@ async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, 
         state=state,
         target=target,
         started_at=lease.started_at,
-        prompts=await tokens_of(state, [body.inputs]),
+        prompts=await tokens_of(state, target, [body.inputs]),
         sampling=body.parameters.sampling(state, has_logprobs=has_logprobs),
         standing=Standing(priority=body.parameters.priority or 0),
     )

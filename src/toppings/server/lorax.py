@@ -15,8 +15,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from toppings.core import FinishReason, Standing
+from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.sampling_params import SamplingParams, Structure, StructureKind
-from toppings.server.errors import CLIENT_GONE, ApiError, describe, json_response
+from toppings.server.errors import ApiError, describe, json_response
 from toppings.server.fields import Int, LenientBody, Name, Priority, Texts, Token
 from toppings.server.jobs import Choice, Job, tokens_of
 from toppings.server.lorax_merges import MergedAdapters, find_merged
@@ -194,12 +195,12 @@ async def _target(state: ServerState, parameters: Parameters) -> Target:
 
 async def _job(state: ServerState, body: Body, target: Target, lease: Lease, *, has_logprobs: bool) -> Job:
     parameters = body.parameters
-    structure = await checked_structure(state, parameters.structure())
+    structure = await checked_structure(state, target, parameters.structure())
     return Job(
         state=state,
         target=target,
         started_at=lease.started_at,
-        prompts=await tokens_of(state, [body.inputs]),
+        prompts=await tokens_of(state, target, [body.inputs]),
         sampling=parameters.sampling(has_logprobs=has_logprobs, structure=structure),
         standing=Standing(priority=parameters.priority or 0),
     )

@@ -4,6 +4,8 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from toppings.server.exchange import exchange_of
+
 IS_HEAD = "toppings.is_head"
 """In the scope of a GET that was a HEAD."""
 
@@ -35,7 +37,7 @@ def is_head(scope: Scope) -> bool:
 def allowed_methods(request: Request) -> list[str]:
     """All methods that the path has, those of every route that it matches: the header `Allow`."""
     routes: list[Route] = request.app.state.routes
-    path = request.scope["path"]
+    path = exchange_of(request.scope).path
     found = {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
     if "GET" in found:
         found.add("HEAD")

@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,10 +12,9 @@ from prometheus_client.registry import Collector
 from toppings.core import FinishReason
 from toppings.dashboard.recent import Recent
 from toppings.detokenizer import TextOutput
+from toppings.exchanges.counts import ExchangeCounts, LogsCollector
+from toppings.exchanges.exchange import Exchange
 from toppings.messages import AdapterStatus, ColdStart, EngineStats
-
-if TYPE_CHECKING:
-    from toppings.server.exchange import Exchange
 
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
@@ -30,9 +28,6 @@ VLLM_COUNTERS = {
     "spec_decode_accepted_tokens": ("spec_decode_num_accepted_tokens", "Those that the model drew itself."),
 }
 """The engine's counters by their names here, with those that vLLM gives them."""
-DENIED = (401, 403)
-MAX_TENANTS, OTHER_TENANTS = 1024, "_other"
-"""Names that have counters of their own: without keys a client may name tenants as it likes."""
 STEP_LOG, STEP_LOG_DROPPED = "steps.jsonl", "step_log_dropped"
 COLD_START_PARTS = ("read", "copy", "exposed", "compute")
 
@@ -98,16 +93,7 @@ class Metrics:
         self._queue = histogram("toppings:queue_seconds", "Arrival to first scheduled.")
         self._cold = histogram("toppings:cold_start_seconds", "Parts of cold starts.", "part", "tier")
         self._requests = counter("toppings:requests", "Sequences that ended, by how.", "outcome")
-        self._rejected = counter("toppings:rejected", "Answers 429, by whose limit.", "reason")
-        self._denied = counter("toppings:denied", "Answers 401 and 403.", "status")
-        self._tenant_requests = counter("toppings:tenant_requests", "Requests for tokens.", "tenant")
-        self._tenant_rejected = counter("toppings:tenant_rejected", "Answers 429.", "tenant")
-        self._tenant_tokens = counter("toppings:tenant_tokens", "Tokens, by kind.", "tenant", "kind")
-        self._tenants: set[str] = set()
-        for by in ("queue", "tenant"):
-            self._rejected.labels(by)
-        for status in DENIED:
-            self._denied.labels(status)
+        self._exchanges = ExchangeCounts(registry, "toppings:", ("queue", "tenant"))
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started sequences.", *names)
         self._generated_tokens = counter("vllm:generation_tokens", "Generated tokens.", *names)
         self._model = model
@@ -123,26 +109,12 @@ class Metrics:
         for tokens in (self._prompt_tokens, self._generated_tokens):
             tokens.labels(**model)
 
-    def note_answer(self, exchange: "Exchange") -> None:
-        """An exchange that is over: who was told no, and what tenants had."""
-        if exchange.status in DENIED:
-            self._denied.labels(exchange.status).inc()
+    def note_exchange(self, exchange: Exchange) -> None:
+        """One that is over: who was told no, and what tenants had."""
+        self._exchanges.note(exchange)
         if exchange.rejected_by:
             self._requests.labels("rejected").inc()
-            self._rejected.labels(exchange.rejected_by).inc()
             self.recent.note_end("rejected")
-        if not exchange.tenant or not (exchange.timers or exchange.rejected_by):
-            return
-        if len(self._tenants) < MAX_TENANTS:
-            self._tenants.add(exchange.tenant)
-        tenant = exchange.tenant if exchange.tenant in self._tenants else OTHER_TENANTS
-        self._tenant_requests.labels(tenant).inc()
-        if exchange.rejected_by:
-            self._tenant_rejected.labels(tenant).inc()
-        started = [timer for timer in exchange.timers if timer.first_at is not None]
-        num_prompt_tokens = sum(timer.num_prompt_tokens for timer in started)
-        self._tenant_tokens.labels(tenant, "prompt").inc(num_prompt_tokens)
-        self._tenant_tokens.labels(tenant, "generation").inc(sum(timer.num_tokens for timer in started))
 
     def note(self, timer: RequestTimer, output: TextOutput) -> None:
         """An output of a sequence, as it comes."""
@@ -191,31 +163,14 @@ class Metrics:
     ) -> bytes:
         """The exposition text; without `stats` (no engine) only what the server itself counted. Made beside
         the event loop: it takes milliseconds."""
-        dropped = {name: num_dropped() for name, num_dropped in self.logs.items()}
+        dropped = dict(self.logs)
         snapshot = CollectorRegistry(auto_describe=False)
         if stats is not None:
             snapshot.register(EngineCollector(stats, name_of, num_registered))
-            dropped[STEP_LOG] = int(stats.counters.get(STEP_LOG_DROPPED, 0))
-        snapshot.register(LogsCollector(dropped))
+            num_steps = int(stats.counters.get(STEP_LOG_DROPPED, 0))
+            dropped[STEP_LOG] = lambda: num_steps
+        snapshot.register(LogsCollector("toppings:log_dropped", dropped))
         return await asyncio.to_thread(lambda: generate_latest(self.registry) + generate_latest(snapshot))
-
-
-class LogsCollector(Collector):
-    """Records that were dropped, by their file's name."""
-
-    def __init__(self, dropped: Mapping[str, int]) -> None:
-        self._dropped = dropped
-
-    def describe(self) -> Iterator[Metric]:
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "toppings:log_dropped", "Records that were not written, by file.", labels=["file"]
-        )
-        for name, num_dropped in sorted(self._dropped.items()):
-            family.add_metric([name], num_dropped)
-        yield family
 
 
 class EngineCollector(Collector):

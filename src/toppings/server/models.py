@@ -1,5 +1,6 @@
 """`/v1/models`, and loading and unloading adapters as vLLM, SageMaker and SGLang spell it."""
 
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -12,10 +13,18 @@ from toppings.adapters.registry import AdapterRecord
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.auth import check_may_load, may_change_state, tenant_of
 from toppings.server.bodies import TypedJsonRoute
-from toppings.server.catalogue import Catalogue, adapter_card, base_card, encode_all, records_of
+from toppings.server.catalogue import (
+    Catalogue,
+    adapter_card,
+    base_card,
+    encode_all,
+    records_of,
+    told_path,
+)
 from toppings.server.errors import ApiError, describe, json_response
 from toppings.server.fields import Int, Name, PathText
 from toppings.server.state import state_of
+from toppings.tenants.tenant import Tenant
 
 router = APIRouter()
 changing = APIRouter(dependencies=[Depends(may_change_state)], route_class=TypedJsonRoute)
@@ -83,13 +92,13 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, request: Request) -> Response:
-    state = state_of(request)
-    if not tenant_of(request).may_see(None if name == state.base_name else name):
+    state, tenant = state_of(request), tenant_of(request)
+    if not tenant.may_see(None if name == state.base_name else name):
         raise state.unknown(name)
     target = state.target(name)
     if target.adapter_id is None:
-        return json_response(base_card(state))
-    return json_response(adapter_card(state, state.registry.get_by_id(target.adapter_id)))
+        return json_response(base_card(state, tenant))
+    return json_response(adapter_card(state, state.registry.get_by_id(target.adapter_id), tenant))
 
 
 @changing.post("/v1/load_lora_adapter")
@@ -170,8 +179,9 @@ def _loaded(request: Request, record: AdapterRecord, message: str) -> Response:
 async def _sglang_reply(request: Request, error: Exception | None, doubt: str | None = None) -> Response:
     """SGLang's controllers know 200 and 400 only; what is the server's fault stays 5xx."""
     described = None if error is None else describe(error)
-    records = await records_of(state_of(request), tenant_of(request))
-    loaded = await encode_all(records, _name_and_path)
+    tenant = tenant_of(request)
+    records = await records_of(state_of(request), tenant)
+    loaded = await encode_all(records, partial(_name_and_path, tenant))
     content = {
         "success": described is None,
         "error_message": "" if described is None else described.message,
@@ -182,5 +192,5 @@ async def _sglang_reply(request: Request, error: Exception | None, doubt: str | 
     return json_response(content, 200 if described is None else described.status if is_ours else 400)
 
 
-def _name_and_path(record: AdapterRecord) -> bytes:
-    return msgspec.json.encode(record.name) + b":" + msgspec.json.encode(record.path)
+def _name_and_path(tenant: Tenant, record: AdapterRecord) -> bytes:
+    return msgspec.json.encode(record.name) + b":" + msgspec.json.encode(told_path(record, tenant))

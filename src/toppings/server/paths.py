@@ -19,8 +19,9 @@ class AdapterRoots:
         """Links in an adapter's directory may not lead out of these either."""
         return self._roots
 
-    def locate(self, name: str, path: str) -> Path:
+    def locate(self, name: str, path: str, *, tells_roots: bool = True) -> Path:
         """The directory that `path` means; a relative one is looked for below each root in turn.
+        `tells_roots`: what is wrong is told with the roots.
 
         Raises ApiError: 403 for a path outside the roots, whether it exists or not; 404 for one inside that
         does not exist; 400 for a text that is no path.
@@ -30,7 +31,7 @@ class AdapterRoots:
         candidates = [self._resolve(root / path) for root in self._roots]
         allowed = [candidate for candidate in candidates if self._is_below(candidate)]
         if not allowed:
-            raise ApiError(403, self._refusal(path), "PermissionDeniedError", "lora_path")
+            raise ApiError(403, self._refusal(path, tells_roots), "PermissionDeniedError", "lora_path")
         for candidate in allowed:
             try:
                 if candidate.is_dir():
@@ -38,18 +39,18 @@ class AdapterRoots:
             except OSError as error:  # it lies in a directory that may not be entered
                 message = f"Loading lora {name} failed: cannot read {path}: {error.strerror}"
                 raise ApiError(400, message, "InvalidUserInput", "lora_path") from error
-        message = (
-            f"Loading lora {name} failed: No adapter found for {path}; looked below {self._told_roots()}"
-        )
-        raise ApiError(404, message, "NotFoundError")
+        message = f"Loading lora {name} failed: No adapter found for {path}"
+        looked = f"; looked below {self._told_roots()}" if tells_roots else ""
+        raise ApiError(404, message + looked, "NotFoundError")
 
     def _is_below(self, path: Path) -> bool:
         return any(path.is_relative_to(root) for root in self._roots)
 
-    def _refusal(self, path: str) -> str:
+    def _refusal(self, path: str, tells_roots: bool) -> str:
         if not self._roots:
             return "no adapters may be loaded over HTTP: the server has no adapter_roots"
-        return f"{path} is not below the server's adapter roots: {self._told_roots()}"
+        roots = f": {self._told_roots()}" if tells_roots else ""
+        return f"{path} is not below the server's adapter roots{roots}"
 
     def _told_roots(self) -> str:
         return ", ".join(map(str, self._roots))

@@ -8,9 +8,8 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from toppings.config import Config
-from toppings.log_files import JsonLines
-from toppings.server.audit_log import AuditLog
-from toppings.server.request_log import RequestLog
+from toppings.exchanges.records import keeping_files
+from toppings.server.exchange import current_exchange
 from toppings.server.state import ServerState
 from toppings.server.traces import RequestTraces
 from toppings.tracing import open_tracing
@@ -25,26 +24,25 @@ def keeping_records(app: FastAPI, config: Config, directory: Path) -> Iterator[N
     """
     state: ServerState = app.state.toppings
     app.state.observers.append(state.left.note)
-    server, max_bytes = config.server, config.engine.max_log_bytes
-    tracing = open_tracing(server.otlp_traces_endpoint, "toppings")
+    tracing = open_tracing(config.server.otlp_traces_endpoint, "toppings")
     traces = RequestTraces(tracing) if tracing.is_on else None
     if traces is not None:
         app.state.observers.append(traces.note)
         state.metrics.logs["traces"] = partial(getattr, traces, "num_dropped")
-    requests = JsonLines(str(directory / "requests.jsonl") if server.request_log else "", max_bytes)
-    audits = JsonLines(str(directory / "audit.jsonl") if server.audit_log == "on" else "", max_bytes)
-    if requests.is_on:
-        app.state.observers.append(RequestLog(requests, server.request_log).note)
-    for name, lines in (("requests.jsonl", requests), ("audit.jsonl", audits)):
-        if lines.is_on:
-            state.metrics.logs[name] = partial(getattr, lines, "num_dropped")
-    state.audit = AuditLog(audits)
-    state.book.on_change = state.audit.note_tenants
-    try:
-        yield
-    finally:
-        if traces is not None:
-            traces.close()
-        tracing.close()
-        requests.close()
-        audits.close()
+    with keeping_files(
+        directory,
+        request_log=config.server.request_log,
+        audit_log=config.server.audit_log,
+        max_log_bytes=config.engine.max_log_bytes,
+        current=current_exchange.get,
+    ) as records:
+        app.state.observers += records.observers
+        state.metrics.logs |= records.dropped
+        state.audit = records.audit
+        state.book.on_change = state.audit.note_tenants
+        try:
+            yield
+        finally:
+            if traces is not None:
+                traces.close()
+            tracing.close()

@@ -7,7 +7,8 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from toppings.server.errors import CLIENT_GONE, ApiError, json_response
+from toppings.exchanges.exchange import CLIENT_GONE
+from toppings.server.errors import ApiError, json_response
 from toppings.server.jobs import Choice, Job, beside_loop
 from toppings.server.protocol import GenerationBody
 from toppings.server.state import Lease

@@ -109,7 +109,7 @@ class Resolver:
             logger.warning("the packed file of adapter %s is damaged; it is fetched again", record.name)
             key = (record.name, AGAIN, "")
             record = await self._lookups.once(key, partial(self._bring_again, record))
-        return Target(record.name, record.adapter_id)
+        return Target(record.name, record.adapter_id, record.vocabulary)
 
     def has(self, kind: str) -> bool:
         """Whether a source of this kind is configured."""

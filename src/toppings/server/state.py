@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -13,23 +13,24 @@ from fastapi import Request
 from toppings.adapters.errors import AdapterError
 from toppings.adapters.recent_names import RecentNames
 from toppings.adapters.registry import AdapterRegistry
+from toppings.adapters.vocabulary import Vocabulary
 from toppings.chat_template import ChatTemplate
 from toppings.cluster.perf_model import PerfModel
 from toppings.config import Config
 from toppings.detokenizer import TokenSource
+from toppings.exchanges.audit_log import AuditLog
 from toppings.grammar.checker import StructureChecker
 from toppings.messages import EngineReady, EngineStats
 from toppings.sampling_defaults import read_do_sample, read_sampling_defaults
-from toppings.server.audit_log import AuditLog
 from toppings.server.cold_starts import ColdStarts
-from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable
+from toppings.server.errors import RETRY_AFTER_S, ApiError, unavailable, without_paths
 from toppings.server.exchange import current_exchange
 from toppings.server.left_requests import LeftRequests
 from toppings.server.metrics import Metrics
 from toppings.sources.models import find_model
 from toppings.tenants.account import Account, Place, Tally
 from toppings.tenants.book import TenantBook
-from toppings.tenants.refusals import no_access
+from toppings.tenants.refusals import no_access, unauthorized
 from toppings.text import TextModel
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class Target:
 
     name: str
     adapter_id: int | None = None
+    vocabulary: Vocabulary | None = None
+    """Its own, where it has one."""
+    text: TextModel | None = None
+    """That of its own vocabulary, once `find_target` has made it."""
 
 
 class Lease:
@@ -171,10 +176,14 @@ class ServerState:
 
     @property
     def account(self) -> Account:
-        """Of whoever sent the request that is being answered."""
+        """Of whoever sent the request that is being answered. Raises Refusal 401 where a key is asked for and
+        nobody is known, as on an open path or outside of requests."""
         exchange = current_exchange.get()
-        asking = None if exchange is None else exchange.account
-        return self.book.anybody() if asking is None else asking
+        if exchange is not None and exchange.account is not None:
+            return exchange.account
+        if self.book.asks_for_keys:
+            raise unauthorized(is_given=False)
+        return self.book.anybody()
 
     async def find_target(
         self, model: str | None, *, kind: str | None = None, token: str | None = None
@@ -192,7 +201,19 @@ class ServerState:
             raise self.unknown(model or self.base_name)
         if model and model != self.base_name and self.resolver is not None:
             await self.resolver.resolve(model, kind=kind, token=token)
-        return self.target(model)
+        target = self.target(model)
+        if target.vocabulary is None:
+            return target
+        loop = asyncio.get_running_loop()
+        return replace(target, text=await loop.run_in_executor(self.threads, self.text.of, target.vocabulary))
+
+    def text_of(self, target: Target) -> TextModel:
+        """Tokens of its requests to text and back."""
+        return target.text or self.text
+
+    def vocab_size_of(self, target: Target) -> int:
+        own = target.vocabulary
+        return self.client.info.vocab_size if own is None else own.size or self.client.info.vocab_size
 
     def target(self, model: str | None) -> Target:
         """Raises ApiError 404 for a model that is not served; no name means the base model."""
@@ -202,7 +223,7 @@ class ServerState:
         if record is None:
             raise self.unknown(model)
         self._names.note(record.adapter_id, model)
-        return Target(model, record.adapter_id)
+        return Target(model, record.adapter_id, record.vocabulary)
 
     def unknown(self, model: str) -> ApiError:
         """404, the same for a model that there is not and for one that who asks may not see."""
@@ -247,9 +268,15 @@ class ServerState:
         if self.is_draining:
             raise unavailable("the server is shutting down")
         if self.client.died.is_set():
-            raise ApiError(503, self.client.down_reason, "EngineDeadError")
+            raise ApiError(503, self.down_reason, "EngineDeadError")
         if not self.client.is_alive:
-            raise unavailable(self.client.down_reason, "EngineDeadError")
+            raise unavailable(self.down_reason, "EngineDeadError")
+
+    @property
+    def down_reason(self) -> str:
+        """Why there is no engine, for all: where keys are asked for, without paths."""
+        reason = self.client.down_reason
+        return without_paths(reason) if self.book.asks_for_keys else reason
 
     async def admit(self, num_sequences: int, find: Callable[[], Awaitable[Target]]) -> tuple[Target, Lease]:
         """Who answers, as `find` says, and a place for so many sequences.

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from toppings.adapters.vocabulary import own_names
 from toppings.bad_input import RequestError
 from toppings.sampling_params import Structure, StructureKind
 from toppings.server.errors import ApiError
 from toppings.server.fields import LenientBody
-from toppings.server.state import ServerState
+from toppings.server.state import ServerState, Target
 from toppings.tools.grammar import OPTIONS
 
 Choices = Annotated[list[str], Field(fail_fast=True)]
@@ -99,13 +100,15 @@ class StructureFields(LenientBody):
         return wish.json_schema.schema_, wish.json_schema.strict is False
 
 
-async def checked_structure(state: ServerState, named: tuple[str, Structure] | None) -> Structure | None:
+async def checked_structure(
+    state: ServerState, target: Target, named: tuple[str, Structure] | None
+) -> Structure | None:
     """What the engine is to be given. Raises ApiError with the field's name, SandboxBusyError."""
     if named is None:
         return None
     name, structure = named
     try:
-        return await state.checker.checked(structure)
+        return await state.checker.checked(structure, *own_names(target.vocabulary))
     except RequestError as error:
         raise ApiError(400, f"{name}: {error}", param=name) from error
 

@@ -15,7 +15,7 @@ from toppings.server.chat_job import chat_tokens
 from toppings.server.errors import ApiError, json_response
 from toppings.server.fields import LenientBody, Name, TokenIds
 from toppings.server.jobs import beside_loop, check_token_ids, tokens_of
-from toppings.server.state import ServerState, state_of
+from toppings.server.state import ServerState, Target, state_of
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -58,34 +58,34 @@ class DetokenizeBody(LenientBody):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, request: Request) -> Response:
     state = state_of(request)
+    target = await state.find_target(body.model)
     if body.prompt is None:
-        token_ids = await _chat_tokens(state, body)
+        token_ids = await _chat_tokens(state, body, target)
     else:
-        await state.find_target(body.model)
         is_special = body.add_special_tokens is not False
-        [token_ids] = await tokens_of(state, [body.prompt], add_special_tokens=is_special)
+        [token_ids] = await tokens_of(state, target, [body.prompt], add_special_tokens=is_special)
     content = {
         "count": len(token_ids),
         "max_model_len": state.client.info.max_model_len,
         "tokens": token_ids,
-        "token_strs": state.text.stored_tokens(token_ids) if body.return_token_strs else None,
+        "token_strs": state.text_of(target).stored_tokens(token_ids) if body.return_token_strs else None,
     }
     return await beside_loop(state, len(token_ids), lambda: json_response(content))
 
 
-async def _chat_tokens(state: ServerState, body: TokenizeBody) -> list[int]:
+async def _chat_tokens(state: ServerState, body: TokenizeBody, target: Target) -> list[int]:
     chat = ChatBody(**{name: getattr(body, name) for name in CHAT_FIELDS})
-    return await chat_tokens(state, chat, await state.find_target(body.model))
+    return await chat_tokens(state, chat, target)
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     state = state_of(request)
-    check_token_ids(state, "tokens", body.tokens)
-    await state.find_target(body.model)
+    target = await state.find_target(body.model)
+    check_token_ids(state, target, "tokens", body.tokens)
 
     def decode() -> str:
-        return state.text.decode(body.tokens, skip_special_tokens=False)
+        return state.text_of(target).decode(body.tokens, skip_special_tokens=False)
 
     text = await beside_loop(state, len(body.tokens), decode)
     return json_response({"prompt": text})

@@ -9,11 +9,11 @@ from itertools import groupby
 from time import time_ns
 
 from toppings.backlog import Backlog
+from toppings.exchanges.request_log import INFERENCE_PATHS
 from toppings.messages import ColdStart
 from toppings.messages import Span as Time
 from toppings.server.exchange import Exchange
 from toppings.server.metrics import RequestTimer
-from toppings.server.request_log import INFERENCE_PATHS, outcome_of
 from toppings.tracing import PARENT_HEADERS, Attributes, Span, Tracing, unix_ns
 
 OPERATIONS = {
@@ -76,7 +76,7 @@ def _attributes(exchange: Exchange) -> Attributes:
         "http.response.status_code": exchange.status,
         "url.path": exchange.path,
         "toppings.request_id": exchange.request_id,
-        "toppings.outcome": outcome_of(exchange),
+        "toppings.outcome": exchange.outcome,
     }
     if exchange.tenant:
         found["toppings.tenant"] = exchange.tenant

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from toppings.cluster.snapshot import RequestSnapshot
+from toppings.core import BATCH_PRIORITY
 from toppings.sampling_params import SamplingParams
+from toppings.settings import ConfigError
 from toppings.sim.request import SimRequest
 from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
@@ -36,6 +38,10 @@ class Arrivals:
         if trace.tenants is not None:
             self._owners = list(zip(trace.tenants.names, trace.tenants.weights))
             self._indices = trace.tenants.indices.tolist()
+        self._batch_tenants = frozenset(filter(None, config.batch_tenants.split(",")))
+        unknown = self._batch_tenants - {name for name, _ in self._owners}
+        if unknown:
+            raise ConfigError(f"batch_tenants has {sorted(unknown)[0]!r}; the trace has no such tenant")
 
     def __len__(self) -> int:
         return len(self.at_ns)
@@ -56,6 +62,7 @@ class Arrivals:
             num_to_generate=self.nums_to_generate[index],
             tenant=tenant,
             weight=weight,
+            priority=BATCH_PRIORITY * (tenant in self._batch_tenants),
         )
 
     def snapshot(self, request: SimRequest, response_tokens: float) -> RequestSnapshot:
@@ -70,6 +77,7 @@ class Arrivals:
             self.adapter_bytes[adapter],
             () if blocks is None else [(adapter, each) for each in blocks[request.index]],
             0.0 if blocks is None else blocks.block_len,
+            is_batch=request.is_batch,
         )
 
 

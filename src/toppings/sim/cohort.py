@@ -262,7 +262,7 @@ class CohortScheduler(Scheduler):
     def may_turn(self) -> bool:
         """Whose turn it is may change with what is served, and then who can start."""
         has_places = len(self.running) < self.limits.max_num_seqs
-        return self.waiting.is_contended and (has_places or self.waiting.has_several_tenants)
+        return self.waiting.is_contended and (has_places or self.waiting.may_displace)
 
     def quiet_until(self) -> float:
         """Before this instant, with the pool as it is, time alone changes nothing for those that wait."""

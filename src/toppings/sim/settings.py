@@ -46,6 +46,10 @@ class SimConfig(Settings):
     num_instances: int = setting(1, "servers behind the router", at_least=1)
     mode: str = setting("pipelined", "cold adapters", choices=tuple(MODES))
     slo_tpt_ms: float = setting(math.inf, above=0)
+    slo_ttft_ms: float = setting(math.inf, "objective for the time until the first token, ms", above=0)
+    batch_tenants: str = setting(
+        "", "tenants of the trace whose requests take what others leave (commas between)"
+    )
     seed: int = setting(0, at_least=0)
     max_num_seqs: int = setting(256, "requests at once on a server", at_least=1)
     max_num_batched_tokens: int = setting(

@@ -6,19 +6,15 @@ the next one, and requests that arrive together at an idle server are in one ste
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush, heapreplace
 
 from toppings.bad_input import RequestError
-from toppings.cluster.dispatcher import Dispatcher
-from toppings.cluster.placement import PlacementSettings, make_placement
-from toppings.cluster.policies import PolicySettings, make_policy
-from toppings.cluster.snapshot import InstanceSnapshot, RequestSnapshot
+from toppings.cluster.batch_class import Held
+from toppings.cluster.snapshot import RequestSnapshot
 from toppings.sim.arrivals import Arrivals
-from toppings.sim.blocks import TraceNames
-from toppings.sim.instance import Instance
+from toppings.sim.fleet import make_instances, make_routers
 from toppings.sim.records import NEVER, InstanceTotals, Records, SimResult
 from toppings.sim.request import SimRequest
 from toppings.sim.run import Run
@@ -26,9 +22,6 @@ from toppings.sim.settings import NS_PER_S, SimConfig
 from toppings.sim.trace import Trace
 
 NUM_PROGRESS_CALLS = 100
-SEED_STRIDE = 1_000_003
-"""Between the seeds of routers of one run."""
-
 STEP_END, REPORT, KILL, PLAN, REBALANCE, END_OF_TIME = range(6)
 """Kinds of events; at one instant, in this order."""
 
@@ -59,11 +52,12 @@ class Simulator:
     def __init__(self, config: SimConfig, trace: Trace) -> None:
         self.config, self.trace = config, trace
         self.arrivals = Arrivals(config, trace)
-        self._shares = trace.blocks is not None and config.enable_prefix_caching == "on"
-        self.instances = [self._make_instance() for _ in range(config.num_instances)]
+        self.instances = make_instances(config, trace, self.arrivals)
         self._ids = [f"instance-{i}" for i in range(config.num_instances)]
         self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
-        self.dispatchers = [self._make_dispatcher(index) for index in range(config.num_routers)]
+        self.dispatchers = make_routers(config, self.arrivals, self._ids)
+        self._held: list[Held[SimRequest]] = [Held() for _ in self.dispatchers]
+        self._held_snapshots: dict[SimRequest, RequestSnapshot] = {}
         self.records = Records(self.arrivals.nums_to_generate)
         self._versions = [0] * config.num_instances
         self._num_arrived = 0
@@ -77,37 +71,6 @@ class Simulator:
             self._plan,
             self._rebalance,
         ]
-
-    def _make_instance(self) -> Instance:
-        blocks = self.trace.blocks if self._shares else None
-        names = None if blocks is None else TraceNames(blocks, self.config.page_size)
-        return Instance(self.config, self.arrivals.adapter_names, self.arrivals.adapter_bytes, names)
-
-    def _make_dispatcher(self, index: int) -> Dispatcher:
-        """Router `index`. It counts what it sent itself; row i of its fleet is instance i."""
-        config, everything = self.config, frozenset(self.arrivals.adapter_names)
-        seed = config.seed + index * SEED_STRIDE
-        return Dispatcher(
-            make_policy(config.policy, PolicySettings(config.slo_tpt_ms, seed, config.candidates)),
-            (
-                InstanceSnapshot(
-                    instance_id=instance_id,
-                    perf_model=config.perf_model,
-                    kv_tokens_total=config.num_pages * config.page_size,
-                    max_num_seqs=config.max_num_seqs,
-                    adapter_bytes_total=math.inf if config.mode == "cached" else config.device_pool_bytes,
-                    on_device=everything if config.mode == "cached" else frozenset(),
-                    on_host=frozenset() if config.host_store_bytes else everything,
-                )
-                for instance_id in self._ids
-            ),
-            response_tokens=config.response_tokens,
-            snapshot_interval=round(config.snapshot_interval_s * NS_PER_S),
-            placement=make_placement(
-                config.placement, PlacementSettings(config.num_copies, config.slo_tpt_ms)
-            ),
-            ticks_per_s=NS_PER_S,
-        )
 
     def run(
         self, *, until_s: float = float("inf"), on_progress: Callable[[int], None] | None = None
@@ -163,7 +126,8 @@ class Simulator:
                 queue.append((0, PLAN, 0, 0))
             if 0 < (kill_at := round(self.config.kill_at_s * NS_PER_S)) <= self.arrivals.at_ns[-1]:
                 queue.append((kill_at, KILL, len(self.instances) - 1, 0))
-            if self.dispatchers[0].policy.migrates and len(self.instances) > 1:
+            moves = self.dispatchers[0].policy.migrates and len(self.instances) > 1
+            if moves or self.config.batch_tenants:
                 queue.append((0, REBALANCE, 0, 0))
         heapify(queue)
         return queue
@@ -179,14 +143,44 @@ class Simulator:
         return self._place(request, snapshot, now)
 
     def _place(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event]:
+        """A batch request is held where there is no room for it, or others are held."""
+        held, tenant = self._held[request.router], request.tenant
+        is_behind = request.is_batch and held.has(tenant, request.adapter_id)
+        events = None if is_behind else self._try(request, snapshot, now)
+        if events is None:
+            self._held_snapshots[request] = snapshot
+            held.add(request, tenant, request.adapter_id, request.weight)
+        return events or []
+
+    def _try(self, request: SimRequest, snapshot: RequestSnapshot, now: int) -> list[Event] | None:
+        """None where there is no room for it, and it is to wait for some."""
         choice = self.dispatchers[request.router].place(snapshot, now)
         assert choice is not None, "an instance is open"
+        if choice.breaks_slo and request.is_batch:
+            return None
         self._num_breaking += choice.breaks_slo
         return self._send(request, choice.row, now, now)
+
+    def _look(self, now: int) -> list[Event]:
+        """There may be room for what is held."""
+        events: list[Event] = []
+
+        def place(request: SimRequest) -> bool:
+            new = self._try(request, self._held_snapshots[request], now)
+            if new is None:
+                return False
+            del self._held_snapshots[request]
+            events.extend(new)
+            return True
+
+        for held in self._held:
+            held.look(place)
+        return events
 
     def _end_step(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
         instance, dispatchers = self.instances[row], self.dispatchers
+        events: list[Event] = []
         if instance.run is not None:
             started, ended = instance.end()
             for request in started:
@@ -194,14 +188,16 @@ class Simulator:
                 dispatchers[request.router].started(request.request_id)
             for request in ended:
                 self.records.ended_at[request.index] = now
-                dispatchers[request.router].ended(request.request_id, request.num_to_generate)
+                dispatchers[request.router].ended(request.request_id, request.num_to_generate, now=now)
             self._num_present -= len(ended)
+            if ended:
+                events = self._look(now)
         for request in instance.begin(now):
             self._reject(request)
         if instance.run is not None:
-            return [self._end_event(row, instance.run)]
+            return [self._end_event(row, instance.run), *events]
         wake_at = instance.wake_at()
-        return [] if wake_at is None else [self._look_event(row, wake_at)]
+        return events if wake_at is None else [self._look_event(row, wake_at), *events]
 
     def _report(self, event: Event) -> Sequence[Event]:
         now, _, row, _ = event
@@ -210,7 +206,7 @@ class Simulator:
         report = self.instances[row].report(now)
         for dispatcher in self.dispatchers:
             dispatcher.report(self._ids[row], report)
-        return self._again(event, self.config.report_interval_s)
+        return [*self._again(event, self.config.report_interval_s), *self._look(now)]
 
     def _kill(self, event: Event) -> Sequence[Event]:
         """The instance dies as it stands: requests without a token are placed anew, all others are lost."""
@@ -240,8 +236,8 @@ class Simulator:
         return self._again(event, self.config.placement_interval_s)
 
     def _rebalance(self, event: Event) -> Sequence[Event]:
-        """Requests that wait on a server move. One whose prefill has begun is past that, unlike for the
-        policy.
+        """Requests that wait on a server move, and those that are held may find room. One whose prefill has
+        begun is past moving, unlike for the policy.
         """
         events: list[Event] = []
         now = event[0]
@@ -254,7 +250,7 @@ class Simulator:
                     dispatcher.sent(dispatcher.fleet.request(move.source_id, move.request_id), move.target_id)
                     events += self._disturb(source, now + 1)
                     events += self._send(request, target, now, now + 1)
-        return [*events, *self._again(event, self.config.migration_interval_s)]
+        return [*events, *self._again(event, self.config.migration_interval_s), *self._look(now)]
 
     # --- what handlers share ---
 
@@ -313,6 +309,7 @@ class Simulator:
         for dispatcher in self.dispatchers:
             dispatcher.fleet.check_integrity()
         present = sum(len(i.requests()) for row, i in enumerate(self.instances) if row not in self._dead)
+        present += sum(map(len, self._held))
         assert present == self._num_present, f"{present} requests are there, {self._num_present} were counted"
         return self.records.result(
             self.config,

@@ -13,9 +13,10 @@ from weakref import ReferenceType, ref
 from toppings.bad_input import shown
 from toppings.settings import ConfigError
 from toppings.tenants.account import Account
-from toppings.tenants.file import TenantsFile, parse, read_text
+from toppings.tenants.expiry import Ending, Endings, read_instant
+from toppings.tenants.file import KeyEntry, TenantsFile, parse, read_text
 from toppings.tenants.keys import digest_of
-from toppings.tenants.refusals import Refusal, denied, unauthorized
+from toppings.tenants.refusals import Refusal, denied, expired, unauthorized
 from toppings.tenants.tenant import Tenant
 
 logger = logging.getLogger(__name__)
@@ -30,21 +31,28 @@ ADMIN = Tenant(admin="on")
 class TenantBook:
     """Without a file and without a key everybody is an administrator. Of the file, what was read last and
     could be read counts. Used from one event loop; `reload` may be called from any thread. `clock`: seconds,
-    for the limits.
+    for the limits; `wall_clock`: Unix time, for keys that expire.
 
     Raises ConfigError where the file cannot be read at first.
     """
 
     def __init__(
-        self, path: str = "", api_key: str = "", *, clock: Callable[[], float] = time.monotonic
+        self,
+        path: str = "",
+        api_key: str = "",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path, self.clock = Path(path) if path else None, clock
+        self._path, self.clock, self.wall_clock = Path(path) if path else None, clock, wall_clock
         self.asks_for_keys = bool(path or api_key)
         self._admin = Account(ADMIN, self.now)
         self._admin_digest = digest_of(api_key.encode()) if api_key else None
         self._accounts: dict[str, Account] = {}
         self._by_digest: dict[bytes, Account] = {}
-        self._key_ids: dict[bytes, str] = {}
+        self._keys: dict[bytes, KeyEntry] = {}
+        self._ends: dict[bytes, Ending] = {}  # of keys that expire, the first first
+        self._endings = Endings()
         self._delegated: dict[str, Account] = {}
         self._secret = secrets.token_bytes(32)
         self.on_change: Callable[[TenantsFile, TenantsFile], None] | None = None
@@ -70,15 +78,18 @@ class TenantBook:
     def identify(self, authorization: bytes, plain: bytes, delegated: bytes | None = None) -> Account:
         """Who sent the headers `Authorization` (as `Bearer KEY`), `X-Api-Key` and `TENANT_HEADER`.
 
-        Raises Refusal: 401 for a missing or wrong key, 400 or 403 for a tenant's header that is none or comes
-        from one who may not send it.
+        Raises Refusal: 401 for a missing, wrong or expired key, 400 or 403 for a tenant's header that is none
+        or comes from one who may not send it.
         """
         account = self._admin
         if self.asks_for_keys:
-            found = next(filter(None, map(self._by_digest.get, _digests(authorization, plain))), None)
+            digest = self._opening(authorization, plain)
+            found = self._by_digest.get(digest)  # the file may just have changed
             if found is None:
                 raise unauthorized(is_given=bool(authorization.strip() or plain.strip()))
-            account = found
+            account, end = found, self._ends.get(digest)
+            if end is not None and end.until <= self.wall_clock():
+                raise expired(end.key_id, end.text)
         return account if delegated is None else self._act_for(account, delegated)
 
     def anybody(self) -> Account:
@@ -87,8 +98,13 @@ class TenantBook:
 
     def key_id(self, authorization: bytes, plain: bytes) -> str | None:
         """Of the tenants file's key that opens; None where it is another, or none."""
-        opening = (digest for digest in _digests(authorization, plain) if digest in self._by_digest)
-        return self._key_ids.get(next(opening, b""))
+        key = self._keys.get(self._opening(authorization, plain))
+        return None if key is None else key.id
+
+    def _opening(self, authorization: bytes, plain: bytes) -> bytes:
+        """The digest of the key that counts; b"" where none opens."""
+        given = (digest for digest in _digests(authorization, plain) if digest in self._by_digest)
+        return next(given, b"")
 
     def _act_for(self, account: Account, header: bytes) -> Account:
         """The tenant that a front names; its limits are the front's to hold."""
@@ -145,6 +161,10 @@ class TenantBook:
         if self._path is not None:
             threading.Thread(target=_watch, args=(ref(self),), name="toppings-tenants", daemon=True).start()
 
+    def warn_of_endings(self) -> None:
+        """In the log, of keys that expire soon or have; by the thread that watches the file."""
+        self._endings.tell(self._ends.values(), self.wall_clock())
+
     def _complain(self, error: ConfigError) -> None:
         if str(error) != self._complaint:
             self._complaint = str(error)
@@ -162,11 +182,21 @@ class TenantBook:
         }
         if self._admin_digest is not None:
             by_digest[self._admin_digest] = self._admin
-        self._key_ids = {bytes.fromhex(key.sha256): key.id for key in file.keys}
+        self._keys = {bytes.fromhex(key.sha256): key for key in file.keys}
+        self._ends = _ends_of(file)
         self._accounts, self._by_digest = accounts, by_digest
         before, self._file = self._file, file
         if self.on_change is not None:
             self.on_change(before, file)
+
+
+def _ends_of(file: TenantsFile) -> dict[bytes, Ending]:
+    ends = [
+        (Ending(read_instant(key.expires).timestamp(), key.id, key.tenant, key.expires), key.sha256)
+        for key in file.keys
+        if key.expires and key.tenant in file.tenants
+    ]
+    return {bytes.fromhex(sha256): end for end, sha256 in sorted(ends, key=lambda each: each[0].until)}
 
 
 def _digests(authorization: bytes, plain: bytes) -> list[bytes]:
@@ -193,6 +223,7 @@ def _watch(book: "ReferenceType[TenantBook]") -> None:
             return
         try:
             found.reload()
+            found.warn_of_endings()
         except Exception:
             logger.exception("the tenants file cannot be looked at")
         del found

@@ -14,22 +14,24 @@ from typing import Any
 import yaml
 
 from toppings.settings import ConfigError
+from toppings.tenants.expiry import read_instant
 from toppings.tenants.tenant import Tenant
+from toppings.tenants.yaml_text import load_yaml
 
 TENANTS, KEYS = "tenants", "keys"
 MAX_BYTES = 64 * 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """`sha256`: of the key, in hexadecimal digits."""
+    """`sha256`: of the key, in hexadecimal digits; `created` and `expires`: instants, or nothing."""
 
     id: str
     tenant: str
     sha256: str
     created: str = ""
+    expires: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +44,6 @@ class TenantsFile:
     @property
     def orphans(self) -> list[KeyEntry]:
         return [key for key in self.keys if key.tenant not in self.tenants]
-
-
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _Loader(_Base):  # type: ignore[misc] # of C, where there is one
-    """Refuses what YAML allows and nobody means: one key twice, the first for nothing."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE:
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"{key!r} stands there twice, the second time in line {line}")
-            seen.add(str(key))
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
 
 
 def read_text(path: Path) -> str:
@@ -81,7 +63,7 @@ def read_text(path: Path) -> str:
 def parse(text: str, name: str) -> TenantsFile:
     """Raises ConfigError, which begins with the file's `name` and says what is wrong."""
     try:
-        loaded = yaml.load(text, _Loader)
+        loaded = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is no YAML that can be read: {error}") from error
     try:
@@ -125,10 +107,16 @@ def _key(entry: Any) -> KeyEntry:
     key = KeyEntry(*(_text(entry.get(name, ""), f"a key's {name}") for name in known))
     if not DIGEST.fullmatch(key.sha256):
         raise ConfigError(f"key {key.id}: sha256 must be 64 hexadecimal digits, in small letters")
+    if key.expires:
+        try:
+            read_instant(key.expires)
+        except (ValueError, OverflowError) as error:
+            problem = f"key {key.id}: expires is {key.expires[:80]!r}"
+            raise ConfigError(f"{problem}; it must be an instant, such as 2027-01-31T12:00:00Z") from error
     return key
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not (value or what.endswith("created")):
+    if not isinstance(value, str) or not (value or what.endswith(("created", "expires"))):
         raise ConfigError(f"{what} is {value!r}; it must be a text, in quotes where YAML reads it otherwise")
     return value

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from toppings.settings import ConfigError
+from toppings.tenants.expiry import FORM, read_expiry
 from toppings.tenants.file import KEYS, KeyEntry, TenantsFile, parse, read_text
 
 MAX_KEY_BYTES = 512
@@ -39,19 +40,20 @@ class NewKey:
     entry: KeyEntry
 
 
-def add_key(path: Path, tenant: str) -> NewKey:
-    """A new key of a tenant of the file. Raises ConfigError, OSError."""
-    key_id = secrets.token_hex(4)
+def add_key(path: Path, tenant: str, expires: str = "") -> NewKey:
+    """A new key of a tenant of the file; `expires` as `read_expiry` takes it. Raises ConfigError, OSError."""
+    key_id, now = secrets.token_hex(4), datetime.now(UTC)
     text = f"tk-{key_id}-{secrets.token_urlsafe(32)}"
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entry = KeyEntry(key_id, tenant, digest_of(text.encode()).hex(), created)
+    until = read_expiry(expires, now) if expires else ""
+    entry = KeyEntry(key_id, tenant, digest_of(text.encode()).hex(), now.strftime(FORM), until)
 
     def change(file: TenantsFile, content: str) -> tuple[str, list[KeyEntry]]:
         if tenant not in file.tenants:
             raise ConfigError(
                 f"{path} has no tenant {tenant!r}; there are: {', '.join(file.tenants) or 'none'}"
             )
-        return _with_line(content, json.dumps(asdict(entry))), [*file.keys, entry]
+        told = {name: value for name, value in asdict(entry).items() if value}
+        return _with_line(content, json.dumps(told)), [*file.keys, entry]
 
     _edit(path, change)
     return NewKey(text, entry)

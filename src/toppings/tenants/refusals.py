@@ -40,6 +40,12 @@ def unauthorized(*, is_given: bool) -> Refusal:
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
+def expired(key_id: str, until: str) -> Refusal:
+    """For a key that was right until then: whoever has it may know which one it is."""
+    message = f"The API key {key_id} expired at {until}. Ask an administrator for a new one."
+    return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
 def denied(what: str) -> Refusal:
     return Refusal(403, f"You have insufficient permissions for this operation: {what}.", code=DENIED)
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from toppings.settings import SWITCH, ConfigError, Settings, setting
+from toppings.slo import INTERACTIVE, SLO_CLASSES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_PATTERN_CHARS = 4096
@@ -38,6 +39,9 @@ class Tenant(Settings):
     )
     weight: float = setting(1.0, "its share where several tenants wait", above=0, at_most=1e6)
     min_priority: int = setting(0, "the least `priority` that its requests may ask for: the least goes first")
+    slo_class: str = setting(
+        INTERACTIVE, "batch: all its requests take what others leave", choices=SLO_CLASSES
+    )
     share_prefixes: str = setting(
         "off", "share the cache of prompts' tokens with others that do so", choices=SWITCH
     )
@@ -69,7 +73,7 @@ class Tenant(Settings):
                 raise ConfigError(f"{twice!r} stands there twice, once with hyphens")
             if "name" in given:
                 raise ConfigError("unknown setting 'name'; the name stands before the colon")
-            return cls.from_settings({"name": name, **given})
+            return cls.from_settings({"name": name, **given}, _NOBODY)
         except ConfigError as error:
             raise ConfigError(f"tenant {name}: {error}") from error
 
@@ -147,6 +151,10 @@ class Tenant(Settings):
         if not isinstance(told, dict) or not isinstance(name := told.pop("name", None), str):
             raise ConfigError("it must be a JSON object with a name")
         return cls.parse(name, told)
+
+
+_NOBODY = Tenant()
+"""With the defaults, which need to be checked once only."""
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:

@@ -7,8 +7,10 @@ import msgspec
 import pytest
 
 from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
+from toppings.cluster.ray_serve.homes import MAX_ORDERS, new_homes
 from toppings.cluster.ray_serve.messages import AdapterRef, Call
 from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.sampling_params import SamplingParams
@@ -17,8 +19,11 @@ MODEL = load_perf_model("published:mbgmv")
 BOTH = {"a": None, "b": None}
 
 
-def make_accounts(policy: str = "least_loaded", slo_tpt_ms: float = math.inf) -> ReplicaAccounts:
-    return ReplicaAccounts(make_policy(policy, PolicySettings(slo_tpt_ms)), MODEL)
+def make_accounts(
+    policy: str = "least_loaded", slo_tpt_ms: float = math.inf, placement: str = "none"
+) -> ReplicaAccounts:
+    homes = make_placement(placement, PlacementSettings(num_copies=1))
+    return ReplicaAccounts(make_policy(policy, PolicySettings(slo_tpt_ms)), MODEL, homes)
 
 
 def make_report(**told: Any) -> ServerReport:
@@ -211,3 +216,36 @@ def test_every_policy_spreads_equal_requests(policy: str) -> None:
     accounts.set_replicas({"a": told, "b": told})
     chosen = [place(accounts, make_call(i, rank=8)) for i in range(16)]
     assert set(chosen) == {"a", "b"}
+
+
+def test_requests_go_to_their_adapters_home() -> None:
+    accounts = make_accounts(placement="static_k")
+    accounts.set_replicas({each: make_report() for each in "abcd"})
+    assert accounts.obey(accounts.planning(0.0)()) == {}
+    homes = {place(accounts, make_call(number, rank=8), "abcd") for number in range(6)}
+    assert len(homes) == 1
+    left = set("abcd") - homes
+    accounts.set_replicas({each: make_report() for each in left})
+    accounts.obey(accounts.planning(1.0)())
+    assert len({place(accounts, make_call(number, rank=8), "".join(left)) for number in range(6, 12)}) == 1
+
+
+def test_homes_that_demand_asks_for_are_told_once() -> None:
+    accounts = make_accounts(placement="adaptive")
+    accounts.set_replicas({each: make_report(adapter_bytes_total=1e6) for each in "abcd"})
+    for number in range(40):
+        accounts.place(make_call(number, rank=8), set("a"), number * 0.1)
+    told = accounts.obey(accounts.planning(4.0)())
+    assert set(told) == {"rank8"}
+    assert told["rank8"]
+    assert "a" not in told["rank8"]  # it holds it
+    assert accounts.obey(accounts.planning(4.1)()) == {}
+
+
+def test_homes_that_hold_an_adapter_already_are_not_told() -> None:
+    known = [("a", ("r1", "r2")), ("b", ("r1",)), ("c", ("r2",))]
+    before = {"b": ("r1",)}
+    held = {"r1": frozenset({"a"}), "r2": frozenset[str]()}
+    assert new_homes(known, lambda name: before.get(name, ()), held) == {"a": ["r2"], "c": ["r2"]}
+    many = [(f"a{i}", ("r1",)) for i in range(100)]
+    assert len(new_homes(many, lambda _: (), held)) == MAX_ORDERS

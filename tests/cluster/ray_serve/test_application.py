@@ -36,6 +36,8 @@ SETTINGS = {
     "device_pool_bytes": "4MiB",
     "host_store_bytes": "8MiB",
     "policy": "rank_aware",
+    "placement": "adaptive",
+    "placement_interval_s": 0.2,
     "stats_period_s": 0.2,
     "shutdown_timeout_s": 2,
     "scheduling_policy": "priority",
@@ -228,6 +230,19 @@ def test_an_adapter_comes_from_a_source_when_a_request_names_it(up: Up) -> None:
     assert {up.complete(name, max_tokens=40)} == texts  # fetched again
 
 
+def test_an_adapter_is_read_ahead_where_it_has_a_home(up: Up) -> None:
+    """Requests come one at a time, and would not need a second engine."""
+
+    def num_holders() -> int:
+        return sum("later" in row["adapters_on_host"] for row in up.replicas())
+
+    assert up.post("/v1/load_lora_adapter", lora_name="later", lora_path="adapter-00000").status_code == 200
+    assert num_holders() == 0
+    for _ in range(8):
+        up.complete("later")
+    wait_until(lambda: num_holders() == 2)
+
+
 def test_statistics_are_of_all_engines(up: Up) -> None:
     stats = up.http.get("/stats").json()
     assert stats["kv_pages_total"] == sum(row["kv_pages_total"] for row in up.replicas())
@@ -237,7 +252,7 @@ def test_statistics_are_of_all_engines(up: Up) -> None:
     assert states["adapter-00000"] == "device"
 
 
-def test_tenants_have_their_rights_and_limits(up: Up) -> None:
+def test_tenants_have_their_rights_and_limits_and_logs(up: Up, home: Path) -> None:
     body = {"prompt": "hello", "max_tokens": 2}
     for key in ("", "wrong"):
         with up.client_of(key) as nobody:
@@ -245,7 +260,8 @@ def test_tenants_have_their_rights_and_limits(up: Up) -> None:
     with up.client_of("the-teams") as team:
         assert [each["id"] for each in team.get("/v1/models").json()["data"]] == ["base", "adapter-00000"]
         served = {**body, "model": "adapter-00000", "priority": -1}
-        assert team.post("/v1/completions", json=served).status_code == 200
+        reply = team.post("/v1/completions", json=served, headers={"X-Request-Id": "the-teams-own"})
+        assert (reply.status_code, reply.headers["X-Request-Id"]) == (200, "the-teams-own")
         assert team.post("/v1/completions", json={**body, "model": "adapter-00001"}).status_code == 404
         assert team.get("/stats").status_code == 403
         assert team.post("/v1/unload_lora_adapter", json={"lora_name": "adapter-00000"}).status_code == 403
@@ -254,6 +270,17 @@ def test_tenants_have_their_rights_and_limits(up: Up) -> None:
     assert [reply.status_code for reply in replies] == [200, 200, 429]
     assert replies[2].json()["error"]["code"] == "rate_limit_exceeded"
     assert up.complete("adapter-00001")
+    assert up.post("/adapters/adapter-00001/prefetch").status_code == 202
+    logs = home / "logs" / "auto"
+    wait_until(lambda: '"trial"' in (logs / "requests.jsonl").read_text())
+    requests = [json.loads(line) for line in (logs / "requests.jsonl").read_text().splitlines()]
+    [teams] = [line for line in requests if line["request_id"] == "the-teams-own"]
+    assert (teams["tenant"], teams["key"], teams["adapter"]) == ("team", "1", "adapter-00000")
+    assert teams["completion_tokens"] == 2
+    assert {(line["tenant"], line["status"]) for line in requests} >= {(None, 401), ("trial", 200)}
+    audits = [json.loads(line) for line in (logs / "audit.jsonl").read_text().splitlines()]
+    told = {(line["action"], line["tenant"], line["outcome"]) for line in audits}
+    assert told >= {("prefetch", "", "done"), ("POST /v1/unload_lora_adapter", "team", "denied")}
 
 
 def test_a_client_that_leaves_ends_its_request(up: Up) -> None:

@@ -93,3 +93,4 @@ def test_a_replicas_row_names_the_adapters_on_its_device() -> None:
     row = describe(ReplicaReport("a", "n", STATS, [("two", status(4)), ("one", status(5, layers=1))]))
     assert (row["id"], row["num_running"], row["ranks"]) == ("a", 2, [0, 8, 16])
     assert row["adapters_on_device"] == ["two"]
+    assert row["adapters_on_host"] == ["one", "two"]

@@ -13,17 +13,20 @@ from toppings.cluster.snapshot import Choice, Move, RequestSnapshot
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
-    """`slo_tpt_ms` is the objective for time per token (inf: none); `seed` is for policies that draw;
-    `candidates` is how many instances, drawn for each request, are considered (0: all).
+    """`slo_tpt_ms` is the objective for time per token, `slo_ttft_ms` that for the time until the first one
+    (inf: none); `seed` is for policies that draw; `candidates` is how many instances, drawn for each request,
+    are considered (0: all).
     """
 
     slo_tpt_ms: float = math.inf
     seed: int = 0
     candidates: int = 0
+    slo_ttft_ms: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.slo_tpt_ms > 0:
-            raise ValueError(f"slo_tpt_ms is {self.slo_tpt_ms}; it must be above 0")
+        for name in ("slo_tpt_ms", "slo_ttft_ms"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.candidates < 0:
             raise ValueError(f"candidates is {self.candidates}; it must be at least 0 (0: all)")
 

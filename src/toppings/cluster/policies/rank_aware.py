@@ -29,4 +29,4 @@ class RankAware(Policy):
         self._least_cost = least_cost
 
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
-        return self._least_cost(request, instances, self.settings.slo_tpt_ms, weighs_residency=False)
+        return self._least_cost(request, instances, self.settings, weighs_residency=False)

@@ -23,4 +23,4 @@ class RankAwareResidency(Policy):
     def choose(self, request: RequestSnapshot, instances: Instances) -> Choice | None:
         from toppings.cluster.scan import least_cost  # numba: only where it is used
 
-        return least_cost(request, instances, self.settings.slo_tpt_ms, weighs_residency=True)
+        return least_cost(request, instances, self.settings, weighs_residency=True)

@@ -5,6 +5,7 @@ choices), and routers that know the fleet's state only from a while ago do not a
 was idle then.
 """
 
+from dataclasses import replace
 from random import Random as Generator
 
 import numpy as np
@@ -33,7 +34,7 @@ class Sampled(Policy):
         choice = self.policy.choose(request, instances.take(rows))
         if choice is None:
             return None
-        return Choice(int(rows[choice.row]), choice.instance_id, choice.breaks_slo, choice.predicted_tpt_ms)
+        return replace(choice, row=int(rows[choice.row]))
 
     def migrations(self, instances: Instances) -> list[Move]:
         return self.policy.migrations(instances)

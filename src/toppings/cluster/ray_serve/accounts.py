@@ -2,11 +2,13 @@
 what Serve says. No Ray here.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.placement import Placement, Plan
 from toppings.cluster.policies import Policy
+from toppings.cluster.ray_serve.homes import Homes, new_homes
 from toppings.cluster.ray_serve.messages import Call, origin_of
 from toppings.cluster.report import ServerReport
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
@@ -15,9 +17,11 @@ from toppings.cluster.snapshot import Choice, InstanceSnapshot
 class ReplicaAccounts:
     """One per request router. Replicas are known by their ids, requests by theirs."""
 
-    def __init__(self, policy: Policy, perf_model: PerfModel) -> None:
+    def __init__(self, policy: Policy, perf_model: PerfModel, placement: Placement | None = None) -> None:
         self._own_origin = ""
-        self._dispatcher = Dispatcher(policy, is_own=lambda each: origin_of(each) == self._own_origin)
+        self._dispatcher = Dispatcher(
+            policy, is_own=lambda each: origin_of(each) == self._own_origin, placement=placement
+        )
         self.fleet = self._dispatcher.fleet
         self._perf_model = perf_model
         self._reports: dict[str, ServerReport] = {}
@@ -48,6 +52,24 @@ class ReplicaAccounts:
         self._own_origin = call.origin
         among = self.fleet.rows_in(candidates)
         return self._dispatcher.place(call.snapshot, now, among=among, avoiding=call.avoid)
+
+    # --- placement; to be asked only where there is one ---
+
+    def planning(self, now: float) -> Callable[[], Plan]:
+        """What finds the next plan; it may be called in another thread."""
+        return self._dispatcher.planning(now)
+
+    def obey(self, plan: Plan) -> Homes:
+        """Requests follow it from now on; the homes it adds."""
+        before, fleet = self._dispatcher.plan, self.fleet
+        assert before is not None
+        self._dispatcher.plan = plan
+        held = {
+            each: frozenset(fleet.on_device[row]) | fleet.on_host[row] for row, each in enumerate(fleet.ids)
+        }
+        return new_homes(plan.known_homes(), before.homes_of, held)
+
+    # --- requests ---
 
     def confirm(self, call: Call, replica_id: str) -> None:
         """Serve has sent the request there, which need not be where it was placed."""

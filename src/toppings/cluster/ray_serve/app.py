@@ -20,10 +20,13 @@ from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import open_node_registry
 from toppings.cluster.ray_serve.replica import EngineReplica, start_logging
 from toppings.cluster.ray_serve.reports import describe
+from toppings.cluster.ray_serve.request_ids import OneRequestId
 from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.server.app import create_app
 from toppings.server.errors import json_response
+from toppings.server.lifecycle import run_dir
+from toppings.server.records import keeping_records
 from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
 
@@ -73,9 +76,17 @@ class Front:
         )
         self._http.state.replicas = replicas
         self._http.include_router(router)
+        self._http.add_middleware(OneRequestId)
+        self._records = keeping_records(self._http, config, run_dir(config))
+        self._records.__enter__()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._http
+
+    def __del__(self) -> None:
+        """Serve calls it when it stops the front, or could not start it."""
+        if hasattr(self, "_records"):
+            self._records.__exit__(None, None, None)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -168,7 +179,11 @@ def _routing(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
         "request_router_kwargs": {
             "policy": fleet.policy,
             "perf_model": load_perf_model(fleet.perf_model).to_json(),
-            "slo_tpt_ms": None if fleet.slo_tpt_ms == math.inf else fleet.slo_tpt_ms,
+            **{
+                name: None if getattr(fleet, name) == math.inf else getattr(fleet, name)
+                for name in ("slo_tpt_ms", "slo_ttft_ms")
+            },
+            **{name: getattr(fleet, name) for name in ("placement", "num_copies", "placement_interval_s")},
             "seed": engine.seed,
         },
         "request_routing_stats_period_s": fleet.stats_period_s,

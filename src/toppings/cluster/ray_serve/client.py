@@ -5,7 +5,7 @@ import logging
 import math
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import Context
 from dataclasses import replace
 from itertools import count
@@ -19,7 +19,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.bad_input import RequestError
-from toppings.cluster.dispatcher import ResponseLengths
+from toppings.cluster.lengths import ResponseLengths
+from toppings.cluster.ray_serve.homes import Homes, on_new_homes
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import ALONE, FinishReason, Standing
@@ -28,6 +29,7 @@ from toppings.messages import EngineReady, EngineStats, RequestOutput
 from toppings.sampling_params import SamplingParams
 from toppings.server.adapters import AdapterAdmin
 from toppings.server.errors import ApiError, unavailable
+from toppings.server.exchange import current_exchange
 from toppings.server.state import ServerState
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
@@ -71,12 +73,15 @@ class ReplicaClient:
         self._accept_timeout_s, self._replica_timeout_s = accept_timeout_s, replica_timeout_s
         self._silent: dict[str, float] = {}  # replicas not heard of, and until when to avoid them
         self._info: EngineReady | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._origin, self._numbers = uuid.uuid4().hex[:12], count()
         self._lengths = ResponseLengths()
 
     async def start(self) -> None:
         """Returns when a replica is ready."""
         self._info = await self._engines.info.remote()
+        loop = asyncio.get_running_loop()
+        on_new_homes(lambda homes: loop.call_soon_threadsafe(self._start_reading, homes))
 
     @property
     def info(self) -> EngineReady:
@@ -106,6 +111,7 @@ class ReplicaClient:
             yield RequestOutput(number, [], finish_reason=FinishReason.ERROR, error=str(error))
             return
         expected = self._lengths.expected(sampling.max_tokens)
+        exchange = current_exchange.get()
         call = Call(
             number,
             prompt_token_ids,
@@ -115,6 +121,7 @@ class ReplicaClient:
             self._avoided(),
             cache_salt=cache_salt,
             standing=standing,
+            http_id="" if exchange is None else exchange.request_id,
         )
         num_tokens = 0
         self.num_pending += 1
@@ -233,6 +240,18 @@ class ReplicaClient:
     async def prefetch_adapter(self, adapter_id: int) -> None:
         """On every replica. Raises as `pin_adapter`."""
         _check(await self._broadcast("prefetch", AdapterRef.of(self._registry.get_by_id(adapter_id))))
+
+    def _start_reading(self, homes: Homes) -> None:
+        """Have replicas read what they are homes of now; what is under way goes first."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_ahead(homes))
+
+    async def _read_ahead(self, homes: Homes) -> None:
+        told: list[tuple[AdapterRef, list[str]]] = []
+        for name, replicas in homes.items():
+            with suppress(AdapterNotFound):
+                told.append((AdapterRef.of(self._registry.get(name)), replicas))
+        await self._broadcast("read_ahead", told, timeout_s=REPORT_TIMEOUT_S)
 
     async def stats(self) -> EngineStats:
         """All replicas' together."""

@@ -47,7 +47,7 @@ class Call:
 
     `request_id` is `origin` and a number; the origin tells a router its own requests from others'. `avoid`
     are replicas on which the request has failed already. The request router notes in `sent_to` where the call
-    went, for the front, whose object it is.
+    went, for the front, whose object it is. `http_id` is what the client knows its request by.
     """
 
     request_id: str
@@ -59,6 +59,7 @@ class Call:
     sent_to: list[str] = field(default_factory=list)
     cache_salt: str | None = None
     standing: Standing = ALONE
+    http_id: str = ""
 
     @property
     def origin(self) -> str:

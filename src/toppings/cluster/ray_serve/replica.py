@@ -34,8 +34,10 @@ from toppings.config import OFF, Config, EngineConfig
 from toppings.core import FinishReason
 from toppings.engine.client import EngineClient
 from toppings.engine.process import EngineLog
+from toppings.exchanges.log_lines import NamingFormatter
 from toppings.log_files import LOG_FORMAT
 from toppings.messages import EngineReady, RequestOutput
+from toppings.server.exchange import Exchange, current_exchange
 from toppings.server.report import make_report
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ class EngineReplica:
 
         Closing it aborts the request. Raises EngineDeadError.
         """
+        if call.http_id:  # in a task of Serve's own, whose lines of the log name it
+            current_exchange.set(Exchange(call.http_id))
         adapter = call.adapter
         name, rank = (adapter.name, adapter.rank) if adapter else (None, 0)
         entry = RequestEntry(call.request_id, name, rank, len(call.prompt_token_ids), 0)
@@ -136,6 +140,13 @@ class EngineReplica:
             return Ack(self._id, str(error))
         return Ack(self._id)
 
+    async def read_ahead(self, homes: list[tuple[AdapterRef, list[str]]]) -> None:
+        """Those that have a home here. What cannot be read is told by the request that names it."""
+        for ref, replicas in homes:
+            if self._id in replicas:
+                with suppress(AdapterError, RequestError):
+                    await self._adapters.prefetch(ref)
+
     # --- what it tells ---
 
     async def info(self) -> EngineReady:
@@ -189,7 +200,9 @@ class EngineReplica:
 
 def start_logging(config: Config) -> None:
     """To standard error, which Ray keeps with its session's logs and shows to who started it."""
-    logging.basicConfig(format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(NamingFormatter(LOG_FORMAT, current_exchange.get))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("toppings").setLevel(config.server.log_level.upper())
 
 

@@ -63,4 +63,5 @@ def describe(report: ReplicaReport) -> dict[str, object]:
         "kv_pages_used": stats.kv_pages_used,
         "kv_pages_total": stats.kv_pages_total,
         "adapters_on_device": sorted(name for name, status in report.adapters if is_resident(status)),
+        "adapters_on_host": sorted(name for name, status in report.adapters if status.is_on_host),
     }

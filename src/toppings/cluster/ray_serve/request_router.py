@@ -1,5 +1,6 @@
 """Serve's request router: it asks one of our policies, over accounts of what is where."""
 
+import asyncio
 import logging
 import math
 import time
@@ -11,8 +12,10 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ray.util import metrics
 
 from toppings.cluster.perf_model import PerfModel
+from toppings.cluster.placement import NO_PLACEMENT, PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
+from toppings.cluster.ray_serve.homes import tell
 from toppings.cluster.ray_serve.messages import Call
 from toppings.cluster.report import ServerReport
 from toppings.cluster.warm_up import warm_up
@@ -24,12 +27,27 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
     """Made by Serve in the front's process, and used from one event loop there."""
 
     def initialize_state(
-        self, *, policy: str, perf_model: str, slo_tpt_ms: float | None = None, seed: int = 0
+        self,
+        *,
+        policy: str,
+        perf_model: str,
+        slo_tpt_ms: float | None = None,
+        slo_ttft_ms: float | None = None,
+        placement: str = NO_PLACEMENT,
+        num_copies: int = 2,
+        placement_interval_s: float = 2.0,
+        seed: int = 0,
     ) -> None:
         """`perf_model` is JSON: the costs of replicas that report none of their own."""
         warm_up(policy)
-        settings = PolicySettings(math.inf if slo_tpt_ms is None else slo_tpt_ms, seed)
-        self._accounts = ReplicaAccounts(make_policy(policy, settings), PerfModel.from_json(perf_model))
+        tpt_ms, ttft_ms = (math.inf if ms is None else ms for ms in (slo_tpt_ms, slo_ttft_ms))
+        settings = PolicySettings(tpt_ms, seed, slo_ttft_ms=ttft_ms)
+        homes = make_placement(placement, PlacementSettings(num_copies, tpt_ms))
+        self._accounts = ReplicaAccounts(
+            make_policy(policy, settings), PerfModel.from_json(perf_model), homes
+        )
+        self._plans_every_s = placement_interval_s if homes is not None else math.inf
+        self._planning: asyncio.Task[None] | None = None
         self._calls: dict[str, Call] = {}  # by Serve's own id of the request
         self._slo_at_risk = metrics.Counter(
             "toppings_slo_at_risk", description="Requests that no replica could take within the objective."
@@ -51,6 +69,8 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         call = call_of(pending_request)
         if pending_request is None or call is None:
             return [candidate_replicas]
+        if self._planning is None and self._plans_every_s < math.inf:
+            self._planning = asyncio.create_task(self._plan())  # the event loop is here now
         by_name = {name_of(replica.replica_id): replica for replica in candidate_replicas}
         try:
             choice = self._accounts.place(call, by_name.keys(), time.monotonic())
@@ -65,6 +85,16 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
             self._slo_at_risk.inc()
         chosen = by_name.pop(choice.instance_id)
         return [[chosen], list(by_name.values())]
+
+    async def _plan(self) -> None:
+        """Where adapters should be, again and again."""
+        while True:
+            await asyncio.sleep(self._plans_every_s)
+            try:
+                plan = await asyncio.to_thread(self._accounts.planning(time.monotonic()))
+                tell(self._accounts.obey(plan))
+            except Exception:
+                logger.exception("adapters stay where they are: no plan could be made")
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         call = call_of(pending_request)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from toppings.cluster.perf_model import load_perf_model
+from toppings.cluster.placement import NO_PLACEMENT, PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.config import Config, ConfigError, Settings, setting
 
@@ -31,7 +32,13 @@ class FleetConfig(Settings):
     )
     gpus_per_replica: float = setting(0.0, "GPUs of an engine (0: one where the device is cuda)", at_least=0)
     policy: str = setting("rank_aware", "how an engine is chosen", choices=tuple(POLICIES))
+    placement: str = setting(NO_PLACEMENT, "which engines adapters are kept on", choices=tuple(PLACEMENTS))
+    num_copies: int = setting(2, "engines of each adapter (static_k, shuffle_shard)", above=0)
+    placement_interval_s: float = setting(2.0, "between two looks at where adapters should be", above=0)
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
+    slo_ttft_ms: float = setting(
+        math.inf, "objective for the time until the first token (inf: none)", above=0
+    )
     perf_model: str = setting(
         "published:mbgmv", "costs of engines that have measured none: a file or a shipped name"
     )

@@ -8,6 +8,7 @@ change: a name that is being changed is left to that, and a server that it did n
 
 import asyncio
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,6 +18,7 @@ from toppings.cluster.router.memory import AdapterMemory, Entry
 from toppings.cluster.router.replies import ApiError, out_of_time, unavailable
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Answer, Kind, Upstream
+from toppings.exchanges.audit_log import Change
 from toppings.tenants.book import ADMIN
 from toppings.tenants.tenant import Tenant
 
@@ -34,13 +36,16 @@ class Outcome:
     answers: dict[Upstream, Answer] = field(default_factory=dict)
     failures: dict[Upstream, str] = field(default_factory=dict)
 
-    def success(self, away: list[Upstream]) -> Answer:
-        """A server's own answer, and which servers will follow."""
+    def success(self, away: list[Upstream], tenant: Tenant) -> Answer:
+        """A server's own answer, and which servers will follow; tenants are told how many."""
         answer = next(answer for answer in self.answers.values() if answer.status < 400)
         late = [f"{u.instance_id} ({why})" for u, why in self.failures.items()]
         late += [f"{u.instance_id} (it is down)" for u in away]
         if not late:
             return answer
+        if not tenant.is_admin:
+            num = f"{len(late)} server{'s' if len(late) > 1 else ''}"
+            return Answer(answer.status, f"{answer.text} Not yet on {num}: done there later.".encode())
         more = f", and {len(late) - MAX_TOLD} others" if len(late) > MAX_TOLD else ""
         text = f"{answer.text} Not yet on {', '.join(late[:MAX_TOLD])}{more}: done when it answers again."
         return Answer(answer.status, text.encode())
@@ -79,7 +84,7 @@ class AdapterAdmin:
             await self._state.directory.learn_paths([(name, path)], again=True)
             await self._refresh_all(list(answers))
             self._leave_to_sync(list(answers))
-            return outcome.success(away)
+            return outcome.success(away, tenant)
 
     async def _undo(self, name: str, outcome: Outcome) -> None:
         """Where it was done, and where nobody knows: such a server is rid of it when it is back."""
@@ -104,7 +109,7 @@ class AdapterAdmin:
             await self._remember(name, None, list(outcome.answers))
             await self._refresh_all(list(outcome.answers))
             self._leave_to_sync(list(outcome.answers))
-            return outcome.success(away)
+            return outcome.success(away, tenant)
 
     def _alone(self, name: str) -> asyncio.Lock:
         """To be held while the name is changed; it is forgotten with the last one who holds or awaits it."""
@@ -127,7 +132,9 @@ class AdapterAdmin:
         async with self._alone(name):
             if self._memory.get(name) is not None:
                 return False
-            answer = await self._ask(upstream, LOAD, {"lora_name": name, "lora_path": path})
+            with self._audit("place", upstream, name) as change:
+                answer = await self._ask(upstream, LOAD, {"lora_name": name, "lora_path": path})
+                change.failure = failure_of(answer)
             if isinstance(answer, Answer) and answer.status < 400:
                 upstream.placed.add(name)
                 await self._refresh(upstream)
@@ -143,9 +150,14 @@ class AdapterAdmin:
             upstream.placed.discard(name)
             if self._memory.get(name) is not None:
                 return False
-            answer = await self._ask(upstream, UNLOAD, {"lora_name": name})
+            with self._audit("displace", upstream, name) as change:
+                answer = await self._ask(upstream, UNLOAD, {"lora_name": name})
+                change.failure = failure_of(answer)
             await self._refresh(upstream)
         return isinstance(answer, Answer) and answer.status < 400
+
+    def _audit(self, action: str, upstream: Upstream, name: str) -> AbstractContextManager[Change]:
+        return self._state.audit.change(action, adapter=name, instance=upstream.instance_id)
 
     # --- one server at a time ---
 
@@ -215,7 +227,8 @@ class AdapterAdmin:
             raise unavailable("no server is up", retry_after_s)
         if not outcome.answers:
             told = ", ".join(f"{u.instance_id}: {why}" for u, why in outcome.failures.items())
-            raise out_of_time(f"no server answered: {told}", retry_after_s)
+            named = f": {told}" if tenant.is_admin else ""
+            raise out_of_time(f"no server answered{named}", retry_after_s)
         return outcome
 
     def _away(self) -> list[Upstream]:
@@ -292,6 +305,13 @@ def _missed(
         return LOAD, {key: value for key, value in entry.body.items() if key != "load_inplace"}
     is_current = upstream.applied.get(name, entry.version) == entry.version
     return None if is_current else (LOAD, {**entry.body, "load_inplace": True})
+
+
+def failure_of(answer: Answer | str) -> str:
+    """Why a server has not done something; empty where it has."""
+    if isinstance(answer, str):
+        return answer
+    return answer.text or f"status {answer.status}" if answer.status >= 400 else ""
 
 
 def _name(body: dict[str, Any]) -> str:

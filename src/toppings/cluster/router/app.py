@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,42 +13,43 @@ from aiohttp import web
 
 from toppings import __version__
 from toppings.cluster.router import replies
-from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin
+from toppings.cluster.router.adapters import LOAD, UNLOAD, AdapterAdmin, failure_of
 from toppings.cluster.router.bodies import Budget, read_body
-from toppings.cluster.router.calls import INFERENCE_PATHS, TOKEN_PATHS, Call, parse_call
-from toppings.cluster.router.cards import Card, Cards
+from toppings.cluster.router.calls import INFERENCE_PATHS, MAX_NAME_LEN, TOKEN_PATHS, Call, parse_call
+from toppings.cluster.router.cards import Card, Cards, seen_by
 from toppings.cluster.router.connections import listen
 from toppings.cluster.router.dashboard import Dashboard
-from toppings.cluster.router.flight import Flight
+from toppings.cluster.router.exchange import EXCHANGE, account_of, current_exchange
 from toppings.cluster.router.forward import forward, tracing
 from toppings.cluster.router.guard import Guard, check_load, check_use
 from toppings.cluster.router.instances import Instances, read_change
-from toppings.cluster.router.middlewares import (
-    LAYERS,
-    Handler,
-    NamingFormatter,
-    account_of,
-    add_id,
-    request_id,
-)
+from toppings.cluster.router.middlewares import Handler, add_id, layers
 from toppings.cluster.router.monitor import Monitor
+from toppings.cluster.router.records import keeping_records
 from toppings.cluster.router.replies import ApiError, json_response
 from toppings.cluster.router.settings import RouterConfig
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import ROUTER_HEADER, Answer
 from toppings.config import OFF
+from toppings.exchanges.log_lines import NamingFormatter
 from toppings.log_files import LOG_FORMAT, log_handlers
 from toppings.open_files import raise_file_limit
+from toppings.slo import SLO_CLASS_HEADER, is_batch
+from toppings.stop import Stop
 from toppings.tenants.account import Account, Place
 from toppings.tenants.refusals import Refusal
 from toppings.tenants.tenant import Tenant
-from toppings.tracing import PARENT_HEADERS, open_tracing
+from toppings.tracing import open_tracing
 
 logger = logging.getLogger(__name__)
 
 IDLE_CONNECTION_S = 3.0  # below what servers keep idle connections for, so that few are found closed
 UNKNOWN_MODEL_REFRESH_S = 1.0
 SHUTDOWN_S = 30.0  # that requests in flight get
+RECORDS = "router"  # in log_dir
+
+
+AdapterChange = Callable[[dict[str, Any], Tenant], Coroutine[Any, Any, Answer]]
 
 
 class Router:
@@ -90,8 +91,12 @@ class Router:
                 self.guard.admit(request)
                 return await handler(request)
             except Refusal as refusal:
+                if refusal.status == 429:
+                    request[EXCHANGE].rejected_by = "tenant"
                 return ApiError.of(refusal).response(request.path)
             except ApiError as error:
+                if error.status == 429:
+                    request[EXCHANGE].rejected_by = "objectives"
                 return error.response(request.path)
             except (asyncio.CancelledError, ConnectionError):
                 raise  # the client has left
@@ -106,7 +111,7 @@ class Router:
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
         """One request from receipt to its one outcome, which is counted."""
-        meters, outcome = self.state.meters, "refused"
+        meters, exchange, outcome = self.state.meters, request[EXCHANGE], "refused"
         meters.received.inc()
         try:
             with self._budget.share() as share:
@@ -114,16 +119,18 @@ class Router:
                 config = self.state.config
                 names_blocks = config.prefix_routing != OFF
                 call = parse_call(request.path, body, config.bytes_per_token, names_blocks=names_blocks)
-                account = account_of(request)
+                account, exchange.model = account_of(request), (call.model or "")[:MAX_NAME_LEN]
                 if not account.tenant.is_admin:
                     check_use(account.tenant, call, self._base_names())
+                has_time = is_of_batch(request, account.tenant)
                 await self._check_model(call, account.tenant)
                 with closing_place(account, call) as place:
-                    flight = self.state.make_flight(call, place)
-                    flight.client_id = request_id.get()
-                    with traced(self.state, request, flight):
-                        response = await forward(self.state, request, flight)
-                        flight.span.set(http__response__status_code=response.status)
+                    flight = self.state.make_flight(call, place, exchange, is_batch=has_time)
+                    response = await forward(self.state, request, flight)
+            if response.status == 429:
+                exchange.rejected_by = "servers"
+            if response.status >= 400:
+                exchange.error = f"{flight.server} answered {response.status}"
             outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
             return response
         except (asyncio.CancelledError, ConnectionError):
@@ -165,7 +172,7 @@ class Router:
         tenant = account_of(request).tenant
         for each in reversed(self._cards()):
             cards = each.by_name | {name: card for name, card in cards.items() if name not in each}
-        seen = [card.raw for card in cards.values() if tenant.is_admin or tenant.may_see(card.adapter)]
+        seen = await seen_by(tenant, list(cards.values()))
         return json_response({"object": "list", "data": seen})
 
     async def get_model(self, request: web.Request) -> web.Response:
@@ -173,27 +180,33 @@ class Router:
         found = next((cards.by_name[name] for cards in self._cards() if name in cards), None)
         if found is None or not tenant.may_see(found.adapter):
             raise self._unknown(tenant, name)
-        return json_response(found.raw)
+        return json_response(found.told(tenant))
 
     # --- adapters ---
 
     async def load_adapter(self, request: web.Request) -> web.Response:
-        return await self._change(request, self.admin.load)
+        return await self._change(request, "load", self.admin.load)
 
     async def unload_adapter(self, request: web.Request) -> web.Response:
-        return await self._change(request, self.admin.unload)
+        return await self._change(request, "unload", self.admin.unload)
 
-    async def _change(
-        self, request: web.Request, change: Callable[[dict[str, Any], Tenant], Coroutine[Any, Any, Answer]]
-    ) -> web.Response:
+    async def _change(self, request: web.Request, action: str, change: AdapterChange) -> web.Response:
         """It goes on where the client leaves: half of it done would be remembered by nobody."""
         body, tenant = await read_change(request, self.guard, self._budget), account_of(request).tenant
         check_load(tenant, request.path, body)
-        task = asyncio.create_task(change(body, tenant))
+        task = asyncio.create_task(self._audited(action, body, change(body, tenant)))
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         answer = await asyncio.shield(task)
         return web.Response(body=answer.body, status=answer.status, headers=_plain_headers(answer.status))
+
+    async def _audited(self, action: str, body: dict[str, Any], change: Awaitable[Answer]) -> Answer:
+        what = {"adapter": body.get("lora_name"), "path": body.get("lora_path")}
+        told = {key: str(value) for key, value in what.items() if value is not None}
+        with self.state.audit.change(action, **told) as noted:
+            answer = await change
+            noted.failure = failure_of(answer)
+        return answer
 
     # --- itself ---
 
@@ -214,27 +227,6 @@ class Router:
 
 
 @contextmanager
-def traced(state: RouterState, request: web.Request, flight: Flight) -> Iterator[None]:
-    """The flight has its span within; the servers' own are below it."""
-    if state.tracing.is_on:
-        headers = {name: request.headers[name] for name in PARENT_HEADERS if name in request.headers}
-        told = {"url.path": request.path, "toppings.request_id": request_id.get()}
-        told["toppings.policy"] = state.config.policy
-        model = {"gen_ai.request.model": flight.call.model} if flight.call.model else {}
-        flight.span = state.tracing.serve(f"route {request.path}", headers, time.time_ns(), {**told, **model})
-    try:
-        yield
-        flight.span.set(toppings__moves=flight.num_moves)
-        if flight.is_cut:
-            flight.span.fail("its server broke off after the first token")
-    except BaseException as error:
-        flight.span.fail(str(error) or type(error).__name__)
-        raise
-    finally:
-        flight.span.end()
-
-
-@contextmanager
 def closing_place(account: Account, call: Call) -> Iterator[Place]:
     """What a request takes of its tenant's limits: of the prompt's tokens an estimate, and of its answer's as
     many as it may have. Raises Refusal 429."""
@@ -247,13 +239,25 @@ def closing_place(account: Account, call: Call) -> Iterator[Place]:
         place.leave()
 
 
+def is_of_batch(request: web.Request, tenant: Tenant) -> bool:
+    """Whether it may wait for room. Raises ApiError 400 for a class that there is not."""
+    try:
+        is_of_class = is_batch(request.headers.get(SLO_CLASS_HEADER), tenant.slo_class)
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+    return is_of_class and request.path not in TOKEN_PATHS
+
+
 def _plain_headers(status: int) -> dict[str, str]:
     return {"Content-Type": "application/json" if status >= 400 else "text/plain; charset=utf-8"}
 
 
 @asynccontextmanager
-async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, str]]:
-    """A router that serves while the context is open, and its base URL."""
+async def running_router(
+    config: RouterConfig, records: Path | None = None
+) -> AsyncIterator[tuple[Router, str]]:
+    """A router that serves while the context is open, and its base URL. What it writes down of requests and
+    changes goes to the directory `records`."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
     options: dict[str, Any] = {"timeout": timeout, "auto_decompress": False, "trace_configs": [tracing()]}
@@ -263,9 +267,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         for instance in config.instances:
             state.add_instance(instance)
         router = Router(state)
-        app = web.Application(client_max_size=config.max_body_bytes, middlewares=LAYERS)
+        app = web.Application(client_max_size=config.max_body_bytes, middlewares=layers(state))
         app.on_response_prepare.append(add_id)
-        app.on_shutdown.append(router.dashboard.close)
+        app.on_shutdown.extend((router.dashboard.close, state.holding.close))
         app.add_routes(router.routes())
         runner = web.AppRunner(
             app,
@@ -276,19 +280,20 @@ async def running_router(config: RouterConfig) -> AsyncIterator[tuple[Router, st
         )
         await runner.setup()
         listener: asyncio.Server | None = None
-        try:
-            router.guard.book.watch()
-            await router.monitor.start()
-            limits = {"head_timeout_s": config.head_timeout_s, "write_timeout_s": config.write_timeout_s}
-            listener = await listen(runner, host=config.host, port=config.port, **limits)
-            host, port = listener.sockets[0].getsockname()[:2]
-            yield router, f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        finally:
-            if listener is not None:
-                listener.close()
-            await runner.cleanup()
-            await router.monitor.stop()
-            state.tracing.close()
+        with keeping_records(state, router.guard.book, records):
+            try:
+                router.guard.book.watch()
+                await router.monitor.start()
+                limits = {"head_timeout_s": config.head_timeout_s, "write_timeout_s": config.write_timeout_s}
+                listener = await listen(runner, host=config.host, port=config.port, **limits)
+                host, port = listener.sockets[0].getsockname()[:2]
+                yield router, f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            finally:
+                if listener is not None:
+                    listener.close()
+                await runner.cleanup()
+                await router.monitor.stop()
+                state.tracing.close()
 
 
 def run_router(config: RouterConfig) -> None:
@@ -296,16 +301,14 @@ def run_router(config: RouterConfig) -> None:
     raise_file_limit()
     handlers = log_handlers("", 0)  # a pipe that nobody reads holds up no request
     for handler in handlers:
-        handler.setFormatter(NamingFormatter(LOG_FORMAT))
+        handler.setFormatter(NamingFormatter(LOG_FORMAT, current_exchange.get))
     logging.basicConfig(level=config.log_level.upper(), handlers=handlers)
     asyncio.run(_serve(config))
 
 
 async def _serve(config: RouterConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with running_router(config) as (_, url):
-        logger.info("Router running on %s", url)
-        await stop.wait()
+    stop = Stop(SHUTDOWN_S)
+    with stop.on_signals():
+        async with running_router(config, Path(config.log_dir) / RECORDS) as (_, url):
+            logger.info("Router running on %s", url)
+            await stop.or_done()

@@ -1,8 +1,12 @@
-"""Work that goes on beside requests: a fault in one turn is logged, and the next turn comes all the same."""
+"""Work that goes on beside requests: a fault in one turn is logged, and the next turn comes all the same.
+
+It is nobody's who asks, whatever request has begun it: an empty context keeps that one's id out of the logs.
+"""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +23,7 @@ def start_loop(name: str, interval_s: float, turn: Callable[[], Awaitable[bool]]
             except Exception:  # whatever it is, it must not end the loop
                 logger.exception("%s failed; it is tried again in %g s", name, interval_s)
 
-    return asyncio.create_task(loop(), name=name)
+    return asyncio.create_task(loop(), name=name, context=Context())
 
 
 def start_once(name: str, work: Callable[[], Awaitable[None]]) -> "asyncio.Task[None]":
@@ -31,4 +35,4 @@ def start_once(name: str, work: Callable[[], Awaitable[None]]) -> "asyncio.Task[
         except Exception:
             logger.exception("%s failed", name)
 
-    return asyncio.create_task(run(), name=name)
+    return asyncio.create_task(run(), name=name, context=Context())

@@ -1,11 +1,15 @@
 """The models that a server lists; there may be ten thousand, which are read in slices between other work."""
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
+
+from toppings.tenants.tenant import Tenant
 
 SLICE = 500
 """So many entries take about a millisecond to read."""
@@ -20,11 +24,21 @@ class Card(msgspec.Struct):
     parent: str | None = None
     root: Any = None
     raw: msgspec.Raw = msgspec.Raw(b"null")  # not of the entry: set when it was read
+    public: msgspec.Raw | None = None  # as `raw`: set when it was told
 
     @property
     def adapter(self) -> str | None:
         """Its name where it is an adapter's; None for a base model."""
         return self.id if self.parent else None
+
+    def told(self, tenant: Tenant) -> msgspec.Raw:
+        """For tenants, who are no administrators, with its name in place of where its server has it."""
+        if tenant.is_admin:
+            return self.raw
+        if self.public is None:
+            card = {**msgspec.json.decode(self.raw), "root": self.id}
+            self.public = msgspec.Raw(msgspec.json.encode(card))
+        return self.public
 
     @property
     def path(self) -> str | None:
@@ -54,6 +68,15 @@ async def read_cards(body: bytes) -> Cards:
         card.raw = raw
         by_name.setdefault(card.id, card)
     return Cards(by_name, tuple(card.id for card in by_name.values() if not card.parent))
+
+
+async def seen_by(tenant: Tenant, cards: Iterable[Card]) -> list[msgspec.Raw]:
+    """Those that the tenant may see, as it is told of them."""
+    seen, rest = [], iter(cards)
+    while some := list(islice(rest, SLICE)):
+        seen += [each.told(tenant) for each in some if tenant.is_admin or tenant.may_see(each.adapter)]
+        await asyncio.sleep(0)
+    return seen
 
 
 async def read_slices(raws: list[msgspec.Raw], kind: type[T]) -> list[tuple[msgspec.Raw, T]]:

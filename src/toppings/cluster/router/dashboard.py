@@ -7,6 +7,7 @@ from aiohttp import web
 
 from toppings.bad_input import shown
 from toppings.cluster.router import replies
+from toppings.cluster.router.exchange import account_of
 from toppings.cluster.router.middlewares import Handler
 from toppings.cluster.router.readings import Readings
 from toppings.cluster.router.replies import ApiError, json_response
@@ -53,14 +54,15 @@ class Dashboard:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """How things are, and what changes, as server-sent events."""
-        if self.feed.is_full:
-            raise replies.unavailable(WHY_FULL, self._state.config.retry_after_s)
         headers = {**DATA_HEADERS, "Content-Type": replies.EVENT_STREAM}
         if request.method == "HEAD":
             return web.Response(headers=headers)
+        viewer = self.feed.enter(account_of(request).name or request.remote or "")
+        if viewer is None:
+            raise replies.unavailable(WHY_FULL, self._state.config.retry_after_s)
         response = web.StreamResponse(headers=headers)
-        with self.feed.viewing():
-            async with aclosing(self.feed.events()) as events:
+        with self.feed.viewing(viewer):
+            async with aclosing(self.feed.events(viewer)) as events:
                 async for event in events:
                     if not response.prepared:
                         await response.prepare(request)

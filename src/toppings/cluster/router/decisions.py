@@ -1,6 +1,7 @@
 """Why requests went where they went: what was known of the servers when each was placed.
 
-Noted only while somebody looks, since it takes about as long as the decision itself.
+Noted only while somebody looks, and in words for the log of requests: it takes about as long as the decision
+itself.
 """
 
 import math
@@ -58,9 +59,14 @@ class Decisions:
         self._looked_at = self._clock()
         return list(self._kept)
 
+    @property
+    def _is_watched(self) -> bool:
+        return self._clock() - self._looked_at <= WATCHED_S
+
     def view(self, flight: Flight, has_model: BoolArray) -> View | None:
-        """To be taken before the request is placed; None while nobody looks. `has_model` [N]."""
-        if self._clock() - self._looked_at > WATCHED_S:
+        """To be taken before the request is placed; None while nobody looks and no log tells of it.
+        `has_model` [N]."""
+        if not (flight.tells_why or self._is_watched):
             return None
         fleet, plan, request = self._dispatcher.fleet, self._dispatcher.plan, flight.request
         adapter = request.adapter
@@ -82,6 +88,9 @@ class Decisions:
     def note(self, flight: Flight, view: View, choice: Choice | None) -> None:
         if choice is None:
             return
+        flight.why = _why(view, choice)
+        if not self._is_watched:
+            return
         self._num_noted += 1
         request = flight.request
         self._kept.appendleft(
@@ -93,7 +102,7 @@ class Decisions:
                 "model": flight.call.model or "",
                 "prompt_tokens": request.prompt_tokens,
                 "server": choice.instance_id,
-                "why": _why(view, choice),
+                "why": flight.why,
                 "servers": [_server(view, row, choice, request.adapter) for row in _rows(view, choice)],
             }
         )
@@ -129,7 +138,9 @@ def _why_not(view: View, row: int) -> str:
 
 def _why(view: View, choice: Choice) -> str:
     """In words: what was out of the ordinary, and how the chosen one compares."""
-    rows = [row for row in range(len(view.ids)) if not _why_not(view, row)]
+    rows = [
+        r for r in np.flatnonzero(view.is_open & view.has_model).tolist() if view.ids[r] not in view.tried
+    ]
     said = []
     if view.tried:
         said.append(f"{', '.join(sorted(view.tried))} did not take it")

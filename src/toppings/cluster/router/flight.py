@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from toppings.cluster.router.directory import AdapterInfo
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.snapshot import Choice, RequestSnapshot
 from toppings.dashboard.recent import Recent
+from toppings.exchanges.request_log import milliseconds
 from toppings.tenants.account import Place
 from toppings.tracing import Span
 
@@ -30,6 +32,9 @@ class Flight:
     `num_tokens` is the length of its answer once that is whole. `tried` are the servers that gave it none.
     `place` is what it takes of its tenant's limits. `client_id` is the id that client and servers know it by.
     `is_reusing` a connection that was idle: its server may just have closed it.
+
+    For the log: `server` is the one that it was sent to last, at `sent_at`, and `why`, where `tells_why`;
+    `first_at`: the first bytes of its stream (both of `time.perf_counter`); `num_streamed` tokens so far.
     """
 
     call: Call
@@ -50,11 +55,54 @@ class Flight:
     is_reusing: bool = False
     span: Span = field(default_factory=Span)  # of the request
     attempt: Span = field(default_factory=Span)  # of the server that is tried
+    server: str = ""
+    why: str = ""
+    tells_why: bool = False
+    num_attempts: int = 0
+    sent_at: float | None = None
+    first_at: float | None = None
+    num_streamed: int = 0
+
+    @property
+    def num_answered(self) -> int:
+        """Tokens of its answer, as far as they are known."""
+        return self.num_streamed if self.num_tokens is None else self.num_tokens
+
+    @property
+    def num_counted(self) -> tuple[int, int] | None:
+        """Tokens of its prompt, once an answer has begun, and of the answer; None where it generates none."""
+        if self.call.path in TOKEN_PATHS:
+            return None
+        return (self.place.prompt_tokens if self.has_begun else 0), self.num_answered
+
+    def measured(self, started_at: float) -> dict[str, Any]:
+        """For its line of the log: times in ms since `started_at`."""
+
+        def since_start(instant: float | None) -> float | None:
+            return None if instant is None else milliseconds(instant - started_at)
+
+        num_tokens = self.num_answered
+        tpt_s = (time.perf_counter() - started_at) / num_tokens if num_tokens else None
+        return {
+            "server": self.server or None,
+            "why": self.why or None,
+            "attempts": self.num_attempts,
+            "moves": self.num_moves,
+            "prompt_tokens": self.place.prompt_tokens,
+            "completion_tokens": num_tokens,
+            "wait_ms": since_start(self.sent_at),
+            "ttft_ms": since_start(self.first_at),
+            "tpt_ms": None if tpt_s is None else milliseconds(tpt_s),
+        }
 
     def may_move_to(self, instance_id: str) -> bool:
         """Whether it waits for its first token, was not moved too often and had no refusal there."""
         is_waiting = self.deadline is not None and self.call.is_stream
         return is_waiting and self.num_moves < MAX_MOVES and instance_id not in self.tried
+
+    def name_of(self, instance_id: str) -> str:
+        """Of a server, for who asks: where servers are is not for tenants to know."""
+        return instance_id if self.place.account.tenant.is_admin else "a server"
 
     def settle(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
         """With its tenant, by what the answer says; calls that generate nothing are not counted."""
@@ -96,7 +144,9 @@ class Flights:
         """Those that a server has."""
         return list(self._on.get(instance_id, {}).values())
 
-    def make(self, call: Call, adapter: AdapterInfo | None, place: Place) -> Flight:
+    def make(
+        self, call: Call, adapter: AdapterInfo | None, place: Place, *, is_batch: bool = False
+    ) -> Flight:
         """`adapter` is None where the call is for a base model."""
         self._num_made += 1
         request = RequestSnapshot(
@@ -108,24 +158,31 @@ class Flights:
             adapter_bytes=adapter.num_bytes if adapter else 0,
             blocks=call.blocks,
             block_tokens=call.block_tokens,
+            is_batch=is_batch,
         )
         return Flight(call, request, place)
 
-    def place(self, flight: Flight, among: BoolArray) -> Choice | None:
+    def place(
+        self, flight: Flight, among: BoolArray, *, within_slo: bool = False, is_held: bool = False
+    ) -> Choice | None:
         """Where it goes now, and counts until `end`. One that does not stream never shows its start: it
-        counts as running. None where no server of these [N] is open.
+        counts as running. None where no server of these [N] is open. A batch request, and with `within_slo`
+        any, gets no instance where the choice breaks the objectives.
         """
         started_at, request = time.perf_counter(), flight.request
         flight.move_to = None
-        choice = self._dispatcher.place(request, time.monotonic(), among=among)
-        self._meters.decision_seconds.observe(time.perf_counter() - started_at)
-        if choice is None:
-            return None
+        now = time.monotonic()
+        choice = self._dispatcher.place(request, now, among=among, within_slo=within_slo)
+        if not is_held:
+            self._meters.decision_seconds.observe(time.perf_counter() - started_at)
+        if choice is None or self._dispatcher.place_of(request.request_id) is None:
+            return choice
         if choice.breaks_slo:
             self._meters.slo_at_risk.inc()
         if not flight.call.is_stream:
             self._dispatcher.started(request.request_id)
-        flight.instance_id = choice.instance_id
+        flight.instance_id = flight.server = choice.instance_id
+        flight.num_attempts, flight.sent_at = flight.num_attempts + 1, time.perf_counter()
         self._on.setdefault(choice.instance_id, {})[request.request_id] = flight
         self._meters.sent.labels(choice.instance_id).inc()
         self._meters.in_flight.labels(choice.instance_id).inc()
@@ -141,9 +198,11 @@ class Flights:
         self._meters.first_byte_seconds.observe(first_byte_s)
         self._recent.note_prompt(flight.request.prompt_tokens)
         if flight.call.is_stream:
+            flight.first_at = time.perf_counter()
             self._recent.note_ttft(first_byte_s)
 
     def grow(self, flight: Flight, num_tokens: int) -> None:
+        flight.num_streamed += num_tokens
         flight.place.spend(num_tokens)
         self._recent.note_tokens(num_tokens)
         self._dispatcher.grown(flight.request.request_id, num_tokens)
@@ -154,7 +213,7 @@ class Flights:
         del there[flight.request.request_id]
         if not there:
             del self._on[flight.instance_id]
-        self._dispatcher.ended(flight.request.request_id, flight.num_tokens)
+        self._dispatcher.ended(flight.request.request_id, flight.num_tokens, now=time.monotonic())
         if flight.num_tokens:
             self._recent.note_tpt((time.monotonic() - flight.received_at) / flight.num_tokens)
             if not flight.call.is_stream:

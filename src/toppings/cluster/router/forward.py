@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 from yarl import URL
 
 from toppings.cluster.router import replies
@@ -24,22 +24,18 @@ from toppings.cluster.router.answers import (
     check_whole,
     read_start,
 )
+from toppings.cluster.router.exchange import EXCHANGE, account_of
 from toppings.cluster.router.flight import Flight
-from toppings.cluster.router.middlewares import account_of, request_id
+from toppings.cluster.router.headers import request_headers, response_headers
+from toppings.cluster.router.spans import attempting, note_answer
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.stream_tokens import StreamTokens
 from toppings.cluster.router.upstream import CALL_FAILURES, AnswerTooLongError, Upstream
 from toppings.cluster.snapshot import Choice
 from toppings.open_files import is_out_of_files
-from toppings.request_ids import REQUEST_ID
-from toppings.tenants.book import TENANT_HEADER
 
 logger = logging.getLogger(__name__)
 
-HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
-    | {"transfer-encoding", "upgrade", "host", "content-length", "expect"}
-)
 NO_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 BAD_GATEWAY = 502
 LARGE_BODY_BYTES = 2**20
@@ -69,18 +65,16 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
     last: AttemptError | None = None
     num_attempts = 0
     while num_attempts < state.config.max_attempts:
-        choice = state.place(flight)
+        choice = await state.holding.place(flight)
         if choice is None and last is not None and last.failure is Failure.CUT:
             flight.tried.clear()  # a server may just have closed an idle connection: worth a second try there
-            choice = state.place(flight)
+            choice = await state.holding.place(flight)
         if choice is None:
             break
-        flight.attempt = flight.span.begin("attempt", attributes={"toppings.instance": choice.instance_id})
-        flight.span.set(toppings__instance=choice.instance_id)
         try:
-            return await _attempt(state, http_request, flight, choice)
+            with attempting(flight, choice):
+                return await _attempt(state, http_request, flight, choice)
         except AttemptError as error:
-            flight.attempt.fail(str(error))
             logger.info("on %s: %s", choice.instance_id, error)
             if flight.move_to is not None:
                 flight.num_moves += 1
@@ -90,8 +84,6 @@ async def forward(state: RouterState, http_request: web.Request, flight: Flight)
             flight.tried.add(choice.instance_id)
             last = error
             state.meters.retries.labels(choice.instance_id).inc()
-        finally:
-            flight.attempt.end()
     return _give_up(state, last)
 
 
@@ -117,7 +109,8 @@ async def _attempt(
     answer: aiohttp.ClientResponse | None = None
     try:
         answer, start, is_stream = await _open(state, http_request, flight, upstream)
-        headers = _response_headers(answer.headers, choice)
+        headers = response_headers(answer.headers, choice, account_of(http_request).tenant)
+        note_answer(flight.attempt, answer.status)
         if not is_stream:
             return _finish_whole(state, flight, upstream, Whole(answer.status, headers, start))
         upstream.num_failures = 0
@@ -126,7 +119,7 @@ async def _attempt(
         state.flights.leave(flight)
         raise
     finally:
-        state.flights.end(flight)
+        state.end(flight)
         if answer is not None:
             answer.close()
 
@@ -147,7 +140,7 @@ async def _open(
             answer = await state.session.post(
                 _target(upstream.config.url, call.path, http_request),
                 data=call.body if len(call.body) < LARGE_BODY_BYTES else io.BytesIO(call.body),
-                headers=_request_headers(state, http_request, upstream, flight),
+                headers=request_headers(state, http_request, upstream, flight),
                 skip_auto_headers=NO_AUTO_HEADERS,
                 allow_redirects=False,
                 trace_request_ctx=flight,
@@ -176,11 +169,11 @@ def _explain(
     """What is to be told of an attempt; what it says of the server is noted. Raises ApiError 503 where the
     router itself could not even try.
     """
-    name = upstream.instance_id
+    name = flight.name_of(upstream.instance_id)
     if is_out_of_files(error):
         raise replies.unavailable("the router has too many files open", state.config.retry_after_s)
     if flight.move_to is not None:
-        return AttemptError(f"moved to {flight.move_to}", Failure.REFUSED)
+        return AttemptError(f"moved to {flight.name_of(flight.move_to)}", Failure.REFUSED)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | UnicodeError):
         state.note_failure(upstream, is_gone=True)
         return AttemptError(f"{name} cannot be reached", Failure.UNREACHABLE)
@@ -218,7 +211,7 @@ def _finish_whole(state: RouterState, flight: Flight, upstream: Upstream, whole:
         raise _explain(state, flight, upstream, error, 0.0) from error
     state.note_status(upstream, whole.status)
     if whole.status in RETRIED_STATUSES:
-        reason = f"{upstream.instance_id} answered {whole.status}"
+        reason = f"{flight.name_of(upstream.instance_id)} answered {whole.status}"
         raise AttemptError(reason, Failure.REFUSED, whole=whole)
     state.flights.start(flight)
     flight.num_tokens = usage.answer or None
@@ -311,8 +304,9 @@ async def _cut(
     *,
     is_between_events: bool,
 ) -> None:
-    message = f"server {flight.instance_id} {reason} after the first token; the answer is incomplete"
-    logger.warning("%s", message)
+    end = f"{reason} after the first token; the answer is incomplete"
+    logger.warning("server %s %s", flight.instance_id, end)
+    message = f"{flight.name_of(flight.instance_id)} {end}"
     if response.content_type == replies.EVENT_STREAM:
         await response.write(
             replies.stream_error(flight.call.path, message, is_between_events=is_between_events)
@@ -320,36 +314,5 @@ async def _cut(
         await response.write_eof()
     elif http_request.transport is not None:
         http_request.transport.abort()  # the only way to say that a plain body is not whole
-    flight.is_cut = True
-
-
-def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    return CIMultiDict([pair for pair in headers.items() if pair[0].lower() not in HOP_BY_HOP])
-
-
-def _request_headers(
-    state: RouterState, request: web.Request, upstream: Upstream, flight: Flight
-) -> CIMultiDict[str]:
-    """The client's own, with the id that its attempts have in common, the servers' key, and who asks. Keys
-    that the router asks for, a tenant's or its administrator's, are for it alone."""
-    kept, tenant = _end_to_end(request.headers), account_of(request).tenant
-    kept[REQUEST_ID] = request_id.get()
-    key = upstream.settings.upstream_api_key
-    for name in (
-        TENANT_HEADER,
-        *(("X-Api-Key", "Authorization") if key or state.config.asks_for_keys else ()),
-    ):
-        kept.popall(name, None)
-    if key:
-        kept["Authorization"] = f"Bearer {key}"
-    kept.update(upstream.headers_for(tenant))
-    flight.attempt.inject(kept)
-    return kept
-
-
-def _response_headers(headers: CIMultiDictProxy[str], choice: Choice) -> CIMultiDict[str]:
-    kept = _end_to_end(headers)
-    kept["X-Toppings-Instance"] = choice.instance_id
-    if choice.breaks_slo:
-        kept["X-Toppings-SLO"] = "at-risk"
-    return kept
+    flight.is_cut, http_request[EXCHANGE].error = True, message
+    flight.attempt.fail(reason)

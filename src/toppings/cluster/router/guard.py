@@ -9,10 +9,11 @@ from toppings.access import why_not_changed, why_not_json
 from toppings.cluster.router import replies
 from toppings.cluster.router.adapters import LOAD, UNLOAD
 from toppings.cluster.router.calls import INFERENCE_PATHS, MAX_NAME_LEN, Call
-from toppings.cluster.router.middlewares import ACCOUNT
+from toppings.cluster.router.exchange import EXCHANGE
 from toppings.cluster.router.replies import ApiError
 from toppings.cluster.router.settings import RouterConfig
 from toppings.dashboard.page import is_page
+from toppings.exchanges.exchange import UNCOUNTED
 from toppings.tenants.book import TENANT_HEADER, TenantBook
 from toppings.tenants.refusals import denied, no_access
 from toppings.tenants.tenant import Tenant
@@ -20,8 +21,6 @@ from toppings.tenants.tenant import Tenant
 OPEN_PATHS = frozenset({"/health", "/healthz", "/ready", "/ping"})
 TENANT_PATHS = frozenset({*INFERENCE_PATHS, "/v1/models", "/v1/models/{name}", LOAD, UNLOAD, "/version"})
 """Routes for every key; all others are administrators'."""
-UNCOUNTED = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods of requests that no limit counts."""
 
 
 class Guard:
@@ -41,7 +40,8 @@ class Guard:
         )
         authorization, plain, delegated = given
         account = self.book.identify(authorization or b"", plain or b"", delegated)
-        request[ACCOUNT] = account
+        exchange = request[EXCHANGE]
+        exchange.account, exchange.key = account, self.book.key_id(authorization or b"", plain or b"")
         resource = request.match_info.route.resource
         path = request.path if resource is None else resource.canonical
         if not account.tenant.is_admin and path not in TENANT_PATHS:

@@ -46,6 +46,10 @@ class Instances:
             raise ApiError(
                 409, f"instance {config.instance_id!r} is another server, {known.config.url}", "Conflict"
             )
+        with self._state.audit.change("add instance", instance=config.instance_id, url=config.url):
+            return await self._add(config, known)
+
+    async def _add(self, config: InstanceConfig, known: Upstream | None) -> web.Response:
         if known is not None and not known.is_itself:
             known.is_draining = known.is_removed = False
             self._state.refresh_open(known)
@@ -60,15 +64,15 @@ class Instances:
 
     async def drain(self, request: web.Request) -> web.Response:
         """No further requests; those that are there end in peace."""
-        return json_response(self._describe(self._drain(request)))
+        return json_response(self._describe(self._drain(request, "drain instance")))
 
     async def remove(self, request: web.Request) -> web.Response:
         """Drain it, and forget it once its last request has ended."""
-        upstream = self._drain(request)
+        upstream = self._drain(request, "remove instance")
         upstream.is_removed = True
         return json_response(self._describe(upstream), 202)
 
-    def _drain(self, request: web.Request) -> Upstream:
+    def _drain(self, request: web.Request, action: str) -> Upstream:
         self._guard.check_may_change(request)
         instance_id = request.match_info["id"]
         upstream = self._state.upstreams.get(instance_id)
@@ -77,6 +81,7 @@ class Instances:
             raise ApiError(404, f"no instance {instance_id[:128]!r}; there are: {known}", "NotFoundError")
         upstream.is_draining = True
         self._state.refresh_open(upstream)
+        self._state.audit.write(action, "done", instance=instance_id, url=upstream.config.url)
         return upstream
 
     def _describe(self, upstream: Upstream) -> dict[str, Any]:

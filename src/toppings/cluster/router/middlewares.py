@@ -1,48 +1,70 @@
-"""What every answer of the router has: an id, and its form where a route or a method is not there."""
+"""What every answer of the router has: an id, and its form where a route or a method is not there; and what
+is noted of it when it is over."""
 
-import logging
+import asyncio
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from toppings.bad_input import shown
 from toppings.cluster.router.connections import watched
+from toppings.cluster.router.exchange import EXCHANGE, Exchange, current_exchange
 from toppings.cluster.router.replies import ApiError
+from toppings.cluster.router.spans import begin_span, end_span
+from toppings.cluster.router.state import RouterState
+from toppings.exchanges.exchange import CLIENT_GONE, MESSAGES_ID
 from toppings.request_ids import REQUEST_ID, request_id_of
-from toppings.tenants.account import Account
 
-request_id: ContextVar[str] = ContextVar("request_id")
-"""Of the request that is being answered."""
-ACCOUNT = web.RequestKey("toppings.account", Account)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class NamingFormatter(logging.Formatter):
-    """Names the request that a line is about."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record)
-        return f"{line} [request {given}]" if (given := request_id.get("")) else line
+def layers(state: RouterState) -> tuple[Middleware, ...]:
+    """From the outermost on."""
+    return watched, _noting(state), routing_errors
 
 
-@web.middleware
-async def identified(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A request's id: the client's where that is of use, else a new one. Servers get it, too."""
-    request_id.set(request_id_of(request.headers.get(REQUEST_ID, "")))
-    return await handler(request)
+def _noting(state: RouterState) -> Middleware:
+    @web.middleware
+    async def noted(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """A request's id is the client's where that is of use, else a new one. Servers get it, too."""
+        exchange = request[EXCHANGE] = Exchange(
+            request_id_of(request.headers.get(REQUEST_ID, "")),
+            request.path,
+            method=request.method,
+            client=request.remote or "",
+        )
+        token = current_exchange.set(exchange)
+        begin_span(state, request, exchange)
+        try:
+            response = await handler(request)
+            exchange.status = response.status
+            return response
+        except (asyncio.CancelledError, ConnectionError):
+            exchange.has_left = True
+            exchange.status = exchange.status or CLIENT_GONE
+            raise
+        finally:
+            end_span(exchange)
+            for observe in state.observers:
+                observe(exchange)
+            current_exchange.reset(token)
+
+    return noted
 
 
 async def add_id(request: web.Request, response: web.StreamResponse) -> None:
-    """As the head of an answer leaves; what a server said of it stays. A tenant is told what is left."""
-    response.headers.setdefault(REQUEST_ID, request_id.get())
-    if ACCOUNT in request:
-        response.headers.update(account_of(request).headers())
-
-
-def account_of(request: web.Request) -> Account:
-    """Of whoever sent it, once it was admitted."""
-    return request[ACCOUNT]
+    """As the head of an answer leaves. A tenant is told what is left."""
+    exchange = request.get(EXCHANGE)
+    if exchange is None:  # refused before it came to the layers
+        response.headers[REQUEST_ID] = request_id_of(request.headers.get(REQUEST_ID, ""))
+        return
+    exchange.status = response.status
+    response.headers[REQUEST_ID] = exchange.request_id
+    if exchange.is_message:
+        response.headers[MESSAGES_ID] = exchange.request_id
+    if exchange.account is not None:
+        response.headers.update(exchange.account.headers())
 
 
 @web.middleware
@@ -59,6 +81,3 @@ async def routing_errors(request: web.Request, handler: Handler) -> web.StreamRe
             return ApiError(404, text, "NotFoundError").response(request.path)
         text = f"{shown(request.method)} is not allowed on this route, only {', '.join(allow.values())}"
         return ApiError(405, text, "MethodNotAllowedError", headers=allow).response(request.path)
-
-
-LAYERS = (watched, identified, routing_errors)

@@ -136,6 +136,7 @@ class Monitor:
 
     async def _rebalance(self) -> bool:
         rebalance(self._state)
+        self._state.holding.look()
         return True
 
     async def _size(self) -> bool:

@@ -15,7 +15,7 @@ from itertools import islice
 from urllib.parse import quote
 
 from toppings.cluster.placement import Plan
-from toppings.cluster.router.adapters import AdapterAdmin
+from toppings.cluster.router.adapters import AdapterAdmin, failure_of
 from toppings.cluster.router.background import start_once
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.router.upstream import CALL_FAILURES, Kind, Upstream
@@ -68,9 +68,13 @@ class PlacementOrders:
         return next((card.path for card in cards if card is not None and card.path), None)
 
     async def _prefetch(self, adapter: str, upstream: Upstream) -> None:
+        path = f"/adapters/{quote(adapter, safe='/')}/prefetch"
+        audit = self._state.audit
         try:
-            answer = await upstream.call("POST", f"/adapters/{quote(adapter, safe='/')}/prefetch")
-            if answer.status >= 400:
+            with audit.change("prefetch", adapter=adapter, instance=upstream.instance_id) as change:
+                answer = await upstream.call("POST", path)
+                change.failure = failure_of(answer)
+            if change.failure:
                 logger.info("%s: no prefetch of %s: %d", upstream.instance_id, adapter, answer.status)
         except CALL_FAILURES as error:
             logger.info("%s: no prefetch of %s: %r", upstream.instance_id, adapter, error)

@@ -5,6 +5,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from toppings.cluster.router.exchange import current_exchange
+from toppings.exchanges.exchange import MESSAGES
 from toppings.tenants.refusals import Refusal
 
 EVENT_STREAM = "text/event-stream"
@@ -30,6 +32,8 @@ class ApiError(Exception):
 
     def response(self, path: str = "") -> web.Response:
         """In the dialect of the route at `path`."""
+        if (exchange := current_exchange.get()) is not None:
+            exchange.error = str(self)
         body = error_body(self.status, str(self), self.kind, self.param, self.code)
         if path.startswith(MESSAGES):
             body = message_error(self.status, str(self))
@@ -47,7 +51,6 @@ class ApiError(Exception):
         )
 
 
-MESSAGES = "/v1/messages"
 MESSAGE_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -62,7 +65,9 @@ MESSAGE_KINDS = {
 def message_error(status: int, message: str) -> dict[str, Any]:
     """Anthropic's form."""
     kind = MESSAGE_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    exchange = current_exchange.get()
+    told = {} if exchange is None else {"request_id": exchange.request_id}
+    return {"type": "error", "error": {"type": kind, "message": message}, **told}
 
 
 def error_body(
@@ -87,6 +92,11 @@ def out_of_time(message: str, retry_after_s: int) -> ApiError:
 
 def unavailable(message: str, retry_after_s: int) -> ApiError:
     return ApiError(503, message, "ServiceUnavailableError", headers={"Retry-After": str(retry_after_s)})
+
+
+def out_of_objective(message: str, retry_after_s: int) -> ApiError:
+    headers = {"Retry-After": str(retry_after_s)}
+    return ApiError(429, message, "rate_limit_error", headers=headers, code="slo_unattainable")
 
 
 def unknown_model(model: str, aliases: list[str]) -> ApiError:

@@ -92,6 +92,16 @@ class RouterConfig(Settings):
         "on", "count what a server has computed of a prompt before (rank_aware policies)", choices=SWITCH
     )
     slo_tpt_ms: float = setting(math.inf, "objective for time per token (inf: none)", above=0)
+    slo_ttft_ms: float = setting(
+        math.inf, "objective for the time until the first token (inf: none)", above=0
+    )
+    slo_admission: str = setting(
+        "off", "answer interactive requests 429 that no server could take in time", choices=SWITCH
+    )
+    max_held: int = setting(
+        4096, "batch requests that wait at once, half of them of one tenant; more are answered 429", above=0
+    )
+    batch_wait_s: float = setting(600.0, "that a batch request waits for room within the objectives", above=0)
     seed: int = setting(0, "seed of policies that draw")
     candidates: int = setting(0, "servers drawn for each request to choose from (0: all)", at_least=0)
     perf_model: str = setting(
@@ -147,6 +157,20 @@ class RouterConfig(Settings):
         "",
         "OTLP receiver that traces are sent to over HTTP, such as http://localhost:4318/v1/traces (needs the"
         " extra otel; empty: no traces)",
+    )
+    log_dir: str = setting("logs", "requests.jsonl and audit.jsonl go to <log-dir>/router/")
+    request_log: float = setting(
+        1.0,
+        "share of requests that have a line in requests.jsonl, by their ids (0: none; of what failed, all"
+        " have one where it is above 0)",
+        at_least=0,
+        at_most=1,
+    )
+    audit_log: str = setting(
+        "on", "write a line for each change of adapters, servers and keys to audit.jsonl", choices=SWITCH
+    )
+    max_log_bytes: int = setting(
+        64 * 2**20, "size at which such a file is moved to <name>.1 and begun anew (0: no bound)", at_least=0
     )
     log_level: str = setting("info", "least severe message that is logged", choices=LOG_LEVELS)
 

@@ -14,16 +14,22 @@ from toppings.cluster.perf_model import load_perf_model
 from toppings.cluster.placement import PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.report import ServerReport
-from toppings.cluster.router.calls import Call
+from toppings.cluster.router.calls import TOKEN_PATHS, Call
 from toppings.cluster.router.decisions import Decisions
 from toppings.cluster.router.directory import AdapterDirectory
+from toppings.cluster.router.exchange import Exchange
 from toppings.cluster.router.flight import Flight, Flights, end_wait
+from toppings.cluster.router.holding import Holding
 from toppings.cluster.router.meters import Meters
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.cluster.router.upstream import Upstream
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
 from toppings.cluster.warm_up import warm_up
 from toppings.dashboard.recent import Recent
+from toppings.exchanges.audit_log import AuditLog
+from toppings.exchanges.exchange import Observer
+from toppings.exchanges.request_log import RequestLog
+from toppings.settings import OFF
 from toppings.tenants.account import Place
 from toppings.tracing import Tracing
 
@@ -39,7 +45,7 @@ class RouterState:
         self.config, self.session = config, session
         self.tracing = Tracing()
         self.router_id = uuid.uuid4().hex
-        settings = PolicySettings(config.slo_tpt_ms, config.seed, config.candidates)
+        settings = PolicySettings(config.slo_tpt_ms, config.seed, config.candidates, config.slo_ttft_ms)
         self.dispatcher = Dispatcher(
             make_policy(config.policy, settings),
             response_tokens=config.response_tokens,
@@ -55,6 +61,10 @@ class RouterState:
         self.recent = Recent()
         self.decisions = Decisions(self.dispatcher)
         self.flights = Flights(self.dispatcher, self.meters, self.recent)
+        self.holding = Holding(config, self.meters, self.place, self.flights.end)
+        self.audit = AuditLog()
+        self.request_log: RequestLog | None = None
+        self.observers: list[Observer] = [self.meters.note_exchange]
         self._masks: dict[str | None, BoolArray] = {}
 
     # --- instances ---
@@ -92,6 +102,8 @@ class RouterState:
         is_open = upstream.is_alive and not upstream.is_draining
         self.fleet.set_open(upstream.instance_id, is_open)
         self.meters.is_up.labels(upstream.instance_id).set(is_open)
+        if is_open:
+            self.holding.look_soon()
 
     def models_changed(self) -> None:
         self._masks.clear()
@@ -140,13 +152,24 @@ class RouterState:
         rank = round(sum(known) / len(known)) if known else 0
         self.dispatcher.report(upstream.instance_id, report, own_then=own_ranks, other_rank=rank)
         self.flights.note_left(upstream.instance_id, report.left)
+        self.holding.look_soon()
 
     # --- requests ---
 
-    def make_flight(self, call: Call, place: Place) -> Flight:
+    def make_flight(self, call: Call, place: Place, exchange: Exchange, *, is_batch: bool = False) -> Flight:
+        """Of the request `exchange`."""
         is_adapter = call.model and self.is_adapter(call.model)
         adapter = self.directory.get(call.model) if call.model and is_adapter else None
-        return self.flights.make(call, adapter, place)
+        flight = exchange.flight = self.flights.make(call, adapter, place, is_batch=is_batch)
+        flight.client_id, flight.span = exchange.request_id, exchange.span
+        flight.tells_why = self.request_log is not None and self.request_log.has(exchange.request_id)
+        exchange.has_adapter = adapter is not None
+        return flight
+
+    def end(self, flight: Flight) -> None:
+        """It has left its server, and with that left room."""
+        self.flights.end(flight)
+        self.holding.look_soon()
 
     def is_adapter(self, model: str) -> bool:
         """Whether a server lists it with a parent, or none lists it: it may then be known by another name."""
@@ -156,19 +179,21 @@ class RouterState:
     def is_known(self, model: str | None) -> bool:
         return any(upstream.serves(model) for upstream in self.upstreams.values()) or not self.upstreams
 
-    def place(self, flight: Flight) -> Choice | None:
+    def place(self, flight: Flight, *, is_held: bool = False) -> Choice | None:
         """Where the request goes now: where it is to move to, if that is open; None where no open instance
-        that was not tried serves its model.
+        that was not tried serves its model. Where it is to be within the objectives, it may get none.
+        One that `is_held` is tried again and again: why it goes where it goes is not told.
         """
         mask = self._serving(flight.call)
-        view = self.decisions.view(flight, mask)
+        view = None if is_held else self.decisions.view(flight, mask)
         if flight.tried:
             mask = mask & ~self.fleet.rows_in(flight.tried)
         if flight.move_to in self.upstreams:
             target = mask & self.fleet.rows_in({flight.move_to})
             mask = target if (target & self.fleet.is_open).any() else mask
-        choice = self.flights.place(flight, mask)
-        if view is not None:
+        refuses = self.config.slo_admission != OFF and flight.call.path not in TOKEN_PATHS
+        choice = self.flights.place(flight, mask, within_slo=refuses, is_held=is_held)
+        if view is not None and flight.instance_id:
             self.decisions.note(flight, view, choice)
         return choice
 

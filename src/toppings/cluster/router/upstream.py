@@ -10,9 +10,11 @@ import msgspec
 
 from toppings.cluster.report import ServerReport, read_report
 from toppings.cluster.router.cards import Cards, read_cards
+from toppings.cluster.router.exchange import current_exchange
 from toppings.cluster.router.metrics_text import translate_metrics
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.open_files import is_out_of_files
+from toppings.request_ids import REQUEST_ID
 from toppings.tenants.book import ADMIN, TENANT_HEADER
 from toppings.tenants.tenant import Tenant
 
@@ -119,6 +121,8 @@ class Upstream:
         tenant: Tenant = ADMIN,
     ) -> Answer:
         headers = self.headers_for(tenant)
+        if (exchange := current_exchange.get()) is not None:
+            headers[REQUEST_ID] = exchange.request_id
         if body is not None:
             headers["Content-Type"] = "application/json"
         if self.settings.upstream_api_key:

@@ -59,7 +59,12 @@ export class Feed {
     while (this.control === control) {
       this.on.state("connecting");
       try {
-        await this.follow(control, () => (wait = FIRST_WAIT_MS));
+        let isHeard = false;
+        await this.follow(control, () => {
+          wait = FIRST_WAIT_MS;
+          isHeard = true;
+        });
+        if (isHeard) continue; // streams end after some minutes
         if (this.control === control) this.on.state("lost: the server has closed the stream");
       } catch (error) {
         if (this.control !== control) return;

@@ -26,7 +26,7 @@ from toppings.sim.trace import Trace
 
 CHOSEN = (
     *("policy", "placement", "num_instances", "device_pool_bytes", "kv_cache_tokens"),
-    *("seed", "kill_at_s", "slo_tpt_ms"),
+    *("seed", "kill_at_s", "slo_tpt_ms", "slo_ttft_ms"),
 )
 """Settings of simulated servers that the plan is for, or that have another meaning here."""
 
@@ -49,6 +49,7 @@ class FleetOptions(Source):
         config = SimConfig(
             perf_model=load_perf_model(self.perf_model),
             slo_tpt_ms=spec.slo_tpt_ms,
+            slo_ttft_ms=spec.slo_ttft_ms,
             seed=self.seed,
             max_model_len=min(SimConfig.max_model_len, SimConfig.kv_cache_tokens),
             **self.server,

@@ -1,7 +1,7 @@
 """The requests of a trace through an engine in this process, each when its time has come."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -93,9 +93,11 @@ class EnginePlayer:
         *,
         on_step: Callable[[PlayedStep], None] = lambda _: None,
         is_cacheable: bool = False,
+        batch_tenants: Container[str] = (),
     ) -> None:
-        """`is_cacheable`: prompts that share nothing, too, which are those of other traces."""
-        self._is_cacheable = is_cacheable
+        """`is_cacheable`: prompts that share nothing, too, which are those of other traces; `batch_tenants`:
+        whose requests are of the class batch."""
+        self._is_cacheable, self._batch_tenants = is_cacheable, batch_tenants
         self._engine, self._adapter_ids, self._clock, self._on_step = engine, adapter_ids, clock, on_step
 
     def play(self, trace: Trace) -> list[Outcome]:
@@ -127,7 +129,7 @@ class EnginePlayer:
                 SamplingParams(max_tokens=call.max_tokens, temperature=0.0, ignore_eos=True),
                 self._adapter_ids[adapter],
                 is_cacheable=self._is_cacheable or trace.blocks is not None,
-                standing=Standing(tenant, weight),
+                standing=Standing(tenant, weight, is_batch=tenant in self._batch_tenants),
             )
             for index, (adapter, call, (tenant, weight)) in enumerate(
                 zip(trace.adapters.tolist(), calls_of(trace), owners, strict=True)

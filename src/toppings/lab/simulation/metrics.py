@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from toppings.lab.summary import Latencies, Stats
 from toppings.sim.records import SimResult
-from toppings.sim.settings import NS_PER_MS, NS_PER_S
+from toppings.sim.settings import NS_PER_MS, NS_PER_S, SimConfig
 
 
 @dataclass(frozen=True, slots=True)
 class TenantSummary:
     """`token_share`: of all tokens that came before the last request arrived, while the tenants compete,
     those of its requests that had begun by then, a prompt with its first token, the rest evenly until its
-    end."""
+    end. `slo_attainment`: as of `RunSummary`, among its requests."""
 
     name: str
     weight: float
@@ -24,12 +24,13 @@ class TenantSummary:
     ttft_ms: Stats
     tpt_ms: Stats
     token_share: float
+    slo_attainment: float
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """Of one run. `slo_attainment`: share of those that ended or were rejected whose TPT is within
-    the SLO.
+    """Of one run. `slo_attainment`: share of those that ended or were rejected that were within the
+    objectives for TTFT and TPT.
 
     Rates are per second, from the first arrival to the last token. `rank_mix` [instances][ranks]: how many
     requests of each of `ranks` a server got. `tenants`: of traces that have some.
@@ -100,7 +101,7 @@ def summarize_run(result: SimResult) -> RunSummary:
         num_present=result.num_present,
         num_breaking=result.num_breaking,
         slo_tpt_ms=config.slo_tpt_ms,
-        slo_attainment=_share(int((latencies.tpt <= config.slo_tpt_ms).sum()), num_ended + num_rejected),
+        slo_attainment=_share(_num_within(config, latencies), num_ended + num_rejected),
         ttft_ms=stats["ttft"],
         tpt_ms=stats["tpt"],
         e2e_ms=stats["e2e"],
@@ -117,6 +118,11 @@ def summarize_run(result: SimResult) -> RunSummary:
     )
 
 
+def _num_within(config: SimConfig, latencies: Latencies) -> int:
+    """Of the requests that ended, those within the objectives."""
+    return int(((latencies.tpt <= config.slo_tpt_ms) & (latencies.ttft <= config.slo_ttft_ms)).sum())
+
+
 def _tenants(result: SimResult) -> list[TenantSummary]:
     tenants, tokens = result.tenants, tokens_by(result, result.arrived_at.max(initial=0))
     if tenants is None:
@@ -124,7 +130,8 @@ def _tenants(result: SimResult) -> list[TenantSummary]:
     summaries = []
     for index, (name, weight) in enumerate(zip(tenants.names, tenants.weights)):
         is_its = tenants.indices == index
-        stats = latencies_of(result, is_its).stats()
+        latencies = latencies_of(result, is_its)
+        stats = latencies.stats()
         summaries.append(
             TenantSummary(
                 name=name,
@@ -134,6 +141,10 @@ def _tenants(result: SimResult) -> list[TenantSummary]:
                 ttft_ms=stats["ttft"],
                 tpt_ms=stats["tpt"],
                 token_share=_share(float(tokens[is_its].sum()), float(tokens.sum())),
+                slo_attainment=_share(
+                    _num_within(result.config, latencies),
+                    len(latencies.e2e) + int((result.is_rejected & is_its).sum()),
+                ),
             )
         )
     return summaries

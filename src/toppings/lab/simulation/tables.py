@@ -66,6 +66,7 @@ def _tenant_table(summaries: Sequence[RunSummary]) -> Table:
         "TTFT\nmean",
         "TTFT\np99",
         "TPT\nmean",
+        "SLO",
     ):
         table.add_column(name, no_wrap=True)
     for run in summaries:
@@ -73,7 +74,15 @@ def _tenant_table(summaries: Sequence[RunSummary]) -> Table:
             shares = f"{each.token_share:.1%}", f"{each.num_ended:,} of {each.num_arrived:,}"
             times = (each.ttft_ms.mean, each.ttft_ms.p99, each.tpt_ms.mean)
             latencies = [f"{ms:,.1f}" for ms in times]
-            table.add_row(run.policy, str(run.seed), each.name, f"{each.weight:g}", *shares, *latencies)
+            table.add_row(
+                run.policy,
+                str(run.seed),
+                each.name,
+                f"{each.weight:g}",
+                *shares,
+                *latencies,
+                f"{each.slo_attainment:.1%}",
+            )
     return table
 
 

@@ -1,4 +1,4 @@
-"""What ends a server: a signal, and the bound on what comes after it."""
+"""What ends a server or a router: a signal, and the bound on what comes after it."""
 
 import asyncio
 import faulthandler
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 LAST_RESORT_S = 20.0
 """How long an orderly end may take beyond `shutdown_timeout_s`."""
+TRACEBACK_S = 1.0
+"""How long the traceback of one that took longer may take to be written."""
 
 
 class Stop:
@@ -31,8 +33,10 @@ class Stop:
                 loop.remove_signal_handler(number)
 
     def _take_signal(self) -> None:
-        is_second = self.is_set
-        faulthandler.dump_traceback_later(LAST_RESORT_S + (0.0 if is_second else self._timeout_s), exit=True)
+        limit_s = LAST_RESORT_S + (0.0 if self.is_set else self._timeout_s)
+        faulthandler.dump_traceback_later(limit_s, exit=True)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's: nobody may read what it writes
+        signal.setitimer(signal.ITIMER_REAL, limit_s + TRACEBACK_S)
         self.set()
 
     def set(self) -> None:
