@@ -170,9 +170,7 @@ def check_start_time(result: Result) -> None:
 
 def check_moe(result: Result) -> None:
     assert set(result["tokens_per_s_over_transformers"]) == {"one", "eight"}
-    assert all(
-        case["tokens_per_s"] > 0 for side in ("ours", "transformers") for case in result[side].values()
-    )
+    assert all(case["step_ms"]["clock"] > 0 for case in result["ours"].values())
     assert set(result["lora_step_over_plain"]) == {"one_experts", "eight_attention", "eight_experts"}
 
 
