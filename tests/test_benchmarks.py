@@ -136,6 +136,13 @@ def check_lookup_decoding(result: Result) -> None:
         assert 0 <= result[load]["accepted"] <= 1
 
 
+def check_merged_mode(result: Result) -> None:
+    assert result["flapping"] == 0
+    assert result["offline"]["ratio"] > 0
+    assert result["served"]["ratio"] > 0
+    assert result["folding"]["share"] > 0.9
+
+
 def check_dashboard(result: Result) -> None:
     assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
@@ -150,6 +157,7 @@ def check_engine_kills(result: Result) -> None:
 
 CHECKS: dict[str, Callable[[Result], None]] = {
     "lookup_decoding": check_lookup_decoding,
+    "merged_mode": check_merged_mode,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,

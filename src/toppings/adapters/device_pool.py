@@ -39,7 +39,10 @@ class DevicePool:
     in elements of `arena`; rank 0 where not targeted or no adapter. `columns`, int64 `[num_slots, num_layers,
     7, 2]`, has the starts of each module's gain and offset, 0 where there is none. `table_cpu` and
     `columns_cpu` are the same in host memory (on the CPU device: the same memory). They change only in
-    `try_place` and `free`, between forwards.
+    `try_place`, `free` and `turn`, between forwards.
+
+    The table has a row more, `minus_slot`: modules of one adapter whose B has the opposite sign, which stand
+    there in the place of the adapter's own row.
 
     Not thread-safe: called from the engine's loop alone.
     """
@@ -62,7 +65,8 @@ class DevicePool:
         self.num_layers = num_layers
         self.num_slots = num_slots
         self.arena = torch.empty(capacity, dtype=dtype, device=device)
-        self._table_host = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int64)
+        self.minus_slot = num_slots
+        self._table_host = torch.zeros(num_slots + 1, num_layers, len(MODULES), 3, dtype=torch.int64)
         self.table = self._table_host.to(device)
         self.table_cpu: npt.NDArray[np.int64] = self._table_host.numpy()
         self._columns_host = torch.zeros(num_slots, num_layers, len(MODULES), 2, dtype=torch.int64)
@@ -70,6 +74,8 @@ class DevicePool:
         self.columns_cpu: npt.NDArray[np.int64] = self._columns_host.numpy()
         self._allocator = RangeAllocator(capacity)
         self._placements: dict[int, _Placement] = {}
+        self._turned_slot: int | None = None
+        self._is_turned = np.zeros((num_layers, len(MODULES)), np.bool_)
         self._free_slots = list(range(num_slots))[::-1]
         self.num_compactions = 0
 
@@ -115,10 +121,38 @@ class DevicePool:
         self._placements[slot].is_loading = False
 
     def free(self, slot: int) -> None:
+        assert slot != self._turned_slot
         placement = self._placements.pop(slot)
         self._allocator.free_all(placement.offsets, [layer.numel for layer in placement.layout.layers])
         self._free_slots.append(slot)
         self._write_table(slot)
+
+    def ranks_of(self, slot: int, layer: int) -> tuple[int, ...]:
+        """Of the adapter's modules in a layer, 0 where it does not target one."""
+        return self._placements[slot].layout.layers[layer].ranks
+
+    def product(self, slot: int, layer: int, module: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of A `[r, in]` and B `[r, out]` of a module that the adapter targets."""
+        placement = self._placements[slot]
+        layout, (num_in, num_out) = placement.layout.layers[layer], placement.layout.shapes.sizes[module]
+        rank, start = layout.ranks[module], placement.offsets[layer]
+        a_start, b_start = start + layout.a_offsets[module], start + layout.b_offsets[module]
+        a, b = self.arena[a_start : a_start + rank * num_in], self.arena[b_start : b_start + rank * num_out]
+        return a.view(rank, num_in), b.view(rank, num_out)
+
+    def turn(self, slot: int, layer: int, modules: Iterable[int]) -> None:
+        """Changes the sign of these modules' B, and moves them from the slot's row of the table to that of
+        `minus_slot`, or back. Of one slot at a time; what it does is in the order of the device's work."""
+        assert self._turned_slot in (None, slot)
+        assert not self._placements[slot].is_loading
+        for module in modules:
+            if self.ranks_of(slot, layer)[module]:
+                self.product(slot, layer, module)[1].neg_()
+                self._is_turned[layer, module] ^= True
+        self._turned_slot = slot
+        self._write_table(slot)
+        if not self._is_turned.any():
+            self._turned_slot = None
 
     def layer_offset(self, slot: int, layer: int) -> int:
         """Where the block of a layer starts, in elements of `arena`; stays true while the slot is loading."""
@@ -188,21 +222,36 @@ class DevicePool:
         self.num_compactions += bool(moved_slots)
 
     def _write_table(self, slot: int) -> None:
-        self.table_cpu[slot] = 0
+        self.table_cpu[slot] = self._rows_of(slot)
+        if slot == self._turned_slot:
+            self.table_cpu[self.minus_slot] = self._rows_of(self.minus_slot)
         had_columns = bool(self.columns_cpu[slot].any())
         self.columns_cpu[slot] = 0
         placement = self._placements.get(slot)
         if placement is not None:
             for layer, layout in enumerate(placement.layout.layers):
-                self.table_cpu[slot, layer] = _table_rows(layout, placement.offsets[layer])
                 self.columns_cpu[slot, layer] = _column_rows(layout, placement.offsets[layer])
         if self.table.device.type != "cpu":
             # In the order of the compute stream: kernels that are already queued still see the old row. From
             # page-locked memory of its own, which the allocator keeps until the copy is over: the host does
             # not wait for it, and the row is not changed under it.
-            self.table[slot].copy_(self._table_host[slot].pin_memory(), non_blocking=True)
+            for row in (slot, self.minus_slot) if slot == self._turned_slot else (slot,):
+                self.table[row].copy_(self._table_host[row].pin_memory(), non_blocking=True)
             if had_columns or self.columns_cpu[slot].any():
                 self.columns[slot].copy_(self._columns_host[slot].pin_memory(), non_blocking=True)
+
+    def _rows_of(self, row: int) -> npt.NDArray[np.int64]:
+        """`[layers, 7, 3]`, what the table is to say in this row."""
+        is_minus = row == self.minus_slot
+        rows = np.zeros((self.num_layers, len(MODULES), 3), np.int64)
+        slot = self._turned_slot if is_minus else row
+        placement = None if slot is None else self._placements.get(slot)
+        if placement is not None:
+            for layer, layout in enumerate(placement.layout.layers):
+                rows[layer] = _table_rows(layout, placement.offsets[layer])
+            if slot == self._turned_slot:
+                rows[self._is_turned != is_minus] = 0
+        return rows
 
     def check_integrity(self) -> None:
         """Blocks and free ranges tile the arena, and the table says what the placements say."""
@@ -210,14 +259,15 @@ class DevicePool:
         assert sorted([*self._free_slots, *self._placements]) == list(range(self.num_slots))
         assert torch.equal(self.table.cpu(), self._table_host)
         assert torch.equal(self.columns.cpu(), self._columns_host)
+        assert (self._turned_slot is None) == (not self._is_turned.any())
+        for row in range(self.num_slots + 1):
+            assert (self.table_cpu[row] == self._rows_of(row)).all(), f"row {row} of the table is wrong"
         for slot in range(self.num_slots):
             placement = self._placements.get(slot)
             if placement is None:
-                assert not self.table_cpu[slot].any(), f"slot {slot} is free but in the table"
                 assert not self.columns_cpu[slot].any(), f"slot {slot} is free but in the columns"
                 continue
             for layer, layout in enumerate(placement.layout.layers):
-                assert (self.table_cpu[slot, layer] == _table_rows(layout, placement.offsets[layer])).all()
                 assert (self.columns_cpu[slot, layer] == _column_rows(layout, placement.offsets[layer])).all()
                 assert placement.offsets[layer] % self._alignment == 0 or not layout.numel
 

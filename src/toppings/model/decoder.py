@@ -194,6 +194,10 @@ class Decoder:
         projections = (each for layer in self._layers for each in layer.projections.values())
         return all(each.has_kernel(num_rows) for each in (*projections, self._lm_head))
 
+    def projection(self, layer: int, group: str) -> Linear | QuantizedLinear:
+        """The base weights of a projection group; groups that experts stand for have none."""
+        return self._layers[layer].projections[group]
+
     @torch.inference_mode()
     def forward(
         self,
