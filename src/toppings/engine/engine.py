@@ -262,8 +262,8 @@ class Engine:
             self._followers.check()
         if self._assist is not None:
             self._assist.poll()
-        if self.merged is not None:
-            self.merged.poll()
+        if self.merged is not None and self.merged.poll():
+            self._finished_at = time.perf_counter()  # a step that was started before did not take as long
         is_idle = not self._progress and time.perf_counter() - self._finished_at > IDLE_S
         if is_idle and self._structures is not None:
             self._structures.warm_up()

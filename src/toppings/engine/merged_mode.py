@@ -70,12 +70,14 @@ class MergedMode:
         self._step_s = step_s
         self.policy.note_step(rows, step_s, now)
 
-    def poll(self) -> None:
-        """Some of what there is to do: as much as takes as long as the last step, little where none runs."""
-        wanted = self._wanted()
+    def poll(self) -> bool:
+        """Some of what there is to do: as much as takes as long as the last step, little where none runs.
+        Whether there was anything."""
+        wanted, was = self._wanted(), (self.folded.adapter_id, self.folded.num_folded)
         stop_at = time.perf_counter() + (self._step_s if self._scheduler.running else IDLE_S)
         while self._advance(wanted) and time.perf_counter() < stop_at:
             pass
+        return was != (self.folded.adapter_id, self.folded.num_folded)
 
     def status(self) -> MergedStatus:
         folded, policy = self.folded, self.policy
