@@ -174,6 +174,13 @@ def check_moe(result: Result) -> None:
     assert set(result["lora_step_over_plain"]) == {"one_experts", "eight_attention", "eight_experts"}
 
 
+def check_merged_mode(result: Result) -> None:
+    assert result["flapping"] == 0
+    assert result["offline"]["ratio"] > 0
+    assert result["served"]["ratio"] > 0
+    assert result["folding"]["share"] > 0.9
+
+
 def check_dashboard(result: Result) -> None:
     assert result["registered"] == 5
     assert 0 < result["late_s"]["mean"] <= result["late_s"]["max"]
@@ -205,6 +212,7 @@ CHECKS: dict[str, Callable[[Result], None]] = {
     "cpu_decode": check_cpu_decode,
     "start_time": check_start_time,
     "moe": check_moe,
+    "merged_mode": check_merged_mode,
     "dashboard": check_dashboard,
     "fairness": check_fairness,
     "scheduling_step": check_scheduling_step,
