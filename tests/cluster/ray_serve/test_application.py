@@ -273,6 +273,7 @@ def test_tenants_have_their_rights_and_limits_and_logs(up: Up, home: Path) -> No
     assert up.post("/adapters/adapter-00001/prefetch").status_code == 202
     logs = home / "logs" / "auto"
     wait_until(lambda: '"trial"' in (logs / "requests.jsonl").read_text())
+    wait_until(lambda: '"prefetch"' in (logs / "audit.jsonl").read_text())
     requests = [json.loads(line) for line in (logs / "requests.jsonl").read_text().splitlines()]
     [teams] = [line for line in requests if line["request_id"] == "the-teams-own"]
     assert (teams["tenant"], teams["key"], teams["adapter"]) == ("team", "1", "adapter-00000")
