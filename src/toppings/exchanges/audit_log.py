@@ -91,7 +91,7 @@ class AuditLog:
     def _write(self, action: str, outcome: str, exchange: Exchange | None, what: dict[str, object]) -> None:
         record: dict[str, object] = {"at": round(time.time(), 3), "action": action, **what}
         if exchange is not None:
-            asking = {"tenant": exchange.tenant, "client": exchange.client}
+            asking = {"tenant": exchange.tenant, "key": exchange.key, "client": exchange.client}
             record |= {"request_id": exchange.request_id, **asking}
         record["outcome"] = outcome
         self._lines.write({k: shown(v, MAX_CHARS) if isinstance(v, str) else v for k, v in record.items()})
