@@ -4,12 +4,12 @@ turns, each in a process of its own, and what LoRA on the experts costs a step.
     python benchmarks/moe.py          # 340 M parameters in bf16, 16 experts, 4 for a token: some minutes
     python benchmarks/moe.py --toy    # a tiny model: does the script still work?
 
-Requests have prompts of one length and are greedy. A decode step takes what every token after the first adds;
-`tokens_per_s` is all of a request's tokens over all of its time. `lora`: eight requests, each with an adapter
-of its own, on attention alone (`attention`) and on the experts as well (`experts`); ratios are to the step of
-as many requests without adapters. Each figure is the median over rounds in which all cases are measured one
-after the other. `processor_s`: of the process and its threads, which other work on the machine disturbs less.
-Ends in one JSON line.
+Requests have prompts of one length and are greedy. `tokens_per_s`: all tokens over all of the time, prompts
+included, by the clock (`clock`) and by the process's processor time (`processor`), which other work on the
+machine disturbs less, most of all with `--threads 1`. `step_ms`: the median of our decode steps in which all
+requests run. `lora_step_over_plain`: with an adapter of its own for each request, on attention alone
+(`attention`) or on the experts as well (`experts`), over the step of as many requests without. Figures are
+medians over rounds in which all cases are measured one after the other. Ends in one JSON line.
 """
 
 import json
@@ -18,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -118,34 +118,50 @@ def write_adapter(path: Path, scale: Scale, seed: int, *, has_experts: bool) -> 
     save_file(tensors, path / "adapter_model.safetensors")
 
 
-Side = dict[str, Callable[[int], object]]
-"""What to time, by case: each takes the number of tokens to generate."""
-MakeSide = Callable[[Path, Scale], AbstractContextManager[Side]]
+Seconds = tuple[float, float]
+"""By the clock, and of processors."""
+Side = dict[str, Callable[[], Seconds | None]]
+"""What to time, by case; what it returns is the median decode step, where it knows."""
+MakeSide = Callable[[Path, Scale, int], AbstractContextManager[Side]]
+Answer = tuple[Seconds, Seconds | None]
+
+
+def now() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Seconds) -> Seconds:
+    wall, cpu = now()
+    return wall - start[0], cpu - start[1]
+
+
+def medians(samples: Iterable[Seconds]) -> Seconds:
+    walls, cpus = zip(*samples, strict=True)
+    return statistics.median(walls), statistics.median(cpus)
 
 
 class Timed:
-    """A side of which is asked (case, number of tokens): seconds by the clock and of processors."""
+    """A side of which is asked a case: its seconds, and those of a decode step."""
 
     def __init__(self, calls: Side) -> None:
         self._calls = calls
 
-    def ask(self, question: tuple[str, int]) -> tuple[float, float]:
-        case, num_tokens = question
-        wall, cpu = time.perf_counter(), time.process_time()
-        self._calls[case](num_tokens)
-        return time.perf_counter() - wall, time.process_time() - cpu
+    def ask(self, case: str) -> Answer:
+        start = now()
+        step = self._calls[case]()
+        return since(start), step
 
 
-def serve(pipe: Connection, make: MakeSide, directory: Path, scale: Scale) -> None:
+def serve(pipe: Connection, make: MakeSide, directory: Path, scale: Scale, num_threads: int) -> None:
     """Answers what the pipe asks for, until that is None."""
-    with make(directory, scale) as calls:
+    with make(directory, scale, num_threads) as calls:
         pipe.send("ready")
         while (question := pipe.recv()) is not None:
             pipe.send(Timed(calls).ask(question))
 
 
 @contextmanager
-def ours(directory: Path, scale: Scale) -> Iterator[Side]:
+def ours(directory: Path, scale: Scale, num_threads: int) -> Iterator[Side]:
     config = EngineConfig(
         model=str(directory / "model"),
         state_dir=str(directory / "state"),
@@ -154,6 +170,7 @@ def ours(directory: Path, scale: Scale) -> Iterator[Side]:
         enable_prefix_caching="off",
         mode="on_demand",
         step_log="off",
+        num_threads=num_threads,
     )
     registry = open_registry(config)
     ids = {
@@ -163,34 +180,41 @@ def ours(directory: Path, scale: Scale) -> Iterator[Side]:
     registry.close()
     with running_engine(config) as engine:
 
-        def answer(num_requests: int, adapters: Sequence[int] | None, num: int) -> None:
-            sampling, drawn = SamplingParams(max_tokens=num, temperature=0.0, ignore_eos=True), 0
+        def answer(num_requests: int, adapters: Sequence[int] | None) -> Seconds:
+            sampling = SamplingParams(max_tokens=scale.num_tokens, temperature=0.0, ignore_eos=True)
             for i in range(num_requests):
                 adapter_id = None if adapters is None else adapters[i % len(adapters)]
                 assert engine.add(AddRequest(str(i), prompt(i, scale), sampling, adapter_id)) is None
+            drawn, steps = dict.fromkeys(map(str, range(num_requests)), 0), []
             while engine.has_requests:
+                is_decode, start = min(drawn.values()) > 0, now()
                 for output in engine.step():
                     assert output.error is None, output.error
-                    drawn += len(output.token_ids)
-            assert drawn == num_requests * num
+                    drawn[output.request_id] += len(output.token_ids)
+                if is_decode:
+                    steps.append(since(start))
+            assert set(drawn.values()) == {scale.num_tokens}
+            return medians(steps)
 
         yield {
-            "one": lambda num: answer(1, None, num),
-            "one_experts": lambda num: answer(1, ids["experts"][:1], num),
-            "eight": lambda num: answer(NUM_REQUESTS, None, num),
-            "eight_attention": lambda num: answer(NUM_REQUESTS, ids["attention"], num),
-            "eight_experts": lambda num: answer(NUM_REQUESTS, ids["experts"], num),
+            "one": lambda: answer(1, None),
+            "one_experts": lambda: answer(1, ids["experts"]),
+            "eight": lambda: answer(NUM_REQUESTS, None),
+            "eight_attention": lambda: answer(NUM_REQUESTS, ids["attention"]),
+            "eight_experts": lambda: answer(NUM_REQUESTS, ids["experts"]),
         }
 
 
 @contextmanager
-def theirs(directory: Path, scale: Scale) -> Iterator[Side]:
+def theirs(directory: Path, scale: Scale, num_threads: int) -> Iterator[Side]:
+    torch.set_num_threads(num_threads)
     model = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
     batch = [prompt(i, scale) for i in range(NUM_REQUESTS)]
-    yield {
-        "one": lambda num: generate(model, batch[:1], num),
-        "eight": lambda num: generate(model, batch, num),
-    }
+
+    def answer(num_requests: int) -> None:
+        generate(model, batch[:num_requests], scale.num_tokens)
+
+    yield {"one": lambda: answer(1), "eight": lambda: answer(NUM_REQUESTS)}
 
 
 def prompt(seed: int, scale: Scale) -> list[int]:
@@ -203,61 +227,56 @@ CASES = {
     "ours": ("one", "one_experts", "eight", "eight_attention", "eight_experts"),
     "transformers": ("one", "eight"),
 }
-Times = dict[tuple[str, str, int], tuple[float, float]]
-"""Median seconds, by the clock and of processors, by side, case and number of tokens."""
+CLOCKS = ("clock", "processor")
+Times = dict[tuple[str, str], Answer]
+"""Medians, by side and case."""
 
 
 def measure(sides: Mapping[str, Child | Timed], scale: Scale) -> Times:
-    samples: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    samples: dict[tuple[str, str], list[Answer]] = {}
     for number in range(scale.num_rounds + 1):  # the first round warms up
         for case in CASES["ours"]:
-            for num in (1, scale.num_tokens):
-                for name, side in sides.items():
-                    if case in CASES[name]:
-                        elapsed = side.ask((case, num))
-                        if number:
-                            samples.setdefault((name, case, num), []).append(elapsed)
+            for name, side in sides.items():
+                if case in CASES[name]:
+                    answer = side.ask(case)
+                    if number:
+                        samples.setdefault((name, case), []).append(answer)
     return {
-        key: (statistics.median(v[0] for v in values), statistics.median(v[1] for v in values))
-        for key, values in samples.items()
+        key: (
+            medians(total for total, _ in answers),
+            medians(step for _, step in answers if step) if answers[0][1] else None,
+        )
+        for key, answers in samples.items()
     }
 
 
 def report(times: Times, scale: Scale) -> dict[str, Any]:
-    num = scale.num_tokens
+    def of_case(side: str, case: str) -> dict[str, Any]:
+        total, step = times[side, case]
+        num_tokens = scale.num_tokens * (NUM_REQUESTS if case.startswith("eight") else 1)
+        rates = {clock: num_tokens / each for clock, each in zip(CLOCKS, total, strict=True)}
+        found: dict[str, Any] = {"tokens_per_s": rates}
+        if step is not None:
+            found["step_ms"] = {clock: each * 1e3 for clock, each in zip(CLOCKS, step, strict=True)}
+        return found
 
-    def step_s(side: str, case: str, clock: int) -> float:
-        return (times[side, case, num][clock] - times[side, case, 1][clock]) / (num - 1)
-
-    result: dict[str, Any] = {}
-    for side, cases in CASES.items():
-        result[side] = {
-            case: {
-                "tokens_per_s": (NUM_REQUESTS if case.startswith("eight") else 1)
-                * num
-                / times[side, case, num][0],
-                "first_token_ms": times[side, case, 1][0] * 1e3,
-                "step_ms": step_s(side, case, 0) * 1e3,
-                "processor_s": times[side, case, num][1],
-            }
-            for case in cases
-        }
+    result: dict[str, Any] = {
+        side: {case: of_case(side, case) for case in cases} for side, cases in CASES.items()
+    }
     mine, other = result["ours"], result["transformers"]
     result["tokens_per_s_over_transformers"] = {
-        case: mine[case]["tokens_per_s"] / other[case]["tokens_per_s"] for case in CASES["transformers"]
+        case: {c: mine[case]["tokens_per_s"][c] / other[case]["tokens_per_s"][c] for c in CLOCKS}
+        for case in CASES["transformers"]
     }
     pairs = (("one_experts", "one"), ("eight_attention", "eight"), ("eight_experts", "eight"))
     result["lora_step_over_plain"] = {
-        case: {
-            "clock": step_s("ours", case, 0) / step_s("ours", plain, 0),
-            "processor": step_s("ours", case, 1) / step_s("ours", plain, 1),
-        }
+        case: {c: mine[case]["step_ms"][c] / mine[plain]["step_ms"][c] for c in CLOCKS}
         for case, plain in pairs
     }
     return result
 
 
-def machine() -> dict[str, Any]:
+def machine(num_threads: int) -> dict[str, Any]:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     found = {name.strip(): value.strip() for name, value in fields.items()}
@@ -266,7 +285,7 @@ def machine() -> dict[str, Any]:
         "cpu": found.get("model name", platform.machine()),
         "flags": flags,
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
+        "threads": num_threads,
         "torch": torch.__version__,
     }
 
@@ -274,6 +293,7 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = make_parser(__doc__, "a tiny model and few tokens")
     parser.add_argument("--rounds", type=int, default=FULL.num_rounds, help="rounds to take the median of")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
     args = parse(parser)
     scale = TOY if args.toy else replace(FULL, num_rounds=args.rounds)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -284,13 +304,13 @@ def main() -> None:
                 path = directory / kind / f"{kind}-{i}"
                 write_adapter(path, scale, i, has_experts=kind == "experts")
         sides: dict[str, Child | Timed] = {
-            side: Timed(stack.enter_context(make(directory, scale)))
+            side: Timed(stack.enter_context(make(directory, scale, args.threads)))
             if args.toy
-            else stack.enter_context(child(serve, make, directory, scale))
+            else stack.enter_context(child(serve, make, directory, scale, args.threads))
             for side, make in (("ours", ours), ("transformers", theirs))
         }
         result = report(measure(sides, scale), scale)
-    finish(args, "moe", machine=machine(), scale=vars(scale), **result)
+    finish(args, "moe", machine=machine(args.threads), scale=vars(scale), **result)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from toppings.adapters.state_lock import StateLock
 from toppings.command import app
+from toppings.control_groups import memory_available
 from toppings.doctor import machine
-from toppings.doctor.control_groups import memory_available
 
 Doctor = Callable[..., tuple[int, str]]
 

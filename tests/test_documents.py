@@ -28,7 +28,7 @@ from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.config import MODES, EngineConfig, ServerConfig
 from toppings.core import FUSED_MODULES, MODULES
 from toppings.engine.assist import Assist
-from toppings.messages import EngineStats
+from toppings.messages import EngineStats, MergedStatus
 from toppings.model.families import Family
 from toppings.sampling_params import SamplingParams
 from toppings.server import lightllm, lorax
@@ -225,7 +225,7 @@ def test_links_and_named_files_are_there(document: Path) -> None:
 @pytest.fixture(scope="module")
 def stats(tmp_path_factory: pytest.TempPathFactory) -> EngineStats:
     home = tmp_path_factory.mktemp("documents")
-    with drive(make_model(home / "model"), home / "state", {}) as driver:
+    with drive(make_model(home / "model"), home / "state", {}, merged_mode="auto") as driver:
         return driver.engine.stats(0)
 
 
@@ -256,6 +256,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
         *POLICIES,
         *PLACEMENTS,
         *stats.counters,
+        *(field.name for field in fields(MergedStatus)),
         *OF_MODELS,
         *OF_REQUESTS,
         *OF_BODIES,

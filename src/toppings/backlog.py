@@ -35,12 +35,13 @@ class Backlog(Generic[T]):
     def num_dropped(self) -> int:
         return self._num_dropped
 
-    def put(self, item: T) -> None:
-        """Takes the item, which must not change any more; from any thread."""
+    def put(self, item: T, num_items: int = 1) -> None:
+        """Takes the item, which must not change any more; from any thread. `num_items`: as how many it counts
+        where it is dropped."""
         try:
             self._queue.put_nowait(item)
         except queue.Full:
-            self._drop("too many wait")
+            self._drop("too many wait", num_items)
 
     def close(self, linger_s: float) -> bool:
         """Whether all that waited has been worked on, within so long."""
@@ -57,10 +58,10 @@ class Backlog(Generic[T]):
             except Exception as error:
                 self._drop(repr(error))
 
-    def _drop(self, reason: str) -> None:
+    def _drop(self, reason: str, num_items: int = 1) -> None:
         now = time.monotonic()
         with self._lock:
-            self._num_dropped += 1
+            self._num_dropped += num_items
             num_dropped, is_told = self._num_dropped, now >= self._complain_at
             if is_told:
                 self._complain_at = now + COMPLAIN_S

@@ -135,6 +135,15 @@ class EngineConfig(Settings):
         " served (fcfs)",
         choices=SCHEDULING_POLICIES,
     )
+    merged_mode: str = setting(
+        "off",
+        "keep the adapter that makes nearly all of the work folded into the base model's weights while that"
+        " saves time (auto), and serve others by difference",
+        choices=("off", "auto"),
+    )
+    merged_mode_half_life_s: float = setting(
+        30.0, "time after which a step counts half as much in the adapters' shares of the work", above=0
+    )
     max_adapter_wait_s: float = setting(
         1.0,
         "a request waits this long for room for its adapter before running ones are drained for it",
@@ -175,6 +184,8 @@ class EngineConfig(Settings):
             self._check_quantization()
         if self.speculative_method != "off":
             self._check_speculation()
+        if self.merged_mode != "off":
+            self._check_merged_mode()
         if self.tensor_parallel_size > 1 and self.mode in CPU_MODES:
             raise ConfigError(
                 f"mode is {self.mode!r}, but with a tensor_parallel_size of {self.tensor_parallel_size} "
@@ -196,6 +207,17 @@ class EngineConfig(Settings):
                 raise ConfigError(
                     f"speculative_method is {self.speculative_method!r}, but {name} is {value!r}: so far it "
                     "is for one CPU process whose steps are taken in turn; use off"
+                )
+
+    def _check_merged_mode(self) -> None:
+        for name, value, fits in (
+            ("quantization", self.quantization, self.quantization == "none"),
+            ("tensor_parallel_size", self.tensor_parallel_size, self.tensor_parallel_size == 1),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"merged_mode is {self.merged_mode!r}, but {name} is {value!r}: an adapter is folded only"
+                    " into whole weights of the model's own type; use off"
                 )
 
     def _check_quantization(self) -> None:

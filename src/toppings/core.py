@@ -172,8 +172,7 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        num_known = len(self.prompt_token_ids) + len(self.output_token_ids)
-        return num_known + self.num_pending_tokens - self.num_computed_tokens
+        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens `start` to `stop` of prompt and output taken as one sequence, as far as they are known."""

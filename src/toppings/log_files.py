@@ -10,7 +10,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
@@ -110,11 +110,11 @@ class JsonLines:
     """
 
     def __init__(self, path: str, max_bytes: int = 0) -> None:
-        self._backlog: Backlog[Mapping[str, object] | bytes] | None = None
+        self._backlog: Backlog[Sequence[Mapping[str, object]]] | None = None
         self._file = RotatingFile(path, max_bytes)
         if path and path != OFF:
             self._backlog = Backlog(Path(path).name, self._append, MAX_QUEUED_LINES)
-            self._backlog.put(b"")  # the file is there from the start
+            self._backlog.put(())  # the file is there from the start
 
     @property
     def is_on(self) -> bool:
@@ -124,18 +124,22 @@ class JsonLines:
     def num_dropped(self) -> int:
         return self._file.num_dropped + (0 if self._backlog is None else self._backlog.num_dropped)
 
-    def write(self, record: Mapping[str, object]) -> None:
-        """Takes the record, which must not change any more."""
-        if self._backlog is not None:
-            self._backlog.put(record)
+    def write(self, *records: Mapping[str, object]) -> None:
+        """Takes the records, which must not change any more. They wait as one: none is dropped for the
+        others."""
+        if self._backlog is not None and records:
+            self._backlog.put(records, len(records))
 
     def close(self) -> None:
         """Returns when the last records are written, or within a few seconds."""
         if self._backlog is not None and self._backlog.close(RECORDS_LINGER_S):
             self._file.close()
 
-    def _append(self, record: Mapping[str, object] | bytes) -> None:
-        self._file.append(record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n")
+    def _append(self, records: Sequence[Mapping[str, object]]) -> None:
+        if not records:
+            self._file.append(b"")
+        for record in records:
+            self._file.append(json.dumps(record).encode() + b"\n")
 
 
 class StandardError:

@@ -270,11 +270,28 @@ class AdapterStatus:
     num_waiting: int
     num_hits: int
     is_pinned: bool
+    is_folded: bool = False  # into the base model's weights, in part at least
 
     @property
     def is_anywhere(self) -> bool:
         """On host or device, or asked for."""
         return bool(self.is_on_host or self.device_layers or self.num_running or self.num_waiting)
+
+
+@dataclass(frozen=True, slots=True)
+class MergedStatus:
+    """Of merged mode: the adapter that is folded into the base model's weights, or on its way there or back:
+    so many of its `num_groups`, projection groups of all layers, are. `kept_bytes` of host memory hold the
+    weights as they were. `share`: of the rows of late steps, of it or else of the adapter that has most;
+    `gain`: the share of the steps' time that folding that one saves or would save, as far as it is measured.
+    """
+
+    adapter_id: int | None
+    num_folded: int
+    num_groups: int
+    kept_bytes: int
+    share: float
+    gain: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +319,7 @@ class EngineStats:
         str, float
     ]  # monotonic: preemptions, hits and misses per tier, evictions, steps, tokens ...
     num_workers: int = 0  # processes of CPU assistance that are alive
+    merged: MergedStatus | None = None  # where merged mode is on
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Behaviour:
     `max_sent` tokens until more may come; None: as many as were asked for."""
 
     mode: str = "ok"
+    stats_status: int = 200
     num_tokens_before_cut: int = 2
     first_token_s: float = 0.0
     token_s: float = 0.0
@@ -206,6 +207,8 @@ class FakeToppings(FakeServer):
         return JSONResponse({"adapters": entries})
 
     async def stats(self, request: Request) -> Response:
+        if self.behaviour.stats_status != 200:
+            return Response(status_code=self.behaviour.stats_status)
         ranks = [self.adapters.get(name, 0) for name in self.running] + self.extra_running_ranks
         statuses = [
             {**asdict(_status(i, self.running.count(name))), "name": name}

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ import pytest
 
 from tests.cluster.conftest import Client, Start, records_in
 from tests.cluster.fakes import FakeToppings, FakeVllm, serving
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 from toppings.cluster.router.background import start_once
 from toppings.cluster.router.exchange import Exchange, current_exchange
-from toppings.exchanges.audit_log import DENIED_PER_MINUTE, AuditLog
-from toppings.log_files import JsonLines
+from toppings.exchanges.audit_log import AuditLog
+from toppings.exchanges.denied import DENIED_PER_MINUTE
+from toppings.exchanges.request_log import RequestLog
+from toppings.log_files import MAX_QUEUED_LINES, JsonLines, RotatingFile
+from toppings.tenants.account import Account
+from toppings.tenants.file import KeyEntry, TenantsFile
+from toppings.tenants.tenant import Tenant
 
 NAMED = {"X-Request-Id": "mine"}
 
@@ -211,18 +217,87 @@ async def test_a_server_that_answers_under_another_id_changes_none(start_router:
                     assert reply.headers.getall("X-Request-Id") == ["mine"]
 
 
-async def test_what_is_denied_cannot_push_out_what_was_done(tmp_path: Path) -> None:
-    lines, now = JsonLines(str(tmp_path / "audit.jsonl")), 0.0
-    audit = AuditLog(lines, clock=lambda: now)
-    denied = Exchange("mine", "/v1/load_lora_adapter", method="POST", status=401, error="no key")
+@pytest.mark.parametrize("log", ["audit", "requests"])
+async def test_what_is_denied_cannot_push_out_what_was_done(log: str, tmp_path: Path) -> None:
+    lines, now = JsonLines(str(tmp_path / "told.jsonl")), 0.0
+    note, path = {
+        "audit": (AuditLog(lines, clock=lambda: now).note_exchange, "/v1/load_lora_adapter"),
+        "requests": (RequestLog(lines, 1.0, clock=lambda: now).note, "/v1/completions"),
+    }[log]
+    denied = Exchange("mine", path, method="POST", status=401, error="no key")
     for _ in range(DENIED_PER_MINUTE + 7):
-        audit.note_exchange(denied)
+        note(denied)
     now += 60.0
-    audit.note_exchange(denied)
+    note(denied)
+    told = await records_in(tmp_path / "told.jsonl", DENIED_PER_MINUTE + 1)
     lines.close()
-    told = await records_in(tmp_path / "audit.jsonl", DENIED_PER_MINUTE + 1)
-    assert len(told) == DENIED_PER_MINUTE + 1
     assert [line.get("untold") for line in told] == [*[None] * DENIED_PER_MINUTE, 7]
+
+
+async def test_of_those_who_have_a_key_and_of_what_failed_every_request_has_a_line(tmp_path: Path) -> None:
+    lines = JsonLines(str(tmp_path / "requests.jsonl"))
+    log = RequestLog(lines, 1.0, clock=lambda: 0.0)
+    num = DENIED_PER_MINUTE + 7
+    known = Exchange("known", "/v1/completions", method="POST", status=400)
+    known.account = Account(Tenant(name="team"), lambda: 0.0)
+    for _ in range(num):
+        log.note(known)
+        log.note(Exchange("failed", "/v1/completions", method="POST", status=503))
+    told = await records_in(tmp_path / "requests.jsonl", 2 * num)
+    lines.close()
+    assert [line["request_id"] for line in told] == ["known", "failed"] * num
+
+
+@pytest.mark.parametrize("char", ["a", "\U0001f600", "\0", '"', "\\", "\udc80"])
+async def test_a_day_of_what_is_denied_is_less_than_10_mb(char: str, tmp_path: Path) -> None:
+    lines = JsonLines(str(tmp_path / "audit.jsonl"))
+    account = Account(Tenant(name="t" * 64), lambda: 0.0)
+    denied = Exchange("i" * 128, f"/adapters/{char * 9000}", "DELETE", "f" * 45, account, status=403)
+    denied.error = char * 2000
+    AuditLog(lines).note_exchange(denied)
+    [line] = await records_in(tmp_path / "audit.jsonl", 1)
+    lines.close()
+    assert line["action"].startswith("DELETE /adapters/")
+    assert line["status"] == 403
+    num_bytes = (tmp_path / "audit.jsonl").stat().st_size + len(', "untold": 1000000000')
+    assert num_bytes * DENIED_PER_MINUTE * (24 * 60 + 1) < 10e6
+
+
+async def test_no_key_that_has_gone_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk: they come at once, as many as the file has."""
+    goes_on, append = threading.Event(), RotatingFile.append
+
+    def slow(file: RotatingFile, data: bytes) -> None:
+        goes_on.wait(PATIENCE_S)
+        append(file, data)
+
+    monkeypatch.setattr(RotatingFile, "append", slow)
+    lines = JsonLines(str(tmp_path / "audit.jsonl"))
+    audit, num_keys = AuditLog(lines), MAX_QUEUED_LINES + 100
+    keys = [KeyEntry(id=f"k{number:05}", sha256="", tenant="team") for number in range(num_keys)]
+    audit.note_tenants(TenantsFile(keys=keys), TenantsFile())
+    goes_on.set()
+    told = await records_in(tmp_path / "audit.jsonl", num_keys)
+    lines.close()
+    assert [(line["action"], line["key"], line["of"]) for line in told] == [
+        ("revoke key", key.id, "team") for key in keys
+    ]
+    assert lines.num_dropped == 0
+
+
+def test_what_is_dropped_together_is_counted_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(RotatingFile, "append", lambda *_: goes_on.wait(PATIENCE_S))
+    lines = JsonLines(str(tmp_path / "audit.jsonl"))
+    for _ in range(MAX_QUEUED_LINES + 1):  # one may be in the hands of the thread
+        lines.write({})
+    before = lines.num_dropped
+    lines.write({}, {}, {})
+    assert lines.num_dropped == before + 3
+    goes_on.set()
+    lines.close()
 
 
 async def test_the_log_names_the_request_where_a_change_fails(start_router: Start) -> None:

@@ -11,6 +11,7 @@ from tests.cluster.fakes import FakeToppings, FakeVllm, serving
 from tests.waiting import until
 from toppings.cluster.placement import Plan
 from toppings.cluster.placement.plan import Ring
+from toppings.cluster.router.orders import MAX_ORDERS
 from toppings.cluster.router.settings import InstanceConfig
 from toppings.cluster.snapshot import RequestSnapshot
 
@@ -82,6 +83,20 @@ async def test_servers_read_ahead_what_is_given_a_home_there_and_is_not_there(st
             assert [server.prefetched for server in servers] == [["org/a b"]] * 2
             await client.router.monitor.plan()
             assert [len(server.prefetched) for server in servers] == [1, 1]
+
+
+async def test_what_servers_are_not_told_of_a_plan_they_are_told_with_the_next(start_router: Start) -> None:
+    names = [f"a{i:02}" for i in range(MAX_ORDERS + 3)]
+    server = FakeToppings(dict.fromkeys(names, 8), extra_stats={"on_device": [], "on_host": []})
+    with serving(server) as url:
+        async with start_router(url, **ORDERED) as client:
+            homes = dict.fromkeys(names, ("s0",))
+            await carry_out(client, **homes)
+            assert sorted(server.prefetched) == names[:MAX_ORDERS]
+            await carry_out(client, **homes)
+            assert sorted(server.prefetched) == names
+            await carry_out(client, **homes)
+            assert len(server.prefetched) == len(names)
 
 
 async def test_a_plan_that_fails_is_logged_and_the_next_one_is_made(

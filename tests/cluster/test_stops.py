@@ -9,12 +9,14 @@ from contextlib import ExitStack, contextmanager
 
 import aiohttp
 import httpx
+import pytest
 
 from tests.cluster.conftest import Client, Start
 from tests.cluster.fakes import FakeVllm, serving
 from tests.cluster.test_faults import server_process
 from tests.cluster.test_router_process import body, router
 from tests.waiting import PATIENCE_S, until
+from toppings.cluster.router.bodies import Budget
 from toppings.cluster.router.settings import RouterConfig
 
 NOBODY_WAITS_LONGER_S = 10.0
@@ -162,3 +164,31 @@ async def test_half_sent_requests_are_closed_in_time(start_router: Start) -> Non
                 await asyncio.sleep(0.5)  # idle between two requests, which no head's limit ends
                 async with session.get(f"{client.url}/health") as again:
                     assert again.status == 200
+
+
+async def test_who_is_still_sending_when_the_router_stops_is_answered(start_router: Start) -> None:
+    with serving(FakeVllm()) as url:
+        async with start_router(url) as client:
+            host, port = client.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
+            await until(lambda: client.router.budget.readings)
+            answer = asyncio.create_task(reader.read())
+        async with asyncio.timeout(PATIENCE_S):
+            head, _, told = (await answer).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 503")
+        assert {b"connection: close", b"retry-after: 1"} <= set(head.lower().split(b"\r\n"))
+        assert b"the router is stopping" in told
+        assert client.outcomes() == {"refused": 1}
+
+
+async def test_a_body_that_is_there_is_read_though_the_router_stops() -> None:
+    budget = Budget(100)
+    await budget.close()
+    async with budget.reading(PATIENCE_S):
+        pass
+    with pytest.raises(TimeoutError):
+        async with budget.reading(PATIENCE_S):
+            await asyncio.Event().wait()
+    assert not budget.readings

@@ -15,8 +15,13 @@ from typer.testing import CliRunner
 from tests.cluster.conftest import Client, Start, records_in
 from tests.cluster.fakes import FakeServer
 from tests.waiting import until
-from toppings.cluster.router.calls import parse_call
+from toppings.cluster.report import LeftEntry
+from toppings.cluster.router.app import closing_place
+from toppings.cluster.router.calls import Call, parse_call
+from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.stream_tokens import StreamTokens
+from toppings.cluster.router.upstream import Kind
+from toppings.cluster.snapshot import RequestSnapshot
 from toppings.command import app
 from toppings.dashboard.page import EVENTS
 from toppings.tenants.book import TENANT_HEADER
@@ -291,6 +296,13 @@ async def test_limits_are_held_once_for_all_servers(fleet: Fleet) -> None:
     [
         ("/v1/completions", {}, 16),
         ("/v1/completions", {"max_tokens": 5, "n": 3}, 15),
+        ("/v1/completions", {"max_tokens": 5, "n": 2, "best_of": 3}, 15),
+        ("/v1/completions", {"max_tokens": 5, "prompt": 'one, ["text"]'}, 5),
+        ("/v1/completions", {"max_tokens": 5, "prompt": [1, 2, 3]}, 5),
+        ("/v1/completions", {"max_tokens": 5, "prompt": []}, 5),
+        ("/v1/completions", {"max_tokens": 5, "prompt": ["a", "[b", "c"]}, 15),
+        ("/v1/completions", {"max_tokens": 5, "n": 2, "prompt": [[1, 2], [3]]}, 20),
+        ("/v1/completions", {"max_tokens": 1, "prompt": ['"', "\\", '\\"', 'n\n\\\\"', "", ","]}, 6),
         ("/v1/chat/completions", {}, 0),
         ("/v1/chat/completions", {"max_completion_tokens": 9}, 9),
         ("/v1/chat/completions", {"max_tokens": -1, "n": -1}, 0),
@@ -377,6 +389,58 @@ async def test_an_answer_that_nobody_waits_for_costs_what_its_server_had_drawn(f
     server.extra_stats["left"].append([3, "limited", "mine", None, 0])
     await fleet.client.router.monitor.check(state.upstreams["s0"])
     assert left() == 80  # of its prompt ten were estimated
+
+
+async def test_answers_that_were_left_by_one_id_are_each_settled(fleet: Fleet) -> None:
+    state, book = fleet.client.router.state, fleet.client.router.guard.book
+    now = book.now()
+    book.clock = lambda: now
+    account, flights = book.accounts["limited"], state.flights
+
+    def leave() -> int:
+        """What the tenant has left then."""
+        call = Call("/v1/completions", b"", max_tokens=20)
+        with closing_place(account, call) as place:
+            request = RequestSnapshot("1", "small", 8, 1, 20.0)
+            flights.leave(Flight(call, request, place, instance_id="s0", client_id="mine", has_begun=True))
+        return left()
+
+    def left() -> int:
+        return int(account.headers()["x-ratelimit-remaining-tokens"])
+
+    leave()
+    before = leave()
+    flights.note_left("s0", [LeftEntry(1, "limited", "mine", 1, 7), LeftEntry(2, "limited", "mine", 1, 9)])
+    assert left() == 100 - 8 - 10 != before
+    untold = leave()
+    flights.forget("s0")  # one that is added anew may begin at 1 again, but tells nothing of who left the old
+    flights.note_left("s0", [LeftEntry(1, "limited", "mine", 1, 19)])
+    assert left() == untold
+
+
+async def test_a_server_whose_stats_fail_at_first_is_a_toppings_one_all_the_same(
+    tenants: Path, two_servers: Any, start_router: Start
+) -> None:
+    (server, url), _ = two_servers
+    server.behaviour.stats_status = 503
+    async with start_router(url, tenants_file=str(tenants)) as client:
+        upstream = client.router.state.upstreams["s0"]
+        assert upstream.is_alive
+        assert upstream.kind is Kind.UNKNOWN
+        server.behaviour.stats_status = 200
+        await until(lambda: upstream.kind is Kind.TOPPINGS)
+        assert await Fleet(client, [server]).status("user", model="small") == 200
+        assert Tenant.from_header(server.headers[0][TENANT_HEADER.lower()]).name == "user"
+
+
+@pytest.mark.parametrize("status", [404, 501])
+async def test_a_server_without_stats_is_no_toppings_one(
+    status: int, two_servers: Any, start_router: Start
+) -> None:
+    (server, url), _ = two_servers
+    server.behaviour.stats_status = status
+    async with start_router(url) as client:
+        assert client.router.state.upstreams["s0"].kind is Kind.OPENAI
 
 
 async def test_a_tenant_loads_its_own_on_all_servers(fleet: Fleet) -> None:

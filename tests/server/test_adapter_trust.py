@@ -383,7 +383,13 @@ def many(registry: AdapterRegistry, adapters_dir: Path) -> AdapterRegistry:
 
 
 def _columns(record: AdapterRecord) -> dict[str, object]:
-    return {**vars(record), "targets": ",".join(record.targets), "invocation_tokens": "", "merge": ""}
+    return {
+        **vars(record),
+        "targets": ",".join(record.targets),
+        "invocation_tokens": "",
+        "merge": "",
+        "vocabulary": "",
+    }
 
 
 @pytest.mark.parametrize("route", ["/v1/models", "/adapters"])

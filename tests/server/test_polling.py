@@ -46,7 +46,13 @@ def many(server: Server) -> Server:
 
 
 def _columns(record: AdapterRecord) -> dict[str, object]:
-    return {**vars(record), "targets": ",".join(record.targets), "invocation_tokens": "", "merge": ""}
+    return {
+        **vars(record),
+        "targets": ",".join(record.targets),
+        "invocation_tokens": "",
+        "merge": "",
+        "vocabulary": "",
+    }
 
 
 async def cost_ms(work: Callable[[], Awaitable[object]]) -> float:

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from tests.server.conftest import Server
 from tests.waiting import until
 from toppings.config import Config
+from toppings.exchanges import denied as denied_lines
 from toppings.log_files import RotatingFile
 from toppings.messages import ColdLayer, ColdStart
 from toppings.server import admin, models
@@ -225,7 +226,10 @@ class TestTenants:
         assert [len(read(name)) for name in ("requests.jsonl", "audit.jsonl")] == [1, 1]
         assert server.state.num_open == 0
 
-    async def test_changes_that_were_denied_are_told(self, server: Server, tmp_path: Path) -> None:
+    async def test_changes_that_were_denied_are_told(
+        self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(denied_lines, "DENIED_PER_MINUTE", 60)
         routes = [
             (method, route.path.replace("{name:path}", "a"))
             for router in (models.changing, admin.changing)

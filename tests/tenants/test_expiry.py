@@ -101,6 +101,19 @@ def test_a_key_opens_until_it_expires(path: Path) -> None:
     assert book.identify(bearer(short.text), b"").name == "search"
 
 
+def test_the_administrators_key_never_expires(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even where the file has it, too."""
+    key = add_key(path, "search", "1h")
+    clock = Clock(datetime(2999, 1, 1, tzinfo=UTC).timestamp())
+    book = TenantBook(str(path), key.text, wall_clock=clock)
+    assert book.identify(bearer(key.text), b"").tenant.is_admin
+    assert book.key_of(bearer(key.text), b"") is None
+    assert f"key {key.entry.id} of tenant search is the api_key" in caplog.text
+    caplog.clear()
+    book.warn_of_endings()
+    assert not caplog.records
+
+
 def test_the_log_warns_of_each_key_once_a_week_a_day_before_and_at_its_end(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

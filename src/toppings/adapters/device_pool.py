@@ -51,26 +51,36 @@ class _Table:
         self.device = self._host.to(device)
         self.cpu: npt.NDArray[np.int64] = self._host.numpy()
 
-    def write(self, slot: int, placement: "_Placement | None") -> None:
-        was_empty = not self.cpu[slot].any()
-        self.cpu[slot] = self._expected(placement)
-        if self.device.device.type != "cpu" and not (was_empty and not self.cpu[slot].any()):
+    def write(
+        self, row: int, placement: "_Placement | None", kept: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        """`kept` [num_layers, modules]: the others are zeros, too."""
+        was_empty = not self.cpu[row].any()
+        self.cpu[row] = self._expected(placement, kept)
+        if self.device.device.type != "cpu" and not (was_empty and not self.cpu[row].any()):
             # In the order of the compute stream: kernels that are already queued still see the old row. From
             # page-locked memory of its own, which the allocator keeps until the copy is over: the host does
             # not wait for it, and the row is not changed under it.
-            self.device[slot].copy_(self._host[slot].pin_memory(), non_blocking=True)
+            self.device[row].copy_(self._host[row].pin_memory(), non_blocking=True)
 
-    def _expected(self, placement: "_Placement | None") -> npt.NDArray[np.int64] | int:
+    def _expected(
+        self, placement: "_Placement | None", kept: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[np.int64] | int:
         if placement is None:
             return 0
         layers = zip(placement.layout.layers, placement.offsets, strict=True)
-        return np.stack([self._rows_of(layout, offset) for layout, offset in layers])
+        rows = np.stack([self._rows_of(layout, offset) for layout, offset in layers])
+        if kept is not None:
+            rows[~kept] = 0
+        return rows
 
-    def check_integrity(self, placements: "dict[int, _Placement]") -> None:
+    def check(
+        self, row: int, placement: "_Placement | None", kept: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        assert (self.cpu[row] == self._expected(placement, kept)).all(), f"a table is wrong in row {row}"
+
+    def check_device(self) -> None:
         assert torch.equal(self.device.cpu(), self._host)
-        for slot in range(len(self.cpu)):
-            expected = self._expected(placements.get(slot))
-            assert (self.cpu[slot] == expected).all(), f"a table is wrong for slot {slot}"
 
 
 class DevicePool:
@@ -80,8 +90,11 @@ class DevicePool:
     in elements of `arena`; rank 0 where not targeted or no adapter. `columns`, int64 `[num_slots, num_layers,
     7, 2]`, has the starts of each module's gain and offset, 0 where there is none; `experts`, int64
     `[num_slots, num_layers, 4, 3]`, for each of `EXPERT_MODULES` what `table` has, of the first expert.
-    `table_cpu`, `columns_cpu` and `experts_cpu` are the same in host memory. They change only in `try_place`
-    and `free`, between forwards.
+    `table_cpu`, `columns_cpu` and `experts_cpu` are the same in host memory. They change only in `try_place`,
+    `free` and `turn`, between forwards.
+
+    The table has a row more, `minus_slot`: modules of one adapter whose B has the opposite sign, which stand
+    there in the place of the adapter's own row.
 
     Not thread-safe: called from the engine's loop alone.
     """
@@ -104,8 +117,9 @@ class DevicePool:
         self.num_layers = num_layers
         self.num_slots = num_slots
         self.arena = torch.empty(capacity, dtype=dtype, device=device)
+        self.minus_slot = num_slots
         size = (num_slots, num_layers)
-        table = _Table((*size, len(MODULES), 3), device, _table_rows)
+        table = _Table((num_slots + 1, num_layers, len(MODULES), 3), device, _table_rows)
         columns = _Table((*size, len(MODULES), 2), device, _column_rows)
         experts = _Table((*size, len(EXPERT_MODULES), 3), device, _expert_rows)
         self._tables = (table, columns, experts)
@@ -113,6 +127,8 @@ class DevicePool:
         self.table_cpu, self.columns_cpu, self.experts_cpu = (each.cpu for each in self._tables)
         self._allocator = RangeAllocator(capacity)
         self._placements: dict[int, _Placement] = {}
+        self._turned_slot: int | None = None
+        self._is_turned = np.zeros((num_layers, len(MODULES)), np.bool_)
         self._free_slots = list(range(num_slots))[::-1]
         self.num_compactions = 0
 
@@ -158,10 +174,38 @@ class DevicePool:
         self._placements[slot].is_loading = False
 
     def free(self, slot: int) -> None:
+        assert slot != self._turned_slot
         placement = self._placements.pop(slot)
         self._allocator.free_all(placement.offsets, [layer.numel for layer in placement.layout.layers])
         self._free_slots.append(slot)
         self._write_table(slot)
+
+    def ranks_of(self, slot: int, layer: int) -> tuple[int, ...]:
+        """Of the adapter's modules in a layer, 0 where it does not target one."""
+        return self._placements[slot].layout.layers[layer].ranks
+
+    def product(self, slot: int, layer: int, module: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of A `[r, in]` and B `[r, out]` of a module that the adapter targets."""
+        placement = self._placements[slot]
+        layout, (num_in, num_out) = placement.layout.layers[layer], placement.layout.shapes.sizes[module]
+        rank, start = layout.ranks[module], placement.offsets[layer]
+        a_start, b_start = start + layout.a_offsets[module], start + layout.b_offsets[module]
+        a, b = self.arena[a_start : a_start + rank * num_in], self.arena[b_start : b_start + rank * num_out]
+        return a.view(rank, num_in), b.view(rank, num_out)
+
+    def turn(self, slot: int, layer: int, modules: Iterable[int]) -> None:
+        """Changes the sign of these modules' B, and moves them from the slot's row of the table to that of
+        `minus_slot`, or back. Of one slot at a time; what it does is in the order of the device's work."""
+        assert self._turned_slot in (None, slot)
+        assert not self._placements[slot].is_loading
+        for module in modules:
+            if self.ranks_of(slot, layer)[module]:
+                self.product(slot, layer, module)[1].neg_()
+                self._is_turned[layer, module] ^= True
+        self._turned_slot = slot
+        self._write_table(slot)
+        if not self._is_turned.any():
+            self._turned_slot = None
 
     def layer_offset(self, slot: int, layer: int) -> int:
         """Where the block of a layer starts, in elements of `arena`; stays true while the slot is loading."""
@@ -240,15 +284,30 @@ class DevicePool:
         self.num_compactions += bool(moved_slots)
 
     def _write_table(self, slot: int) -> None:
-        for table in self._tables:
-            table.write(slot, self._placements.get(slot))
+        placement, (table, *others) = self._placements.get(slot), self._tables
+        for other in others:
+            other.write(slot, placement)
+        if slot != self._turned_slot:
+            table.write(slot, placement)
+            return
+        table.write(slot, placement, ~self._is_turned)
+        table.write(self.minus_slot, placement, self._is_turned)
 
     def check_integrity(self) -> None:
         """Blocks and free ranges tile the arena, and the table says what the placements say."""
         self._allocator.check_integrity([(offset, size) for offset, size, _, _ in self._ranges()])
         assert sorted([*self._free_slots, *self._placements]) == list(range(self.num_slots))
-        for table in self._tables:
-            table.check_integrity(self._placements)
+        table, *others = self._tables
+        for slot in range(self.num_slots):
+            placement, is_turned = self._placements.get(slot), slot == self._turned_slot
+            table.check(slot, placement, ~self._is_turned if is_turned else None)
+            for other in others:
+                other.check(slot, placement)
+        turned = None if self._turned_slot is None else self._placements[self._turned_slot]
+        table.check(self.minus_slot, turned, self._is_turned)
+        assert (self._turned_slot is None) == (not self._is_turned.any())
+        for each in self._tables:
+            each.check_device()
         for placement in self._placements.values():
             for layout, offset in zip(placement.layout.layers, placement.offsets, strict=True):
                 assert offset % self._alignment == 0 or not layout.numel

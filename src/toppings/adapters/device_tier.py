@@ -43,6 +43,7 @@ class Resident:
     is_loading: bool = True
     is_pinned: bool = False
     is_fresh: bool = True  # no request has used it yet
+    is_folded: bool = False  # into the base model's weights, in part at least: others need it to be here
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +58,12 @@ class Resident:
     @property
     def is_idle(self) -> bool:
         """It may be evicted."""
-        return not (self.num_running or self.is_loading or self.is_pinned)
+        return not (self.is_used or self.is_loading or self.is_pinned)
+
+    @property
+    def is_used(self) -> bool:
+        """By requests, whoever's they are."""
+        return bool(self.num_running or self.is_folded)
 
     def load_times(self) -> LoadTimes:
         return LoadTimes(
@@ -153,8 +159,8 @@ class DeviceTier:
         Empty where idle adapters and loads under way will leave enough.
         """
         movable = [r for r in self.residents.values() if not r.is_pinned]
-        leaving = [r.num_bytes for r in movable if not r.num_running]
-        in_use = least_valuable(self._policy, (r.adapter_id for r in movable if r.num_running))
+        leaving = [r.num_bytes for r in movable if not r.is_used]
+        in_use = least_valuable(self._policy, (r.adapter_id for r in movable if r.is_used))
         victims = self._choose(in_use, needed, leaving=sum(leaving), slots=len(leaving))
         return in_use if victims is None else victims
 
@@ -173,7 +179,7 @@ class DeviceTier:
     def update(self, resident: Resident) -> None:
         """To be called when who uses it or its pin has changed; a failed load leaves with its last user."""
         self._changed.add(resident.adapter_id)
-        if resident.load.error is not None and not resident.num_running:
+        if resident.load.error is not None and not resident.is_used:
             self.drop(resident)
         elif resident.is_idle:
             self._idle[resident.adapter_id] = resident
@@ -205,14 +211,14 @@ class DeviceTier:
         """False where it is in use or being copied; else it is not here, now if not before."""
         resident = self.residents.get(adapter_id)
         if resident is not None:
-            if resident.num_running or resident.is_loading:
+            if resident.is_used or resident.is_loading:
                 return False
             self.drop(resident)
         return True
 
     def drop(self, resident: Resident, *, was_evicted: bool = False) -> None:
         """Frees its room; nobody may use it, and a load under way is never cut off."""
-        assert not resident.num_running
+        assert not resident.is_used
         if resident.is_loading:
             assert resident.load.error is not None
             self._end_load(resident)

@@ -74,6 +74,8 @@ class AdapterManager:
         self._records = KnownRecords(registry, self._cut)
         self._hits = Hits()
         self._statuses = Statuses(self._tier, self.host, self._hits, self._pins)
+        self.leaving: set[int] = set()
+        """Adapters that are to be removed as soon as nobody needs them."""
 
     # --- for the scheduler ---
 
@@ -157,6 +159,21 @@ class AdapterManager:
         return self._tier.victims_for(self._records.get(adapter_id).num_bytes)
 
     # --- for the model runner ---
+
+    def can_fold(self, adapter_id: int) -> bool:
+        """It is on the device, is to stay registered, and is A and B alone, on every token: what it adds can
+        be added to the base model's weights."""
+        resident = self._tier.residents.get(adapter_id)
+        if resident is None or resident.is_loading or adapter_id in self.leaving:
+            return False
+        is_plain = not resident.load.layout.has_extras and not self.invocation_tokens_of(adapter_id)
+        return is_plain and resident.load.error is None
+
+    def set_folded(self, adapter_id: int, is_folded: bool) -> None:
+        """Of an adapter on the device: it stays there while it is folded into the base model's weights."""
+        resident = self._tier.residents[adapter_id]
+        resident.is_folded = is_folded
+        self._tier.update(resident)
 
     def slot_of(self, adapter_id: int) -> int:
         return self._tier.residents[adapter_id].slot
@@ -310,6 +327,7 @@ class AdapterManager:
 
     def request_removal(self, adapter_id: int) -> None:
         """It is to go; requests that were accepted before may acquire it until `is_removed` says True."""
+        self.leaving.add(adapter_id)
         self._unpin(adapter_id)
         self._update_pin(adapter_id)
 
@@ -322,6 +340,7 @@ class AdapterManager:
         self.poll()
         if not (self._tier.try_drop(adapter_id) and self.host.try_remove(adapter_id)):
             return False
+        self.leaving.discard(adapter_id)
         self._records.remove(adapter_id)
         self._hits.forget(adapter_id)
         return True

@@ -44,4 +44,5 @@ class Statuses:
             num_waiting=num_waiting.get(adapter_id, 0),
             num_hits=self._hits.of(adapter_id),
             is_pinned=adapter_id in self._pins,
+            is_folded=resident is not None and resident.is_folded,
         )

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from toppings.config import Config
-from toppings.doctor.control_groups import memory_available
+from toppings.control_groups import memory_available
 from toppings.doctor.finding import Finding, gib, good, note, wrong
 
 PACKAGES = ("toppings", "torch", "numba", "triton", "transformers", "safetensors", "fastapi")

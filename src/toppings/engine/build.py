@@ -14,7 +14,8 @@ from toppings.assist.cores import available_cores
 from toppings.assist.cuda_stream_ops import failure_reason, unavailable_reason
 from toppings.assist.modes import ASSIST_MODES, AssistMode
 from toppings.assist.pool import NoWorkersError
-from toppings.config import ConfigError, EngineConfig
+from toppings.config import OFF, ConfigError, EngineConfig
+from toppings.control_groups import memory_available
 from toppings.engine.assist import Assist
 from toppings.engine.base import (
     dtype_name,
@@ -29,10 +30,13 @@ from toppings.engine.decode_form import choose_decode_form
 from toppings.engine.decode_graphs import DecodeGraphs
 from toppings.engine.drawing import DeviceSampler, Sampler, draw_on_host
 from toppings.engine.engine import Engine
+from toppings.engine.fold_policy import FoldPolicy
+from toppings.engine.folded_base import FoldedBase
 from toppings.engine.graphs import CudaGraphs, GraphBackend, GraphSpec
 from toppings.engine.host_graphs import HostGraphs, can_record, recorded_sizes
 from toppings.engine.lookup import LookupDrafts
 from toppings.engine.memory import measure
+from toppings.engine.merged_mode import MergedMode, make_meter
 from toppings.engine.model_runner import ModelRunner
 from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.products import choose_products
@@ -193,7 +197,7 @@ def _build_engine(
     runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
     runner.rows.structures = structures
     sizes = (config.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len)
-    spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form)
+    spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form, config.merged_mode != OFF)
     if graphs is not None and staging is not None:
         parts = (decoder, cache, adapters.pool, spec, staging, graphs)
         runner.graphs = [DecodeGraphs(*parts)]
@@ -219,10 +223,10 @@ def _build_engine(
     pages = PageAllocator(num_pages, config.page_size, double_cost_len=model.double_cost_len)
     names = BlockHasher(config.page_size) if config.enable_prefix_caching == "on" else None
     drafts = LookupDrafts(config.num_speculative_tokens) if config.speculative_method == "ngram" else None
-    info = _ready(config, model, limits, num_pages, decode_form)
+    scheduler = Scheduler(limits, pages, adapters, names, drafts)
     return Engine(
-        info,
-        Scheduler(limits, pages, adapters, names, drafts),
+        _ready(config, model, limits, num_pages, decode_form),
+        scheduler,
         runner if followers is None else followers.leading(runner, adapters),
         adapters,
         eos_token_ids=model.eos_token_ids,
@@ -230,6 +234,7 @@ def _build_engine(
         assist=assist,
         followers=followers,
         structures=structures,
+        merged=_make_merged(config, decoder, adapters, scheduler, runner, decode_form),
     )
 
 
@@ -238,6 +243,29 @@ def _prepare_host(decoder: Decoder) -> None:
     if num_bytes := use_huge_pages(span for each in decoder.products() for span in each.spans()):
         logger.info("%d MiB of memory with weights are in huge pages now", num_bytes >> 20)
     warm_up(decoder.dtype, decoder.quantized_kinds())
+
+
+def _make_merged(
+    config: EngineConfig,
+    decoder: Decoder,
+    adapters: AdapterManager,
+    scheduler: Scheduler,
+    runner: ModelRunner,
+    form: LoraForm,
+) -> MergedMode | None:
+    """None where it is off. Raises ConfigError where the model's weights cannot be changed, or no copy of
+    them fits."""
+    if config.merged_mode == OFF:
+        return None
+    try:
+        folded = FoldedBase(decoder, adapters.pool, runner.out_offsets, form)
+    except ValueError as error:
+        raise ConfigError(f"merged_mode is {config.merged_mode!r}, but {error}; use off") from error
+    policy = FoldPolicy(config.merged_mode_half_life_s)
+    meter = make_meter(decoder, adapters, folded, runner.out_offsets, form)
+    merged = MergedMode(folded, adapters, scheduler, policy, meter, memory_available)
+    runner.folded = folded
+    return merged
 
 
 def _ready(

@@ -9,8 +9,24 @@ from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.loader import LoadHandle
 from toppings.adapters.modes import LoadingMode
 from toppings.core import GROUPS
+from toppings.model.decoder import LoraContext
 from toppings.ops.columns import adjust_columns_
 from toppings.ops.lora import LoraSegments, add_lora_
+
+
+class LoraSum:
+    """Several parts of one forward, in this order."""
+
+    def __init__(self, *parts: LoraContext) -> None:
+        self._parts = parts
+
+    def start(self, layer: int, group: str, x: Tensor) -> None:
+        for part in self._parts:
+            part.start(layer, group, x)
+
+    def finish(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        for part in self._parts:
+            part.finish(layer, group, x, y)
 
 
 class DeviceLora:

@@ -31,6 +31,11 @@ class Draining:
     def is_on(self) -> bool:
         return self._drain is not None
 
+    @property
+    def starved(self) -> int | None:
+        """The adapter of the request that has found no room for longest."""
+        return next((request.adapter_id for request in self._blocked_at), None)
+
     def note_blocked(self, request: Request, now: float) -> None:
         """There was no room for its adapter."""
         self._blocked_at.setdefault(request, now)

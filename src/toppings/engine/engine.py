@@ -12,6 +12,7 @@ from toppings.engine.assist import Assist
 from toppings.engine.counters import Counters
 from toppings.engine.ends import Ends, error_output
 from toppings.engine.intake import check_tokens, own_tokens, request_of, set_vocabulary, tier_of
+from toppings.engine.merged_mode import MergedMode
 from toppings.engine.model_runner import StepResult
 from toppings.engine.progress import Progress
 from toppings.engine.scheduler import Scheduler
@@ -52,6 +53,7 @@ class Engine:
         assist: Assist | None = None,
         followers: Followers | None = None,
         structures: Structures | None = None,
+        merged: MergedMode | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -62,6 +64,7 @@ class Engine:
         self._assist = assist
         self._followers = followers
         self._structures = structures
+        self.merged = merged
         self._progress: dict[str, Progress] = {}
         self._counters = Counters()
         self._ahead: Step | None = None  # started on top of the last one that was finished
@@ -225,6 +228,7 @@ class Engine:
         counters = {
             **self._counters.values,
             **({} if self._assist is None else self._assist.counters()),
+            **({} if self.merged is None else self.merged.counters),
             "step_log_dropped": self._step_log.num_dropped,
         }
         return snapshot(
@@ -234,6 +238,7 @@ class Engine:
             counters,
             only_changes=only_changes,
             num_workers=0 if self._assist is None else self._assist.num_workers,
+            merged=None if self.merged is None else self.merged.status(),
         )
 
     def check_integrity(self) -> None:
@@ -258,6 +263,8 @@ class Engine:
             self._followers.check()
         if self._assist is not None:
             self._assist.poll()
+        if self.merged is not None and self.merged.poll():
+            self._finished_at = time.perf_counter()  # a step that was started before did not take as long
         is_idle = not self._progress and time.perf_counter() - self._finished_at > IDLE_S
         if is_idle and self._structures is not None:
             self._structures.warm_up()
@@ -299,6 +306,8 @@ class Engine:
             self.scheduler.drafts.note_step(step.batch.items, result.items)
         self._counters.note_step(step, result, len(outputs))
         outputs += [self._end_of_reading(i.request) for i in step.read_out if self._is_alive(i)]
+        if self.merged is not None:
+            self.merged.note_step(step.batch.items, step_s, now)
         self._step_log.write_step(step.record, result, step_s)
         return outputs
 

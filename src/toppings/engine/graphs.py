@@ -9,12 +9,14 @@ an adapter what the pool's table says when they run: they stay valid while adapt
 Adapters with more than A and B (`layout.py`'s extras) are not served from graphs.
 
 Which projection groups a step's adapters change decides between a few graphs of each size (`GROUP_SETS`),
-since launches that find nothing to do cost time all the same.
+since launches that find nothing to do cost time all the same. Where an adapter may be folded into the base
+model's weights (`folded_base.py`), so does whether there are rows that it is to be taken from.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,8 +24,8 @@ import torch
 from torch import Tensor
 
 from toppings.adapters.device_pool import DevicePool
-from toppings.core import BatchItem
-from toppings.engine.device_lora import DeviceLora
+from toppings.core import GROUPS, BatchItem
+from toppings.engine.device_lora import DeviceLora, LoraSum
 from toppings.engine.pages import pages_for
 from toppings.engine.staging import Array, Staging, packed_bytes, unpack
 from toppings.engine.step_inputs import Pending, StepRows
@@ -77,7 +79,7 @@ class CudaGraphs:
 class GraphSpec:
     """What graphs are captured for. `max_num_tokens`: of one step; `out_offsets`: per projection group, the
     column of its fused output at which each module begins; `scratch_page`: a page of the cache that no
-    sequence owns."""
+    sequence owns; `may_fold`: steps may have rows that a folded adapter is to be taken from."""
 
     max_num_seqs: int
     max_num_tokens: int
@@ -85,12 +87,14 @@ class GraphSpec:
     scratch_page: int
     out_offsets: dict[str, tuple[int, ...]]
     decode_form: LoraForm = DEFAULT_DECODE_FORM
+    may_fold: bool = False
 
 
 class Inputs(NamedTuple):
     """Of a step, on the host or on the device. [rows] `token_ids`, `positions`, `slots` (rows of the cache);
     [sequences] `context_lens`, of decodes; [sequences, pages] `page_tables`; [chunks, 3] `chunks` of rows
-    with adapters; [2, sequences] `places` of pending tokens; `own`: what one kind of steps needs beside."""
+    with adapters, `minus` of those that a folded one is taken from; [2, sequences] `places` of pending
+    tokens; `own`: what one kind of steps needs beside."""
 
     token_ids: Any
     positions: Any
@@ -98,6 +102,7 @@ class Inputs(NamedTuple):
     context_lens: Any
     page_tables: Any
     chunks: Any
+    minus: Any
     places: Any
     own: tuple[Any, ...]
 
@@ -107,7 +112,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, arrays: Sequence[Any]) -> "Inputs":
-        return cls._make((*arrays[:7], tuple(arrays[7:])))
+        return cls._make((*arrays[:8], tuple(arrays[8:])))
 
 
 class StepGraphs(ABC):
@@ -139,11 +144,11 @@ class StepGraphs(ABC):
         self._inputs = torch.empty(packed_bytes(largest.arrays), dtype=torch.uint8, device=device)
         shape = (min(spec.max_num_seqs, self._sizes[-1]), decoder.config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self._graphs: dict[tuple[int, frozenset[str]], Graph] = {}
+        self._graphs: dict[tuple[int, frozenset[str], bool], Graph] = {}
         if sizes is None:
             for size in reversed(self._sizes):  # the largest first: the smaller ones find room in its memory
-                for groups in GROUP_SETS:
-                    self._graph(size, groups)
+                for groups, is_minus in product(GROUP_SETS, (False, True) if spec.may_fold else (False,)):
+                    self._graph(size, groups, is_minus)
 
     @staticmethod
     @abstractmethod
@@ -173,7 +178,11 @@ class StepGraphs(ABC):
         from."""
 
     def run(
-        self, items: Sequence[BatchItem], segments: LoraSegments | None, pending: Pending | None = None
+        self,
+        items: Sequence[BatchItem],
+        segments: LoraSegments | None,
+        pending: Pending | None = None,
+        minus: LoraSegments | None = None,
     ) -> Tensor:
         """Logits of the items that are drawn from, fp32 [drawn, vocab], until the next run. No adapter of
         theirs is loading."""
@@ -181,8 +190,8 @@ class StepGraphs(ABC):
         size = next(size for size in self._sizes if size >= num_rows)
         groups = frozenset() if segments is None else self._pool.groups_of(segments.slots)
         covering = next(captured for captured in GROUP_SETS if groups <= captured)
-        graph = self._graph(size, covering)
-        arrays = self._inputs_of(items, segments, size, pending).arrays
+        graph = self._graph(size, covering, minus is not None)
+        arrays = self._inputs_of(items, segments, size, pending, minus).arrays
         self._staging.copy(arrays, self._inputs)
         if pending is not None:
             inputs = Inputs.of(unpack(self._inputs, arrays))
@@ -197,6 +206,7 @@ class StepGraphs(ABC):
         segments: LoraSegments | None,
         size: int,
         pending: Pending | None = None,
+        minus: LoraSegments | None = None,
     ) -> Inputs:
         num_seqs, num_chunks = self._room(size)
         token_ids, positions = np.zeros((2, size), np.int64)
@@ -205,6 +215,7 @@ class StepGraphs(ABC):
         num_pages = pages_for(self._spec.max_context, self._cache.page_size)
         page_tables = np.full((num_seqs, num_pages), self._spec.scratch_page, np.int32)
         chunks = np.tile(np.array([0, 0, -1], np.int32), (num_chunks, 1))
+        minus_chunks = chunks.copy() if self._spec.may_fold else chunks[:0]
         places = np.zeros((2, num_seqs), np.int64)
         rows = None
         if items:
@@ -216,26 +227,34 @@ class StepGraphs(ABC):
         if segments is not None:
             own = lora_chunks(segments, self._form)
             chunks[: len(own)] = own
+        if minus is not None:
+            taken = lora_chunks(minus, self._form)
+            minus_chunks[: len(taken)] = taken
         if pending is not None:
             places[:, : pending.places.shape[1]] = pending.places
         own_inputs = self._own_inputs(items, rows, size)
-        return Inputs(token_ids, positions, slots, context_lens, page_tables, chunks, places, own_inputs)
+        all_chunks = (chunks, minus_chunks)
+        return Inputs(token_ids, positions, slots, context_lens, page_tables, *all_chunks, places, own_inputs)
 
-    def _graph(self, size: int, groups: frozenset[str]) -> Graph:
+    def _graph(self, size: int, groups: frozenset[str], is_minus: bool) -> Graph:
         """Captured now, where it is not there yet."""
-        if (size, groups) not in self._graphs:
-            self._graphs[size, groups] = self._capture(size, groups)
-        return self._graphs[size, groups]
+        if (size, groups, is_minus) not in self._graphs:
+            self._graphs[size, groups, is_minus] = self._capture(size, groups, is_minus)
+        return self._graphs[size, groups, is_minus]
 
-    def _capture(self, size: int, groups: frozenset[str]) -> Graph:
+    def _capture(self, size: int, groups: frozenset[str], is_minus: bool) -> Graph:
         arrays = self._inputs_of([], None, size).arrays
         self._staging.copy(arrays, self._inputs)
         inputs = Inputs.of(unpack(self._inputs, arrays))
         meta, segments, rows = self._plan(inputs, size)
-        lora = None
+        wanted = [(inputs.minus, frozenset(GROUPS))] if is_minus else []
         if groups:
-            segments.batches[inputs.chunks.device] = LoraBatch(inputs.chunks, self._form, MAX_RANK)
-            lora = DeviceLora(self._pool, segments, self._spec.out_offsets, groups)
+            wanted.append((inputs.chunks, groups))
+        parts = []
+        for chunks, its_groups in wanted:
+            own = replace(segments, batches={chunks.device: LoraBatch(chunks, self._form, MAX_RANK)})
+            parts.append(DeviceLora(self._pool, own, self._spec.out_offsets, its_groups))
+        lora = LoraSum(*parts) if len(parts) > 1 else next(iter(parts), None)
         logits = self._logits[: len(rows)]
 
         def run() -> None:

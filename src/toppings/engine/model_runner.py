@@ -13,11 +13,12 @@ from toppings.adapters.manager import AdapterManager
 from toppings.adapters.modes import LoadingMode
 from toppings.assist.coordinator import AssistLora
 from toppings.assist.exchange import AssistStats
-from toppings.core import Batch, BatchItem, Request
-from toppings.engine.device_lora import DeviceLora
+from toppings.core import GROUPS, Batch, BatchItem, Request
+from toppings.engine.device_lora import DeviceLora, LoraSum
 from toppings.engine.draft_rows import kept_rows, with_drafts
 from toppings.engine.drawing import Drawing, Sampler, draw_on_host
 from toppings.engine.expert_lora import StepExpertLora
+from toppings.engine.folded_base import FoldedBase
 from toppings.engine.own_layers import OwnHead, OwnLayers
 from toppings.engine.pages import pages_for
 from toppings.engine.sampling_rows import SamplingRows
@@ -30,6 +31,7 @@ from toppings.ops.lora import DEFAULT_DECODE_FORM, LoraForm, LoraSegments
 from toppings.ops.sampling import SamplingRow
 from toppings.sampling_params import SamplingParams
 
+ALL_GROUPS = frozenset(GROUPS)
 NO_LOGITS = (
     "the model's logits for it are not finite: weights of the adapter or of the base model overflow for this"
     " prompt"
@@ -97,7 +99,11 @@ class CapturedSteps(Protocol):
     def can_run(self, items: Sequence[BatchItem]) -> bool: ...
 
     def run(
-        self, items: Sequence[BatchItem], segments: LoraSegments | None, pending: Pending | None = None
+        self,
+        items: Sequence[BatchItem],
+        segments: LoraSegments | None,
+        pending: Pending | None = None,
+        minus: LoraSegments | None = None,
     ) -> torch.Tensor:
         """Logits of the items that are drawn from, fp32 [drawn, vocab], until the next run. No adapter of
         theirs is loading."""
@@ -131,6 +137,7 @@ class ModelRunner:
         self._decode_form = decode_form
         self.assist: StepAssist | None = None  # set once, before the first batch
         self.graphs: Sequence[CapturedSteps] = ()  # likewise
+        self.folded: FoldedBase | None = None  # likewise
         self.rows = SamplingRows(decoder.config.eos_token_ids)
         self.out_offsets = decoder.config.group_out_offsets()
 
@@ -155,6 +162,7 @@ class ModelRunner:
         loads = self._loads(items)
         copied_ms = -sum(load.copy_ms for load in loads.values())
         segments, lora = self._segments(items), None
+        minus = None if self.folded is None else self.folded.minus(items)
         own, experts, pending, readings = None, None, None, read_nothing
         if previous is not None:
             pending = Pending.of(items, previous.items, previous.drawing.token_ids)
@@ -162,15 +170,15 @@ class ModelRunner:
         may_capture = not loads and not has_extras
         captured = next((g for g in self.graphs if g.can_run(items)), None) if may_capture else None
         if captured is not None:
-            logits = captured.run(items, segments, pending)
+            logits = captured.run(items, segments, pending, minus)
         else:
             plan = ReadingPlan.of(items)
             rows_wanted = [row for row, _ in sampled] + (plan.rows if plan is not None else [])
-            inputs = self._inputs.build(items, rows_wanted, segments, pending)
+            inputs = self._inputs.build(items, rows_wanted, segments, pending, minus)
             own = self._own(segments, rows_wanted, loads)
             experts = self._expert_lora(segments, loads)
             with self._lora(items, segments, loads) as lora:
-                hidden = self._hidden(inputs, lora, own, experts)
+                hidden = self._hidden(inputs, self._with_minus(lora, minus), own, experts)
                 logits = self._head(own).logits(hidden[: len(sampled)])
             if plan is not None:
                 readings = self._read(self._head(own, len(sampled)), hidden[len(sampled) :], plan)
@@ -275,7 +283,9 @@ class ModelRunner:
         """None where the base model alone is asked for."""
         adapter_ids = {item.adapter_id for item in items}
         slots = {a: self._adapters.slot_of(a) for a in adapter_ids if a is not None}
-        if not slots:
+        if self.folded is not None:
+            slots = self.folded.own_slots(slots)
+        if all(slot < 0 for slot in slots.values()):
             return None
         return lora_segments(items, slots, self._adapters.pool.max_rank_of(slots.values()), self._decode_form)
 
@@ -291,6 +301,13 @@ class ModelRunner:
         return nullcontext(
             DeviceLora(pool, segments, self.out_offsets, groups, loads=handles, mode=self._mode)
         )
+
+    def _with_minus(self, lora: LoraContext | None, minus: LoraSegments | None) -> LoraContext | None:
+        """What is in the weights is taken out before anything is made of the base model's output."""
+        if minus is None:
+            return lora
+        first = DeviceLora(self._adapters.pool, minus, self.out_offsets, ALL_GROUPS, adjusts=False)
+        return first if lora is None else LoraSum(first, lora)
 
 
 def _num_tokens_of(items: list[BatchItem], adapter_id: int) -> int:

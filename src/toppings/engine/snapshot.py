@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from toppings.adapters.manager import AdapterManager
 from toppings.core import Request
 from toppings.engine.scheduler import Scheduler
-from toppings.messages import EngineStats
+from toppings.messages import EngineStats, MergedStatus
 
 
 def snapshot(
@@ -17,6 +17,7 @@ def snapshot(
     *,
     only_changes: bool,
     num_workers: int = 0,
+    merged: MergedStatus | None = None,
 ) -> EngineStats:
     """`only_changes`: of adapters that have changed since the last such snapshot. What it costs grows with
     the number of requests and of such adapters, not with the number that is resident."""
@@ -55,4 +56,5 @@ def snapshot(
             **({} if scheduler.drafts is None else scheduler.drafts.counters()),
         },
         num_workers=num_workers,
+        merged=merged,
     )

@@ -108,8 +108,9 @@ class InputBuilder:
         logit_rows: Sequence[int],
         segments: LoraSegments | None,
         pending: Pending | None = None,
+        minus: LoraSegments | None = None,
     ) -> StepInputs:
-        """What kernels read of `segments` is brought along with the rest."""
+        """What kernels read of `segments` and `minus` is brought along with the rest."""
         rows = StepRows.of(items, self._page_size)
         meta = AttentionMetadata(
             num_decodes=sum(item.num_rows for item in items if item.is_decode),
@@ -128,15 +129,15 @@ class InputBuilder:
             return StepInputs(token_ids, positions, row_ids, meta)
         model_inputs.append(_NO_PLACES if pending is None else pending.places)
         arrays = [*model_inputs, rows.slot_mapping, rows.page_tables, *attention_arrays(meta)]
-        if segments is not None:
-            # Whoever decodes is served in the same form alone and in any company, as in a graph.
-            form = segments.decode_form if meta.num_decodes == len(items) else segments.form
-            arrays.append(lora_chunks(segments, form))
+        plans = [each for each in (segments, minus) if each is not None]
+        # Whoever decodes is served in the same form alone and in any company, as in a graph.
+        forms = [each.decode_form if meta.num_decodes == len(items) else each.form for each in plans]
+        arrays += [lora_chunks(each, form) for each, form in zip(plans, forms, strict=True)]
         token_ids, positions, row_ids, places, slots, tables, *brought = self._staging.bring(arrays)
         if pending is not None:
             pending.put_into(token_ids, places)
-        if segments is not None:
-            segments.batches[self._staging.device] = LoraBatch(brought.pop(), form, segments.max_rank)
+        for each, form in zip(plans[::-1], forms[::-1], strict=True):
+            each.batches[self._staging.device] = LoraBatch(brought.pop(), form, each.max_rank)
         meta = replace(meta, slot_mapping=slots, page_tables=tables, brought=AttentionTiles.of(meta, brought))
         return StepInputs(token_ids, positions, row_ids, meta)
 
@@ -146,27 +147,31 @@ def lora_segments(
 ) -> LoraSegments:
     """Neighbouring rows of one adapter become one segment; rows of the base model get slot -1. `slots`: by
     adapter id."""
-    indptr: list[int] = [0]
-    segment_slots: list[int] = []
-
-    def append(slot: int, num_rows: int) -> None:
-        end = indptr[-1] + num_rows
-        if segment_slots and segment_slots[-1] == slot:
-            indptr[-1] = end
-        else:
-            segment_slots.append(slot)
-            indptr.append(end)
-
+    runs: list[tuple[int, int]] = []
     for item in items:
         adapter_id = item.adapter_id
         if adapter_id is None:
-            append(-1, item.num_rows)
+            runs.append((-1, item.num_rows))
             continue
         num_base = item.num_base_tokens if item.request.adapter_start else 0
         if num_base:
-            append(-1, num_base)
-        append(slots[adapter_id], item.num_rows - num_base)
-    return LoraSegments(indptr, segment_slots, max_rank, decode_form)
+            runs.append((-1, num_base))
+        runs.append((slots[adapter_id], item.num_rows - num_base))
+    return joined_segments(runs, max_rank, decode_form)
+
+
+def joined_segments(runs: Sequence[tuple[int, int]], max_rank: int, decode_form: LoraForm) -> LoraSegments:
+    """`runs`: (slot, rows), of which neighbours with one slot are one segment."""
+    indptr: list[int] = [0]
+    slots: list[int] = []
+    for slot, num_rows in runs:
+        end = indptr[-1] + num_rows
+        if slots and slots[-1] == slot:
+            indptr[-1] = end
+        else:
+            slots.append(slot)
+            indptr.append(end)
+    return LoraSegments(indptr, slots, max_rank, decode_form)
 
 
 _NO_PLACES = np.empty((2, 0), np.int64)

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from toppings.exchanges.audit_log import DENIED
+from toppings.exchanges.denied import DENIED
 from toppings.exchanges.exchange import Exchange
 
 MAX_TENANTS, OTHER_TENANTS = 1024, "_other"

@@ -2,9 +2,11 @@
 
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from toppings.bad_input import shown
+from toppings.exchanges.denied import DeniedLines
 from toppings.exchanges.exchange import Exchange
 from toppings.log_files import JsonLines
 
@@ -19,10 +21,12 @@ MAX_ERROR_CHARS = 300
 
 class RequestLog:
     """Writes to `lines` the requests whose ids fall into `share` of all (0 to 1), the same ones on every
-    server, and of what the server itself has failed all."""
+    server, and of what the server itself has failed all. Of nobody that is known it writes so many a minute
+    (`clock`: seconds). Used from one event loop only."""
 
-    def __init__(self, lines: JsonLines, share: float) -> None:
+    def __init__(self, lines: JsonLines, share: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lines = lines
+        self._denied = DeniedLines(clock)
         self._bound = share * 2**32
 
     def has(self, request_id: str) -> bool:
@@ -33,8 +37,12 @@ class RequestLog:
         """An exchange that is over."""
         if exchange.method != "POST" or exchange.path not in INFERENCE_PATHS:
             return
-        if exchange.status >= 500 or exchange.outcome == "error" or self.has(exchange.request_id):
+        if exchange.status >= 500 or exchange.outcome == "error":
             self._lines.write(describe(exchange))
+        elif self.has(exchange.request_id):
+            untold = self._denied.tell() if exchange.account is None else {}
+            if untold is not None:
+                self._lines.write({**describe(exchange), **untold})
 
 
 def describe(exchange: Exchange) -> dict[str, Any]:

@@ -217,6 +217,10 @@ class Decoder:
                 yield from (*layer.experts.gate_up.linears, *layer.experts.down.linears)
         yield self._lm_head
 
+    def projection(self, layer: int, group: str) -> Linear | QuantizedLinear:
+        """The base weights of a projection group; groups that experts stand for have none."""
+        return self._layers[layer].projections[group]
+
     @torch.inference_mode()
     def forward(
         self,

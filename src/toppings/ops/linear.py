@@ -7,7 +7,7 @@ bfloat16, a kernel of ours reads the packed weight itself, once its layout has b
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from toppings.ops.dispatch import bf16_kernels, kernels
 from toppings.ops.huge_pages import Span
-from toppings.ops.products import Forms, forms_for, is_widened, mm_widened, quantized_forms
+from toppings.ops.products import Forms, add_product_, forms_for, is_widened, mm_widened, quantized_forms
 from toppings.ops.quantized import GROUP, QuantizedWeight, quantize
 
 USE_PACKED = True
@@ -63,37 +63,33 @@ def _span(tensor: Tensor) -> Span:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-def _packed_span(packed: Tensor) -> Span:
-    """Empty where the operators do not say."""
-    try:
-        address: int = torch.ops.mkldnn.data_ptr(packed)
-        num_bytes: int = torch.ops.mkldnn._nbytes(packed)
-    except (RuntimeError, AttributeError):
-        return 0, 0
-    return address, address + num_bytes
-
-
 def _find_blocks(weight: Tensor, packed: Tensor) -> _PackedBlocks | None:
     """None where no kernel serves or the packed bytes are laid out in another way."""
     kernels, (num_out, num_in) = bf16_kernels(weight), weight.shape
     if kernels is None or num_in % 2:
         return None
-    address, stop = _packed_span(packed)
-    num_bytes = stop - address
-    if not num_bytes:
+    if (packed_bytes := _find_bytes(packed)) is None:
         return None
     num_blocks = -(-num_out // _BLOCK)
-    num_pairs, rest = divmod(num_bytes, num_blocks * _BLOCK * 2 * weight.itemsize)
+    num_pairs, rest = divmod(packed_bytes.nbytes, num_blocks * _BLOCK * 2 * weight.itemsize)
     if rest or num_pairs < num_in // 2:
         return None
-    bytes_ = (ctypes.c_uint8 * num_bytes).from_address(address)
-    blocks = torch.frombuffer(bytes_, dtype=weight.dtype).view(num_blocks, num_pairs, _BLOCK, 2)
+    blocks = packed_bytes.view(weight.dtype).view(num_blocks, num_pairs, _BLOCK, 2)
     for i in {0, num_blocks // 2, num_blocks - 1}:
         rows = weight[i * _BLOCK : (i + 1) * _BLOCK]
         columns = blocks[i].transpose(0, 1).reshape(_BLOCK, -1)[: len(rows), :num_in]
         if not torch.equal(columns.contiguous().view(torch.int16), rows.contiguous().view(torch.int16)):
             return None
-    return _PackedBlocks(kernels, address, num_blocks, num_pairs)
+    return _PackedBlocks(kernels, packed_bytes.data_ptr(), num_blocks, num_pairs)
+
+
+def _find_bytes(packed: Tensor) -> Tensor | None:
+    """The memory of a packed weight, uint8, as long as `packed` is there; None where torch does not tell."""
+    try:
+        address, num_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    except (RuntimeError, AttributeError):
+        return None
+    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
 
 
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,7 +130,26 @@ class Linear:
 
     def spans(self) -> Iterator[Span]:
         """Where the weight lies in memory."""
-        yield _packed_span(self._weight) if self.is_packed else _span(self._weight)
+        if (stored := self.stored) is not None:
+            yield _span(stored)
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The memory of the weight, which stays where it is; None where it cannot be told."""
+        return _find_bytes(self._weight) if self.is_packed else self._weight
+
+    def with_products(self, parts: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+        """What `stored` would hold with Bᵀ A added to the weight's rows from `start` on, for each (start, A
+        [r, in], B [r, n]); summed in fp32 and rounded once. Raises ValueError where a value is not finite."""
+        weight: Tensor = self._weight.to_dense() if self.is_packed else self._weight.clone()
+        for start, a, b in parts:
+            add_product_(weight[start : start + b.shape[1]], a, b)
+        if not self.is_packed:
+            return weight
+        packed = _pack(weight)
+        found = _find_bytes(packed)
+        assert found is not None
+        return found.clone()  # `packed` takes its memory along
 
     def has_kernel(self, num_rows: int) -> bool:
         """Products of so many rows, and of fewer, are a kernel's."""

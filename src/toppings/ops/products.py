@@ -131,3 +131,14 @@ def mm_widened(
             part += bias[start : start + num_rows]
         y[:, start : start + num_rows] = part
     return y
+
+
+def add_product_(weight: Tensor, a: Tensor, b: Tensor) -> None:
+    """W += Bᵀ A in place, in float32 and rounded once: weight [out, in], a [r, in], b [r, out], of one type.
+    Raises ValueError where a sum is beyond the type."""
+    step, wide_a = max(1, PANEL_ELEMENTS // weight.shape[1]), a.float()
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step]
+        rows.copy_(torch.addmm(rows.float(), b[:, start : start + step].float().t(), wide_a))
+    if weight.dtype == torch.float16 and not bool(weight.isfinite().all()):
+        raise ValueError("the sum of the base model's weight and an adapter's is beyond float16")

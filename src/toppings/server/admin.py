@@ -79,6 +79,8 @@ async def stats(request: Request) -> Response:
         del content["call_id"]
         for fields in content["adapters"]:
             fields["name"] = names[fields["adapter_id"]]
+        if engine.merged is not None and engine.merged.adapter_id is not None:
+            content["merged"]["name"] = names[engine.merged.adapter_id]
         report = make_report(engine, info, names.__getitem__, perf_model, left=left)
         return json_response({**server, **content, "perf_model": None, **msgspec.to_builtins(report)})
 

@@ -194,6 +194,7 @@ class EngineCollector(Collector):
         yield self._cache_config()
         yield self._lora_info()
         yield from self._memory()
+        yield from _merged(stats)
         for name, value in sorted(stats.counters.items()):
             if name == STEP_LOG_DROPPED:  # told with the other logs
                 continue
@@ -265,6 +266,15 @@ def lora_lists(stats: EngineStats) -> tuple[list[int], list[int]]:
     are_running = set(running)
     waiting = [a.adapter_id for a in stats.adapters if a.num_waiting and a.adapter_id not in are_running]
     return running, waiting
+
+
+def _merged(stats: EngineStats) -> Iterator[Metric]:
+    """Nothing where merged mode is off."""
+    if (merged := stats.merged) is not None:
+        share = merged.num_folded / merged.num_groups if merged.num_groups else 0.0
+        yield _gauge("toppings:merged_folded", "Of an adapter in the base model's weights, 0 to 1.", share)
+        yield _gauge("toppings:merged_kept_bytes", "Host memory of weights as they were.", merged.kept_bytes)
+        yield _gauge("toppings:merged_gain", "Of the steps' time, that folding saves.", merged.gain)
 
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:

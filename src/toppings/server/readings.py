@@ -178,6 +178,7 @@ def adapter_row(name: str, status: AdapterStatus | None) -> dict[str, Any]:
         "waiting": status.num_waiting,
         "hits": status.num_hits,
         "is_pinned": status.is_pinned,
+        "is_folded": status.is_folded,
     }
 
 

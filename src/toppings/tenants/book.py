@@ -179,10 +179,18 @@ class TenantBook:
         by_digest = {
             bytes.fromhex(key.sha256): accounts[key.tenant] for key in file.keys if key.tenant in accounts
         }
+        keys, ends = {bytes.fromhex(key.sha256): key for key in file.keys}, _ends_of(file)
         if self._admin_digest is not None:
             by_digest[self._admin_digest] = self._admin
-        self._keys = {bytes.fromhex(key.sha256): key for key in file.keys}
-        self._ends = _ends_of(file)
+            ends.pop(self._admin_digest, None)
+            if self._admin_digest in keys:
+                key = keys.pop(self._admin_digest)
+                logger.warning(
+                    "key %s of tenant %s is the api_key: it opens as that, and never expires",
+                    key.id,
+                    key.tenant,
+                )
+        self._keys, self._ends = keys, ends
         self._accounts, self._by_digest = accounts, by_digest
         before, self._file = self._file, file
         if self.on_change is not None:

@@ -7,10 +7,11 @@ import msgspec
 import pytest
 
 from toppings.cluster.perf_model import load_perf_model
-from toppings.cluster.placement import PlacementSettings, make_placement
+from toppings.cluster.placement import PlacementSettings, Plan, make_placement
+from toppings.cluster.placement.plan import Ring
 from toppings.cluster.policies import PolicySettings, make_policy
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
-from toppings.cluster.ray_serve.homes import MAX_ORDERS, new_homes
+from toppings.cluster.ray_serve.homes import MAX_ORDERS
 from toppings.cluster.ray_serve.messages import AdapterRef, Call
 from toppings.cluster.report import RequestEntry, ServerReport
 from toppings.sampling_params import SamplingParams
@@ -242,10 +243,26 @@ def test_homes_that_demand_asks_for_are_told_once() -> None:
     assert accounts.obey(accounts.planning(4.1)()) == {}
 
 
+def plan_of(*names: str, homes: tuple[str, ...] = ("a",)) -> Plan:
+    return Plan(("a", "b"), Ring((), 0), dict.fromkeys(names, homes))
+
+
 def test_homes_that_hold_an_adapter_already_are_not_told() -> None:
-    known = [("a", ("r1", "r2")), ("b", ("r1",)), ("c", ("r2",))]
-    before = {"b": ("r1",)}
-    held = {"r1": frozenset({"a"}), "r2": frozenset[str]()}
-    assert new_homes(known, lambda name: before.get(name, ()), held) == {"a": ["r2"], "c": ["r2"]}
-    many = [(f"a{i}", ("r1",)) for i in range(100)]
-    assert len(new_homes(many, lambda _: (), held)) == MAX_ORDERS
+    accounts = make_accounts(placement="static_k")
+    accounts.set_replicas({"a": make_report(on_host={"x"}), "b": make_report(on_device={"z"})})
+    assert accounts.obey(plan_of("x", "y", "z", homes=("a", "b", "gone"))) == {
+        "x": ["b"],
+        "y": ["a", "b"],
+        "z": ["a"],
+    }
+
+
+def test_homes_beyond_those_told_at_once_are_told_with_the_next_plans_after_its_own() -> None:
+    accounts = make_accounts(placement="static_k")
+    accounts.set_replicas({"a": make_report(), "b": make_report()})
+    names = [f"a{i}" for i in range(MAX_ORDERS + 3)]
+    assert [*accounts.obey(plan_of(*names))] == names[:MAX_ORDERS]
+    last = names.pop()  # it is at home there no more
+    assert [*accounts.obey(plan_of("new", *names))] == ["new", *names[MAX_ORDERS:]]
+    assert accounts.obey(plan_of("new", *names)) == {}
+    assert accounts.obey(plan_of("new", *names, last)) == {last: ["a"]}

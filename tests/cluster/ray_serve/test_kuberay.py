@@ -64,6 +64,7 @@ def test_the_front_reads_the_tenants_wherever_it_starts(
     (tmp_path / "tenants.yaml").write_text("tenants: {a: }")
     assert _front({"tenants_file": "tenants.yaml"}).tenants_file == str(tmp_path / "tenants.yaml")
     assert _front({}).tenants_file == ""
+    assert _front({"log_dir": "mine"}).log_dir == str(tmp_path / "mine")
     (tmp_path / "tenants.yaml").write_text("tenants: {a: {what: 1}}")
     with pytest.raises(ConfigError, match="tenant a: unknown setting 'what'"):
         _front({"tenants_file": "tenants.yaml"})

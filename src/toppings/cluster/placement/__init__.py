@@ -5,7 +5,7 @@ else.
 from toppings.cluster.placement.adaptive import Adaptive
 from toppings.cluster.placement.base import Placement, PlacementSettings
 from toppings.cluster.placement.hashed import ShuffleShard, StaticK
-from toppings.cluster.placement.plan import EMPTY_PLAN, Plan
+from toppings.cluster.placement.plan import EMPTY_PLAN, Plan, Untold
 
 NO_PLACEMENT = "none"
 """Any server may hold any adapter: the routing policy alone decides."""
@@ -33,5 +33,6 @@ __all__ = [
     "Placement",
     "PlacementSettings",
     "Plan",
+    "Untold",
     "make_placement",
 ]

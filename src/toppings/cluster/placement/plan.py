@@ -1,7 +1,7 @@
 """What a placement answers: the homes of each adapter."""
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -90,3 +90,33 @@ class Plan:
 
 EMPTY_PLAN = Plan((), Anywhere())
 """Before the first one: no adapter has a home."""
+
+
+class Untold:
+    """Homes that plans have added and of which their servers were not told yet: only some are told at once.
+    Those of the newest plan come first, its most loaded adapters before others."""
+
+    def __init__(self) -> None:
+        self._homes: dict[tuple[str, str], None] = {}  # of an adapter, a server
+
+    def note(self, plan: Plan, before: Plan | None) -> None:
+        """Homes that are none any more by this plan need not be told."""
+        left = {pair: None for pair in self._homes if pair[1] in plan.homes_of(pair[0])}
+        added = {
+            (adapter, home): None
+            for adapter, homes in plan.known_homes()
+            for home in homes
+            if before is None or home not in before.homes_of(adapter)
+        }
+        self._homes = added | left
+
+    def take(self, num: int, is_due: Callable[[str, str], bool]) -> list[tuple[str, str]]:
+        """Up to so many, as adapter and server, which are told of now. The rest of those looked at, which are
+        not due, are dropped, too."""
+        taken: list[tuple[str, str]] = []
+        while self._homes and len(taken) < num:
+            pair = next(iter(self._homes))
+            del self._homes[pair]
+            if is_due(*pair):
+                taken.append(pair)
+        return taken

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Set
 
 from toppings.cluster.dispatcher import Dispatcher
 from toppings.cluster.perf_model import PerfModel
-from toppings.cluster.placement import Placement, Plan
+from toppings.cluster.placement import Placement, Plan, Untold
 from toppings.cluster.policies import Policy
-from toppings.cluster.ray_serve.homes import Homes, new_homes
+from toppings.cluster.ray_serve.homes import MAX_ORDERS, Homes, by_adapter
 from toppings.cluster.ray_serve.messages import Call, origin_of
 from toppings.cluster.report import ServerReport
 from toppings.cluster.snapshot import Choice, InstanceSnapshot
@@ -24,6 +24,7 @@ class ReplicaAccounts:
         )
         self.fleet = self._dispatcher.fleet
         self._perf_model = perf_model
+        self._untold = Untold()
         self._reports: dict[str, ServerReport] = {}
 
     def set_replicas(self, reports: Mapping[str, ServerReport | None]) -> None:
@@ -60,14 +61,19 @@ class ReplicaAccounts:
         return self._dispatcher.planning(now)
 
     def obey(self, plan: Plan) -> Homes:
-        """Requests follow it from now on; the homes it adds."""
-        before, fleet = self._dispatcher.plan, self.fleet
-        assert before is not None
+        """Requests follow it from now on; the homes to be told of: up to `MAX_ORDERS` that plans have added
+        and that replicas do not hold the adapter at, in host memory or on the device."""
+        assert self._dispatcher.plan is not None
+        self._untold.note(plan, self._dispatcher.plan)
         self._dispatcher.plan = plan
-        held = {
-            each: frozenset(fleet.on_device[row]) | fleet.on_host[row] for row, each in enumerate(fleet.ids)
-        }
-        return new_homes(plan.known_homes(), before.homes_of, held)
+        return by_adapter(self._untold.take(MAX_ORDERS, self._is_missing))
+
+    def _is_missing(self, adapter: str, replica_id: str) -> bool:
+        fleet = self.fleet
+        if replica_id not in fleet.ids:
+            return False
+        [row] = fleet.rows_of([replica_id])
+        return adapter not in fleet.on_device[row] and adapter not in fleet.on_host[row]
 
     # --- requests ---
 

@@ -104,7 +104,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def make_app(config: UpConfig) -> Application:
     """Raises ConfigError for a key or a tenants file that cannot be read."""
-    server, fleet = _with_tenants(with_api_key(config.server)), config.fleet
+    server, fleet = _with_whole_paths(with_api_key(config.server)), config.fleet
     stop = {
         "graceful_shutdown_timeout_s": server.server.shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": STOP_POLL_S,
@@ -133,11 +133,14 @@ def make_app(config: UpConfig) -> Application:
     return front.bind(server, fleet, engines.bind(server))
 
 
-def _with_tenants(config: Config) -> Config:
-    """The tenants file by its whole path: the front, which reads it, starts in a directory of Ray's."""
-    path = config.server.tenants_file
+def _with_whole_paths(config: Config) -> Config:
+    """The front, which reads the tenants file, and the replicas start in a directory of Ray's: what they
+    would look for, or write, there is where whoever builds the application means it to be."""
+    path, logs = config.server.tenants_file, config.server.log_dir
     TenantBook(path)  # a mistake in it is told before engines start
-    return replace(config, server=replace(config.server, tenants_file=path and str(Path(path).absolute())))
+    tenants = path and str(Path(path).absolute())
+    server = replace(config.server, tenants_file=tenants, log_dir=str(Path(logs).absolute()))
+    return replace(config, server=server)
 
 
 def _check_clients_are_seen(config: Config) -> None:

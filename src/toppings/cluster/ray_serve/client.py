@@ -20,7 +20,7 @@ from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.bad_input import RequestError
 from toppings.cluster.lengths import ResponseLengths
-from toppings.cluster.ray_serve.homes import Homes, on_new_homes
+from toppings.cluster.ray_serve.homes import Homes, merged, on_new_homes
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import ALONE, FinishReason, Standing
@@ -74,6 +74,7 @@ class ReplicaClient:
         self._silent: dict[str, float] = {}  # replicas not heard of, and until when to avoid them
         self._info: EngineReady | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._unread: Homes = {}
         self._origin, self._numbers = uuid.uuid4().hex[:12], count()
         self._lengths = ResponseLengths()
 
@@ -243,15 +244,18 @@ class ReplicaClient:
 
     def _start_reading(self, homes: Homes) -> None:
         """Have replicas read what they are homes of now; what is under way goes first."""
+        self._unread = merged(homes, self._unread)
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read_ahead(homes))
+            self._reading = asyncio.create_task(self._read_ahead())
 
-    async def _read_ahead(self, homes: Homes) -> None:
-        told: list[tuple[AdapterRef, list[str]]] = []
-        for name, replicas in homes.items():
-            with suppress(AdapterNotFound):
-                told.append((AdapterRef.of(self._registry.get(name)), replicas))
-        await self._broadcast("read_ahead", told, timeout_s=REPORT_TIMEOUT_S)
+    async def _read_ahead(self) -> None:
+        while self._unread:
+            homes, self._unread = self._unread, {}
+            told: list[tuple[AdapterRef, list[str]]] = []
+            for name, replicas in homes.items():
+                with suppress(AdapterNotFound):
+                    told.append((AdapterRef.of(self._registry.get(name)), replicas))
+            await self._broadcast("read_ahead", told, timeout_s=REPORT_TIMEOUT_S)
 
     async def stats(self) -> EngineStats:
         """All replicas' together."""

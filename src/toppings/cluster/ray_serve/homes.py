@@ -3,19 +3,19 @@
 Both live in the front's process, but Serve makes the first by itself, so that neither can be given the other.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable
 
 Homes = dict[str, list[str]]
 """By adapter, the replicas."""
 MAX_ORDERS = 32
-"""Adapters that are told of at once: a plan may change many, and disks are slow."""
+"""Homes that are told of at once: a plan may change many, and disks are slow. The rest is told with the next
+plan's."""
 
 _listeners: list[Callable[[Homes], object]] = []
 
 
 def on_new_homes(listener: Callable[[Homes], object]) -> None:
-    """To be called with the homes that a new plan adds, by the thread that made it."""
+    """To be called with the homes to be told of after a new plan, by the thread that made it."""
     _listeners.append(listener)
 
 
@@ -24,18 +24,15 @@ def tell(homes: Homes) -> None:
         listener(homes)
 
 
-def new_homes(
-    known: Iterable[tuple[str, tuple[str, ...]]],
-    before: Callable[[str], tuple[str, ...]],
-    held: Mapping[str, frozenset[str]],
-) -> Homes:
-    """Of the first adapters of a plan that get homes they did not have `before`: those homes, but for
-    replicas that hold the adapter already, in host memory or on the device."""
-    added = (
-        (
-            adapter,
-            [home for home in homes if home not in before(adapter) and adapter not in held.get(home, ())],
-        )
-        for adapter, homes in known
-    )
-    return dict(islice(((adapter, homes) for adapter, homes in added if homes), MAX_ORDERS))
+def by_adapter(pairs: Iterable[tuple[str, str]]) -> Homes:
+    """Of adapters and replicas, in order."""
+    homes: Homes = {}
+    for adapter, replica in pairs:
+        homes.setdefault(adapter, []).append(replica)
+    return homes
+
+
+def merged(newer: Homes, older: Homes) -> Homes:
+    """Both, the newer ones first; no replica twice."""
+    names = [*newer, *(name for name in older if name not in newer)]
+    return {name: list(dict.fromkeys([*newer.get(name, ()), *older.get(name, ())])) for name in names}

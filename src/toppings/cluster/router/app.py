@@ -61,8 +61,8 @@ class Router:
         self.admin = AdapterAdmin(state)
         self.monitor = Monitor(state, self.admin)
         self.dashboard = Dashboard(state)
-        self._budget = Budget(state.config.max_buffered_bytes)
-        self._instances = Instances(state, self.monitor, self.guard, self._budget)
+        self.budget = Budget(state.config.max_buffered_bytes)
+        self._instances = Instances(state, self.monitor, self.guard, self.budget)
         self._changes: set[asyncio.Task[Answer]] = set()
         self._refreshed_at = 0.0
 
@@ -114,7 +114,7 @@ class Router:
         meters, exchange, outcome = self.state.meters, request[EXCHANGE], "refused"
         meters.received.inc()
         try:
-            with self._budget.share() as share:
+            with self.budget.share() as share:
                 body = await read_body(request, self.state.config, share)
                 config = self.state.config
                 names_blocks = config.prefix_routing != OFF
@@ -192,7 +192,7 @@ class Router:
 
     async def _change(self, request: web.Request, action: str, change: AdapterChange) -> web.Response:
         """It goes on where the client leaves: half of it done would be remembered by nobody."""
-        body, tenant = await read_change(request, self.guard, self._budget), account_of(request).tenant
+        body, tenant = await read_change(request, self.guard, self.budget), account_of(request).tenant
         check_load(tenant, request.path, body)
         task = asyncio.create_task(self._audited(action, body, change(body, tenant)))
         self._changes.add(task)
@@ -269,7 +269,7 @@ async def running_router(
         router = Router(state)
         app = web.Application(client_max_size=config.max_body_bytes, middlewares=layers(state))
         app.on_response_prepare.append(add_id)
-        app.on_shutdown.extend((router.dashboard.close, state.holding.close))
+        app.on_shutdown.extend((router.dashboard.close, state.holding.close, router.budget.close))
         app.add_routes(router.routes())
         runner = web.AppRunner(
             app,

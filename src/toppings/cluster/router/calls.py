@@ -1,5 +1,6 @@
 """What the router reads of an inference request's body; the body itself goes on as it came."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ class Call:
 
     `selectors` is all that a body of `/generate` names its adapter by. `blocks` name what the prompt begins
     with, in parts of `block_tokens` each. `wrong` says what of the body has a type that keeps the rest from
-    being read.
+    being read. `num_answers`: choices of all its prompts together.
     """
 
     path: str
@@ -44,14 +45,14 @@ class Call:
     blocks: tuple[bytes, ...] = ()
     block_tokens: float = 0.0
     wrong: str = ""
-    num_choices: int = 1
+    num_answers: int = 1
 
     @property
     def reserved_tokens(self) -> int:
         """That its answer may have, as far as the body says."""
         if self.max_tokens is None or self.path in (*TOKEN_PATHS, *POOLED_PATHS):
             return 0
-        return max(0, self.max_tokens) * max(1, self.num_choices)
+        return max(0, self.max_tokens) * self.num_answers
 
 
 class _Body(msgspec.Struct):
@@ -65,6 +66,7 @@ class _Body(msgspec.Struct):
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
     input: msgspec.Raw = msgspec.Raw(b'""')
     inputs: msgspec.Raw = msgspec.Raw(b'""')
     text_2: msgspec.Raw = msgspec.Raw(b'""')
@@ -75,6 +77,9 @@ class _Body(msgspec.Struct):
     system: msgspec.Raw = msgspec.Raw(b"")
     tools: msgspec.Raw = msgspec.Raw(b"")
 
+
+_LIST_OF = re.compile(rb"""\s*\[\s*(["\[])""")
+"""The start of a list of strings or of lists."""
 
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding a body may raise: of its syntax, of its encoding, of its depth."""
@@ -111,7 +116,7 @@ def parse_call(path: str, body: bytes, bytes_per_token: float, *, names_blocks: 
         is_stream=bool(parsed.stream),
         prompt_tokens=_count_tokens(prompt, bytes_per_token),
         max_tokens=max_tokens,
-        num_choices=parsed.n or 1,
+        num_answers=_count_answers(path, parsed),
     )
     return _with_blocks(call, parsed, prompt) if names_blocks and path not in POOLED_PATHS else call
 
@@ -145,6 +150,27 @@ def _asked(path: str, parsed: _Body) -> tuple[msgspec.Raw, int | None]:
         case "/v1/score" | "/score":
             return parsed.text_2, 1
     return parsed.prompt, DEFAULT_MAX_TOKENS if parsed.max_tokens is None else parsed.max_tokens
+
+
+def _count_answers(path: str, parsed: _Body) -> int:
+    """Of every prompt the choices that are drawn, told or not."""
+    if path != "/v1/completions":
+        return max(1, parsed.n or 1)
+    return max(1, parsed.n or 1, parsed.best_of or 1) * _count_prompts(parsed.prompt)
+
+
+def _count_prompts(raw: msgspec.Raw) -> int:
+    """Of a completion: of a list of strings or of lists its length, of all else one. The text may be long: it
+    is counted without making its items."""
+    found = _LIST_OF.match(memoryview(raw))
+    if found is None:
+        return 1
+    text = bytes(raw)
+    if found[1] == b"[":
+        return text.count(b"[") - 1
+    if b"\\" in text:
+        text = text.replace(rb"\\", b"").replace(rb"\"", b"")  # what is left of quotes are strings' ends
+    return text.count(b'"') // 2
 
 
 def _parse_generate(path: str, body: bytes, parsed: _Body, bytes_per_token: float) -> Call:

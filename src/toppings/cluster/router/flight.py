@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,7 +132,9 @@ class Flights:
         self._dispatcher, self._meters, self._recent = dispatcher, meters, recent
         self._on: dict[str, dict[str, Flight]] = {}  # servers that have any
         self._num_made = 0
-        self._left: dict[tuple[str, str, str], Place] = {}  # by server, tenant and the id that all know
+        # By server, tenant and the id that all know, which is the client's to choose: several may have one.
+        self._left: dict[tuple[str, str, str], deque[Place]] = {}
+        self._num_left = 0
         self._last_left: dict[str, int] = {}  # by server, the last that it told of
 
     def __len__(self) -> int:
@@ -228,16 +231,35 @@ class Flights:
             return
         if not (flight.call.is_stream or flight.has_begun):
             flight.place.spend(round(flight.request.response_tokens))
-        self._left[flight.instance_id, flight.place.account.name, flight.client_id] = flight.place
-        if len(self._left) > MAX_LEFT:
-            del self._left[next(iter(self._left))]
+        key = flight.instance_id, flight.place.account.name, flight.client_id
+        self._left.setdefault(key, deque()).append(flight.place)
+        self._num_left += 1
+        if self._num_left > MAX_LEFT:
+            self._pop_left(next(iter(self._left)))
+
+    def _pop_left(self, key: tuple[str, str, str]) -> Place | None:
+        """The first of them that left."""
+        places = self._left.get(key)
+        if places is None:
+            return None
+        place = places.popleft()
+        self._num_left -= 1
+        if not places:
+            del self._left[key]
+        return place
+
+    def forget(self, instance_id: str) -> None:
+        """A server that was removed tells nothing any more: those that left it count as they do."""
+        self._last_left.pop(instance_id, None)
+        self._left = {key: places for key, places in self._left.items() if key[0] != instance_id}
+        self._num_left = sum(map(len, self._left.values()))
 
     def note_left(self, instance_id: str, told: Iterable[LeftEntry]) -> None:
         """What a server's requests had come to when their clients left; it tells of each more than once."""
         last = self._last_left.get(instance_id, 0)
         for entry in told:
             if entry.number > last:
-                place = self._left.pop((instance_id, entry.tenant, entry.request_id), None)
+                place = self._pop_left((instance_id, entry.tenant, entry.request_id))
                 if place is not None:
                     place.settle(entry.prompt_tokens, entry.answer_tokens)
                 self._last_left[instance_id] = max(entry.number, self._last_left.get(instance_id, 0))

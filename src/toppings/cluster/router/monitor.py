@@ -76,6 +76,8 @@ class Monitor:
         if not upstream.is_alive:
             return
         try:
+            if upstream.kind is Kind.UNKNOWN:
+                await self._detect_again(upstream)
             own_ranks = self._state.dispatcher.own_ranks(upstream.instance_id)
             report = await upstream.ask_report()
             if report is not None:
@@ -83,6 +85,13 @@ class Monitor:
         except CALL_FAILURES as error:
             logger.info("%s: its report cannot be had: %r", upstream.instance_id, error)
             self._note_failure(upstream, error)
+
+    async def _detect_again(self, upstream: Upstream) -> None:
+        """It was opened while its `/stats` failed. What a Toppings server has more to tell is asked soon."""
+        await upstream.detect_kind()
+        if upstream.kind is not Kind.UNKNOWN:
+            logger.info("%s is known now (%s)", upstream.instance_id, upstream.kind)
+            upstream.synced_at = None
 
     def _start_sync(self, upstream: Upstream) -> None:
         """Where it is due, and not going on already."""

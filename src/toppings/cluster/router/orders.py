@@ -10,11 +10,9 @@ through the router's own administration, or that is in use.
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Iterator
-from itertools import islice
 from urllib.parse import quote
 
-from toppings.cluster.placement import Plan
+from toppings.cluster.placement import Plan, Untold
 from toppings.cluster.router.adapters import AdapterAdmin, failure_of
 from toppings.cluster.router.background import start_once
 from toppings.cluster.router.state import RouterState
@@ -23,12 +21,14 @@ from toppings.cluster.router.upstream import CALL_FAILURES, Kind, Upstream
 logger = logging.getLogger(__name__)
 
 MAX_ORDERS = 32
-"""Adapters that servers are told of at once: a plan may change many, and disks are slow."""
+"""Homes that servers are told of at once: a plan may change many, and disks are slow. The next plan's turn
+comes with what is left."""
 
 
 class PlacementOrders:
     def __init__(self, state: RouterState, admin: AdapterAdmin) -> None:
         self._state, self._admin = state, admin
+        self._untold = Untold()
         self._loads: dict[str, asyncio.Task[None]] = {}  # by server, while it loads something
 
     @property
@@ -40,23 +40,22 @@ class PlacementOrders:
         """Whatever servers make of it: one that does not obey reads the adapter when a request comes, or
         leaves it to others. No server's load is waited for; it gets the next one when that is done.
         """
-        await asyncio.gather(*islice(self._orders(plan, before), MAX_ORDERS))
-
-    def _orders(self, plan: Plan, before: Plan | None) -> Iterator[Awaitable[None]]:
-        """Those for the most loaded adapters first."""
-        state = self._state
-        rows = {each: row for row, each in enumerate(state.fleet.ids)}
+        self._untold.note(plan, before)
+        told = self._untold.take(MAX_ORDERS, self._is_prefetch_due)
+        upstreams = self._state.upstreams
         for adapter, homes in plan.known_homes():
             for home in homes:
-                upstream = state.upstreams.get(home)
-                if upstream is None or home not in rows:
-                    continue
-                if upstream.kind is Kind.TOPPINGS:
-                    is_new = before is None or home not in before.homes_of(adapter)
-                    if is_new and upstream.serves(adapter) and not self._holds(rows[home], adapter):
-                        yield self._prefetch(adapter, upstream)
-                elif not upstream.serves(adapter) and home not in self._loads:
+                upstream = upstreams.get(home)
+                if upstream is not None and upstream.kind is Kind.OPENAI and home not in self._loads:
                     self._start_load(adapter, upstream, plan)
+        await asyncio.gather(*(self._prefetch(adapter, upstreams[home]) for adapter, home in told))
+
+    def _is_prefetch_due(self, adapter: str, home: str) -> bool:
+        upstream = self._state.upstreams.get(home)
+        if upstream is None or upstream.kind is not Kind.TOPPINGS or not upstream.serves(adapter):
+            return False
+        [row] = self._state.fleet.rows_of([home])
+        return not self._holds(row, adapter)
 
     def _holds(self, row: int, adapter: str) -> bool:
         fleet = self._state.fleet
@@ -82,7 +81,12 @@ class PlacementOrders:
     def _start_load(self, adapter: str, upstream: Upstream, plan: Plan) -> None:
         """What was loaded or unloaded through the router is everywhere, or nowhere, as soon as can be."""
         path = self._path_of(adapter)
-        if path is None or adapter in upstream.refused or self._admin.remembers(adapter):
+        if (
+            upstream.serves(adapter)
+            or path is None
+            or adapter in upstream.refused
+            or self._admin.remembers(adapter)
+        ):
             return
         instance_id = upstream.instance_id
         task = start_once(f"placing on {instance_id}", lambda: self._load(adapter, path, upstream, plan))

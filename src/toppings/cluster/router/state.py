@@ -94,6 +94,7 @@ class RouterState:
         self.dispatcher.remove_instance(instance_id)
         del self.upstreams[instance_id]
         self.meters.forget(instance_id)
+        self.flights.forget(instance_id)
         self.models_changed()
 
     def refresh_open(self, upstream: Upstream) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 from enum import StrEnum
+from http import HTTPStatus
 
 import aiohttp
 import msgspec
@@ -159,8 +160,11 @@ class Upstream:
 
     async def detect_kind(self) -> None:
         """A server whose `/stats` reads as ours is a Toppings server, any other an OpenAI-compatible one, and
-        so is one that does not let the router look."""
+        so is one that does not let the router look. One that fails may be either: its kind stays unknown."""
         answer = await self.call("GET", "/stats")
+        if answer.status >= 500 and answer.status != HTTPStatus.NOT_IMPLEMENTED:
+            logger.info("%s answers /stats with %d: it is asked again", self.instance_id, answer.status)
+            return
         if answer.status in (401, 403):
             logger.warning(
                 "%s answers the router with %d: its load and adapters are not known, nor changed (setting "

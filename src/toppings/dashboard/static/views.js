@@ -154,7 +154,12 @@ export function showAdapters(rows, isRouter, caption) {
         ["Waiting", (row) => count(row.waiting), "number"],
         ["Hits", (row) => count(row.hits), "number"],
       ];
-  const name = (row) => [row.name, row.is_pinned ? make("span", { class: "mark", title: "pinned" }, " pinned") : null];
+  const mark = (is_so, word, title) => (is_so ? make("span", { class: "mark", title }, ` ${word}`) : null);
+  const name = (row) => [
+    row.name,
+    mark(row.is_pinned, "pinned", "pinned"),
+    mark(row.is_folded, "folded", "folded into the base model's weights"),
+  ];
   byId("adapters").replaceChildren(table(caption, [["Adapter", name], ...where], rows, "There is none."));
 }
 
