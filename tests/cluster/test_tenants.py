@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +495,8 @@ async def test_changes_that_were_denied_are_told_and_who_was_told_no_is_counted(
     lines = await fleet.records("audit", 5)
     assert (lines[0]["request_id"], lines[0]["client"]) == ("mine", "127.0.0.1")
     assert "mine-x" in lines[2]["error"]
+    assert "DELETE /instances/s0 is for administrators" in lines[3]["error"]
+    assert [line["key"] for line in lines] == [None, None, "user", "user", "loader"]
     [request] = await fleet.records("requests", 1)
     assert (request["status"], request["tenant"], request["outcome"]) == (401, None, "refused")
     metrics = (await fleet.ask("administrator", "GET", "/metrics"))[1]
@@ -501,6 +504,22 @@ async def test_changes_that_were_denied_are_told_and_who_was_told_no_is_counted(
     assert 'toppings_router_denied_total{status="403"} 3.0' in metrics
     assert 'toppings_router_refused_total{status="401"} 1.0' in metrics
     assert "wrong" not in "".join(map(str, [*lines, request]))
+
+
+async def test_a_refused_request_has_its_model_and_an_expired_key_its_tenant(
+    fleet: Fleet, tenants: Path
+) -> None:
+    key, book = add_key(tenants, "user", "2999-01-01"), fleet.client.router.guard.book
+    book.reload()
+    for model, status in (("large", 403), ("nobody", 404)):
+        assert await fleet.status("user", model=model) == status
+    book.wall_clock = lambda: datetime(2999, 1, 2, tzinfo=UTC).timestamp()
+    headers = {"Authorization": f"Bearer {key.text}"}
+    body = {"model": "small", "prompt": "x"}
+    assert (await fleet.ask("anonymous", "POST", "/v1/completions", body, **headers))[0] == 401
+    *refused, expired = await fleet.records("requests", 3)
+    assert [(line["status"], line["model"]) for line in refused] == [(403, "large"), (404, "nobody")]
+    assert (expired["status"], expired["tenant"], expired["key"]) == (401, "user", key.entry.id)
 
 
 async def test_what_tenants_had_is_counted_and_logged_with_their_keys(fleet: Fleet) -> None:

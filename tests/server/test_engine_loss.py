@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import PATIENCE_S, wait_until
 from toppings.backlog import COMPLAIN_S
+from toppings.cluster.router.exchange import Exchange
 from toppings.cluster.router.meters import Meters
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -126,6 +127,7 @@ def test_dashboard_and_alerts_ask_for_what_a_server_and_a_router_tell(serving: S
     meters = Meters()
     for metric in (meters.sent, meters.retries, meters.in_flight, meters.is_up, meters.ended):
         metric.labels("one")
+    meters.note_exchange(Exchange("", status=429, owner="team", rejected_by="tenant"))
     told = httpx.get(f"{serving.url}/metrics").text + meters.render().decode()
     families = {family.name: family for family in text_string_to_metric_families(told)}
     known = {sample.name for family in families.values() for sample in family.samples} | {"up"}

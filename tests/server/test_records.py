@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,39 @@ async def test_what_was_refused_says_why(server: Server, tmp_path: Path) -> None
         await server.complete()
     lines = read("requests.jsonl")
     told = [(line["status"], line["outcome"]) for line in lines]
+    assert [line["model"] for line in lines[:2]] == ["nobody", ""]
     assert told == [(404, "refused"), (400, "refused"), (500, "error"), (503, "error")]
     assert "nobody" in lines[0]["error"]
     assert lines[2]["error"] == "the device is gone"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "model": "NAME"}),
+        ("/v1/messages", {"messages": [], "max_tokens": 1, "model": "NAME"}),
+        ("/generate", {"inputs": "a", "lora_dir": "NAME"}),
+        ("/generate", {"inputs": "a", "parameters": {"adapter_id": "NAME"}}),
+        ("/v1/completions", {"prompt": 1.5, "model": "NAME"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["nobody", "x" * 5000])
+async def test_a_refused_request_has_the_model_that_it_named(
+    server: Server, tmp_path: Path, path: str, body: dict[str, Any], name: str
+) -> None:
+    with kept(server, tmp_path) as read:
+        content = json.dumps(body).replace("NAME", name)
+        assert 400 <= (await server.http.post(path, content=content)).status_code < 500
+    [line] = read("requests.jsonl")
+    assert line["model"][:100] == name[:100]
+    assert len(line["model"]) < 300
+
+
+@pytest.mark.parametrize("body", [[], "x", {"model": 1}, {"model": None, "parameters": [1]}], ids=str)
+async def test_what_names_no_model_has_none(server: Server, tmp_path: Path, body: object) -> None:
+    with kept(server, tmp_path) as read:
+        assert (await server.http.post("/v1/completions", json=body)).status_code == 400
+    assert [line["model"] for line in read("requests.jsonl")] == [""]
 
 
 async def test_a_client_that_leaves_is_told_so(server: Server, url: str, tmp_path: Path) -> None:
@@ -181,6 +212,20 @@ class TestTenants:
         assert 'toppings:denied_total{status="401"} 1.0' in metrics
         assert "wrong" not in (tmp_path / "logs" / "requests.jsonl").read_text()
 
+    async def test_an_expired_key_is_told_and_whose_it_is(self, server: Server, tmp_path: Path) -> None:
+        key = add_key(tmp_path / "tenants.yaml", "team", "2999-01-01")
+        server.state.book.reload()
+        server.state.book.wall_clock = lambda: datetime(2999, 1, 2, tzinfo=UTC).timestamp()
+        headers = {"Authorization": f"Bearer {key.text}"}
+        with kept(server, tmp_path / "logs") as read:
+            for path in ("/v1/completions", "/v1/load_lora_adapter"):
+                reply = await server.http.post(path, json={"prompt": "a"}, headers=headers)
+                assert reply.status_code == 401
+        for line in (*read("requests.jsonl"), *read("audit.jsonl")):
+            assert (line["tenant"], line["key"], line["status"]) == ("team", key.entry.id, 401)
+        assert [len(read(name)) for name in ("requests.jsonl", "audit.jsonl")] == [1, 1]
+        assert server.state.num_open == 0
+
     async def test_changes_that_were_denied_are_told(
         self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -208,6 +253,7 @@ class TestTenants:
         ]
         assert added["action"] == "add key"
         assert (refused["status"], refused["tenant"], refused["request_id"]) == (403, "team", "mine")
+        assert refused["key"] == key.entry.id
         assert "theirs" in refused["error"]
         assert key.text not in (tmp_path / "logs" / "audit.jsonl").read_text()
 

@@ -285,6 +285,24 @@ async def test_lists_show_what_a_tenant_may_see(server: Server) -> None:
     assert sglang.json() == {"success": True, "error_message": "", "loaded_adapters": {}}
 
 
+async def test_only_administrators_are_told_how_much_others_use_an_adapter(server: Server) -> None:
+    use = {"hits", "running", "waiting"}
+    for role, told in (("user", set()), ("loader", set()), ("boss", use), ("administrator", use)):
+        rows = (await ask(server, role, "GET", "/adapters")).json()["adapters"]
+        assert rows
+        for row in rows:
+            assert row.keys() & use == told
+            assert row["state"] == "disk"
+        schema = server.app.openapi()["components"]["schemas"]["AdapterRow"]
+        assert set(schema["required"]) <= rows[0].keys() <= set(schema["properties"])
+
+
+async def test_who_may_not_is_told_the_path_that_was_asked_for(server: Server) -> None:
+    reply = await ask(server, "user", "POST", "/adapters/shared-a/pin")
+    assert reply.status_code == 403
+    assert "POST /adapters/shared-a/pin is for administrators" in reply.text
+
+
 SECRET = "/srv/toppings/state/packed/7.pack"
 
 
@@ -467,6 +485,13 @@ async def test_what_a_tenant_may_not_do_uses_up_no_limit(server: Server) -> None
         assert (await ask(server, "user", "POST", path)).status_code in (403, 404)
     assert (await ask(server, "user", "POST", "/tokenize", {"prompt": "x"})).status_code == 200
     assert (await ask(server, "user", "POST", "/tokenize", {"prompt": "x"})).status_code == 429
+
+
+async def test_what_is_refused_for_what_it_asks_uses_up_one(server: Server) -> None:
+    give(server, "user", requests_per_minute=2)
+    for model, status in (("shown-a", 403), ("nobody", 404), ("shared-a", 429)):
+        body = {"prompt": "x", "model": model}
+        assert (await ask(server, "user", "POST", "/v1/completions", body)).status_code == status
 
 
 async def test_one_tenants_crowd_leaves_room_for_others(server: Server) -> None:

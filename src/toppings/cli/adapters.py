@@ -56,7 +56,7 @@ def list_adapters(
     whence = Column("from", overflow="fold")
     table = Table("name", "id", "rank", "targets", "bytes", "pinned", *places, whence)
     for row in rows:
-        values = (row["state"], str(row["hits"])) if url else ()
+        values = (row["state"], str(row.get("hits", ""))) if url else ()
         targets = ",".join(name.removesuffix("_proj") for name in row["targets"])
         numbers = [str(row[key]) for key in ("id", "rank")]
         pinned = "yes" if row["is_pinned"] else ""

@@ -96,8 +96,8 @@ def _record(
 ) -> dict[str, object]:
     record: dict[str, object] = {"at": round(time.time(), 3), "action": action, **what}
     if exchange is not None:
-        asking = {"tenant": exchange.tenant, "client": exchange.client}
-        record |= {"request_id": exchange.request_id, **asking}
+        asking = {"tenant": exchange.tenant, "key": exchange.key, "client": exchange.client}
+        record = {"request_id": exchange.request_id, **asking, **record}
     record["outcome"] = outcome
     return {k: shown(v, MAX_CHARS) if isinstance(v, str) else v for k, v in record.items()}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toppings.tenants.account import Account
+from toppings.tenants.book import TenantBook
 
 CLIENT_GONE = 499
 """In place of a status where the client left before there was an answer."""
@@ -17,8 +18,8 @@ MESSAGES, MESSAGES_ID = "/v1/messages", "request-id"
 
 @dataclass(slots=True)
 class Exchange:
-    """`account`: who asks, once that is known, and `key`: the id of their key, where it is one of the tenants
-    file.
+    """`account`: who asks, once they are let in; `key`: the id of their key, where it is one of the tenants
+    file, and `owner`: the tenant whose it is, also where it has expired.
 
     What became of it: `status` of the answer (0: none was begun), `model` that was asked for, the `error`
     that ended it, and whose limit said no, such as the "tenant"'s (`rejected_by`). `started_at`: of
@@ -31,6 +32,7 @@ class Exchange:
     client: str = ""
     account: Account | None = None
     key: str | None = None
+    owner: str | None = None
     started_at: float = field(default_factory=time.perf_counter)
     status: int = 0
     model: str = ""
@@ -41,7 +43,18 @@ class Exchange:
     @property
     def tenant(self) -> str | None:
         """ "" for the administrator, None for nobody that is known."""
-        return None if self.account is None else self.account.name
+        return self.owner if self.account is None else self.account.name
+
+    def identify(
+        self, book: TenantBook, authorization: bytes, plain: bytes, delegated: bytes | None
+    ) -> Account:
+        """Notes who asks, by the headers that `book.identify` takes. Raises as it does; whose key that was
+        stays noted."""
+        entry = book.key_of(authorization, plain)
+        if entry is not None:
+            self.key, self.owner = entry.id, entry.tenant
+        self.account = book.identify(authorization, plain, delegated)
+        return self.account
 
     @property
     def is_message(self) -> bool:

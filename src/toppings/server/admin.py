@@ -21,6 +21,9 @@ from toppings.server.models import admin_of
 from toppings.server.report import make_report
 from toppings.server.state import ServerState, state_of
 
+USE = frozenset({"hits", "running", "waiting"})
+"""What a row of `GET /adapters` tells of everybody's requests."""
+
 router = APIRouter()
 changing = APIRouter(dependencies=[Depends(may_change_state)])
 
@@ -107,6 +110,8 @@ async def list_adapters(request: Request) -> Response:
 
     def encode(record: AdapterRecord) -> bytes:
         row = _row(record, places.get(record.adapter_id), state.registry)
+        if not tenant.is_admin:  # others may use it, too
+            row = {name: value for name, value in row.items() if name not in USE}
         return msgspec.json.encode({**row, "path": told_path(record, tenant)})
 
     rows = await encode_all(await records_of(state, tenant), encode)

@@ -59,9 +59,7 @@ class KeyMiddleware:
     def _admit(self, scope: Scope) -> None:
         headers = dict(reversed(scope["headers"]))  # the first of each name
         given = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
-        account = self._book.identify(*given, headers.get(TENANT_NAME))
-        exchange = exchange_of(scope)
-        exchange.account, exchange.key = account, self._book.key_id(*given)
+        account = exchange_of(scope).identify(self._book, *given, headers.get(TENANT_NAME))
         if scope["method"] not in UNCOUNTED and (account.tenant.is_admin or is_for_tenants(scope)):
             account.take_request()
 
@@ -80,7 +78,7 @@ def check_role(request: Request) -> None:
         return
     is_admin = tenant_of(request).is_admin
     if not (is_admin or path in TENANT_PATHS):
-        raise denied(f"{request.method} {path} is for administrators")
+        raise denied(f"{request.method} {exchange_of(request.scope).path} is for administrators")
 
 
 def tenant_of(request: Request) -> Tenant:

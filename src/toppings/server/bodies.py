@@ -15,12 +15,15 @@ from toppings.access import JSON_TYPE, why_not_json
 from toppings.bad_input import RequestError, check_unicode, shown
 from toppings.exchanges.exchange import CLIENT_GONE
 from toppings.server.errors import ApiError, field_at
+from toppings.server.exchange import current_exchange
 
 MAX_ITEMS = 1 << 18
 """Values of one body; reading as many takes tens of milliseconds."""
 MAX_TEXTS = 1 << 14
 """Strings of one body, names of fields included."""
 MAX_DEPTH = 32
+MAX_MODEL_CHARS = 256
+"""Of the model's name, as it is logged."""
 BRACKETS = re.compile(rb"[\[\]{}]")
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -66,6 +69,16 @@ class TypedJsonRoute(JsonRoute):
     needs_content_type = True
 
 
+def _model_in(content: Any) -> str:
+    """Which model a body asks for, in each dialect's word for it; "" where it names none. For the log of what
+    is refused: what is served goes by the name that was found."""
+    body = content if isinstance(content, dict) else {}
+    parameters = body.get("parameters")
+    inner = parameters if isinstance(parameters, dict) else {}
+    names = (body.get("model"), body.get("lora_dir"), inner.get("adapter_id"))
+    return next((shown(name, MAX_MODEL_CHARS) for name in names if isinstance(name, str)), "")
+
+
 def check_content_type(request: Request) -> None:
     """Raises ApiError 400."""
     headers = request.headers
@@ -76,8 +89,12 @@ def check_content_type(request: Request) -> None:
 
 
 async def read_json(request: Request) -> Any:
-    """The body as JSON. Raises ApiError 400; ClientDisconnect where the client leaves before its end."""
-    return parse(await request.body())
+    """The body as JSON; notes the model that it asks for. Raises ApiError 400; ClientDisconnect where the
+    client leaves before its end."""
+    content = parse(await request.body())
+    if (exchange := current_exchange.get()) is not None:
+        exchange.model = _model_in(content)
+    return content
 
 
 def parse(body: bytes) -> Any:

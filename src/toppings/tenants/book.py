@@ -96,10 +96,9 @@ class TenantBook:
         """Who asks where no key is asked for."""
         return self._admin
 
-    def key_id(self, authorization: bytes, plain: bytes) -> str | None:
-        """Of the tenants file's key that opens; None where it is another, or none."""
-        key = self._keys.get(self._opening(authorization, plain))
-        return None if key is None else key.id
+    def key_of(self, authorization: bytes, plain: bytes) -> KeyEntry | None:
+        """The tenants file's key that opens, or did until it expired; None where it is another, or none."""
+        return self._keys.get(self._opening(authorization, plain))
 
     def _opening(self, authorization: bytes, plain: bytes) -> bytes:
         """The digest of the key that counts; b"" where none opens."""

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from toppings.settings import ConfigError
+from toppings.tenants.refusals import duration
 
 logger = logging.getLogger(__name__)
 
 FORM = "%Y-%m-%dT%H:%M:%SZ"
-HINT = "write a time from now on, as 12h, 90d or 52w, or an instant, as 2027-01-31 or 2027-01-31T12:00:00Z"
+HINT = (
+    "write a time from now on in hours, days or weeks, as 12h, 90d or 52w, or an instant, as 2027-01-31 or"
+    " 2027-01-31T12:00:00Z"
+)
 DAY_S = 86400.0
 STAGES_S = (7 * DAY_S, DAY_S, 0.0)
 """Of a key's end: how long before it the log says so, once each."""
-_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
 
 def read_instant(text: str) -> datetime:
@@ -30,7 +34,7 @@ def read_expiry(text: str, now: datetime) -> str:
     Raises ConfigError for another text, and for what is not after `now`.
     """
     try:
-        if span := re.fullmatch(r"(\d{1,9})([mhdw])", text.strip()):
+        if span := re.fullmatch(r"(\d{1,9})([hdw])", text.strip()):
             until = now + timedelta(**{_UNITS[span[2]]: int(span[1])})
         else:
             until = read_instant(text.strip())
@@ -67,7 +71,8 @@ class Endings:
             stage = sum(left_s <= stage_s for stage_s in STAGES_S)
             key = (ending.key_id, ending.text)
             if stage > self._told.get(key, 0):
-                when = "has expired" if left_s <= 0 else f"expires in {left_s / DAY_S:.1f} days"
+                left = f"{left_s / DAY_S:.1f} days" if left_s >= DAY_S else duration(left_s)
+                when = "has expired" if left_s <= 0 else f"expires in {left}"
                 logger.warning("key %s of tenant %s %s (%s)", ending.key_id, ending.tenant, when, ending.text)
             told[key] = stage
         self._told = told

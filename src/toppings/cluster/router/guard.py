@@ -39,13 +39,11 @@ class Guard:
             for name in ("Authorization", "X-Api-Key", TENANT_HEADER)
         )
         authorization, plain, delegated = given
-        account = self.book.identify(authorization or b"", plain or b"", delegated)
-        exchange = request[EXCHANGE]
-        exchange.account, exchange.key = account, self.book.key_id(authorization or b"", plain or b"")
+        account = request[EXCHANGE].identify(self.book, authorization or b"", plain or b"", delegated)
         resource = request.match_info.route.resource
         path = request.path if resource is None else resource.canonical
         if not account.tenant.is_admin and path not in TENANT_PATHS:
-            raise denied(f"{request.method} {path} is for administrators")
+            raise denied(f"{request.method} {request.path} is for administrators")
         if request.method not in UNCOUNTED:
             account.take_request()
 

@@ -22,6 +22,8 @@ class Merged(BaseModel):
 
 
 class AdapterRow(BaseModel):
+    """`hits`, `running` and `waiting` count all who use it; only administrators are told them."""
+
     name: str
     id: int
     path: str
@@ -33,9 +35,9 @@ class AdapterRow(BaseModel):
     is_pinned: bool
     state: Literal["device", "host", "disk"]
     layers_on_device: int
-    hits: int
-    running: int
-    waiting: int
+    hits: int | None = None
+    running: int | None = None
+    waiting: int | None = None
 
 
 class AdapterList(BaseModel):
