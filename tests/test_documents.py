@@ -65,7 +65,6 @@ OF_REQUESTS = {
     *(
         "budget_tokens",
         "cache_control",
-        "client_gone",
         "count_tokens",
         "hash_ids",
         "lora_int_id",

@@ -28,7 +28,7 @@ from toppings.lab.players.http import HttpPlayer
 from toppings.lab.summary import Stats
 
 TIMEOUT_S = 600.0
-ENDS = ("answered", "refused", "cut", "client_gone")
+ENDS = ("answered", "refused", "rejected", "cut", "abort", "error")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ async def test_requests_are_503_and_the_server_is_not_blamed(start_router: Start
             server.behaviour.max_sent = None
             answers = await asyncio.gather(*streams, held)
             assert all(text.endswith("[DONE]\n\n") for _, text in answers)
-            assert client.outcomes() == {"refused": 1, "answered": 8}
+            assert client.outcomes() == {"error": 1, "answered": 8}
 
 
 def test_the_limit_is_raised_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:

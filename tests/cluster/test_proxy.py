@@ -189,7 +189,7 @@ async def test_client_that_leaves_closes_the_servers_stream(two_servers: Any, st
         response.close()
         await _settle(client)
         await until(lambda: server.num_aborted)
-        assert (server.num_aborted, client.outcomes()) == (1, {"client_gone": 1})
+        assert (server.num_aborted, client.outcomes()) == (1, {"abort": 1})
 
 
 async def _settle(client: Any) -> None:

@@ -84,7 +84,7 @@ async def test_what_was_refused_or_failed_says_why(start_router: Start, tmp_path
             assert await ask(client) == 503
             cut, nobody = await records_in(tmp_path / "requests.jsonl", 2)
             metrics = client.router.state.meters.render().decode()
-    assert (cut["status"], cut["outcome"], cut["completion_tokens"]) == (200, "error", 2)
+    assert (cut["status"], cut["outcome"], cut["completion_tokens"]) == (200, "cut", 2)
     assert "after the first token" in cut["error"]
     assert (nobody["status"], nobody["outcome"], nobody["server"]) == (503, "error", None)
     assert nobody["error"] == "no server is up for this model"

@@ -140,7 +140,7 @@ async def carry_out(client: Client, **homes: tuple[str, ...]) -> None:
     """Obey a plan, to the end of what it orders."""
     plan = Plan(tuple(client.router.state.fleet.ids), Ring((), 0), homes)
     orders = client.router.monitor.orders
-    await orders.give(plan, client.router.state.dispatcher.plan)
+    await orders.give(plan)
     client.router.state.dispatcher.plan = plan
     while orders.loads:
         await asyncio.wait(orders.loads)

@@ -122,6 +122,13 @@ def test_an_idle_server_takes_a_batch_request_that_breaks_the_objectives() -> No
     assert all(choice is not None for choice in placed)
 
 
+def test_without_objectives_no_batch_request_has_to_wait() -> None:
+    brain = dispatcher()
+    for i in range(8):
+        brain.place(request(f"b{i}", has_time=True), 0.0)
+        assert brain.place_of(f"b{i}") == "0"
+
+
 def test_classes_by_header_and_tenant() -> None:
     assert [is_batch(asked) for asked in (None, INTERACTIVE, BATCH)] == [False, False, True]
     assert [is_batch(asked, BATCH) for asked in (None, INTERACTIVE, BATCH)] == [True, True, True]

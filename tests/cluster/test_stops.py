@@ -104,7 +104,7 @@ async def test_without_another_server_the_stopped_ones_requests_are_refused_in_t
                 async with asyncio.timeout(PATIENCE_S):
                     answers = await asyncio.gather(*waiting)
             assert {status for status, _ in answers} <= {503, 504}
-            assert client.outcomes() == {"refused": 4}
+            assert client.outcomes() == {"error": 4}
 
 
 def test_stopped_router_goes_on_with_its_streams_when_it_wakes() -> None:
@@ -180,7 +180,7 @@ async def test_who_is_still_sending_when_the_router_stops_is_answered(start_rout
         assert head.startswith(b"HTTP/1.1 503")
         assert {b"connection: close", b"retry-after: 1"} <= set(head.lower().split(b"\r\n"))
         assert b"the router is stopping" in told
-        assert client.outcomes() == {"refused": 1}
+        assert client.outcomes() == {"error": 1}
 
 
 async def test_a_body_that_is_there_is_read_though_the_router_stops() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -321,6 +321,34 @@ def test_guests_without_end_leave_few_places_in_steps_empty() -> None:
             world.step()
         served.append(sum(world.served.values()) / world.now)
     assert served[0] > 0.97 * served[1]
+
+
+def test_tenants_that_overload_an_engine_together_make_each_other_no_way() -> None:
+    """So what both get is what they would get if they came first and were served first."""
+    served = []
+    for policy in ("fair", "fcfs"):
+        world, num_sent = World(make_scheduler(policy, max_num_batched_tokens=512)), Counter[str]()
+        while world.now < 120.0:
+            for tenant, rate in (("a", 6.0), ("b", 12.0)):
+                while num_sent[tenant] < world.now * rate:
+                    world.add(tenant, prompt=256)
+                    num_sent[tenant] += 1
+            world.step()
+        served.append(sum(world.served.values()) / world.now)
+        assert world.scheduler.num_preemptions <= 2
+    assert served[0] > 0.99 * served[1]
+
+
+def test_a_tenant_that_lags_gets_its_share_of_places_while_others_draw_long_answers() -> None:
+    world = World(make_scheduler(max_num_seqs=8))
+    for _ in range(8):
+        world.add("long", prompt=32, outputs=900)
+    for _ in range(4):
+        world.step()
+    late = [world.add("late", prompt=32, outputs=900) for _ in range(4)]
+    for _ in range(100):
+        world.step()
+    assert all(world.scheduler.waiting.is_running(request) for request in late)
 
 
 def test_pages_are_taken_from_the_tenant_that_holds_most_when_they_run_out() -> None:

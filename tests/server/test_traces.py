@@ -193,11 +193,14 @@ async def test_a_routers_spans_say_what_failed_and_who_left(collector: Collector
         return span.attributes.get("http.response.status_code"), span.is_error
 
     assert {mode: status(spans["route"]) for mode, spans in told.items()} == {
-        **{"ok": (404, True), "error": (500, True), "cut": (200, True)},
-        **{"hang": (499, True), "gone": (503, True)},
+        **{"ok": (404, False), "error": (500, True), "cut": (200, True)},
+        **{"hang": (499, False), "gone": (503, True)},
     }
     outcomes = {mode: spans["route"].attributes["toppings.outcome"] for mode, spans in told.items()}
-    assert outcomes == {"ok": "refused", **dict.fromkeys(("error", "cut", "gone"), "error"), "hang": "abort"}
+    assert outcomes == {
+        **{"ok": "refused", "error": "error", "cut": "cut", "gone": "error", "hang": "abort"},
+    }
+    assert "nobody" in str(told["ok"]["route"].attributes["toppings.error"])
     assert {mode: status(spans["attempt"]) for mode, spans in told.items() if "attempt" in spans} == {
         **{"error": (500, True), "cut": (200, True), "hang": (None, True)},
     }

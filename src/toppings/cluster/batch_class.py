@@ -1,5 +1,6 @@
 """Batch requests (`slo.py`) in a fleet: where there is room for one, and those that wait for some."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -39,16 +40,17 @@ class SpareTime:
     def __init__(self, settings: PolicySettings, ticks_per_s: float) -> None:
         self._slo_tpt_ms = BATCH_SHARE * settings.slo_tpt_ms
         self._slo_ttft_ms = BATCH_SHARE * settings.slo_ttft_ms
+        self._has_objectives = math.isfinite(self._slo_tpt_ms) or math.isfinite(self._slo_ttft_ms)
         self._ticks_per_ms = ticks_per_s / 1e3
         self._next_at: dict[str, float] = {}
         self._booked: dict[str, _Booking] = {}  # by server
 
     def take(self, request_id: str, choice: Choice, num_requests: float, now: float) -> bool:
         """Whether there is room where the policy would send one, beside so many requests; then it is taken.
-        Policies that predict nothing find room anywhere.
+        There is room anywhere without objectives, and for policies that predict nothing.
         """
         tpt_ms, ttft_ms, server = choice.predicted_tpt_ms, choice.predicted_ttft_ms, choice.instance_id
-        if tpt_ms is None or ttft_ms is None:
+        if not self._has_objectives or tpt_ms is None or ttft_ms is None:
             return True
         is_due = now >= self._next_at.get(server, now)
         is_within = tpt_ms < self._slo_tpt_ms and ttft_ms <= self._slo_ttft_ms

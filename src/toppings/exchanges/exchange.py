@@ -66,6 +66,14 @@ class Exchange:
         return outcome_by(self.status)
 
     @property
+    def failure(self) -> str:
+        """Why whoever answers has failed; empty where it has not. What a client does wrong, or that it left,
+        is no failure of ours."""
+        if 400 <= self.status < 500:
+            return ""
+        return self.error or (f"status {self.status}" if self.status >= 500 else "")
+
+    @property
     def num_tokens(self) -> tuple[int, int] | None:
         """Of prompts that were started, and of answers; None where no tokens were asked for."""
         return None

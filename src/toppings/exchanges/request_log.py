@@ -10,12 +10,14 @@ from toppings.exchanges.denied import DeniedLines
 from toppings.exchanges.exchange import Exchange
 from toppings.log_files import JsonLines
 
-INFERENCE_PATHS = frozenset(
+LOGGED_PATHS = frozenset(
     {
         *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
         *("/v1/embeddings", "/v1/score", "/score", "/generate", "/generate_stream", "/"),
     }
 )
+FAILED = ("error", "cut")
+"""Outcomes."""
 MAX_ERROR_CHARS = 300
 
 
@@ -35,9 +37,9 @@ class RequestLog:
 
     def note(self, exchange: Exchange) -> None:
         """An exchange that is over."""
-        if exchange.method != "POST" or exchange.path not in INFERENCE_PATHS:
+        if exchange.method != "POST" or exchange.path not in LOGGED_PATHS:
             return
-        if exchange.status >= 500 or exchange.outcome == "error":
+        if exchange.status >= 500 or exchange.outcome in FAILED:
             self._lines.write(describe(exchange))
         elif self.has(exchange.request_id):
             untold = self._denied.tell() if exchange.account is None else {}

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from toppings.cluster.report import LeftEntry
-from toppings.exchanges.request_log import INFERENCE_PATHS
+from toppings.exchanges.request_log import LOGGED_PATHS
 from toppings.server.exchange import Exchange
 
 MAX_LEFT = 256
@@ -24,7 +24,7 @@ class LeftRequests:
     def note(self, exchange: Exchange) -> None:
         """An exchange that is over."""
         timers = exchange.timers
-        if not timers or exchange.path not in INFERENCE_PATHS or exchange.outcome != "abort":
+        if not timers or exchange.path not in LOGGED_PATHS or exchange.outcome != "abort":
             return
         # By the clock, so that a server that was started anew goes on from where it was.
         self._number = max(self._number + 1, time.time_ns() // 1000)

@@ -9,7 +9,8 @@ from itertools import groupby
 from time import time_ns
 
 from toppings.backlog import Backlog
-from toppings.exchanges.request_log import INFERENCE_PATHS
+from toppings.bad_input import shown
+from toppings.exchanges.request_log import LOGGED_PATHS, MAX_ERROR_CHARS
 from toppings.messages import ColdStart
 from toppings.messages import Span as Time
 from toppings.server.exchange import Exchange
@@ -42,7 +43,7 @@ class RequestTraces:
 
     def note(self, exchange: Exchange) -> None:
         """An exchange that is over."""
-        if exchange.method == "POST" and exchange.path in INFERENCE_PATHS:
+        if exchange.method == "POST" and exchange.path in LOGGED_PATHS:
             self._backlog.put((exchange, time_ns()))
 
     def close(self) -> None:
@@ -60,8 +61,8 @@ class RequestTraces:
             unix_ns(exchange.started_at),
             {"gen_ai.operation.name": operation, **_attributes(exchange)},
         )
-        if exchange.error or exchange.status >= 500:
-            span.fail(exchange.error or f"status {exchange.status}")
+        if exchange.failure:
+            span.fail(exchange.failure)
         if span.is_recording:
             for timer in exchange.timers[:MAX_SEQUENCES]:
                 _tell(span, timer)
@@ -80,6 +81,8 @@ def _attributes(exchange: Exchange) -> Attributes:
     }
     if exchange.tenant:
         found["toppings.tenant"] = exchange.tenant
+    if exchange.error:
+        found["toppings.error"] = shown(exchange.error, MAX_ERROR_CHARS)
     if exchange.model:
         found |= {"gen_ai.request.model": exchange.model, "gen_ai.response.model": exchange.model}
     if exchange.has_adapter:

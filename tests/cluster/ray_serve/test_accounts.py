@@ -243,6 +243,19 @@ def test_homes_that_demand_asks_for_are_told_once() -> None:
     assert accounts.obey(accounts.planning(4.1)()) == {}
 
 
+def test_homes_by_rule_are_told_of_what_is_asked_for() -> None:
+    """The plan stays the same one as long as the replicas do."""
+    accounts = make_accounts(placement="static_k")
+    accounts.set_replicas({each: make_report() for each in "abcd"})
+    assert accounts.obey(accounts.planning(0.0)()) == {}
+    call = make_call(0, rank=8)
+    home = place(accounts, call, "abcd")
+    accounts.end(call.request_id, home)
+    accounts.set_replicas({each: make_report(kv_tokens_used=1.0) for each in "abcd"})
+    assert accounts.obey(accounts.planning(1.0)()) == {"rank8": [home]}
+    assert accounts.obey(accounts.planning(2.0)()) == {}
+
+
 def plan_of(*names: str, homes: tuple[str, ...] = ("a",)) -> Plan:
     return Plan(("a", "b"), Ring((), 0), dict.fromkeys(names, homes))
 

@@ -1,7 +1,7 @@
 """What a placement answers: the homes of each adapter."""
 
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -98,17 +98,15 @@ class Untold:
 
     def __init__(self) -> None:
         self._homes: dict[tuple[str, str], None] = {}  # of an adapter, a server
+        self._noted: Set[tuple[str, str]] = frozenset()
 
-    def note(self, plan: Plan, before: Plan | None) -> None:
-        """Homes that are none any more by this plan need not be told."""
+    def note(self, plan: Plan) -> None:
+        """Homes that are none any more by this plan need not be told. It may be the one of the last time, of
+        which more homes are known by now."""
         left = {pair: None for pair in self._homes if pair[1] in plan.homes_of(pair[0])}
-        added = {
-            (adapter, home): None
-            for adapter, homes in plan.known_homes()
-            for home in homes
-            if before is None or home not in before.homes_of(adapter)
-        }
-        self._homes = added | left
+        known = {(adapter, home): None for adapter, homes in plan.known_homes() for home in homes}
+        self._homes = {pair: None for pair in known if pair not in self._noted} | left
+        self._noted = known.keys()
 
     def take(self, num: int, is_due: Callable[[str, str], bool]) -> list[tuple[str, str]]:
         """Up to so many, as adapter and server, which are told of now. The rest of those looked at, which are

@@ -63,8 +63,7 @@ class ReplicaAccounts:
     def obey(self, plan: Plan) -> Homes:
         """Requests follow it from now on; the homes to be told of: up to `MAX_ORDERS` that plans have added
         and that replicas do not hold the adapter at, in host memory or on the device."""
-        assert self._dispatcher.plan is not None
-        self._untold.note(plan, self._dispatcher.plan)
+        self._untold.note(plan)
         self._dispatcher.plan = plan
         return by_adapter(self._untold.take(MAX_ORDERS, self._is_missing))
 

@@ -110,35 +110,28 @@ class Router:
     # --- inference ---
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
-        """One request from receipt to its one outcome, which is counted."""
-        meters, exchange, outcome = self.state.meters, request[EXCHANGE], "refused"
-        meters.received.inc()
-        try:
-            with self.budget.share() as share:
-                body = await read_body(request, self.state.config, share)
-                config = self.state.config
-                names_blocks = config.prefix_routing != OFF
-                call = parse_call(request.path, body, config.bytes_per_token, names_blocks=names_blocks)
-                account, exchange.model = account_of(request), (call.model or "")[:MAX_NAME_LEN]
-                if not account.tenant.is_admin:
-                    check_use(account.tenant, call, self._base_names())
-                has_time = is_of_batch(request, account.tenant)
-                await self._check_model(call, account.tenant)
-                with closing_place(account, call) as place:
-                    flight = self.state.make_flight(call, place, exchange, is_batch=has_time)
-                    response = await forward(self.state, request, flight)
-            if response.status == 429:
-                exchange.rejected_by = "servers"
-            if response.status >= 400:
-                exchange.error = f"{flight.server} answered {response.status}"
-            outcome = "cut" if flight.is_cut else "answered" if response.status < 500 else "refused"
-            return response
-        except (asyncio.CancelledError, ConnectionError):
-            outcome = "client_gone"
-            raise
-        finally:
-            meters.ended.labels(outcome).inc()
-            self.state.recent.note_end(outcome)
+        """One request from receipt to its answer; its outcome is counted when it is over."""
+        exchange = request[EXCHANGE]
+        exchange.is_received = True
+        self.state.meters.received.inc()
+        with self.budget.share() as share:
+            body = await read_body(request, self.state.config, share)
+            config = self.state.config
+            names_blocks = config.prefix_routing != OFF
+            call = parse_call(request.path, body, config.bytes_per_token, names_blocks=names_blocks)
+            account, exchange.model = account_of(request), (call.model or "")[:MAX_NAME_LEN]
+            if not account.tenant.is_admin:
+                check_use(account.tenant, call, self._base_names())
+            has_time = is_of_batch(request, account.tenant)
+            await self._check_model(call, account.tenant)
+            with closing_place(account, call) as place:
+                flight = self.state.make_flight(call, place, exchange, is_batch=has_time)
+                response = await forward(self.state, request, flight)
+        if response.status == 429:
+            exchange.rejected_by = "servers"
+        if response.status >= 400:
+            exchange.error = f"{flight.server} answered {response.status}"
+        return response
 
     async def _check_model(self, call: Call, tenant: Tenant) -> None:
         """Raises ApiError 404 for a model that no server has, after asking them once more."""

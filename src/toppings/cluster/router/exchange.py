@@ -14,26 +14,27 @@ from toppings.tracing import Span
 if TYPE_CHECKING:
     from toppings.cluster.router.flight import Flight
 
-ANSWERED, ABORT, ERROR = "answered", "abort", "error"
+ANSWERED, ABORT, CUT = "answered", "abort", "cut"
 
 
 @dataclass(slots=True)
 class Exchange(AnyExchange):
     """`flight`: its way to the servers, where it came so far; `span`: of its trace. `has_left`: the client,
-    before its answer was whole."""
+    before its answer was whole; `is_received`: it has come as far as to be read."""
 
     span: Span = field(default_factory=Span)
     flight: "Flight | None" = None
     has_left: bool = False
+    is_received: bool = False
 
     @property
     def outcome(self) -> str:
-        """How it ended: "answered", "abort" (the client left), "error" (a stream was cut, too); else as
+        """How it ended: "answered", "abort" (the client left), "cut" (after it had begun); else as
         `outcome_by`."""
         if self.has_left:
             return ABORT
         if self.flight is not None and self.flight.is_cut:
-            return ERROR
+            return CUT
         return ANSWERED if 200 <= self.status < 400 else outcome_by(self.status)
 
     @property

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from toppings.exchanges.counts import ExchangeCounts, LogsCollector
-from toppings.exchanges.exchange import Exchange
-from toppings.exchanges.request_log import INFERENCE_PATHS
+from toppings.exchanges.exchange import CLIENT_GONE, Exchange
+from toppings.exchanges.request_log import LOGGED_PATHS
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 DECISION_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
 
 
 class Meters:
-    """Every received request ends as exactly one of answered, refused, cut or client_gone."""
+    """Every received request ends once, by the outcome that its line in the request log has."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -89,7 +89,8 @@ class Meters:
     def note_exchange(self, exchange: Exchange) -> None:
         """One that is over: who was told no, and what tenants had."""
         self._exchanges.note(exchange)
-        if exchange.status >= 400 and exchange.method == "POST" and exchange.path in INFERENCE_PATHS:
+        is_refused = exchange.status >= 400 and exchange.status != CLIENT_GONE
+        if is_refused and exchange.method == "POST" and exchange.path in LOGGED_PATHS:
             self.refused.labels(exchange.status).inc()
 
     def forget(self, instance_id: str) -> None:

@@ -160,7 +160,7 @@ class Monitor:
         plan = await asyncio.to_thread(dispatcher.planning(time.monotonic()))
         before, dispatcher.plan = dispatcher.plan, plan
         self._state.meters.placement_moves.inc(plan.num_moves_from(before))
-        await self.orders.give(plan, before)
+        await self.orders.give(plan)
         return True
 
 

@@ -36,11 +36,11 @@ class PlacementOrders:
         """Under way; whoever stops the router cancels them."""
         return list(self._loads.values())
 
-    async def give(self, plan: Plan, before: Plan | None) -> None:
+    async def give(self, plan: Plan) -> None:
         """Whatever servers make of it: one that does not obey reads the adapter when a request comes, or
         leaves it to others. No server's load is waited for; it gets the next one when that is done.
         """
-        self._untold.note(plan, before)
+        self._untold.note(plan)
         told = self._untold.take(MAX_ORDERS, self._is_prefetch_due)
         upstreams = self._state.upstreams
         for adapter, homes in plan.known_homes():
@@ -80,13 +80,10 @@ class PlacementOrders:
 
     def _start_load(self, adapter: str, upstream: Upstream, plan: Plan) -> None:
         """What was loaded or unloaded through the router is everywhere, or nowhere, as soon as can be."""
+        if upstream.serves(adapter) or adapter in upstream.refused or self._admin.remembers(adapter):
+            return
         path = self._path_of(adapter)
-        if (
-            upstream.serves(adapter)
-            or path is None
-            or adapter in upstream.refused
-            or self._admin.remembers(adapter)
-        ):
+        if path is None:
             return
         instance_id = upstream.instance_id
         task = start_once(f"placing on {instance_id}", lambda: self._load(adapter, path, upstream, plan))

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from toppings.bad_input import shown
 from toppings.cluster.router.calls import INFERENCE_PATHS
 from toppings.cluster.router.exchange import Exchange
 from toppings.cluster.router.flight import Flight
 from toppings.cluster.router.state import RouterState
 from toppings.cluster.snapshot import Choice
+from toppings.exchanges.request_log import MAX_ERROR_CHARS
 from toppings.tracing import PARENT_HEADERS, Span
 
 LEFT = "the client left"
@@ -27,7 +29,7 @@ def begin_span(state: RouterState, request: web.Request, exchange: Exchange) -> 
 
 
 def end_span(exchange: Exchange) -> None:
-    """With how it ended. As of a server: what clients do wrong is no failure unless we say what it was."""
+    """With how it ended."""
     span, flight = exchange.span, exchange.flight
     span.set(http__response__status_code=exchange.status, toppings__outcome=exchange.outcome)
     if exchange.tenant:
@@ -38,10 +40,10 @@ def end_span(exchange: Exchange) -> None:
         span.set(toppings__moves=flight.num_moves, toppings__attempts=flight.num_attempts)
         if flight.server:
             span.set(toppings__instance=flight.server)
-    if exchange.has_left:
-        span.fail(LEFT)
-    elif exchange.error or exchange.status >= 500:
-        span.fail(exchange.error or f"status {exchange.status}")
+    if exchange.error:
+        span.set(toppings__error=shown(exchange.error, MAX_ERROR_CHARS))
+    if exchange.failure and not exchange.has_left:
+        span.fail(exchange.failure)
     span.end()
 
 

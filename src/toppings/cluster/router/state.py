@@ -64,8 +64,15 @@ class RouterState:
         self.holding = Holding(config, self.meters, self.place, self.flights.end)
         self.audit = AuditLog()
         self.request_log: RequestLog | None = None
-        self.observers: list[Observer] = [self.meters.note_exchange]
+        self.observers: list[Observer] = [self._note_exchange]
         self._masks: dict[str | None, BoolArray] = {}
+
+    def _note_exchange(self, exchange: Exchange) -> None:
+        """One that is over."""
+        self.meters.note_exchange(exchange)
+        if exchange.is_received:
+            self.meters.ended.labels(exchange.outcome).inc()
+            self.recent.note_end(exchange.outcome)
 
     # --- instances ---
 
