@@ -2,6 +2,7 @@
 
 import configparser
 import re
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 
 from tests.server.conftest import Server
 from toppings.access import KEY_VARIABLE
-from toppings.cluster.router.app import running_router
+from toppings.cluster.router.app import SHUTDOWN_S, running_router
+from toppings.cluster.router.guard import OPEN_PATHS as ROUTER_OPEN_PATHS
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.command import USER_ERROR
 from toppings.config import Config
@@ -32,23 +34,60 @@ def read_all(name: str) -> list[Any]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-def test_a_unit_and_probes_name_what_is_there() -> None:
+SERVER_END_S = Config().server.shutdown_timeout_s + LAST_RESORT_S
+ROUTER_END_S = SHUTDOWN_S + LAST_RESORT_S
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "orderly_s"),
+    [
+        ("toppings.service", set(Config().to_settings()), SERVER_END_S),
+        ("toppings-router.service", set(RouterConfig().to_settings()), ROUTER_END_S),
+    ],
+    ids=["server", "router"],
+)
+def test_a_unit_names_what_is_there(name: str, known: set[str], orderly_s: float) -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(DEPLOY / "toppings.service")
+    unit.read(DEPLOY / name)
     service = unit["Service"]
     options = set(re.findall(r"--([a-z-]+)", service["ExecStart"])) - {"config"}
-    assert {option.replace("-", "_") for option in options} <= set(Config().to_settings())
-    orderly_s = Config().server.shutdown_timeout_s + LAST_RESORT_S
+    assert {option.replace("-", "_") for option in options} <= known
     assert float(service["TimeoutStopSec"]) > orderly_s
     assert service["RestartPreventExitStatus"] == str(USER_ERROR)
-    deployment, _ = read_all("kubernetes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "open_paths", "orderly_s", "port"),
+    [
+        ("kubernetes.yaml", OPEN_PATHS, SERVER_END_S, Config().server.port),
+        ("kubernetes-router.yaml", ROUTER_OPEN_PATHS, ROUTER_END_S, RouterConfig().port),
+    ],
+    ids=["server", "router"],
+)
+def test_probes_name_what_is_there(
+    name: str, open_paths: Collection[str], orderly_s: float, port: int
+) -> None:
+    deployment, service = read_all(name)[-2:]
     pod = deployment["spec"]["template"]["spec"]
     [container] = pod["containers"]
-    assert container["startupProbe"]["httpGet"]["path"] == container["readinessProbe"]["httpGet"]["path"]
-    assert container["readinessProbe"]["httpGet"]["path"] in OPEN_PATHS
+    probes = [container[probe] for probe in ("startupProbe", "readinessProbe") if probe in container]
+    assert {probe["httpGet"]["path"] for probe in probes} == {"/ready"}
+    assert "/ready" in open_paths
     assert pod["terminationGracePeriodSeconds"] > orderly_s
-    assert container["ports"][0]["containerPort"] == Config().server.port
+    assert container["ports"][0]["containerPort"] == port
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+
+
+def test_a_routers_settings_in_kubernetes_are_such(tmp_path: Path) -> None:
+    settings, deployment, _ = read_all("kubernetes-router.yaml")
+    path = tmp_path / "router.yaml"
+    path.write_text(settings["data"]["router.yaml"])
+    config = RouterConfig.from_yaml(path)
+    assert [each.instance_id for each in config.instances] == ["a", "b"]
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    mounts = tuple(each["mountPath"] for each in container["volumeMounts"])
+    assert config.state_file.startswith(mounts)
+    assert config.log_dir.startswith(mounts)
 
 
 async def test_prometheus_is_let_in_by_servers_and_routers(server: Server, url: str) -> None:
@@ -76,20 +115,21 @@ async def test_prometheus_is_let_in_by_servers_and_routers(server: Server, url: 
 
 
 def test_rules_and_the_dashboard_ask_for_jobs_that_there_are() -> None:
-    [prometheus], [monitor] = read_all("prometheus.yml"), read_all("servicemonitor.yaml")
+    [prometheus], monitors = read_all("prometheus.yml"), read_all("servicemonitor.yaml")
     jobs = {job["job_name"] for job in prometheus["scrape_configs"]}
     asked = re.findall(r'job=~?"([^"]*)"', (DEPLOY / "alerts.yaml").read_text())
     assert asked
     assert {job for job in jobs if any(re.fullmatch(pattern, job) for pattern in asked)} == jobs
-    deployment, service = read_all("kubernetes.yaml")
-    assert service["metadata"]["name"] in jobs  # the job of what the operator finds
-    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    [endpoint] = monitor["spec"]["endpoints"]
-    [container] = deployment["spec"]["template"]["spec"]["containers"]
-    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
-    environment = {each["name"]: each for each in container["env"]}
-    key = environment[KEY_VARIABLE]["valueFrom"]["secretKeyRef"]
-    assert endpoint["authorization"]["credentials"] == key
+    for file, monitor in zip(("kubernetes.yaml", "kubernetes-router.yaml"), monitors, strict=True):
+        deployment, service = read_all(file)[-2:]
+        assert service["metadata"]["name"] in jobs  # the job of what the operator finds
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        [endpoint] = monitor["spec"]["endpoints"]
+        [container] = deployment["spec"]["template"]["spec"]["containers"]
+        assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+        environment = {each["name"]: each for each in container["env"]}
+        key = environment[KEY_VARIABLE]["valueFrom"]["secretKeyRef"]
+        assert endpoint["authorization"]["credentials"] == key
     sources, boards = read_all("grafana-provisioning.yaml")
     assert [each["type"] for each in sources["datasources"]] == ["prometheus"]
     assert boards["providers"][0]["options"]["path"]
