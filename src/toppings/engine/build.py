@@ -42,7 +42,7 @@ from toppings.engine.pages import PageAllocator, pages_for
 from toppings.engine.products import choose_products
 from toppings.engine.prompt_graphs import PromptGraphs
 from toppings.engine.scheduler import Scheduler
-from toppings.engine.scheduler_limits import SchedulerLimits
+from toppings.engine.scheduler_limits import FIXED_STEP_TOKENS, SchedulerLimits
 from toppings.engine.scoring import DeviceReader, Reader, read_on_host
 from toppings.engine.staging import Staging
 from toppings.engine.step_inputs import InputBuilder
@@ -334,6 +334,7 @@ def _limits(config: EngineConfig, model: ModelConfig, cache_bytes: int) -> tuple
         max_model_len=max_model_len,
         max_adapter_wait_s=config.max_adapter_wait_s,
         scheduling_policy=config.scheduling_policy,
+        fixed_step_tokens=FIXED_STEP_TOKENS[config.device],
     )
     return limits, min(num_pages, config.max_num_seqs * pages_for(max_model_len, config.page_size))
 

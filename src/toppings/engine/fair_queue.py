@@ -205,6 +205,10 @@ class FairQueue:
     def is_running(self, request: Request) -> bool:
         return request in self._running
 
+    def num_lost(self, request: Request) -> int:
+        """Tokens that are to be computed again if it makes way now."""
+        return len(request.prompt_token_ids) + self._num_generated(request)
+
     def is_guest(self, request: Request) -> bool:
         """Its tenant asks for no more than its share of places, while others do."""
         if not self.has_several_tenants:

@@ -2,10 +2,10 @@
 for another's, never for its own.
 
 A tenant's share of places and of pages is by its weight among those that have requests. One that holds less
-may start a request at the cost of those that hold more, who are left their shares: at once where none of its
-requests runs, else where it is so far behind in service that computing the other's tokens again is little
-beside it. A request that has made way does so again only when it has drawn sixteen times as many tokens as
-its new start had to compute, a batch request once as many: so little is computed again.
+may start a request at the cost of those that hold more, who are left their shares: at once where it asks for
+no more than its share, else where it is so far behind in service that computing the other's tokens again is
+little beside it. A request that has made way does so again only when it has drawn sixteen times as many
+tokens as its new start had to compute, a batch request once as many: so little is computed again.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from toppings.engine.fair_clients import Client
 from toppings.engine.fair_queue import FairQueue
 
 LAG_PER_TOKEN = 2.0
-"""Tokens of service by which a tenant of which requests run is behind another, for each that a request of the
-other would have to compute again."""
+"""Tokens of service by which a tenant that asks for more than its share is behind another, for each that a
+request of the other would have to compute again."""
 
 
 def victims_for(
@@ -48,6 +48,7 @@ def victims_for(
     pages = _pages_of(running, queue, num_pages_of) if mine.num_running or num_pages > 0 else Counter()
     if mine.num_running and pages[mine] + num_pages > share * max_num_pages:
         return []
+    is_guest = not mine.num_running or queue.is_guest(request)
     num_seqs_of: dict[Client, int] = {}  # of those that make way
     victims: list[Request] = []
     for other in reversed(running):
@@ -64,7 +65,7 @@ def victims_for(
         if (not leaves_seqs and num_pages <= 0) or tenant is mine or other in spared:
             continue
         lag = (tenant.served - mine.served) * mine.weight
-        if mine.num_running and lag < LAG_PER_TOKEN * other.num_tokens:
+        if not is_guest and lag < LAG_PER_TOKEN * queue.num_lost(other):
             continue
         num_freed = num_pages_of(other)
         leaves_pages = num_pages > 0 and pages[tenant] - num_freed >= share * max_num_pages

@@ -44,7 +44,7 @@ class Scheduler:
     A tenant that asks for no more than its share of places is a guest of those that ask for more: its prompts
     come before what is left of theirs, and all others get half as many tokens of that step, so that it takes
     little longer than it would alone; but not in two steps on end, so that prompts go on whoever comes, and
-    only while what such steps leave empty is below 3 % of what is computed.
+    only while what such steps cost, the fixed part of one more, is below 3 % of what is computed.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Scheduler:
         if admits and not step.was_preempted:
             self._schedule_waiting(now, step)
         self._was_overtaken = step.was_overtaken or step.guest_tokens > 0
-        num_lost = step.budget if step.is_held_back else 0
+        num_lost = min(step.budget, self.limits.fixed_step_tokens) if step.is_held_back else 0
         self._credit = min(self._max_credit, self._credit + step.num_prompt_tokens - LOSS_SHARE * num_lost)
         self._started.clear()
         if self.drafts is not None:

@@ -6,17 +6,24 @@ from dataclasses import dataclass
 from toppings.bad_input import RequestError
 from toppings.core import BATCH_PRIORITY, Request
 
+FIXED_STEP_TOKENS = {"cuda": 256, "cpu": 32}
+"""A token of a prompt takes two operations for each parameter of two bytes: as many tokens as a device has
+operations a byte that it reads (some 200 to 300 on GPUs in 16 bits, 10 to 20 on two cores)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
     """`max_adapter_wait_s`: after waiting so long for its adapter's room, a request has others drained.
-    `scheduling_policy`: as in `config.SCHEDULING_POLICIES`."""
+    `scheduling_policy`: as in `config.SCHEDULING_POLICIES`. `fixed_step_tokens`: of a prompt, whose products
+    take as long as what a step takes in any case, above all reading the weights; `FIXED_STEP_TOKENS` has them
+    for devices of today."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     max_adapter_wait_s: float
     scheduling_policy: str = "fair"
+    fixed_step_tokens: int = FIXED_STEP_TOKENS["cuda"]
 
     def max_draft_len(self, request: Request) -> int:
         """How many tokens may be guessed, so that one more can follow."""
