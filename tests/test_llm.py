@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.waiting import PATIENCE_S
+from tests.warm import WARM
 from toppings import LLM, SamplingParams, Structure, StructureKind
 from toppings.adapters.errors import AdapterExists, AdapterNotFound, StateHeldError
 from toppings.bad_input import RequestError
@@ -188,7 +189,7 @@ def test_an_llm_that_is_killed_leaves_no_state_behind(
         closing(hold_state(EngineConfig(model="demo", num_threads=1), "another")),
     ):
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**os.environ, WARM: "0", "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
         died = subprocess.run(
             [sys.executable, "-c", DYING], env=environment, capture_output=True, check=False
         )

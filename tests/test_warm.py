@@ -11,9 +11,21 @@ from pathlib import Path
 import psutil
 
 from tests.waiting import wait_until
-from tests.warm import COLD, WarmPopen
+from tests.warm import COLD, SCRIPTS, WARM, WarmPopen
 
+ROOT = Path(__file__).parents[1]
 VERSION = [sys.executable, "-m", "toppings", "version"]
+CODE = """
+import subprocess, sys
+print("torch" in sys.modules, sys.argv, __name__, sorted(name for name in globals() if name[0] != "_"))
+command = [sys.executable, "-m", "toppings.engine.process", "0"]
+for _ in "ab":
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        print(child.pid, flush=True)
+        sys.stdin.readline()
+        child.kill()
+raise SystemExit("the end")
+"""
 
 
 def test_output_and_exit_codes_are_those_of_a_cold_start(tmp_path: Path) -> None:
@@ -25,6 +37,40 @@ def test_output_and_exit_codes_are_those_of_a_cold_start(tmp_path: Path) -> None
     wrong = subprocess.run([*VERSION, "--nonsense"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "--nonsense" in wrong.stderr
+
+
+def test_code_is_warm_where_its_environment_says_so_with_as_much_of_what_it_starts() -> None:
+    for more, are_warm in (({}, [False, False]), ({WARM: "1"}, [True, False])):
+        with subprocess.Popen(
+            [sys.executable, "-c", CODE, "x", "-c"],
+            env={**os.environ, **more},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert said == f"{bool(more)} ['-c', 'x', '-c'] __main__ ['subprocess', 'sys']\n"
+            found = []
+            for _ in are_warm:
+                maps = Path(f"/proc/{int(process.stdout.readline())}/maps")
+                found.append("aiohttp" in maps.read_text())
+                process.stdin.write("\n")
+                process.stdin.flush()
+            assert process.communicate() == ("", "the end\n")
+        assert (process.returncode, found) == (1, are_warm)
+
+
+def test_code_that_needs_other_instructions_than_these_is_started_as_ever() -> None:
+    environment = {**os.environ, WARM: "0", "NUMBA_CPU_NAME": "x86-64-v3"}
+    code = "import sys; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment) == "False\n"
+
+
+def test_scripts_that_are_warm_are_there() -> None:
+    assert all((ROOT / name).is_file() for name in SCRIPTS)
 
 
 async def test_asyncio_starts_them_warm_too() -> None:

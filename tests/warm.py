@@ -3,7 +3,8 @@
 Each would take seconds of a core to import torch and the rest. `install()` puts `WarmPopen` in the place of
 `subprocess.Popen`: a child is forked with the arguments, environment, working directory and descriptors that
 it was to get, and is a child of the process that asked. A server soon starts one more, to fork engines: it
-has a child that was forked as warm and waits to become that one. What measures imports goes `COLD`.
+has a child that was forked as warm and waits to become that one. So are a few other modules and scripts, and
+code (`python -c`) whose environment says `WARM`. What measures imports goes `COLD`.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,13 +28,21 @@ from typing import Any, ClassVar
 
 COLD = "TOPPINGS_TESTS_COLD"
 """A variable of the environment: where a child's has it, the child is started as ever."""
+WARM = "TOPPINGS_TESTS_WARM"
+"""Where a child's environment has it, its code (`python -c`) runs in a warm process. The value: how many
+processes that it starts itself shall be warm, too."""
 SERVER = ["-m", "toppings", "serve"]
 MODULES = (
     "toppings",
     "toppings.engine.process",
     "toppings.engine.follower_process",
     "toppings.assist.worker",
+    *("peers.limits", "peers.with_toppings", "tests.cluster.fakes"),
 )
+SCRIPTS = ("benchmarks/plain/side.py", "tests/bench/fake_server.py")
+READ_AT_IMPORT = ("ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
+"""A child that is to have others than this process is started as ever."""
+ROOT = Path(__file__).parents[1]
 IMPORTED = (
     *("numpy", "torch", "numba", "zmq", "msgspec", "yaml", "uvicorn", "fastapi", "aiohttp", "transformers"),
     *(
@@ -174,8 +184,17 @@ def _is_default(more: tuple[Any, ...]) -> bool:
 
 
 def _is_warm(args: Any, environment: dict[str, str]) -> bool:
-    is_module = isinstance(args, list | tuple) and len(args) > 2 and [*args[:2]] == [sys.executable, "-m"]
-    return is_module and args[2] in MODULES and COLD not in environment  # asyncio gives a tuple
+    """Asyncio gives a tuple of arguments."""
+    is_python = (
+        isinstance(args, list | tuple) and len(args) > 2 and args[0] == sys.executable
+    )  # asyncio: tuple
+    if not is_python or COLD in environment:
+        return False
+    if any(environment.get(name) != os.environ.get(name) for name in READ_AT_IMPORT):
+        return False
+    if args[1] == "-c":
+        return WARM in environment
+    return args[2] in MODULES if args[1] == "-m" else args[1] in [str(ROOT / name) for name in SCRIPTS]
 
 
 def install() -> None:
@@ -201,8 +220,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     job = _serve(control)
-    if job is not None and job.arguments[:3] == SERVER:
-        job = _leave_spare(job)
+    if job is not None:
+        job = _leave_spares(job, _num_spares(job))
     if job is not None:
         _write_arguments(room, job)
         _run(job)
@@ -225,18 +244,30 @@ def _serve(control: socket.socket) -> Job | None:
         control.send(str(pid).encode())
 
 
-def _leave_spare(job: Job) -> Job | None:
-    """The job; in the child that waits, the one that it gets, None where the server has ended without it."""
-    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid:
+def _num_spares(job: Job) -> int:
+    if job.arguments[0] == "-c":
+        return int(job.environment[WARM])
+    return int(job.arguments[:3] == SERVER or job.arguments[:2] == ["-m", "peers.with_toppings"])
+
+
+def _leave_spares(job: Job, num: int) -> Job | None:
+    """The job; in a child that waits, the one that it gets, None where its parent has ended without it."""
+    for _ in range(num):
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            mine.close()
+            SparePopen.spares.clear()
+            return _wait_for_job(theirs)
         theirs.close()
         SparePopen.spares.append(Spare(mine, pid))
         subprocess.Popen = SparePopen  # type: ignore[misc]
-        return job
-    mine.close()
-    with theirs:
-        data, descriptors, _, _ = socket.recv_fds(theirs, MAX_BYTES, 200)
+    return job
+
+
+def _wait_for_job(control: socket.socket) -> Job | None:
+    with control:
+        data, descriptors, _, _ = socket.recv_fds(control, MAX_BYTES, 200)
     if not data:
         return None
     job = Job(**json.loads(data))
@@ -288,18 +319,29 @@ def _write_arguments(room: tuple[int, int], job: Job) -> None:
 
 
 def _run(job: Job) -> None:
-    """As `python -m` does."""
+    """As `python -m`, `python -c` and `python SCRIPT` do."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(job.environment)
+    os.environ.pop(WARM, None)
     os.chdir(job.directory)
+    kind, *arguments = job.arguments
+    is_script = kind not in ("-m", "-c")
+    place = str(Path(kind).parent) if is_script else job.directory
     paths = [path for path in job.environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [job.directory, *(path for path in paths if path not in sys.path[1:]), *sys.path[1:]]
-    _, module, *arguments = job.arguments
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)
-    with warnings.catch_warnings():
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.path[:] = [place, *(path for path in paths if path not in sys.path[1:]), *sys.path[1:]]
+    if is_script:
+        sys.argv = [kind, *arguments]
+        runpy.run_path(kind, run_name="__main__")
+    elif kind == "-c":
+        sys.argv = ["-c", *arguments[1:]]
+        sys.modules["__main__"] = module = types.ModuleType("__main__")
+        exec(compile(arguments[0], "<string>", "exec"), vars(module))
+    else:
+        sys.argv = arguments
+        sys.modules.pop(arguments[0], None)
+        with warnings.catch_warnings():
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

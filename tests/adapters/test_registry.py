@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters.fixtures import SHAPES, make_tensors, open_registry, tensor_key, write_adapter
+from tests.warm import WARM
 from toppings.adapters import recent_names
 from toppings.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, StateError
 from toppings.adapters.layout import BaseShapes
@@ -314,7 +315,7 @@ def test_registry_is_whole_after_kill_9_at_any_moment(registry: AdapterRegistry,
     seen: set[int] = set()
     for pause in (0.003, 0.011, 0.02):
         args = [sys.executable, "-c", _REGISTER_FOR_EVER, str(registry.state_dir), str(tmp_path / "a")]
-        writer = subprocess.Popen(args)
+        writer = subprocess.Popen(args, env={**os.environ, WARM: "0"})
         survivor = open_registry(registry.state_dir)
         while not (set(survivor.live_ids()) - seen):
             assert writer.poll() is None

@@ -25,6 +25,7 @@ from tests.assist.world import (
     worker_pool,
 )
 from tests.waiting import PATIENCE_S, wait_until
+from tests.warm import WARM
 from toppings.assist.coordinator import AssistLora
 from toppings.assist.pool import WorkerPool
 from toppings.ops.lora import LoraSegments
@@ -231,7 +232,7 @@ def test_nothing_is_left_when_the_engine_is_killed(state: str) -> None:
         [sys.executable, "-c", ENGINE, state],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**os.environ, WARM: "2", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert engine.stdout is not None
     pids = [int(pid) for pid in engine.stdout.readline().split()]

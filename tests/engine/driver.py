@@ -64,6 +64,11 @@ class Driver:
             name, prompt, params, None if adapter is None else self.registry.get(adapter).adapter_id
         )
 
+    def add_all(self, prompts: dict[str, list[int]], turn: str, num_tokens: int) -> None:
+        """One request for each adapter, of its prompt."""
+        for name, prompt in prompts.items():
+            self.add(f"{name} {turn}", prompt, num_tokens, name)
+
     def add_by_id(
         self, name: str, prompt: list[int], params: SamplingParams, adapter_id: int | None, **more: Any
     ) -> None:

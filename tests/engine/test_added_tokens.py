@@ -19,6 +19,7 @@ from tests.engine.oracle import (
     reference_model,
     reference_tokens,
 )
+from tests.engine.pressure import check_under_pressure
 from toppings.adapters.errors import AdapterError
 from toppings.core import FinishReason
 
@@ -81,8 +82,7 @@ def check_alone_and_mixed(world: World, tmp_path: Path, mode: str) -> None:
         for name in KINDS:
             driver.add(f"{name} alone", prompts[name], 12, name)
             driver.run()
-        for name, prompt in prompts.items():
-            driver.add(f"{name} mixed", prompt, 12, name)
+        driver.add_all(prompts, "mixed", 12)
         driver.add("base", prompts["plain"], 12)
         tokens = driver.run()
     assert tokens["base"] == reference_tokens(model, None, prompts["plain"], 12)
@@ -113,31 +113,9 @@ def test_chunked_preempted_evicted_reloaded_and_drafted_they_give_the_same_token
     worlds: Worlds, tmp_path: Path, drafts: str
 ) -> None:
     model, adapters = worlds("untied")
-    names = [*KINDS, "dora", "plain"]
-    prompts = {name: prompt * 2 for name, prompt in prompts_of(names).items()}
-    page_bytes = 16 * 2 * 2 * 32 * 4 * 3  # tokens · (k, v) · kv heads · head dim · fp32 · layers
-    with drive(
-        model,
-        tmp_path,
-        adapters,
-        max_num_batched_tokens=7,
-        max_num_seqs=4,
-        max_model_len=200,
-        kv_cache_bytes=14 * page_bytes,
-        device_pool_bytes=320 * 1024,
-        host_store_bytes=480 * 1024,
-        speculative_method=drafts,
-    ) as driver:
-        for turn in range(2):
-            for name, prompt in prompts.items():
-                driver.add(f"{name} {turn}", prompt, 40, name)
-            tokens = driver.run()
-        counters = driver.engine.stats(0).counters
-    assert counters["device_evictions"] > 0
-    assert counters["preemptions"] > 0
-    for name, prompt in prompts.items():
-        expected = reference_tokens(model, adapters[name], prompt, 40)
-        assert tokens[f"{name} 0"] == tokens[f"{name} 1"] == expected, name
+    prompts = {name: prompt * 2 for name, prompt in prompts_of([*KINDS, "dora", "plain"]).items()}
+    room = {"head_dim": 32, "device_kib": 320, "host_kib": 480}
+    check_under_pressure(model, tmp_path, adapters, prompts, num_tokens=40, **room, speculative_method=drafts)
 
 
 def test_nobody_else_reads_or_draws_them(worlds: Worlds, tmp_path: Path) -> None:

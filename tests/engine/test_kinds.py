@@ -17,6 +17,7 @@ from tests.engine.oracle import (
     random_peft,
     reference_tokens,
 )
+from tests.engine.pressure import check_alone_and_mixed, check_under_pressure
 from toppings.engine import device_lora, own_layers
 
 ALL = list(ALL_LINEAR)
@@ -59,50 +60,16 @@ def test_every_kind_alone_and_mixed_with_all_others_matches_the_oracle(
 ) -> None:
     model, adapters = world
     prompts = {name: make_prompt(i, 5 + 5 * i) for i, name in enumerate(adapters)}
-    with drive(model, tmp_path, adapters, mode=mode, link_gbps=0.05, max_num_batched_tokens=64) as driver:
-        for name, prompt in prompts.items():
-            driver.add(f"{name} alone", prompt, 8, name)
-            driver.run()
-        for name, prompt in prompts.items():
-            driver.add(f"{name} mixed", prompt, 8, name)
-        driver.add("base", make_prompt(0, 20), 8)
-        tokens = driver.run()
-    base = reference_tokens(model, None, make_prompt(0, 20), 8)
-    assert tokens["base"] == base
-    for name, prompt in prompts.items():
-        expected = reference_tokens(model, adapters[name], prompt, 8)
-        assert expected != reference_tokens(model, None, prompt, 8), f"{name} has no effect"
-        assert tokens[f"{name} alone"] == expected, name
-        assert tokens[f"{name} mixed"] == expected, name
+    check_alone_and_mixed(model, tmp_path, adapters, prompts, mode)
 
 
 def test_chunked_preempted_evicted_and_reloaded_they_give_the_same_tokens(
     world: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:
     model, adapters = world
-    names = ["dora", "bias", "loha", "pissa", "plain"]
-    page_bytes = 16 * 2 * 2 * 16 * 4 * 3  # tokens · (k, v) · kv heads · head dim · fp32 · layers
-    with drive(
-        model,
-        tmp_path,
-        adapters,
-        max_num_batched_tokens=7,
-        max_num_seqs=4,
-        max_model_len=200,
-        kv_cache_bytes=14 * page_bytes,
-        device_pool_bytes=400 * 1024,
-        host_store_bytes=600 * 1024,
-    ) as driver:
-        for turn in range(2):
-            for i, name in enumerate(names):
-                driver.add(f"{name} {turn}", make_prompt(i, 30), 30, name)
-            tokens = driver.run()
-        counters = driver.engine.stats(0).counters
-    assert counters["device_evictions"] > 0
-    assert counters["preemptions"] > 0
-    for i, name in enumerate(names):
-        expected = reference_tokens(model, adapters[name], make_prompt(i, 30), 30)
-        assert tokens[f"{name} 0"] == tokens[f"{name} 1"] == expected, name
+    prompts = {name: make_prompt(i, 30) for i, name in enumerate(["dora", "bias", "loha", "pissa", "plain"])}
+    room = {"head_dim": 16, "device_kib": 400, "host_kib": 600}
+    check_under_pressure(model, tmp_path, adapters, prompts, num_tokens=30, **room)
 
 
 def test_cpu_workers_compute_products_of_adapters_with_gains(

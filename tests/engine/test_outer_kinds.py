@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional
 
-from tests.engine.driver import Driver, drive
+from tests.engine.driver import drive
 from tests.engine.oracle import (
     make_adapter,
     make_kind,
     make_model,
     make_prompt,
     reference_model,
-    reference_tokens,
 )
+from tests.engine.pressure import check_alone_and_mixed, check_under_pressure
 from toppings.engine import scoring
 
 TOKENS = list(range(5, 300, 3))
@@ -57,60 +57,22 @@ def prompts_of(adapters: dict[str, Path]) -> dict[str, list[int]]:
     return {name: make_prompt(i, 6 + 5 * i) for i, name in enumerate(adapters)}
 
 
-def add_all(driver: Driver, prompts: dict[str, list[int]], turn: str, num_tokens: int = 8) -> None:
-    for name, prompt in prompts.items():
-        driver.add(f"{name} {turn}", prompt, num_tokens, name)
-
-
 @pytest.mark.parametrize("mode", ["on_demand", "pipelined", "cached", "cpu_assisted", "cpu_shrink", "auto"])
 def test_every_kind_alone_and_mixed_with_all_others_matches_the_oracle(
     world: World, tmp_path: Path, mode: str
 ) -> None:
     model, adapters = world
-    prompts = prompts_of(adapters)
-    with drive(model, tmp_path, adapters, mode=mode, link_gbps=0.05, max_num_batched_tokens=64) as driver:
-        for name, prompt in prompts.items():
-            driver.add(f"{name} alone", prompt, 8, name)
-            driver.run()
-        add_all(driver, prompts, "mixed")
-        driver.add("base", make_prompt(0, 20), 8)
-        tokens = driver.run()
-    assert tokens["base"] == reference_tokens(model, None, make_prompt(0, 20), 8)
-    for name, prompt in prompts.items():
-        expected = reference_tokens(model, adapters[name], prompt, 8)
-        assert expected != reference_tokens(model, None, prompt, 8), f"{name} has no effect"
-        assert tokens[f"{name} alone"] == expected, name
-        assert tokens[f"{name} mixed"] == expected, name
+    check_alone_and_mixed(model, tmp_path, adapters, prompts_of(adapters), mode)
 
 
 def test_chunked_preempted_evicted_and_reloaded_they_give_the_same_tokens(
     world: World, tmp_path: Path
 ) -> None:
-    """Room for a few adapters and a few hundred tokens at a time."""
     model, adapters = world
     names = ["head", "embed", "saved", "dora-ends", "tokens", "plain"]
     prompts = {name: make_prompt(i, 30) for i, name in enumerate(names)}
-    page_bytes = 16 * 2 * 2 * (32 if "head-norms" in str(model) else 16) * 4 * 3
-    with drive(
-        model,
-        tmp_path,
-        adapters,
-        max_num_batched_tokens=7,
-        max_num_seqs=4,
-        max_model_len=200,
-        kv_cache_bytes=14 * page_bytes,
-        device_pool_bytes=320 * 1024,
-        host_store_bytes=480 * 1024,
-    ) as driver:
-        for turn in range(2):
-            add_all(driver, prompts, str(turn), 40)
-            tokens = driver.run()
-        counters = driver.engine.stats(0).counters
-    assert counters["device_evictions"] > 0
-    assert counters["preemptions"] > 0
-    for name, prompt in prompts.items():
-        expected = reference_tokens(model, adapters[name], prompt, 40)
-        assert tokens[f"{name} 0"] == tokens[f"{name} 1"] == expected, name
+    room = {"head_dim": 32 if "head-norms" in str(model) else 16, "device_kib": 320, "host_kib": 480}
+    check_under_pressure(model, tmp_path, adapters, prompts, num_tokens=40, **room)
 
 
 def test_prompts_are_scored_and_embedded_by_the_adapters_own_layers(

@@ -17,6 +17,7 @@ import pytest
 
 from tests.server.conftest import Server
 from tests.waiting import PATIENCE_S
+from tests.warm import WARM
 from toppings.config import Config, ConfigError
 from toppings.engine.client import EngineClient
 from toppings.engine.spawn import Spawner
@@ -282,7 +283,9 @@ def test_an_end_that_hangs_is_cut_even_where_nobody_reads_its_traceback() -> Non
 def _ends_with(command: list[str], marker: bytes) -> int:
     """Its exit code where it gets a signal once it has said so much, and nobody reads its standard error."""
     with full_pipe() as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, WARM: "1"}
+        )
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == marker

@@ -19,6 +19,7 @@ import pytest
 from tests.server.conftest import Server
 from tests.sources.hub_server import Hub
 from tests.waiting import PATIENCE_S, until
+from tests.warm import WARM
 from toppings.adapters import packed_dir
 from toppings.adapters.records import Origin
 from toppings.adapters.registry import AdapterRegistry
@@ -464,7 +465,8 @@ async def test_what_was_being_fetched_when_a_server_was_killed_goes_and_is_fetch
     hub.faults["org/one-web"] = "slow"
     state = server.registry.state_dir
     source = f"{hub.url}/org/one-web/resolve"
-    fetching = subprocess.Popen([sys.executable, "-c", FETCH, source, str(state)])
+    environment = {**os.environ, WARM: "0"}
+    fetching = subprocess.Popen([sys.executable, "-c", FETCH, source, str(state)], env=environment)
     await until(lambda: any(state.rglob("adapter_model.safetensors")))
     fetching.kill()
     fetching.wait()
