@@ -1,7 +1,8 @@
 """Placements compared by simulation: eight servers, each with room for 16 of 512 adapters.
 
-    python benchmarks/placement.py --json FILE                   # everything: ten minutes on one core
+    python benchmarks/placement.py --json FILE                   # all but engines: ten minutes on one core
     python benchmarks/placement.py --studies crowd --json FILE   # one study; FILE keeps the others' results
+    python benchmarks/placement.py --studies engines --json FILE # real engines on this machine: ten minutes
     python benchmarks/placement.py --toy
 
 `zipf`, `flat`, `published`: the popularity, its hot set drifting every two minutes; adapters loaded at 1 and
@@ -13,15 +14,25 @@ requests. `death`: one of the servers dies. For both, seconds until attainment, 
 first three: if each token took `step_ms`, `in_use` is the part of all devices that adapters with requests
 take on average, `crowded` the part of time in which they do not fit all devices together, `must_wait` the
 part of requests that come then for an adapter that nobody uses; `least_loads` per request, if those adapters
-that save most stayed on the devices for ever and all others came and went. `--form` is the performance
-model's. Figures are means over seeds, `spread` their standard deviations. Ends in one JSON line.
+that save most stayed on the devices for ever and all others came and went; `pooled_loads`, if all devices
+were one and who is asked for again last left it first, and `pooled_lru`, if who was used last stayed.
+`--form` is the performance model's. Figures are means over seeds, `spread` their standard deviations.
+
+`engines` (`two_engines/`): two engines of a small model, their loads over an emulated link, behind the real
+router. `calibration`: what their steps take, and by which factor more than a lone one's; `plan`: the
+attainment that `toppings plan fleet` promises them at the load that it finds, and what they attain; then the
+placements under more load, attainment of the engines, of stand-ins behind the real router and of simulated
+servers; `order`: whether the placements come in the simulated order there. Ends in one JSON line.
 """
 
 import argparse
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from heapq import heappop, heappush
 from itertools import product
 from typing import Any
 
@@ -255,6 +266,7 @@ def bounds_of(plan: Plan, trace: Trace, step_ms: float) -> dict[str, float]:
     order = np.argsort(-counts / trace.ranks)
     num_kept = int(np.searchsorted(np.cumsum(trace.ranks[order]), capacity)) + 1
     return {
+        **{name: pooled_loads(trace, ends_s, capacity, name) for name in ("pooled_loads", "pooled_lru")},
         "in_use": in_use / span_s / capacity,
         "crowded": crowded / span_s,
         "must_wait": num_waiting / max(num, 1),
@@ -262,6 +274,39 @@ def bounds_of(plan: Plan, trace: Trace, step_ms: float) -> dict[str, float]:
     }
 
 
+def pooled_loads(trace: Trace, ends_s: NDArray[np.float64], capacity: int, rule: str) -> float:
+    """Loads per request of one device with all room, from which only adapters leave that nobody uses. By the
+    rule `pooled_loads` it knows the future, and the adapter leaves that is asked for again last.
+    """
+    adapters, ranks = trace.adapters.tolist(), trace.ranks.tolist()
+    next_at, coming = [math.inf] * len(trace), dict[int, int]()
+    for number in range(len(trace) - 1, -1, -1):
+        next_at[number] = coming.get(adapters[number], math.inf)
+        coming[adapters[number]] = number
+    running: list[tuple[float, int]] = []  # heap of ends
+    users, held, used, num_loads = Counter[int](), dict[int, float](), 0, 0  # of those held: the worth
+    for number, (at, adapter) in enumerate(zip(trace.arrivals_s.tolist(), adapters, strict=True)):
+        while running and running[0][0] <= at:
+            users[heappop(running)[1]] -= 1
+        if adapter not in held:
+            num_loads, used = num_loads + 1, used + ranks[adapter]
+            idle = sorted((a for a in held if not users[a]), key=held.__getitem__, reverse=True)
+            while used > capacity and idle:
+                used -= ranks[victim := idle.pop()]
+                del held[victim]
+        held[adapter] = number if rule == "pooled_lru" else -next_at[number]
+        users[adapter] += 1
+        heappush(running, (float(ends_s[number]), adapter))
+    return num_loads / len(trace)
+
+
+def study_engines(plan: Plan) -> Iterator[Row]:
+    from two_engines.study import SETTING, TOY_SETTING, study
+
+    yield from study(TOY_SETTING if plan.num_servers == TOY.num_servers else SETTING)
+
+
+BY_DEFAULT = ("zipf", "flat", "published", "crowd", "death", "bounds")
 STUDIES: dict[str, Callable[[Plan], Iterator[Row]]] = {
     "zipf": partial(study_loads, popularity="zipf:1.0"),
     "flat": partial(study_loads, popularity="uniform"),
@@ -269,6 +314,7 @@ STUDIES: dict[str, Callable[[Plan], Iterator[Row]]] = {
     "crowd": study_crowd,
     "death": study_death,
     "bounds": study_bounds,
+    "engines": study_engines,
 }
 
 
@@ -292,7 +338,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, "a few seconds")
-    parser.add_argument("--studies", default=",".join(STUDIES), help="names, with commas between")
+    parser.add_argument("--studies", default=",".join(BY_DEFAULT), help="names, with commas between")
     parser.add_argument("--seeds", type=int, default=FULL.seeds, help="loads of each kind")
     parser.add_argument("--form", default=FULL.form, help="decode form: bgmv or mbgmv")
     return parse(parser)

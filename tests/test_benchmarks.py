@@ -441,3 +441,35 @@ def test_nothing_is_compiled_once_an_engine_is_ready_and_launches_are_bounded() 
     queued = launches.pop("a prompt of 2,048 with an adapter")
     assert queued <= 2 * 14  # two layers: five kernels of the base model, eight of adapters
     assert set(launches.values()) <= {0, 1}  # the sampler's
+
+
+def test_two_real_engines_are_held_against_their_simulation(run_toy: RunToy) -> None:
+    """What they attain is a matter of the machine; that all was played, promised and compared is not."""
+    rows = run_toy("placement", "--studies", "engines")["engines"]
+    by_kind = {row["what"]: row for row in rows}
+    assert by_kind["calibration"]["slowness"] > 0
+    plan = by_kind["plan"]
+    assert plan["rate"] > 0
+    assert plan["promised_unseen"] > 0.8
+    assert plan["difference"] == pytest.approx(plan["found"] - plan["promised_unseen"])
+    placed = [row for row in rows if row["what"] == "placement"]
+    assert [row["placement"] for row in placed] == ["none", "adaptive"]
+    for row in placed:
+        assert all(0 <= row[clock] <= 1 for clock in ("engines", "stand-ins", "simulated"))
+    assert by_kind["order"].keys() == {"what", "engines_as_simulated", "stand-ins_as_simulated"}
+
+
+@pytest.mark.parametrize(
+    ("found", "is_same"),
+    [
+        ({"none": 0.5, "adaptive": 0.9}, True),
+        ({"none": 0.9, "adaptive": 0.5}, False),
+        ({"none": 0.51, "adaptive": 0.5}, True),  # a tie
+    ],
+)
+def test_placements_are_in_order_unless_a_clear_difference_turns(
+    found: dict[str, float], is_same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    study = importlib.import_module("two_engines.study")
+    assert study.is_same_order(found, {"none": 0.6, "adaptive": 0.95}) == is_same

@@ -18,6 +18,7 @@ from stand_in.load import Load
 from stand_in.results import Observed
 from stand_in.server import Server
 from toppings.cluster.perf_model import LinearModel, PerfModel
+from toppings.cluster.placement import NO_PLACEMENT
 from toppings.cluster.router.app import running_router
 from toppings.cluster.router.settings import InstanceConfig, RouterConfig
 from toppings.lab.child import child
@@ -41,10 +42,12 @@ class Stretched:
 
     @classmethod
     def of(cls, model: PerfModel, slo_ms: float, slowdown: float) -> "Stretched":
-        return cls(_stretch(model, slowdown), slo_ms * slowdown, slowdown)
+        return cls(stretched(model, slowdown), slo_ms * slowdown, slowdown)
 
 
-def _stretch(model: PerfModel, slowdown: float) -> PerfModel:
+def stretched(model: PerfModel, slowdown: float) -> PerfModel:
+    """Steps and loads take so many times as long."""
+
     def slower(forms: dict[str, LinearModel]) -> dict[str, LinearModel]:
         return {
             name: LinearModel({key: value * slowdown for key, value in form.coefficients.items()})
@@ -61,7 +64,15 @@ def _stretch(model: PerfModel, slowdown: float) -> PerfModel:
 
 
 def observe(
-    load: Load, policy: str, time: Stretched, *, num_servers: int, device_adapters: int, seed: int
+    load: Load,
+    policy: str,
+    time: Stretched,
+    *,
+    num_servers: int,
+    device_adapters: int,
+    seed: int,
+    placement: str = NO_PLACEMENT,
+    num_copies: int = 2,
 ) -> Observed:
     """Raises RuntimeError where a process ends early; AssertionError where requests do not add up."""
     with child(_serve_stand_ins, time.model, load.ranks, num_servers, device_adapters) as servers:
@@ -69,6 +80,8 @@ def observe(
             instances=tuple(InstanceConfig(url=url) for url in servers.told),
             port=0,
             policy=policy,
+            placement=placement,
+            num_copies=num_copies,
             slo_tpt_ms=time.slo_ms,
             seed=seed,
             response_tokens=load.mean_response,

@@ -61,3 +61,13 @@ def test_a_server_that_dies_loses_what_had_a_token_and_nothing_else() -> None:
     assert result.rows.tolist() == [0, 1, 0, 0, 0]
     assert (result.ended_at[[0, 2, 3, 4]] != NEVER).all()
     assert result.num_present == 0
+
+
+def test_a_server_that_dies_as_it_waits_for_an_adapter_has_waited_no_longer_than_it_lived() -> None:
+    """Loads take 100 ms; at 50 ms the second of two servers dies in its first step."""
+    model = replace(PUBLISHED, link_gbps=8 * LLAMA_7B_QKV_BYTES_PER_RANK / 1e8)
+    settings = {"mode": "on_demand", "num_instances": 2, "device_pool_bytes": 2**40, "kill_at_s": 0.05}
+    result = simulate(make_config(model, **settings), make_trace([0.0, 0.0, 0.1], response=10, ranks=[8]))
+    first, second = result.instances
+    assert first.exposed_s > 0.0
+    assert (second.num_adapter_loads, second.exposed_s, second.busy_s) == (1, 0.0, 0.0)

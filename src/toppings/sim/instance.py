@@ -47,7 +47,7 @@ class Instance:
         may_jump = not config.is_stepwise
         self.scheduler = CohortScheduler(limits, pages, self.placement, names, may_jump=may_jump)
         self.run: Run | None = None
-        self.busy_time = self.exposed_time = 0
+        self.busy_time = self.exposed_time = self._exposing = 0  # the last: of the run that is under way
         self.num_steps = self.num_tokens = 0
         self._config, self._names = config, adapter_names
         self._costs = StepCosts(config.perf_model)
@@ -101,6 +101,7 @@ class Instance:
         self.run = None
         num_steps = run.num_steps
         self.busy_time += run.end_at - run.begin_at
+        self.exposed_time, self._exposing = self.exposed_time + self._exposing, 0
         self.num_steps += num_steps
         started: list[SimRequest] = []
         ended: list[SimRequest] = []
@@ -165,9 +166,8 @@ class Instance:
         step = ColdStep(
             now, compute_time, config.num_layers, config.cpu_gflops, config.round_trip_ms * NS_PER_MS
         )
-        exposed = self._exposed(loads, step)
-        self.exposed_time += exposed
-        return exposed
+        self._exposing = self._exposed(loads, step)
+        return self._exposing
 
     def _decode_run(self, now: int, num_steps: int, quiet_until: int | None = None) -> Run:
         """The cohort decodes until its next member ends, pages run out or, where others wait, time tells."""

@@ -1,4 +1,4 @@
-"""`toppings up` as shipped: two engines on this machine, real clients, a killed engine, an orderly end."""
+"""`toppings up` as shipped: one engine, a second by demand, real clients, a killed engine, an orderly end."""
 
 import json
 import os
@@ -27,8 +27,15 @@ from toppings.synth import PRESETS, AdapterShape, write_adapters, write_model
 START_LIMIT_S = 180.0
 LIMIT_S = PATIENCE_S
 RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
+SOON = {"RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": "0.02"}
+"""Replicas look at their statistics every 0.6 s instead of 6."""
 SETTINGS = {
-    "replicas": 2,
+    "replicas": 1,
+    "max_replicas": 2,
+    "scale_by": "demand",
+    "upscale_delay_s": 0,
+    "downscale_delay_s": 3600,
+    "slo_tpt_ms": 35,
     "port": 0,
     "num_threads": 1,
     "max_model_len": 1024,
@@ -58,6 +65,7 @@ class Up:
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process, self.url = process, url
+        self.num_engines_before_demand = 0
         self.http = self.client_of(KEY)
 
     def client_of(self, key: str) -> httpx.Client:
@@ -126,10 +134,13 @@ def up(home: Path) -> Iterator[Up]:
         stdout=subprocess.PIPE,
         stderr=(home / "stderr.log").open("w"),
         text=True,
-        env={**os.environ, **RAY_ENVIRONMENT, "RAY_TMPDIR": ray_dir, "TOPPINGS_API_KEY": KEY},
+        env={**os.environ, **RAY_ENVIRONMENT, **SOON, "RAY_TMPDIR": ray_dir, "TOPPINGS_API_KEY": KEY},
     )
     try:
-        yield Up(process, _url(process, home))
+        started = Up(process, _url(process, home))
+        started.num_engines_before_demand = len(started.engines())
+        ask_for_a_second_engine(started)
+        yield started
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -140,9 +151,21 @@ def up(home: Path) -> Iterator[Up]:
 def _url(process: subprocess.Popen[str], home: Path) -> str:
     assert process.stdout is not None
     for line in process.stdout:
-        if found := re.search(r"Toppings running on (\S+) with 2 engines", line):
+        if found := re.search(r"Toppings running on (\S+) with 1 engines", line):
             return found[1]
     pytest.fail(f"it ended while it started: {(home / 'stderr.log').read_text()[-3000:]}")
+
+
+def ask_for_a_second_engine(up: Up) -> None:
+    """By requests that one engine could not all serve within the objective, by the step times assumed."""
+    with ThreadPoolExecutor(16) as pool:
+        while len(up.replicas()) < 2:
+            list(pool.map(lambda _: up.complete("adapter-00001", max_tokens=100), range(16)))
+
+
+def test_engines_are_as_many_as_the_demand_needs(up: Up) -> None:
+    """One when nobody asked for anything; the second one came by demand alone, and the limit is two."""
+    assert (up.num_engines_before_demand, len(up.engines())) == (1, 2)
 
 
 def test_openai_clients_are_served_whole_and_streamed(up: Up) -> None:

@@ -42,6 +42,11 @@ def test_yaml_is_read_and_options_override_it(tmp_path: Path) -> None:
         ({"min_replicas": 1}, "min_replicas needs max_replicas"),
         ({"replicas": 5, "max_replicas": 4}, "5, 5 and 4"),
         ({"replicas": 2, "min_replicas": 3, "max_replicas": 4}, "3, 2 and 4"),
+        ({"scale_by": "demand"}, "scale_by demand needs max_replicas"),
+        (
+            {"scale_by": "demand", "max_replicas": 4, "target_ongoing_requests": 8},
+            "target_ongoing_requests is 8",
+        ),
         ({"policy": "best"}, "policy is 'best'; choose one of rank_aware"),
         ({"slo_tpt_ms": 0}, "slo_tpt_ms is 0"),
         ({"gpus_per_replica": -1}, "gpus_per_replica is -1"),

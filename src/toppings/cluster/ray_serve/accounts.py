@@ -54,7 +54,7 @@ class ReplicaAccounts:
         among = self.fleet.rows_in(candidates)
         return self._dispatcher.place(call.snapshot, now, among=among, avoiding=call.avoid)
 
-    # --- placement; to be asked only where there is one ---
+    # --- what is found out from time to time; a plan only where there is a placement ---
 
     def planning(self, now: float) -> Callable[[], Plan]:
         """What finds the next plan; it may be called in another thread."""
@@ -73,6 +73,10 @@ class ReplicaAccounts:
             return False
         [row] = fleet.rows_of([replica_id])
         return adapter not in fleet.on_device[row] and adapter not in fleet.on_host[row]
+
+    def sizing(self, now: float) -> Callable[[], int]:
+        """What finds how many replicas the demand needs; with or without a placement, and in any thread."""
+        return self._dispatcher.sizing(now)
 
     # --- requests ---
 

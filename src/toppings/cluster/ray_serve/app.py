@@ -21,7 +21,7 @@ from toppings.cluster.ray_serve.node_registry import open_node_registry
 from toppings.cluster.ray_serve.replica import EngineReplica, start_logging
 from toppings.cluster.ray_serve.reports import describe
 from toppings.cluster.ray_serve.request_ids import OneRequestId
-from toppings.cluster.ray_serve.settings import FleetConfig, UpConfig
+from toppings.cluster.ray_serve.settings import BY_DEMAND, FleetConfig, UpConfig
 from toppings.config import Config, ConfigError, EngineConfig
 from toppings.server.app import create_app
 from toppings.server.errors import json_response
@@ -31,6 +31,7 @@ from toppings.tenants.book import TenantBook
 from toppings.text import TextModel
 
 ROUTER = "toppings.cluster.ray_serve.request_router:PolicyRouter"
+SCALING = "toppings.cluster.ray_serve.scaling:by_demand"
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 FRONT_CPUS = 1.0
 UNBOUNDED = 1_000_000
@@ -163,6 +164,7 @@ def _resources(engine: EngineConfig, fleet: FleetConfig) -> dict[str, float]:
 def _scaling(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
     if not fleet.max_replicas:
         return {"num_replicas": fleet.replicas}
+    policy = {"policy": {"policy_function": SCALING}} if fleet.scale_by == BY_DEMAND else {}
     return {
         "autoscaling_config": {
             "min_replicas": fleet.fewest,
@@ -171,6 +173,7 @@ def _scaling(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
             "target_ongoing_requests": fleet.target_ongoing_requests or max(1.0, engine.max_num_seqs / 2),
             "upscale_delay_s": fleet.upscale_delay_s,
             "downscale_delay_s": fleet.downscale_delay_s,
+            **policy,
         }
     }
 
@@ -187,6 +190,7 @@ def _routing(engine: EngineConfig, fleet: FleetConfig) -> dict[str, Any]:
                 for name in ("slo_tpt_ms", "slo_ttft_ms")
             },
             **{name: getattr(fleet, name) for name in ("placement", "num_copies", "placement_interval_s")},
+            "sizes_fleet": fleet.scale_by == BY_DEMAND,
             "seed": engine.seed,
         },
         "request_routing_stats_period_s": fleet.stats_period_s,

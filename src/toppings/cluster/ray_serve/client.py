@@ -20,7 +20,7 @@ from toppings.adapters.errors import AdapterNotFound
 from toppings.adapters.registry import AdapterRecord, AdapterRegistry, Origin
 from toppings.bad_input import RequestError
 from toppings.cluster.lengths import ResponseLengths
-from toppings.cluster.ray_serve.homes import Homes, merged, on_new_homes
+from toppings.cluster.ray_serve.homes import Homes, merged, new_homes, wanted_replicas
 from toppings.cluster.ray_serve.messages import SIGN_OF_LIFE, Ack, AdapterRef, Call, ReplicaReport
 from toppings.cluster.ray_serve.reports import merge_stats
 from toppings.core import ALONE, FinishReason, Standing
@@ -75,6 +75,7 @@ class ReplicaClient:
         self._info: EngineReady | None = None
         self._reading: asyncio.Task[None] | None = None
         self._unread: Homes = {}
+        self._wanting: asyncio.Task[object] | None = None
         self._origin, self._numbers = uuid.uuid4().hex[:12], count()
         self._lengths = ResponseLengths()
 
@@ -82,7 +83,8 @@ class ReplicaClient:
         """Returns when a replica is ready."""
         self._info = await self._engines.info.remote()
         loop = asyncio.get_running_loop()
-        on_new_homes(lambda homes: loop.call_soon_threadsafe(self._start_reading, homes))
+        new_homes.listen(lambda homes: loop.call_soon_threadsafe(self._start_reading, homes))
+        wanted_replicas.listen(lambda num: loop.call_soon_threadsafe(self._start_wanting, num))
 
     @property
     def info(self) -> EngineReady:
@@ -245,7 +247,7 @@ class ReplicaClient:
     def _start_reading(self, homes: Homes) -> None:
         """Have replicas read what they are homes of now; what is under way goes first."""
         self._unread = merged(homes, self._unread)
-        if self._reading is None or self._reading.done():
+        if self._unread and (self._reading is None or self._reading.done()):
             self._reading = asyncio.create_task(self._read_ahead())
 
     async def _read_ahead(self) -> None:
@@ -256,6 +258,12 @@ class ReplicaClient:
                 with suppress(AdapterNotFound):
                     told.append((AdapterRef.of(self._registry.get(name)), replicas))
             await self._broadcast("read_ahead", told, timeout_s=REPORT_TIMEOUT_S)
+
+    def _start_wanting(self, num_replicas: int) -> None:
+        """Have replicas tell Serve how many there should be. While they are being told, news is dropped."""
+        if self._wanting is None or self._wanting.done():
+            telling = self._broadcast("want", num_replicas, timeout_s=REPORT_TIMEOUT_S)
+            self._wanting = asyncio.create_task(telling)
 
     async def stats(self) -> EngineStats:
         """All replicas' together."""

@@ -1,9 +1,11 @@
-"""Which replicas are to read which adapters ahead: Serve's request router plans it, the front has it done.
+"""What Serve's request router finds out and the front tells replicas: which adapters they are to read ahead,
+and how many of them the demand needs.
 
 Both live in the front's process, but Serve makes the first by itself, so that neither can be given the other.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 Homes = dict[str, list[str]]
 """By adapter, the replicas."""
@@ -11,17 +13,27 @@ MAX_ORDERS = 32
 """Homes that are told of at once: a plan may change many, and disks are slow. The rest is told with the next
 plan's."""
 
-_listeners: list[Callable[[Homes], object]] = []
+News = TypeVar("News")
 
 
-def on_new_homes(listener: Callable[[Homes], object]) -> None:
-    """To be called with the homes to be told of after a new plan, by the thread that made it."""
-    _listeners.append(listener)
+class Channel(Generic[News]):
+    """Whoever listens is called by the thread that tells."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[News], object]] = []
+
+    def listen(self, listener: Callable[[News], object]) -> None:
+        self._listeners.append(listener)
+
+    def tell(self, news: News) -> None:
+        for listener in self._listeners:
+            listener(news)
 
 
-def tell(homes: Homes) -> None:
-    for listener in _listeners if homes else ():
-        listener(homes)
+new_homes: Channel[Homes] = Channel()
+"""Those to be told of after a new plan."""
+wanted_replicas: Channel[int] = Channel()
+"""How many the demand needs within the objective."""
 
 
 def by_adapter(pairs: Iterable[tuple[str, str]]) -> Homes:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ from toppings.cluster.ray_serve.messages import (
 from toppings.cluster.ray_serve.network import keep_replica_on_loopback
 from toppings.cluster.ray_serve.node_registry import ReplicaAdapters, explain, open_node_registry
 from toppings.cluster.ray_serve.pacing import paced, with_signs_of_life
+from toppings.cluster.ray_serve.scaling import Wanted
 from toppings.cluster.report import RequestEntry
 from toppings.config import OFF, Config, EngineConfig
 from toppings.core import FinishReason
@@ -57,6 +59,7 @@ class EngineReplica:
         keep_replica_on_loopback()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._requests: dict[str, RequestEntry] = {}
+        self._wanted = Wanted()
         engine = replace(config.engine, step_log=_step_log(config, self._id))
         registering = asyncio.create_task(asyncio.to_thread(open_node_registry, config, is_front=False))
         self._client = await EngineClient.start(
@@ -147,6 +150,10 @@ class EngineReplica:
                 with suppress(AdapterError, RequestError):
                     await self._adapters.prefetch(ref)
 
+    async def want(self, num_replicas: int) -> None:
+        """So many should there be of them; it tells Serve's controller, which no other way leads to."""
+        self._wanted.note(num_replicas, time.monotonic())
+
     # --- what it tells ---
 
     async def info(self) -> EngineReady:
@@ -169,6 +176,10 @@ class EngineReplica:
         )
         told_plainly: dict[str, Any] = msgspec.to_builtins(report)
         return told_plainly
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaling policy (`scaling.py`); Serve asks for it where there is autoscaling."""
+        return self._wanted.stats(time.monotonic())
 
     # --- life ---
 

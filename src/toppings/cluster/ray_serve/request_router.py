@@ -14,8 +14,8 @@ from ray.util import metrics
 from toppings.cluster.perf_model import PerfModel
 from toppings.cluster.placement import NO_PLACEMENT, PlacementSettings, make_placement
 from toppings.cluster.policies import PolicySettings, make_policy
+from toppings.cluster.ray_serve import homes  # as a module: Serve copies this one's globals, not modules
 from toppings.cluster.ray_serve.accounts import ReplicaAccounts
-from toppings.cluster.ray_serve.homes import tell
 from toppings.cluster.ray_serve.messages import Call
 from toppings.cluster.report import ServerReport
 from toppings.cluster.warm_up import warm_up
@@ -36,18 +36,21 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         placement: str = NO_PLACEMENT,
         num_copies: int = 2,
         placement_interval_s: float = 2.0,
+        sizes_fleet: bool = False,
         seed: int = 0,
     ) -> None:
-        """`perf_model` is JSON: the costs of replicas that report none of their own."""
+        """`perf_model` is JSON: the costs of replicas that report none of their own. `sizes_fleet`: find out,
+        as often as it plans, how many replicas the demand needs."""
         warm_up(policy)
         tpt_ms, ttft_ms = (math.inf if ms is None else ms for ms in (slo_tpt_ms, slo_ttft_ms))
         settings = PolicySettings(tpt_ms, seed, slo_ttft_ms=ttft_ms)
-        homes = make_placement(placement, PlacementSettings(num_copies, tpt_ms))
+        placed = make_placement(placement, PlacementSettings(num_copies, tpt_ms))
         self._accounts = ReplicaAccounts(
-            make_policy(policy, settings), PerfModel.from_json(perf_model), homes
+            make_policy(policy, settings), PerfModel.from_json(perf_model), placed
         )
-        self._plans_every_s = placement_interval_s if homes is not None else math.inf
-        self._planning: asyncio.Task[None] | None = None
+        self._has_homes, self._sizes_fleet = placed is not None, sizes_fleet
+        self._looks_every_s = placement_interval_s
+        self._looking: asyncio.Task[None] | None = None
         self._calls: dict[str, Call] = {}  # by Serve's own id of the request
         self._slo_at_risk = metrics.Counter(
             "toppings_slo_at_risk", description="Requests that no replica could take within the objective."
@@ -69,8 +72,8 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         call = call_of(pending_request)
         if pending_request is None or call is None:
             return [candidate_replicas]
-        if self._planning is None and self._plans_every_s < math.inf:
-            self._planning = asyncio.create_task(self._plan())  # the event loop is here now
+        if self._looking is None and (self._has_homes or self._sizes_fleet):
+            self._looking = asyncio.create_task(self._look_ahead())  # the event loop is here now
         by_name = {name_of(replica.replica_id): replica for replica in candidate_replicas}
         try:
             choice = self._accounts.place(call, by_name.keys(), time.monotonic())
@@ -86,15 +89,19 @@ class PolicyRouter(RequestRouter):  # type: ignore[misc] # Ray is not typed here
         chosen = by_name.pop(choice.instance_id)
         return [[chosen], list(by_name.values())]
 
-    async def _plan(self) -> None:
-        """Where adapters should be, again and again."""
+    async def _look_ahead(self) -> None:
+        """Where adapters should be, and on how many replicas, again and again."""
         while True:
-            await asyncio.sleep(self._plans_every_s)
+            await asyncio.sleep(self._looks_every_s)
             try:
-                plan = await asyncio.to_thread(self._accounts.planning(time.monotonic()))
-                tell(self._accounts.obey(plan))
+                if self._has_homes:
+                    plan = await asyncio.to_thread(self._accounts.planning(time.monotonic()))
+                    homes.new_homes.tell(self._accounts.obey(plan))
+                if self._sizes_fleet:
+                    num = await asyncio.to_thread(self._accounts.sizing(time.monotonic()))
+                    homes.wanted_replicas.tell(num)
             except Exception:
-                logger.exception("adapters stay where they are: no plan could be made")
+                logger.exception("adapters and replicas stay as they are: no plan could be made")
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         call = call_of(pending_request)

@@ -8,6 +8,8 @@ from toppings.cluster.placement import NO_PLACEMENT, PLACEMENTS
 from toppings.cluster.policies import POLICIES
 from toppings.config import Config, ConfigError, Settings, setting
 
+BY_REQUESTS, BY_DEMAND = "requests", "demand"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FleetConfig(Settings):
@@ -20,8 +22,13 @@ class FleetConfig(Settings):
     max_replicas: int = setting(
         0, "most engines; their number then follows the load (0: it is fixed)", at_least=0
     )
+    scale_by: str = setting(
+        BY_REQUESTS,
+        "what their number follows: requests at once, or how many the demand needs within slo_tpt_ms",
+        choices=(BY_REQUESTS, BY_DEMAND),
+    )
     target_ongoing_requests: float = setting(
-        0.0, "requests per engine that scaling aims at (0: half of max_num_seqs)", at_least=0
+        0.0, "requests per engine that scaling by requests aims at (0: half of max_num_seqs)", at_least=0
     )
     upscale_delay_s: float = setting(30.0, "how long the load must ask for more engines", at_least=0)
     downscale_delay_s: float = setting(600.0, "how long it must ask for fewer", at_least=0)
@@ -63,6 +70,10 @@ class FleetConfig(Settings):
         super().__post_init__()
         if self.min_replicas and not self.max_replicas:
             raise ConfigError("min_replicas needs max_replicas, the most engines there may be")
+        if self.scale_by == BY_DEMAND and not self.max_replicas:
+            raise ConfigError("scale_by demand needs max_replicas, the most engines there may be")
+        if self.scale_by == BY_DEMAND and (target := self.target_ongoing_requests):
+            raise ConfigError(f"target_ongoing_requests is {target:g}; it is for scale_by requests only")
         if self.max_replicas and not self.fewest <= self.replicas <= self.max_replicas:
             raise ConfigError(
                 f"min_replicas, replicas and max_replicas are {self.fewest}, {self.replicas} and "
