@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from toppings.ops.activation import Activation
-from toppings.ops.dispatch import gpu_kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
 from toppings.ops.linear import Linear, QuantizedLinear, linear
 from toppings.ops.quantized import QuantizedWeight
 
 _MANY_ROWS = 32
+_SAMPLE = torch.empty(0)  # kernels of indices are the same for all types of elements
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,22 @@ class GroupedRows:
     keys: Tensor
     num_experts: int
     num_owners: int = 1
+    known_counts: list[int] | None = None  # `counts`, where they were found on the way
 
     @classmethod
     def of(
         cls, experts: Tensor, num_experts: int, owners: Tensor | None = None, num_owners: int = 1
     ) -> "GroupedRows":
         """experts: int64 [T, k]; owners: int64 [T], below `num_owners`."""
+        if experts.device.type == "cpu" and (fast := kernels("experts", _SAMPLE)) is not None:
+            num, top_k = experts.numel(), experts.shape[1]
+            found = torch.empty(2 * num + num_experts, dtype=torch.int64)
+            order, keys, counts = found[:num], found[num : 2 * num], found[2 * num :]
+            fast.group_rows(
+                _SAMPLE, 1, num, order, keys, counts, experts.contiguous(), 0 if owners is None else owners,
+                num, top_k, num_experts, num_owners,
+            )  # fmt: skip
+            return cls(order, keys, num_experts, num_owners, counts.tolist())
         keys = experts if owners is None else experts * num_owners + owners[:, None]
         keys, order = keys.flatten().sort(stable=True)
         return cls(order, keys, num_experts, num_owners)
@@ -49,6 +60,8 @@ class GroupedRows:
     @cached_property
     def counts(self) -> list[int]:
         """Of each expert's rows; asks the device."""
+        if self.known_counts is not None:
+            return self.known_counts
         counts: list[int] = torch.bincount(self.keys // self.num_owners, minlength=self.num_experts).tolist()
         return counts
 
