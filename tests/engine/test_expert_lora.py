@@ -29,7 +29,7 @@ ADAPTERS: tuple[dict[str, int], ...] = (
     {},
     {"down_proj": 16},
 )
-LENS = (1, 20, 3, 2, 9)  # rows of the base model, then of each adapter
+FEW, SOME = (1, 20, 1, 1, 1), (1, 20, 3, 2, 9)  # rows of the base model, then of each adapter
 
 
 def place(pool: DevicePool, ranks: dict[str, int]) -> int:
@@ -78,17 +78,16 @@ def expected(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], pool: DevicePool
 @pytest.mark.parametrize(
     "form", ["numba", "torch", pytest.param("triton", marks=[needs_triton, pytest.mark.gpu])]
 )
-@pytest.mark.parametrize("repeats", [1, 4])
+@pytest.mark.parametrize("lens", [FEW, SOME, tuple(4 * n for n in SOME)])
 def test_each_row_has_its_own_adapters_part_of_its_own_experts(
-    form: str, repeats: int, monkeypatch: pytest.MonkeyPatch
+    form: str, lens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`repeats`: so many times as many rows, of which experts then have many."""
+    """Experts have few rows, some or many."""
     torch.manual_seed(0)
     device = DEVICE if form == "triton" else torch.device("cpu")
     pool = DevicePool(LAYERS, 1 << 20, torch.float32, num_slots=8)
     pool.arena.normal_(0, 0.2)
     slots = [-1, *(place(pool, ranks) for ranks in ADAPTERS)]
-    lens = [n * repeats for n in LENS]
     indptr = [sum(lens[:i]) for i in range(len(lens) + 1)]
     x = torch.randn(indptr[-1], HIDDEN)
     router = torch.randn(NUM, HIDDEN)

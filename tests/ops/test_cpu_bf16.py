@@ -10,6 +10,7 @@ from tests.ops.lora_world import POPULARITIES, Pool, adapter_of_rows, offsets_of
 from tests.tolerances import assert_close
 from toppings.core import GROUPS
 from toppings.ops import dispatch, linear
+from toppings.ops.experts import ExpertLinears, GroupedRows
 from toppings.ops.linear import MAX_FEW_ROWS, Linear
 from toppings.ops.lora import LoraSegments, add_lora_, add_lora_reference_
 
@@ -95,7 +96,7 @@ def test_few_rows_agree_with_fp32(num_out: int, num_in: int, num_rows: int, has_
     weight, x = (torch.randn(n, num_in).to(BF16) for n in (num_out, num_rows))
     bias = torch.randn(num_out).to(BF16) if has_bias else None
     product = Linear(weight / 8, bias)
-    if product._blocks is None:
+    if product.blocks is None:
         pytest.skip(OTHER_PACKING)
     expected = functional.linear(x.float(), weight.float() / 8, None if bias is None else bias.float())
     assert_close(product(x), expected, scale=4)
@@ -103,9 +104,22 @@ def test_few_rows_agree_with_fp32(num_out: int, num_in: int, num_rows: int, has_
     assert_close(product(many)[:num_rows], expected, scale=4)
 
 
+@pytest.mark.parametrize(("num_out", "num_in"), [(100, 50), (192, 1024)])
+def test_experts_rows_get_what_each_expert_gives_alone(num_out: int, num_in: int) -> None:
+    counts = [1, 0, MAX_FEW_ROWS, 5, MAX_FEW_ROWS + 1, 4, 3]
+    chosen = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
+    rows = GroupedRows.of(chosen, len(counts))
+    assert rows.counts == counts
+    x, weight = torch.randn(len(chosen), num_in).to(BF16), torch.randn(len(counts) * num_out, num_in).to(BF16)
+    products = ExpertLinears(weight, len(counts))
+    parts = zip(weight.chunk(len(counts)), torch.split(x, counts), strict=True)
+    alone = [Linear(each)(part) for each, part in parts]
+    assert torch.equal(products(x, rows), torch.cat(alone))
+
+
 def test_another_layout_leaves_the_product_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pack = linear._pack
     monkeypatch.setattr(linear, "_pack", lambda weight: pack(weight.roll(1, 0)))
     monkeypatch.setattr(linear, "packed_reason", lambda dtype: (True, ""))
     weight = torch.randn(64, 64).to(BF16)
-    assert Linear(weight)._blocks is None
+    assert Linear(weight).blocks is None

@@ -3,6 +3,7 @@ import torch
 
 from tests.ops.gpu_world import DEVICE, needs_triton
 from tests.tolerances import assert_close
+from toppings.ops import dispatch
 from toppings.ops.activation import gelu_mul, silu_mul
 from toppings.ops.experts import ExpertLinears, Experts, GroupedRows, reference, route
 from toppings.ops.linear import Linear
@@ -46,6 +47,20 @@ def test_weights_are_the_largest_of_all_experts_and_add_up_to_one_where_asked() 
     assert experts.tolist() == [[1, 2]]
     assert_close(weights, logits.softmax(-1)[:, [1, 2]])
     assert_close(route(logits, 2, is_normalised=True)[1].sum(-1), torch.ones(1))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 100])
+def test_kernel_and_operators_group_rows_alike(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    experts = torch.randint(NUM_EXPERTS, (num_rows, 2), generator=generator)
+    owners = torch.randint(3, (num_rows,), generator=generator)
+    for more in ((), (owners, 3)):
+        found = []
+        for use_kernel in (True, False):
+            monkeypatch.setattr(dispatch, "USE_NUMBA", use_kernel)
+            rows = GroupedRows.of(experts, NUM_EXPERTS, *more)
+            found.append((rows.order.tolist(), rows.keys.tolist(), rows.counts))
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 5, 100])

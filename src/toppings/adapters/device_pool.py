@@ -240,6 +240,10 @@ class DevicePool:
         """Any adapter of `slots` has a LoRA of experts or routers; -1 is no adapter."""
         return any(self._placements[slot].layout.has_experts for slot in slots if slot >= 0)
 
+    def has_routers(self, slots: Iterable[int]) -> bool:
+        """Any adapter of `slots` has a LoRA of routers; -1 is no adapter."""
+        return any(self._placements[slot].layout.has_routers for slot in slots if slot >= 0)
+
     def find_extra(self, slot: int, layer: int, name: str) -> torch.Tensor | None:
         """A view of `arena`, where it stays until the pool changes."""
         placement = self._placements[slot]

@@ -225,6 +225,11 @@ class AdapterLayout:
         """There is a LoRA of experts or of routers."""
         return any(name.split(".")[0] in (EXPERTS, ROUTER) for name in self._extra_names)
 
+    @cached_property
+    def has_routers(self) -> bool:
+        """There is a LoRA of routers."""
+        return any(name.split(".")[0] == ROUTER for name in self._extra_names)
+
     def is_awaited(self, layer: int) -> bool:
         """It has what the device alone computes: anything beside gains and offsets of projections."""
         return any(name.split(".")[0] not in MODULES for name, _ in self.layers[layer].extras)

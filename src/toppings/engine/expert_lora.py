@@ -17,12 +17,14 @@ from torch import Tensor
 from toppings.adapters.device_pool import DevicePool
 from toppings.adapters.layout import EXPERT_MODULES, ROUTER
 from toppings.adapters.loader import LoadHandle
-from toppings.ops.dispatch import gpu_kernels
+from toppings.ops.dispatch import gpu_kernels, kernels
 from toppings.ops.experts import GroupedRows
 from toppings.ops.gpu_plan import TILES, LoraBatch
-from toppings.ops.lora import LoraForm, LoraSegments, add_lora_
+from toppings.ops.lora import MAX_KERNEL_ROWS, LoraForm, LoraSegments, add_lora_
 
-_GROUPS = {"gate_up": ("gate_proj", "up_proj", "gate_up_proj"), "down": ("down_proj",)}
+_GROUPS = {"gate_up": ((0, 1), (3,)), "down": ((2,),)}
+"""Neighbours in `EXPERT_MODULES`, of which the last reaches to the end of the group's output."""
+_SAMPLE = torch.empty(0)  # kernels of indices are the same for all types of elements
 
 
 class StepExpertLora:
@@ -33,6 +35,7 @@ class StepExpertLora:
         self.runs = [
             (slice(start, stop), slot) for start, stop, slot in segments.adapted if pool.has_experts([slot])
         ]
+        self.routed = [(rows, slot) for rows, slot in self.runs if pool.has_routers([slot])]
         self.pool = pool
         self.slots = np.array(list(dict.fromkeys(slot for _, slot in self.runs)))
         self.owners = torch.zeros(segments.indptr[-1], dtype=torch.int64)
@@ -45,7 +48,14 @@ class StepExpertLora:
         )  # of each of EXPERT_MODULES
         self.max_rank = max(self.ranks)
         self._loads = [loads[slot] for slot in self.slots.tolist() if slot in loads]
+        self._room: _Segments | None = None
         self.wait_s = 0.0
+
+    def room_for(self, num_rows: int) -> "_Segments":
+        """Of all layers, one after the other."""
+        if self._room is None or self._room.segments.indptr[-1] != num_rows:
+            self._room = _Segments.empty(num_rows, self.max_rank)
+        return self._room
 
     def of_layer(self, layer: int) -> "LayerExpertLora":
         """Waits until the layer has landed."""
@@ -66,22 +76,38 @@ class LayerExpertLora:
         self._segments: _Segments | None = None
 
     def add_to_routes_(self, logits: Tensor, x: Tensor) -> None:
-        for rows, slot in self._step.runs:
+        for rows, slot in self._step.routed:
             a, b = (self._step.pool.find_extra(slot, self._layer, f"{ROUTER}.{half}") for half in "AB")
             if a is not None and b is not None:
                 logits[rows] += (x[rows].float() @ a.float().t()) @ b.float()
 
     def add_(self, group: str, y: Tensor, x: Tensor, rows: GroupedRows) -> None:
         if self._segments is None:
-            self._segments = _Segments.of(rows, self._step)
-        half = y.shape[1] // 2
-        columns = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}
-        for name in _GROUPS[group]:
-            module = EXPERT_MODULES.index(name)
-            if self._step.ranks[module]:
-                self._add(module, y[:, columns.get(name, slice(None))], x, self._segments)
+            half = (x.shape[1], y.shape[1] // 2) if group == "gate_up" else (y.shape[1], x.shape[1])
+            self._segments = _Segments.of(rows, self._step, self._layer, *half)
+        for modules in _GROUPS[group]:
+            if any(self._step.ranks[module] for module in modules):
+                self._add(modules, y, x, self._segments)
 
-    def _add(self, module: int, y: Tensor, x: Tensor, cut: "_Segments") -> None:
+    def _add(self, modules: tuple[int, ...], y: Tensor, x: Tensor, cut: "_Segments") -> None:
+        width = y.shape[1] // len(modules)
+        if cut.places is not None:
+            parts = [(modules, y)]
+        else:  # a module's weights of a later expert do not lie beside another module's
+            parts = [((module,), y[:, i * width : (i + 1) * width]) for i, module in enumerate(modules)]
+        for neighbours, out in parts:
+            add_lora_(
+                out,
+                x,
+                arena=self._step.pool.arena,
+                table=self._table(neighbours[0], out, x, cut) if cut.places is None else cut.places,
+                layer=0,
+                group=(0,) if cut.places is None else neighbours,
+                out_offsets=tuple(width * i for i in range(len(neighbours))),
+                segments=cut.segments,
+            )
+
+    def _table(self, module: int, y: Tensor, x: Tensor, cut: "_Segments") -> Tensor:
         pool = self._step.pool
         places = (pool.experts_cpu if isinstance(cut.slots, np.ndarray) else pool.experts)[
             cut.slots, self._layer, module
@@ -89,26 +115,45 @@ class LayerExpertLora:
         before = cut.experts * places[:, 2]
         places[:, 0] += before * x.shape[1]
         places[:, 1] += before * y.shape[1]
-        table = torch.as_tensor(places)[:, None, None]
-        add_lora_(
-            y, x, arena=pool.arena, table=table, layer=0, group=(0,), out_offsets=(0,), segments=cut.segments
-        )
+        return torch.as_tensor(places)[:, None, None]
 
 
 @dataclass(frozen=True)
 class _Segments:
     """Rows cut where the expert or the adapter changes: each cut has a row of its own in a table, which is
-    its slot in `segments`. `experts`, `slots` (of the pool): int64 [cuts], of any value where there is no
-    adapter; in host memory numpy's, which is faster with a few numbers."""
+    its slot in `segments`. `places`: that table, int64 [cuts, 1, 4, 3], for all of `EXPERT_MODULES`; where it
+    is None, `experts` and `slots` (of the pool) say what it is made of: int64 [cuts], of any value where
+    there is no adapter; in host memory numpy's, which is faster with a few numbers."""
 
     segments: LoraSegments
-    experts: Any
-    slots: Any
+    experts: Any = None
+    slots: Any = None
+    places: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: GroupedRows, step: StepExpertLora) -> "_Segments":
-        is_for_gpu = gpu_kernels("experts", step.pool.arena) is not None
-        return cls._on_device(rows, step) if is_for_gpu else cls._on_host(rows, step)
+    def of(
+        cls, rows: GroupedRows, step: StepExpertLora, layer: int, hidden: int, expert_size: int
+    ) -> "_Segments":
+        if gpu_kernels("experts", step.pool.arena) is not None:
+            return cls._on_device(rows, step)
+        num = len(rows.keys)
+        is_few = num <= MAX_KERNEL_ROWS * rows.num_experts  # then all of them are for the kernels of LoRA
+        if not is_few or (fast := kernels("experts", step.pool.arena)) is None:
+            return cls._on_host(rows, step)
+        cut, experts = step.room_for(num), step.pool.experts
+        fast.cut_rows(
+            _SAMPLE, 1, num, cut.segments.short, cut.places, rows.keys, step.device_slots, experts[:, layer],
+            experts.stride(0), hidden, expert_size, num, rows.num_owners, MAX_KERNEL_ROWS,
+        )  # fmt: skip
+        return cut
+
+    @classmethod
+    def empty(cls, num_rows: int, max_rank: int) -> "_Segments":
+        """Room in host memory for as many cuts as there may be."""
+        cuts = torch.empty(num_rows, 3, dtype=torch.int32)
+        places = torch.empty(num_rows, 1, len(EXPERT_MODULES), 3, dtype=torch.int64)
+        batches = {cuts.device: LoraBatch(cuts, "mbgmv", max_rank)}
+        return cls(LoraSegments([0, num_rows], [-1], max_rank, batches=batches), places=places)
 
     @classmethod
     def _on_host(cls, rows: GroupedRows, step: StepExpertLora) -> "_Segments":

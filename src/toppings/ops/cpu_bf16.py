@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, elements, helper, int32s, int64s, load, store
+from toppings.ops.cpu_bits import Pointer, elements, elements_at, helper, int32s, int64s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 from toppings.ops.cpu_tiles import BLOCK, STEP, dot_tile, outer_tile, packed_tile
 
@@ -148,14 +148,14 @@ def _add_packed(
 
 @helper
 def _add_packed_chunks(
-    sums: Floats, x: Pointer, num_in: int, num_rows: int, w: Pointer, weights: int, n: int
+    sums: Floats, x: Pointer, first: int, num_in: int, num_rows: int, w: Pointer, weights: int, n: int
 ) -> None:
     """The same for up to twice as many rows: every chunk is read by two tiles, and while they compute, what
     comes after it travels from memory, half of it for each. Else memory would rest during the second."""
     half = _LINES * _CHUNK * STEP
     for k in range(0, n, _CHUNK):
         pairs, place = min(_CHUNK, n - k), weights + k * BLOCK * 2
-        ahead, start = place + _CHUNK * BLOCK * 2, 2 * k
+        ahead, start = place + _CHUNK * BLOCK * 2, first + 2 * k
         _chunk_4(sums, x, start, num_in, w, place, pairs, ahead)
         ahead, start, rest = ahead + half, start + _ROWS * num_in, num_rows - _ROWS
         if rest == 4:
@@ -168,6 +168,20 @@ def _add_packed_chunks(
             _chunk_1(sums[_ROWS * BLOCK :], x, start, num_in, w, place, pairs, ahead)
 
 
+@helper
+def _block_product(
+    sums: Floats, x: Pointer, start: int, num_in: int, num_rows: int, w: Pointer, weights: int
+) -> None:
+    """sums [rows, BLOCK] = the product of a block, whose weights begin at `weights`, with x's rows from the
+    element `start` on."""
+    for i in range(num_rows * BLOCK):
+        store(sums, i, np.float32(0))
+    if num_rows <= _ROWS:
+        _add_packed(sums, x, start, num_in, num_rows, w, weights, num_in // 2)
+    else:
+        _add_packed_chunks(sums, x, start, num_in, num_rows, w, weights, num_in // 2)
+
+
 @Kernel
 def few_rows_linear(block: Any) -> None:
     """y = x Wᵀ + bias. Task: one block of columns of a packed weight [blocks, pairs of k, BLOCK, 2] for all
@@ -178,21 +192,35 @@ def few_rows_linear(block: Any) -> None:
         integer(block, 4), integer(block, 5), integer(block, 6), integer(block, 7)
     )  # fmt: skip
     sums = np.empty(num_rows * BLOCK, np.float32)
-    pairs = num_in // 2
     task = claim(block)
     while task >= 0:
         num_columns = min(BLOCK, num_out - task * BLOCK)
-        for i in range(num_rows * BLOCK):
-            store(sums, i, np.float32(0))
-        weights = task * num_pairs * BLOCK * 2
-        if num_rows <= _ROWS:
-            _add_packed(sums, x, 0, num_in, num_rows, w, weights, pairs)
-        else:
-            _add_packed_chunks(sums, x, num_in, num_rows, w, weights, pairs)
+        _block_product(sums, x, 0, num_in, num_rows, w, task * num_pairs * BLOCK * 2)
         for i in range(num_rows):
             for j in range(num_columns):
                 value = load(sums, i * BLOCK + j)
                 if has_bias:
                     value += load(bias, task * BLOCK + j)
                 store(y, i * num_out + task * BLOCK + j, value)
+        task = claim(block)
+
+
+@Kernel
+def grouped_linear(block: Any) -> None:
+    """y = x Wᵀ, where `groups` [groups, 3] of neighbouring rows, (first, how many, a weight's address) each,
+    have weights of their own, packed alike. Task: one block of columns for one group's rows, of which none
+    has more than `max_rows`."""
+    y, x, groups = elements(block, 0), elements(block, 1), int64s(block, 2)
+    num_blocks, num_out, num_in = integer(block, 3), integer(block, 4), integer(block, 5)
+    num_pairs, max_rows = integer(block, 6), integer(block, 7)
+    sums = np.empty(max_rows * BLOCK, np.float32)
+    task = claim(block)
+    while task >= 0:
+        group, column = task // num_blocks * 3, task % num_blocks * BLOCK
+        first, num_rows = load(groups, group), load(groups, group + 1)
+        w = elements_at(block, load(groups, group + 2))
+        _block_product(sums, x, first * num_in, num_in, num_rows, w, column * num_pairs * 2)
+        for i in range(num_rows):
+            for j in range(min(BLOCK, num_out - column)):
+                store(y, (first + i) * num_out + column + j, load(sums, i * BLOCK + j))
         task = claim(block)

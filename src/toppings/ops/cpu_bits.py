@@ -52,9 +52,15 @@ _as_int8, _as_uint8, _as_bf16 = _typed(types.int8), _typed(types.uint8), _typed(
 
 
 @helper
+def elements_at(block: Any, address: int) -> Pointer:
+    """A tensor of the kernel's format."""
+    return _as_pointer(block, address)
+
+
+@helper
 def elements(block: Any, index: int) -> Pointer:
     """Operand `index`: a tensor of the kernel's format."""
-    return _as_pointer(block, integer(block, index))
+    return elements_at(block, integer(block, index))
 
 
 @helper

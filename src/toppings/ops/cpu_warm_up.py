@@ -7,6 +7,8 @@ import torch
 from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
 from toppings.ops.columns import adjust_columns_
+from toppings.ops.cpu_experts import cut_rows
+from toppings.ops.experts import ExpertLinears, GroupedRows
 from toppings.ops.linear import MAX_FEW_ROWS, Linear, QuantizedLinear
 from toppings.ops.lora import LoraSegments, add_lora_
 from toppings.ops.norm import add_rms_norm_, rms_norm
@@ -27,6 +29,9 @@ def warm_up(dtype: torch.dtype, quantized: Sequence[QuantizedLinear]) -> None:
         for num_rows in (1, 2, MAX_FEW_ROWS + 1):  # one and several may be different kernels', and many, too
             product(torch.ones(num_rows, product.num_in, dtype=dtype))
     _attend(dtype)
+    rows = GroupedRows.of(torch.zeros(1, 1, dtype=torch.int64), 1)
+    ExpertLinears(torch.ones(64, 64, dtype=dtype), 1)(torch.ones(1, 64, dtype=dtype), rows)
+    cut_rows(torch.empty(0), 0, 0, *[0] * 11)  # no task
 
 
 def _add_lora(width: int, dtype: torch.dtype) -> None:

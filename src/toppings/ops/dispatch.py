@@ -80,6 +80,7 @@ def import_kernels() -> None:
             "bf16_quantized",
             "columns",
             "elementwise",
+            "experts",
             "lora",
             "quantized",
             "recording",

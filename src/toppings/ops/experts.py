@@ -2,8 +2,8 @@
 
 Rows are grouped by expert, so that each expert that is needed multiplies all of its rows at once; an
 adapter's rows of an expert are neighbours in it. On the CPU how many there are is asked for, and each
-expert's products are those of any other layer. On a GPU nobody asks: kernels go over chunks of neighbouring
-rows (`gpu_experts.py`).
+expert's products are those of any other layer; those of few rows run in one call. On a GPU nobody asks:
+kernels go over chunks of neighbouring rows (`gpu_experts.py`).
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from toppings.ops.activation import Activation
-from toppings.ops.dispatch import gpu_kernels
-from toppings.ops.linear import Linear, QuantizedLinear, linear
+from toppings.ops.dispatch import gpu_kernels, kernels
+from toppings.ops.linear import MAX_FEW_ROWS, Linear, PackedBlocks, QuantizedLinear, linear
 from toppings.ops.quantized import QuantizedWeight
 
 _MANY_ROWS = 32
+_SAMPLE = torch.empty(0)  # kernels of indices are the same for all types of elements
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,22 @@ class GroupedRows:
     keys: Tensor
     num_experts: int
     num_owners: int = 1
+    known_counts: list[int] | None = None  # `counts`, where they were found on the way
 
     @classmethod
     def of(
         cls, experts: Tensor, num_experts: int, owners: Tensor | None = None, num_owners: int = 1
     ) -> "GroupedRows":
         """experts: int64 [T, k]; owners: int64 [T], below `num_owners`."""
+        if experts.device.type == "cpu" and (fast := kernels("experts", _SAMPLE)) is not None:
+            num, top_k = experts.numel(), experts.shape[1]
+            found = torch.empty(2 * num + num_experts, dtype=torch.int64)
+            order, keys, counts = found[:num], found[num : 2 * num], found[2 * num :]
+            fast.group_rows(
+                _SAMPLE, 1, num, order, keys, counts, experts.contiguous(), 0 if owners is None else owners,
+                num, top_k, num_experts, num_owners,
+            )  # fmt: skip
+            return cls(order, keys, num_experts, num_owners, counts.tolist())
         keys = experts if owners is None else experts * num_owners + owners[:, None]
         keys, order = keys.flatten().sort(stable=True)
         return cls(order, keys, num_experts, num_owners)
@@ -49,6 +60,8 @@ class GroupedRows:
     @cached_property
     def counts(self) -> list[int]:
         """Of each expert's rows; asks the device."""
+        if self.known_counts is not None:
+            return self.known_counts
         counts: list[int] = torch.bincount(self.keys // self.num_owners, minlength=self.num_experts).tolist()
         return counts
 
@@ -102,11 +115,15 @@ class ExpertLinears:
     def __init__(self, weight: Tensor | QuantizedWeight, num_experts: int, bits: int | None = None) -> None:
         self._gpu = self._weight = None
         self.linears: list[Linear | QuantizedLinear] = []
+        self._blocks: list[PackedBlocks] = []  # of every expert, or none
         if bits is None and isinstance(weight, Tensor):
             self._gpu = gpu_kernels("experts", weight)
         if self._gpu is None:
             self.linears = [linear(part, None, bits) for part in weight.chunk(num_experts)]
             self.num_out = self.linears[0].num_out
+            blocks = [each.blocks for each in self.linears if isinstance(each, Linear)]
+            if None not in blocks:
+                self._blocks = [each for each in blocks if each is not None]
         else:
             assert isinstance(weight, Tensor)
             self._weight = weight.view(num_experts, weight.shape[0] // num_experts, -1)
@@ -117,10 +134,17 @@ class ExpertLinears:
             y: Tensor = self._gpu.grouped_linear(x, self._weight, rows)
             return y
         y, start = x.new_empty(x.shape[0], self.num_out), 0
+        few: list[tuple[int, int, int]] = []
         for expert, count in enumerate(rows.counts):
-            if count:
+            if not count:
+                continue
+            if self._blocks and count <= MAX_FEW_ROWS:
+                few.append((start, count, self._blocks[expert].address))
+            else:
                 y[start : start + count] = self.linears[expert](x[start : start + count])
-                start += count
+            start += count
+        if few:  # all in one go: a call for each would cost as much again
+            self._blocks[0].linear_groups(y, x.contiguous(), few)
         return y
 
 

@@ -41,7 +41,7 @@ _BLOCK = 64
 
 
 @dataclass(frozen=True)
-class _PackedBlocks:
+class PackedBlocks:
     """A packed weight as the kernel sees it: [blocks, pairs, 64, 2] at `address`, padded with zeros."""
 
     kernels: Any
@@ -58,12 +58,20 @@ class _PackedBlocks:
         self.kernels.few_rows_linear(x, self.num_blocks, num_out * num_in, y, x, self.address, place, *shape)
         return y
 
+    def linear_groups(self, y: Tensor, x: Tensor, groups: Sequence[tuple[int, int, int]]) -> None:
+        """Writes into y [T, out] the product of x [T, in], both dense, with weights packed like this one:
+        of each of `groups`, (first row, how many, the weight's address), at most MAX_FEW_ROWS rows."""
+        num_in, num_out, num_tasks = x.shape[1], y.shape[1], len(groups) * self.num_blocks
+        shape = (self.num_blocks, num_out, num_in, self.num_pairs, MAX_FEW_ROWS)
+        size = len(groups) * num_out * num_in
+        self.kernels.grouped_linear(x, num_tasks, size, y, x, torch.tensor(groups), *shape)
+
 
 def _span(tensor: Tensor) -> Span:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-def _find_blocks(weight: Tensor, packed: Tensor) -> _PackedBlocks | None:
+def _find_blocks(weight: Tensor, packed: Tensor) -> PackedBlocks | None:
     """None where no kernel serves or the packed bytes are laid out in another way."""
     kernels, (num_out, num_in) = bf16_kernels(weight), weight.shape
     if kernels is None or num_in % 2:
@@ -80,7 +88,7 @@ def _find_blocks(weight: Tensor, packed: Tensor) -> _PackedBlocks | None:
         columns = blocks[i].transpose(0, 1).reshape(_BLOCK, -1)[: len(rows), :num_in]
         if not torch.equal(columns.contiguous().view(torch.int16), rows.contiguous().view(torch.int16)):
             return None
-    return _PackedBlocks(kernels, packed_bytes.data_ptr(), num_blocks, num_pairs)
+    return PackedBlocks(kernels, packed_bytes.data_ptr(), num_blocks, num_pairs)
 
 
 def _find_bytes(packed: Tensor) -> Tensor | None:
@@ -124,7 +132,7 @@ class Linear:
         self.forms = forms or forms_for(weight.dtype, self.num_in)
         self.is_packed = is_on_host and USE_PACKED and self.forms.is_packed and packed_reason(weight.dtype)[0]
         self._weight: Any = _pack(weight) if self.is_packed else weight
-        self._blocks = _find_blocks(weight, self._weight) if self.is_packed else None
+        self.blocks = _find_blocks(weight, self._weight) if self.is_packed else None
         self._stream = None if self.is_packed else kernels("stream", weight)
         self._is_widened = is_widened(weight) and not self.is_packed
 
@@ -153,7 +161,7 @@ class Linear:
 
     def has_kernel(self, num_rows: int) -> bool:
         """Products of so many rows, and of fewer, are a kernel's."""
-        if self._blocks is not None:
+        if self.blocks is not None:
             return num_rows <= MAX_FEW_ROWS
         return self._stream is not None and num_rows <= self.forms.max_stream_rows
 
@@ -162,8 +170,8 @@ class Linear:
         num_rows = x.shape[0]
         if not num_rows:  # nobody draws: kernels take the first row for granted
             return x.new_empty(0, self.num_out, dtype=dtype)
-        if self._blocks is not None and num_rows <= MAX_FEW_ROWS:
-            return self._blocks.linear(x.contiguous(), self.num_out, self.bias).to(dtype)
+        if self.blocks is not None and num_rows <= MAX_FEW_ROWS:
+            return self.blocks.linear(x.contiguous(), self.num_out, self.bias).to(dtype)
         if self.is_packed:
             return _packed_linear(x, self._weight, self.bias).to(dtype)
         if self._stream is not None and num_rows <= self.forms.max_stream_rows:
