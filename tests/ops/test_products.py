@@ -201,3 +201,17 @@ def test_wide_results_are_not_rounded(num_rows: int) -> None:
     if products.is_widened(weight) or num_rows <= 16:
         torch.testing.assert_close(y, x.float() @ weight.float().t(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(linear_(x), y.to(BF16))
+
+
+def test_limit_and_times_are_of_the_same_kind_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        product_profile, "use_huge_pages", lambda spans: asked.append(sum(b - a for a, b in spans))
+    )
+    for name, value in (("_READ_BYTES", 2**13), ("_READ_ELEMENTS", 2**10), ("_SGEMM", (8, 8, 8))):
+        monkeypatch.setattr(product_profile, name, value)
+    monkeypatch.setattr(product_profile, "_waited_s", lambda: 0.0)
+    forms = {t.form for t in product_profile.measure(BF16, {32: 64}).times}
+    assert asked[0] == 2**12  # what is read, in float32
+    assert len(asked) == 1 + len(forms)
+    assert min(asked[1:]) >= 2**13

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from toppings.ops import products
+from toppings.ops import dispatch, products
 from toppings.ops.linear import QuantizedLinear
 from toppings.ops.products import Forms
 from toppings.ops.quantized import GROUP, GROUPS, QuantizedWeight, pack_nibbles, quantize
@@ -67,6 +67,27 @@ def test_a_checkpoint_may_have_wider_groups_and_an_order_of_inputs(
         torch.testing.assert_close(halves, y)
 
 
+def test_every_code_of_8_bits_is_multiplied_by_its_value(dtype: torch.dtype) -> None:
+    """A checkpoint's may be -128, too."""
+    codes = torch.arange(-128, 128, dtype=torch.int8)
+    weight = QuantizedWeight((2, 256), dtype, 8, torch.stack([codes, codes.flip(0)]), torch.ones(2, 1))
+    y = QuantizedLinear(weight)
+    for start in range(0, 256, 4):
+        for num_rows in (1, 2, 3, 4, 5):
+            x = torch.eye(256, dtype=dtype)[start : start + num_rows]
+            assert torch.equal(y(x).float(), weight.dequantized().t()[start : start + num_rows])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_of_bfloat16_has_the_same_product_beside_others(bits: int) -> None:
+    first = 1 if dispatch.has_byte_tables() else 2  # there one row alone has sums of its own
+    product = QuantizedLinear(quantize(weight_of(50, 450, torch.bfloat16), bits))
+    x = torch.randn(8, 450).bfloat16()
+    together = product(x, is_wide=True)
+    for num_rows in range(first, 8):
+        assert torch.equal(product(x[:num_rows], is_wide=True), together[:num_rows])
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_wide_weights_are_widened_panel_by_panel(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "PANEL_ELEMENTS", 64 * 96)
@@ -117,8 +138,6 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
 
 
 def test_without_numba_panels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    from toppings.ops import dispatch
-
     monkeypatch.setattr(dispatch, "USE_NUMBA", False)
     weight, x = quantize(weight_of(40, 64), 4), torch.randn(1, 64)
     assert products.quantized_forms() == PANELS

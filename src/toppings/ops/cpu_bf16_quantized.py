@@ -18,21 +18,28 @@ from toppings.ops.cpu_bits import (
     int32s,
     load,
     nibbles,
-    prefetch,
     put,
 )
-from toppings.ops.cpu_code_tiles import BLOCK, BLOCK_GROUPS, BYTES, EIGHTH, HALF, code_tile, int4_place
+from toppings.ops.cpu_code_tiles import (
+    BLOCK,
+    BLOCK_GROUPS,
+    BYTES,
+    EIGHTH,
+    HALF,
+    code_tile,
+    int4_place,
+    int8_place,
+)
 from toppings.ops.cpu_kernel import Kernel, claim, integer
-from toppings.ops.cpu_stream import TASK_COLUMNS
+from toppings.ops.cpu_stream import COLUMNS, ROWS, TASK_COLUMNS
 from toppings.ops.cpu_tiles import LANES
 from toppings.ops.quantized import GROUP
 
 Halves = NDArray[np.uint16]
 
-_TILE_ROWS = 4
-_LINE, _AHEAD = 64, 4096  # bytes: of a cache line, and how far on codes are asked for
+_LINE = 64  # bytes
 
-_tile_1, _tile_2, _tile_3, _tile_4 = (code_tile(rows) for rows in (1, 2, 3, 4))
+_tile_1, _tile_2, _tile_3, _tile_4 = (code_tile(rows, COLUMNS) for rows in (1, 2, 3, 4))
 
 
 @helper
@@ -54,24 +61,26 @@ def _columns(
     y = (elements(block, 0), floats(block, 0), integer(block, 10) != 0)
     bias, has_bias = elements(block, 5), integer(block, 5) != 0
     num_rows, num_out = integer(block, 6), integer(block, 7)
-    out = np.empty(_TILE_ROWS, np.float32)
+    out = np.empty(ROWS * COLUMNS, np.float32)
     while task >= 0:
-        for j in range(task * TASK_COLUMNS, min((task + 1) * TASK_COLUMNS, num_out)):
-            start, first = j * num_bytes, j * num_scales
-            for k in range(start + _AHEAD, start + _AHEAD + num_bytes, _LINE):
-                prefetch(codes, k)
-            for row in range(0, num_rows, _TILE_ROWS):
-                count, at = min(_TILE_ROWS, num_rows - row), row * stride
+        for j in range(task * TASK_COLUMNS, min((task + 1) * TASK_COLUMNS, num_out), COLUMNS):
+            last = min(COLUMNS, num_out - j) - 1
+            places = (j * num_scales, num_scales, shift)
+            weight = (codes, j * num_bytes, num_bytes, last, scales, offsets, *places)
+            for row in range(0, num_rows, ROWS):
+                count, at = min(ROWS, num_rows - row), row * stride
                 if count == 4:
-                    _tile_4(out, xs, at, stride, codes, start, num_bytes, scales, offsets, first, shift)
+                    _tile_4(out, xs, at, stride, *weight)
                 elif count == 3:
-                    _tile_3(out, xs, at, stride, codes, start, num_bytes, scales, offsets, first, shift)
+                    _tile_3(out, xs, at, stride, *weight)
                 elif count == 2:
-                    _tile_2(out, xs, at, stride, codes, start, num_bytes, scales, offsets, first, shift)
+                    _tile_2(out, xs, at, stride, *weight)
                 else:
-                    _tile_1(out, xs, at, stride, codes, start, num_bytes, scales, offsets, first, shift)
+                    _tile_1(out, xs, at, stride, *weight)
                 for i in range(count):
-                    put(y, (row + i) * num_out + j, load(out, i), bias, has_bias, j)
+                    for c in range(last + 1):
+                        value = load(out, i * COLUMNS + c)
+                        put(y, (row + i) * num_out + j + c, value, bias, has_bias, j + c)
         task = claim(block)
 
 
@@ -84,7 +93,8 @@ def int8_linear(block: Any) -> None:
     if task >= 0:
         for i in range(num_rows):
             for k in range(num_in):
-                copy(xs, i * stride + k, x, i * num_in + k)
+                place = i * stride + k // BYTES * BYTES + int8_place(k % BYTES)
+                copy(xs, place, x, i * num_in + k)
     scales = floats(block, 3)
     _columns(block, task, xs, stride, int8s(block, 2), num_in, scales, scales, 1, 0)
 

@@ -162,20 +162,26 @@ def copy(typing_context: Any, target: Any, to: Any, source: Any, start: Any) -> 
     return types.void(target, types.intp, source, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typing_context: Any, source: Any, index: Any) -> Any:
-    """Asks for the cache line of `source[index]`, which need not exist."""
+def _prefetch(locality: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def ask(typing_context: Any, source: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+            is_write, is_data = number(0), number(1)
+            builder.call(instruction, [place, is_write, number(locality), is_data])
+            return context.get_dummy_value()
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        is_write, locality, is_data = number(0), number(3), number(1)
-        builder.call(instruction, [place, is_write, locality, is_data])
-        return context.get_dummy_value()
+        return types.void(source, types.intp), codegen
 
-    return types.void(source, types.intp), codegen
+    return ask
+
+
+prefetch, prefetch_far = _prefetch(3), _prefetch(2)
+"""prefetch(source, index) asks for the cache line of `source[index]`, which need not exist; `prefetch_far` no
+nearer than the second-level cache, where more can be on its way at a time."""
 
 
 @helper

@@ -2,7 +2,8 @@
 `cpu_tiles.py` are (`quantized.py` has the codes' layout).
 
 Codes are small integers, which bfloat16 holds exactly: they are widened to it in registers, once for all rows
-of the tile. Scales and offsets come on top: of a row of the weight for 8 bits, of each group for 4, where a
+of the tile. Rows of the weight lie side by side in it: they share what is read of x, and no sum waits for
+another. Scales and offsets come on top: of a row of the weight for 8 bits, of each group for 4, where a
 register's four quarters are four groups.
 """
 
@@ -16,7 +17,7 @@ from numba.core.cgutils import ir
 from numba.extending import intrinsic
 
 from toppings.ops.cpu_bits import helper
-from toppings.ops.cpu_tiles import LANES, STEP, add_products, data_of, see, total_of
+from toppings.ops.cpu_tiles import LANES, STEP, add_products, ask_for, data_of, see, total_of
 from toppings.ops.quantized import GROUP
 
 BYTES = 64
@@ -27,6 +28,8 @@ BLOCK = BLOCK_GROUPS * GROUP
 """Elements of those."""
 HALF, EIGHTH = GROUP // 2, GROUP // 4
 """Bytes of an int4 group; elements of it in a quarter of a register."""
+_AHEAD = 8192
+"""Bytes: how far on codes are asked for."""
 
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _FLAGS = ("reassoc", "contract")
@@ -86,18 +89,61 @@ def int4_place(k: int) -> int:
     return (k % 2 * 2 + k // HALF) * STEP + k % HALF // 2
 
 
+def _int8_bytes() -> tuple[list[int], list[int]]:
+    """The lower and upper bytes of 0 to 127 as bfloat16; in the place of 0, of 128."""
+    sizes = np.arange(2 * BYTES, dtype=np.float32)
+    sizes[0] = 2 * BYTES
+    bits = [int(each) >> 16 for each in sizes.view(np.uint32)]
+    return [each & 255 for each in bits], [each >> 8 for each in bits]
+
+
+_LOWER, _UPPER = _int8_bytes()
+
+
+def _look_up_bytes(builder: Any, table: list[int], sizes: Any) -> Any:
+    """Of a table of 128 bytes those that the lowest seven bits of each byte name."""
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    instruction = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_CODES, [_CODES] * 3), name)
+    first, second = (ir.Constant(_CODES, half) for half in (table[:BYTES], table[BYTES:]))
+    return builder.call(instruction, [first, sizes, second])
+
+
+def _with_signs(builder: Any, values: Any, codes: Any) -> Any:
+    """values | codes & 128, byte by byte, in one instruction."""
+    kind = ir.FunctionType(_PAIRS, [_PAIRS, _PAIRS, _PAIRS, _I32])
+    name = "llvm.x86.avx512.pternlog.d.512"
+    instruction = cgutils.get_or_insert_function(builder.module, kind, name)
+    signs = ir.Constant(_CODES, [128] * BYTES)
+    words = [builder.bitcast(each, _PAIRS) for each in (values, codes, signs)]
+    return builder.bitcast(builder.call(instruction, [*words, _I32(0xF8)]), _CODES)
+
+
 def _int8_pairs(builder: Any, codes: Any) -> list[Any]:
-    """Two registers of bfloat16, the elements in their order."""
-    signature = ir.FunctionType(ir.VectorType(_I16, STEP), [_SUMS, _SUMS])
-    name, pairs = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", []
-    narrow = cgutils.get_or_insert_function(builder.module, signature, name)
-    for start in range(0, BYTES, STEP):
-        first, second = (
-            builder.sitofp(_mix(builder, codes, codes, list(range(at, at + LANES))), _SUMS)
-            for at in (start, start + LANES)
-        )
-        pairs.append(builder.bitcast(builder.call(narrow, [second, first]), _PAIRS))
-    return pairs
+    """Two registers of bfloat16; `int8_place` says which elements these are. Both bytes are looked up by the
+    code's size: 128 is where 0 would be, since its size has the same lowest bits."""
+    kind = ir.FunctionType(_CODES, [_CODES, ir.IntType(1)])
+    absolute = cgutils.get_or_insert_function(builder.module, kind, f"llvm.abs.v{BYTES}i8")
+    sizes, zeros = builder.call(absolute, [codes, ir.IntType(1)(0)]), ir.Constant(_CODES, [0] * BYTES)
+    lower, upper = (_look_up_bytes(builder, table, sizes) for table in (_LOWER, _UPPER))
+    is_not_zero = builder.icmp_unsigned("!=", codes, zeros)
+    upper = _with_signs(builder, builder.select(is_not_zero, upper, zeros), codes)
+    return [builder.bitcast(_mix(builder, lower, upper, places), _PAIRS) for places in (_FIRST, _SECOND)]
+
+
+def _interleaved(start: int) -> list[int]:
+    """Of each quarter of two registers eight bytes from `start` on, in turn of the one and the other."""
+    places = [quarter + start + k for quarter in range(0, BYTES, LANES) for k in range(LANES // 2)]
+    return [place + which for place in places for which in (0, BYTES)]
+
+
+_FIRST, _SECOND = _interleaved(0), _interleaved(LANES // 2)
+
+
+@helper
+def int8_place(k: int) -> int:
+    """Where element k of a block is in the two registers."""
+    half = LANES // 2
+    return k % LANES // half * STEP + k // LANES * half + k % half
 
 
 def _scales(builder: Any, pointer: Any, index: Any, mask: Any) -> Any:
@@ -126,32 +172,52 @@ _FILLED = [*range(BLOCK_GROUPS), *[0] * (LANES - BLOCK_GROUPS)]
 class _Tile:
     """What a tile's code is made of. `args` as `code_tile` names them."""
 
-    def __init__(self, context: Any, builder: Any, signature: Any, args: Any, num_rows: int) -> None:
-        out, x, x_start, stride, codes, start, self.n, self.scales, self.offsets, self.first, shift = args
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any, shape: tuple[int, int]) -> None:
+        (
+            out,
+            x,
+            x_start,
+            stride,
+            codes,
+            start,
+            self.n,
+            last,
+            self.scales,
+            offsets,
+            first,
+            num_scales,
+            shift,
+        ) = args
+        num_rows, num_columns = shape
         self.builder, self.word = builder, self.n.type
         self.out, x = (data_of(context, builder, signature.args[i], each) for i, each in ((0, out), (1, x)))
-        self.codes, self.shift = builder.gep(codes, [start]), shift
+        self.offsets, self.num_scales, self.shift = offsets, num_scales, shift
         self.rows = [
             builder.gep(x, [builder.add(x_start, builder.mul(stride, self.word(i)))]) for i in range(num_rows)
         ]
+        columns = [self._at_most(last, j) for j in range(num_columns)]
+        self.columns = [builder.gep(codes, [builder.add(start, builder.mul(self.n, j))]) for j in columns]
+        self.firsts = [builder.add(first, builder.mul(num_scales, j)) for j in columns]
         zeros = ir.Constant(_SUMS, [0.0] * LANES)
-        self.sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(num_rows)]
+        self.sums = [
+            [cgutils.alloca_once_value(builder, zeros) for _ in range(num_columns)] for _ in range(num_rows)
+        ]
 
-    def add(self, i: int, value: Any) -> None:
-        total = self.builder.load(self.sums[i])
-        self.builder.store(self.builder.fadd(total, value, flags=_FLAGS), self.sums[i])
+    def _at_most(self, last: Any, j: int) -> Any:
+        is_there = self.builder.icmp_signed("<", self.word(j), last)
+        return self.builder.select(is_there, self.word(j), last)
+
+    def add(self, i: int, j: int, value: Any) -> None:
+        total = self.builder.load(self.sums[i][j])
+        self.builder.store(self.builder.fadd(total, value, flags=_FLAGS), self.sums[i][j])
 
     def of_x(self, i: int, index: Any, kind: Any) -> Any:
         return self.builder.load(see(self.builder, self.rows[i], index, kind), align=2)
 
-    def products(self, i: int, index: Any, pairs: Sequence[Any], total: Any) -> Any:
-        """`total` + x[i]'s elements from the block `index` on times the codes in `pairs`."""
-        for j, pair in enumerate(pairs):
-            place = self.builder.add(
-                self.builder.mul(index, self.word(len(pairs) * STEP)), self.word(j * STEP)
-            )
-            total = add_products(self.builder, total, pair, self.of_x(i, place, _PAIRS))
-        return total
+    def block_of_x(self, i: int, index: Any, count: int) -> list[Any]:
+        """The block `index` of x[i], `count` registers of pairs."""
+        first = self.builder.mul(index, self.word(count * STEP))
+        return [self.of_x(i, self.builder.add(first, self.word(k * STEP)), _PAIRS) for k in range(count)]
 
     def each_block(self, add_block: Callable[[Any, Any], None]) -> None:
         """`add_block(index, rest)`; rest: the bytes that there are, None for all."""
@@ -162,27 +228,38 @@ class _Tile:
         with builder.if_then(cgutils.is_not_null(builder, rest)):
             add_block(num_blocks, rest)
 
-    def codes_of(self, index: Any, rest: Any) -> Any:
-        place = self.builder.gep(self.codes, [self.builder.mul(index, self.word(BYTES))])
+    def codes_of(self, j: int, index: Any, rest: Any) -> Any:
+        place = self.builder.gep(self.columns[j], [self.builder.mul(index, self.word(BYTES))])
+        ask_for(self.builder, self.builder.gep(place, [self.word(_AHEAD)]))
         return _some(self.builder, place, _CODES, None if rest is None else _first(self.builder, rest, BYTES))
 
-    def finish(self, factor: Any = None) -> None:
-        for i, slot in enumerate(self.sums):
-            total = total_of(self.builder, self.builder.load(slot))
-            total = total if factor is None else self.builder.fmul(total, factor)
-            self.builder.store(total, self.builder.gep(self.out, [_I32(i)]))
+    def finish(self, factors: Sequence[Any] | None = None) -> None:
+        builder = self.builder
+        for i, slots in enumerate(self.sums):
+            for j, slot in enumerate(slots):
+                total = total_of(builder, builder.load(slot))
+                total = total if factors is None else builder.fmul(total, factors[j])
+                builder.store(total, builder.gep(self.out, [_I32(i * len(slots) + j)]))
+
+
+def _products(builder: Any, values: Sequence[Any], pairs: Sequence[Any], total: Any) -> Any:
+    for value, pair in zip(values, pairs, strict=True):
+        total = add_products(builder, total, pair, value)
+    return total
 
 
 def _int8_tile(tile: _Tile) -> None:
     builder = tile.builder
 
     def add_block(index: Any, rest: Any) -> None:
-        pairs = _int8_pairs(builder, tile.codes_of(index, rest))
-        for i, slot in enumerate(tile.sums):
-            builder.store(tile.products(i, index, pairs, builder.load(slot)), slot)
+        columns = [_int8_pairs(builder, tile.codes_of(j, index, rest)) for j in range(len(tile.columns))]
+        for i, slots in enumerate(tile.sums):
+            values = tile.block_of_x(i, index, 2)
+            for slot, pairs in zip(slots, columns, strict=True):
+                builder.store(_products(builder, values, pairs, builder.load(slot)), slot)
 
     tile.each_block(add_block)
-    tile.finish(builder.load(builder.gep(tile.scales, [tile.first])))
+    tile.finish([builder.load(builder.gep(tile.scales, [first])) for first in tile.firsts])
 
 
 def _int4_tile(tile: _Tile) -> None:
@@ -198,47 +275,51 @@ def _int4_tile(tile: _Tile) -> None:
     all_scales, nothing = mask_of(word(BLOCK_GROUPS)), ir.Constant(_SUMS, [0.0] * LANES)
 
     def add_block(index: Any, rest: Any) -> None:
-        pairs = _int4_pairs(builder, tile.codes_of(index, rest))
         mask = all_scales if rest is None else mask_of(builder.udiv(rest, word(HALF)))
         group = builder.lshr(builder.mul(index, word(BLOCK_GROUPS)), tile.shift)
-        scale = _scales(builder, tile.scales, builder.add(tile.first, group), mask)
-        scale = _at_lanes(builder, _mix(builder, scale, scale, _FILLED), lanes)
-        for i in range(len(tile.rows)):
-            part = tile.products(i, index, pairs, nothing)
-            tile.add(i, builder.fmul(part, scale, flags=_FLAGS))
+        for j, first in enumerate(tile.firsts):
+            pairs = _int4_pairs(builder, tile.codes_of(j, index, rest))
+            scale = _scales(builder, tile.scales, builder.add(first, group), mask)
+            scale = _at_lanes(builder, _mix(builder, scale, scale, _FILLED), lanes)
+            for i in range(len(tile.rows)):
+                part = _products(builder, tile.block_of_x(i, index, 4), pairs, nothing)
+                tile.add(i, j, builder.fmul(part, scale, flags=_FLAGS))
 
     tile.each_block(add_block)
     num_groups = builder.udiv(tile.n, word(HALF))
     num_blocks = builder.udiv(builder.add(num_groups, word(BLOCK_GROUPS - 1)), word(BLOCK_GROUPS))
-    num_scales, first_sum = builder.lshr(num_groups, tile.shift), builder.mul(num_blocks, word(BLOCK))
-    count = builder.udiv(builder.add(num_scales, word(LANES - 1)), word(LANES))
+    first_sum = builder.mul(num_blocks, word(BLOCK))
+    count = builder.udiv(builder.add(tile.num_scales, word(LANES - 1)), word(LANES))
     with cgutils.for_range(builder, count) as loop:
         at = builder.mul(loop.index, word(LANES))
-        mask = _first(builder, builder.sub(num_scales, at), LANES)
-        offsets = _scales(builder, tile.offsets, builder.add(tile.first, at), mask)
+        mask = _first(builder, builder.sub(tile.num_scales, at), LANES)
         place = builder.add(first_sum, builder.mul(at, word(2)))  # in elements of two bytes
-        for i in range(len(tile.rows)):
-            tile.add(i, builder.fmul(tile.of_x(i, place, _SUMS), offsets, flags=_FLAGS))
+        for j, first in enumerate(tile.firsts):
+            offsets = _scales(builder, tile.offsets, builder.add(first, at), mask)
+            for i in range(len(tile.rows)):
+                tile.add(i, j, builder.fmul(tile.of_x(i, place, _SUMS), offsets, flags=_FLAGS))
     tile.finish()
 
 
-def code_tile(num_rows: int) -> Any:
-    """tile(out, x, at, stride, codes, start, n, scales, offsets, first, shift): out[i] = Σ_k x[i, k] · w[k]
-    for rows of x from `at` on, `stride` apart, and the weight whose n bytes of codes begin at `start`; of how
-    many bits, the type of `codes` says. Scales and offsets begin at `first`: for 8 bits one scale; for 4 bits
-    one of each for 2^shift groups, and x is as `_read_groups` lays it out."""
+def code_tile(num_rows: int, num_columns: int) -> Any:
+    """tile(out, x, at, stride, codes, start, n, last, scales, offsets, first, num_scales, shift): out[i, j] =
+    Σ_k x[i, k] · w[j, k] for rows of x from `at` on, `stride` apart, and rows of the weight whose codes begin
+    at `start`, n bytes each; of how many bits, the type of `codes` says. Beyond the row `last` that one is
+    repeated. Scales and offsets begin at `first`, `num_scales` for each row: for 8 bits one scale; for 4 bits
+    one of each for 2^shift groups. x is laid out as `int8_place` says, or as `_read_groups` does."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
         typing_context: Any, out: Any, x: Any, at: Any, stride: Any, codes: Any, start: Any, n: Any,
-        scales: Any, offsets: Any, first: Any, shift: Any,
+        last: Any, scales: Any, offsets: Any, first: Any, num_scales: Any, shift: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            parts = _Tile(context, builder, signature, args, num_rows)
+            parts = _Tile(context, builder, signature, args, (num_rows, num_columns))
             (_int8_tile if codes.dtype == types.int8 else _int4_tile)(parts)
             return context.get_dummy_value()
 
         word = types.int64
-        return types.void(out, x, word, word, codes, word, word, scales, offsets, word, word), codegen
+        counts = (word, word, word)
+        return types.void(out, x, word, word, codes, *counts, scales, offsets, *counts), codegen
 
     return tile

@@ -21,7 +21,7 @@ from toppings.ops.cpu_bits import (
     int32s,
     load,
     nibbles,
-    prefetch,
+    prefetch_far,
     put,
     store,
 )
@@ -33,13 +33,13 @@ from toppings.ops.quantized import GROUP
 Floats = NDArray[np.float32]
 
 _HALF = GROUP // 2
-_LINE, _CHUNK, _AHEAD = 64, 1024, 4096  # bytes: of a cache line, asked for together, and how far on
+_LINE, _CHUNK, _AHEAD = 64, 1024, 8192  # bytes: of a cache line, asked for together, and how far on
 
 
 @helper
 def _ask_for(codes: Pointer, start: int, n: int) -> None:
     for k in range(start + _AHEAD, start + _AHEAD + n, _LINE):
-        prefetch(codes, k)
+        prefetch_far(codes, k)
 
 
 @helper

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, dot, elements, floats, helper, load, prefetch, put, store
+from toppings.ops.cpu_bits import (
+    Pointer,
+    dot,
+    elements,
+    floats,
+    helper,
+    load,
+    prefetch,
+    prefetch_far,
+    put,
+    store,
+)
 from toppings.ops.cpu_kernel import Kernel, claim, integer
 
 Floats = NDArray[np.float32]
@@ -80,7 +91,9 @@ def _tile(sums: Floats, x: Floats, x0: int, w: Pointer, starts: Indices, n: int,
     for chunk in range(0, n, _TILE_CHUNK):
         size = min(_TILE_CHUNK, n - chunk)
         for j in range(COLUMNS if is_first else 0):
-            _ask_for(w, load(starts, j) + COLUMNS * n + chunk, size)
+            place = load(starts, j) + COLUMNS * n + chunk
+            for k in range(place, place + size, _LINE):
+                prefetch_far(w, k)
         add_tile(sums, x, x0, n, w, starts, chunk, size)
 
 

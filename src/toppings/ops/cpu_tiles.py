@@ -33,6 +33,12 @@ def is_supported() -> bool:
 
 
 @cache
+def has_byte_tables() -> bool:
+    """Kernels are compiled for a CPU that looks bytes up in tables of 128 (AVX-512 VBMI)."""
+    return _compiled_for("avx512vbmi")
+
+
+@cache
 def has_matrix_unit() -> bool:
     """This CPU has AMX, which torch's products use: they overtake the tiles where there are many rows."""
     return _compiled_for("amx-bf16")
@@ -74,7 +80,7 @@ def see(builder: Any, pointer: Any, start: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(pointer, [start], inbounds=True), kind.as_pointer())
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def ask_for(builder: Any, address: Any) -> None:
     """To the second-level cache: the first is too small for what another tile will read."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
@@ -258,7 +264,7 @@ def packed_tile(num_rows: int, lines_ahead: int = 0) -> Any:
                 first = builder.mul(loop.index, ir.Constant(loop.index.type, lines_ahead))
                 for j in range(lines_ahead):
                     line = builder.add(first, ir.Constant(first.type, j))
-                    _prefetch(builder, builder.gep(later, [line]))
+                    ask_for(builder, builder.gep(later, [line]))
                 for i, row in enumerate(rows):
                     pair = _repeat(builder, _read(builder, row, loop.index))
                     for j, column in enumerate(columns):

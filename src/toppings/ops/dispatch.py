@@ -54,6 +54,12 @@ def has_bf16() -> bool:
 
 
 @cache
+def has_byte_tables() -> bool:
+    """The kernels for codes of 8 bits and bfloat16 can be compiled for this CPU."""
+    return has_bf16() and bool(_module("tiles").has_byte_tables())
+
+
+@cache
 def has_matrix_unit() -> bool:
     """Products of many bfloat16 rows are better left to torch."""
     return has_bf16() and bool(_module("tiles").has_matrix_unit())

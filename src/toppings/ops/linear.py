@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toppings.ops.dispatch import bf16_kernels, kernels
+from toppings.ops.dispatch import bf16_kernels, has_byte_tables, kernels
 from toppings.ops.huge_pages import Span
 from toppings.ops.products import Forms, add_product_, forms_for, is_widened, mm_widened, quantized_forms
 from toppings.ops.quantized import GROUP, QuantizedWeight, quantize
@@ -207,11 +207,12 @@ class QuantizedLinear:
             f"int{weight.bits}{'_wide' * is_wide}_linear",
         )
         module, bf16 = kernels("quantized", sample), bf16_kernels(sample, "bf16_quantized")
+        if weight.bits == 8 and bf16 is not None and not has_byte_tables():
+            bf16 = None
         self._columns = 0 if module is None else module.TASK_COLUMNS
         self._kernel: Any = module and getattr(module, name)
         self._bf16: Any = bf16 and getattr(bf16, name)
         self._groups = (weight.row_elements // GROUP, (weight.group // GROUP).bit_length() - 1)
-        self._min_bf16_rows = 2 if weight.bits == 8 else 1  # of 8 bits, one row is not faster so
 
     def spans(self) -> Iterator[Span]:
         """Where the weight lies in memory."""
@@ -232,7 +233,7 @@ class QuantizedLinear:
         num_groups, shift = self._groups
         shape = (num_rows, self.num_out, self.num_in, num_groups, int(dtype != x.dtype), order, shift)
         num_tasks = -(-self.num_out // self._columns)
-        is_bf16 = self._bf16 is not None and self._min_bf16_rows <= num_rows <= MAX_FEW_ROWS
+        is_bf16 = self._bf16 is not None and num_rows <= MAX_FEW_ROWS
         kernel = self._bf16 if is_bf16 else self._kernel
         kernel(
             x, num_tasks, self.num_out * self.num_in, y, x, weight.codes, weight.scales, offsets, bias, *shape

@@ -1,8 +1,9 @@
 """What products with a model's weights take on this CPU, form by form, and which form serves therefore.
 
 Measured with the products that serve (`linear.Linear`), on random weights of the model's shapes, where rows
-are few on so many that they lie beyond the caches. The limits that times are held against are measured beside
-them: the weight's bytes over the read bandwidth, operations over the rate of the library's float32 product.
+are few on so many that they lie beyond the caches, in huge pages as a model's are. The limits that times are
+held against are measured beside them: the weight's bytes over the bandwidth of reading such pages, operations
+over the rate of the library's float32 product.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from toppings.ops import dispatch
+from toppings.ops.huge_pages import use_huge_pages
 from toppings.ops.linear import Linear, packed_reason
 from toppings.ops.products import MANY_ROWS, Forms, is_native, rule_for
 
@@ -181,6 +183,7 @@ def _times(watch: "_Watch", dtype: torch.dtype, num_in: int, num_out: int) -> li
     times = []
     for name, forms in sorted(candidates.items(), reverse=True):  # the packed ones last: they may be hopeless
         products = [Linear(each, forms=forms) for each in weights]
+        use_huge_pages(span for each in products for span in each.spans())  # as those of a model
         for rows in ROWS:
             if forms.name(rows) != name:
                 break
@@ -197,6 +200,7 @@ def _times(watch: "_Watch", dtype: torch.dtype, num_in: int, num_out: int) -> li
 
 def _read_gbps(watch: "_Watch") -> float:
     data = torch.ones(_READ_ELEMENTS)
+    use_huge_pages([(data.data_ptr(), data.data_ptr() + data.nbytes)])
     return data.nbytes / watch.best_s(data.sum) / 1e9
 
 
