@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
-from tests.adapters.fixtures import HIDDEN, SHAPES, make_peft, make_tensors, tensor_key, write_adapter
+from tests.adapters.fixtures import (
+    HIDDEN,
+    SHAPES,
+    make_peft,
+    make_tensors,
+    tensor_key,
+    tiny_llama,
+    write_adapter,
+)
 from toppings.adapters import peft_matches
 from toppings.adapters.checkpoint import read_checkpoint
 from toppings.adapters.checkpoint_plan import module_name
@@ -85,6 +93,15 @@ def test_what_peft_refuses_to_configure_with_lora_bias_is_refused(
         LoraConfig(lora_bias=True, **options)
     with pytest.raises(AdapterError, match=reason):
         read_checkpoint(write_adapter(tmp_path, lora_bias=True, **options), SHAPES)
+
+
+def test_an_activated_dora_is_refused_as_peft_refuses_it(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"use_dora": True, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(target_modules=["q_proj"], **options)
+    with pytest.raises(ValueError, match="variant combination"):
+        get_peft_model(tiny_llama(), config)
+    with pytest.raises(AdapterError, match="alora_invocation_tokens is not supported for DoRA"):
+        read_checkpoint(write_adapter(tmp_path, **options), SHAPES)
 
 
 @pytest.mark.parametrize(

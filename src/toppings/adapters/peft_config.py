@@ -164,6 +164,8 @@ class PeftConfig:
             raise AdapterError(
                 "lora_bias is not supported for DoRA, nor by PEFT: set use_dora or lora_bias to false"
             )
+        if self.use_dora and self.invocation_tokens:
+            raise AdapterError("alora_invocation_tokens is not supported for DoRA, nor by PEFT")
         if len(chosen) > 1:
             raise AdapterError(f"{' and '.join(chosen)} together are not supported")
         if not self.target_modules and not self.target_parameters:
