@@ -19,6 +19,7 @@ from tests.engine.driver import drive
 from tests.engine.oracle import make_model
 from toppings import command
 from toppings.adapters.merges import METHODS
+from toppings.adapters.records import AdapterRecord
 from toppings.adapters.text_files import SPECIAL_NAMES
 from toppings.cluster.placement import PLACEMENTS
 from toppings.cluster.policies import POLICIES
@@ -255,7 +256,7 @@ def test_names_are_those_of_settings_or_known_others(document: Path, stats: Engi
         *POLICIES,
         *PLACEMENTS,
         *stats.counters,
-        *(field.name for field in fields(MergedStatus)),
+        *(field.name for each in (MergedStatus, AdapterRecord) for field in fields(each)),
         *OF_MODELS,
         *OF_REQUESTS,
         *OF_BODIES,

@@ -5,8 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from tests.adapters.fixtures import HIDDEN, SHAPES, make_peft, make_tensors, tensor_key, write_adapter
+from tests.adapters.fixtures import (
+    HIDDEN,
+    SHAPES,
+    make_peft,
+    make_tensors,
+    tensor_key,
+    tiny_llama,
+    write_adapter,
+)
 from toppings.adapters import peft_matches
 from toppings.adapters.checkpoint import read_checkpoint
 from toppings.adapters.checkpoint_plan import module_name
@@ -66,6 +75,33 @@ def test_packed_weights_give_the_delta_that_peft_computes(tmp_path: Path, kind: 
 def edit_config(path: Path, **fields: Any) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "lora_bias is not supported for DoRA"),
+        ({"init_lora_weights": "gaussian"}, "lora_bias goes with init_lora_weights true or false.*gaussian"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": None}, "lora_bias goes with init_lora_weights true or false.*None"),
+    ],
+)
+def test_what_peft_refuses_to_configure_with_lora_bias_is_refused(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match="lora_bias=True is"):
+        LoraConfig(lora_bias=True, **options)
+    with pytest.raises(AdapterError, match=reason):
+        read_checkpoint(write_adapter(tmp_path, lora_bias=True, **options), SHAPES)
+
+
+def test_an_activated_dora_is_refused_as_peft_refuses_it(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"use_dora": True, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(target_modules=["q_proj"], **options)
+    with pytest.raises(ValueError, match="variant combination"):
+        get_peft_model(tiny_llama(), config)
+    with pytest.raises(AdapterError, match="alora_invocation_tokens is not supported for DoRA"):
+        read_checkpoint(write_adapter(tmp_path, **options), SHAPES)
 
 
 @pytest.mark.parametrize(

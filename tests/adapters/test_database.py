@@ -151,11 +151,11 @@ def test_a_registry_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> Non
         open_owned(tmp_path / "state")
 
 
-COLUMNS = "invocation_tokens", "merge", "vocabulary"
-"""Of versions 3, 4 and 5."""
+COLUMNS = "invocation_tokens", "merge", "vocabulary", "step_rank"
+"""Of versions 3, 4, 5 and 6."""
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_a_registry_of_a_version_before_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
     registry = open_owned(tmp_path / "state")
     registry.register("a", write_adapter(tmp_path / "a"))
@@ -168,6 +168,7 @@ def test_a_registry_of_a_version_before_is_brought_up_to_date(tmp_path: Path, ve
         registry = open_owned(tmp_path / "state")
         record = registry.get("a")
         assert (record.invocation_tokens, record.merge, record.vocabulary) == ((), None, None)
+        assert record.step_rank == record.rank
         registry.close()
 
 

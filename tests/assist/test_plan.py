@@ -241,6 +241,20 @@ def test_a_prefill_has_at_least_one_token() -> None:
         compare(A100, layout(8, QKV), 0)
 
 
+def test_base_products_that_hide_a_round_trip_are_those_of_attention_where_there_are_experts() -> None:
+    """Experts' products take no part in a projection group's round trip, and in the measured share."""
+    profile = gpu_profile(link_gbps=24, hbm_gbps=1400, tflops=200)
+    qkv = layout(64, QKV)
+    dense, mixture = (
+        price_layers(each, qkv, 64)[0] for each in (profile, replace(profile, has_experts=True))
+    )
+    attention = sum(num_in * num_out for num_in, num_out in qkv.shapes.sizes[:4])
+    everything = sum(num_in * num_out for num_in, num_out in qkv.shapes.sizes)
+    slow = replace(profile, has_experts=True, gemm_share=profile.gemm_share * attention / everything)
+    assert mixture.cpu_ms <= dense.cpu_ms
+    assert price_layers(slow, qkv, 64)[0].cpu_ms == pytest.approx(dense.cpu_ms)
+
+
 def test_a_plan_tells_its_layers() -> None:
     costs = LayerCosts(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1)
     plan = predict(A100, [costs] * 3, [Choice.CPU, Choice.CPU, Choice.DEVICE], by_layer(range(3)))

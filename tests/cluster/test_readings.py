@@ -128,6 +128,14 @@ def test_unreadable_adapter_config_tells_nothing(tmp_path: Path, text: str) -> N
     assert read_adapter_info(tmp_path) is None
 
 
+async def test_an_adapters_rank_is_what_it_counts_for_in_a_step() -> None:
+    directory = AdapterDirectory(default_rank=16)
+    await directory.learn_list(
+        b'[{"name": "a", "rank": 8, "step_rank": 40, "bytes": 9}, {"name": "b", "rank": 8}]'
+    )
+    assert [directory.get(name).rank for name in "ab"] == [40, 8]
+
+
 async def test_rank_nobody_tells_is_the_default() -> None:
     directory = AdapterDirectory(default_rank=16)
     await directory.learn_list(

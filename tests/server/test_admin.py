@@ -121,6 +121,7 @@ async def test_adapters_tell_where_they_are(server: Server) -> None:
         ("c", "disk", 0),
     ]
     assert (rows[0]["rank"], rows[0]["hits"], rows[0]["running"]) == (4, 7, 1)
+    assert rows[0]["step_rank"] == 4
     assert rows[0]["targets"] == ["q_proj", "k_proj", "v_proj"]
 
 

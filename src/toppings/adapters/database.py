@@ -16,7 +16,7 @@ LOCKED_WAIT_S, LOCKED_MEMORY_S = 0.05, 1.0
 """Once one has waited in vain, those of the next second wait only so long: a queue of writes ends soon."""
 TURN_WAIT_S = 10.0
 """How long a write waits for those of this process that came before."""
-VERSION = 5
+VERSION = 6
 _ADVICE = (
     "delete it and packed/ beside it: adapters of the start-up options are registered anew, others must be"
     " loaded again"

@@ -197,6 +197,9 @@ class AdapterManager:
     def rank_of(self, adapter_id: int) -> int:
         return self._records.get(adapter_id).rank
 
+    def step_rank_of(self, adapter_id: int) -> int:
+        return self._records.get(adapter_id).step_rank
+
     def invocation_tokens_of(self, adapter_id: int) -> tuple[int, ...]:
         """Empty but for an activated LoRA. Raises AdapterError."""
         return self._records.get(adapter_id).invocation_tokens

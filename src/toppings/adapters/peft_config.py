@@ -135,6 +135,11 @@ class PeftConfig:
             warnings=tuple(_ignored(fields, kind)),
         )
         config._check_consistency()
+        if config.has_bias and (init := fields.get("init_lora_weights", True)) not in (True, False):
+            raise AdapterError(
+                "lora_bias goes with init_lora_weights true or false alone, in PEFT, too, not with "
+                f"{shorten(init)}"
+            )
         return config
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -155,6 +160,12 @@ class PeftConfig:
             chosen.append("target_parameters")
         if self.kind is not KINDS["LORA"] and chosen:
             raise AdapterError(f"{chosen[0]} goes with LoRA alone, not with {self.kind.title}")
+        if self.use_dora and self.has_bias:
+            raise AdapterError(
+                "lora_bias is not supported for DoRA, nor by PEFT: set use_dora or lora_bias to false"
+            )
+        if self.use_dora and self.invocation_tokens:
+            raise AdapterError("alora_invocation_tokens is not supported for DoRA, nor by PEFT")
         if len(chosen) > 1:
             raise AdapterError(f"{' and '.join(chosen)} together are not supported")
         if not self.target_modules and not self.target_parameters:

@@ -24,7 +24,8 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """A registered adapter. `rank` is its largest; `num_bytes` what it takes on host and device alike."""
+    """A registered adapter. `rank` is its largest, `step_rank` what it counts for in a step (step_rank.py);
+    `num_bytes` what it takes on host and device alike."""
 
     adapter_id: int
     name: str
@@ -43,6 +44,10 @@ class AdapterRecord:
     invocation_tokens: tuple[int, ...]  # of an activated LoRA; else empty
     merge: Merge | None = None  # of which adapters it is one; else None
     vocabulary: Vocabulary | None = None  # its own, where it has one
+    step_rank: int = 0  # in a file of an earlier version `rank` counts
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step_rank", self.step_rank or self.rank)
 
     @property
     def is_made_here(self) -> bool:

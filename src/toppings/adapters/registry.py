@@ -25,6 +25,7 @@ from toppings.adapters.packed_dir import PackedCandidate
 from toppings.adapters.records import AdapterRecord, Origin, Records
 from toppings.adapters.rows import RowChange
 from toppings.adapters.startup_report import DirectoryReport
+from toppings.adapters.step_rank import step_rank
 
 __all__ = [
     "AdapterExists",
@@ -268,6 +269,7 @@ class AdapterRegistry(AdapterCatalogue):
             "path": source or candidate.path,
             "base_model": self.base_model,
             "rank": max(layout.max_rank, *layout.outer_ranks.values(), 0),
+            "step_rank": step_rank(layout, self.shapes),
             "targets": ",".join((*layout.targets, *layout.outer_ranks)),
             "num_bytes": layout.num_bytes,
             "digest": header.digest,

@@ -17,7 +17,7 @@ from toppings.adapters.vocabulary import Vocabulary
 DATABASE_FILE = "registry.sqlite"
 _COLUMNS = (
     "adapter_id, name, path, base_model, rank, targets, num_bytes, digest, created_at, is_pinned, origin, "
-    "trained_on, fingerprint, invocation_tokens, merge, vocabulary"
+    "trained_on, fingerprint, invocation_tokens, merge, vocabulary, step_rank"
 )
 _FIELDS = tuple(_COLUMNS.split(", "))
 _SCHEMA = """
@@ -28,7 +28,8 @@ CREATE TABLE IF NOT EXISTS adapters (
     targets TEXT NOT NULL, num_bytes INTEGER NOT NULL, digest TEXT NOT NULL, created_at REAL NOT NULL,
     is_pinned INTEGER NOT NULL, origin TEXT NOT NULL, trained_on TEXT NOT NULL, fingerprint TEXT NOT NULL,
     removed_at REAL, invocation_tokens TEXT NOT NULL DEFAULT '',
-    merge TEXT NOT NULL DEFAULT '', vocabulary TEXT NOT NULL DEFAULT ''
+    merge TEXT NOT NULL DEFAULT '', vocabulary TEXT NOT NULL DEFAULT '',
+    step_rank INTEGER NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX IF NOT EXISTS live_names ON adapters (name) WHERE removed_at IS NULL;
 CREATE INDEX IF NOT EXISTS live_paths ON adapters (path) WHERE removed_at IS NULL
@@ -37,6 +38,7 @@ _UPGRADES = {
     2: "ALTER TABLE adapters ADD COLUMN invocation_tokens TEXT NOT NULL DEFAULT ''",
     3: "ALTER TABLE adapters ADD COLUMN merge TEXT NOT NULL DEFAULT ''",
     4: "ALTER TABLE adapters ADD COLUMN vocabulary TEXT NOT NULL DEFAULT ''",
+    5: "ALTER TABLE adapters ADD COLUMN step_rank INTEGER NOT NULL DEFAULT 0",
 }
 """What makes a file of this version one of the next."""
 _LIVE = "removed_at IS NULL"

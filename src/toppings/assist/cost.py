@@ -38,12 +38,13 @@ class CostProfile:
     """All times in ms, link speed in 10^9 bytes per second.
 
     `layer_ms`: (tokens, device time of one layer without LoRA), tokens ascending; linear in between and
-    beyond. `gemm_share`: part of a layer's time in the four base products, with which a round trip
-    overlaps. `round_trip_ms`: a projection group's round trip less the product itself. `session_ms`: waking
-    the workers. `result_gbps`: link over which rows go out and results come back (0: shared memory, in
-    `round_trip_ms`). `sharing_slowdown`: factor on the device's time while workers compute on the base
-    model's cores. Where the host queues work for a device, `queue_layer_ms` is what it takes to queue a layer
-    and `queue_piece_ms` one worker's share of a projection group, the way there and back; else 0.
+    beyond. `gemm_share`: part of a layer's time in the base products of projections, with which a round trip
+    overlaps; of a mixture (`has_experts`) those of attention. `round_trip_ms`: a projection group's round
+    trip less the product itself. `session_ms`: waking the workers. `result_gbps`: link over which rows go out
+    and results come back (0: shared memory, in `round_trip_ms`). `sharing_slowdown`: factor on the device's
+    time while workers compute on the base model's cores. Where the host queues work for a device,
+    `queue_layer_ms` is what it takes to queue a layer and `queue_piece_ms` one worker's share of a projection
+    group, the way there and back; else 0.
     """
 
     origin: str
@@ -59,6 +60,7 @@ class CostProfile:
     sharing_slowdown: float = 1.0
     queue_layer_ms: float = 0.0
     queue_piece_ms: float = 0.0
+    has_experts: bool = False
 
     def __post_init__(self) -> None:
         if not self.link_gbps > 0:

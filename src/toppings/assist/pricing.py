@@ -130,11 +130,10 @@ def _num_workers(
 
 
 def _gemm_ms(profile: CostProfile, layout: AdapterLayout, modules: tuple[int, ...], num_tokens: int) -> float:
-    """The group's base product: its share of the layer's weights in the layer's time in products."""
-    sizes = layout.shapes.sizes
-    share = sum(sizes[m][0] * sizes[m][1] for m in modules) / sum(
-        num_in * num_out for num_in, num_out in sizes
-    )
+    """The group's base product: its share, by weights, in the layer's time in products of projections."""
+    groups = ("qkv", "o") if profile.has_experts else GROUPS
+    num_weights = [num_in * num_out for num_in, num_out in layout.shapes.sizes]
+    share = sum(num_weights[m] for m in modules) / sum(num_weights[m] for g in groups for m in GROUPS[g])
     return profile.layer_time_ms(num_tokens) * profile.gemm_share * share
 
 

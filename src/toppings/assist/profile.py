@@ -91,6 +91,7 @@ def measure(
         sharing_slowdown=max(1.0, probes.slowdown(typical_tokens)),
         queue_layer_ms=queue_layer_s * 1e3,
         queue_piece_ms=queue_piece_s * 1e3,
+        has_experts=shapes.mixture is not None,
     )
 
 

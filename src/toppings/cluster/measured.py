@@ -27,7 +27,9 @@ def describe_base(registry: "AdapterRegistry") -> str:
     """Shapes and arithmetic of the base model that a registry's adapters are for."""
     shapes = registry.shapes
     sizes = ", ".join(f"{name} {i}x{o}" for name, (i, o) in zip(MODULES, shapes.sizes, strict=True))
-    return f"{shapes.num_layers} layers, {sizes}, {registry.dtype}"
+    mixture = shapes.mixture
+    experts = f", {mixture.num_experts} experts, {mixture.num_per_token} a token" if mixture else ""
+    return f"{shapes.num_layers} layers, {sizes}{experts}, {registry.dtype}"
 
 
 def read_perf_model(spec: str, config: EngineConfig, registry: "AdapterRegistry") -> PerfModel | None:

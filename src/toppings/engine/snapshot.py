@@ -23,7 +23,7 @@ def snapshot(
     the number of requests and of such adapters, not with the number that is resident."""
 
     def rank(request: Request) -> int:
-        return 0 if request.adapter_id is None else adapters.rank_of(request.adapter_id)
+        return 0 if request.adapter_id is None else adapters.step_rank_of(request.adapter_id)
 
     pages, cache, pool, host = scheduler.pages, scheduler.cache, adapters.pool, adapters.host
     running, waiting = list(scheduler.running), list(scheduler.waiting)

@@ -161,6 +161,7 @@ def _row(record: AdapterRecord, status: AdapterStatus | None, registry: AdapterR
         "name": record.name,
         "id": record.adapter_id,
         "rank": record.rank,
+        "step_rank": record.step_rank,
         "targets": list(record.targets),
         "bytes": record.num_bytes,
         "digest": record.digest,

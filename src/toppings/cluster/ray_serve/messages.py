@@ -18,6 +18,7 @@ class AdapterRef:
     """One generation of an adapter as the front has it registered: `generation` is its id there.
 
     A replica finds it by name and digest in the registry of its own machine, or registers it from `path`.
+    `rank`: what it counts for in a step.
     """
 
     generation: int
@@ -35,7 +36,7 @@ class AdapterRef:
             name=record.name,
             path=record.path,
             digest=record.digest,
-            rank=record.rank,
+            rank=record.step_rank,
             num_bytes=record.num_bytes,
             is_pinned=record.is_pinned,
         )

@@ -16,6 +16,8 @@ MAX_CONFIG_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
+    """`rank`: what it counts for in a step."""
+
     rank: int
     num_bytes: int = 0
 
@@ -25,6 +27,7 @@ class _Listed(msgspec.Struct):
 
     name: str
     rank: int = 0
+    step_rank: int = 0
     path: str = ""
     bytes: int = 0
 
@@ -51,7 +54,8 @@ class AdapterDirectory:
         self._known[name] = info
 
     async def learn_list(self, body: bytes) -> None:
-        """From `/adapters`: objects with `name`, `path`, `rank` and `bytes`, bare or under `adapters`.
+        """From `/adapters`: objects with `name`, `path`, `rank`, `step_rank` and `bytes`, bare or under
+        `adapters`.
 
         Raises ValueError; entries that are none are passed over.
         """
@@ -60,7 +64,7 @@ class AdapterDirectory:
         for _, entry in await read_slices(raws, _Listed):
             if entry.rank > 0:
                 for key in {entry.name, entry.path} - {""}:
-                    self.learn(key, AdapterInfo(entry.rank, entry.bytes))
+                    self.learn(key, AdapterInfo(max(entry.step_rank, 0) or entry.rank, entry.bytes))
 
     async def learn_paths(self, paths: Iterable[tuple[str, str]], *, again: bool = False) -> None:
         """From `adapter_config.json` in each name's directory, where this machine sees it.
