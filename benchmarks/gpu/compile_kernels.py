@@ -33,7 +33,7 @@ from toppings.core import GROUPS
 from toppings.model.config import ModelConfig
 from toppings.model.named import NAMED_MODELS, named_config
 from toppings.ops import dispatch, gpu_launch
-from toppings.ops.activation import gelu_mul, silu_mul
+from toppings.ops.activation import clamped_swiglu, gelu_mul, silu_mul
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
 from toppings.ops.columns import adjust_columns_
 from toppings.ops.experts import ExpertLinears, GroupedRows
@@ -203,10 +203,12 @@ def record_experts(recorder: Recorder, dtype: torch.dtype, *, has_many: bool) ->
     num_rows = 128 if has_many else 8
     experts = torch.arange(num_rows)[:, None] % num
     x, weight = torch.empty(num_rows, num_in, dtype=dtype), torch.empty(num * num_out, num_in, dtype=dtype)
+    bias = torch.empty(num, num_out, dtype=dtype)
     rows = GroupedRows.of(experts, num)
     assert rows.has_many == has_many
     name = f"experts, {'many' if has_many else 'few'} rows"
     recorder.record(name, lambda: ExpertLinears(weight, num)(x, rows))
+    recorder.record(f"{name}, biases", lambda: ExpertLinears(weight, num, bias=bias)(x, rows))
 
 
 def record_elementwise(recorder: Recorder, model: ModelConfig, dtype: torch.dtype, num_rows: int) -> None:
@@ -219,6 +221,7 @@ def record_elementwise(recorder: Recorder, model: ModelConfig, dtype: torch.dtyp
     gate_up = torch.empty(num_rows, 2 * model.intermediate_size, dtype=dtype)
     recorder.record("silu_mul", lambda: silu_mul(gate_up))
     recorder.record("gelu_mul", lambda: gelu_mul(gate_up))
+    recorder.record("clamped_swiglu", lambda: clamped_swiglu(gate_up, alpha=1.702, limit=7.0))
     width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     qkv, slots = torch.empty(num_rows, width, dtype=dtype), torch.arange(num_rows)
     cache = KVCache.allocate(1, 1, num_rows, model.num_kv_heads, model.head_dim, dtype, CPU)
@@ -234,6 +237,8 @@ def record_attention(
     query_lens: list[int],
     context: int,
     softcap: float = 0.0,
+    *,
+    has_sinks: bool = False,
 ) -> None:
     num = len(query_lens)
     indptr = [sum(query_lens[:i]) for i in range(num + 1)]
@@ -246,10 +251,13 @@ def record_attention(
     cache = KVCache.allocate(1, num_pages, PAGE_SIZE, model.num_kv_heads, model.head_dim, dtype, CPU)
     heads = torch.empty(indptr[-1], model.num_heads + 2 * model.num_kv_heads, model.head_dim, dtype=dtype)
     q, k, v = heads.tensor_split((model.num_heads, model.num_heads + model.num_kv_heads), dim=1)
+    sinks = torch.empty(model.num_heads) if has_sinks else None
     name = "decode" if num_decodes else "prefill"
     recorder.record(
-        f"attention {name} of {num}{', capped' if softcap else ''}",
-        lambda: paged_attention(q, k, v, cache.k[0], cache.v[0], meta, scale=0.1, softcap=softcap),
+        f"attention {name} of {num}{', capped' if softcap else ''}{', with sinks' if has_sinks else ''}",
+        lambda: paged_attention(
+            q, k, v, cache.k[0], cache.v[0], meta, scale=0.1, softcap=softcap, sinks=sinks
+        ),
     )
 
 
@@ -284,6 +292,7 @@ def compile_matrix(recorder: Recorder, model: ModelConfig) -> None:
         recorder.compile_for(smallest, name)
         for query_lens in ([1], [128, 128]):
             record_attention(recorder, wide, getattr(torch, name), query_lens, 256, softcap=50.0)
+            record_attention(recorder, model, getattr(torch, name), query_lens, 256, has_sinks=True)
     for capability, name in [(smallest, "float32"), *((chip, "bfloat16") for chip in SHARED_BYTES)]:
         dtype = getattr(torch, name)
         recorder.compile_for(capability, name)

@@ -35,12 +35,17 @@ def stored_modules(*, is_fused: bool, has_experts: bool) -> dict[str, tuple[int,
 
 
 class ExpertNames(NamedTuple):
-    """A layer's modules by the names that the checkpoint gives them; {} is an expert's number."""
+    """A layer's modules by the names that the checkpoint gives them; {} is an expert's number. Where they
+    `are_stacked`, a projection of all experts is one tensor [E, in, out], the outputs of gate and up take
+    turns in one, and neither experts nor routers are modules that adapters may target. `router_parameter`:
+    the router's weight by the name of transformers' class."""
 
     router: str = "mlp.gate"
     gate: str = "mlp.experts.{}.gate_proj"
     up: str = "mlp.experts.{}.up_proj"
     down: str = "mlp.experts.{}.down_proj"
+    are_stacked: bool = False
+    router_parameter: str = "mlp.gate.weight"
 
 
 @dataclass(frozen=True)

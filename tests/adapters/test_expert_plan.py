@@ -16,10 +16,12 @@ from toppings.adapters.layout import BaseShapes
 from toppings.adapters.merges import Merge, MergePart
 from toppings.adapters.packed import pack_weights
 from toppings.core import ExpertNames, Mixture
+from toppings.model.families import STACKED_EXPERTS
 
 HIDDEN, SIZE, NUM_EXPERTS = 16, 8, 3
 SIZES = (*((HIDDEN, HIDDEN),) * 4, *((HIDDEN, SIZE),) * 2, (SIZE, HIDDEN))
 SHAPES = BaseShapes(2, SIZES, mixture=Mixture(NUM_EXPERTS, 2, ExpertNames()))
+STACKED = BaseShapes(2, SIZES, mixture=Mixture(NUM_EXPERTS, 2, STACKED_EXPERTS))
 DENSE = BaseShapes(2, SIZES)
 PREFIX = "base_model.model.model.layers."
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -146,6 +148,24 @@ def test_a_model_without_experts_takes_none(tmp_path: Path) -> None:
         read(tmp_path, DENSE)
 
 
+def test_stacked_experts_are_no_modules_and_have_a_router_of_their_own_name(tmp_path: Path) -> None:
+    """As PEFT sees it, `gate_proj` names nothing there."""
+    router: Tensors = {}
+    for layer in range(2):
+        router |= pair(f"{PREFIX}{layer}.mlp.router", HIDDEN, NUM_EXPERTS, 2)
+    config: dict[str, Any] = {"target_modules": ["gate_proj", "router"], "target_parameters": BOTH}
+    found = read(write(tmp_path, of_parameters(), **config), STACKED)
+    assert sorted(found.outer[0]) == [
+        f"experts.{name}.{half}" for name in ("down_proj", "gate_up_proj") for half in "AB"
+    ]
+    config["target_parameters"] = [*BOTH, "router.weight"]
+    found = read(write(tmp_path, of_parameters() | router, **config), STACKED)
+    assert torch.equal(found.outer[1]["router.A"], router[f"{PREFIX}1.mlp.router.lora_A.weight"])
+    config["target_parameters"] = [*BOTH, "gate.weight"]
+    with pytest.raises(AdapterError, match=r"names 'gate.weight'; served are .*, mlp.router.weight"):
+        read(write(tmp_path, of_parameters(), **config), STACKED)
+
+
 def test_a_projection_is_not_targeted_in_two_ways(tmp_path: Path) -> None:
     tensors = of_parameters() | of_modules({(expert, "up_proj"): 2 for expert in range(NUM_EXPERTS)})
     config = {"target_modules": r".*layers\.0\..*\.up_proj", "target_parameters": BOTH}
@@ -166,6 +186,9 @@ def test_whole_weights_of_experts_and_routers_are_refused(tmp_path: Path) -> Non
         "mlp.gate.weight",
         "mlp.experts.base_layer.base_layer.down_proj",
         "mlp.experts.0.up_proj.weight",
+        "mlp.router.bias",
+        "mlp.experts.gate_up_proj_bias",
+        "self_attn.sinks",
     ):
         tensors = of_parameters() | {f"{PREFIX}0.{name}": torch.zeros(2, 2)}
         with pytest.raises(AdapterError, match="is a whole weight"):

@@ -67,6 +67,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "norm_topk_prob": True,
     },
+    "gpt_oss": {
+        "head_dim": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 24,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "smollm3": {"pad_token_id": 0, "no_rope_layer_interval": 2},
 }
 
@@ -76,7 +91,7 @@ FUSED_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 def all_linear(family: str) -> tuple[str, ...]:
     """The projections by the names that the family's checkpoints have for them."""
-    if family in ("mixtral", "qwen3_moe"):  # experts' are no modules
+    if family in ("mixtral", "qwen3_moe", "gpt_oss"):  # experts' are no modules
         return ALL_LINEAR[:4]
     return FUSED_LINEAR if family == "phi3" else ALL_LINEAR
 
@@ -103,6 +118,8 @@ def make_model(path: Path, family: str = "llama", **overrides: Any) -> Path:
     for name, parameter in model.named_parameters():  # sharper than the default, so that greedy tokens vary
         if parameter.dim() > 1 or name.endswith(".bias"):
             parameter.data.normal_(0, 0.15)
+        elif name.endswith(".sinks"):
+            parameter.data.normal_(0, 2)
         elif family.startswith("gemma") and "post_" in name:  # else the embedding would drown what layers add
             parameter.data.uniform_(0, 4)
     model.save_pretrained(path)

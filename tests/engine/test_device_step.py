@@ -79,7 +79,7 @@ class Kernels:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return self._see(name)
 
-    def paged_attention(self, *tensors: Any, scale: float, window: int, softcap: float = 0.0) -> None:
+    def paged_attention(self, *tensors: Any, scale: float, window: int, **_: Any) -> None:
         meta: AttentionMetadata = tensors[-1]
         self.calls.add("paged_attention")
         assert meta.brought is not None, "its inputs come in a copy of their own"

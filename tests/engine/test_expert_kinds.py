@@ -17,9 +17,10 @@ from tests.engine.pressure import check_alone_and_mixed, check_under_pressure
 from toppings.engine import expert_lora
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-KINDS: dict[str, Callable[[], Any]] = {
-    "parameters": lambda: LoraConfig(r=4, lora_alpha=6, target_modules=[], target_parameters=BOTH),
-    "down": lambda: LoraConfig(
+ROUTERS = {"qwen3_moe": "gate.weight", "mixtral": "gate.weight", "gpt_oss": "router.weight"}
+KINDS: dict[str, Callable[[str], Any]] = {
+    "parameters": lambda _: LoraConfig(r=4, lora_alpha=6, target_modules=[], target_parameters=BOTH),
+    "down": lambda _: LoraConfig(
         r=4,
         use_rslora=True,
         target_modules=["q_proj"],
@@ -27,19 +28,20 @@ KINDS: dict[str, Callable[[], Any]] = {
         rank_pattern={"experts.down_proj": 3, r"layers\.1\.mlp\.experts\.down_proj": 5},
         alpha_pattern={r"layers\.2\.mlp\.experts\.down_proj": 20},
     ),
-    "gate-up": lambda: LoraConfig(
+    "gate-up": lambda _: LoraConfig(
         r=2, target_modules=["v_proj"], target_parameters=["model.layers.1.mlp.experts.gate_up_proj"]
     ),
-    "all-linear": lambda: LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"),
-    "router": lambda: LoraConfig(r=3, target_modules=[], target_parameters=["gate.weight"]),
-    "plain": lambda: LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["o_proj", "lm_head"]),
-    "ends": lambda: LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], modules_to_save=["norm"]),
+    "all-linear": lambda _: LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"),
+    "router": lambda family: LoraConfig(r=3, target_modules=[], target_parameters=[ROUTERS[family]]),
+    "plain": lambda _: LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "dora": lambda _: LoraConfig(r=4, use_dora=True, target_modules=["o_proj", "lm_head"]),
+    "ends": lambda _: LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], modules_to_save=["norm"]),
 }
 NAMES = {
     "qwen3_moe": ("mlp.gate", "mlp.experts.{}.", ("gate_proj", "up_proj", "down_proj")),
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")),
 }
+"""Of families whose experts were modules of their own."""
 World = tuple[Path, dict[str, Path]]
 
 
@@ -81,18 +83,25 @@ def make_by_module(
 
 
 MODES = ("on_demand", "pipelined", "cached", "cpu_assisted", "cpu_shrink", "auto")
-CASES = [*(("qwen3_moe", mode) for mode in MODES), ("mixtral", "auto")]
+CASES = [
+    *(("qwen3_moe", mode) for mode in MODES),
+    ("mixtral", "auto"),
+    ("gpt_oss", "auto"),
+    ("gpt_oss", "cpu_assisted"),
+]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=ROUTERS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     family = request.param
     root = tmp_path_factory.mktemp(family)
     model = make_model(root / "model", family)
     adapters = {
-        name: make_kind(root / name, model, config(), seed=i)
+        name: make_kind(root / name, model, config(family), seed=i)
         for i, (name, config) in enumerate(KINDS.items())
     }
+    if family not in NAMES:
+        return model, adapters
     adapters["modules"] = make_by_module(root / "modules", model, family, seed=1, with_router=False)
     adapters["all-modules"] = make_by_module(
         root / "all-modules", model, family, seed=2, with_router=True, r=3
@@ -112,17 +121,17 @@ def test_every_form_alone_and_mixed_with_all_other_kinds_matches_the_oracle(
     check_alone_and_mixed(model, tmp_path, adapters, prompts_of(adapters), mode)
 
 
-@pytest.mark.parametrize("world", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize(("world", "pool_kib"), [("qwen3_moe", 512), ("gpt_oss", 280)], indirect=["world"])
 def test_chunked_preempted_evicted_and_reloaded_they_give_the_same_tokens(
-    world: World, tmp_path: Path
+    world: World, pool_kib: int, tmp_path: Path
 ) -> None:
     model, adapters = world
     prompts = {name: make_prompt(i, 30) for i, name in enumerate(adapters)}
-    room = {"head_dim": 32, "device_kib": 512, "host_kib": 700}
+    room = {"head_dim": 32, "device_kib": pool_kib, "host_kib": 700}
     check_under_pressure(model, tmp_path, adapters, prompts, num_tokens=40, **room)
 
 
-@pytest.mark.parametrize("world", NAMES, indirect=True)
+@pytest.mark.parametrize("world", ROUTERS, indirect=True)
 def test_in_bfloat16_they_round_as_a_plain_adapter_does(world: World, tmp_path: Path) -> None:
     """Error of the prompt's log-probabilities against fp32's, of each kind: of the median position, for where
     two experts are nearly equal, rounding decides which is taken. Then one token at a time."""

@@ -25,6 +25,7 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     tiles = meta.tiles
     contexts = tiles.context_lens[: meta.num_decodes].tolist()
@@ -38,7 +39,9 @@ def paged_attention(
             rows = pages * meta.page_size + seen % meta.page_size
             heads = out[start:stop].view(q[start:stop].shape)
             queries, keys, values = q[start:stop], k_cache[rows], v_cache[rows]
-            prefill_attention_(heads, queries, keys, values, scale=scale, window=window, softcap=softcap)
+            prefill_attention_(
+                heads, queries, keys, values, scale=scale, window=window, softcap=softcap, sinks=sinks
+            )
 
 
 def add_lora(

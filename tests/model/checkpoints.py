@@ -48,6 +48,13 @@ PHI_LONG_ROPE = {
 }
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 9}
 QWEN3_MOE = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+GPT_OSS = {
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 9,
+    "rope_parameters": {**YARN_ROPE, "rope_theta": 150000.0, "beta_fast": 32.0, "truncate": False},
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biases": (
@@ -127,6 +134,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}),
     "qwen3-moe": ("Qwen3Moe", {**QWEN3_MOE, "norm_topk_prob": True}),
     "qwen3-moe-plain": ("Qwen3Moe", {**QWEN3_MOE, "attention_bias": True}),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss-plain": (
+        "GptOss",
+        {
+            **GPT_OSS,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "swiglu_alpha": 1.0,
+            "swiglu_limit": 0.5,
+        },
+    ),
     "smollm3": ("SmolLM3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     "smollm3-window": (
         "SmolLM3",
@@ -154,6 +173,8 @@ def build(variant: str, dtype: torch.dtype = torch.float32) -> Any:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
+        elif "sinks" in name:
+            parameter.data.normal_(0, 2)
         else:
             parameter.data.normal_(0, 0.15)
     return model.to(dtype)

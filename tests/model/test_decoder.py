@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gate import NO_TRITON
 from tests.model.checkpoints import VARIANTS, build, new_cache, reference_logits, run, save
 from tests.tolerances import rms
 from toppings.model.config import ModelConfig
@@ -32,7 +33,9 @@ def test_fp32_logits_are_those_of_transformers_however_the_prompt_is_split(
         torch.testing.assert_close(run(decoder, IDS, cuts), expected, **FP32)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2-window", "qwen3", "gemma2", "phi3-partial", "olmo2"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "qwen2-window", "qwen3", "gemma2", "phi3-partial", "olmo2", "gpt-oss"]
+)
 def test_without_numba_the_logits_are_the_same(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +44,17 @@ def test_without_numba_the_logits_are_the_same(
     decoder = Decoder.load(save(model, tmp_path), dtype=torch.float32)
     for cuts in SPLITS.values():
         torch.testing.assert_close(run(decoder, IDS, cuts), reference_logits(model, IDS), **FP32)
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason=NO_TRITON)
+def test_in_the_gpus_kernels_sinks_and_biased_experts_give_the_same_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = build("gpt-oss"), IDS[:24]
+    save(model, tmp_path)
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cpu",))
+    decoder = Decoder.load(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(run(decoder, ids, [14, 15, 24]), reference_logits(model, ids), **FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -56,7 +70,7 @@ def test_half_precision_is_as_near_to_fp32_as_transformers_is(
         assert rms(run(decoder, IDS, cuts) - exact) < 1.25 * theirs
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_experts_in_half_precision_are_as_near_to_fp32_as_transformers_are(
     variant: str, tmp_path: Path
 ) -> None:

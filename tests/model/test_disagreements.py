@@ -195,6 +195,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         config(num_experts_per_tok=5),
         "num_experts_per_tok is 5; it must be from 1 to 4",
     ),
+    "a limit of nothing": ("gpt-oss", config(swiglu_limit=0), "swiglu_limit is 0.*above 0|not valid"),
     "fewer experts": ("qwen3-moe", config(num_local_experts=7, num_experts=7), "has shape|does not use"),
     "attention to both sides": (
         "gemma2",

@@ -62,7 +62,12 @@ def test_what_cannot_be_split_is_named(num_parts: int, problem: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "problem"), [("olmo2", "norms over all queries"), ("mixtral", "experts, which are not split")]
+    ("family", "problem"),
+    [
+        ("olmo2", "norms over all queries"),
+        ("mixtral", "experts, which are not split"),
+        ("gpt_oss", "experts, which are not split"),
+    ],
 )
 def test_what_is_not_split_yet_is_named(family: str, problem: str, tmp_path: Path) -> None:
     config = ModelConfig.from_checkpoint(make_model(tmp_path / "model", family))

@@ -34,6 +34,7 @@ def attend(
     shift: float = 0,
     device: torch.device | str = "cpu",
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `paged_attention` on `device` and its reference say for random queries and cache."""
     num_heads, num_kv_heads, head_dim = heads
@@ -62,10 +63,11 @@ def attend(
         scale=scale,
         sliding_window=window,
         softcap=softcap,
+        sinks=None if sinks is None else sinks.to(device),
     ).cpu()
     q = qkv[:, :num_heads]
     expected = paged_attention_reference(
-        q, cache.k[0], cache.v[0], meta, scale=scale, sliding_window=window, softcap=softcap
+        q, cache.k[0], cache.v[0], meta, scale=scale, sliding_window=window, softcap=softcap, sinks=sinks
     )
     return actual, expected
 
@@ -96,6 +98,26 @@ def test_capped_scores_agree_with_the_reference(dtype: torch.dtype, window: int 
     assert_close(actual, expected, scale=3)
     uncapped, _ = attend(meta, dtype, (6, 2, 24), window, shift=1.0)
     assert (actual - uncapped).abs().max() > 0.1
+
+
+SINKS = torch.tensor([-3.0, 0.0, 1.0, 2.0, 4.0, 200.0])
+"""Of six heads: the last one's leaves nothing for the keys."""
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [None, 5])
+def test_sinks_take_their_part_of_the_weights(dtype: torch.dtype, window: int | None, softcap: float) -> None:
+    """Whatever the keys' mean is: a score counts as it is then."""
+    meta = step(3, [1, 1, 1, 9, 6, 1], [1, 17, 40, 9, 21, 1])
+    torch.manual_seed(3)
+    actual, expected = attend(meta, dtype, (6, 2, 24), window, 0.5, softcap=softcap, sinks=SINKS)
+    assert_close(actual, expected, scale=3)
+    torch.manual_seed(3)
+    without, _ = attend(meta, dtype, (6, 2, 24), window, 0.5, softcap=softcap)
+    change = (actual - without).view(-1, 6, 24).abs().amax((0, 2))
+    assert (change[1:] > 0.1).all()
+    assert actual.float().view(-1, 6, 24)[:, 5].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("window", [None, 100, 300])

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from tests.tolerances import assert_close
-from toppings.ops.activation import gelu_mul, gelu_mul_reference, silu_mul, silu_mul_reference
+from toppings.ops.activation import (
+    clamped_swiglu,
+    clamped_swiglu_reference,
+    gelu_mul,
+    gelu_mul_reference,
+    silu_mul,
+    silu_mul_reference,
+)
 from toppings.ops.norm import add_rms_norm_, rms_norm, rms_norm_reference
 from toppings.ops.rope import (
     HeadNorm,
@@ -53,6 +60,15 @@ def test_silu_mul_agrees_with_its_reference(dtype: torch.dtype, num_rows: int) -
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_clamped_swiglu_agrees_with_its_reference(dtype: torch.dtype, num_rows: int) -> None:
+    """Of values on both sides of the limit."""
+    gate_up = (torch.randn(num_rows, 2 * 50) * 5).to(dtype)
+    expected = clamped_swiglu_reference(gate_up, alpha=1.702, limit=7.0)
+    assert_close(clamped_swiglu(gate_up, alpha=1.702, limit=7.0), expected)
+
+
+@pytest.mark.usefixtures("form")
 def test_silu_mul_is_right_where_the_exponential_saturates() -> None:
     gate = torch.tensor([[-200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0]])
     gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
@@ -64,6 +80,11 @@ def test_not_a_number_is_not_hidden(dtype: torch.dtype) -> None:
     gate_up = torch.ones(1, 8, dtype=dtype)
     gate_up[0, 4] = torch.nan
     assert silu_mul(gate_up).isnan().tolist() == [[True, False, False, False]]
+    for place in (4, 5):
+        gate_up = torch.ones(1, 8, dtype=dtype)
+        gate_up[0, place] = torch.nan
+        clamped = clamped_swiglu(gate_up, alpha=1.702, limit=7.0)
+        assert clamped.isnan().tolist() == [[False, False, True, False]]
 
 
 @pytest.mark.usefixtures("form")

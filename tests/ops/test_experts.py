@@ -1,12 +1,15 @@
+from functools import partial
+from typing import TypeGuard
+
 import pytest
 import torch
 
 from tests.ops.gpu_world import DEVICE, needs_triton
 from tests.tolerances import assert_close
 from toppings.ops import dispatch
-from toppings.ops.activation import gelu_mul, silu_mul
+from toppings.ops.activation import clamped_swiglu, gelu_mul, silu_mul
 from toppings.ops.experts import ExpertLinears, Experts, GroupedRows, reference, route
-from toppings.ops.linear import Linear
+from toppings.ops.linear import Linear, QuantizedLinear
 
 NUM_EXPERTS, HIDDEN, SIZE = 6, 32, 24
 
@@ -30,6 +33,33 @@ def test_rows_grouped_by_expert_agree_with_token_by_token(num_rows: int, is_norm
         )
         expected = reference(x, router, gate_up, down, activation, 2, is_normalised=is_normalised)
         assert_close(experts(x), expected)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("bits", [None, 8])
+def test_every_expert_and_the_router_have_biases_of_their_own(bits: int | None) -> None:
+    torch.manual_seed(0)
+    activation = partial(clamped_swiglu, alpha=1.702, limit=7.0)
+    x, router = torch.randn(9, HIDDEN), torch.randn(NUM_EXPERTS, HIDDEN)
+    gate_up = torch.randn(NUM_EXPERTS, 2 * SIZE, HIDDEN) / HIDDEN**0.5
+    down = torch.randn(NUM_EXPERTS, HIDDEN, SIZE) / SIZE**0.5
+    biases = (torch.randn(NUM_EXPERTS), torch.randn(NUM_EXPERTS, 2 * SIZE), torch.randn(NUM_EXPERTS, HIDDEN))
+    first, second = (
+        ExpertLinears(weight.flatten(0, 1), NUM_EXPERTS, bits, bias)
+        for weight, bias in ((gate_up, biases[1]), (down, biases[2]))
+    )
+    experts = Experts(Linear(router, biases[0]), first, second, activation, 2, is_normalised=True)
+    if bits is not None:  # what is served is what the codes stand for
+        gate_up, down = (
+            torch.stack([each.weight.dequantized() for each in linears.linears if is_quantized(each)])
+            for linears in (first, second)
+        )
+    expected = reference(x, router, gate_up, down, activation, 2, is_normalised=True, biases=biases)
+    assert_close(experts(x), expected)
+
+
+def is_quantized(product: Linear | QuantizedLinear) -> TypeGuard[QuantizedLinear]:
+    return isinstance(product, QuantizedLinear)
 
 
 def test_no_rows_give_none() -> None:
@@ -98,15 +128,16 @@ def test_the_grouped_kernel_agrees_with_products_expert_by_expert(
     generator = torch.Generator().manual_seed(1)
     num_in, num_out, num = 72, 136, 4
     weight = torch.randn(num * num_out, num_in, generator=generator).to(dtype) / num_in**0.5
+    bias = torch.randn(num, num_out, generator=generator).to(dtype)
     experts = torch.randint(num, (num_tokens, 1), generator=generator)
     rows = GroupedRows.of(experts.to(DEVICE), num)
     x = torch.randn(num_tokens, num_in, generator=generator).to(dtype)
     expected = torch.cat(
         [
-            part.float() @ weight.view(num, num_out, num_in)[expert].float().t()
+            part.float() @ weight.view(num, num_out, num_in)[expert].float().t() + bias[expert].float()
             for expert, part in enumerate(torch.split(x, rows.counts))
         ]
     )
-    y = ExpertLinears(weight.to(DEVICE), num)(x.to(DEVICE), rows)
+    y = ExpertLinears(weight.to(DEVICE), num, bias=bias.to(DEVICE))(x.to(DEVICE), rows)
     assert y.dtype == dtype
     assert_close(y.cpu(), expected.to(dtype))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.gpu_world import DEVICE, needs_triton
-from tests.ops.test_attention import PAGE_SIZE, attend, step
+from tests.ops.test_attention import PAGE_SIZE, SINKS, attend, step
 from tests.tolerances import assert_close
 from toppings.ops import dispatch
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
@@ -53,6 +53,16 @@ def test_capped_scores_agree_with_the_reference(
     assert_close(*attend(meta, dtype, (6, 2, 24), window, 1.0, DEVICE, softcap=2.0), scale=2)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_sinks_take_their_part_of_the_weights(
+    dtype: torch.dtype, window: int | None, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_attention, "num_splits", lambda *_: splits)
+    meta = step(3, [1, 1, 1, 9, 6, 1], [1, 17, 40, 9, 21, 1])
+    assert_close(*attend(meta, dtype, (6, 2, 24), window, 0.5, DEVICE, sinks=SINKS), scale=2)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_prompts_longer_than_a_tile_agree_with_the_reference(window: int | None) -> None:
     meta = step(0, [130, 70], [130, 190])
@@ -68,6 +78,11 @@ def test_sequences_without_keys_give_zeros() -> None:
     q, kv = torch.randn(2, 4, 16, device=DEVICE), torch.zeros(2, 2, 16, device=DEVICE)
     out = paged_attention(q, kv, kv, cache.k[0], cache.v[0], meta, scale=0.25)
     assert out.tolist() == [[3.0] * 64, [0.0] * 64]
+    out = paged_attention(
+        q, kv, kv, cache.k[0], cache.v[0], meta, scale=0.25, sinks=torch.zeros(4, device=DEVICE)
+    )
+    assert_close(out[0].cpu(), torch.full((64,), 3 * 5 / 6))  # all five keys score 0, as the sink does
+    assert not out[1].any()
 
 
 def test_splits_fill_the_device_and_no_more() -> None:

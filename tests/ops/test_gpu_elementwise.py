@@ -8,7 +8,14 @@ import torch
 from tests.ops.gpu_world import DEVICE, needs_triton
 from tests.ops.test_elementwise import random_norm
 from tests.tolerances import assert_close
-from toppings.ops.activation import gelu_mul, gelu_mul_reference, silu_mul, silu_mul_reference
+from toppings.ops.activation import (
+    clamped_swiglu,
+    clamped_swiglu_reference,
+    gelu_mul,
+    gelu_mul_reference,
+    silu_mul,
+    silu_mul_reference,
+)
 from toppings.ops.norm import add_rms_norm_, rms_norm, rms_norm_reference
 from toppings.ops.rope import Rope, rotate_and_store_, rotate_and_store_reference_
 
@@ -39,12 +46,16 @@ def test_silu_mul_agrees_with_its_reference(dtype: torch.dtype, num_rows: int, s
     gate_up = (torch.randn(num_rows, 2 * size) * 5).to(DEVICE, dtype)
     assert_close(silu_mul(gate_up), silu_mul_reference(gate_up))
     assert_close(gelu_mul(gate_up), gelu_mul_reference(gate_up))
+    clamped = clamped_swiglu_reference(gate_up, alpha=1.702, limit=7.0)
+    assert_close(clamped_swiglu(gate_up, alpha=1.702, limit=7.0), clamped)
 
 
 def test_silu_mul_is_right_where_the_exponential_saturates_and_hides_no_nan() -> None:
     gate = torch.tensor([[-200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0, torch.nan]], device=DEVICE)
     gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
     torch.testing.assert_close(silu_mul(gate_up), silu_mul_reference(gate_up), equal_nan=True)
+    clamped = clamped_swiglu_reference(gate_up, alpha=1.702, limit=7.0)
+    torch.testing.assert_close(clamped_swiglu(gate_up, alpha=1.702, limit=7.0), clamped, equal_nan=True)
 
 
 @pytest.mark.parametrize("num_turned", [None, 10])

@@ -30,9 +30,10 @@ _KEY = re.compile(
 )
 _BASE_PARAMETER = re.compile(
     r"base_model\.model\.(?:lm_head|model\.(?:embed_tokens|norm|layers\.\d+\.(?:\w+layernorm|(?:self_attn|mlp)\."
-    r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?)|(?:mlp|block_sparse_moe)\.(?:gate(?:\.base_layer)?|experts\.\d+\.\w+)"
-    r")))\.(?:weight|bias)"
-    r"|base_model\.model\.model\.layers\.\d+\.mlp\.experts\.(?:base_layer\.)*(?:gate_up|down)_proj"
+    r"(?:[qk]_norm|\w+_proj(?:\.base_layer)?)"
+    r"|(?:mlp|block_sparse_moe)\.(?:(?:gate|router)(?:\.base_layer)?|experts\.\d+\.\w+))))\.(?:weight|bias)"
+    r"|base_model\.model\.model\.layers\.\d+\.(?:self_attn\.sinks"
+    r"|mlp\.experts\.(?:base_layer\.)*(?:gate_up|down)_proj(?:_bias)?)"
 )
 _OPTIONS = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
 """What of the configuration makes a tensor of a projection."""

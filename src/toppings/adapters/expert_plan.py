@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 GATE, UP, DOWN, GATE_UP = range(len(EXPERT_MODULES))
 ROUTER_MODULE = len(EXPERT_MODULES)
 _WRAPPED = "mlp.experts"  # as transformers calls the module that has the parameters, in all families
-_PARAMETERS = {
-    f"{_WRAPPED}.gate_up_proj": GATE_UP,
-    f"{_WRAPPED}.down_proj": DOWN,
-    "mlp.gate.weight": ROUTER_MODULE,
-}
 _KEY = re.compile(
     r"base_model\.model\.(?P<stem>model\.layers\.\d{1,6}\.[\w.]{1,99}?)\.lora_(?P<half>[AB])(?:\.default)?\.weight",
     re.ASCII,
@@ -56,10 +51,9 @@ class Site:
 
 
 def module_sites(shapes: BaseShapes) -> Iterator[Site]:
-    """Routers, and every projection of every expert. There are none without a mixture."""
-    if (mixture := shapes.mixture) is None:
+    """Routers, and every projection of every expert, where these are modules."""
+    if (mixture := shapes.mixture) is None or (names := mixture.names).are_stacked:
         return
-    names = mixture.names
     for layer in range(shapes.num_layers):
         prefix = f"model.layers.{layer}."
         yield Site(prefix + names.router, layer, ROUTER_MODULE)
@@ -68,10 +62,17 @@ def module_sites(shapes: BaseShapes) -> Iterator[Site]:
                 yield Site(prefix + name.format(expert), layer, module, expert)
 
 
+def _parameters(shapes: BaseShapes) -> dict[str, int]:
+    """Those of a layer that hold all experts, and its router's weight, by name: what they are."""
+    if (mixture := shapes.mixture) is None:
+        return {}
+    names = {f"{_WRAPPED}.gate_up_proj": GATE_UP, f"{_WRAPPED}.down_proj": DOWN}
+    return {**names, mixture.names.router_parameter: ROUTER_MODULE}
+
+
 def parameter_sites(shapes: BaseShapes) -> Iterator[Site]:
-    """Parameters that hold all experts of a layer, and routers' weights."""
-    for layer in range(shapes.num_layers if shapes.mixture is not None else 0):
-        for name, module in _PARAMETERS.items():
+    for layer in range(shapes.num_layers):
+        for name, module in _parameters(shapes).items():
             yield Site(f"model.layers.{layer}.{name}", layer, module)
 
 
@@ -137,7 +138,7 @@ class ExpertPlan:
         known = [site.name for site in parameter_sites(self._shapes)]
         for target in self._config.target_parameters:
             if target == "weight" or not any(name == target or name.endswith(f".{target}") for name in known):
-                served = f"{', '.join(_PARAMETERS)}" if known else "none, as the base model has no experts"
+                served = ", ".join(_parameters(self._shapes)) or "none, as the base model has no experts"
                 raise AdapterError(f"target_parameters names {shorten(target)}; served are {served}")
 
     def _check(self, stored: Mapping[str, StoredTensor]) -> None:

@@ -31,7 +31,9 @@ class ModelConfig:
     by `residual_multiplier`; embeddings by `embedding_multiplier`, which may be rounded to their type first.
     Attention's scores are q · k times `attention_scale`, logits are divided by `logits_divisor`; a softcap c
     makes c · tanh(s / c) of either, 0 leaves them as they are. With experts, `intermediate_size` is that of
-    one, and the weights of a token's add up to 1 if `are_routes_normalised`.
+    one, and the weights of a token's add up to 1 if `are_routes_normalised`. `swiglu`: alpha and limit of
+    `ops.activation.clamped_swiglu`, which then takes the place of `activation`. `has_sinks`: each head has a
+    logit of its own in attention's softmax.
     """
 
     architecture: str
@@ -68,6 +70,9 @@ class ModelConfig:
     num_experts: int = 0
     num_experts_per_token: int = 0
     are_routes_normalised: bool = False
+    has_expert_bias: bool = False
+    swiglu: tuple[float, float] | None = None
+    has_sinks: bool = False
 
     @classmethod
     def from_checkpoint(cls, path: Path | str) -> "ModelConfig":
@@ -201,7 +206,8 @@ def _check_served(path: Path, raw: dict[str, Any]) -> str:
 
 def _convert(source: Any, ropes: Ropes, architecture: str, generation: dict[str, Any]) -> ModelConfig:
     family = FAMILIES[architecture]
-    activation = getattr(source, name := family.activation_field)
+    name = family.activation_field
+    activation = getattr(source, name) if name else "silu"
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name} is {activation!r}; supported: {', '.join(map(repr, ACTIVATIONS))}")
     has_bias = family.heeds_attention_bias and bool(source.attention_bias)

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from toppings.model.config import ModelConfig
-from toppings.model.projections import HEAD_BITS, experts
+from toppings.model.projections import HEAD_BITS, activation, experts
 from toppings.model.weights import read_quantized, read_weights
-from toppings.ops.activation import ACTIVATIONS
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
 from toppings.ops.experts import ExpertLora, Experts
 from toppings.ops.linear import Linear, QuantizedLinear, linear
@@ -77,6 +76,7 @@ class _Layer:
     projections: dict[str, Linear | QuantizedLinear]  # by projection group
     head_norm: HeadNorm | None
     sliding_window: int | None
+    sinks: Tensor | None  # fp32 [heads]
     rope: int  # which of the model's
     experts: Experts | None  # in the place of the groups gate_up and down
 
@@ -110,6 +110,7 @@ class _Layer:
             },
             head_norm,
             config.sliding_windows[layer],
+            take(prefix + "sinks").float() if config.has_sinks else None,
             config.ropes.of_layer[layer],
             experts(of, prefix, config, bits) if config.has_experts else None,
         )
@@ -151,7 +152,7 @@ class Decoder:
             _Layer.take(weights, quantized, layer, config, bits) for layer in range(config.num_layers)
         ]
         self._norm = RmsNorm("norm", weights.pop("norm"), config.rms_norm_eps, config.norm_base)
-        self._gate = ACTIVATIONS[config.activation]
+        self._gate = activation(config)
         # A tied one may be stored, too, and then counts where it differs.
         head = quantized.get("lm_head", weights.pop("lm_head", None))
         assert head is not None or config.tie_word_embeddings
@@ -332,6 +333,7 @@ class Decoder:
             scale=config.attention_scale,
             sliding_window=layer.sliding_window,
             softcap=config.attention_softcap,
+            sinks=layer.sinks,
         )
         return self._project(step, index, "o", x)
 

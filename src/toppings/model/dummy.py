@@ -15,15 +15,15 @@ def dummy_weights(
 ) -> dict[str, Tensor]:
     """The decoder's tensors by name, as `read_weights` gives them, drawn on the device itself.
 
-    Norms multiply by 1, biases are 0, matrices normal with variance 1 / inputs, embeddings with variance 1.
-    The same seed gives the same weights on the same kind of device."""
+    Norms multiply by 1, biases and sinks are 0, matrices normal with variance 1 / inputs, embeddings with
+    variance 1. The same seed gives the same weights on the same kind of device."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, shape in weight_shapes(config).items():
         weight = torch.empty(shape, dtype=dtype, device=device)
         if name.endswith("norm"):
             weight.fill_(1.0 - config.norm_base)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".sinks")):
             weight.zero_()
         else:
             weight.normal_(std=1.0 if name == "embed" else shape[1] ** -0.5, generator=generator)

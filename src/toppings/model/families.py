@@ -1,6 +1,7 @@
 """The supported architectures: what transformers' class for each does, as data, and which fields of
 config.json it heeds. `docs/adding-a-model.md` shows how one is added."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,14 @@ MIXTRAL_EXPERTS = ExpertNames(
     "block_sparse_moe.experts.{}.w3",
     "block_sparse_moe.experts.{}.w2",
 )
+STACKED_EXPERTS = ExpertNames(
+    "mlp.router",
+    gate="mlp.experts.gate_up_proj",
+    up="mlp.experts.gate_up_proj",
+    down="mlp.experts.down_proj",
+    are_stacked=True,
+    router_parameter="mlp.router.weight",
+)
 PRE = Norms()
 SANDWICH = Norms(
     attention_out="post_attention_layernorm",
@@ -46,7 +55,7 @@ class Family:
     and that other families have not. `is_fused`: the checkpoint has `qkv_proj` and `gate_up_proj`, which
     adapters target. `rotary`: "plain", "partial" (a part of each head may be turned), "by_type" (frequencies
     by layer type) or "no_rope_layers" (some layers have none). `experts`: they stand in the place of the
-    feed-forward layer.
+    feed-forward layer. `activation_field`: "" where the class heeds none.
     """
 
     model_type: str
@@ -111,6 +120,15 @@ def _experts(source: Any, num_experts: Any, size: Any, *, is_normalised: bool) -
     }
 
 
+def _gpt_oss(source: Any) -> dict[str, Any]:
+    alpha, limit = source.swiglu_alpha, source.swiglu_limit
+    for name, value in (("swiglu_alpha", alpha), ("swiglu_limit", limit)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}; it must be a number above 0")
+    swiglu = float(alpha), float(limit)
+    return {**_mixtral(source), "has_expert_bias": True, "has_sinks": True, "swiglu": swiglu}
+
+
 def _granite(source: Any) -> dict[str, Any]:
     return {
         "embedding_multiplier": source.embedding_multiplier,
@@ -169,6 +187,15 @@ FAMILIES = {
         heeds_attention_bias=True,
         numbers=_qwen3_moe,
         experts=ExpertNames(),
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        has_window=True,
+        heeds_attention_bias=True,
+        heeds_layer_types=True,
+        activation_field="",
+        numbers=_gpt_oss,
+        experts=STACKED_EXPERTS,
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",

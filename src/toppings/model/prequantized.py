@@ -11,6 +11,8 @@ first), with a scale and perhaps a zero point for each group of inputs: W = scal
 * compressed-tensors, pack-quantized: `weight_packed` [out, in / 8 or 4], whose middle code is the zero;
   scales [out, groups].
 * compressed-tensors, int-quantized: `weight` [out, in], int8; scales [out, groups].
+
+Another, mxfp4, is of floats of 4 bits (`mxfp4.py`).
 """
 
 from contextlib import ExitStack
@@ -21,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toppings.model import mxfp4
 from toppings.model.files import open_tensors, read_json
 from toppings.ops.quantized import GROUP, GROUPS, QuantizedWeight, pack_nibbles
 
-METHODS = ("gptq", "awq", "compressed-tensors")
+METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4")
 _WORD_BITS = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _CODES = {"gptq": "qweight", "awq": "qweight", "pack-quantized": "weight_packed", "int-quantized": "weight"}
@@ -34,8 +37,8 @@ _BESIDE = ("qzeros", "scales", "g_idx", "weight_scale", "weight_shape")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint's projections are stored. `form`: a key of `_CODES`; `zero_shift` is added to stored
-    zeros."""
+    """How a checkpoint's projections are stored. `form`: a key of `_CODES`, or "mxfp4"; `zero_shift` is added
+    to stored zeros."""
 
     form: str
     bits: int
@@ -49,6 +52,8 @@ class Scheme:
             return cls._compressed(config)
         if method not in METHODS:
             raise ValueError(f"it is quantized ({method}); of quantized ones, {', '.join(METHODS)} are read")
+        if method == "mxfp4":
+            return cls("mxfp4", 4)
         if (bits := config.get("bits", config.get("w_bit"))) != 4:
             raise ValueError(f"{method} with bits {bits!r} is not read, only with 4")
         if method == "awq":
@@ -92,6 +97,8 @@ def open_weights(path: Path, stack: ExitStack) -> dict[str, Any]:
 def unpacked(scheme: Scheme, places: dict[str, Any]) -> dict[str, Any]:
     """`places` (open file by tensor name) with the projections under their ordinary names, which are made as
     they are asked for. Raises ValueError where a projection's parts are missing or do not fit."""
+    if scheme.form == "mxfp4":
+        return mxfp4.unpacked(places)
     suffix = "." + _CODES[scheme.form]
     scales = ".weight_scale" if "quantized" in scheme.form else ".scales"
     bases = [name.removesuffix(scales) for name in places if name.endswith(scales)]

@@ -30,11 +30,19 @@ _SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 @dataclass(frozen=True)
 class _Piece:
-    """A checkpoint tensor's place: rows `start` on of the decoder's tensor `target`."""
+    """A checkpoint tensor's place: rows `start` on of the decoder's tensor `target`. One of three dimensions
+    holds matrices [in, out], which are turned and stand there one below the other."""
 
     target: str
     start: int
     shape: tuple[int, ...]
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        if len(self.shape) < 3:
+            return self.shape
+        num, num_in, num_out = self.shape
+        return num * num_out, num_in
 
 
 def read_weights(
@@ -65,8 +73,11 @@ def read_weights(
                 continue
             if piece.target not in weights:
                 weights[piece.target] = torch.empty(shapes[piece.target], dtype=dtype)
-            rows = slice(piece.start, piece.start + piece.shape[0])
-            weights[piece.target][rows].copy_(_read(places[name], name, config, part))
+            rows = weights[piece.target][piece.start : piece.start + piece.target_shape[0]]
+            if len(piece.shape) == 3:
+                _read_stacked(rows.view(piece.shape[0], -1, piece.shape[1]), places[name], name)
+            else:
+                rows.copy_(_read(places[name], name, config, part))
     if config.tie_word_embeddings and "lm_head" in weights:
         _drop_copy(path, weights)
     return weights
@@ -157,6 +168,13 @@ def _read(file: Any, name: str, config: ModelConfig, part: Part | None) -> Tenso
     return torch.cat(cuts) if len(cuts) > 1 else cuts[0]
 
 
+def _read_stacked(target: Tensor, file: Any, name: str) -> None:
+    """target: [n, out, in], which the file has as [n, in, out]; one after the other, since each is large."""
+    stored = file.get_slice(name)
+    for index, matrix in enumerate(target):
+        matrix.copy_(stored[index : index + 1][0].t())
+
+
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """By name, the shapes of the tensors that `read_weights` gives."""
     return _target_shapes(dict(_plan(config)))
@@ -177,8 +195,8 @@ def _plan_for(config: ModelConfig, places: dict[str, Any]) -> dict[str, _Piece]:
 def _target_shapes(plan: dict[str, _Piece]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in plan.values():
-        num_rows = piece.start + piece.shape[0]  # pieces come in order, the last one reaches to the end
-        shapes[piece.target] = (num_rows, *piece.shape[1:])
+        num_rows, *rest = piece.target_shape
+        shapes[piece.target] = (piece.start + num_rows, *rest)  # in order: the last one reaches to the end
     return shapes
 
 
@@ -203,6 +221,8 @@ def _layer_plan(config: ModelConfig, source: str, target: str) -> Iterator[tuple
         for norm, size in (("q_norm", config.q_size), ("k_norm", config.kv_size)):
             shape = (size if is_whole else config.head_dim,)
             yield f"{source}self_attn.{norm}.weight", _Piece(f"{target}{norm}", 0, shape)
+    if config.has_sinks:
+        yield f"{source}self_attn.sinks", _Piece(f"{target}sinks", 0, (config.num_heads,))
     _, sizes = config.base_shapes()
     biases = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     stored = stored_modules(is_fused=config.is_fused, has_experts=config.has_experts)
@@ -219,10 +239,17 @@ def _expert_plan(config: ModelConfig, source: str, target: str) -> Iterator[tupl
     """All experts one below the other, gate and up of each together."""
     if (names := config.expert_names) is None:
         return
-    hidden, size = config.hidden_size, config.intermediate_size
-    yield f"{source}{names.router}.weight", _Piece(f"{target}router.weight", 0, (config.num_experts, hidden))
-    for expert in range(config.num_experts):
-        gate_up, down = f"{target}experts.gate_up.weight", f"{target}experts.down.weight"
+    num, hidden, size = config.num_experts, config.hidden_size, config.intermediate_size
+    yield f"{source}{names.router}.weight", _Piece(f"{target}router.weight", 0, (num, hidden))
+    gate_up, down = f"{target}experts.gate_up.weight", f"{target}experts.down.weight"
+    if names.are_stacked:
+        yield f"{source}{names.gate}", _Piece(gate_up, 0, (num, hidden, 2 * size))
+        yield f"{source}{names.down}", _Piece(down, 0, (num, size, hidden))
+    if config.has_expert_bias:
+        yield f"{source}{names.router}.bias", _Piece(f"{target}router.bias", 0, (num,))
+        yield f"{source}{names.gate}_bias", _Piece(f"{target}experts.gate_up.bias", 0, (num, 2 * size))
+        yield f"{source}{names.down}_bias", _Piece(f"{target}experts.down.bias", 0, (num, hidden))
+    for expert in range(0 if names.are_stacked else num):
         start = 2 * expert * size
         yield f"{source}{names.gate.format(expert)}.weight", _Piece(gate_up, start, (size, hidden))
         yield f"{source}{names.up.format(expert)}.weight", _Piece(gate_up, start + size, (size, hidden))

@@ -1,7 +1,9 @@
 """The gated activation of the feed-forward layer."""
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +22,11 @@ def gelu_mul_reference(gate_up: Tensor) -> Tensor:
     return (functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
+def clamped_swiglu_reference(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    gate, up = gate_up.float()[:, ::2].clamp(max=limit), gate_up.float()[:, 1::2].clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up in fp32, rounded once. gate_up: [T, 2N] contiguous, gate first; returns [T, N]."""
     return _gate(gate_up, "silu_mul", silu_mul_reference)
@@ -30,16 +37,24 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     return _gate(gate_up, "gelu_mul", gelu_mul_reference)
 
 
-def _gate(gate_up: Tensor, name: str, reference: Activation) -> Tensor:
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """gate · sigmoid(alpha · gate) · (up + 1) likewise, of a gate of at most `limit` and an up from -limit to
+    limit. In gate_up they take turns: gate, up, gate, up, ..."""
+    reference = partial(clamped_swiglu_reference, alpha=alpha, limit=limit)
+    return _gate(gate_up, "clamped_swiglu", reference, float(alpha), float(limit))
+
+
+def _gate(gate_up: Tensor, name: str, reference: Activation, *numbers: float) -> Tensor:
     if (gpu := gpu_kernels("elementwise", gate_up)) is not None:
-        getattr(gpu, name)(out := gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), gate_up)
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        getattr(gpu, name)(out, gate_up, *numbers)
         return out
     if (fast := kernels("elementwise", gate_up)) is None:
         return reference(gate_up)
     size = gate_up.shape[1] // 2
     out = gate_up.new_empty(gate_up.shape[0], size)
     assert gate_up.is_contiguous()
-    getattr(fast, name)(gate_up, gate_up.shape[0], 4 * out.numel(), out, gate_up, size)
+    getattr(fast, name)(gate_up, gate_up.shape[0], 4 * out.numel(), out, gate_up, size, *numbers)
     return out
 
 

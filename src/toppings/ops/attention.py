@@ -110,6 +110,14 @@ def causal_mask(num_queries: int, num_keys: int, window: int, device: torch.devi
     return (key <= query) & (key > query - window)
 
 
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the keys of scores [H, n, m]; a head's sink is one more, whose weight nobody gets."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+
+
 def paged_attention_reference(
     q: Tensor,
     k_cache: Tensor,
@@ -119,6 +127,7 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention` sequence by sequence in fp32, everything read from the cache."""
     out = []
@@ -131,7 +140,7 @@ def paged_attention_reference(
         if softcap:
             scores = softcap * (scores / softcap).tanh()
         mask = causal_mask(queries.shape[0], length, sliding_window or NO_WINDOW, q.device)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        weights = _softmax(scores.masked_fill(~mask, -torch.inf), sinks)
         out.append(torch.einsum("hqk,khd->qhd", weights, values))
     return torch.cat(out).to(q.dtype).flatten(1)
 
@@ -147,20 +156,24 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q Kᵀ) V per head; each query sees its sequence up to itself, `sliding_window` keys at
-    most. With a `softcap` c, scores s become c · tanh(s / c) before the softmax.
+    most. With a `softcap` c, scores s become c · tanh(s / c) before the softmax; with `sinks`, a logit for
+    each head, each softmax's denominator has e^sink in it, too.
 
     q: [T, H, D]; k, v: [T, Hkv, D], this step's own, already in the cache; H a multiple of Hkv (grouped
-    queries); rows may be strided. Returns [T, H · D] of q's dtype.
+    queries); rows may be strided; sinks: fp32 [H]. Returns [T, H · D] of q's dtype.
     """
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     window = sliding_window or NO_WINDOW
     if (gpu := gpu_kernels("attention", q)) is not None:
-        gpu.paged_attention(out, q, k, v, k_cache, v_cache, meta, scale=scale, window=window, softcap=softcap)
+        gpu.paged_attention(
+            out, q, k, v, k_cache, v_cache, meta, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
         return out
     if meta.num_decodes:
-        _decode(out, q, k_cache, v_cache, meta, scale, window, softcap)
+        _decode(out, q, k_cache, v_cache, meta, scale, window, softcap, sinks)
     for s in range(meta.num_decodes, len(meta.context_lens)):
         rows = slice(meta.query_indptr[s], meta.query_indptr[s + 1])
         keys, values = k[rows], v[rows]
@@ -168,7 +181,9 @@ def paged_attention(
             cached = meta.cache_rows(s)
             keys, values = k_cache[cached], v_cache[cached]
         heads = out[rows].view(q[rows].shape)
-        prefill_attention_(heads, q[rows], keys, values, scale=scale, window=window, softcap=softcap)
+        prefill_attention_(
+            heads, q[rows], keys, values, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     return out
 
 
@@ -181,6 +196,7 @@ def _decode(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> None:
     num = meta.num_decodes
     if (fast := kernels("attention", q)) is None:
@@ -188,7 +204,9 @@ def _decode(
             cached, row = meta.cache_rows(s), slice(s, s + 1)
             heads = out[row].view(q[row].shape)
             keys, values = k_cache[cached], v_cache[cached]
-            prefill_attention_(heads, q[row], keys, values, scale=scale, window=window, softcap=softcap)
+            prefill_attention_(
+                heads, q[row], keys, values, scale=scale, window=window, softcap=softcap, sinks=sinks
+            )
         return
     assert q.stride()[1:] == (q.shape[2], 1)
     assert k_cache.dtype == v_cache.dtype == q.dtype
@@ -216,17 +234,26 @@ def _decode(
         window,
         scale,
         softcap,
+        0 if sinks is None else sinks,
     )
 
 
 def prefill_attention_(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int, softcap: float = 0.0
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of one sequence's last rows q [n, H, D] to its keys k, v [m, Hkv, D] into out [n, H, D].
 
     Queries go in blocks, each with only the keys that one of its queries may see. Scores are rounded to q's
     dtype, unless the CPU is slow in that; so that this costs least, the keys' mean is taken off first, which
-    shifts all scores of a query alike (not with a softcap, which is for scores as they are).
+    shifts all scores of a query alike (not with a softcap or sinks, which are for scores as they are).
     """
     if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()
@@ -235,7 +262,7 @@ def prefill_attention_(
     past = num_keys - num_queries
     heads = (num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     queries, result = q.view(heads).permute(1, 2, 0, 3), out.view(heads).permute(1, 2, 0, 3)
-    if not softcap:
+    if not softcap and sinks is None:
         k = k - k.sum(0) / num_keys  # faster than `mean`
     keys = k.transpose(0, 1).contiguous().transpose(1, 2)  # [Hkv, D, m]
     values = v.transpose(0, 1)
@@ -244,12 +271,14 @@ def prefill_attention_(
         seen = slice(max(0, past + start + 1 - window), past + rows.stop)
         block = queries[:, :, rows].reshape(num_kv_heads, -1, head_dim)
         scores = torch.bmm(block, keys[:, :, seen])
-        weights = _causal_softmax(scores, rows.stop - start, scale, window, softcap)
+        weights = _causal_softmax(scores, rows.stop - start, scale, window, softcap, sinks)
         attended = torch.bmm(weights, values[:, seen])
         result[:, :, rows] = attended.view(num_kv_heads, heads[2], -1, head_dim).to(out.dtype)
 
 
-def _causal_softmax(scores: Tensor, num_queries: int, scale: float, window: int, softcap: float) -> Tensor:
+def _causal_softmax(
+    scores: Tensor, num_queries: int, scale: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """softmax(scale · scores) over the keys that a query may see, 0 for the others; may overwrite `scores`.
 
     scores: [Hkv, H / Hkv · n, m], the n queries of a head side by side; the last query sees the last key.
@@ -260,10 +289,11 @@ def _causal_softmax(scores: Tensor, num_queries: int, scale: float, window: int,
         by_head = scores.view(-1, num_queries, num_keys) * scale
         if softcap:
             by_head = softcap * (by_head / softcap).tanh()
-        return by_head.masked_fill_(~mask, -torch.inf).softmax(-1).view(scores.shape)
+        return _softmax(by_head.masked_fill_(~mask, -torch.inf), sinks).view(scores.shape)
     assert scores.is_contiguous()
     num_heads = scores.shape[0] * scores.shape[1] // num_queries
+    places = 0 if sinks is None else sinks
     fast.causal_softmax(
-        scores, num_heads, scores.numel(), scores, num_queries, num_keys, window, scale, softcap
+        scores, num_heads, scores.numel(), scores, num_queries, num_keys, window, scale, softcap, places
     )
     return scores

@@ -6,18 +6,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toppings.ops.cpu_bits import Pointer, dot, elements, exp, helper, int32s, load, store
+from toppings.ops.cpu_bits import Pointer, dot, elements, exp, floats, helper, int32s, load, store
 from toppings.ops.cpu_kernel import Kernel, claim, integer, real
 
 Floats = NDArray[np.float32]
 
 
 @helper
-def _softmax(scores: Floats, start: int, n: int) -> None:
+def _softmax(scores: Floats, start: int, n: int, sink: np.float32) -> None:
+    """With e^sink in the denominator; a sink of -inf is none."""
     largest = scores[start]
     for i in range(n):
         largest = max(largest, load(scores, start + i))
-    total = np.float32(0)
+    largest = max(largest, sink)
+    total = exp(sink - largest) if sink > -np.inf else np.float32(0)
     for i in range(n):
         weight = exp(load(scores, start + i) - largest)
         store(scores, start + i, weight)
@@ -61,6 +63,7 @@ def decode_attention(block: Any) -> None:
     num_heads, num_kv_heads, d = integer(block, 9), integer(block, 10), integer(block, 11)
     num_parts, window = integer(block, 12), integer(block, 13)
     scale, softcap = real(block, 14), real(block, 15)
+    has_sinks, sinks = integer(block, 16) != 0, floats(block, 16)
     group = num_heads // num_kv_heads
     task = claim(block)
     while task >= 0:
@@ -87,7 +90,8 @@ def decode_attention(block: Any) -> None:
             for i in range(heads * n):
                 store(weights, i, _cap(load(weights, i), softcap))
         for h in range(heads):
-            _softmax(weights, h * n, num_keys)
+            sink = load(sinks, first_head * group + h) if has_sinks else np.float32(-np.inf)
+            _softmax(weights, h * n, num_keys, sink)
         for i in range(0, n, 4):
             _add_values(acc, weights, n, v_cache, places, i, group, d)
         for j in range(heads * d):
@@ -115,11 +119,20 @@ def _largest(x: Pointer | Floats, start: int, stop: int, lanes: Floats) -> np.fl
     return largest
 
 
+@helper
+def _with_sink(
+    largest: np.float32, sinks: Pointer, head: int, has_sinks: bool, scale: np.float32
+) -> np.float32:
+    """The largest of scores that are still to be scaled, the head's sink among them."""
+    return max(largest, load(sinks, head) / scale) if has_sinks else largest
+
+
 @Kernel
 def causal_softmax(block: Any) -> None:
     """Task: the queries of one head, [n, m] scores that their weights replace."""
     scores, num_queries, num_keys = elements(block, 0), integer(block, 1), integer(block, 2)
     window, scale, softcap = integer(block, 3), real(block, 4), real(block, 5)
+    has_sinks, sinks = integer(block, 6) != 0, floats(block, 6)
     lanes, weights = np.empty(_LANES, np.float32), np.empty(num_keys, np.float32)
     task = claim(block)
     while task >= 0:
@@ -132,16 +145,21 @@ def causal_softmax(block: Any) -> None:
                 for i in range(start, stop):
                     store(weights, i, _cap(load(scores, row + i) * scale, softcap))
                 largest = _largest(weights, start, stop, lanes)
+                largest = _with_sink(largest, sinks, task, has_sinks, np.float32(1))
                 for i in range(start, stop):
                     weight = exp(load(weights, i) - largest)
                     store(weights, i, weight)
                     total += weight
             else:
                 largest = _largest(scores, row + start, row + stop, lanes)
+                largest = _with_sink(largest, sinks, task, has_sinks, scale)
                 for i in range(start, stop):
                     weight = exp((load(scores, row + i) - largest) * scale)
                     store(weights, i, weight)
                     total += weight
+                largest *= scale
+            if has_sinks:
+                total += exp(load(sinks, task) - largest)
             share = np.float32(1) / total
             for i in range(start):
                 store(scores, row + i, np.float32(0))

@@ -76,6 +76,20 @@ def gelu_mul(block: Any) -> None:
         t = claim(block)
 
 
+@Kernel
+def clamped_swiglu(block: Any) -> None:
+    out, gate_up, n = elements(block, 0), elements(block, 1), integer(block, 2)
+    alpha, limit = real(block, 3), real(block, 4)
+    t = claim(block)
+    while t >= 0:
+        for i in range(n):
+            gate, up = load(gate_up, 2 * (t * n + i)), load(gate_up, 2 * (t * n + i) + 1)
+            gate = limit if gate > limit else gate  # `min` would hide what is not a number
+            up = limit if up > limit else -limit if up < -limit else up
+            store(out, t * n + i, gate / (np.float32(1) + exp(-alpha * gate)) * (up + np.float32(1)))
+        t = claim(block)
+
+
 @helper
 def _rotate(x: Pointer, start: int, cos: Pointer, sin: Pointer, angle: int, half: int) -> None:
     for i in range(half):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from toppings.ops.activation import ACTIVATIONS
+from toppings.ops.activation import ACTIVATIONS, clamped_swiglu
 from toppings.ops.attention import NO_WINDOW, AttentionMetadata, KVCache, paged_attention, prefill_attention_
 from toppings.ops.columns import adjust_columns_
 from toppings.ops.cpu_experts import cut_rows
@@ -21,6 +21,7 @@ def warm_up(dtype: torch.dtype, quantized: Sequence[QuantizedLinear]) -> None:
     add_rms_norm_(x, x.clone(), weight, 1e-6)
     for activation in ACTIVATIONS.values():
         activation(x)
+    clamped_swiglu(x, alpha=1.0, limit=1.0)
     for width in (8, 32):  # a general kernel, and perhaps one for even widths
         _add_lora(width, dtype)
     _adjust_columns(dtype)

@@ -6,6 +6,7 @@ expert's products are those of any other layer; those of few rows run in one cal
 kernels go over chunks of neighbouring rows (`gpu_experts.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -109,17 +110,28 @@ def route(logits: Tensor, top_k: int, *, is_normalised: bool) -> tuple[Tensor, T
 
 
 class ExpertLinears:
-    """A projection of every expert, weight [experts · out, in], perhaps as one of 8 or 4 `bits`; called with
-    rows in the order of experts."""
+    """A projection of every expert, weight [experts · out, in], perhaps as one of 8 or 4 `bits`, bias
+    [experts, out] or None; called with rows in the order of experts."""
 
-    def __init__(self, weight: Tensor | QuantizedWeight, num_experts: int, bits: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor | QuantizedWeight,
+        num_experts: int,
+        bits: int | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         self._gpu = self._weight = None
+        self._bias = bias
         self.linears: list[Linear | QuantizedLinear] = []
         self._blocks: list[PackedBlocks] = []  # of every expert, or none
         if bits is None and isinstance(weight, Tensor):
             self._gpu = gpu_kernels("experts", weight)
         if self._gpu is None:
-            self.linears = [linear(part, None, bits) for part in weight.chunk(num_experts)]
+            parts: Sequence[Tensor | QuantizedWeight] = weight.chunk(num_experts)
+            self.linears = [
+                linear(part, None if bias is None else bias[expert], bits)
+                for expert, part in enumerate(parts)
+            ]
             self.num_out = self.linears[0].num_out
             blocks = [each.blocks for each in self.linears if isinstance(each, Linear)]
             if None not in blocks:
@@ -131,7 +143,7 @@ class ExpertLinears:
 
     def __call__(self, x: Tensor, rows: GroupedRows) -> Tensor:
         if self._gpu is not None:
-            y: Tensor = self._gpu.grouped_linear(x, self._weight, rows)
+            y: Tensor = self._gpu.grouped_linear(x, self._weight, self._bias, rows)
             return y
         y, start = x.new_empty(x.shape[0], self.num_out), 0
         few: list[tuple[int, int, int]] = []
@@ -192,14 +204,20 @@ def reference(
     top_k: int,
     *,
     is_normalised: bool,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`Experts` token by token in fp32. router: [E, hidden]; gate_up: [E, 2 I, hidden];
-    down: [E, hidden, I]."""
+    down: [E, hidden, I]; biases: of these three, [E], [E, 2 I] and [E, hidden]."""
     wide = x.float()
-    experts, weights = route(wide @ router.float().T, top_k, is_normalised=is_normalised)
+    of_router, of_gate_up, of_down = (
+        (0.0 if bias is None else bias.float()) + torch.zeros(weight.shape[:-1], device=x.device)
+        for weight, bias in zip((router, gate_up, down), biases or (None,) * 3, strict=True)
+    )
+    logits = wide @ router.float().T + of_router
+    experts, weights = route(logits, top_k, is_normalised=is_normalised)
     out = torch.zeros_like(wide)
     for token, (chosen, shares) in enumerate(zip(experts.tolist(), weights, strict=True)):
         for expert, share in zip(chosen, shares, strict=True):
-            inner = activation((wide[token] @ gate_up[expert].float().T)[None])
-            out[token] += share * (inner @ down[expert].float().T)[0]
+            inner = activation((wide[token] @ gate_up[expert].float().T + of_gate_up[expert])[None])
+            out[token] += share * (inner @ down[expert].float().T + of_down[expert])[0]
     return out.to(x.dtype)

@@ -16,6 +16,7 @@ Checked with Triton's interpreter and compiled for compute capability 8.0 to 12.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ def decode(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of the first `meta.num_decodes` rows into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
@@ -83,6 +85,7 @@ def decode(
         v_cache,
         meta.page_tables,
         tiles.context_lens,
+        out if sinks is None else sinks,
         meta.page_tables.shape[1],
         q.stride(0),
         min(window, _LONGEST_WINDOW),
@@ -96,6 +99,7 @@ def decode(
         KEYS=keys,
         SPLITS=splits,
         HAS_CAP=softcap > 0,
+        HAS_SINKS=sinks is not None,
         **dot_options(q.dtype),
         num_warps=warps,
         num_stages=stages,
@@ -106,10 +110,13 @@ def decode(
             out,
             sums,
             marks,
+            out if sinks is None else sinks,
+            NUM_HEADS=q.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             SPLITS=splits,
             BLOCK_SPLITS=next_power_of_2(splits),
+            HAS_SINKS=sinks is not None,
             num_warps=4,
         )
 
@@ -125,6 +132,7 @@ def prefill(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of the rows after the decodes' into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
@@ -144,6 +152,7 @@ def prefill(
         v_cache,
         meta.page_tables,
         tiles.context_lens,
+        out if sinks is None else sinks,
         tiles.prefill_tiles,
         meta.page_tables.shape[1],
         q.stride(0),
@@ -158,6 +167,7 @@ def prefill(
         PARTS=parts,
         KEYS=keys,
         HAS_CAP=softcap > 0,
+        HAS_SINKS=sinks is not None,
         **dot_options(q.dtype),
         num_warps=warps,
         num_stages=stages,
@@ -194,18 +204,21 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """`attention.paged_attention` into out [T, H · D]: decodes by our kernel, prompts by torch's where it
     can, else by ours."""
     tiles = meta.tiles
+    form: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     if meta.num_decodes:
-        decode(out, q, k_cache, v_cache, meta, tiles, scale=scale, window=window, softcap=softcap)
+        decode(out, q, k_cache, v_cache, meta, tiles, **form)
     if not len(tiles.prefill_tiles):
         return
     heads = (q.shape[1], k.shape[1], q.shape[2])
-    if not softcap and tiles.are_prefills_whole and varlen_reason(q.dtype, *heads, q.device)[0]:
+    is_plain = not softcap and sinks is None
+    if is_plain and tiles.are_prefills_whole and varlen_reason(q.dtype, *heads, q.device)[0]:
         first, longest = meta.query_indptr[meta.num_decodes], tiles.longest_prefill
         result = attend_varlen(q[first:], k[first:], v[first:], tiles.prefill_indptr, longest, scale, window)
         out[first:] = result.flatten(1)
     else:
-        prefill(out, q, k_cache, v_cache, meta, tiles, scale=scale, window=window, softcap=softcap)
+        prefill(out, q, k_cache, v_cache, meta, tiles, **form)

@@ -1,7 +1,8 @@
 """The Triton kernels of paged attention; `gpu_attention.py` says what they are for and launches them.
 
 Softmax is computed online in fp32; weights are rounded to the values' dtype for the product, as tensor cores
-want it. Sequences without keys (a graph's padding) give zeros.
+want it. A head's sink joins the sum of weights at the end. Sequences without keys (a graph's padding) give
+zeros.
 """
 
 import triton
@@ -64,6 +65,13 @@ def _attend(  # type: ignore[no-untyped-def]
     return total, largest, weight_sum
 
 
+@triton.jit
+def _sink_weight(sink, largest):  # type: ignore[no-untyped-def]
+    """Relative to 2^largest, as the sums of weights are. Infinite for a sink far above: what is divided by it
+    is 0 then."""
+    return tl.exp2(sink * 1.4426950408889634 - largest)
+
+
 @kernel(do_not_specialize=["max_pages"])
 def prefill_kernel(  # type: ignore[no-untyped-def]
     out,
@@ -72,6 +80,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     v_cache,
     page_tables,
     context_lens,
+    sinks,
     tiles,
     max_pages,
     q_stride,
@@ -87,6 +96,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -104,7 +114,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     q_tile = tl.load(
         q + rows.to(tl.int64)[:, None] * q_stride + head * HEAD_DIM + column[None, :], mask=mask, other=0.0
     )
-    total, _, weight_sum = _attend(
+    total, largest, weight_sum = _attend(
         q_tile,
         position + tl.arange(0, QUERIES),
         k_cache,
@@ -125,6 +135,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         PRECISION=PRECISION,
         OPERAND=OPERAND,
     )
+    if HAS_SINKS:
+        weight_sum += _sink_weight(tl.load(sinks + head), largest)
     result = (total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]).to(out.dtype.element_ty)
     place = rows.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + column[None, :]
     tl.store(out + place, result, mask=mask)
@@ -140,6 +152,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     v_cache,
     page_tables,
     context_lens,
+    sinks,
     max_pages,
     q_stride,
     window,
@@ -154,6 +167,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -194,6 +208,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     )
     row = sequence * NUM_HEADS + head
     if SPLITS == 1:
+        if HAS_SINKS:
+            weight_sum += _sink_weight(tl.load(sinks + head, mask=member < GROUP, other=0.0), largest)
         result = (total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * HEAD_DIM + column[None, :], result, mask=mask)
     else:
@@ -208,10 +224,13 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     out,
     sums,
     marks,
+    sinks,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Adds up the splits of one sequence's head."""
     row = tl.program_id(0).to(tl.int64)
@@ -221,6 +240,8 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     base = tl.max(largest, axis=0)
     decay = tl.exp2(largest - tl.where(base == float("-inf"), 0.0, base))
     weight_sum = tl.sum(tl.load(marks + place * 2 + 1, mask=split < SPLITS, other=0.0) * decay, axis=0)
+    if HAS_SINKS:
+        weight_sum += _sink_weight(tl.load(sinks + row % NUM_HEADS), base)
     mask = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
     total = tl.load(sums + place[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
     result = tl.sum(total * decay[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)

@@ -3,8 +3,8 @@ they compute.
 
 All are bound by memory: each input is read once, each output written once, sums are fp32, results are rounded
 once. `rms_norm` and `add_rms_norm`: a program a row, the row in registers, so that the residual is read and
-written once for addition and norm together. `silu_mul`, `gelu_mul`: a grid of (row, block of
-columns).
+written once for addition and norm together. `silu_mul`, `gelu_mul`, `clamped_swiglu`: a grid of (row, block
+of columns).
 `rotate_and_store`: a grid of (token, block of heads); norm, rotation and the write to the cache in one pass
 over qkv.
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toppings.ops.gpu_launch import kernel, next_power_of_2, num_warps_for
+from toppings.ops.gpu_launch import Kernel, kernel, next_power_of_2, num_warps_for
 
 if TYPE_CHECKING:
     from toppings.ops.rope import HeadNorm
@@ -92,21 +92,40 @@ def _gate_kernel(out, gate_up, n, GELU: tl.constexpr, BLOCK: tl.constexpr):  # t
 
 
 def silu_mul(out: Tensor, gate_up: Tensor) -> None:
-    _launch_gate(out, gate_up, is_gelu=False)
+    _launch_by_row(_gate_kernel, out, gate_up, GELU=False)
 
 
 def gelu_mul(out: Tensor, gate_up: Tensor) -> None:
-    _launch_gate(out, gate_up, is_gelu=True)
+    _launch_by_row(_gate_kernel, out, gate_up, GELU=True)
 
 
-def _launch_gate(out: Tensor, gate_up: Tensor, *, is_gelu: bool) -> None:
+@kernel()
+def _clamped_kernel(out, gate_up, n, alpha, limit, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < n
+    gate = tl.load(gate_up + 2 * (row * n + columns), mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + 2 * (row * n + columns) + 1, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.where(gate > limit, limit, gate)  # a minimum would hide what is not a number
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    result = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    tl.store(out + row * n + columns, result.to(gate_up.dtype.element_ty), mask=mask)
+
+
+def clamped_swiglu(out: Tensor, gate_up: Tensor, alpha: float, limit: float) -> None:
+    _launch_by_row(_clamped_kernel, out, gate_up, alpha, limit)
+
+
+def _launch_by_row(
+    launched: Kernel, out: Tensor, gate_up: Tensor, *numbers: float, **constants: bool
+) -> None:
     assert gate_up.is_contiguous()
     num_rows, n = out.shape
     if not num_rows:
         return
     block = min(next_power_of_2(n), _SILU_COLUMNS)
     grid = (triton.cdiv(n, block), num_rows, 1)
-    _gate_kernel(grid, out, gate_up, n, GELU=is_gelu, BLOCK=block, num_warps=num_warps_for(block))
+    launched(grid, out, gate_up, n, *numbers, **constants, BLOCK=block, num_warps=num_warps_for(block))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,4 +1,5 @@
-"""Triton kernel for a projection of all experts, y = x Wᵀ with each row's own expert's W: a grouped product.
+"""Triton kernel for a projection of all experts, y = x Wᵀ + b with the W and b of its expert for each row: a
+grouped product.
 
 A program is (chunk, `columns` outputs): up to `rows` neighbouring rows of one expert, so that its weights are
 read once for all of them. How many chunks there are is not known on the host: as many programs start as there
@@ -37,9 +38,11 @@ def _grouped_kernel(  # type: ignore[no-untyped-def]
     y,
     x,
     weight,
+    bias,
     chunks,
     num_in,
     num_out,
+    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -65,14 +68,17 @@ def _grouped_kernel(  # type: ignore[no-untyped-def]
         x_tile = tl.load(x_rows + inputs, mask=(rows < stop)[:, None] & (inputs < num_in), other=0.0)
         w_tile = tl.load(w_rows + inputs, mask=(columns < num_out)[:, None] & (inputs < num_in), other=0.0)
         total = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile).to(OPERAND), total, input_precision=PRECISION)
+    if HAS_BIAS:
+        own = tl.load(bias + expert.to(tl.int64) * num_out + columns, mask=columns < num_out, other=0.0)
+        total += own.to(tl.float32)[None, :]
     target = y + rows.to(tl.int64)[:, None] * num_out + columns[None, :]
     mask = (rows < stop)[:, None] & (columns < num_out)[None, :]
     tl.store(target, total.to(y.dtype.element_ty), mask=mask)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, rows: GroupedRows) -> Tensor:
-    """x: [P, in], dense, as `rows` groups it; weight: [experts, out, in], dense; [P, out] of x's dtype, sums
-    in fp32."""
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: GroupedRows) -> Tensor:
+    """x: [P, in], dense, as `rows` groups it; weight: [experts, out, in], bias: [experts, out], both dense;
+    [P, out] of x's dtype, sums in fp32."""
     (num_rows, num_in), num_out = x.shape, weight.shape[1]
     y = x.new_empty(num_rows, num_out)
     if not num_rows:
@@ -80,6 +86,7 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: GroupedRows) -> Tensor:
     check_aligned(x.dtype, num_in, num_out)
     assert x.is_contiguous()
     assert weight.is_contiguous()
+    assert bias is None or bias.is_contiguous()
     tiles = (_FP32_TILES if x.dtype == torch.float32 else _TILES)[rows.has_many]
     chunks = rows.chunks(tiles.rows, by_owner=False)
     _grouped_kernel(
@@ -87,9 +94,11 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: GroupedRows) -> Tensor:
         y,
         x,
         weight,
+        y if bias is None else bias,
         chunks,
         num_in,
         num_out,
+        HAS_BIAS=bias is not None,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
