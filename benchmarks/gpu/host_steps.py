@@ -161,7 +161,7 @@ class World:
             decoder = Decoder(model, weights)
         sizes = (PAGE_SIZE, model.num_kv_heads, model.head_dim)
         cache = KVCache.allocate(model.num_layers, MAX_LEN // PAGE_SIZE + 1, *sizes, dtype, META)
-        inputs = InputBuilder(PAGE_SIZE, MAX_LEN, staging)
+        inputs = InputBuilder(PAGE_SIZE, staging)
         self.runner = ModelRunner(decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=self.draw)
         spec = GraphSpec(
             MAX_SEQS, MAX_TOKENS, MAX_LEN, MAX_LEN // PAGE_SIZE, self.runner.out_offsets, decode_form

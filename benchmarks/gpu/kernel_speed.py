@@ -234,13 +234,15 @@ def time_lora_prefill(model: ModelConfig, limits: Limits) -> list[Timing]:
 
 def time_attention(model: ModelConfig, limits: Limits) -> list[Timing]:
     timings = []
-    for queries, contexts in (([1] * 32, [512] * 32), ([1], [512]), ([1] * 4, [8192] * 4), ([2048], [2048])):
+    decodes = ([512] * 32, [512], [8192] * 4, [512] * 63 + [32_768])
+    for queries, contexts in (*(([1] * len(lens), lens) for lens in decodes), ([2048], [2048])):
         q, k, v, cache, meta = attention_step(model, queries, contexts)
         us = median_us([partial(paged_attention, q, k, v, cache.k[0], cache.v[0], meta, scale=0.1)] * 8)
         kv_bytes = 2 * 2 * sum(contexts) * model.kv_size
         pairs = sum(n * (c - (n - 1) / 2) for n, c in zip(queries, contexts))
         operations = 4 * pairs * model.q_size
-        question = f"attention, {len(queries)} x {queries[0]} queries, context {contexts[0]}, a layer"
+        lengths = " and ".join(f"{contexts.count(n)} of {n}" for n in sorted(set(contexts)))
+        question = f"attention, {len(queries)} x {queries[0]} queries, contexts {lengths}, a layer"
         timings.append(timing(question, us, kv_bytes + 4 * q.numel(), operations, limits))
     return timings
 

@@ -45,13 +45,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     staging = Staging(torch.device("cpu"), device)
 
     def make_runner(*arguments: Any) -> ModelRunner:
-        config, decoder, cache, adapters, mode, max_len, _, form = arguments
+        config, decoder, cache, adapters, mode, _, form = arguments
         return ModelRunner(
             decoder,
             cache,
             adapters,
             mode,
-            inputs=InputBuilder(config.page_size, max_len, staging),
+            inputs=InputBuilder(config.page_size, staging),
             sample=DeviceSampler(staging, device),
             runs_ahead=True,
             decode_form=form,

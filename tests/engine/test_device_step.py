@@ -86,6 +86,7 @@ class Kernels:
         tiles = meta.tiles
         assert_on_gpu(*tensors[:-1], meta.page_tables, meta.slot_mapping)
         assert_on_gpu(tiles.context_lens, tiles.prefill_tiles, tiles.prefill_indptr)
+        assert_on_gpu(tiles.splits, tiles.split_indptr)
 
     def add_lora(
         self, y: Tensor, x: Tensor, arena: Tensor, places: Tensor, offsets: Any, segments: LoraSegments
@@ -156,7 +157,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         staging = FakeStaging()
         cuda = SimpleNamespace(Event=lambda: SimpleNamespace(record=int, synchronize=int))
         sampler, reader = DeviceSampler(staging, cuda), DeviceReader(staging, cuda)
-        inputs = InputBuilder(PAGE_SIZE, 32, staging)
+        inputs = InputBuilder(PAGE_SIZE, staging)
         runner = ModelRunner(
             decoder, cache, adapters, PipelinedMode(), inputs=inputs, sample=sampler, read=reader
         )

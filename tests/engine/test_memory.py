@@ -43,8 +43,10 @@ class FakeCuda(Device):
         return 4000, 9000
 
 
-def test_a_step_and_its_adapters_count_as_activations(tmp_path: Path) -> None:
+def test_a_step_its_adapters_and_its_splits_count_as_activations(tmp_path: Path) -> None:
     decoder = Decoder.load(make_model(tmp_path / "model"))
-    config = EngineConfig(max_num_batched_tokens=70, max_num_seqs=5)
+    config = EngineConfig(max_num_batched_tokens=70, max_num_seqs=5, max_model_len=600)
     shrunk = 4 * 3 * 512 * 70  # fp32, modules of a group, the largest rank, rows
-    assert measure(decoder, config, FakeCuda()) == DeviceMemory(9000, 4000, 300 + shrunk)
+    model = decoder.config
+    splits = 4 * 5 * 3 * model.num_heads * (model.head_dim + 2)  # fp32, sequences, splits of 600 tokens
+    assert measure(decoder, config, FakeCuda()) == DeviceMemory(9000, 4000, 300 + shrunk + splits)

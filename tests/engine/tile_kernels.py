@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from toppings.ops.attention import AttentionMetadata, prefill_attention_
-from toppings.ops.gpu_plan import LoraBatch
+from toppings.ops.gpu_plan import AttentionTiles, LoraBatch
 from toppings.ops.lora import LoraSegments, _add_long
 
 HERE = torch.device("cpu")
@@ -29,6 +29,7 @@ def paged_attention(
 ) -> None:
     tiles = meta.tiles
     contexts = tiles.context_lens[: meta.num_decodes].tolist()
+    assert contexts == split_lengths(tiles)
     decodes = [(s, s + 1, s, context - 1) for s, context in enumerate(contexts)]
     for start, stop, sequence, position in [*decodes, *tiles.prefill_tiles.tolist()]:
         if position < 0:
@@ -42,6 +43,16 @@ def paged_attention(
             prefill_attention_(
                 heads, queries, keys, values, scale=scale, window=window, softcap=softcap, sinks=sinks
             )
+
+
+def split_lengths(tiles: AttentionTiles) -> list[int]:
+    """How many keys each decode's splits have: all, each once."""
+    indptr = tiles.split_indptr.tolist()
+    lengths = [0] * (len(indptr) - 1)
+    for sequence, low, high, _ in sorted(tiles.splits[: indptr[-1]].tolist()):
+        assert low == lengths[sequence]
+        lengths[sequence] = high
+    return lengths
 
 
 def add_lora(

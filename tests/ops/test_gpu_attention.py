@@ -2,18 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.ops.gpu_world import DEVICE, needs_triton
 from tests.ops.test_attention import PAGE_SIZE, SINKS, attend, step
 from tests.tolerances import assert_close
-from toppings.ops import dispatch
+from toppings.ops import gpu_plan
 from toppings.ops.attention import AttentionMetadata, KVCache, paged_attention
-
-if dispatch.HAS_TRITON:
-    from toppings.ops import gpu_attention
-    from toppings.ops.gpu_attention import num_splits
+from toppings.ops.gpu_plan import decode_splits, most_splits
 
 pytestmark = [needs_triton, pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
@@ -33,32 +31,79 @@ def test_decodes_agree_with_the_reference(num_decodes: int) -> None:
     assert_close(*attend(meta, torch.float32, (4, 2, 32), None, device=DEVICE))
 
 
-@pytest.mark.parametrize("window", [None, 150])
-@pytest.mark.parametrize("splits", [2, 8])
-def test_contexts_split_over_programs_add_up(
-    dtype: torch.dtype, splits: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that contexts of hundreds of tokens have many splits, and some as many as there may be."""
+    monkeypatch.setattr(gpu_plan, "SPLIT_KEYS", 16)
+    monkeypatch.setattr(gpu_plan, "MAX_SPLITS", 12)
+
+
+EVEN, SKEWED = [70] * 3, [1, 16, 340, 17, 5, 150]
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(
+    ("contexts", "heads", "window", "softcap"),
+    [
+        (EVEN, (4, 4, 16), None, 0.0),
+        (SKEWED, (6, 2, 24), None, 0.0),
+        (SKEWED, (6, 2, 24), 100, 0.0),
+        (SKEWED, (6, 2, 24), 100, 2.0),
+        (EVEN, (2, 1, 16), 10, 2.0),
+    ],
+)
+def test_contexts_read_in_splits_agree_with_the_reference(
+    dtype: torch.dtype, contexts: list[int], heads: tuple[int, int, int], window: int | None, softcap: float
 ) -> None:
-    monkeypatch.setattr(gpu_attention, "num_splits", lambda *_: splits)
-    meta = step(3, [1, 1, 1], [1, 200, 330])
-    assert_close(*attend(meta, dtype, (4, 2, 16), window, device=DEVICE), scale=2)
+    meta = step(len(contexts), [1] * len(contexts), contexts)
+    assert_close(*attend(meta, dtype, heads, window, 0.5, DEVICE, softcap=softcap), scale=2)
+
+
+def test_a_context_of_more_than_one_split_agrees_with_the_reference() -> None:
+    """With splits as they are."""
+    meta = step(2, [1, 1], [gpu_plan.SPLIT_KEYS, 2 * gpu_plan.SPLIT_KEYS + 1])
+    assert_close(*attend(meta, torch.float32, (4, 2, 16), None, device=DEVICE))
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_row_has_the_same_bits_in_any_batch(window: int | None) -> None:
+    """Alone, among others, and in a graph's batch, whose list has room for more."""
+    contexts, heads, head_dim = [150, 1, 200, 17], 4, 16
+    meta = step(len(contexts), [1] * len(contexts), contexts)
+    num_pages = int(meta.page_tables.max()) + 1
+    cache = KVCache.allocate(1, num_pages, PAGE_SIZE, 2, head_dim, torch.float32, DEVICE)
+    cache.k[0].normal_()
+    cache.v[0].normal_()
+    q, kv = torch.randn(len(contexts), heads, head_dim, device=DEVICE), torch.zeros(1, 2, head_dim)
+
+    def out(rows: list[int], padding: int = 0) -> torch.Tensor:
+        lens = [contexts[row] for row in rows]
+        tables = meta.page_tables[rows].contiguous().to(DEVICE)
+        its = replace(meta, num_decodes=len(rows), context_lens=lens, page_tables=tables)
+        room = torch.zeros(padding, 4, dtype=torch.int32, device=DEVICE)
+        its = replace(its, brought=replace(its.tiles, splits=torch.cat((its.tiles.splits, room))))
+        return paged_attention(
+            q[rows], kv, kv, cache.k[0], cache.v[0], its, scale=0.25, sliding_window=window
+        )
+
+    together = out([0, 1, 2, 3], padding=30)
+    assert torch.equal(together[[3, 0]], out([3, 0]))
+    assert torch.equal(together[[2]], out([2]))
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("splits", [1, 2])
-def test_capped_scores_agree_with_the_reference(
-    dtype: torch.dtype, window: int | None, splits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_attention, "num_splits", lambda *_: splits)
+def test_capped_scores_agree_with_the_reference(dtype: torch.dtype, window: int | None) -> None:
     meta = step(3, [1, 1, 1, 9, 6, 1], [1, 17, 40, 9, 21, 1])
     assert_close(*attend(meta, dtype, (6, 2, 24), window, 1.0, DEVICE, softcap=2.0), scale=2)
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("split_keys", [256, 16])
 def test_sinks_take_their_part_of_the_weights(
-    dtype: torch.dtype, window: int | None, splits: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, window: int | None, split_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_attention, "num_splits", lambda *_: splits)
+    monkeypatch.setattr(gpu_plan, "SPLIT_KEYS", split_keys)
     meta = step(3, [1, 1, 1, 9, 6, 1], [1, 17, 40, 9, 21, 1])
     assert_close(*attend(meta, dtype, (6, 2, 24), window, 0.5, DEVICE, sinks=SINKS), scale=2)
 
@@ -85,11 +130,25 @@ def test_sequences_without_keys_give_zeros() -> None:
     assert not out[1].any()
 
 
-def test_splits_fill_the_device_and_no_more() -> None:
-    assert num_splits(32, 32, 4096, 132) == 1
-    assert num_splits(1, 32, 512, 132) == 4
-    assert num_splits(1, 8, 8192, 132) == 64
-    assert num_splits(1, 8, 100, 132) == 1
+def test_contexts_are_read_in_splits_the_longest_first() -> None:
+    splits, indptr = decode_splits(np.array([300, 0, 256, 40_000], np.int32))
+    assert indptr.tolist() == [0, 2, 2, 3, 43]
+    assert splits[:2].tolist() == [[3, 0, 1024, 3], [3, 1024, 2048, 4]]
+    assert splits[39:].tolist() == [
+        [0, 0, 256, 0],
+        [2, 0, 256, -1],
+        [3, 39_936, 40_000, 42],
+        [0, 256, 300, 1],
+    ]
+    assert decode_splits(np.array([], np.int32))[1].tolist() == [0]
+
+
+def test_no_contexts_have_more_splits_than_there_is_room_for() -> None:
+    for most in (1, 256, 257, 16_384, 16_385, 131_072):
+        lens = np.unique(np.linspace(1, most, 999).astype(np.int32))
+        splits, indptr = decode_splits(lens)
+        assert np.diff(indptr).max() == most_splits(1, most)
+        assert (splits[:, 2] - splits[:, 1]).sum() == lens.sum()
 
 
 def test_prompts_are_known_to_be_whole() -> None:

@@ -107,11 +107,10 @@ def make_runner(
     cache: KVCache,
     adapters: AdapterManager,
     mode: LoadingMode,
-    max_model_len: int,
     staging: Staging | None,
     decode_form: LoraForm,
 ) -> ModelRunner:
-    inputs = InputBuilder(config.page_size, max_model_len, staging)
+    inputs = InputBuilder(config.page_size, staging)
     is_cuda = staging is not None and config.device == "cuda"
     draw: Sampler = draw_on_host
     read: Reader = read_on_host
@@ -187,14 +186,14 @@ def _build_engine(
     lead = None if followers is None else followers.lead()
     adapters = AdapterManager(open_registry(config), config, mode, lead)
     if followers is not None:
-        followers.begin(num_pages, limits.max_model_len, adapters)
+        followers.begin(num_pages, adapters)
     # Without Triton, LoRA takes the host's word for who is in a batch, which no graph can follow.
     has_kernels = followers is None and config.device == "cuda" and "cuda" in dispatch.TRITON_DEVICES
     if graphs is None and has_kernels and config.cuda_graphs != "off" and not model.has_experts:
         graphs = CudaGraphs()  # not yet tried with experts
     staging = make_staging(config, decoder, has_graphs=graphs is not None)
     decode_form = choose_decode_form(config, own, decoder.dtype)
-    runner = make_runner(config, decoder, cache, adapters, mode, limits.max_model_len, staging, decode_form)
+    runner = make_runner(config, decoder, cache, adapters, mode, staging, decode_form)
     runner.rows.structures = structures
     sizes = (config.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len)
     spec = GraphSpec(*sizes, num_pages, runner.out_offsets, decode_form, config.merged_mode != OFF)
@@ -210,7 +209,7 @@ def _build_engine(
     if has_kernels:
         from toppings.engine.compile_steps import compile_steps  # needs Triton
 
-        inputs = InputBuilder(config.page_size, limits.max_model_len, staging)
+        inputs = InputBuilder(config.page_size, staging)
         compile_steps(decoder, cache, adapters.pool, inputs, spec)
         runner.dry_draw()
     assist = None

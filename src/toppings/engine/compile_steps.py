@@ -1,9 +1,9 @@
 """Compiles the kernels of all steps that may come, before the first request does.
 
 Triton compiles a kernel when it is first launched, which takes half a second and holds up all that runs. What
-it compiles for is kept to a few kinds (ops/gpu_launch.py): a model's sizes, the forms of LoRA, two numbers of
-chunks, and powers of two of sequences that decode. One small forward of each kind is enough; what they write
-goes to a page of the cache that no sequence owns, and no adapter has part in them.
+it compiles for is kept to a few kinds (ops/gpu_launch.py): a model's sizes, the forms of LoRA and two numbers
+of chunks. One small forward of each kind is enough; what they write goes to a page of the cache that no
+sequence owns, and no adapter has part in them.
 """
 
 from collections.abc import Iterator
@@ -29,10 +29,8 @@ def compile_steps(
     decoder: Decoder, cache: KVCache, pool: DevicePool, inputs: InputBuilder, spec: GraphSpec
 ) -> None:
     """Every kind of step of such a size runs once."""
-    for num_decodes in _powers_of_2(spec.max_num_seqs):
-        _run(decoder, cache, pool, inputs, spec, [(1, 2)] * num_decodes, None)
-    prompts = [(2, 2), (2, 4)]  # a whole one, which torch's attention may serve, and a later chunk
-    for queries in prompts:
+    # A decode, a whole prompt, which torch's attention may serve, and a later chunk.
+    for queries in [(1, 2), (2, 2), (2, 4)]:
         _run(decoder, cache, pool, inputs, spec, [queries], None)
     for form, num_chunks in _lora_kinds(spec):
         _run(decoder, cache, pool, inputs, spec, [(1, 2)], (form, num_chunks))

@@ -54,7 +54,9 @@ class DecodeGraphs(StepGraphs):
     def _plan(self, inputs: Inputs, size: int) -> tuple[AttentionMetadata, LoraSegments, Tensor]:
         context_lens = inputs.context_lens
         nothing = torch.empty(0, 4, dtype=torch.int32, device=context_lens.device)
-        tiles = AttentionTiles(context_lens, nothing, nothing[:, 0], 0, True, self._spec.max_context)
+        decodes = (inputs.splits, inputs.split_indptr)
+        most = self._spec.max_context
+        tiles = AttentionTiles(context_lens, nothing, nothing[:, 0], *decodes, 0, True, most)
         indptr = list(range(size + 1))
         page_size = self._cache.page_size
         meta = AttentionMetadata(

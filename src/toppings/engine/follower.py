@@ -71,7 +71,7 @@ class Follower:
         manager: Any = adapters  # all that a runner asks of one
         staging, mode = make_staging(config, decoder), PipelinedMode()
         form = choose_decode_form(config, part.config, decoder.dtype)
-        runner = make_runner(config, decoder, cache, manager, mode, begin.max_model_len, staging, form)
+        runner = make_runner(config, decoder, cache, manager, mode, staging, form)
         return cls(connection, runner, adapters)
 
     @staticmethod

@@ -31,7 +31,7 @@ from toppings.engine.staging import Array, Staging, packed_bytes, unpack
 from toppings.engine.step_inputs import Pending, StepRows
 from toppings.model.decoder import Decoder
 from toppings.ops.attention import AttentionMetadata, KVCache
-from toppings.ops.gpu_plan import LoraBatch, lora_chunks
+from toppings.ops.gpu_plan import LoraBatch, decode_splits, lora_chunks, most_splits
 from toppings.ops.lora import DEFAULT_DECODE_FORM, MAX_RANK, LoraForm, LoraSegments
 
 GROUP_SETS = tuple(
@@ -92,14 +92,17 @@ class GraphSpec:
 
 class Inputs(NamedTuple):
     """Of a step, on the host or on the device. [rows] `token_ids`, `positions`, `slots` (rows of the cache);
-    [sequences] `context_lens`, of decodes; [sequences, pages] `page_tables`; [chunks, 3] `chunks` of rows
-    with adapters, `minus` of those that a folded one is taken from; [2, sequences] `places` of pending
-    tokens; `own`: what one kind of steps needs beside."""
+    [sequences] `context_lens`, of decodes; [splits, 4] `splits` and [sequences + 1] `split_indptr`, as in
+    `AttentionTiles`; [sequences, pages] `page_tables`; [chunks, 3] `chunks` of rows with adapters, `minus` of
+    those that a folded one is taken from; [2, sequences] `places` of pending tokens; `own`: what one kind of
+    steps needs beside."""
 
     token_ids: Any
     positions: Any
     slots: Any
     context_lens: Any
+    splits: Any
+    split_indptr: Any
     page_tables: Any
     chunks: Any
     minus: Any
@@ -112,7 +115,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, arrays: Sequence[Any]) -> "Inputs":
-        return cls._make((*arrays[:8], tuple(arrays[8:])))
+        return cls._make((*arrays[:10], tuple(arrays[10:])))
 
 
 class StepGraphs(ABC):
@@ -224,6 +227,9 @@ class StepGraphs(ABC):
             token_ids[:num], positions[:num], slots[:num] = rows.token_ids, rows.positions, rows.slot_mapping
             context_lens[:num_decodes] = rows.context_lens[:num_decodes]
             page_tables[: len(items), : rows.page_tables.shape[1]] = rows.page_tables
+        splits = np.zeros((most_splits(num_seqs, self._spec.max_context), 4), np.int32)
+        own_splits, split_indptr = decode_splits(context_lens)
+        splits[: len(own_splits)] = own_splits
         if segments is not None:
             own = lora_chunks(segments, self._form)
             chunks[: len(own)] = own
@@ -233,8 +239,19 @@ class StepGraphs(ABC):
         if pending is not None:
             places[:, : pending.places.shape[1]] = pending.places
         own_inputs = self._own_inputs(items, rows, size)
-        all_chunks = (chunks, minus_chunks)
-        return Inputs(token_ids, positions, slots, context_lens, page_tables, *all_chunks, places, own_inputs)
+        return Inputs(
+            token_ids,
+            positions,
+            slots,
+            context_lens,
+            splits,
+            split_indptr,
+            page_tables,
+            chunks,
+            minus_chunks,
+            places,
+            own_inputs,
+        )
 
     def _graph(self, size: int, groups: frozenset[str], is_minus: bool) -> Graph:
         """Captured now, where it is not there yet."""

@@ -15,7 +15,7 @@ from toppings.engine.step_inputs import InputBuilder
 from toppings.model.config import ModelConfig
 from toppings.model.decoder import Decoder
 from toppings.ops.attention import KVCache
-from toppings.ops.gpu_plan import TILES
+from toppings.ops.gpu_plan import TILES, most_splits
 from toppings.ops.lora import MAX_RANK
 from toppings.ops.sampling import SamplingRow
 from toppings.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -54,7 +54,7 @@ def measure(decoder: Decoder, config: EngineConfig, cuda: Any) -> DeviceMemory:
     cuda.reset_peak_memory_stats()
     _run_largest_step(decoder, config, cuda)
     shrunk_rows = config.max_num_batched_tokens * _shrunk_row_bytes(decoder.config)
-    activations = cuda.max_memory_allocated() - before + shrunk_rows
+    activations = cuda.max_memory_allocated() - before + shrunk_rows + _split_bytes(decoder.config, config)
     cuda.empty_cache()
     free, total = cuda.mem_get_info()
     return DeviceMemory(total, free, activations)
@@ -68,6 +68,12 @@ def _shrunk_row_bytes(model: ModelConfig) -> int:
     )
 
 
+def _split_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """fp32, what decodes of contexts as long as may be keep of each split until all are added up."""
+    max_context = config.max_model_len or model.max_position_embeddings
+    return 4 * most_splits(config.max_num_seqs, max_context) * model.num_heads * (model.head_dim + 2)
+
+
 @torch.inference_mode()
 def _run_largest_step(decoder: Decoder, config: EngineConfig, cuda: Any) -> None:
     """A prompt as long as a step may be, all of whose pages are the same one and every token of which is
@@ -79,7 +85,7 @@ def _run_largest_step(decoder: Decoder, config: EngineConfig, cuda: Any) -> None
     request = Request("largest-step", [0] * num_tokens, params)
     request.page_table = [0] * pages_for(num_tokens, config.page_size)
     staging = Staging(decoder.device, cuda)
-    builder = InputBuilder(config.page_size, num_tokens, staging)
+    builder = InputBuilder(config.page_size, staging)
     rows = [num_tokens - 1] * num_draws + list(range(num_tokens))
     inputs = builder.build([BatchItem(request, num_tokens)], rows, None)
     hidden = decoder.hidden(inputs.token_ids, inputs.positions, cache, inputs.meta, inputs.logit_rows)

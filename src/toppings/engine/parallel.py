@@ -216,7 +216,7 @@ class Followers:
                 raise ValueError(reply.reason)
             assert isinstance(reply, Loaded), reply
 
-    def begin(self, num_pages: int, max_model_len: int, adapters: AdapterManager) -> None:
+    def begin(self, num_pages: int, adapters: AdapterManager) -> None:
         """All processes become one group; the others make their caches and pools, and obey from now on.
 
         Raises FollowerLostError, or ValueError as a follower that has not got its part of the model.
@@ -225,7 +225,7 @@ class Followers:
         with self._together():
             meet(self._config, self._store_path, 0)
         arena = adapters.host.arena
-        self.send(Begin(num_pages, max_model_len, adapters.pool.num_slots, arena.size_bytes))
+        self.send(Begin(num_pages, adapters.pool.num_slots, arena.size_bytes))
         for connection in self._connections:
             with socket.socket(fileno=os.dup(connection.fileno())) as end:
                 socket.send_fds(end, [b"\0"], [arena.fd])

@@ -29,7 +29,6 @@ class Begin(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """All parts are loaded. The lead's arena, of `arena_bytes`, follows as a descriptor."""
 
     num_pages: int
-    max_model_len: int
     num_slots: int
     arena_bytes: int
 

@@ -57,7 +57,7 @@ def _logits(config: EngineConfig, decoder: Decoder, cache: KVCache, ids: list[in
     """fp32 [tokens, vocab] of one prompt."""
     request = Request("text", ids, SamplingParams(max_tokens=1))
     request.page_table = list(range(pages_for(len(ids), config.page_size)))
-    builder = InputBuilder(config.page_size, WINDOW, None)
+    builder = InputBuilder(config.page_size, None)
     inputs = builder.build([BatchItem(request, len(ids))], list(range(len(ids))), None)
     return decoder.forward(inputs.token_ids, inputs.positions, cache, inputs.meta, inputs.logit_rows)
 

@@ -66,8 +66,8 @@ class PromptGraphs(StepGraphs):
     def _plan(self, inputs: Inputs, size: int) -> tuple[AttentionMetadata, LoraSegments, Tensor]:
         num_seqs = self._spec.max_num_seqs
         drawn_rows, tiles = inputs.own
-        lens = inputs.context_lens
-        brought = AttentionTiles(lens, tiles, lens[:0], 0, False, self._spec.max_context)
+        lens, decodes = inputs.context_lens, (inputs.splits, inputs.split_indptr)
+        brought = AttentionTiles(lens, tiles, lens[:0], *decodes, 0, False, self._spec.max_context)
         indptr = [*range(num_seqs), size]  # the lists say nothing: kernels read what was brought
         page_size = self._cache.page_size
         meta = AttentionMetadata(

@@ -95,11 +95,10 @@ class Pending:
 
 
 class InputBuilder:
-    """`max_context` bounds every sequence's tokens. Without `staging` the device is the host itself."""
+    """Without `staging` the device is the host itself."""
 
-    def __init__(self, page_size: int, max_context: int, staging: Staging | None) -> None:
+    def __init__(self, page_size: int, staging: Staging | None) -> None:
         self._page_size = page_size
-        self._max_context = max_context
         self._staging = staging
 
     def build(
@@ -119,7 +118,6 @@ class InputBuilder:
             page_tables=torch.from_numpy(rows.page_tables),
             slot_mapping=torch.from_numpy(rows.slot_mapping),
             page_size=self._page_size,
-            max_context=self._max_context,
         )
         model_inputs: list[Array] = [rows.token_ids, rows.positions, np.array(logit_rows, np.int64)]
         if self._staging is None:

@@ -62,9 +62,8 @@ class AttentionMetadata:
     rows; `context_lens` [S] counts its keys, this step's included; `page_tables` int32 [S, max_pages] lists
     its pages; `slot_mapping` int64 [T] is the cache row of each token of the step.
 
-    `max_context` (0: this step's own) bounds the decodes' contexts: with the same bound, a GPU gives a row
-    the same bits in every step. `brought`: what the kernels read, where it came with the step's other inputs;
-    in a graph it changes from replay to replay, and `context_lens` says nothing.
+    `brought`: what the kernels read, where it came with the step's other inputs; in a graph it changes from
+    replay to replay, and `context_lens` says nothing.
     """
 
     num_decodes: int
@@ -73,7 +72,6 @@ class AttentionMetadata:
     page_tables: Tensor
     slot_mapping: Tensor
     page_size: int
-    max_context: int = 0
     brought: AttentionTiles | None = None
 
     @cached_property

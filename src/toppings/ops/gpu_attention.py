@@ -1,10 +1,11 @@
 """Triton kernels for causal attention over a paged cache; `attention.py` says what they compute.
 
-* **Decode**: a program is (key head, sequence, split of the keys). It holds the queries of all heads that
-  share the key head, padded to 16 rows for the tensor cores, and reads each key and value of its split once.
-  Splits, where sequences and key heads alone would not fill the device, are added up by a second launch. How
-  many there are depends on the number of sequences and on the longest context that may come, never on the
-  contexts themselves, so that a CUDA graph stays valid as contexts grow.
+* **Decode**: contexts are read in splits, which stand in a list that the host writes for each step, longest
+  first. A program is of one key head and takes every n-th split. It holds the queries of all heads that share
+  the key head, padded to 16 rows for the tensor cores, and reads each key and value of the split once. A
+  second launch adds up the splits of contexts that have several. So a long context among short ones is read
+  by as many programs as it needs, and a CUDA graph, whose launches are of one size, stays valid as contexts
+  grow. How a context is split depends on its length alone: a row has the same bits in any batch.
 * **Prefill**: a program is (64 queries of a sequence, in fp32 32, head); it goes over the keys that its
   queries may see, this step's own included, in the cache. Programs of one tile's heads are neighbours: they
   find keys in the L2 cache.
@@ -31,21 +32,11 @@ _LOG2_E = math.log2(math.e)
 _KEYS = 64  # of one step through the keys
 _MIN_GROUP = 16  # rows of a tensor core's tile
 _WIDE_HEAD = 128
-_MIN_SPLIT_KEYS = 128
+_COMBINED_SPLITS = 16  # at a time
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _LONGEST_WINDOW = 2**30
 _LARGE_SHARED_MEMORY = (80, 90, 100, 103)
 """Compute capabilities with 160 KiB and more a multiprocessor."""
-
-
-def num_splits(num_sequences: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
-    """Splits of the keys with which a decode fills the device; a power of two, so that few kernels are
-    compiled. The same for all numbers of sequences up to the next power of two, so that a batch gives the
-    same bits with padding (engine/graphs.py) and without."""
-    sequences = next_power_of_2(num_sequences)
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * num_processors // (sequences * num_kv_heads)
-    possible = max(1, max_context // _MIN_SPLIT_KEYS)
-    return int(2 ** int(math.log2(max(1, min(wanted, possible)))))
 
 
 def decode(
@@ -64,19 +55,17 @@ def decode(
     """Attention of the first `meta.num_decodes` rows into out [T, H · D]."""
     _check(q, k_cache, v_cache, meta)
     num, (_, num_kv_heads, head_dim) = meta.num_decodes, k_cache.shape
-    splits = num_splits(num, num_kv_heads, tiles.max_decode_context, num_multiprocessors(q.device))
-    sums, marks = out, out
-    if splits > 1:
-        shape = (num, q.shape[1], splits)
-        sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
-        marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
+    shape = (len(tiles.splits), q.shape[1])
+    sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
+    marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
+    filling = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(q.device) // num_kv_heads
     block_d = max(16, next_power_of_2(head_dim))
     keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, _num_stages(q.device))
     warps = 4
     if block_d > _WIDE_HEAD:
         keys, warps = keys // 2, 8
     decode_kernel(
-        (num_kv_heads, num, splits),
+        (num_kv_heads, max(1, min(filling, len(tiles.splits))), 1),
         out,
         sums,
         marks,
@@ -86,6 +75,9 @@ def decode(
         meta.page_tables,
         tiles.context_lens,
         out if sinks is None else sinks,
+        tiles.splits,
+        tiles.split_indptr,
+        num,
         meta.page_tables.shape[1],
         q.stride(0),
         min(window, _LONGEST_WINDOW),
@@ -97,28 +89,26 @@ def decode(
         BLOCK_D=block_d,
         BLOCK_GROUP=max(_MIN_GROUP, next_power_of_2(q.shape[1] // num_kv_heads)),
         KEYS=keys,
-        SPLITS=splits,
         HAS_CAP=softcap > 0,
         HAS_SINKS=sinks is not None,
         **dot_options(q.dtype),
         num_warps=warps,
         num_stages=stages,
     )
-    if splits > 1:
-        combine_kernel(
-            (num * q.shape[1], 1, 1),
-            out,
-            sums,
-            marks,
-            out if sinks is None else sinks,
-            NUM_HEADS=q.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            SPLITS=splits,
-            BLOCK_SPLITS=next_power_of_2(splits),
-            HAS_SINKS=sinks is not None,
-            num_warps=4,
-        )
+    combine_kernel(
+        (num, q.shape[1], 1),
+        out,
+        sums,
+        marks,
+        tiles.split_indptr,
+        out if sinks is None else sinks,
+        NUM_HEADS=q.shape[1],
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        SPLITS=_COMBINED_SPLITS,
+        HAS_SINKS=sinks is not None,
+        num_warps=4,
+    )
 
 
 def prefill(

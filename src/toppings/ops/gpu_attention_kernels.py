@@ -142,7 +142,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + place, result, mask=mask)
 
 
-@kernel(do_not_specialize=["max_pages"])
+@kernel(do_not_specialize=["num_sequences", "max_pages"])
 def decode_kernel(  # type: ignore[no-untyped-def]
     out,
     sums,
@@ -153,6 +153,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     page_tables,
     context_lens,
     sinks,
+    splits,
+    split_indptr,
+    num_sequences,
     max_pages,
     q_stride,
     window,
@@ -165,58 +168,58 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    kv_head, split = tl.program_id(0), tl.program_id(2)
-    sequence = tl.program_id(1).to(tl.int64)
-    context = tl.load(context_lens + sequence)
-    first = tl.maximum(context - window, 0)
-    part = ((context - first) + SPLITS * KEYS - 1) // (SPLITS * KEYS) * KEYS
-    low = first + split * part
+    kv_head = tl.program_id(0)
     member = tl.arange(0, BLOCK_GROUP)
     head = kv_head * GROUP + member
     column = tl.arange(0, BLOCK_D)
     mask = (member < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
-    q_tile = tl.load(
-        q + sequence * q_stride + head[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0
-    )
-    total, largest, weight_sum = _attend(
-        q_tile,
-        tl.zeros([BLOCK_GROUP], tl.int32) + context - 1,
-        k_cache,
-        v_cache,
-        page_tables + sequence * max_pages,
-        kv_head,
-        low,
-        tl.minimum(low + part, context),
-        window,
-        scale_log2,
-        softcap_log2,
-        KV_STRIDE=NUM_KV_HEADS * HEAD_DIM,
-        PAGE_SIZE=PAGE_SIZE,
-        HEAD_DIM=HEAD_DIM,
-        BLOCK_D=BLOCK_D,
-        KEYS=KEYS,
-        HAS_CAP=HAS_CAP,
-        PRECISION=PRECISION,
-        OPERAND=OPERAND,
-    )
-    row = sequence * NUM_HEADS + head
-    if SPLITS == 1:
-        if HAS_SINKS:
-            weight_sum += _sink_weight(tl.load(sinks + head, mask=member < GROUP, other=0.0), largest)
-        result = (total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * HEAD_DIM + column[None, :], result, mask=mask)
-    else:
-        place = row * SPLITS + split
-        tl.store(sums + place[:, None] * HEAD_DIM + column[None, :], total, mask=mask)
-        tl.store(marks + place * 2, largest, mask=member < GROUP)
-        tl.store(marks + place * 2 + 1, weight_sum, mask=member < GROUP)
+    num_splits = tl.load(split_indptr + num_sequences)
+    for i in range(tl.program_id(1), num_splits, tl.num_programs(1)):
+        split = splits + i * 4
+        sequence = tl.load(split).to(tl.int64)
+        context = tl.load(context_lens + sequence)
+        q_tile = tl.load(
+            q + sequence * q_stride + head[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0
+        )
+        total, largest, weight_sum = _attend(
+            q_tile,
+            tl.zeros([BLOCK_GROUP], tl.int32) + context - 1,
+            k_cache,
+            v_cache,
+            page_tables + sequence * max_pages,
+            kv_head,
+            tl.maximum(tl.load(split + 1), context - window),
+            tl.load(split + 2),
+            window,
+            scale_log2,
+            softcap_log2,
+            KV_STRIDE=NUM_KV_HEADS * HEAD_DIM,
+            PAGE_SIZE=PAGE_SIZE,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_D=BLOCK_D,
+            KEYS=KEYS,
+            HAS_CAP=HAS_CAP,
+            PRECISION=PRECISION,
+            OPERAND=OPERAND,
+        )
+        place = tl.load(split + 3)
+        if place < 0:
+            row = sequence * NUM_HEADS + head
+            if HAS_SINKS:
+                weight_sum += _sink_weight(tl.load(sinks + head, mask=member < GROUP, other=0.0), largest)
+            result = (total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]).to(out.dtype.element_ty)
+            tl.store(out + row[:, None] * HEAD_DIM + column[None, :], result, mask=mask)
+        else:
+            row = place.to(tl.int64) * NUM_HEADS + head
+            tl.store(sums + row[:, None] * HEAD_DIM + column[None, :], total, mask=mask)
+            tl.store(marks + row * 2, largest, mask=member < GROUP)
+            tl.store(marks + row * 2 + 1, weight_sum, mask=member < GROUP)
 
 
 @kernel()
@@ -224,25 +227,38 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     out,
     sums,
     marks,
+    split_indptr,
     sinks,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Adds up the splits of one sequence's head."""
-    row = tl.program_id(0).to(tl.int64)
-    split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
-    place = row * SPLITS + split
-    largest = tl.load(marks + place * 2, mask=split < SPLITS, other=float("-inf"))
-    base = tl.max(largest, axis=0)
-    decay = tl.exp2(largest - tl.where(base == float("-inf"), 0.0, base))
-    weight_sum = tl.sum(tl.load(marks + place * 2 + 1, mask=split < SPLITS, other=0.0) * decay, axis=0)
+    """Adds up the splits of one sequence's head, `SPLITS` at a time; one alone is in place."""
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, stop = tl.load(split_indptr + sequence), tl.load(split_indptr + sequence + 1)
+    if stop - first == 1:
+        return
+    column = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    largest = tl.full([], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([], tl.float32)
+    for start in range(first, stop, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        row = split.to(tl.int64) * NUM_HEADS + head
+        part_largest = tl.load(marks + row * 2, mask=split < stop, other=float("-inf"))
+        part_weights = tl.load(marks + row * 2 + 1, mask=split < stop, other=0.0)
+        mask = (split < stop)[:, None] & (column < HEAD_DIM)[None, :]
+        parts = tl.load(sums + row[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
+        new_largest = tl.maximum(largest, tl.max(part_largest, axis=0))
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        decay, part_decay = tl.exp2(largest - base), tl.exp2(part_largest - base)
+        total = total * decay + tl.sum(parts * part_decay[:, None], axis=0)
+        weight_sum = weight_sum * decay + tl.sum(part_weights * part_decay, axis=0)
+        largest = new_largest
     if HAS_SINKS:
-        weight_sum += _sink_weight(tl.load(sinks + row % NUM_HEADS), base)
-    mask = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
-    total = tl.load(sums + place[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(total * decay[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
-    tl.store(out + row * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+        weight_sum += _sink_weight(tl.load(sinks + head), largest)
+    result = total / tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    place = (sequence * NUM_HEADS + head) * HEAD_DIM + column
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)

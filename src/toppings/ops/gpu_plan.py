@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 QUERIES = 64
 """Queries of one program of the prefill attention."""
 
+SPLIT_KEYS = 256
+"""Keys that a split of a decode's context has, unless there would be more than `MAX_SPLITS`."""
+
+MAX_SPLITS = 64
+
 RANK_ROOM = 16
 """Shrunk rows have room for ranks in multiples of it, so that where they begin is known to be aligned."""
 
@@ -35,11 +40,17 @@ class AttentionTiles:
 
     `context_lens`: int32 [S]. `prefill_tiles`: int32 [N, 4], (first row, row after the last, sequence,
     position of the first row's token) of up to 64 neighbouring queries. `prefill_indptr`: int32, the prompts'
-    rows, counted from the first prompt's. `max_decode_context` bounds the decodes' contexts."""
+    rows, counted from the first prompt's. `max_decode_context` bounds the decodes' contexts. `splits`: int32
+    [N, 4], (sequence, first key, key after the last, place) of the parts that the decodes' contexts are read
+    in, those with most keys first; places are in the order of sequences and keys, -1 where a context has one
+    split alone. `split_indptr`: int32 [decodes + 1] delimits each decode's places. Rows of `splits` beyond
+    the last of them say nothing."""
 
     context_lens: Tensor
     prefill_tiles: Tensor
     prefill_indptr: Tensor
+    splits: Tensor
+    split_indptr: Tensor
     longest_prefill: int
     are_prefills_whole: bool
     max_decode_context: int
@@ -51,26 +62,51 @@ class AttentionTiles:
     @classmethod
     def of(cls, meta: "AttentionMetadata", arrays: Sequence[Tensor]) -> "AttentionTiles":
         """`arrays`: those of `attention_arrays`, on the device."""
-        context_lens, tiles, indptr = arrays
+        context_lens, tiles, indptr, splits, split_indptr = arrays
         lengths = [stop - start for start, stop in pairwise(meta.query_indptr[meta.num_decodes :])]
         return cls(
             context_lens,
             tiles,
             indptr,
+            splits,
+            split_indptr,
             max(lengths, default=0),
             lengths == meta.context_lens[meta.num_decodes :],
-            meta.max_context or max(meta.context_lens[: meta.num_decodes], default=0),
+            max(meta.context_lens[: meta.num_decodes], default=0),
         )
 
 
 def attention_arrays(meta: "AttentionMetadata") -> list[Ints]:
-    """`context_lens`, `prefill_tiles` and `prefill_indptr` of `AttentionTiles`."""
+    """The arrays of `AttentionTiles`, in their order."""
     starts = meta.query_indptr[meta.num_decodes :]
+    context_lens = np.array(meta.context_lens, np.int32)
     return [
-        np.array(meta.context_lens, np.int32),
+        context_lens,
         prefill_tiles(meta.num_decodes, meta.query_indptr, meta.context_lens),
         np.array(starts, np.int32) - starts[0],
+        *decode_splits(context_lens[: meta.num_decodes]),
     ]
+
+
+def decode_splits(context_lens: Ints) -> tuple[Ints, Ints]:
+    """`splits` and `split_indptr` of `AttentionTiles`. How a context is split depends on its length alone, so
+    that a row's bits do not depend on who else is in the batch."""
+    doublings = np.frexp(np.maximum(-(-context_lens // (MAX_SPLITS * SPLIT_KEYS)) - 1, 0))[1]
+    lengths = SPLIT_KEYS << doublings  # the least power of two with which there are not too many
+    counts = -(-context_lens // lengths)
+    indptr = np.concatenate(([0], np.cumsum(counts)))
+    sequences = np.repeat(np.arange(len(context_lens)), counts)
+    places = np.arange(indptr[-1])
+    low = (places - indptr[sequences]) * lengths[sequences]
+    high = np.minimum(low + lengths[sequences], context_lens[sequences])
+    places = np.where(counts[sequences] > 1, places, -1)
+    splits = np.stack((sequences, low, high, places), axis=1).astype(np.int32)
+    return splits[np.argsort(low - high, kind="stable")], indptr.astype(np.int32)
+
+
+def most_splits(num_sequences: int, max_context: int) -> int:
+    """Of any `num_sequences` contexts of up to `max_context` tokens."""
+    return num_sequences * min(MAX_SPLITS, -(-max_context // SPLIT_KEYS))
 
 
 def prefill_tiles(num_decodes: int, query_indptr: Sequence[int], context_lens: Sequence[int]) -> Ints:
