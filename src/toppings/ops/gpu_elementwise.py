@@ -103,13 +103,13 @@ def gelu_mul(out: Tensor, gate_up: Tensor) -> None:
 def _clamped_kernel(out, gate_up, n, alpha, limit, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < n
-    gate = tl.load(gate_up + 2 * (row * n + columns), mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + 2 * (row * n + columns) + 1, mask=mask, other=0.0).to(tl.float32)
+    pairs = tl.program_id(0) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)  # side by side, so that loads are wide
+    both = tl.load(gate_up + row * 2 * n + pairs, mask=pairs < 2 * n, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
     gate = tl.where(gate > limit, limit, gate)  # a minimum would hide what is not a number
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     result = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
-    tl.store(out + row * n + columns, result.to(gate_up.dtype.element_ty), mask=mask)
+    tl.store(out + row * n + columns, result.to(gate_up.dtype.element_ty), mask=columns < n)
 
 
 def clamped_swiglu(out: Tensor, gate_up: Tensor, alpha: float, limit: float) -> None:
