@@ -23,7 +23,13 @@ from torch import Tensor
 
 from toppings.ops.attention import AttentionMetadata
 from toppings.ops.gpu_attention_kernels import combine_kernel, decode_kernel, prefill_kernel
-from toppings.ops.gpu_launch import capability, dot_options, next_power_of_2, num_multiprocessors
+from toppings.ops.gpu_launch import (
+    capability,
+    dot_options,
+    early_options,
+    next_power_of_2,
+    num_multiprocessors,
+)
 from toppings.ops.gpu_plan import QUERIES, AttentionTiles
 from toppings.ops.gpu_varlen import attend_varlen, varlen_reason
 
@@ -57,6 +63,7 @@ def decode(
     sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
     marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
     filling = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(q.device) // num_kv_heads
+    early = early_options(q.device)
     block_d = max(16, next_power_of_2(head_dim))
     keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, _num_stages(q.device))
     warps = 4
@@ -87,6 +94,7 @@ def decode(
         BLOCK_GROUP=max(_MIN_GROUP, next_power_of_2(q.shape[1] // num_kv_heads)),
         KEYS=keys,
         HAS_CAP=softcap > 0,
+        IS_EARLY=bool(early),
         **dot_options(q.dtype),
         num_warps=warps,
         num_stages=stages,
@@ -101,6 +109,8 @@ def decode(
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         SPLITS=_COMBINED_SPLITS,
+        IS_EARLY=bool(early),
+        **early,
         num_warps=4,
     )
 
