@@ -53,7 +53,8 @@ SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376
 @dataclass
 class Compiled:
     """What one launch became. `local_bytes`: registers that did not fit (spills) and arrays, per thread.
-    `num_buffers`: in shared memory, of the operand that has the fewest, 0 where nothing is loaded ahead."""
+    `num_buffers`: in shared memory, of the operand that has the fewest, 0 where nothing is loaded ahead.
+    `launch`: "early", before the kernel ahead has ended, "ahead" of one that is, or "plain"."""
 
     capability: int
     dtype: str
@@ -65,6 +66,7 @@ class Compiled:
     product: str
     has_wide_loads: bool
     num_buffers: int
+    launch: str
 
 
 class FakeDriver:
@@ -131,6 +133,7 @@ class Recorder:
                 product,
                 is_wide is not None,
                 _num_buffers(kernel.asm["ttgir"]),
+                _launch(kernel),
             )
         )
 
@@ -151,6 +154,13 @@ def _num_buffers(ttgir: str) -> int:
     """Tiles that loads fill while products read others: [buffers, rows, columns]."""
     buffers = [int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", ttgir)]
     return min(buffers, default=0)
+
+
+def _launch(kernel: Any) -> str:
+    ptx = kernel.asm["ptx"]
+    waits = "griddepcontrol.wait" in ptx
+    assert waits == kernel.metadata.launch_pdl, "a kernel that is launched early waits, and no other"
+    return "early" if waits else "ahead" if "griddepcontrol.launch_dependents" in ptx else "plain"
 
 
 def record_lora(

@@ -123,7 +123,9 @@ class ExpertLinears:
         self._gpu = self._weight = None
         self._bias = bias
         self.linears: list[Linear | QuantizedLinear] = []
-        self._blocks: list[PackedBlocks] = []  # of every expert, or none
+        self._blocks: list[
+            PackedBlocks
+        ] = []  # of every expert, or none: those with biases have their own calls
         if bits is None and isinstance(weight, Tensor):
             self._gpu = gpu_kernels("experts", weight)
         if self._gpu is None:
@@ -134,7 +136,7 @@ class ExpertLinears:
             ]
             self.num_out = self.linears[0].num_out
             blocks = [each.blocks for each in self.linears if isinstance(each, Linear)]
-            if None not in blocks:
+            if bias is None and None not in blocks:
                 self._blocks = [each for each in blocks if each is not None]
         else:
             assert isinstance(weight, Tensor)

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from toppings.ops.attention import AttentionMetadata
 from toppings.ops.gpu_attention_kernels import combine_kernel, decode_kernel, prefill_kernel
-from toppings.ops.gpu_launch import capability, dot_options, next_power_of_2, num_multiprocessors
+from toppings.ops.gpu_launch import (
+    capability,
+    dot_options,
+    early_options,
+    next_power_of_2,
+    num_multiprocessors,
+)
 from toppings.ops.gpu_plan import QUERIES, AttentionTiles
 from toppings.ops.gpu_varlen import attend_varlen, varlen_reason
 
@@ -59,6 +65,7 @@ def decode(
     sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
     marks = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
     filling = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(q.device) // num_kv_heads
+    early = early_options(q.device)
     block_d = max(16, next_power_of_2(head_dim))
     keys, stages = (32, 2) if q.dtype == torch.float32 else (_KEYS, _num_stages(q.device))
     warps = 4
@@ -91,6 +98,7 @@ def decode(
         KEYS=keys,
         HAS_CAP=softcap > 0,
         HAS_SINKS=sinks is not None,
+        IS_EARLY=bool(early),
         **dot_options(q.dtype),
         num_warps=warps,
         num_stages=stages,
@@ -107,6 +115,8 @@ def decode(
         BLOCK_D=block_d,
         SPLITS=_COMBINED_SPLITS,
         HAS_SINKS=sinks is not None,
+        IS_EARLY=bool(early),
+        **early,
         num_warps=4,
     )
 

@@ -172,7 +172,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    if IS_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     member = tl.arange(0, BLOCK_GROUP)
@@ -234,8 +237,11 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Adds up the splits of one sequence's head, `SPLITS` at a time; one alone is in place."""
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, stop = tl.load(split_indptr + sequence), tl.load(split_indptr + sequence + 1)
     if stop - first == 1:

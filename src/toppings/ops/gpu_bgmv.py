@@ -21,6 +21,7 @@ from toppings.ops.gpu_launch import (
     chunk_room,
     column_tiles,
     columns_of,
+    early_options,
     kernel,
 )
 from toppings.ops.gpu_plan import LoraBatch
@@ -66,7 +67,10 @@ def _shrink_rows_kernel(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    if IS_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(chunks + tl.program_id(1) * 3 + 2)
     if slot < 0:
         return
@@ -117,7 +121,10 @@ def _expand_rows_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
     slot = tl.load(chunks + tl.program_id(1) * 3 + 2)
     if slot < 0:
         return
@@ -180,6 +187,7 @@ def shrink_rows(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batc
         DEPTH=tiles.depth,
         SPLITS=splits,
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
+        IS_EARLY=bool(early_options(x.device)),
         num_warps=tiles.shrink_warps,
         num_stages=tiles.stages,
     )
@@ -190,7 +198,7 @@ def expand_rows(
     y: Tensor, h: Tensor, arena: Tensor, places: Tensor, out_offsets: Sequence[int], batch: LoraBatch
 ) -> None:
     """y[row] += h B for every module of the group; h as `shrink_rows` returns it."""
-    tiles = batch.tiles(y.dtype)
+    tiles, early = batch.tiles(y.dtype), early_options(y.device)
     grid, ends = column_tiles(y, out_offsets, tiles.columns)
     check_aligned(arena.dtype, *ends)
     _expand_rows_kernel(
@@ -213,6 +221,8 @@ def expand_rows(
         COLUMNS=tiles.columns,
         SPLITS=h.shape[0],
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
+        IS_EARLY=bool(early),
+        **early,
         num_warps=tiles.expand_warps,
         num_stages=tiles.expand_stages,
     )

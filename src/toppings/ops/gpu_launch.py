@@ -19,6 +19,7 @@ MULTIPROCESSORS_WITHOUT_GPU = 1
 """So that in the interpreter a program has more than one tile to do."""
 CAPABILITY_WITHOUT_GPU = 80
 """Compute capability that kernels are chosen for where there is no GPU: 80 for 8.0."""
+_FIRST_WITH_EARLY_LAUNCH = 90
 _CHUNK_SIZES = (64, 1024)
 
 Grid = tuple[int, int, int]
@@ -98,6 +99,14 @@ def _capability(device: torch.device) -> int:
     cuda: Any = torch.cuda
     major, minor = cuda.get_device_capability(device)
     return int(10 * major + minor)
+
+
+def early_options(device: torch.device) -> dict[str, Any]:
+    """Options of a kernel that is launched early: its programs begin when all of the kernel ahead of it have
+    (`gdc_launch_dependents`), and wait before anything else for its end (`gdc_wait`), so that what a launch
+    takes passes meanwhile. Hopper and later have it (CUDA C++ Programming Guide, Programmatic Dependent
+    Launch); elsewhere none."""
+    return {"launch_pdl": True} if capability(device) >= _FIRST_WITH_EARLY_LAUNCH else {}
 
 
 def chunk_room(num_chunks: int) -> int:

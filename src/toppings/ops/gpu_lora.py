@@ -13,7 +13,7 @@ only the chunks, a small tensor, are written anew for a step.
   of programs.
 * **Expand**, y += h B. A program is (chunk, `columns` columns of one module); it adds up the splits, goes
   over the adapter's own rank, and reads and writes its part of y once. h is rounded to the weights' dtype, as
-  tensor cores want it.
+  tensor cores want it. On Hopper and later it is launched early, while the shrink runs, and waits for it.
 
 Each form is a choice of tiles (`TILES` of `gpu_plan.py`), the products of all but `bgmv` run on tensor cores:
 
@@ -47,6 +47,7 @@ from toppings.ops.gpu_launch import (
     column_tiles,
     columns_of,
     dot_options,
+    early_options,
     kernel,
     num_multiprocessors,
 )
@@ -82,7 +83,10 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     RANK_ROOM: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    if IS_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     h_stride = tl.multiple_of(h_stride, RANK_ROOM)
     h_split_stride = tl.multiple_of(h_split_stride, RANK_ROOM)
     chunk_ids = tl.arange(0, MANY_CHUNKS)
@@ -152,7 +156,10 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     RANK_ROOM: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
     h_stride = tl.multiple_of(h_stride, RANK_ROOM)
     h_split_stride = tl.multiple_of(h_split_stride, RANK_ROOM)
     chunk = tl.program_id(1)
@@ -245,6 +252,7 @@ def shrink(x: Tensor, arena: Tensor, places: Tensor, num_modules: int, batch: Lo
         SPLITS=splits,
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
         RANK_ROOM=RANK_ROOM,
+        IS_EARLY=bool(early_options(x.device)),
         **dot_options(x.dtype),
         num_warps=tiles.shrink_warps,
         num_stages=tiles.stages,
@@ -256,7 +264,7 @@ def expand(
     y: Tensor, h: Tensor, arena: Tensor, places: Tensor, out_offsets: Sequence[int], batch: LoraBatch
 ) -> None:
     """y[rows] += h B for every module of the group; h as `shrink` returns it."""
-    tiles = batch.tiles(y.dtype)
+    tiles, early = batch.tiles(y.dtype), early_options(y.device)
     grid, ends = column_tiles(y, out_offsets, tiles.columns)
     check_aligned(arena.dtype, *ends)
     _expand_kernel(
@@ -278,6 +286,8 @@ def expand(
         SPLITS=h.shape[0],
         ALIGNMENT=ALIGNMENT_BYTES // arena.itemsize,
         RANK_ROOM=RANK_ROOM,
+        IS_EARLY=bool(early),
+        **early,
         **dot_options(y.dtype),
         num_warps=tiles.expand_warps,
         num_stages=tiles.expand_stages,

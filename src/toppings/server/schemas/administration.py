@@ -28,6 +28,7 @@ class AdapterRow(BaseModel):
     id: int
     path: str
     rank: int
+    step_rank: int
     targets: list[str]
     bytes: int
     digest: str
